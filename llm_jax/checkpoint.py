@@ -1,0 +1,124 @@
+"""Checkpoints in a run's folder, by Orbax: written asynchronously; the last, the best and milestones are kept.
+
+Each holds three items: `params`, `opt_state` (trees of arrays) and `meta` (JSON: step, config, data fingerprint, ...).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from llm_jax.types import ConfigError, Params, StorageError
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When to save and what to keep. A new best validation loss is saved too, unless keep_best is 0."""
+
+  every: int = 1000  # steps
+  keep_last: int = 2
+  keep_best: int = 1  # by validation loss
+  keep_every: int | None = None  # steps: milestones, kept for good
+
+  def __post_init__(self):
+    for field, least in (('every', 1), ('keep_last', 1), ('keep_best', 0), ('keep_every', 1)):
+      value = getattr(self, field)
+      if value is not None and value < least:
+        raise ValueError(f'{field} must be at least {least}; got {value}')
+
+
+class Checkpoints:
+  """The checkpoints of one run. A context manager: leaving it waits for the save in flight."""
+
+  def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
+    kept = [policies.LatestN(config.keep_last),
+            policies.BestN(get_metric_fn=lambda metrics: metrics['val_loss'], reverse=True, n=config.keep_best,
+                           keep_checkpoints_without_metrics=False)]
+    if config.keep_every:
+      kept.append(policies.EveryNSteps(config.keep_every))
+    self._manager = ocp.CheckpointManager(
+        directory.absolute(), item_names=('params', 'opt_state', 'meta'),
+        item_handlers={'params': ocp.StandardCheckpointHandler(), 'opt_state': ocp.StandardCheckpointHandler(),
+                       'meta': ocp.JsonCheckpointHandler()},
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept), read_only=read_only, create=not read_only,
+            cleanup_tmp_directories=not read_only))
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self._manager.close()
+
+  def steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  def best_step(self) -> int | None:
+    """The step with the lowest recorded validation loss."""
+    losses = {step: (self._manager.metrics(step) or {}).get('val_loss', math.inf) for step in self.steps()}
+    return min(losses, key=lambda step: losses[step]) if losses and min(losses.values()) < math.inf else None
+
+  def save(self, step: int, params: Params, opt_state: Any, meta: dict, val_loss: float | None = None) -> None:
+    """Starts a save and returns once the arrays are copied. Raises StorageError, also for a save that failed before."""
+    if step in self._manager.all_steps():
+      return
+    metrics = {'val_loss': val_loss} if val_loss is not None and math.isfinite(val_loss) else None
+    try:
+      saved = self._manager.save(step, args=ocp.args.Composite(
+          params=ocp.args.StandardSave(params), opt_state=ocp.args.StandardSave(opt_state),
+          meta=ocp.args.JsonSave({'step': step, **meta})), metrics=metrics, force=True)
+    except (OSError, ValueError) as e:
+      raise StorageError(f'{self._manager.directory}: checkpoint {step} could not be saved: {_first_line(e)}') from e
+    if not saved:
+      raise StorageError(f'{self._manager.directory}: Orbax refused to save step {step}')
+
+  def wait(self) -> None:
+    """Blocks until the save in flight is durable. Raises StorageError if it failed."""
+    try:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+    except (OSError, ValueError) as e:
+      raise StorageError(f'{self._manager.directory}: a checkpoint could not be saved: {_first_line(e)}') from e
+
+  def restore(self, params: Params, opt_state: Any | None = None, *, step: int | None = None,
+              check: Callable[[dict], None] = lambda meta: None) -> tuple[Params, Any, dict]:
+    """(params, opt_state, meta) of `step`, or of the newest checkpoint that can be read.
+
+    `params` and `opt_state` are trees of ShapeDtypeStruct with shardings; opt_state None is not read. `check(meta)` may
+    raise ConfigError before any array is read. Raises StorageError when no checkpoint can be read.
+    """
+    if step is not None and step not in self.steps():
+      raise StorageError(f'{self._manager.directory}: no checkpoint of step {step}; there are {self.steps()}')
+    failures = []
+    for candidate in reversed(self.steps()) if step is None else [step]:
+      try:
+        items = {} if opt_state is None else {'opt_state': ocp.args.StandardRestore(opt_state)}
+        meta = self._manager.restore(candidate, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        check(meta)
+        restored = self._manager.restore(
+            candidate, args=ocp.args.Composite(params=ocp.args.StandardRestore(params), **items))
+        return restored.params, restored.get('opt_state'), meta
+      except ConfigError:
+        raise
+      except Exception as e:  # Orbax raises many kinds for a damaged folder
+        failures.append(f'step {candidate}: {type(e).__name__}: {_first_line(e)}')
+        if jax.process_index() == 0:
+          print(f'WARNING: {self._manager.directory}: cannot read {failures[-1]}', file=sys.stderr, flush=True)
+    raise StorageError(f'{self._manager.directory}: no checkpoint can be read:\n  ' + '\n  '.join(failures))
+
+  def delete_after(self, step: int) -> None:
+    """Removes checkpoints newer than `step`: those that could not be read."""
+    for newer in [s for s in self.steps() if s > step]:
+      self._manager.delete(newer)
+
+
+def _first_line(error: BaseException) -> str:
+  return (str(error).strip().splitlines() or [''])[0][:300]

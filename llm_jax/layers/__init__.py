@@ -1,0 +1,1 @@
+"""Layers: modules hold parameters, plain functions do the math."""

@@ -1,0 +1,84 @@
+"""Einsum and Embed: the only owners of matrices; the one address of dtype, logical axes and initialisation.
+
+Dims: B batch, T length, D embed, V vocab.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype, Initializer
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def mixed_einsum(eqn: str, dtype: Dtype, x: jax.Array, w: jax.Array) -> jax.Array:
+  """einsum(eqn, x, w) with operands in `dtype`, forward and backward, accumulated and returned in float32.
+
+  `eqn` is two-operand without repeated or dropped letters, such as 'BTD,DNH->BTNH'.
+  """
+  return jnp.einsum(eqn, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _mixed_einsum_fwd(eqn, dtype, x, w):
+  # x is kept in `dtype`, w as it is: the cast is free to redo, and its gradient must not be rounded.
+  return mixed_einsum(eqn, dtype, x, w), (x.astype(dtype), w, jnp.zeros((), x.dtype))
+
+
+def _mixed_einsum_bwd(eqn, dtype, residuals, dy):
+  x, w, x_like = residuals
+  (x_dims, w_dims), y_dims = (lambda ins, out: (ins.split(','), out))(*eqn.split('->'))
+  dx = mixed_einsum(f'{y_dims},{w_dims}->{x_dims}', dtype, dy, w).astype(x_like.dtype)
+  dw = mixed_einsum(f'{x_dims},{y_dims}->{w_dims}', dtype, x, dy).astype(w.dtype)
+  return dx, dw
+
+
+mixed_einsum.defvjp(_mixed_einsum_fwd, _mixed_einsum_bwd)
+
+
+def weight(module: nn.Module, name: str, initializer: Initializer, shape: tuple[int, ...],
+           axes: tuple[str, ...]) -> jax.Array:
+  """A float32 parameter of `module` with one logical axis a dimension."""
+  return cast(jax.Array, module.param(name, nn.with_logical_partitioning(initializer, axes), shape, jnp.float32))
+
+
+class Einsum(nn.Module):
+  """y = einsum(eqn, x, w) (+ b), float32. The bias spans the last `bias_dims` dimensions of the weight."""
+
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]  # logical, one per weight dimension
+  initializer: Initializer
+  dtype: Dtype = jnp.bfloat16
+  bias_dims: int = 0
+
+  @nn.compact
+  def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
+    w = weight(self, 'w', self.initializer, self.shape, self.axes)
+    y = mixed_einsum(eqn, self.dtype, x, w)
+    if self.bias_dims:
+      shape, axes = self.shape[-self.bias_dims:], self.axes[-self.bias_dims:]
+      b = weight(self, 'b', nn.initializers.zeros, shape, axes)
+      y += b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
+    return y
+
+
+class Embed(nn.Module):
+  """A table [V, D]: `encode` looks rows up, `attend` multiplies by its transpose (the tied head)."""
+
+  num_embeddings: int
+  embed_dim: int
+  initializer: Initializer
+  axes: tuple[str, str] = ('vocab', 'embed')
+  dtype: Dtype = jnp.bfloat16
+
+  def setup(self):
+    self.w = weight(self, 'w', self.initializer, (self.num_embeddings, self.embed_dim), self.axes)
+
+  def encode(self, tokens_BT: jax.Array) -> jax.Array:
+    return jnp.take(self.w, tokens_BT, axis=0, mode='clip')
+
+  def attend(self, x_BTD: jax.Array) -> jax.Array:
+    return mixed_einsum('BTD,VD->BTV', self.dtype, x_BTD, self.w)

@@ -1,0 +1,46 @@
+"""The feed-forward layer. Dims: B batch, T length, D embed, F mlp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+from flax.typing import Initializer
+
+from llm_jax.layers.linear import Einsum
+from llm_jax.sharding import constrain
+
+
+class MLP(nn.Module):
+  """down(act(up(x))), or gated: down(act(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+  embed_dim: int
+  mlp_dim: int
+  einsum: Callable[..., Einsum]  # the model's Einsum, with dtype and init filled in
+  out_init: Initializer
+  activation: Callable[[jax.Array], jax.Array]
+  gated: bool = False
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    matrix = partial(self.einsum, bias_dims=int(self.use_bias))
+    into = partial(matrix, shape=(self.embed_dim, self.mlp_dim), axes=('embed', 'mlp'))
+    h_BTF = into(name='up')('BTD,DF->BTF', x_BTD)
+    if self.gated:
+      h_BTF *= self.activation(into(name='gate')('BTD,DF->BTF', x_BTD))
+    else:
+      h_BTF = self.activation(h_BTF)
+    h_BTF = constrain(h_BTF, 'act_batch', 'act_length', 'act_mlp')
+    out = matrix(shape=(self.mlp_dim, self.embed_dim), axes=('mlp', 'embed'), initializer=self.out_init, name='down')
+    return out('BTF,FD->BTD', h_BTF)
+
+
+MLPS: dict[str, Callable[..., MLP]] = {
+    'gelu': partial(MLP, activation=partial(jax.nn.gelu, approximate=False)),
+    'gelu_tanh': partial(MLP, activation=partial(jax.nn.gelu, approximate=True)),
+    'swiglu': partial(MLP, activation=jax.nn.silu, gated=True),
+    'geglu': partial(MLP, activation=partial(jax.nn.gelu, approximate=True), gated=True),
+}

@@ -1,0 +1,86 @@
+"""Trains a model: python -m llm_jax.main --config=configs/gpt_small.py [--workdir=...] [--config.FIELD=VALUE ...]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from llm_jax.types import ConfigError, Interrupted, UserError
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(
+      prog='python -m llm_jax.main', allow_abbrev=False, description=__doc__,
+      epilog='Any field can be set: --config.model.num_layers=4. llm_jax/config.py says what there is; '
+             'config.json in the workdir of a run shows what it had.')
+  parser.add_argument('--config', required=True, help='a config file, or the config.json of a run')
+  parser.add_argument('--workdir', type=Path, help='where the run lives; the same again goes on with it '
+                      '(default: runs/<name of the config>)')
+  parser.add_argument('--full_size', action='store_true', help='on a CPU, ignore what the config changes for CPUs')
+  parser.add_argument('--distributed', action='store_true', help='one of several processes: take the coordinator '
+                      'from the environment (SLURM, TPU pod, Open MPI, or launch/local.py)')
+  args, rest = parser.parse_known_args(argv)
+  overrides = parse_overrides(rest)
+
+  from llm_jax import config as config_lib  # heavy imports wait until the flags are known to be good
+  source = config_lib.load(args.config)
+  for cpu_only in {args.full_size, True}:  # a bad config is told before any device is touched
+    source.resolve(overrides, cpu_only=not cpu_only)
+  import jax
+
+  from llm_jax import train
+  if args.distributed:
+    start_processes()
+  cpu_only = all(device.platform == 'cpu' for device in jax.devices()) and not args.full_size
+  config = source.resolve(overrides, cpu_only=cpu_only)
+  if cpu_only and source.on_cpu is not None and jax.process_index() == 0:
+    print(f'Only CPUs here: {args.config} shrinks itself for them (its on_cpu). For the full size: --full_size')
+    full = config_lib.to_dict(source.resolve(overrides, cpu_only=False))
+    for name, (old, new) in config_lib.differences(full, config_lib.to_dict(config)).items():
+      print(f'  config.{name}: {json.dumps(old)} -> {json.dumps(new)}')
+    sys.stdout.flush()
+  name = source.path.stem if source.path.suffix == '.py' else f'{source.path.absolute().parent.name}_again'
+  workdir = args.workdir or Path('runs') / name
+  train.run(config, workdir)
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, str]:
+  """{'model.num_layers': '4'} from --config.model.num_layers=4 or --config.model.num_layers 4. Raises ConfigError."""
+  overrides, rest = {}, list(arguments)
+  while rest:
+    argument = rest.pop(0)
+    if not argument.startswith('--config.'):
+      raise ConfigError(f'{argument}: no such flag; known: --config, --workdir, --full_size, --distributed, '
+                        '--config.FIELD')
+    name, equals, value = argument.removeprefix('--config.').partition('=')
+    if not equals:
+      if not rest:
+        raise ConfigError(f'{argument}: has no value')
+      value = rest.pop(0)
+    overrides[name] = value
+  return overrides
+
+
+def start_processes() -> None:
+  """Joins the other processes; what launch/local.py does not set, jax finds out from the cluster."""
+  import jax
+  num_processes, process_id = (os.environ.get(name) for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'))
+  jax.distributed.initialize(num_processes=int(num_processes) if num_processes else None,
+                             process_id=int(process_id) if process_id else None)
+
+
+def run_as_program(main: Callable[[list[str]], None]) -> None:
+  """Runs main(argv); a UserError becomes one message and its exit code."""
+  try:
+    main(sys.argv[1:])
+  except UserError as e:
+    print(e if isinstance(e, Interrupted) else f'error: {e}', file=sys.stderr, flush=True)
+    sys.exit(e.exit_code)
+
+
+if __name__ == '__main__':
+  run_as_program(main)

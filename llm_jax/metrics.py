@@ -1,0 +1,186 @@
+"""Where numbers go: metrics.jsonl, TensorBoard (without TensorFlow) and the screen; and what throughput they make."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from llm_jax.progress import progress
+
+# Dense bf16 peak FLOP/s of one device, by a word in jax's device_kind; from the makers' data sheets.
+PEAK_FLOPS = {
+    'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12,
+    'TPU v6 lite': 918e12, 'TPU v6e': 918e12,
+    'A100': 312e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12,
+    'L40S': 362e12, 'L4': 121e12, 'RTX 4090': 165e12,
+}
+
+
+def peak_flops(devices: list[jax.Device]) -> float | None:
+  """Of all devices together; None where the kind is not in the table (a CPU has no such figure)."""
+  kind = devices[0].device_kind
+  known = [peak for name, peak in PEAK_FLOPS.items() if name in kind]
+  return known[0] * len(devices) if known else None
+
+
+class Writer:
+  """Appends to metrics.jsonl and a TensorBoard event file in `workdir`; going on at `step` forgets what came after.
+
+  Only process 0 writes. A full or read-only disk costs the log, not the run: one warning, then silence.
+  """
+
+  def __init__(self, workdir: Path, step: int):
+    self._enabled = jax.process_index() == 0
+    if not self._enabled:
+      return
+    path = workdir / 'metrics.jsonl'
+    if path.exists():
+      kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+      aside = path.with_suffix('.partial')
+      aside.write_text(''.join(kept))
+      os.replace(aside, path)
+    self._jsonl = open(path, 'a')  # noqa: SIM115
+    self._events = EventFileWriter(str(workdir), flush_secs=10)
+    # Tells TensorBoard to drop what an interrupted run wrote after this step.
+    self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    """One line of metrics.jsonl and one point of each curve, at `step` completed updates; once a step. Empty: none."""
+    if not values:
+      return
+
+    def write():
+      self._jsonl.write(json.dumps({'step': step, **values}) + '\n')
+      self._jsonl.flush()
+      for name, value in values.items():
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=scalar_pb(name, value)))
+    self._guarded(write)
+
+  def text(self, step: int, name: str, value: str) -> None:
+    """A text of TensorBoard's TEXT page, shown as it is (an indented block of Markdown)."""
+    block = '\n'.join('    ' + line for line in value.splitlines())
+    self._guarded(lambda: self._events.add_event(
+        Event(wall_time=time.time(), step=step, summary=text_pb(name, block))))
+
+  def close(self) -> None:
+    self._guarded(self._jsonl.close)
+    self._guarded(self._events.close)
+    self._enabled = False
+
+  def _guarded(self, write: Any) -> None:
+    if not self._enabled:
+      return
+    try:
+      write()
+    except OSError as e:
+      self._enabled = False
+      print(f'WARNING: metrics are no longer written ({e}); training goes on', file=sys.stderr, flush=True)
+
+
+class Throughput:
+  """Tokens a second, MFU and the share of time spent waiting for data, over the steps since the last `take`."""
+
+  def __init__(self, flops_per_token: float, peak: float | None):
+    self._flops_per_token, self._peak = flops_per_token, peak
+    self._tokens = self._seconds = self._waited = 0.0
+    self._steps = 0
+    self._start: float | None = None
+    self.seconds_per_step = 0.0
+
+  def restart(self) -> None:
+    """Begins the next step's time now: after compiling, evaluation or a save."""
+    self._start = time.perf_counter()
+
+  def waited(self, seconds: float) -> None:
+    self._waited += seconds
+
+  def step_done(self, num_tokens: float) -> None:
+    now = time.perf_counter()
+    if self._start is None:  # the first step compiles: told apart, not averaged in
+      self._waited = 0.0
+      return
+    self._seconds += now - self._start
+    self._start = now
+    self._tokens += num_tokens
+    self._steps += 1
+
+  def take(self) -> dict[str, float]:
+    if not self._steps or not self._seconds:
+      return {}
+    tokens_per_second = self._tokens / self._seconds
+    self.seconds_per_step = self._seconds / self._steps
+    values = {'tokens_per_second': tokens_per_second, 'seconds_per_step': self.seconds_per_step,
+              'data_wait': min(1.0, self._waited / self._seconds)}
+    if self._peak:
+      values['mfu'] = tokens_per_second * self._flops_per_token / self._peak
+    self._tokens = self._seconds = self._waited = 0.0
+    self._steps = 0
+    return values
+
+
+class Console:
+  """What a person sees of process 0: a bar that stays below the lines in a terminal, plain lines elsewhere."""
+
+  def __init__(self, num_steps: int, step: int):
+    self._enabled = jax.process_index() == 0
+    self._num_steps = num_steps
+    self._bar = progress('training', num_steps, 'step', step) if self._enabled and sys.stderr.isatty() else None
+
+  def step(self, step: int, values: dict[str, float], seconds_per_step: float) -> None:
+    """One line: step, loss, tokens/s, MFU where known, time left."""
+    if not self._enabled:
+      return
+    parts = [f'loss {values["train/loss"]:.4f}', f'grad norm {values["train/grad_norm"]:.2f}',
+             f'lr {values["train/learning_rate"]:.2e}']
+    if 'train/tokens_per_second' in values:
+      parts.append(f'{values["train/tokens_per_second"]:,.0f} tokens/s')
+    if 'train/mfu' in values:
+      parts.append(f'MFU {values["train/mfu"]:.1%}')
+    if values.get('train/data_wait', 0) > 0.05:
+      parts.append(f'waits for data {values["train/data_wait"]:.0%} of the time')
+    if seconds_per_step:
+      parts.append(f'{duration((self._num_steps - step) * seconds_per_step)} left')
+    if self._bar is None:
+      print(f'step {step}/{self._num_steps}  ' + '  '.join(parts), flush=True)
+    else:
+      self._bar.set_postfix_str('  '.join(parts[:-1] if seconds_per_step else parts), refresh=False)
+      self._bar.update(step - self._bar.n)
+
+  def line(self, text: str) -> None:
+    if self._bar is not None:
+      self._bar.write(text, file=sys.stdout)
+    elif self._enabled:
+      print(text, flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+
+def duration(seconds: float) -> str:
+  """'1:02:03' or '2:03'."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+  """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+  return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < float('inf')]
+
+
+def _step_of(line: str) -> float:
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError):
+    return float('inf')

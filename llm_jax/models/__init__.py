@@ -1,0 +1,16 @@
+"""Models by name: add one with a file here and a line in MODELS."""
+
+from typing import Any
+
+import flax.linen as nn
+
+from llm_jax.models.decoder import Decoder, DecoderConfig
+
+MODELS: dict[str, tuple[type[nn.Module], type]] = {
+    'decoder': (Decoder, DecoderConfig),
+}
+
+
+def make_model(config: Any) -> Any:
+  """The module that a config of one of MODELS describes: a LanguageModel."""
+  return MODELS[config.name][0](config)

@@ -1,0 +1,196 @@
+"""One decoder whose config spans GPT-2 (arXiv: none; OpenAI 2019) to Llama (2302.13971) and Qwen3 (2505.09388).
+
+Dims: B batch, T length, S cache length, D embed, N heads, K kv heads, H head_dim, F mlp, V vocab, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.layers.attention import Attention
+from llm_jax.layers.linear import Einsum, Embed
+from llm_jax.layers.mlp import MLPS
+from llm_jax.layers.norm import LayerNorm, RMSNorm
+from llm_jax.layers.stack import REMAT, apply_stack, init_stack
+from llm_jax.sharding import constrain
+from llm_jax.types import Batch, Cache
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Shape and parts of a decoder. The defaults are GPT-2's, without biases."""
+
+  name: str = 'decoder'
+  vocab_size: int | None = None  # None: the tokenizer's
+  max_len: int | None = None  # longest row; None: data.seq_len. Only learned positions make it a hard limit
+  num_layers: int = 12
+  embed_dim: int = 768
+  num_heads: int = 12
+  num_kv_heads: int | None = None  # None: num_heads
+  head_dim: int | None = None  # None: embed_dim / num_heads
+  mlp_dim: int | None = None  # None: 4 * embed_dim
+  mlp: str = 'gelu_tanh'  # one of MLPS
+  norm: Literal['layer_norm', 'rms_norm'] = 'layer_norm'
+  positions: Literal['learned', 'rope'] = 'learned'
+  rope_base: float = 10000.0
+  use_bias: bool = False  # on matrices and LayerNorms
+  qk_norm: bool = False
+  tie_embeddings: bool = True
+  windows: tuple[int, ...] = (0,)  # layer l looks back windows[l % len(windows)] tokens; 0: all
+  logit_soft_cap: float = 0.0  # cap * tanh(logits / cap); 0: off
+  dropout: float = 0.0  # on the embedding and on what each layer adds to the residual stream
+  init_std: float = 0.02  # matrices into the residual stream get init_std / sqrt(2 L)
+  dtype: Literal['bfloat16', 'float32'] = 'bfloat16'  # of matrix operands; everything else is float32
+  scan_unroll: int = 1
+  remat: str = 'none'  # one of REMAT
+
+  def __post_init__(self):
+    positive = {f: getattr(self, f) for f in ('vocab_size', 'max_len', 'num_layers', 'embed_dim', 'num_heads',
+                                              'num_kv_heads', 'head_dim', 'mlp_dim', 'scan_unroll')}
+    for field, value in positive.items():
+      if value is not None and value < 1:
+        raise ValueError(f'{field} must be at least 1; got {value}')
+    if self.head_dim is None and self.embed_dim % self.num_heads:
+      legal = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
+      near = sorted(sorted(legal, key=lambda n: abs(n - self.num_heads))[:3])
+      raise ValueError(f'num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}; '
+                       f'nearest that do: {", ".join(map(str, near))} (or set head_dim)')
+    if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+      raise ValueError(f'num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}')
+    if self.positions == 'rope' and self.H % 2:
+      raise ValueError(f'rope turns pairs of features: head_dim must be even; got {self.H}')
+    if not self.windows or min(self.windows) < 0:
+      raise ValueError(f'windows holds one size or more, each 0 (all) or above; got {self.windows}')
+    if self.num_layers % len(self.windows):
+      raise ValueError(f'the pattern windows={self.windows} does not divide num_layers {self.num_layers}')
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'dropout must lie in [0, 1); got {self.dropout}')
+    for field, table in (('mlp', MLPS), ('remat', REMAT)):
+      if getattr(self, field) not in table:
+        raise ValueError(f'{field} {getattr(self, field)!r} is unknown; known: {", ".join(table)}')
+
+  @property
+  def K(self) -> int:
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def H(self) -> int:
+    return self.head_dim or self.embed_dim // self.num_heads
+
+  @property
+  def V(self) -> int:
+    assert self.vocab_size is not None, 'train.complete fills it in'
+    return self.vocab_size
+
+  @property
+  def F(self) -> int:
+    return self.mlp_dim or 4 * self.embed_dim
+
+  def flops_per_token(self, seq_len: int) -> float:
+    """Matrix FLOPs of a training step, forward and backward, per token; causal attention at its half cost."""
+    D, N, H, K, F = self.embed_dim, self.num_heads, self.H, self.K, self.F
+    gated = self.mlp in ('swiglu', 'geglu')
+    matrices = self.num_layers * (D * N * H * 2 + D * K * H * 2 + D * F * (3 if gated else 2)) + D * self.V
+    seen = [min(w or seq_len, seq_len) for w in self.windows]
+    attended = self.num_layers / len(seen) * sum(s * (1 - s / (2 * seq_len)) for s in seen)  # mean keys a token sees
+    return 6 * matrices + 12 * attended * N * H
+
+
+class Block(nn.Module):
+  """Pre-norm attention, then pre-norm feed-forward, each added to the residual stream."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, positions_BT, segment_ids_BT, cache, window: int, train: bool):
+    cfg = self.cfg
+    norm, einsum = make_norm(cfg), make_einsum(cfg)
+    out_init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
+    dropout = nn.Dropout(cfg.dropout, deterministic=not train)
+    h_BTD, cache = Attention(
+        cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, einsum, out_init, dtype=jnp.dtype(cfg.dtype), qk_norm=cfg.qk_norm,
+        rope_base=cfg.rope_base if cfg.positions == 'rope' else None, use_bias=cfg.use_bias, name='attn',
+    )(norm(name='attn_norm')(x_BTD), positions_BT, segment_ids_BT, cache, window)
+    x_BTD = x_BTD + dropout(h_BTD)
+    mlp = MLPS[cfg.mlp](cfg.embed_dim, cfg.F, einsum, out_init, use_bias=cfg.use_bias, name='mlp')
+    x_BTD = x_BTD + dropout(mlp(norm(name='mlp_norm')(x_BTD)))
+    return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed'), cache
+
+
+class Decoder(nn.Module):
+  """A LanguageModel (see types.py)."""
+
+  cfg: DecoderConfig
+
+  def setup(self):
+    cfg = self.cfg
+    init = nn.initializers.normal(cfg.init_std)
+    self.embed = Embed(cfg.V, cfg.embed_dim, init, dtype=jnp.dtype(cfg.dtype))
+    if cfg.positions == 'learned':
+      self.positions = Embed(cfg.max_len or 0, cfg.embed_dim, init, axes=('positions', 'embed'))
+    self.block = Block(cfg, parent=None)
+    self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim))
+    self.final_norm = make_norm(cfg)()
+    if not cfg.tie_embeddings:
+      self.head = make_einsum(cfg)(shape=(cfg.embed_dim, cfg.V), axes=('embed', 'vocab'))
+
+  def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
+    positions_BT = batch.positions
+    if positions_BT is None:
+      positions_BT = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+    x_BTD, _ = self.hidden(batch.tokens, positions_BT, batch.segment_ids, train=train)
+    return self.logits(x_BTD)
+
+  def hidden(self, tokens_BT, positions_BT, segment_ids_BT=None, cache=None, train: bool = False):
+    """The residual stream after all blocks [B, T, D], and the cache."""
+    cfg = self.cfg
+    x_BTD = self.embed.encode(tokens_BT)
+    if cfg.positions == 'learned':
+      x_BTD += self.positions.encode(positions_BT)
+    x_BTD = constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
+    dropout_key = self.make_rng('dropout') if train and cfg.dropout else None
+    if dropout_key is not None:
+      x_BTD = nn.Dropout(cfg.dropout, deterministic=False)(x_BTD, rng=jax.random.fold_in(dropout_key, cfg.num_layers))
+    x_BTD, cache, sown = apply_stack(
+        self.block, self.blocks, x_BTD, positions_BT, segment_ids_BT, windows=cfg.windows, cache=cache,
+        dropout_key=dropout_key, train=train, unroll=cfg.scan_unroll, remat=cfg.remat)
+    for collection, values in sown.items():
+      self.sow(collection, 'blocks', values)
+    return x_BTD, cache
+
+  def logits(self, x_BTD: jax.Array) -> jax.Array:
+    x_BTD = self.final_norm(x_BTD)
+    logits_BTV = self.embed.attend(x_BTD) if self.cfg.tie_embeddings else self.head('BTD,DV->BTV', x_BTD)
+    if self.cfg.logit_soft_cap:
+      logits_BTV = self.cfg.logit_soft_cap * jnp.tanh(logits_BTV / self.cfg.logit_soft_cap)
+    return constrain(logits_BTV, 'act_batch', 'act_length', 'act_vocab')
+
+  def init_cache(self, batch_size: int, max_len: int) -> Cache:
+    cfg = self.cfg
+    empty = jnp.zeros((cfg.num_layers, batch_size, max_len, cfg.K, cfg.H), jnp.dtype(cfg.dtype))
+    return {'layers': {'k': empty, 'v': empty}, 'length_B': jnp.zeros(batch_size, jnp.int32)}
+
+  def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    # Padding behind a prompt writes slots that no query reaches before `decode` has overwritten them.
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    x_BTD, layers = self.hidden(tokens_BT, positions_BT, cache=cache['layers'])
+    last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
+    return self.logits(last_B1D)[:, 0], {'layers': layers, 'length_B': lengths_B}
+
+  def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    x_B1D, layers = self.hidden(tokens_B[:, None], cache['length_B'][:, None], cache=cache['layers'])
+    return self.logits(x_B1D)[:, 0], {'layers': layers, 'length_B': cache['length_B'] + 1}
+
+
+def make_norm(cfg: DecoderConfig):
+  return RMSNorm if cfg.norm == 'rms_norm' else partial(LayerNorm, use_bias=cfg.use_bias)
+
+
+def make_einsum(cfg: DecoderConfig):
+  return partial(Einsum, initializer=nn.initializers.normal(cfg.init_std), dtype=jnp.dtype(cfg.dtype))

@@ -1,0 +1,124 @@
+"""TrainState, its birth, and one step of training and evaluation: pure functions, compiled elsewhere."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llm_jax import losses
+from llm_jax.sharding import check_divisible, constrain, logical_to_spec
+from llm_jax.types import Batch, Metrics, Params
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that changes during training, and nothing else. Arrays only."""
+
+  step: jax.Array  # int32: completed updates
+  params: Params
+  opt_state: optax.OptState
+
+
+def init_state(key: jax.Array, example: Batch, *, model: Any, tx: optax.GradientTransformation) -> TrainState:
+  """A fresh state. Pure; `example` lends its shapes only."""
+  params = nn.unbox(model.init(key, example)['params'])
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def param_shardings(example: Batch, mesh: Mesh, *, model: Any) -> tuple[Params, Params]:
+  """(abstract parameters, their NamedShardings by logical axes).
+
+  Raises ConfigError where a dimension does not divide over its mesh axis.
+  """
+  boxed = jax.eval_shape(model.init, jax.random.key(0), example)['params']
+  abstract = nn.unbox(boxed)
+  shardings = jax.tree.map(lambda spec: NamedSharding(mesh, logical_to_spec(spec)), nn.get_partition_spec(boxed),
+                           is_leaf=lambda s: isinstance(s, P))
+  check_divisible(abstract, shardings)
+  return abstract, shardings
+
+
+def state_shardings(example: Batch, mesh: Mesh, *, model: Any, tx: optax.GradientTransformation) -> Any:
+  """A TrainState of NamedShardings: optimizer state lies like its parameter, the rest whole on each device."""
+  replicated: Any = NamedSharding(mesh, P())
+  abstract, params = param_shardings(example, mesh, model=model)
+  opt_state = optax.tree_map_params(
+      tx, lambda leaf, weight, sharding: sharding if leaf.shape == weight.shape else replicated,
+      jax.eval_shape(tx.init, abstract), abstract, params, transform_non_params=lambda _: replicated)
+  return TrainState(replicated, params, opt_state)
+
+
+def train_step(state: TrainState, batch: Batch, *, model: Any, tx: optax.GradientTransformation,
+               schedule: optax.Schedule, seed: int, num_microbatches: int = 1,
+               z_loss: float = 0.0) -> tuple[TrainState, Metrics]:
+  """One optimizer update. The same state, batch and seed give the same result.
+
+  The objective is the mean loss over the batch's real tokens, plus what modules sow into `losses`, whatever the
+  number of microbatches. What they sow into `metrics` is averaged and logged. A non-finite loss or gradient leaves
+  params and opt_state as they were, and counts in the metric `skipped`.
+  """
+  num_tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+  def loss_fn(params: Params, microbatch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    logits, sown = model.apply({'params': params}, microbatch, train=True, rngs={'dropout': key},
+                               mutable=['losses', 'metrics'])
+    nll_BT = losses.cross_entropy(logits, microbatch.targets, z_loss)
+    loss = jnp.sum(nll_BT * microbatch.loss_mask) / num_tokens
+    extra = sum(map(jnp.sum, jax.tree.leaves(sown.get('losses', {}))), jnp.zeros(())) / num_microbatches
+    logged = {_metric_name(path): jnp.mean(leaf) / num_microbatches
+              for path, leaf in jax.tree_util.tree_leaves_with_path(sown.get('metrics', {}))}
+    return loss + extra, {'loss': loss, 'extra_loss': extra, **logged}
+
+  grads, metrics = accumulate(jax.grad(loss_fn, has_aux=True), state.params, batch, key, num_microbatches)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
+  finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+  params, opt_state = jax.tree.map(partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state))
+  metrics |= {'grad_norm': grad_norm, 'update_norm': update_norm, 'learning_rate': schedule(state.step),
+              'num_tokens': num_tokens, 'skipped': 1 - finite.astype(jnp.int32)}
+  return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,
+               num_microbatches: int) -> tuple[Params, Metrics]:
+  """Sums grad_fn(params, microbatch, key) over the microbatches, one after the other in memory."""
+  if num_microbatches == 1:
+    return grad_fn(params, batch, key)
+
+  def split(x: jax.Array) -> jax.Array:
+    # Microbatch i takes rows i, i + m, ...: every device keeps its own rows, none cross the mesh.
+    x = jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1)
+    return constrain(x, None, 'act_batch', *(None,) * (x.ndim - 2))
+
+  def body(total, xs):
+    return jax.tree.map(jnp.add, total, grad_fn(params, *xs)), None
+
+  keys = jax.random.split(key, num_microbatches)
+  xs = (jax.tree.map(split, batch), keys)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
+                       jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], xs)))
+  return jax.lax.scan(body, zeros, xs)[0]
+
+
+def eval_step(params: Params, batch: Batch, *, model: Any, token_bytes: jax.Array) -> Metrics:
+  """Sums over a batch, so that any split of a data set adds up to the same: nll (nats), tokens, bytes, correct."""
+  logits = model.apply({'params': params}, batch)
+  nll_BT = losses.cross_entropy(logits, batch.targets)
+  correct_BT = jnp.argmax(logits, axis=-1) == batch.targets
+  return {'nll': jnp.sum(nll_BT * batch.loss_mask), 'tokens': jnp.sum(batch.loss_mask),
+          'bytes': jnp.sum(token_bytes[batch.targets] * batch.loss_mask),
+          'correct': jnp.sum(correct_BT * batch.loss_mask)}
+
+
+def _metric_name(path: Any) -> str:
+  return '/'.join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))

@@ -1,0 +1,45 @@
+"""Leaving in good order: SIGTERM and Ctrl-C end a run at a step that all its processes agree on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class StopSignal:
+  """A context manager that turns the first SIGTERM or SIGINT into `reached(step)`; a second one kills at once.
+
+  With several processes SIGTERM is left to jax.distributed, whose coordinator picks the step for all of them, so
+  that one notified process is enough; Ctrl-C is passed on to it as SIGTERM.
+  """
+
+  def __init__(self):
+    self.requested = False
+    self._alone = jax.process_count() == 1
+
+  def __enter__(self) -> StopSignal:
+    handled = (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,)
+    self._before = {number: signal.signal(number, self._handle) for number in handled}
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number: int, frame: object) -> None:
+    for handled in self._before:
+      signal.signal(handled, signal.SIG_DFL)
+    if not self._alone:
+      os.kill(os.getpid(), signal.SIGTERM)
+      return
+    self.requested = True
+    name = signal.Signals(number).name
+    print(f'\n{name}: saving, then leaving (once more: leave at once)', file=sys.stderr, flush=True)
+
+  def reached(self, step: int) -> bool:
+    """Whether to stop after `step`. With several processes every one must ask at every step."""
+    return self.requested if self._alone else multihost_utils.reached_preemption_sync_point(step)

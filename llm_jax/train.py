@@ -1,0 +1,244 @@
+"""The loop: the only file that knows everybody, read from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llm_jax import __version__
+from llm_jax.assemble import complete, example_batch, make_evaluator, samples, windows
+from llm_jax.checkpoint import Checkpoints
+from llm_jax.config import Config, differences, to_dict
+from llm_jax.data import Data, check_fingerprint, data_fingerprint, open_data, pipeline
+from llm_jax.metrics import Console, Throughput, Writer, peak_flops
+from llm_jax.models import make_model
+from llm_jax.optim import make_optimizer
+from llm_jax.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, put_batch
+from llm_jax.step import TrainState, init_state, state_shardings, train_step
+from llm_jax.stopping import StopSignal
+from llm_jax.types import ConfigError, DivergedError, Interrupted, StorageError
+
+MAX_SKIPPED = 20  # steps in a row without a finite gradient
+
+
+def run(config: Config, workdir: Path) -> dict[str, float]:
+  """Trains to `num_steps`, going on from what `workdir` holds; returns the last evaluation, 'val/loss' and so on.
+
+  Raises Interrupted after a signal, and UserErrors (see types.py).
+  """
+  # 1. Folder and mesh. Everything below is traced under the mesh; one device is a 1x1x1 one.
+  prepare(workdir)
+  mesh = make_mesh(config.mesh)
+  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    # 2. Data: made by process 0, opened by all.
+    held_rows, num_microbatches = config.split_batch(num_batch_shards(mesh))
+    if jax.process_index() == 0:
+      open_data(config.data)
+    barrier('data')
+    data = open_data(config.data)
+    examples = pipeline.shuffled(windows(config, data.train), config.seed)
+    num_rows = config.rows_per_batch
+    rows = local_rows(mesh, num_rows)
+
+    # 3. Model, optimizer, shardings, compiled steps.
+    config = complete(config, data)
+    model = make_model(config.model)
+    tx, schedule = make_optimizer(config.optim, config.num_steps)
+    shardings = state_shardings(example_batch(config), mesh, model=model, tx=tx)
+    replicated = shardings.step
+    init = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)
+    step_fn = jax.jit(
+        partial(train_step, model=model, tx=tx, schedule=schedule, seed=config.seed,
+                num_microbatches=num_microbatches, z_loss=config.z_loss),
+        in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, replicated), donate_argnums=0)
+    evaluator = make_evaluator(config, data.tokenizer, model, mesh)
+
+    # 4. State: what the folder holds, else fresh.
+    checkpoints = stack.enter_context(Checkpoints(workdir / 'checkpoints', config.checkpoint))
+    fingerprint = data_fingerprint(config.data, data, num_rows, config.seed)
+    key = jax.random.key(config.seed)
+    best = float('inf')
+    if checkpoints.steps():
+      abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+                              jax.eval_shape(init, key, example_batch(config)), shardings)
+      params, opt_state, meta = checkpoints.restore(
+          abstract.params, abstract.opt_state, check=partial(check_resume, config=config, fingerprint=fingerprint))
+      checkpoints.delete_after(meta['step'])
+      best = meta['best_val_loss'] if meta['best_val_loss'] is not None else best
+      state = TrainState(jax.device_put(np.int32(meta['step']), replicated), params, opt_state)
+      report_resume(config, meta)
+    else:
+      state = init(key, example_batch(config))
+    begin = int(state.step)
+    write_run_files(config, data, workdir)
+
+    # 5. Watchers.
+    writer = Writer(workdir, begin)
+    stack.callback(writer.close)
+    console = Console(config.num_steps, begin)
+    stack.callback(console.close)
+    describe(config, data, state, num_microbatches, held_rows, workdir, console)
+    if begin == 0:
+      writer.text(0, 'config', json.dumps(to_dict(config), indent=2))
+    throughput = Throughput(config.model.flops_per_token(config.data.seq_len), peak_flops(jax.devices()))
+    batches = stack.enter_context(contextlib.closing(pipeline.prefetched(
+        pipeline.train_batches(examples, num_rows, rows), begin)))
+    stop = stack.enter_context(StopSignal())
+    skipped_in_a_row = 0
+
+    def fetch(step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+      """Waits for a step and returns what is to be logged of it: nothing, when it is not due."""
+      nonlocal skipped_in_a_row
+      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      throughput.step_done(values['num_tokens'])
+      skipped_in_a_row = skipped_in_a_row + 1 if values['skipped'] else 0
+      if skipped_in_a_row == 1:
+        console.line(f'WARNING: step {step}: the gradient is not finite; the update is skipped')
+      if skipped_in_a_row >= MAX_SKIPPED:
+        raise DivergedError(f'the gradients of steps {step - MAX_SKIPPED + 1} to {step} were not finite, so none was '
+                            'applied; lower config.optim.learning_rate, or look at the data of these steps')
+      if step % config.log.every and step not in (begin + 1, config.num_steps):
+        return {}
+      logged = {f'train/{name}': value for name, value in (values | throughput.take()).items()}
+      logged |= text_metrics('train', values['loss'], data)
+      console.step(step, logged, throughput.seconds_per_step)
+      return logged
+
+    def validate(step: int) -> dict[str, float]:
+      results = evaluator(state.params, data.val, config.eval.max_tokens, lambda: stop.requested)
+      results = {f'val/{name}': value for name, value in results.items()}
+      console.line(f'step {step}: ' + '  '.join(f'{name} {value:.4f}' for name, value in results.items()
+                                                 if name != 'val/tokens'))
+      for prompt, sample in samples(config, data.tokenizer, model, state.params):
+        writer.text(step, f'sample/{prompt or "new document"}', prompt + sample)
+        console.line('\n'.join('  | ' + line for line in (prompt + sample).splitlines()))
+      return results
+
+    def save(step: int, val_loss: float | None) -> None:
+      checkpoints.save(step, state.params, state.opt_state, val_loss=val_loss, meta={
+          'config': to_dict(config), 'data': fingerprint, 'best_val_loss': best if best < float('inf') else None,
+          'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
+
+    # 6. The loop. Metrics are fetched one step late, so the device always has the next step queued.
+    if begin >= config.num_steps:
+      console.line(f'already at step {begin} of {config.num_steps}; for more, raise --config.num_steps')
+    results: dict[str, float] = {}
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    for step in range(begin + 1, config.num_steps + 1):
+      start = time.perf_counter()
+      features = next(batches)
+      throughput.waited(time.perf_counter() - start)
+      state, metrics = step_fn(state, put_batch(features, rows, num_rows, mesh))
+      if pending is not None:
+        writer.scalars(pending[0], fetch(*pending))
+      pending = step, metrics
+      stopping = stop.reached(step)
+      due_eval = step % config.eval.every == 0 or step == config.num_steps
+      due_save = step % config.checkpoint.every == 0 or step == config.num_steps
+      if not (stopping or due_eval or due_save or step == begin + 1):
+        continue
+
+      # Something else comes before the next step: first this one is finished, and its line written.
+      logged, pending = fetch(*pending), None
+      if step == begin + 1:
+        console.line(f'first step after {time.perf_counter() - start:.1f} s of compiling and running')
+      val_loss = None
+      if due_eval:
+        with contextlib.suppress(Interrupted):
+          results = validate(step)
+          logged |= results
+          val_loss = results['val/loss']
+      improved = val_loss is not None and val_loss < best and config.checkpoint.keep_best > 0
+      best = min(best, val_loss) if val_loss is not None else best
+      writer.scalars(step, logged)
+      stopping = stopping or stop.requested
+      if stopping or due_save or improved:
+        save(step, val_loss)
+      if stopping and step < config.num_steps:
+        checkpoints.wait()
+        raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
+                          'the same command goes on from there')
+      throughput.restart()
+    checkpoints.wait()
+    barrier('end')
+    return results
+
+
+def prepare(workdir: Path) -> None:
+  """Makes the folder and proves that it can be written. Raises StorageError."""
+  probe = workdir / f'.probe-{os.getpid()}'
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe.touch()
+    probe.unlink()
+  except OSError as e:
+    raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
+
+
+def text_metrics(split: str, loss: float, data: Data) -> dict[str, float]:
+  """Perplexity, and bits per byte by the split's mean bytes per token."""
+  values = {f'{split}/perplexity': float(np.exp(min(loss, 700.0)))}
+  if data.train.num_bytes:
+    values[f'{split}/bits_per_byte'] = loss / np.log(2) * len(data.train.tokens) / data.train.num_bytes
+  return values
+
+
+def check_resume(meta: dict, *, config: Config, fingerprint: dict) -> None:
+  """Raises ConfigError naming what differs when this checkpoint is of another model or other data."""
+  changed = {name: values for name, values in differences(meta['config']['model'], to_dict(config)['model']).items()
+             if name not in ('scan_unroll', 'remat', 'dropout')}
+  if changed:
+    raise ConfigError('the checkpoint is of another model:\n  ' + '\n  '.join(
+        f'config.model.{name}: checkpoint {old}, now {new}' for name, (old, new) in changed.items())
+        + '\nPut it back, or start in another --workdir.')
+  check_fingerprint(meta['data'], fingerprint)
+
+
+def report_resume(config: Config, meta: dict) -> None:
+  if jax.process_index() == 0:
+    print(f'going on from step {meta["step"]}', flush=True)
+    for name, (old, new) in differences(meta['config'], to_dict(config)).items():
+      print(f'  changed since: config.{name}: {old} -> {new}', flush=True)
+
+
+def write_run_files(config: Config, data: Data, workdir: Path) -> None:
+  """config.json, which repeats the run, and tokenizer.json, without which its tokens mean nothing."""
+  if jax.process_index() != 0:
+    return
+  files = {'config.json': json.dumps(to_dict(config), indent=2)}
+  if data.tokenizer is not None:
+    files['tokenizer.json'] = data.tokenizer.to_json()
+  for name, content in files.items():
+    aside = workdir / f'{name}.partial'
+    aside.write_text(content)
+    os.replace(aside, workdir / name)
+
+
+def describe(config: Config, data: Data, state: TrainState, num_microbatches: int, held_rows: int, workdir: Path,
+             console: Console) -> None:
+  devices, seq_len = jax.devices(), config.data.seq_len
+  num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  epochs = config.num_steps * config.batch_tokens / len(data.train.tokens)
+  console.line(f'devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es), '
+               f'mesh {dict(jax.sharding.get_abstract_mesh().shape)}')
+  console.line(f'model: {config.model.name}, {num_params / 1e6:.2f} M parameters, {config.model.num_layers} layers, '
+               f'{config.model.embed_dim} wide, vocabulary {config.model.vocab_size}, {config.model.dtype}')
+  console.line(f'data: {config.data.path}: {len(data.train.tokens) / 1e6:.2f} M tokens to train on, '
+               f'{len(data.val.tokens) / 1e6:.2f} M to validate with; {config.num_steps} steps are {epochs:.2f} epochs')
+  console.line(f'batch: {config.batch_tokens} tokens = {num_microbatches} microbatch(es) x {held_rows} row(s) '
+               f'x {seq_len} tokens on each of {config.rows_per_batch // num_microbatches // held_rows} device(s)')
+  console.line(f'workdir: {workdir}; watch it: tensorboard --logdir {workdir}')
+
+
+def barrier(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
