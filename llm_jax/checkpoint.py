@@ -35,6 +35,13 @@ class CheckpointConfig:
         raise ValueError(f'{field} must be at least {least}; got {value}')
 
 
+class _Manager(ocp.CheckpointManager):
+
+  def reached_preemption(self, step: int) -> bool:
+    """Never: to ask jax would move this process's step of its sync point, which StopSignal counts."""
+    return False
+
+
 class Checkpoints:
   """The checkpoints of one run. A context manager: leaving it waits for the save in flight."""
 
@@ -44,11 +51,12 @@ class Checkpoints:
                            keep_checkpoints_without_metrics=False)]
     if config.keep_every:
       kept.append(policies.EveryNSteps(config.keep_every))
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
         directory.absolute(), item_names=('params', 'opt_state', 'meta'),
         item_handlers={'params': ocp.StandardCheckpointHandler(), 'opt_state': ocp.StandardCheckpointHandler(),
                        'meta': ocp.JsonCheckpointHandler()},
         options=ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics['val_loss'], best_mode='min',  # else Orbax drops the metrics
             preservation_policy=policies.AnyPreservationPolicy(kept), read_only=read_only, create=not read_only,
             cleanup_tmp_directories=not read_only))
 
@@ -63,8 +71,7 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The step with the lowest recorded validation loss."""
-    losses = {step: (self._manager.metrics(step) or {}).get('val_loss', math.inf) for step in self.steps()}
-    return min(losses, key=lambda step: losses[step]) if losses and min(losses.values()) < math.inf else None
+    return self._manager.best_step()
 
   def save(self, step: int, params: Params, opt_state: Any, meta: dict, val_loss: float | None = None) -> None:
     """Starts a save and returns once the arrays are copied. Raises StorageError, also for a save that failed before."""

@@ -152,7 +152,7 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
   built = {}
   for name, value in values.items():
     if name not in fields:
-      near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+      near = difflib.get_close_matches(name, fields, n=1)
       hint = f'did you mean {path}.{near[0]}?' if near else f'known: {", ".join(fields)}'
       problems.append(f'{path}.{name}: no such field; {hint}')
     elif 'classes' in fields[name].metadata:

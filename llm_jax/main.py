@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -75,6 +76,7 @@ def start_processes() -> None:
 
 def run_as_program(main: Callable[[list[str]], None]) -> None:
   """Runs main(argv); a UserError becomes one message and its exit code."""
+  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns about what is meant, such as a save without metrics
   try:
     main(sys.argv[1:])
   except UserError as e:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -29,7 +30,7 @@ PEAK_FLOPS = {
 def peak_flops(devices: list[jax.Device]) -> float | None:
   """Of all devices together; None where the kind is not in the table (a CPU has no such figure)."""
   kind = devices[0].device_kind
-  known = [peak for name, peak in PEAK_FLOPS.items() if name in kind]
+  known = [peak for name, peak in PEAK_FLOPS.items() if re.search(rf'{name}(?![0-9A-Za-z])', kind)]  # no L4 in an L40
   return known[0] * len(devices) if known else None
 
 
@@ -41,13 +42,14 @@ class Writer:
 
   def __init__(self, workdir: Path, step: int):
     self._enabled = jax.process_index() == 0
-    if not self._enabled:
-      return
+    self._guarded(lambda: self._open(workdir, step))
+
+  def _open(self, workdir: Path, step: int) -> None:
     path = workdir / 'metrics.jsonl'
     if path.exists():
-      kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+      kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
       aside = path.with_suffix('.partial')
-      aside.write_text(''.join(kept))
+      aside.write_text(''.join(line + '\n' for line in kept))  # the last one may have lost its end alone
       os.replace(aside, path)
     self._jsonl = open(path, 'a')  # noqa: SIM115
     self._events = EventFileWriter(str(workdir), flush_secs=10)
@@ -63,7 +65,9 @@ class Writer:
       self._jsonl.write(json.dumps({'step': step, **values}) + '\n')
       self._jsonl.flush()
       for name, value in values.items():
-        self._events.add_event(Event(wall_time=time.time(), step=step, summary=scalar_pb(name, value)))
+        # Not a tensor, which TensorBoard's EventAccumulator neither lists as a scalar nor drops at a restart.
+        point = Summary(value=[Summary.Value(tag=name, simple_value=value)])
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=point))
     self._guarded(write)
 
   def text(self, step: int, name: str, value: str) -> None:
@@ -73,8 +77,9 @@ class Writer:
         Event(wall_time=time.time(), step=step, summary=text_pb(name, block))))
 
   def close(self) -> None:
-    self._guarded(self._jsonl.close)
-    self._guarded(self._events.close)
+    if self._enabled:
+      self._guarded(self._jsonl.close)
+      self._guarded(self._events.close)
     self._enabled = False
 
   def _guarded(self, write: Any) -> None:

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 
 class StopSignal:
-  """A context manager that turns the first SIGTERM or SIGINT into `reached(step)`; a second one kills at once.
+  """A context manager that turns the first SIGTERM or SIGINT into `reached()`; a second one kills at once.
 
   With several processes SIGTERM is left to jax.distributed, whose coordinator picks the step for all of them, so
   that one notified process is enough; Ctrl-C is passed on to it as SIGTERM.
@@ -20,6 +20,7 @@ class StopSignal:
   def __init__(self):
     self.requested = False
     self._alone = jax.process_count() == 1
+    self._num_asked = 0
 
   def __enter__(self) -> StopSignal:
     handled = (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,)
@@ -33,13 +34,17 @@ class StopSignal:
   def _handle(self, number: int, frame: object) -> None:
     for handled in self._before:
       signal.signal(handled, signal.SIG_DFL)
-    if not self._alone:
+    if self._alone:
+      self.requested = True
+    else:
       os.kill(os.getpid(), signal.SIGTERM)
-      return
-    self.requested = True
     name = signal.Signals(number).name
-    print(f'\n{name}: saving, then leaving (once more: leave at once)', file=sys.stderr, flush=True)
+    if jax.process_index() == 0:
+      print(f'\n{name}: saving, then leaving (once more: leave at once)', file=sys.stderr, flush=True)
 
-  def reached(self, step: int) -> bool:
-    """Whether to stop after `step`. With several processes every one must ask at every step."""
-    return self.requested if self._alone else multihost_utils.reached_preemption_sync_point(step)
+  def reached(self) -> bool:
+    """Whether to stop after this step. With several processes every one must ask at every step."""
+    # jax counts from 0 and stops at the next count: asked by step number, a run that goes on from step 100 would never
+    # hear of a signal that came before its first step.
+    self._num_asked += 1
+    return self.requested if self._alone else multihost_utils.reached_preemption_sync_point(self._num_asked)

@@ -41,9 +41,11 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     # 2. Data: made by process 0, opened by all.
     held_rows, num_microbatches = config.split_batch(num_batch_shards(mesh))
-    if jax.process_index() == 0:
-      open_data(config.data)
-    barrier('data')
+    try:
+      if jax.process_index() == 0:
+        open_data(config.data)
+    finally:  # also after an error, which the others then meet themselves instead of waiting
+      barrier('data')
     data = open_data(config.data)
     examples = pipeline.shuffled(windows(config, data.train), config.seed)
     num_rows = config.rows_per_batch
@@ -70,8 +72,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     if checkpoints.steps():
       abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
                               jax.eval_shape(init, key, example_batch(config)), shardings)
-      params, opt_state, meta = checkpoints.restore(
-          abstract.params, abstract.opt_state, check=partial(check_resume, config=config, fingerprint=fingerprint))
+      params, (_, opt_state), meta = checkpoints.restore(
+          abstract.params, (abstract.step, abstract.opt_state), check=partial(check_resume, config=config, fingerprint=fingerprint))
       checkpoints.delete_after(meta['step'])
       best = meta['best_val_loss'] if meta['best_val_loss'] is not None else best
       state = TrainState(jax.device_put(np.int32(meta['step']), replicated), params, opt_state)
@@ -124,7 +126,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       return results
 
     def save(step: int, val_loss: float | None) -> None:
-      checkpoints.save(step, state.params, state.opt_state, val_loss=val_loss, meta={
+      # Together with the step, as Orbax refuses the empty state that some optimizers have.
+      checkpoints.save(step, state.params, (state.step, state.opt_state), val_loss=val_loss, meta={
           'config': to_dict(config), 'data': fingerprint, 'best_val_loss': best if best < float('inf') else None,
           'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
 
@@ -141,7 +144,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       if pending is not None:
         writer.scalars(pending[0], fetch(*pending))
       pending = step, metrics
-      stopping = stop.reached(step)
+      stopping = stop.reached()
       due_eval = step % config.eval.every == 0 or step == config.num_steps
       due_save = step % config.checkpoint.every == 0 or step == config.num_steps
       if not (stopping or due_eval or due_save or step == begin + 1):

@@ -82,8 +82,8 @@ def open_data(config: DataConfig) -> Data:
   with store.locked(folder):
     if not folder.exists():
       _make_store(config, source, folder)
-  tokenizer = load_tokenizer(folder / 'tokenizer.json')
   splits = {split: store.open_split(folder, split) for split in ('train', 'val')}
+  tokenizer = load_tokenizer(folder / 'tokenizer.json')
   return Data(**splits, tokenizer=tokenizer, vocab_size=len(tokenizer.token_bytes))
 
 

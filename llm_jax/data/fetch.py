@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
-import urllib.error
 import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from llm_jax.progress import progress
-from llm_jax.types import DataError
+from llm_jax.types import DataError, StorageError
 
 
 def is_url(path: str) -> bool:
@@ -18,17 +18,22 @@ def is_url(path: str) -> bool:
 
 
 def fetch(url: str, sha256: str | None, cache_dir: Path) -> Path:
-  """The local copy of `url`. Raises DataError when it cannot be had or its sha256 differs."""
+  """The local copy of `url`. Raises DataError when it cannot be had or its sha256 differs, and StorageError."""
   name = Path(urlsplit(url).path).name or 'download'
   target = cache_dir / 'downloads' / hashlib.sha256(f'{url} {sha256}'.encode()).hexdigest()[:16] / name
   if target.exists():
     return target
   by_hand = 'download it elsewhere and pass the file: --config.data.path=FILE'
-  target.parent.mkdir(parents=True, exist_ok=True)
   partial = target.with_name(f'{name}.{os.getpid()}.partial')
   digest = hashlib.sha256()
   try:
-    with urllib.request.urlopen(url, timeout=30) as response, open(partial, 'wb') as out:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    out = open(partial, 'wb')  # noqa: SIM115
+  except OSError as e:
+    raise StorageError(f'{target.parent}: cannot be written ({e.strerror}); set --config.data.cache_dir or '
+                       'LLM_JAX_CACHE to a folder that can') from None
+  try:
+    with out, urllib.request.urlopen(url, timeout=30) as response:
       size = int(response.headers.get('Content-Length') or 0)
       with progress(f'fetching {name}', size or None, 'B') as bar:
         while chunk := response.read(1 << 20):
@@ -40,7 +45,7 @@ def fetch(url: str, sha256: str | None, cache_dir: Path) -> Path:
     if sha256 and digest.hexdigest() != sha256:
       raise DataError(f'{url}: sha256 is {digest.hexdigest()}, config.data.sha256 wants {sha256}: the file differs')
     os.replace(partial, target)
-  except (urllib.error.URLError, OSError) as e:
+  except (OSError, http.client.HTTPException) as e:  # URLError is an OSError; an answer cut in a chunk is not
     reason = getattr(e, 'reason', None) or e
     raise DataError(f'{url}: cannot be downloaded ({reason}); without a network {by_hand}') from None
   finally:

@@ -39,7 +39,10 @@ class TokenStore:
 
 def open_split(folder: Path, split: str) -> TokenStore:
   """Raises DataError when a file is missing or has another size than the manifest says."""
-  manifest = json.loads((folder / 'manifest.json').read_text())
+  try:
+    manifest = json.loads((folder / 'manifest.json').read_text())
+  except (OSError, ValueError) as e:
+    raise DataError(f'{folder / "manifest.json"}: cannot be read ({e}); delete the folder and start again') from None
   for name, entry in manifest['files'].items():
     size = (folder / name).stat().st_size if (folder / name).exists() else 'none'
     if size != entry['size']:
@@ -73,7 +76,7 @@ def write_store(folder: Path, tokenizer: Tokenizer, documents: Iterable[tuple[st
         count['documents'] += 1
         count['bytes'] += num_bytes
         bar.update(num_bytes)
-  (aside / 'tokenizer.json').write_text(tokenizer.to_json())
+  (aside / 'tokenizer.json').write_text(tokenizer.to_json(), encoding='utf-8')
   manifest = {'version': VERSION, 'dtype': dtype.name, 'vocab_size': vocab_size, 'splits': counts, **about,
               'files': {p.name: {'size': p.stat().st_size, 'sha256': file_sha256(p)} for p in sorted(aside.iterdir())}}
   (aside / 'manifest.json').write_text(json.dumps(manifest, indent=1))

@@ -22,14 +22,17 @@ def open_bin(path: Path, eot_id: int | None) -> TokenStore:
   """
   if not path.is_file():
     raise DataError(f'{path}: no such token file')
+  size = path.stat().st_size
   header = np.fromfile(path, np.int32, count=3)
   if header.size == 3 and int(header[0]) in LLMC_MAGIC:
-    tokens = np.memmap(path, LLMC_MAGIC[int(header[0])], mode='r', offset=_HEADER_BYTES)
-    if len(tokens) != header[2]:
-      raise DataError(f'{path}: the header says {header[2]} tokens, the file holds {len(tokens)}')
+    dtype = np.dtype(LLMC_MAGIC[int(header[0])])
+    expected = _HEADER_BYTES + int(header[2]) * dtype.itemsize
+    if size != expected:
+      raise DataError(f'{path}: the header says {header[2]} tokens, which take {expected} bytes; the file has {size}')
+    tokens = np.memmap(path, dtype, mode='r', offset=_HEADER_BYTES)
   else:
-    if path.stat().st_size < 2 or path.stat().st_size % 2:
-      raise DataError(f'{path}: {path.stat().st_size} bytes are no flat array of uint16 tokens')
+    if size < 2 or size % 2:
+      raise DataError(f'{path}: {size} bytes are no flat array of uint16 tokens')
     tokens = np.memmap(path, np.uint16, mode='r')
   starts = np.zeros(1, np.int64) if eot_id is None else np.union1d([0], np.flatnonzero(tokens == eot_id))
   return TokenStore(tokens, starts, _sampled_sha256(tokens), num_bytes=0)

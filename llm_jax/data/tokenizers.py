@@ -131,12 +131,13 @@ TOKENIZERS: dict[str, Callable[[Iterable[str], int], Tokenizer]] = {
 
 def load_tokenizer(path: Path) -> Tokenizer:
   """What `to_json` wrote: {"type": "byte" | "char"}, or a Hugging Face tokenizer.json of a byte-level BPE."""
-  spec = json.loads(path.read_text())
+  text = path.read_text(encoding='utf-8')
+  spec = json.loads(text)
   if spec.get('type') == 'byte':
     return ByteTokenizer()
   if spec.get('type') == 'char':
     return CharTokenizer(spec['chars'])
-  return BPETokenizer(tokenizers.Tokenizer.from_str(path.read_text()))
+  return BPETokenizer(tokenizers.Tokenizer.from_str(text))
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

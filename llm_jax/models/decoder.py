@@ -134,6 +134,7 @@ class Decoder(nn.Module):
     self.embed = Embed(cfg.V, cfg.embed_dim, init, dtype=jnp.dtype(cfg.dtype))
     if cfg.positions == 'learned':
       self.positions = Embed(cfg.max_len or 0, cfg.embed_dim, init, axes=('positions', 'embed'))
+    self.dropout = nn.Dropout(cfg.dropout)
     self.block = Block(cfg, parent=None)
     self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim))
     self.final_norm = make_norm(cfg)()
@@ -156,7 +157,8 @@ class Decoder(nn.Module):
     x_BTD = constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
     dropout_key = self.make_rng('dropout') if train and cfg.dropout else None
     if dropout_key is not None:
-      x_BTD = nn.Dropout(cfg.dropout, deterministic=False)(x_BTD, rng=jax.random.fold_in(dropout_key, cfg.num_layers))
+      key = jax.random.fold_in(dropout_key, cfg.num_layers)
+      x_BTD = self.dropout(x_BTD, deterministic=False, rng=key)
     x_BTD, cache, sown = apply_stack(
         self.block, self.blocks, x_BTD, positions_BT, segment_ids_BT, windows=cfg.windows, cache=cache,
         dropout_key=dropout_key, train=train, unroll=cfg.scan_unroll, remat=cfg.remat)

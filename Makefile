@@ -1,0 +1,38 @@
+# make train and make test need nothing but Python 3.11-3.13: each makes .venv first. PYTHON=... picks another one.
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3 python; do \
+  "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: install train test test-slow lint bench lock
+
+install: $(VENV)/installed
+
+# Written last: an install that broke off is done again.
+$(VENV)/installed: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; name one: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+train: install
+	$(RUN) -m llm_jax.main --config=configs/gpt_small.py
+
+test: lint
+	$(RUN) -m pytest
+
+test-slow: install
+	$(RUN) -m pytest -m slow
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+bench: install
+	$(RUN) benchmarks/step.py
+
+# Needs uv. One lock for all Pythons, by markers, without addresses.
+lock:
+	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes \
+	  --no-header --no-annotate -o requirements.lock

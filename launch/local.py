@@ -1,0 +1,65 @@
+"""Runs one training job as N processes of M CPU devices each on this machine, as a pod would run it on N hosts.
+
+  python launch/local.py --num_processes=2 --devices=2 -- --config=configs/gpt_small.py --config.num_steps=100
+
+What follows `--` goes to llm_jax.main. The output of process 0 is shown; that of another one only where it failed in
+its own way. Ctrl-C and SIGTERM are passed on; the exit code is that of the first process that failed.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--num_processes', type=int, default=2)
+  parser.add_argument('--devices', type=int, default=1, help='virtual CPU devices of each process')
+  parser.add_argument('rest', nargs=argparse.REMAINDER, help='-- and the flags of llm_jax.main')
+  args = parser.parse_args()
+  flags = args.rest[1:] if args.rest[:1] == ['--'] else args.rest
+
+  # Kept until the loop below, so that each reaches every process, also one that is not yet started.
+  signals: list[int] = []
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: signals.append(number))
+
+  with socket.socket() as s:  # a free port for the coordinator, on the loopback only
+    s.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{s.getsockname()[1]}'
+  processes, outputs = [], []
+  for i in range(args.num_processes):
+    env = os.environ | {
+        'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(args.devices), 'JAX_NUM_PROCESSES': str(args.num_processes),
+        'JAX_PROCESS_ID': str(i), 'JAX_COORDINATOR_ADDRESS': address, 'JAX_COORDINATOR_BIND_ADDRESS': address}
+    output = None if i == 0 else tempfile.TemporaryFile('w+')  # noqa: SIM115
+    # A session of its own: the terminal's Ctrl-C reaches a process once, through us.
+    processes.append(subprocess.Popen([sys.executable, '-m', 'llm_jax.main', '--distributed', *flags], env=env,
+                                      stdout=output, stderr=output and subprocess.STDOUT, start_new_session=True))
+    outputs.append(output)
+
+  ended: list[int] = []  # in time: the first that failed is the cause, the others its victims
+  while len(ended) < len(processes):
+    time.sleep(0.1)
+    running = [i for i in range(len(processes)) if i not in ended]
+    ended += [i for i in running if processes[i].poll() is not None]
+    while signals:
+      number = signals.pop(0)
+      for i in running:
+        processes[i].send_signal(number)  # does nothing to one that has ended
+  codes = [code if code >= 0 else 128 - code for code in (process.returncode for process in processes)]
+  for i, (code, output) in enumerate(zip(codes, outputs, strict=True)):
+    # The same message once; but 1 is a traceback, and that of process 0 may be no more than the loss of this one.
+    if output is not None and code and (code == 1 or code != codes[0]):
+      output.seek(0)
+      print(f'--- process {i} ended with {code}:\n{output.read()[-4000:]}', file=sys.stderr)
+  return next((codes[i] for i in ended if codes[i]), 0)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,14 @@
+"""Eight virtual CPU devices, caches of their own, and no silent broadcasting between ranks."""
+
+import os
+import tempfile
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_NUM_CPU_DEVICES'] = '8'
+os.environ['LLM_JAX_CACHE'] = tempfile.mkdtemp(prefix='llm_jax_tests_')
+
+import jax
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Tiny models: compiling is what takes time here, not running.
+jax.config.update('jax_disable_most_optimizations', True)

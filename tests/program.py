@@ -1,0 +1,78 @@
+"""Runs the package's programs as a user does: real processes, real signals, real files."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+TINY = '''"""A run of seconds."""
+from llm_jax.config import base
+
+def get_config():
+  config = base()
+  config.num_steps = 150
+  config.batch_tokens = 256
+  config.tokens_per_device = 128
+  config.model.num_layers = 2
+  config.model.embed_dim = 32
+  config.model.num_heads = 2
+  config.model.dropout = 0.1
+  config.data.path = {corpus!r}
+  config.data.vocab_size = 300
+  config.data.seq_len = 32
+  config.optim.learning_rate = 3e-3
+  config.optim.warmup_cosine.warmup_steps = 5
+  config.eval.every = 50
+  config.eval.max_tokens = 1024
+  config.eval.prompts = ('', 'def ')
+  config.eval.sample_tokens = 16
+  config.checkpoint.every = 10
+  config.log.every = 1
+  return config
+'''
+
+
+def write_config(folder: Path) -> Path:
+  """A tiny config on a corpus of its own: three files of this project."""
+  corpus = folder / 'corpus'
+  corpus.mkdir()
+  for name in ('train.py', 'config.py', 'metrics.py'):
+    (corpus / name).write_bytes((ROOT / 'llm_jax' / name).read_bytes())
+  path = folder / 'tiny.py'
+  path.write_text(TINY.format(corpus=str(corpus)))
+  return path
+
+
+def environment(folder: Path) -> dict[str, str]:
+  kept = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'JAX_NUM_CPU_DEVICES')}
+  return kept | {
+      'JAX_PLATFORMS': 'cpu', 'LLM_JAX_CACHE': str(folder / 'cache'), 'PYTHONPATH': str(ROOT),
+      # The same small programs are compiled again and again: once is enough.
+      'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+
+
+def start(folder: Path, module: str, *flags: str) -> subprocess.Popen:
+  return subprocess.Popen([sys.executable, '-m', f'llm_jax.{module}', *flags], cwd=folder, env=environment(folder),
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+  output = process.communicate(timeout=240)[0]
+  assert process.returncode == code, f'exit {process.returncode}, not {code}:\n{output[-4000:]}'
+  return output
+
+
+def signal_at(process: subprocess.Popen, workdir: Path, step: int, number: signal.Signals) -> None:
+  """Sends the signal as soon as metrics.jsonl has a line for `step`."""
+  deadline = time.monotonic() + 180
+  while process.poll() is None and time.monotonic() < deadline:
+    path = workdir / 'metrics.jsonl'
+    if path.exists() and f'"step": {step},' in path.read_text():
+      break
+    time.sleep(0.01)
+  assert process.poll() is None, process.communicate()[0][-4000:]
+  process.send_signal(number)

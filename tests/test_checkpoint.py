@@ -1,0 +1,124 @@
+"""Checkpoints: what is kept, what comes back on another mesh, and what a damaged folder costs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.checkpoint import CheckpointConfig, Checkpoints
+from llm_jax.sharding import MeshConfig, make_mesh
+from llm_jax.types import ConfigError, StorageError
+
+
+def arrays(seed):
+  rng = np.random.default_rng(seed)
+  return {'a': {'w': jnp.asarray(rng.standard_normal((16, 8)), jnp.float32)}, 'step': jnp.asarray(seed, jnp.int32)}
+
+
+def abstract(tree, sharding=None):
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding or a.sharding), tree)
+
+
+def save_all(path, losses, **config):
+  with Checkpoints(path, CheckpointConfig(**config)) as checkpoints:
+    for step, loss in losses.items():
+      checkpoints.save(step, arrays(step), (arrays(step + 1), ()), {'note': 'x'}, val_loss=loss)
+  with Checkpoints(path, CheckpointConfig(**config)) as checkpoints:
+    return checkpoints.steps(), checkpoints.best_step()
+
+
+def test_the_last_the_best_and_milestones_are_kept(tmp_path):
+  losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: None, 5: 3.0, 6: float('nan'), 7: 2.0}
+  kept, best = save_all(tmp_path, losses, keep_last=2, keep_best=1, keep_every=5)
+  assert (kept, best) == ([2, 5, 6, 7], 2)
+
+
+def test_the_latest_is_kept_though_another_is_best(tmp_path):
+  assert save_all(tmp_path, {1: 1.0, 2: 2.0, 3: 3.0}, keep_last=1, keep_best=1) == ([1, 3], 1)
+
+
+def test_no_best_where_none_is_wanted(tmp_path):
+  assert save_all(tmp_path, {1: 1.0, 2: 2.0, 3: 3.0}, keep_last=2, keep_best=0)[0] == [2, 3]
+
+
+def test_what_comes_back_is_what_went_in_on_any_mesh(tmp_path):
+  save_all(tmp_path, {3: 1.0})
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  tree = arrays(3)
+  target = {'a': {'w': jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=NamedSharding(mesh, P('fsdp', 'tensor')))},
+            'step': jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))}
+  with Checkpoints(tmp_path, CheckpointConfig(), read_only=True) as checkpoints:
+    params, opt_state, meta = checkpoints.restore(target, (abstract(arrays(4)), ()))
+    only_params, nothing, _ = checkpoints.restore(target)
+  assert params['a']['w'].sharding.spec == P('fsdp', 'tensor')
+  jax.tree.map(np.testing.assert_array_equal, (params, opt_state, only_params), (tree, (arrays(4), ()), tree))
+  assert meta == {'step': 3, 'note': 'x'} and nothing is None
+
+
+def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
+  """A save in flight keeps what it was given, though the next step overwrites the buffers at once."""
+  step = jax.jit(lambda a: a + 1, donate_argnums=0)
+  x = jnp.zeros((1024, 1024))
+  with Checkpoints(tmp_path, CheckpointConfig(keep_last=9)) as checkpoints:
+    for n in range(4):
+      checkpoints.save(n, {'x': x}, {'y': x + 1}, {})
+      for _ in range(10):
+        x = step(x)
+  with Checkpoints(tmp_path, CheckpointConfig(keep_last=9)) as checkpoints:
+    for n in range(4):
+      restored, _, _ = checkpoints.restore(abstract({'x': x}), step=n)
+      np.testing.assert_array_equal(restored['x'], 10.0 * n)
+
+
+@pytest.mark.parametrize('damage', ['empty folder', 'no meta', 'cut data'])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, tmp_path, capsys):
+  save_all(tmp_path, {1: 1.0, 2: 2.0})
+  if damage == 'empty folder':
+    (tmp_path / '3').mkdir()
+  elif damage == 'no meta':
+    for path in (tmp_path / '2' / 'meta').iterdir():
+      path.unlink()
+  else:
+    for path in (tmp_path / '2' / 'params').rglob('*'):
+      if path.is_file():
+        path.write_bytes(path.read_bytes()[:-20])
+  with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+    params, _, meta = checkpoints.restore(abstract(arrays(1)))
+    checkpoints.delete_after(meta['step'])
+    expected = 2 if damage == 'empty folder' else 1
+    assert meta['step'] == expected and checkpoints.steps()[-1] == expected
+  jax.tree.map(np.testing.assert_array_equal, params, arrays(expected))
+  assert 'WARNING' in capsys.readouterr().err
+
+
+def test_when_none_can_be_read_it_says_so_and_never_starts_afresh(tmp_path):
+  save_all(tmp_path, {1: 1.0})
+  for path in (tmp_path / '1' / 'meta').iterdir():
+    path.unlink()
+  with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, pytest.raises(StorageError, match='step 1'):
+    checkpoints.restore(abstract(arrays(1)))
+
+
+def test_a_refusal_by_the_caller_is_no_damage(tmp_path):
+  save_all(tmp_path, {1: 1.0, 2: 1.0})
+
+  def refuse(meta):
+    raise ConfigError('other data')
+
+  with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, pytest.raises(ConfigError, match='other data'):
+    checkpoints.restore(abstract(arrays(1)), check=refuse)
+
+
+def test_another_shape_is_refused(tmp_path):
+  save_all(tmp_path, {1: 1.0})
+  other = {'a': {'w': jnp.zeros((8, 8))}, 'step': jnp.zeros((), jnp.int32)}
+  with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, pytest.raises(StorageError, match=r'8'):
+    checkpoints.restore(abstract(other))
+
+
+def test_a_step_that_is_not_there_lists_those_that_are(tmp_path):
+  save_all(tmp_path, {1: 1.0})
+  with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, pytest.raises(StorageError, match=r'\[1\]'):
+    checkpoints.restore(abstract(arrays(1)), step=7)

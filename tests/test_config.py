@@ -1,0 +1,189 @@
+"""The door: what a config accepts, what it refuses and how it says so; and that every shipped config builds."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from llm_jax import config as config_lib
+from llm_jax.assemble import complete, example_batch
+from llm_jax.config import Config, base, build, load, to_dict
+from llm_jax.data import Data
+from llm_jax.main import parse_overrides
+from llm_jax.models import make_model
+from llm_jax.types import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / 'configs'
+
+
+def resolve(text='', *overrides, tmp_path, cpu_only=False):
+  path = tmp_path / 'c.py'
+  path.write_text(f'from llm_jax.config import base\ndef get_config():\n  config = base()\n  {text or "pass"}\n'
+                  '  return config\n')
+  return load(path).resolve(parse_overrides(list(overrides)), cpu_only=cpu_only)
+
+
+BAD = [  # overrides, and words that the message must hold: the path, the value, the legal ones
+    (['--config.modle.num_layers=3'], ['config.modle', 'config.model']),
+    (['--config.model.num_layer=3'], ['config.model.num_layer', 'config.model.num_layers']),
+    (['--config.optim.adamw.beta1=0.9'], ['config.optim.adamw.beta1', 'b1']),
+    (['--config.nonsense=1'], ['config.nonsense', 'num_steps']),
+    (['--config.model.num_layers=three'], ['config.model.num_layers', 'whole number', 'three']),
+    (['--config.num_steps=1.5'], ['config.num_steps', 'whole number', '1.5']),
+    (['--config.num_steps=1e4'], ['config.num_steps', '1e4']),
+    (['--config.num_steps=true'], ['config.num_steps', 'true']),
+    (['--config.optim.learning_rate=nan'], ['config.optim.learning_rate', 'nan']),
+    (['--config.optim.learning_rate=-1'], ['learning_rate', '-1']),
+    (['--config.optim.learning_rate=fast'], ['config.optim.learning_rate', 'fast']),
+    (['--config.optim.adamw.b1=1.5'], ['config.optim.adamw', '1.5']),
+    (['--config.optim.chain=adam'], ['config.optim', 'adam', 'adamw']),
+    (['--config.optim.schedule=cosine'], ['cosine', 'warmup_cosine']),
+    (['--config.optim.constant.warmup_steps=5'], ['constant', 'no effect']),
+    (['--config.optim.warmup_cosine.warmup_steps=5000'], ['warmup_steps 5000', 'num_steps 1000']),
+    (['--config.model.name=gpt5'], ['config.model.name', 'gpt5', 'decoder']),
+    (['--config.model.num_heads=7'], ['num_heads 7', 'embed_dim 768', '6, 8']),
+    (['--config.model.num_kv_heads=5'], ['num_kv_heads 5', '12']),
+    (['--config.model.positions=sine'], ['config.model.positions', 'sine', 'learned', 'rope']),
+    (['--config.model.mlp=relu'], ['relu', 'swiglu']),
+    (['--config.model.dropout=1'], ['dropout', '[0, 1)']),
+    (['--config.model.windows=0,128,128,128,128'], ['windows', 'num_layers 12']),
+    (['--config.model.dtype=float16'], ['config.model.dtype', 'float16', 'bfloat16']),
+    (['--config.model.max_len=512'], ['max_len 512', '1024']),
+    (['--config.batch_tokens=1000'], ['batch_tokens 1000', '1024', '2048']),
+    (['--config.tokens_per_device=512'], ['tokens_per_device 512', '1024']),
+    (['--config.data.tokenizer=wordpiece'], ['wordpiece', 'bpe']),
+    (['--config.data.val_fraction=1.5'], ['val_fraction', '1.5']),
+    (['--config.data.mask_documents=maybe'], ['config.data.mask_documents', 'true or false', 'maybe']),
+    (['--config.data=stdlib'], ['config.data', 'group']),
+    (['--config.num_steps.deep=1'], ['config.num_steps', 'not a group']),
+    (['--config.mesh.data=0'], ['config.mesh', '0']),
+    (['--config.mesh.data=-1', '--config.mesh.fsdp=-1'], ['config.mesh', 'at most one -1']),
+    (['--config.eval.every=0'], ['config.eval', 'every']),
+    (['--config.checkpoint.keep_last=0'], ['config.checkpoint', 'keep_last']),
+    (['--config.seed=-1'], ['seed', '-1']),
+    (['--confg.seed=1'], ['--confg.seed=1', '--config']),
+    (['--config.seed'], ['--config.seed', 'no value']),
+]
+
+
+@pytest.mark.parametrize(('overrides', 'words'), BAD, ids=[' '.join(o) for o, _ in BAD])
+def test_bad_values_are_told_by_path_value_and_legal_ones(overrides, words, tmp_path):
+  with pytest.raises(ConfigError) as e:
+    resolve('', *overrides, tmp_path=tmp_path)
+  for word in words:
+    assert word in str(e.value)
+
+
+def test_all_problems_at_once(tmp_path):
+  with pytest.raises(ConfigError) as e:
+    resolve('', '--config.model.num_layer=3', '--config.num_steps=x', '--config.eval.every=0', tmp_path=tmp_path)
+  for word in ('num_layer', 'num_steps', 'eval'):
+    assert word in str(e.value)
+
+
+@pytest.mark.parametrize(('line', 'words'), [
+    ('config.model.num_layer = 3', ['c.py', 'num_layer']),
+    ('config.num_steps = "many"', ['c.py', 'many']),
+    ('1 / 0', ['c.py', 'ZeroDivisionError']),
+])
+def test_a_mistake_in_the_file_names_the_file(line, words, tmp_path):
+  with pytest.raises(ConfigError) as e:
+    resolve(line, tmp_path=tmp_path)
+  for word in words:
+    assert word in str(e.value)
+
+
+def test_a_missing_file_lists_what_there_is():
+  with pytest.raises(ConfigError, match='gpt_small'):
+    load(CONFIGS / 'gpt_smal.py')
+
+
+def leaves(values, path=()):
+  for name, value in values.items():
+    yield from leaves(value, (*path, name)) if isinstance(value, dict) else [((*path, name), value)]
+
+
+@pytest.mark.parametrize(('path', 'value'), list(leaves(to_dict(Config()))), ids=lambda v: str(v)[:40])
+def test_every_field_can_be_set_from_the_command_line(path, value, tmp_path):
+  """Its own default, written as text, comes back as the same value of the same type."""
+  text = ','.join(map(str, value)) if isinstance(value, list) else str(value)
+  config = resolve('', f'--config.{".".join(path)}={text}', tmp_path=tmp_path)
+  assert config == Config()
+
+
+def test_types_from_the_command_line(tmp_path):
+  config = resolve('', '--config.optim.learning_rate', '1', '--config.model.windows=(128,0)', '--config.data.path=1234',
+                   '--config.model.qk_norm=True', '--config.eval.prompts=a b,c', '--config.model.num_kv_heads=4',
+                   '--config.checkpoint.keep_every=none', tmp_path=tmp_path)
+  assert config.optim.learning_rate == 1.0 and isinstance(config.optim.learning_rate, float)
+  assert config.model.windows == (128, 0) and config.data.path == '1234' and config.model.qk_norm is True
+  assert config.eval.prompts == ('a b', 'c') and config.model.num_kv_heads == 4 and config.checkpoint.keep_every is None
+
+
+def test_the_command_line_wins_over_on_cpu_and_on_cpu_over_the_file(tmp_path):
+  path = tmp_path / 'c.py'
+  path.write_text('from llm_jax.config import base\ndef get_config():\n  c = base()\n  c.num_steps = 7\n  c.seed = 7\n'
+                  '  return c\ndef on_cpu(c):\n  c.num_steps = 8\n  c.log.every = 8\n')
+  source = load(path)
+  assert (source.resolve({}, cpu_only=False).num_steps, source.resolve({}, cpu_only=True).num_steps) == (7, 8)
+  config = source.resolve({'num_steps': '9'}, cpu_only=True)
+  assert (config.num_steps, config.seed, config.log.every) == (9, 7, 8)
+
+
+def test_json_round_trip_builds_the_same_config():
+  config = load(CONFIGS / 'gpt_small.py').resolve({'model.windows': '(0,64)'}, cpu_only=True)
+  assert build(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_config_of_a_workdir_is_read_not_run(tmp_path):
+  (tmp_path / 'config.json').write_text('__import__("os").abort()')
+  with pytest.raises(ConfigError, match='not valid JSON'):
+    load(tmp_path / 'config.json')
+
+
+def test_config_is_frozen():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    Config().num_steps = 3
+
+
+@pytest.mark.parametrize(('rows', 'shards', 'held', 'expected'), [
+    (512, 1, 32, (32, 16)), (512, 8, 32, (32, 2)), (12, 1, 8, (6, 2)), (7, 1, 4, (1, 7)), (8, 8, 99, (1, 1))])
+def test_batches_split_exactly(rows, shards, held, expected):
+  config = build(Config, {'batch_tokens': rows * 64, 'tokens_per_device': held * 64, 'data': {'seq_len': 64}})
+  assert config.split_batch(shards) == expected
+  assert expected[0] * expected[1] * shards == rows
+
+
+def test_a_batch_that_devices_cannot_share_names_the_nearest_that_they_can():
+  config = build(Config, {'batch_tokens': 30 * 64, 'tokens_per_device': 64, 'data': {'seq_len': 64}})
+  with pytest.raises(ConfigError, match=f'{24 * 64}, {32 * 64}'):
+    config.split_batch(8)
+
+
+def test_base_refuses_unknown_names():
+  with pytest.raises(AttributeError, match='num_layer'):
+    base().model.num_layer = 3
+
+
+# Golden: a change here changes what a checkpoint of this config means, so change it only on purpose.
+PARAMETERS = {
+    'gpt_small': (124_373_760, 3_368_640),
+    'shakespeare_char': (804_224, 804_224),
+}
+
+
+@pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.py')), ids=lambda p: p.stem)
+@pytest.mark.parametrize('cpu_only', [False, True], ids=['full', 'on_cpu'])
+def test_every_config_builds_with_its_parameter_count(path, cpu_only):
+  assert path.read_text().startswith('"""'), 'a config opens with its command and expected result'
+  config = load(path).resolve({}, cpu_only=cpu_only)
+  vocab_size = {'char': 66, 'byte': 257, 'bpe': config.data.vocab_size}[config.data.tokenizer]
+  config = complete(config, Data(None, None, None, vocab_size))
+  shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0), example_batch(config))
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == PARAMETERS[path.stem][cpu_only]
+
+
+def test_differences_name_each_leaf():
+  assert config_lib.differences({'a': {'b': 1, 'c': 2}, 'd': 3}, {'a': {'b': 1, 'c': 5}}) == {'a.c': (2, 5), 'd': (3, None)}

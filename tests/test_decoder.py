@@ -1,0 +1,174 @@
+"""What must hold for every shape of the decoder: causality, segments, windows, cache, stacking."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.layers.stack import apply_stack
+from llm_jax.models import make_model
+from llm_jax.models.decoder import Block, DecoderConfig
+from llm_jax.types import Batch
+
+TINY = DecoderConfig(vocab_size=17, max_len=16, num_layers=2, embed_dim=16, num_heads=4, dtype='float32')
+SHAPES = {
+    'gpt2': dataclasses.replace(TINY, use_bias=True),
+    'nanogpt': dataclasses.replace(TINY, mlp='gelu'),
+    'llama': dataclasses.replace(TINY, positions='rope', norm='rms_norm', mlp='swiglu', num_kv_heads=2,
+                                 tie_embeddings=False, mlp_dim=40),
+    'qwen3': dataclasses.replace(TINY, positions='rope', norm='rms_norm', mlp='swiglu', num_kv_heads=1, qk_norm=True,
+                                 head_dim=6),
+    'gemma': dataclasses.replace(TINY, positions='rope', norm='rms_norm', mlp='geglu', windows=(4, 0),
+                                 logit_soft_cap=3.0),
+    'remat': dataclasses.replace(TINY, remat='full', scan_unroll=2),
+}
+every_shape = pytest.mark.parametrize('cfg', SHAPES.values(), ids=SHAPES)
+
+
+def batch(tokens, segment_ids=None, positions=None):
+  tokens = jnp.asarray(tokens, jnp.int32)
+  return Batch(tokens=tokens, targets=tokens, loss_mask=jnp.ones(tokens.shape), segment_ids=segment_ids,
+               positions=positions)
+
+
+TOKENS = np.random.default_rng(0).integers(0, 17, (2, 16))
+
+
+@functools.lru_cache
+def init(cfg):
+  """The model with random parameters, away from the init's symmetry (zero biases, unit scales)."""
+  model, rng = make_model(cfg), np.random.default_rng(0)
+  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch(TOKENS))['params'])
+  return model, jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), jnp.float32), shapes)
+
+
+@functools.lru_cache
+def compiled(cfg):
+  """batch -> logits."""
+  model, params = init(cfg)
+  return jax.jit(lambda batch: model.apply({'params': params}, batch))
+
+
+def dependence(model, params, **features):
+  """bool [T, S]: does the logit at t change with the embedding at s? By gradient, so exactly 0 where it cannot."""
+  x = params['embed']['w'][TOKENS[:1]]
+  gradient = jax.jit(jax.grad(lambda x, t: logits_of_embedding(model, params, x, features)[t].sum()))
+  return np.stack([np.abs(gradient(x, t)).sum((0, 2)) > 0 for t in range(16)])
+
+
+def logits_of_embedding(model, params, x, features):
+  """Logits [T, 3] of a forward pass whose embedding lookup is replaced by x [1, T, D]."""
+  def swap(next_fn, args, kwargs, context):
+    if context.method_name == 'encode' and context.module.name == 'embed':
+      return x
+    return next_fn(*args, **kwargs)
+  with nn.intercept_methods(swap):
+    return model.apply({'params': params}, dataclasses.replace(batch(TOKENS[:1]), **features))[0, :, :3]
+
+
+@every_shape
+def test_no_logit_depends_on_a_later_token_and_every_one_on_all_it_may_see(cfg):
+  model, params = init(cfg)
+  seen = dependence(model, params)
+  np.testing.assert_array_equal(seen, np.tril(np.ones((16, 16), bool)))
+
+
+def test_windows_limit_the_view():
+  """Two layers of window 3 reach back 2 + 2 tokens."""
+  model, params = init(dataclasses.replace(TINY, windows=(3,)))
+  t, s = np.indices((16, 16))
+  np.testing.assert_array_equal(dependence(model, params), (s <= t) & (t - s <= 4))
+
+
+@every_shape
+def test_segments_do_not_see_each_other(cfg):
+  model, params = init(cfg)
+  segment_ids = jnp.array([[1] * 5 + [2] * 7 + [0] * 4])
+  seen = dependence(model, params, segment_ids=segment_ids)
+  assert not seen[np.asarray(segment_ids)[0][:, None] != np.asarray(segment_ids)[0][None, :]].any()
+
+
+@every_shape
+def test_a_packed_document_gets_the_logits_that_it_gets_alone(cfg):
+  tokens, length = TOKENS[:1], 6
+  packed = batch(tokens, segment_ids=jnp.array([[1] * 10 + [2] * 6]),
+                 positions=jnp.array([[*range(10), *range(6)]]))
+  alone = batch(np.pad(tokens[:, 10:], ((0, 0), (0, 10))))
+  np.testing.assert_allclose(compiled(cfg)(packed)[0, 10:], compiled(cfg)(alone)[0, :length], rtol=1e-4, atol=1e-4)
+
+
+@every_shape
+def test_cached_decoding_is_the_full_forward(cfg):
+  """Prompts of different lengths, then token by token, against one pass over everything."""
+  model, params = init(cfg)
+  full = compiled(cfg)(batch(TOKENS))
+  lengths = jnp.array([3, 7])
+  prefill = jax.jit(lambda t, n, c: model.apply({'params': params}, t, n, c, method='prefill'))
+  decode = jax.jit(lambda t, c: model.apply({'params': params}, t, c, method='decode'))
+  logits, cache = prefill(jnp.asarray(TOKENS)[:, :8], lengths, model.init_cache(2, 16))
+  for i in range(9):
+    np.testing.assert_allclose(logits, full[jnp.arange(2), lengths + i - 1], rtol=2e-4, atol=2e-4)
+    logits, cache = decode(jnp.asarray(TOKENS)[jnp.arange(2), lengths + i], cache)
+
+
+@pytest.mark.parametrize(('unroll', 'remat'), [(1, 'none'), (2, 'none'), (4, 'none'), (1, 'full')])
+def test_the_stack_is_its_blocks_in_turn(unroll, remat):
+  cfg = dataclasses.replace(TINY, num_layers=4, windows=(0, 3))
+  _, params = init(cfg)
+  x, positions = jax.random.normal(jax.random.key(5), (2, 16, 16)), jnp.tile(jnp.arange(16), (2, 1))
+  got, _, _ = apply_stack(Block(cfg), params['blocks'], x, positions, None, windows=cfg.windows, unroll=unroll,
+                          remat=remat)
+  for layer in range(4):
+    own = jax.tree.map(lambda p: p[layer], params['blocks'])  # noqa: B023
+    x, _ = Block(cfg).apply({'params': own}, x, positions, None, None, cfg.windows[layer % 2], False)
+  np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_start_different():
+  blocks = nn.unbox(make_model(TINY).init(jax.random.key(0), batch(TOKENS))['params'])['blocks']
+  assert not np.allclose(blocks['mlp']['up']['w'][0], blocks['mlp']['up']['w'][1])
+
+
+def test_dropout_is_seeded_and_off_outside_training():
+  model, params = init(dataclasses.replace(TINY, dropout=0.1))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def logits(train, seed=0):
+    return model.apply({'params': params}, batch(TOKENS), train=train, rngs={'dropout': jax.random.key(seed)})
+
+  np.testing.assert_array_equal(logits(False), logits(False, 1))
+  np.testing.assert_array_equal(logits(True), logits(True))
+  assert not np.allclose(logits(True), logits(True, 1))
+  mean = np.mean([logits(True, seed) for seed in range(64)], axis=0)
+  assert np.corrcoef(mean.ravel(), logits(False).ravel())[0, 1] > 0.95
+
+
+def test_logits_are_capped():
+  model, params = init(SHAPES['gemma'])
+  logits = model.apply({'params': jax.tree.map(lambda p: 10 * p, params)}, batch(TOKENS))
+  assert 2.9 < float(jnp.abs(logits).max()) <= 3.0
+
+
+def test_bfloat16_is_float32_up_to_its_rounding():
+  cfg = SHAPES['llama']
+  _, params = init(cfg)
+  exact = compiled(cfg)(batch(TOKENS))
+  rounded = make_model(dataclasses.replace(cfg, dtype='bfloat16')).apply({'params': params}, batch(TOKENS))
+  assert rounded.dtype == jnp.float32
+  assert 0 < float(jnp.abs(rounded - exact).max()) < 0.05 * float(jnp.abs(exact).max())
+
+
+@pytest.mark.parametrize('cfg', [SHAPES['nanogpt'], SHAPES['llama']], ids=['nanogpt', 'llama'])
+def test_flops_are_those_that_xla_counts(cfg):
+  """Of the forward pass with attention in full, as XLA computes it; ours counts its causal half."""
+  cfg = dataclasses.replace(cfg, max_len=128, embed_dim=128, mlp_dim=512, vocab_size=512, scan_unroll=2)
+  model, tokens = make_model(cfg), jnp.zeros((2, 128), jnp.int32)
+  params = jax.eval_shape(model.init, jax.random.key(0), batch(tokens))
+  analysis = jax.jit(model.apply).lower(nn.unbox(params), batch(tokens)).compile().cost_analysis()
+  attention = 12 * cfg.num_layers * cfg.num_heads * cfg.H * 128
+  ours = (cfg.flops_per_token(128) + attention / 2) / 3 * tokens.size
+  assert abs(analysis['flops'] / ours - 1) < 0.1

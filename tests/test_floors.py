@@ -1,0 +1,56 @@
+"""Imports go down only: the house stands on its floors."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / 'llm_jax'
+FLOORS = [
+    {'types', 'sharding', 'progress', 'stopping'},
+    {'layers', 'losses', 'optim', 'data', 'checkpoint', 'metrics'},
+    {'models'},
+    {'step', 'evaluation', 'sampling'},
+    {'config'},
+    {'assemble'},
+    {'train'},
+    {'main', 'evaluate', 'generate', 'plot'},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+SAME_FLOOR = {('sharding', 'types'), ('stopping', 'types'), ('evaluate', 'main'), ('generate', 'main'), ('plot', 'main')}
+
+
+def modules_imported(path: Path) -> set[str]:
+  """First names below llm_jax that a file imports, at its top or inside a function."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module and node.module.split('.')[0] == 'llm_jax':
+      below = node.module.split('.')[1:]
+      found |= {below[0]} if below else {alias.name for alias in node.names}
+    elif isinstance(node, ast.Import):
+      found |= {a.name.split('.')[1] for a in node.names if a.name.startswith('llm_jax.')}
+  return {name for name in found if not name.startswith('__')}
+
+
+@pytest.mark.parametrize('path', sorted(PACKAGE.rglob('*.py')), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+  own = path.relative_to(PACKAGE).with_suffix('').parts[0]
+  if own == '__init__':
+    return
+  assert own in FLOOR, f'{own} has no floor yet: give it one in FLOORS'
+  for name in modules_imported(path):
+    allowed = name == own or FLOOR[name] < FLOOR[own] or (own, name) in SAME_FLOOR
+    assert allowed, f'{path.name} (floor {FLOOR[own]}) imports {name} (floor {FLOOR[name]})'
+
+
+def test_flax_stays_below():
+  """Only layers and models know Flax modules; step may build and unbox parameters."""
+  for path in PACKAGE.rglob('*.py'):
+    own = path.relative_to(PACKAGE).with_suffix('').parts[0]
+    if 'flax.linen' in path.read_text():
+      assert own in {'layers', 'models', 'step', 'sampling'}, f'{path} imports flax.linen'
+
+
+def test_files_stay_small():
+  sizes = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.rglob('*.py')}
+  assert not {name: size for name, size in sizes.items() if size > 400}

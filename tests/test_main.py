@@ -1,0 +1,222 @@
+"""The whole program as a user runs it: train, kill, go on, watch, generate, evaluate, and be told what is wrong."""
+
+import json
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from program import environment, finish, signal_at, start, write_config
+
+from llm_jax import evaluate, generate, main
+from llm_jax.metrics import read_metrics
+from llm_jax.types import ConfigError, DataError, StorageError
+
+STEPS = 150
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('program')
+  write_config(folder)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def whole(folder):
+  """An uninterrupted run, and what it printed."""
+  return folder / 'runs' / 'tiny', finish(start(folder, 'main', '--config=tiny.py'))
+
+
+def final_arrays(workdir):
+  restored = ocp.PyTreeCheckpointer().restore(workdir.absolute() / 'checkpoints' / str(STEPS) / 'params')
+  return jax.tree.map(np.asarray, restored)
+
+
+def test_a_run_learns_and_leaves_what_it_promises(whole):
+  workdir, output = whole
+  metrics = read_metrics(workdir / 'metrics.jsonl')
+  assert [line['step'] for line in metrics] == list(range(1, STEPS + 1))
+  assert metrics[-1]['train/loss'] < 0.8 * metrics[0]['train/loss']
+  for name in ('train/loss', 'train/perplexity', 'train/bits_per_byte', 'train/learning_rate', 'train/grad_norm',
+               'train/tokens_per_second', 'train/data_wait', 'val/loss', 'val/perplexity', 'val/bits_per_byte'):
+    assert name in metrics[-1]
+  assert 'train/mfu' not in metrics[-1], 'a CPU has no peak in the table'
+  for name in ('config.json', 'tokenizer.json', 'checkpoints'):
+    assert (workdir / name).exists()
+  assert list(workdir.glob('events.out.tfevents.*'))
+  assert re.search(rf'step {STEPS}/{STEPS} .*tokens/s', output) and '\r' not in output.replace('\rtokenizing', '')
+
+
+def test_killed_anywhere_a_run_goes_on_bitwise(whole, folder):
+  """SIGTERM, then SIGKILL, at random steps; then to the end: the same losses and parameters, to the bit."""
+  workdir, flags = folder / 'killed', ('--config=tiny.py', '--workdir=killed')
+  first = random.randint(5, 60)
+  second = random.randint(first + 15, 120)
+  process = start(folder, 'main', *flags)
+  signal_at(process, workdir, first, signal.SIGTERM)
+  output = finish(process, code=75)
+  assert 'saved in killed' in output and 'Traceback' not in output
+  process = start(folder, 'main', *flags)
+  signal_at(process, workdir, second, signal.SIGKILL)
+  finish(process, code=-9)
+  output = finish(start(folder, 'main', *flags))
+  assert 'going on from step' in output
+
+  names = ('step', 'train/loss', 'train/grad_norm', 'val/loss', 'val/bits_per_byte')
+  lines, expected = (
+      [{k: line[k] for k in names if k in line} for line in read_metrics(path / 'metrics.jsonl')]
+      for path in (workdir, whole[0]))
+  assert lines == expected, f'killed at {first} and {second}'
+  jax.tree.map(np.testing.assert_array_equal, final_arrays(workdir), final_arrays(whole[0]))
+
+
+def test_ctrl_c_saves_and_starting_again_when_done_says_so(whole, folder):
+  process = start(folder, 'main', '--config=tiny.py', '--workdir=stopped', '--config.num_steps=100000')
+  signal_at(process, folder / 'stopped', 3, signal.SIGINT)
+  output = finish(process, code=75)
+  step = int(re.search(r'stopped at step (\d+)', output)[1])
+  assert (folder / 'stopped' / 'checkpoints' / str(step)).is_dir()
+  assert read_metrics(folder / 'stopped' / 'metrics.jsonl')[-1]['step'] == step
+  again = finish(start(folder, 'main', '--config=tiny.py'))
+  assert f'already at step {STEPS}' in again
+
+
+def test_generate_streams_text(whole, folder):
+  flags = ('--workdir', str(whole[0]), '--prompt=def ', '--num_tokens=12', '--num_samples=2', '--seed=3')
+  output = finish(start(folder, 'generate', *flags))
+  assert output.startswith('def ') and '--- sample 2 of 2 ---' in output and 'Traceback' not in output
+  assert finish(start(folder, 'generate', *flags)) == output, 'the same seed, the same text'
+
+
+def test_evaluate_agrees_with_the_run_and_takes_other_data(whole, folder, monkeypatch, capsys):
+  monkeypatch.setenv('LLM_JAX_CACHE', environment(folder)['LLM_JAX_CACHE'])
+  evaluate.main(['--workdir', str(whole[0]), '--checkpoint', 'best', '--out', str(folder / 'out.json')])
+  report = json.loads(capsys.readouterr().out)
+  assert report == json.loads((folder / 'out.json').read_text())
+  assert report['loss'] < 6 and report['bits_per_byte'] < report['loss'] / np.log(2)
+  (folder / 'other.txt').write_text('import os\n' * 50)
+  evaluate.main(['--workdir', str(whole[0]), '--data', str(folder / 'other.txt')])
+  other = json.loads(capsys.readouterr().out)
+  assert json.loads((whole[0] / 'evaluation.json').read_text()) == other and other['tokens'] < report['tokens']
+  assert other['bits_per_byte'] == pytest.approx(other['loss'] * other['tokens'] / np.log(2) / 500, rel=1e-5)
+
+
+def test_tensorboard_shows_scalars_and_samples(whole, folder):
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = s.getsockname()[1]
+  process = subprocess.Popen([sys.executable, '-m', 'tensorboard.main', '--logdir', whole[0], '--port', str(port),
+                              '--host', 'localhost', '--load_fast=false'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+  def get(path):
+    with urllib.request.urlopen(f'http://localhost:{port}/data/plugin/{path}', timeout=10) as response:
+      return json.load(response)
+
+  try:
+    for _ in range(120):
+      try:
+        scalars, texts = get('scalars/tags'), get('text/tags')
+        if scalars and texts:
+          break
+      except OSError:
+        pass
+      time.sleep(0.5)
+    run = next(iter(scalars))
+    assert {'train/loss', 'val/loss', 'val/bits_per_byte', 'train/learning_rate'} <= scalars[run].keys()
+    points = get(f'scalars/scalars?run={run}&tag=val/loss')
+    assert [step for _, step, _ in points] == [50, 100, 150]
+    assert {'sample/def ', 'sample/new document', 'config'} <= set(texts[run])
+    assert 'def' in get(f'text/text?run={run}&tag=sample/def%20')[0]['text']
+  finally:
+    process.terminate()
+    process.wait()
+
+
+def tiny(folder, *flags):
+  main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/refused', '--config.batch_tokens=2048', *flags])
+
+
+REFUSED = [
+    (['--config.data.path=nowhere'], DataError, 'nowhere'),
+    (['--config.data.path={folder}/empty.txt'], DataError, 'no text'),
+    (['--config.data.path={folder}/latin.txt'], DataError, 'latin.txt: not UTF-8 text at byte 3'),
+    (['--config.data.path=http://localhost:9/x.txt'], DataError, '--config.data.path=FILE'),
+    (['--config.data.path={folder}/odd.bin'], DataError, 'odd.bin'),
+    (['--config.model.vocab_size=100'], ConfigError, 'less than the 300 tokens'),
+    (['--config.batch_tokens=32'], ConfigError, '8 devices cannot share'),
+    (['--config.mesh.data=3'], ConfigError, '8 device'),
+    (['--config.model.num_heads=3'], ConfigError, 'nearest that do'),
+    (['--workdir={folder}/empty.txt/run'], StorageError, 'empty.txt/run cannot be written'),
+    (['--config.modle.num_heads=3'], ConfigError, 'did you mean config.model?'),
+]
+
+
+@pytest.mark.parametrize(('flags', 'error', 'words'), REFUSED, ids=[f[0] for f, _, _ in REFUSED])
+def test_bad_input_is_one_clear_message(flags, error, words, folder):
+  (folder / 'empty.txt').touch()
+  (folder / 'latin.txt').write_bytes('caf\xe9'.encode('latin-1') * 9)
+  (folder / 'odd.bin').write_bytes(b'123')
+  with pytest.raises(error) as e:
+    tiny(folder, *(flag.format(folder=folder) for flag in flags))
+  assert words in str(e.value)
+
+
+def test_a_bad_value_ends_the_process_with_its_code_and_no_traceback(folder):
+  output = finish(start(folder, 'main', '--config=tiny.py', '--config.num_stesp=3'), code=78)
+  assert output == 'error: config.num_stesp: no such field; did you mean config.num_steps?\n'
+
+
+RESUME_REFUSED = [
+    ('--config.seed=1', 'config.seed: checkpoint 0, now 1'),
+    ('--config.data.seq_len=16', 'config.data.seq_len: checkpoint 32, now 16'),
+    ('--config.batch_tokens=4096', 'rows'),
+    ('--config.data.mask_documents=false', 'config.data.mask_documents'),
+    ('--config.data.val_fraction=0.3', 'the training data'),
+    ('--config.model.num_heads=4', 'config.model.num_heads: checkpoint 2, now 4'),
+]
+
+
+@pytest.fixture(scope='module')
+def resumable(folder):
+  """In this process, on its eight devices."""
+  tiny(folder, f'--workdir={folder}/resumable', '--config.num_steps=10')
+  return folder / 'resumable'
+
+
+@pytest.mark.parametrize(('flag', 'words'), RESUME_REFUSED, ids=[f for f, _ in RESUME_REFUSED])
+def test_going_on_with_other_data_or_another_model_is_refused_by_name(flag, words, resumable, folder):
+  extra = ['--config.model.max_len=32'] if 'seq_len' in flag else []
+  before = (resumable / 'metrics.jsonl').read_bytes()
+  with pytest.raises(ConfigError) as e:
+    tiny(folder, f'--workdir={resumable}', '--config.num_steps=12', flag, *extra)
+  assert words in str(e.value)
+  assert (resumable / 'metrics.jsonl').read_bytes() == before, 'nothing lost'
+
+
+def test_the_config_of_a_run_repeats_it(resumable, folder):
+  main.main([f'--config={resumable}/config.json', f'--workdir={folder}/repeated'])
+  losses = [[line['train/loss'] for line in read_metrics(path / 'metrics.jsonl')]
+            for path in (resumable, folder / 'repeated')]
+  assert losses[0] == losses[1] and len(losses[0]) == 10
+
+
+def test_the_programs_refuse_what_they_cannot_use(whole, folder):
+  for program, flags, error, words in [
+      (generate, ['--workdir', 'nowhere'], StorageError, 'nowhere holds no run'),
+      (generate, ['--workdir', str(whole[0]), '--top_p=0'], ConfigError, '--top_p'),
+      (generate, ['--workdir', str(whole[0]), '--prompt=' + 'x ' * 99], ConfigError, 'fill the 32'),
+      (generate, ['--workdir', str(whole[0]), '--checkpoint=last'], ConfigError, 'latest, best, or a step'),
+      (generate, ['--workdir', str(whole[0]), '--checkpoint=7'], StorageError, 'no checkpoint of step 7'),
+      (evaluate, ['--workdir', str(whole[0]), '--data=nowhere'], DataError, 'nowhere')]:
+    with pytest.raises(error) as e:
+      program.main(flags)
+    assert words in str(e.value)

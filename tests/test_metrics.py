@@ -1,0 +1,235 @@
+"""Metrics: one line a step, nothing twice after a restart, and a full disk costs the log alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import pytest
+from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
+from tensorboard.util import tensor_util
+
+from llm_jax.metrics import Throughput, Writer, duration, peak_flops, read_metrics
+
+
+def write(workdir, begin, end, scale=1.0, text=None):
+  """One run from `begin` to `end`: a loss at every step, a val/loss at every third."""
+  writer = Writer(workdir, begin)
+  for step in range(begin + 1, end + 1):
+    writer.scalars(step, {'train/loss': scale * step, **({'val/loss': -scale * step} if step % 3 == 0 else {})})
+    if text:
+      writer.text(step, 'sample', f'{text} {step}\n  second line')
+  writer.close()
+
+
+def lines_of(workdir):
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def curves(workdir, reader=event_accumulator):
+  """What TensorBoard reads of the folder, for scripts or (plugin_event_accumulator) for its pages: [(step, value)]."""
+  accumulator = reader.EventAccumulator(str(workdir), size_guidance={'tensors': 0, 'scalars': 0})
+  accumulator.Reload()
+  tags = accumulator.Tags()
+  read = {tag: [(e.step, tensor_util.make_ndarray(e.tensor_proto).item()) for e in accumulator.Tensors(tag)]
+          for tag in tags['tensors']}
+  return read | {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in tags.get('scalars', [])}
+
+
+def test_jsonl_has_one_line_a_step(tmp_path):
+  write(tmp_path, 0, 7)
+  assert [line['step'] for line in lines_of(tmp_path)] == list(range(1, 8))
+  assert lines_of(tmp_path)[2] == {'step': 3, 'train/loss': 3.0, 'val/loss': -3.0}
+  assert read_metrics(tmp_path / 'metrics.jsonl') == lines_of(tmp_path)
+
+
+def test_lines_can_be_read_while_the_run_goes_on(tmp_path):
+  writer = Writer(tmp_path, 0)
+  for step in range(1, 4):
+    writer.scalars(step, {'train/loss': 1.0})
+    writer.scalars(step, {})  # nothing to say: no line
+    assert len(lines_of(tmp_path)) == step
+  writer.close()
+
+
+@pytest.mark.parametrize('step', [0, 3, 4, 7, 9])
+def test_going_on_at_a_step_forgets_what_came_after(tmp_path, step):
+  write(tmp_path, 0, 7)
+  before = lines_of(tmp_path)
+  Writer(tmp_path, step).close()
+  assert lines_of(tmp_path) == before[:step]
+  write(tmp_path, step, 10, scale=100.0)
+  after = lines_of(tmp_path)
+  assert [line['step'] for line in after] == [*range(1, min(step, 7) + 1), *range(step + 1, 11)]
+  assert [line['train/loss'] for line in after if line['step'] > step] == [100.0 * s for s in range(step + 1, 11)]
+
+
+def test_a_last_line_cut_anywhere_is_mended(tmp_path):
+  write(tmp_path, 0, 4)
+  path = tmp_path / 'metrics.jsonl'
+  whole = path.read_bytes()
+  last = len(whole.splitlines(keepends=True)[-1])
+  for cut in range(1, last + 1):  # 1: only the line's end is gone
+    path.write_bytes(whole[:-cut])
+    assert [line['step'] for line in read_metrics(path)] == ([1, 2, 3] if cut > 1 else [1, 2, 3, 4])
+    writer = Writer(tmp_path, 4)
+    writer.scalars(5, {'train/loss': 5.0})
+    writer.close()
+    assert [line['step'] for line in lines_of(tmp_path)] in ([1, 2, 3, 5], [1, 2, 3, 4, 5]), cut
+
+
+def test_non_finite_values_survive(tmp_path):
+  writer = Writer(tmp_path, 0)
+  writer.scalars(1, {'train/loss': float('nan'), 'train/grad_norm': float('inf')})
+  writer.close()
+  [line] = read_metrics(tmp_path / 'metrics.jsonl')
+  assert line['train/loss'] != line['train/loss']
+  assert line['train/grad_norm'] == float('inf')
+
+
+READERS = pytest.mark.parametrize('reader', [event_accumulator, plugin_event_accumulator],
+                                  ids=lambda module: module.__name__.rsplit('.')[-1])
+
+
+@READERS
+def test_tensorboard_reads_scalars_and_texts(tmp_path, reader):
+  write(tmp_path, 0, 6, text='once upon')
+  read = curves(tmp_path, reader)
+  assert read['train/loss'] == [(step, step) for step in range(1, 7)]
+  assert read['val/loss'] == [(3, -3), (6, -6)]
+  texts = dict(next(values for tag, values in read.items() if tag.startswith('sample')))
+  assert sorted(texts) == list(range(1, 7))
+  assert texts[4].decode().split('\n') == ['    once upon 4', '      second line']
+
+
+@READERS
+@pytest.mark.parametrize('step', [1, 3, 4])
+def test_tensorboard_sees_no_orphans_after_going_on(tmp_path, step, reader):
+  write(tmp_path, 0, 8)
+  Writer(tmp_path, step).close()  # even before a new point is written, and for curves that get none
+  read = curves(tmp_path, reader)
+  assert [s for s, _ in read['train/loss']] == list(range(1, step + 1))
+  assert [s for s, _ in read['val/loss']] == [s for s in (3, 6) if s <= step]
+  write(tmp_path, step, 6, scale=100.0)
+  assert curves(tmp_path, reader)['train/loss'] == [(s, s if s <= step else 100 * s) for s in range(1, 7)]
+
+
+FULL_DISK = '''
+import resource, signal, sys, time
+from pathlib import Path
+from llm_jax.metrics import Writer
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails with an OSError, as on a full disk
+
+def limit(size):
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+workdir = Path(sys.argv[1])
+for name, size, begin in (('later', 4000, 0), ('from_the_start', 0, 0), ('going_on', 10, 2)):
+  folder = workdir / name
+  folder.mkdir()
+  if begin:
+    limit(resource.RLIM_INFINITY)
+    (folder / 'metrics.jsonl').write_text(''.join('{"step": %d, "train/loss": 0.5}\\n' % i for i in (1, 2, 3)))
+  limit(size)
+  writer = Writer(folder, begin)
+  for step in range(begin + 1, 200):
+    writer.scalars(step, {'train/loss': 0.5, 'train/grad_norm': 1.0})
+    writer.text(step, 'sample', 'text ' * 10)
+  writer.close()
+print('goes on')
+'''
+
+
+def test_a_full_disk_costs_the_log_and_not_the_run(tmp_path):
+  done = subprocess.run([sys.executable, '-c', FULL_DISK, tmp_path], text=True, timeout=120,
+                        env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True)
+  assert (done.returncode, done.stdout) == (0, 'goes on\n'), done.stderr
+  assert done.stderr.count('WARNING: metrics are no longer written') == 3, done.stderr  # one for each writer
+  steps = [line['step'] for line in read_metrics(tmp_path / 'later/metrics.jsonl')]
+  assert steps == list(range(1, len(steps) + 1))
+  assert 0 < len(steps) < 199
+  # What is there from before is not lost to a rewrite that fails.
+  assert [line['step'] for line in read_metrics(tmp_path / 'going_on/metrics.jsonl')] == [1, 2, 3]
+
+
+def test_a_workdir_that_is_gone_costs_the_log_and_not_the_run(tmp_path, capsys):
+  writer = Writer(tmp_path / 'gone', 0)
+  writer.scalars(1, {'train/loss': 1.0})
+  writer.text(1, 'sample', 'text')
+  writer.close()
+  assert capsys.readouterr().err.count('WARNING') == 1
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  write(tmp_path, 0, 3, text='text')
+  assert not list(tmp_path.iterdir())
+
+
+def test_peak_flops_is_known_for_accelerators_alone():
+  assert peak_flops(jax.devices('cpu')) is None
+
+  def peak(kind, count=1):
+    return peak_flops([SimpleNamespace(device_kind=kind)] * count)
+
+  assert peak('NVIDIA A100-SXM4-80GB', 8) == 8 * 312e12
+  assert peak('NVIDIA H100 80GB HBM3') == 989e12
+  assert peak('NVIDIA H100 PCIe') == 756e12
+  assert peak('NVIDIA H200', 2) == 2 * 989e12
+  assert peak('TPU v5 lite') == 197e12
+  assert peak('TPU v5p') == 459e12
+  assert peak('NVIDIA L4') == 121e12
+  assert peak('NVIDIA L40S') == 362e12
+  # Others whose names only begin alike: no figure is better than a wrong one.
+  assert peak('NVIDIA L40') is None
+  assert peak('NVIDIA RTX A1000') is None
+  assert peak('NVIDIA GeForce GTX 1080') is None
+
+
+def test_duration():
+  for seconds, text in ((0, '0:00'), (9, '0:09'), (59.6, '1:00'), (61, '1:01'), (3599, '59:59'), (3599.5, '1:00:00'),
+                        (3661, '1:01:01'), (100 * 3600, '100:00:00')):
+    assert duration(seconds) == text
+
+
+# Throughput, by the real clock: bounds are loose on the side on which a busy machine errs.
+
+def test_throughput_leaves_out_the_first_step():
+  throughput = Throughput(flops_per_token=2.0, peak=1000.0)
+  time.sleep(0.3)  # compiling
+  throughput.waited(0.3)
+  throughput.step_done(10**6)
+  assert throughput.take() == {}
+  throughput.restart()
+  for _ in range(2):
+    time.sleep(0.02)
+    throughput.waited(0.01)
+    throughput.step_done(100)
+  values = throughput.take()
+  assert 0.02 <= values['seconds_per_step'] < 0.15  # 0.3 were it averaged in
+  assert values['tokens_per_second'] == pytest.approx(100 / values['seconds_per_step'])
+  assert values['mfu'] == pytest.approx(values['tokens_per_second'] * 2.0 / 1000.0)
+  assert values['data_wait'] == pytest.approx(0.01 / values['seconds_per_step'])
+  assert throughput.take() == {}
+
+
+def test_throughput_leaves_out_what_comes_between_steps():
+  throughput = Throughput(flops_per_token=1.0, peak=None)
+  throughput.step_done(1)
+  throughput.restart()
+  time.sleep(0.02)
+  throughput.step_done(100)
+  time.sleep(0.3)  # evaluation, a save
+  throughput.restart()
+  time.sleep(0.02)
+  throughput.step_done(100)
+  values = throughput.take()
+  assert values['seconds_per_step'] < 0.15
+  assert 'mfu' not in values
+  # Each take is of the steps since the last.
+  time.sleep(0.01)
+  throughput.step_done(50)
+  assert throughput.take()['tokens_per_second'] <= 50 / 0.01

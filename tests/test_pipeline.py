@@ -1,0 +1,232 @@
+"""Batches are a pure function of (data, seed, n): each token once an epoch, whatever hosts, restarts or prefetching."""
+
+import contextlib
+import itertools
+
+import numpy as np
+import pytest
+
+from llm_jax.data.pipeline import Windows, eval_batches, prefetched, shuffled, train_batches
+from llm_jax.data.store import TokenStore
+from llm_jax.data.tasks import next_token
+
+# No two tokens are alike, so a token tells where it came from.
+LENGTHS = [(1, 1), (2, 1), (50, 7), (57, 7), (64, 64), (65, 64), (500, 16), (129, 1)]
+
+
+def make_store(num_tokens, seed=0):
+  rng = np.random.default_rng(seed)
+  tokens = rng.permutation(num_tokens).astype(np.uint16) + 1
+  begins = rng.integers(1, num_tokens, num_tokens // 9) if num_tokens > 9 else []
+  starts = np.unique([0, *begins, num_tokens - 1]).astype(np.int64)  # the last token opens a document too
+  return TokenStore(tokens, starts, f'sha {num_tokens} {seed}', num_tokens)
+
+
+def make_windows(num_tokens=500, seq_len=16, seed=0, mask_documents=True):
+  return Windows(make_store(num_tokens, seed), 'next_token', seq_len, mask_documents)
+
+
+def real(rows, name):
+  """What `name` holds where the loss counts, over all rows in order."""
+  return np.concatenate([row[name][row['loss_mask'] > 0] for row in rows]).tolist()
+
+
+def assert_equal(a, b):
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def order_of(rows):
+  """The first token of each row: which window it is."""
+  return [int(row['tokens'][0]) for row in rows]
+
+
+# Windows.
+
+@pytest.mark.parametrize(('num_tokens', 'seq_len'), [n for n in LENGTHS if n[0] > 1])
+def test_every_token_but_the_first_is_a_target_once(num_tokens, seq_len):
+  windows = make_windows(num_tokens, seq_len)
+  rows = [windows[i] for i in range(len(windows))]
+  assert real(rows, 'targets') == windows.store.tokens[1:].tolist()
+  assert real(rows, 'tokens') == windows.store.tokens[:-1].tolist()
+  assert all(row['loss_mask'].any() for row in rows)
+
+
+def test_shuffled_epochs_hold_every_target_once_too():
+  windows = make_windows()
+  examples = shuffled(windows, seed=3)
+  for epoch in range(3):
+    rows = [examples[epoch * len(windows) + i] for i in range(len(windows))]
+    assert sorted(real(rows, 'targets')) == sorted(windows.store.tokens[1:].tolist())
+
+
+@pytest.mark.parametrize('seed', range(5))
+@pytest.mark.parametrize('seq_len', [1, 8, 33])
+def test_segments_and_positions_restart_at_documents(seed, seq_len):
+  windows = make_windows(200, seq_len, seed)
+  starts = set(windows.store.starts.tolist())
+  for i in range(len(windows)):
+    row = windows[i]
+    segment = position = 0
+    for t in range(seq_len):
+      at = i * seq_len + t
+      if at >= 199:  # past the last token that has a target
+        assert row['segment_ids'][t] == 0
+        assert row['loss_mask'][t] == 0
+        continue
+      opens = t == 0 or at in starts
+      segment, position = segment + opens, 0 if opens else position + 1
+      assert (row['segment_ids'][t], row['positions'][t], row['loss_mask'][t]) == (segment, position, 1)
+
+
+def test_segments_agree_with_the_special_tokens_of_the_row():
+  # Written from the tokens alone: 0 opens each document, here as in a real store.
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 6, 300).astype(np.uint16)
+  tokens[0] = 0
+  store = TokenStore(tokens, np.flatnonzero(tokens == 0), 'sha', 300)
+  for begin in range(0, 299, 11):
+    row = next_token(store, begin, 11, True)
+    held = row['segment_ids'] > 0
+    opens = row['tokens'] == 0
+    opens[0] = True
+    np.testing.assert_array_equal(row['segment_ids'][held], np.cumsum(opens)[held])
+    np.testing.assert_array_equal(row['positions'][held] == 0, opens[held])
+
+
+def test_without_mask_documents_a_row_is_one_segment():
+  masked, plain = make_windows()[3], make_windows(mask_documents=False)[3]
+  assert set(plain) == {'tokens', 'targets', 'loss_mask'}
+  assert_equal(plain, {name: masked[name] for name in plain})
+
+
+# Order.
+
+def test_each_epoch_is_a_new_permutation_and_seeds_differ():
+  windows = make_windows()
+  epochs = []
+  for seed in (0, 1):
+    examples = shuffled(windows, seed)
+    epochs += [order_of(examples[epoch * len(windows) + i] for i in range(len(windows))) for epoch in range(4)]
+  in_order = order_of(windows[i] for i in range(len(windows)))
+  assert all(sorted(epoch) == sorted(in_order) for epoch in epochs)
+  assert all(a != b for a, b in itertools.combinations([in_order, *epochs], 2))
+
+
+def test_order_is_a_shuffle_and_no_rotation():
+  windows = make_windows(2000, 4)
+  index = {first: i for i, first in enumerate(order_of(windows[i] for i in range(len(windows))))}
+  order = [index[first] for first in order_of(shuffled(windows, 0)[i] for i in range(len(windows)))]
+  steps = np.diff(order)
+  assert len(set(steps.tolist())) > len(order) / 3
+  assert abs(np.corrcoef(np.arange(len(order)), order)[0, 1]) < 0.2
+
+
+# Batches.
+
+def batches_of(batch_size=8, rows=None, seed=0, **windows):
+  rows = np.arange(batch_size) if rows is None else rows
+  return train_batches(shuffled(make_windows(**windows), seed), batch_size, rows)
+
+
+def test_batch_n_holds_examples_n_times_batch_size_and_on():
+  windows = make_windows()
+  examples, batches = shuffled(windows, 7), batches_of(seed=7)
+  for n in (0, 3, 4, 40):  # an epoch is four batches
+    batch = batches[n]
+    for row in range(8):
+      assert_equal({name: x[row] for name, x in batch.items()}, examples[n * 8 + row])
+
+
+@pytest.mark.parametrize('num_tokens', [100, 500])
+def test_batches_cross_epochs_without_a_seam(num_tokens):
+  # 5 rows a batch divide neither 7 nor 32 windows an epoch: some batches hold the end of one and the next one's start.
+  windows, batches = make_windows(num_tokens), batches_of(5, num_tokens=num_tokens)
+  num_batches = 3 * len(windows) // 5 + 1
+  rows = [{name: x[row] for name, x in batch.items()} for batch in map(batches.__getitem__, range(num_batches))
+          for row in range(5)]
+  for epoch in range(3):
+    of_epoch = rows[epoch * len(windows):(epoch + 1) * len(windows)]
+    assert sorted(real(of_epoch, 'targets')) == sorted(windows.store.tokens[1:].tolist())
+
+
+@pytest.mark.parametrize('begin', [0, 1, 7, 1000, 10**9])
+def test_batch_n_is_a_pure_function(begin):
+  random_access = batches_of()
+  expected = {n: random_access[n] for n in (begin + 4, begin + 1, begin, begin + 3, begin + 2)}
+  with contextlib.closing(prefetched(batches_of(), begin)) as iterator:
+    for n in range(begin, begin + 5):
+      batch = next(iterator)
+      assert_equal(batch, expected[n])
+      assert_equal(batch, random_access[n])  # asked again, after others
+  assert (expected[begin]['tokens'] != batches_of(seed=1)[begin]['tokens']).any()
+
+
+@pytest.mark.parametrize('num_hosts', [1, 2, 4])
+@pytest.mark.parametrize('deal', ['blocks', 'strided'])
+def test_rows_of_all_hosts_are_the_global_batch(num_hosts, deal):
+  whole = batches_of()
+  row_sets = [np.arange(8).reshape(num_hosts, -1)[host] if deal == 'blocks' else np.arange(host, 8, num_hosts)
+              for host in range(num_hosts)]
+  with contextlib.ExitStack() as stack:
+    hosts = [stack.enter_context(contextlib.closing(prefetched(batches_of(rows=rows), 2))) for rows in row_sets]
+    for n in range(2, 9):
+      batch = whole[n]
+      seen = []
+      for rows, host in zip(row_sets, hosts, strict=True):
+        local = next(host)
+        for i, row in enumerate(rows):
+          assert_equal({name: x[i] for name, x in local.items()}, {name: x[row] for name, x in batch.items()})
+          seen.append(int(row))
+      assert sorted(seen) == list(range(8))
+
+
+def test_windows_that_differ_have_another_repr():
+  # Grain tells sources apart by it.
+  assert len({repr(w) for w in (make_windows(), make_windows(seed=1), make_windows(seq_len=8), make_windows(501),
+                                make_windows(mask_documents=False))}) == 5
+  assert repr(make_windows()) == repr(make_windows())
+
+
+# Evaluation.
+
+def eval_rows(windows, batch_size, rows=None, max_rows=None):
+  batches = list(eval_batches(windows, batch_size, np.arange(batch_size) if rows is None else rows, max_rows))
+  return [{name: x[i] for name, x in batch.items()} for batch in batches for i in range(len(batch['tokens']))]
+
+
+@pytest.mark.parametrize('batch_size', [1, 3, 8, 31, 32, 33, 100])
+def test_eval_covers_every_token_once_whatever_the_batch_size(batch_size):
+  windows = make_windows()
+  assert len(windows) == 32
+  rows = eval_rows(windows, batch_size)
+  assert len(rows) % batch_size == 0
+  assert len(rows) < 32 + batch_size
+  assert sum(row['loss_mask'].sum() for row in rows) == 499
+  assert real(rows, 'targets') == windows.store.tokens[1:].tolist()
+  for blank in rows[32:]:
+    assert not blank['segment_ids'].any()
+
+
+@pytest.mark.parametrize('num_hosts', [1, 2, 4])
+def test_eval_of_all_hosts_covers_every_token_once(num_hosts):
+  windows = make_windows(470)
+  hosts = [eval_rows(windows, 12, np.arange(host, 12, num_hosts)) for host in range(num_hosts)]
+  assert len({len(rows) for rows in hosts}) == 1  # all take part in as many steps
+  targets = itertools.chain(*(real(rows, 'targets') for rows in hosts))
+  assert sorted(targets) == sorted(windows.store.tokens[1:].tolist())
+
+
+@pytest.mark.parametrize('max_rows', [1, 2, 5, 7, 16, 31, 32, 1000])
+@pytest.mark.parametrize('batch_size', [1, 4, 50])
+def test_eval_of_max_rows_is_evenly_spread(max_rows, batch_size):
+  windows = make_windows()
+  index = {first: i for i, first in enumerate(order_of(windows[i] for i in range(32)))}
+  chosen = [index[first] for first in order_of(r for r in eval_rows(windows, batch_size, max_rows=max_rows)
+                                               if r['loss_mask'].any())]
+  count = min(max_rows, 32)
+  assert len(chosen) == len(set(chosen)) == count
+  assert chosen == sorted(chosen)
+  gaps = np.diff([*chosen, 32 + chosen[0]])  # around the ring
+  assert gaps.max() - gaps.min() <= 1

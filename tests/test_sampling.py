@@ -1,0 +1,162 @@
+"""Sampling draws what it says; cached generation equals the full forward pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llm_jax.models.decoder import Decoder, DecoderConfig
+from llm_jax.sampling import generate, sample
+from llm_jax.step import init_state
+from llm_jax.types import Batch
+
+NUM_DRAWS = 20000
+LOGITS = np.random.default_rng(0).normal(size=12).astype(np.float32) * 1.5
+
+
+def draws(logits, seed=0, **options):
+  rows = np.broadcast_to(logits, (NUM_DRAWS, len(LOGITS)))
+  return np.asarray(sample(jnp.asarray(rows), jax.random.key(seed), **options))
+
+
+def softmax(x):
+  e = np.exp(x - x.max())
+  return e / e.sum()
+
+
+def reference(logits, temperature=1.0, top_k=0, top_p=1.0):
+  """The distribution that should be drawn from, by the plain definition."""
+  probs = softmax(np.asarray(logits, np.float64) / temperature)
+  order = np.argsort(-probs)
+  kept = order[:top_k] if top_k else order
+  probs[np.setdiff1d(order, kept)] = 0
+  probs /= probs.sum()
+  smallest = next(n for n in range(1, len(kept) + 1) if probs[order[:n]].sum() >= top_p - 1e-9)
+  probs[order[smallest:]] = 0
+  return probs / probs.sum()
+
+
+@pytest.mark.parametrize('options', [
+    {}, {'temperature': 0.5}, {'temperature': 3.0}, {'top_k': 1}, {'top_k': 4}, {'top_k': 12}, {'top_k': 100},
+    {'top_p': 0.1}, {'top_p': 0.5}, {'top_p': 0.9}, {'top_p': 0.999}, {'top_p': 1e-9}, {'top_k': 5, 'top_p': 0.8},
+    {'temperature': 2.0, 'top_k': 6, 'top_p': 0.7}], ids=str)
+def test_draws_follow_the_renormalised_softmax_of_the_allowed_set(options):
+  expected = reference(LOGITS, **options)
+  counts = np.bincount(draws(LOGITS, **options), minlength=len(LOGITS))
+  assert not counts[expected == 0].any()
+  allowed = expected > 0
+  chi_square = np.sum((counts - NUM_DRAWS * expected)[allowed] ** 2 / (NUM_DRAWS * expected[allowed]))
+  assert chi_square < 4 * len(LOGITS)  # its mean is the number of allowed tokens less 1
+
+
+def test_top_p_keeps_the_fewest_that_reach_it():
+  logits = np.log(np.array([0.5, 0.25, 0.125, 0.0625, 0.0625, *[1e-9] * 7], np.float32))
+  for top_p, allowed in ((0.4, {0}), (0.6, {0, 1}), (0.8, {0, 1, 2}), (0.9, {0, 1, 2, 3, 4})):
+    assert set(draws(logits, top_p=top_p).tolist()) == allowed  # the last two are equally likely: both or neither
+
+
+def test_temperature_0_is_the_likeliest():
+  logits = np.random.default_rng(1).normal(size=(64, 50)).astype(np.float32)
+  for seed in range(3):
+    tokens = sample(jnp.asarray(logits), jax.random.key(seed), temperature=0.0, top_k=3, top_p=0.5)
+    assert tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+
+
+def test_rows_are_drawn_each_from_their_own_logits():
+  expected = np.random.default_rng(2).integers(0, len(LOGITS), NUM_DRAWS)
+  logits = np.where(np.arange(len(LOGITS)) == expected[:, None], 0, -40).astype(np.float32)
+  for options in ({}, {'top_k': 2}, {'top_p': 0.5}):
+    np.testing.assert_array_equal(draws(logits, **options), expected)
+
+
+def test_same_seed_same_tokens():
+  np.testing.assert_array_equal(draws(LOGITS, seed=5), draws(LOGITS, seed=5))
+  assert (draws(LOGITS, seed=5) != draws(LOGITS, seed=6)).any()
+
+
+def test_bfloat16_logits_follow_the_same_distribution():
+  logits = jnp.asarray(LOGITS, jnp.bfloat16)
+  counts = np.bincount(draws(logits, top_p=0.9), minlength=len(LOGITS))
+  expected = reference(np.asarray(logits, np.float64), top_p=0.9)
+  assert not counts[expected == 0].any()
+  np.testing.assert_allclose(counts / NUM_DRAWS, expected, atol=0.02)
+
+
+# Generation with a cache.
+
+MAX_LEN = 24
+PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [3, 1, 4, 1, 5, 9, 2, 6]]
+
+
+CONFIGS = {
+    'gpt2': {'use_bias': True},
+    'llama': {'num_kv_heads': 2, 'mlp': 'swiglu', 'norm': 'rms_norm', 'positions': 'rope', 'qk_norm': True,
+              'windows': (0, 4)},
+}
+
+
+@functools.cache
+def model_and_params(name):
+  """A tiny decoder whose likeliest token changes from place to place: large weights, and a head of its own."""
+  model = Decoder(DecoderConfig(vocab_size=61, max_len=MAX_LEN, num_layers=2, embed_dim=32, num_heads=4,
+                                dtype='float32', tie_embeddings=False, **CONFIGS[name]))
+  abstract = jax.eval_shape(functools.partial(init_state, model=model, tx=optax.identity()), jax.random.key(0),
+                            full_batch([[0]])).params
+  rng = np.random.default_rng(0)
+  spread = {'w': 0.4, 'b': 0.1, 'scale': 0.1}
+
+  def fill(path, x):
+    kind = path[-1].key
+    return ((kind == 'scale') + rng.normal(size=x.shape, scale=spread[kind])).astype(np.float32)
+
+  return model, jax.tree_util.tree_map_with_path(fill, abstract)
+
+
+def full_batch(rows):
+  tokens = np.zeros((len(rows), MAX_LEN), np.int32)
+  for padded, row in zip(tokens, rows, strict=True):
+    padded[:len(row)] = row
+  return Batch(tokens=tokens, targets=tokens, loss_mask=np.ones(tokens.shape, np.float32))
+
+
+def run(name, prompts, num_tokens, **options):
+  columns = list(generate(*model_and_params(name), prompts, max_len=MAX_LEN, num_tokens=num_tokens, **options))
+  return np.stack(columns, axis=1) if columns else np.zeros((len(prompts), 0), np.int32)
+
+
+@pytest.mark.parametrize('name', list(CONFIGS))
+def test_greedy_generation_is_the_argmax_of_the_full_forward_pass(name):
+  model, params = model_and_params(name)
+  forward = jax.jit(lambda batch: model.apply({'params': params}, batch))
+  generated = run(name, PROMPTS, 12, temperature=0.0)
+  rows = [list(prompt) for prompt in PROMPTS]
+  for i in range(12):
+    logits_BTV = np.asarray(forward(full_batch(rows)))
+    for b, row in enumerate(rows):
+      row.append(int(logits_BTV[b, len(row) - 1].argmax()))
+      assert generated[b, i] == row[-1], (b, i)
+  assert all(len(set(row.tolist())) > 3 for row in generated)  # else equal rows would prove little
+
+
+def test_sampled_generation_follows_its_seed():
+  prompts = [PROMPTS[1]] * 4
+  first, same, other = (run('gpt2', prompts, 10, seed=seed, temperature=3.0) for seed in (1, 1, 2))
+  np.testing.assert_array_equal(first, same)
+  assert (first != other).any()
+  assert len({tuple(row) for row in first.tolist()}) == 4  # one prompt goes four ways
+
+
+def test_generation_stops_at_max_len():
+  longest = max(map(len, PROMPTS))
+  greedy = run('gpt2', PROMPTS, 1000, temperature=0.0)
+  assert greedy.shape == (4, MAX_LEN - longest)
+  np.testing.assert_array_equal(run('gpt2', PROMPTS, 3, temperature=0.0), greedy[:, :3])
+  # A prompt that fills it gives nothing; one token less gives one.
+  full = [[*PROMPTS[3], *greedy[3].tolist()]] * 4
+  assert run('gpt2', full, 5, temperature=0.0).shape == (4, 0)
+  last = run('gpt2', [row[:-1] for row in full], 5, temperature=0.0)
+  assert last.tolist() == [[full[0][-1]]] * 4

@@ -1,0 +1,208 @@
+"""The step: equal over meshes and microbatches, really sharded, never non-finite."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.config import build
+from llm_jax.evaluation import evaluate
+from llm_jax.models import make_model
+from llm_jax.models.decoder import DecoderConfig
+from llm_jax.optim import OptimConfig, make_optimizer
+from llm_jax.sharding import (
+    MeshConfig,
+    batch_sharding,
+    constrain,
+    local_rows,
+    logical_to_spec,
+    make_mesh,
+    num_batch_shards,
+    put_batch,
+)
+from llm_jax.step import eval_step, init_state, state_shardings, train_step
+from llm_jax.types import Batch, ConfigError
+
+CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, dtype='float32',
+                    positions='rope', norm='rms_norm', mlp='swiglu')
+OPTIM = build(OptimConfig, {'learning_rate': 1e-2, 'warmup_cosine': {'warmup_steps': 2}})
+
+
+def features(n, num_rows=16):
+  """Batch n: sequences that count up from a random start, with ragged ends, so there is something to learn."""
+  rng = np.random.default_rng(n)
+  tokens = (rng.integers(0, 32, (num_rows, 1)) + np.arange(17)) % 32
+  mask = np.arange(16)[None] < rng.integers(4, 17, (num_rows, 1))
+  return {'tokens': tokens[:, :-1].astype(np.int32), 'targets': tokens[:, 1:].astype(np.int32),
+          'loss_mask': mask.astype(np.float32), 'segment_ids': mask.astype(np.int32)}
+
+
+def train(num_steps, *, mesh=None, num_microbatches=1, cfg=CFG, num_rows=16):
+  """Losses, final state and mesh of a run on a mesh of virtual devices."""
+  sizes = mesh or (1, 1, 1)
+  mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
+  model = make_model(cfg)
+  tx, schedule = make_optimizer(OPTIM, 20)
+  with jax.set_mesh(mesh):
+    rows = local_rows(mesh, num_rows)
+    example = put_batch(features(0, num_rows), rows, num_rows, mesh)
+    shardings = state_shardings(example, mesh, model=model, tx=tx)
+    state = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)(jax.random.key(0), example)
+    step = jax.jit(partial(train_step, model=model, tx=tx, schedule=schedule, seed=0,
+                           num_microbatches=num_microbatches),
+                   in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step),
+                   donate_argnums=0)
+    losses = []
+    for n in range(num_steps):
+      state, metrics = step(state, put_batch(features(n, num_rows), rows, num_rows, mesh))
+      losses.append(float(metrics['loss']))
+  return np.array(losses), state, shardings
+
+
+@pytest.fixture(scope='module')
+def alone():
+  return train(20)
+
+
+@pytest.mark.parametrize(('sizes', 'num_microbatches'), [((2, 2, 2), 1), ((8, 1, 1), 2)])
+def test_losses_do_not_depend_on_the_mesh(alone, sizes, num_microbatches):
+  losses, state, _ = train(20, mesh=sizes, num_microbatches=num_microbatches)
+  np.testing.assert_allclose(losses, alone[0], atol=1e-5, rtol=0)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), jax.device_get(state.params),
+               jax.device_get(alone[1].params))
+
+
+@pytest.mark.parametrize('count', [4])
+def test_losses_do_not_depend_on_the_number_of_microbatches(alone, count):
+  """Though rows carry different numbers of tokens: the mean is over tokens, not over rows."""
+  losses, _, _ = train(20, num_microbatches=count)
+  np.testing.assert_allclose(losses, alone[0], atol=1e-5, rtol=0)
+
+
+def test_the_loss_falls(alone):
+  assert alone[0][-1] < 0.7 * alone[0][0]
+
+
+def test_parameters_and_optimizer_state_really_are_sharded():
+  _, state, _ = train(1, mesh=(2, 2, 2))
+  specs = {'q': P(None, 'fsdp', 'tensor', None), 'o': P(None, 'tensor', None, 'fsdp')}
+  adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: isinstance(s, optax.ScaleByAdamState))
+              if isinstance(s, optax.ScaleByAdamState))
+  for params in (state.params, adam.mu, adam.nu):
+    for name, spec in specs.items():
+      leaf = params['blocks']['attn'][name]['w']
+      assert leaf.sharding.spec == spec
+      assert leaf.addressable_shards[0].data.size == leaf.size // 4
+  held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))
+  assert held < 0.3 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def test_init_does_not_depend_on_the_mesh():
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(train(0)[1].params),
+               jax.device_get(train(0, mesh=(2, 2, 2))[1].params))
+
+
+def test_the_step_is_pure():
+  """Called bare, twice, with the same state and batch: the same bits, dropout included; another seed differs."""
+  model = make_model(DecoderConfig(vocab_size=32, max_len=16, num_layers=1, embed_dim=8, num_heads=2, dropout=0.2))
+  tx, schedule = make_optimizer(OPTIM, 20)
+  batch = Batch(**features(0))
+  state = jax.jit(partial(init_state, model=model, tx=tx))(jax.random.key(0), batch)
+  step = jax.jit(partial(train_step, model=model, tx=tx, schedule=schedule), static_argnames='seed')
+  first, second, other = step(state, batch, seed=1), step(state, batch, seed=1), step(state, batch, seed=2)
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+  assert first[1]['loss'] != other[1]['loss']
+  assert step(first[0], batch, seed=1)[1]['loss'] != first[1]['loss']
+
+
+class Odd(nn.Module):
+  """A model of one number whose loss gradient is what the batch says, and which sows."""
+
+  @nn.compact
+  def __call__(self, batch, *, train=False):
+    w = self.param('w', nn.initializers.ones, (1, 1, 1))
+    self.sow('losses', 'penalty', 3.0 * jnp.sum(w))
+    self.sow('metrics', 'weight', w)
+    return w * batch.tokens[..., None].astype(jnp.float32) * jnp.array([[[1.0, 0.0]]])
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, 1e30])
+def test_non_finite_gradients_never_reach_the_state(bad):
+  tx, schedule = make_optimizer(build(OptimConfig, {'chain': ('adamw',)}), 20)
+  ones = jnp.ones((2, 3), jnp.int32)
+  state = init_state(jax.random.key(0), Batch(ones, ones, ones * 1.0), model=Odd(), tx=tx)
+  step = jax.jit(partial(train_step, model=Odd(), tx=tx, schedule=schedule, seed=0))
+  good, metrics = step(state, Batch(ones, ones, ones * 1.0))
+  assert metrics['skipped'] == 0 and good.params['w'] != state.params['w']
+  mask = jnp.ones((2, 3)).at[0, 0].set(bad).at[0, 1].set(-bad)
+  after, metrics = step(good, Batch(ones.at[0, 0].set(5), ones, mask))
+  assert metrics['skipped'] == 1 and after.step == 2
+  jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (good.params, good.opt_state))
+  assert step(after, Batch(ones, ones, ones * 1.0))[1]['skipped'] == 0
+
+
+@pytest.mark.parametrize('num_microbatches', [1, 2])
+def test_what_modules_sow_is_added_or_logged(num_microbatches):
+  tx, schedule = make_optimizer(build(OptimConfig, {'chain': ('clip_by_global_norm',)}), 20)
+  zeros = jnp.zeros((2, 3), jnp.int32)
+  batch = Batch(zeros, zeros, jnp.ones((2, 3)))
+  state = init_state(jax.random.key(0), batch, model=Odd(), tx=tx)
+  _, metrics = jax.jit(partial(train_step, model=Odd(), tx=tx, schedule=schedule, seed=0,
+                               num_microbatches=num_microbatches))(state, batch)
+  assert metrics['extra_loss'] == pytest.approx(3.0) and metrics['grad_norm'] == pytest.approx(3.0)
+  assert metrics['loss'] == pytest.approx(np.log(2)) and metrics['weight'] == pytest.approx(1.0)
+
+
+def test_evaluation_adds_up_over_any_ragged_batches():
+  model = make_model(CFG)
+  data = features(0, 12)
+  params = jax.jit(model.init)(jax.random.key(0), Batch(**data))['params']
+  params, token_bytes = nn.unbox(params), jnp.arange(32)
+  fn = jax.jit(partial(eval_step, model=model, token_bytes=token_bytes))
+
+  def padded(rows, size):
+    return Batch(**{k: np.pad(v[rows], ((0, size - len(v[rows])), (0, 0))) for k, v in data.items()})
+
+  whole = evaluate(fn, params, [Batch(**data)])
+  ragged = evaluate(fn, params, [padded(slice(i, i + 5), 5) for i in range(0, 12, 5)])
+  assert ragged == pytest.approx(whole, rel=1e-6)
+  logits = np.asarray(model.apply({'params': params}, Batch(**data)), np.float64)
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  nll = -(np.take_along_axis(log_p, data['targets'][..., None], -1)[..., 0] * data['loss_mask']).sum()
+  tokens, num_bytes = data['loss_mask'].sum(), (data['targets'] * data['loss_mask']).sum()
+  assert whole['loss'] == pytest.approx(nll / tokens, rel=1e-5)
+  assert whole['perplexity'] == pytest.approx(np.exp(nll / tokens), rel=1e-4)
+  assert whole['bits_per_byte'] == pytest.approx(nll / np.log(2) / num_bytes, rel=1e-5)
+
+
+def test_colliding_and_unknown_logical_axes_raise():
+  with pytest.raises(ValueError, match='mlp.*heads|heads.*mlp'):
+    logical_to_spec(('mlp', 'heads'))
+  with pytest.raises(ValueError, match='haeds'):
+    logical_to_spec(('embed', 'haeds'))
+  with pytest.raises(ValueError, match='haeds'):
+    constrain(jnp.zeros(3), 'haeds')
+
+
+def test_a_dimension_that_does_not_divide_is_named():
+  with pytest.raises(ConfigError, match=r'embed/w.*33'):
+    train(1, mesh=(1, 1, 2), cfg=DecoderConfig(**{**CFG.__dict__, 'vocab_size': 33}))
+
+
+def test_a_mesh_that_does_not_cover_the_devices_is_told():
+  with pytest.raises(ConfigError, match='8 device'):
+    make_mesh(MeshConfig(data=3))
+  assert num_batch_shards(make_mesh(MeshConfig(data=-1, tensor=2))) == 4
+
+
+def test_put_batch_places_each_row_once():
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  x = {'tokens': np.arange(24).reshape(8, 3)}
+  batch = put_batch({**x, 'targets': x['tokens'], 'loss_mask': x['tokens']}, local_rows(mesh, 8), 8, mesh)
+  np.testing.assert_array_equal(batch.tokens, x['tokens'])
+  assert batch.tokens.addressable_shards[0].data.shape == (2, 3)
