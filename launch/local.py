@@ -44,10 +44,15 @@ def main() -> int:
     outputs.append(output)
 
   ended: list[int] = []  # in time: the first that failed is the cause, the others its victims
+  deadline = float('inf')
   while len(ended) < len(processes):
     time.sleep(0.1)
     running = [i for i in range(len(processes)) if i not in ended]
     ended += [i for i in running if processes[i].poll() is not None]
+    if any(processes[i].returncode for i in ended):
+      deadline = min(deadline, time.monotonic() + 60)
+    if time.monotonic() > deadline:
+      signals.append(signal.SIGKILL)  # those that wait for the failed one, and jax did not end
     while signals:
       number = signals.pop(0)
       for i in running:

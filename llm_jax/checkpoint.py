@@ -38,7 +38,7 @@ class CheckpointConfig:
 class _Manager(ocp.CheckpointManager):
 
   def reached_preemption(self, step: int) -> bool:
-    """Never: to ask jax would move this process's step of its sync point, which StopSignal counts."""
+    """No: that is StopSignal's affair, and to ask jax here would upset the count of steps that it goes by."""
     return False
 
 

@@ -71,7 +71,8 @@ def start_processes() -> None:
   import jax
   num_processes, process_id = (os.environ.get(name) for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'))
   jax.distributed.initialize(num_processes=int(num_processes) if num_processes else None,
-                             process_id=int(process_id) if process_id else None)
+                             process_id=int(process_id) if process_id else None,
+                             heartbeat_timeout_seconds=30)  # a dead process ends the others, by default after 100
 
 
 def run_as_program(main: Callable[[list[str]], None]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from llm_jax import __version__
 from llm_jax.assemble import complete, example_batch, make_evaluator, samples, windows
@@ -243,5 +243,5 @@ def describe(config: Config, data: Data, state: TrainState, num_microbatches: in
 
 
 def barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+  """Waits for every process, however long: by the coordinator, as a collective may give up after 30 seconds."""
+  multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 60 * 60 * 1000)

@@ -186,4 +186,5 @@ def test_every_config_builds_with_its_parameter_count(path, cpu_only):
 
 
 def test_differences_name_each_leaf():
-  assert config_lib.differences({'a': {'b': 1, 'c': 2}, 'd': 3}, {'a': {'b': 1, 'c': 5}}) == {'a.c': (2, 5), 'd': (3, None)}
+  found = config_lib.differences({'a': {'b': 1, 'c': 2}, 'd': 3}, {'a': {'b': 1, 'c': 5}})
+  assert found == {'a.c': (2, 5), 'd': (3, None)}

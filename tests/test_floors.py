@@ -17,7 +17,7 @@ FLOORS = [
     {'main', 'evaluate', 'generate', 'plot'},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-SAME_FLOOR = {('sharding', 'types'), ('stopping', 'types'), ('evaluate', 'main'), ('generate', 'main'), ('plot', 'main')}
+SAME_FLOOR = {('sharding', 'types'), ('evaluate', 'main'), ('generate', 'main'), ('plot', 'main')}
 
 
 def modules_imported(path: Path) -> set[str]:

@@ -114,8 +114,9 @@ def test_tensorboard_shows_scalars_and_samples(whole, folder):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
-  process = subprocess.Popen([sys.executable, '-m', 'tensorboard.main', '--logdir', whole[0], '--port', str(port),
-                              '--host', 'localhost', '--load_fast=false'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  process = subprocess.Popen(
+      [sys.executable, '-m', 'tensorboard.main', '--logdir', whole[0], '--port', str(port), '--host', 'localhost',
+       '--load_fast=false'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
   def get(path):
     with urllib.request.urlopen(f'http://localhost:{port}/data/plugin/{path}', timeout=10) as response:

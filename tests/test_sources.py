@@ -196,7 +196,7 @@ def test_fetch_of_a_broken_answer_keeps_nothing(server, tmp_path, name):
   assert f'{server.url}/{name}' in str(e.value)
   assert not left_behind(tmp_path)
   if name == 'short.txt':
-    assert f'1000 of {len(BODY)} bytes' in str(e.value)
+    assert '1000' in str(e.value)  # how far it came
 
 
 @pytest.mark.parametrize('port', ['server gone', 'no number'])

@@ -181,7 +181,7 @@ def test_evaluation_adds_up_over_any_ragged_batches():
 
 
 def test_colliding_and_unknown_logical_axes_raise():
-  with pytest.raises(ValueError, match='mlp.*heads|heads.*mlp'):
+  with pytest.raises(ValueError, match=r'mlp.*heads|heads.*mlp'):
     logical_to_spec(('mlp', 'heads'))
   with pytest.raises(ValueError, match='haeds'):
     logical_to_spec(('embed', 'haeds'))

@@ -1,0 +1,54 @@
+"""Draws curves from metrics.jsonl: python -m llm_jax.plot --workdir=runs/gpt_small --out=loss.png"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llm_jax.main import run_as_program
+from llm_jax.types import ConfigError, StorageError
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='python -m llm_jax.plot', allow_abbrev=False, description=__doc__)
+  parser.add_argument('--workdir', type=Path, nargs='+', required=True, help='one run, or several to compare')
+  parser.add_argument('--metric', nargs='+', default=['train/loss', 'val/loss'])
+  parser.add_argument('--out', type=Path, default=Path('loss.png'))
+  args = parser.parse_args(argv)
+  try:
+    import matplotlib
+  except ImportError:
+    raise ConfigError("plots need matplotlib: pip install 'llm_jax[plot]'") from None
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+
+  from llm_jax.metrics import read_metrics
+
+  figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+  known: set[str] = set()
+  for workdir in args.workdir:
+    path = workdir / 'metrics.jsonl'
+    if not path.is_file():
+      raise StorageError(f'--workdir: {workdir} holds no metrics.jsonl')
+    lines = read_metrics(path)
+    known = known.union(*lines)
+    for name in args.metric:
+      points = [(line['step'], line[name]) for line in lines if name in line]
+      if points:
+        label = name if len(args.workdir) == 1 else f'{workdir.name}: {name}'
+        axes.plot(*zip(*points, strict=True), label=label, marker='o' if len(points) < 30 else None, markersize=4)
+  if not axes.lines:
+    raise ConfigError(f'--metric: none of {", ".join(args.metric)} is there; there are: {", ".join(sorted(known))}')
+  axes.set(xlabel='step', ylabel=args.metric[0] if len(args.metric) == 1 else 'nats per token'
+           if all(name.endswith('/loss') for name in args.metric) else '')
+  axes.grid(alpha=0.3)
+  axes.legend()
+  try:
+    figure.savefig(args.out, dpi=120)
+  except (OSError, ValueError) as e:
+    raise StorageError(f'--out: {args.out} cannot be written: {e}') from None
+  print(f'wrote {args.out}')
+
+
+if __name__ == '__main__':
+  run_as_program(main)
