@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,10 +70,14 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
 def start_processes() -> None:
   """Joins the other processes; what launch/local.py does not set, jax finds out from the cluster."""
   import jax
+
+  from llm_jax.stopping import interrupt_all
+  signal.signal(signal.SIGINT, interrupt_all)
   num_processes, process_id = (os.environ.get(name) for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'))
+  # One process that dies, or leaves alone, ends the others after this many seconds, not jax's 100 and 300.
   jax.distributed.initialize(num_processes=int(num_processes) if num_processes else None,
                              process_id=int(process_id) if process_id else None,
-                             heartbeat_timeout_seconds=30)  # a dead process ends the others, by default after 100
+                             heartbeat_timeout_seconds=30, shutdown_timeout_seconds=60)
 
 
 def run_as_program(main: Callable[[list[str]], None]) -> None:

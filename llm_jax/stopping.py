@@ -13,17 +13,17 @@ from jax.experimental import multihost_utils
 class StopSignal:
   """A context manager that turns the first SIGTERM or SIGINT into `reached()`; a second one kills at once.
 
-  With several processes SIGTERM is left to jax.distributed, whose coordinator picks the step for all of them, so
-  that one notified process is enough; Ctrl-C is passed on to it as SIGTERM.
+  Once jax.distributed is up it hears SIGTERM itself, and its coordinator picks the step for all processes, so that
+  one notified process is enough; see `interrupt_all` for Ctrl-C.
   """
 
   def __init__(self):
     self.requested = False
-    self._alone = jax.process_count() == 1
+    self._alone = not jax.distributed.is_initialized()
     self._num_asked = 0
 
   def __enter__(self) -> StopSignal:
-    handled = (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,)
+    handled = (signal.SIGINT, signal.SIGTERM) if self._alone else ()
     self._before = {number: signal.signal(number, self._handle) for number in handled}
     return self
 
@@ -34,13 +34,8 @@ class StopSignal:
   def _handle(self, number: int, frame: object) -> None:
     for handled in self._before:
       signal.signal(handled, signal.SIG_DFL)
-    if self._alone:
-      self.requested = True
-    else:
-      os.kill(os.getpid(), signal.SIGTERM)
-    name = signal.Signals(number).name
-    if jax.process_index() == 0:
-      print(f'\n{name}: saving, then leaving (once more: leave at once)', file=sys.stderr, flush=True)
+    self.requested = True
+    _announce(number)
 
   def reached(self) -> bool:
     """Whether to stop after this step. With several processes every one must ask at every step."""
@@ -48,3 +43,15 @@ class StopSignal:
     # hear of a signal that came before its first step.
     self._num_asked += 1
     return self.requested if self._alone else multihost_utils.reached_preemption_sync_point(self._num_asked)
+
+
+def interrupt_all(number: int, frame: object) -> None:
+  """A handler of Ctrl-C for one of several processes, which may not leave alone: it becomes SIGTERM, for all of them."""
+  signal.signal(number, signal.SIG_DFL)
+  os.kill(os.getpid(), signal.SIGTERM)
+  _announce(number)
+
+
+def _announce(number: int) -> None:
+  name = signal.Signals(number).name
+  print(f'\n{name}: saving, then leaving (once more: leave at once)', file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from llm_jax.data.store import TokenStore
 from llm_jax.data.tasks import TASKS
 from llm_jax.data.token_files import open_bin
 from llm_jax.data.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
-from llm_jax.types import ConfigError, DataError
+from llm_jax.types import ConfigError, DataError, StorageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,10 @@ def open_data(config: DataConfig) -> Data:
   folder = cache_dir(config) / 'stores' / f'{_slug(config.path)}-{config.tokenizer}-{key}'
   with store.locked(folder):
     if not folder.exists():
-      _make_store(config, source, folder)
+      try:
+        _make_store(config, source, folder)
+      except OSError as e:
+        raise StorageError(f'{folder}: cannot be written: {e.strerror}') from None
   splits = {split: store.open_split(folder, split) for split in ('train', 'val')}
   tokenizer = load_tokenizer(folder / 'tokenizer.json')
   return Data(**splits, tokenizer=tokenizer, vocab_size=len(tokenizer.token_bytes))

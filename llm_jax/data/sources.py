@@ -6,6 +6,7 @@ import dataclasses
 import glob
 import sysconfig
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from llm_jax.types import DataError
@@ -56,7 +57,9 @@ def text(path: str) -> Source:
   matches = sorted(Path(p) for p in glob.glob(str(root), recursive=True) if Path(p).is_file())
   if not matches:
     raise DataError(f'config.data.path: there is no file or folder {path!r}, and as a glob it matches nothing')
-  return Source(tuple((p.as_posix(), p) for p in matches))
+  # Named below the last folder without a wildcard: the same from any working directory and on any machine.
+  fixed = Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
+  return Source(tuple((p.relative_to(fixed).as_posix(), p) for p in matches))
 
 
 SOURCES: dict[str, Callable[[str], Source]] = {
