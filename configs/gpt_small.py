@@ -29,9 +29,9 @@ def get_config():
 
 def on_cpu(config):
   """A few million parameters: two cores show a falling loss in 2 minutes and readable samples in 10."""
-  config.num_steps = 1_200
-  config.batch_tokens = 1_024
-  config.tokens_per_device = 1_024
+  config.num_steps = 700
+  config.batch_tokens = 2_048
+  config.tokens_per_device = 2_048
   config.model.vocab_size = 8_192
   config.model.num_layers = 4
   config.model.embed_dim = 192
@@ -39,8 +39,8 @@ def on_cpu(config):
   config.model.scan_unroll = 4
   config.model.dtype = 'float32'  # few CPUs multiply bfloat16
   config.data.seq_len = 128
-  config.optim.learning_rate = 2e-3
-  config.optim.warmup_cosine.warmup_steps = 100
-  config.eval.every = 200
+  config.optim.learning_rate = 3e-3
+  config.optim.warmup_cosine.warmup_steps = 60
+  config.eval.every = 100
   config.eval.max_tokens = 16_384
-  config.checkpoint.every = 200
+  config.checkpoint.every = 100

@@ -42,6 +42,7 @@ def main() -> int:
     processes.append(subprocess.Popen([sys.executable, '-m', 'llm_jax.main', '--distributed', *flags], env=env,
                                       stdout=output, stderr=output and subprocess.STDOUT, start_new_session=True))
     outputs.append(output)
+  print(f'processes {" ".join(str(process.pid) for process in processes)}, coordinator {address}', flush=True)
 
   ended: list[int] = []  # in time: the first that failed is the cause, the others its victims
   deadline = float('inf')

@@ -76,7 +76,9 @@ class Checkpoints:
   def save(self, step: int, params: Params, opt_state: Any, meta: dict, val_loss: float | None = None) -> None:
     """Starts a save and returns once the arrays are copied. Raises StorageError, also for a save that failed before."""
     if step in self._manager.all_steps():
-      return
+      if val_loss is None:
+        return
+      self._manager.delete(step)  # saved before it was validated: now it can be the best
     metrics = {'val_loss': val_loss} if val_loss is not None and math.isfinite(val_loss) else None
     try:
       saved = self._manager.save(step, args=ocp.args.Composite(

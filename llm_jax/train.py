@@ -68,15 +68,17 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     checkpoints = stack.enter_context(Checkpoints(workdir / 'checkpoints', config.checkpoint))
     fingerprint = data_fingerprint(config.data, data, num_rows, config.seed)
     key = jax.random.key(config.seed)
-    best = float('inf')
+    best, validated = float('inf'), True
     if checkpoints.steps():
       abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
                               jax.eval_shape(init, key, example_batch(config)), shardings)
-      params, (_, opt_state), meta = checkpoints.restore(
-          abstract.params, (abstract.step, abstract.opt_state), check=partial(check_resume, config=config, fingerprint=fingerprint))
+      params, (step, opt_state), meta = checkpoints.restore(
+          abstract.params, (abstract.step, abstract.opt_state),
+          check=partial(check_resume, config=config, fingerprint=fingerprint))
       checkpoints.delete_after(meta['step'])
+      state = TrainState(step, params, opt_state)
       best = meta['best_val_loss'] if meta['best_val_loss'] is not None else best
-      state = TrainState(jax.device_put(np.int32(meta['step']), replicated), params, opt_state)
+      validated = meta['val_loss'] is not None
       report_resume(config, meta)
     else:
       state = init(key, example_batch(config))
@@ -95,7 +97,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     batches = stack.enter_context(contextlib.closing(pipeline.prefetched(
         pipeline.train_batches(examples, num_rows, rows), begin)))
     stop = stack.enter_context(StopSignal())
-    skipped_in_a_row = 0
+    skipped_in_a_row, results = 0, dict[str, float]()
 
     def fetch(step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
       """Waits for a step and returns what is to be logged of it: nothing, when it is not due."""
@@ -108,7 +110,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       if skipped_in_a_row >= MAX_SKIPPED:
         raise DivergedError(f'the gradients of steps {step - MAX_SKIPPED + 1} to {step} were not finite, so none was '
                             'applied; lower config.optim.learning_rate, or look at the data of these steps')
-      if step % config.log.every and step not in (begin + 1, config.num_steps):
+      if step % config.log.every and step not in (1, config.num_steps):
         return {}
       logged = {f'train/{name}': value for name, value in (values | throughput.take()).items()}
       logged |= text_metrics('train', values['loss'], data)
@@ -125,17 +127,34 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         console.line('\n'.join('  | ' + line for line in (prompt + sample).splitlines()))
       return results
 
-    def save(step: int, val_loss: float | None) -> None:
-      # Together with the step, as Orbax refuses the empty state that some optimizers have.
-      checkpoints.save(step, state.params, (state.step, state.opt_state), val_loss=val_loss, meta={
-          'config': to_dict(config), 'data': fingerprint, 'best_val_loss': best if best < float('inf') else None,
-          'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
+    def due(step: int, every: int) -> bool:
+      return step % every == 0 or step == config.num_steps
+
+    def settle(step: int, logged: dict[str, float], stopping: bool) -> None:
+      """Validates, logs and saves what is due at a step. A signal cuts the validation short."""
+      nonlocal best, results
+      val_loss = None
+      if due(step, config.eval.every):
+        with contextlib.suppress(Interrupted):
+          results = validate(step)
+          logged, val_loss = logged | results, results['val/loss']
+      improved = val_loss is not None and val_loss < best
+      best = val_loss if val_loss is not None and improved else best
+      writer.scalars(step, logged)  # on disk before the checkpoint is
+      if stopping or stop.requested or due(step, config.checkpoint.every) or (
+          improved and config.checkpoint.keep_best):
+        # Together with the step, as Orbax refuses the empty state that some optimizers have.
+        checkpoints.save(step, state.params, (state.step, state.opt_state), val_loss=val_loss, meta={
+            'config': to_dict(config), 'data': fingerprint, 'val_loss': val_loss,
+            'best_val_loss': best if best < float('inf') else None,
+            'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
 
     # 6. The loop. Metrics are fetched one step late, so the device always has the next step queued.
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    if begin and due(begin, config.eval.every) and not validated:
+      settle(begin, {}, stopping=False)
     if begin >= config.num_steps:
       console.line(f'already at step {begin} of {config.num_steps}; for more, raise --config.num_steps')
-    results: dict[str, float] = {}
-    pending: tuple[int, dict[str, jax.Array]] | None = None
     for step in range(begin + 1, config.num_steps + 1):
       start = time.perf_counter()
       features = next(batches)
@@ -145,28 +164,16 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         writer.scalars(pending[0], fetch(*pending))
       pending = step, metrics
       stopping = stop.reached()
-      due_eval = step % config.eval.every == 0 or step == config.num_steps
-      due_save = step % config.checkpoint.every == 0 or step == config.num_steps
-      if not (stopping or due_eval or due_save or step == begin + 1):
+      first = step == begin + 1
+      if not (stopping or first or due(step, config.eval.every) or due(step, config.checkpoint.every)):
         continue
 
-      # Something else comes before the next step: first this one is finished, and its line written.
+      # Something comes before the next step: first this one is finished.
       logged, pending = fetch(*pending), None
-      if step == begin + 1:
+      if first:
         console.line(f'first step after {time.perf_counter() - start:.1f} s of compiling and running')
-      val_loss = None
-      if due_eval:
-        with contextlib.suppress(Interrupted):
-          results = validate(step)
-          logged |= results
-          val_loss = results['val/loss']
-      improved = val_loss is not None and val_loss < best and config.checkpoint.keep_best > 0
-      best = min(best, val_loss) if val_loss is not None else best
-      writer.scalars(step, logged)
-      stopping = stopping or stop.requested
-      if stopping or due_save or improved:
-        save(step, val_loss)
-      if stopping and step < config.num_steps:
+      settle(step, logged, stopping)
+      if (stopping or stop.requested) and step < config.num_steps:
         checkpoints.wait()
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
                           'the same command goes on from there')

@@ -57,10 +57,9 @@ def test_a_run_learns_and_leaves_what_it_promises(whole):
 
 
 def test_killed_anywhere_a_run_goes_on_bitwise(whole, folder):
-  """SIGTERM, then SIGKILL, at random steps; then to the end: the same losses and parameters, to the bit."""
+  """SIGTERM as validation begins, then SIGKILL at a random step; then to the end: the same losses and parameters."""
   workdir, flags = folder / 'killed', ('--config=tiny.py', '--workdir=killed')
-  first = random.randint(5, 60)
-  second = random.randint(first + 15, 120)
+  first, second = 49, random.randint(60, 75)
   process = start(folder, 'main', *flags)
   signal_at(process, workdir, first, signal.SIGTERM)
   output = finish(process, code=75)

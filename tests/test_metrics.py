@@ -46,6 +46,17 @@ def test_jsonl_has_one_line_a_step(tmp_path):
   assert read_metrics(tmp_path / 'metrics.jsonl') == lines_of(tmp_path)
 
 
+def test_what_comes_later_of_a_step_joins_its_line(tmp_path):
+  write(tmp_path, 0, 2)
+  writer = Writer(tmp_path, 2)
+  writer.scalars(2, {'val/loss': 9.0})
+  writer.scalars(3, {'train/loss': 3.0})
+  writer.scalars(3, {'val/loss': 8.0})
+  writer.close()
+  assert lines_of(tmp_path) == [{'step': 1, 'train/loss': 1.0}, {'step': 2, 'train/loss': 2.0, 'val/loss': 9.0},
+                                {'step': 3, 'train/loss': 3.0, 'val/loss': 8.0}]
+
+
 def test_lines_can_be_read_while_the_run_goes_on(tmp_path):
   writer = Writer(tmp_path, 0)
   for step in range(1, 4):

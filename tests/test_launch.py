@@ -1,0 +1,159 @@
+"""Several processes as one run: real processes, real signals. They must train what one process trains."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from program import ROOT, environment, finish
+
+from llm_jax import main
+from llm_jax.metrics import read_metrics
+
+CONFIG = '''
+from llm_jax.config import base
+
+def get_config():
+  config = base()
+  config.num_steps = 100_000  # however fast the machine, a signal comes in the middle
+  config.batch_tokens = 512
+  config.tokens_per_device = 128  # of 4 rows: two microbatches
+  config.model.num_layers = 2
+  config.model.embed_dim = 32
+  config.model.num_heads = 2
+  config.model.dropout = 0.1
+  config.model.dtype = 'float32'
+  config.data.path = {text!r}
+  config.data.tokenizer = 'byte'
+  config.data.cache_dir = {cache!r}
+  config.data.seq_len = 32
+  config.optim.schedule = 'constant'  # the same however many steps are asked for
+  config.optim.learning_rate = 1e-4
+  config.eval.every = 10
+  config.eval.max_tokens = 1024
+  config.eval.sample_tokens = 8
+  config.log.every = 1
+  return config
+'''
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('launch')
+  words = 'the cat sat on a mat and saw blue birds that sang of rain in spring when rivers run far'.split()
+  (folder / 'text.txt').write_text(' '.join(random.Random(0).choices(words, k=50_000)))
+  (folder / 'tiny.py').write_text(CONFIG.format(text=str(folder / 'text.txt'), cache=str(folder / 'cache')))
+  return folder
+
+
+def launch(folder, *flags, devices=1):
+  command = [sys.executable, ROOT / 'launch' / 'local.py', '--num_processes=2', f'--devices={devices}', '--',
+             '--config=tiny.py', *flags]
+  env = environment(folder) | {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'}  # tiny models: compiling is what takes time
+  return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)
+
+
+def first_lines(process, pattern):
+  """What the launcher has printed when a line matches; with the pids of its processes."""
+  lines = []
+  for line in process.stdout:
+    lines.append(line)
+    if re.match(pattern, line):
+      break
+  output = ''.join(lines)
+  pids = re.search(r'^processes (\d+) (\d+),', output, re.M)
+  assert pids and re.match(pattern, lines[-1]), output[-4000:]
+  return output, [int(pid) for pid in pids.groups()]
+
+
+def stopped_step(output):
+  assert 'Traceback' not in output and '--- process' not in output
+  assert output.count('stopped at step') == 1, output[-4000:]
+  return int(re.search(r'stopped at step (\d+) of', output)[1])
+
+
+def steps(workdir):
+  return [line['step'] for line in read_metrics(workdir / 'metrics.jsonl')]
+
+
+def assert_same_losses(workdir, reference, num_steps):
+  """Of training, which tells batches apart, and of evaluation: within the noise of float32."""
+  one, other = (read_metrics(path / 'metrics.jsonl') for path in (workdir, reference))
+  assert [line['step'] for line in one] == [line['step'] for line in other] == list(range(1, num_steps + 1))
+  for a, b in zip(one, other, strict=True):
+    assert a.keys() >= {'train/loss'} and ('val/loss' in a) == ('val/loss' in b)
+    for name in {'train/loss', 'val/loss', 'val/bits_per_byte'} & b.keys():
+      assert a[name] == pytest.approx(b[name], rel=1e-5), f'{name} of step {a["step"]}'
+
+
+@pytest.fixture(scope='module')
+def stopped(folder):
+  """A run of two processes, over which each parameter is split. The second one alone is told to stop."""
+  process = launch(folder, '--workdir=run', '--config.mesh.fsdp=2')
+  output, pids = first_lines(process, r'step 3/')
+  os.kill(pids[1], signal.SIGTERM)
+  return output + finish(process, code=75)
+
+
+def test_a_signal_to_one_process_saves_and_stops_all(stopped, folder):
+  step = stopped_step(stopped)
+  assert '2 x cpu, 2 process(es)' in stopped
+  assert (folder / 'run' / 'checkpoints' / str(step)).is_dir()
+  assert steps(folder / 'run') == list(range(1, step + 1)), 'written by one process'
+  assert len(list((folder / 'run').glob('events.out.tfevents.*'))) == 1
+
+
+def test_started_again_it_goes_on_in_two_processes_then_in_one(stopped, folder):
+  before = stopped_step(stopped)
+  process = launch(folder, '--workdir=run', '--config.mesh.fsdp=2')
+  output, _ = first_lines(process, 'going on from step')
+  process.send_signal(signal.SIGINT)  # while it compiles: noted, and heeded as soon as there is something to save
+  output += finish(process, code=75)
+  assert f'going on from step {before}\n' in output and 'SIGINT: saving' in output
+  step = stopped_step(output)
+  assert step == before + 1 and steps(folder / 'run') == list(range(1, step + 1))
+  last = (step // 10 + 1) * 10
+  for workdir in ('run', 'uninterrupted'):  # 8 devices: 32 tokens are again a row of two microbatches
+    main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/{workdir}', f'--config.num_steps={last}',
+               '--config.tokens_per_device=32', '--config.eval.sample_tokens=0'])
+  assert_same_losses(folder / 'run', folder / 'uninterrupted', last)
+
+
+@pytest.mark.parametrize(('flag', 'code', 'words'), [
+    ('--config.model.num_layer=3', 78, 'did you mean config.model.num_layers?'),
+    ('--config.data.path=nowhere', 65, 'nowhere'),
+])
+def test_bad_input_is_told_once_and_ends_all(folder, flag, code, words):
+  start = time.monotonic()
+  output = finish(launch(folder, '--workdir=refused', flag), code=code)
+  assert output.count('error: ') == 1 and words in output and 'Traceback' not in output
+  assert time.monotonic() - start < 50, 'nobody waits for one that has left'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', ['data=4', 'fsdp=4', 'tensor=2'])
+def test_any_mesh_over_two_processes_trains_what_one_process_trains(folder, mesh):
+  # Without dropout, whose masks depend on the number of microbatches, and so on that of devices.
+  flags = ['--config.num_steps=10', '--config.model.dropout=0']
+  finish(launch(folder, f'--workdir={mesh}', f'--config.mesh.{mesh}', *flags, devices=2))
+  main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/{mesh}_one_process', *flags])
+  assert_same_losses(folder / mesh, folder / f'{mesh}_one_process', 10)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(folder):
+  process = launch(folder, '--workdir=killed', '--config.checkpoint.every=5')
+  _, pids = first_lines(process, 'step 8/')
+  os.kill(pids[1], signal.SIGKILL)
+  start = time.monotonic()
+  finish(process, code=137)
+  assert time.monotonic() - start < 90
+  process = launch(folder, '--workdir=killed')
+  output, _ = first_lines(process, 'going on from step')
+  process.send_signal(signal.SIGTERM)
+  assert stopped_step(output + finish(process, code=75)) >= 6
