@@ -10,7 +10,7 @@ def get_config():
   config = base()
   config.num_steps = 2000
   config.batch_tokens = 524_288
-  config.tokens_per_device = 32_768
+  config.tokens_per_device = 16_384
   config.model.vocab_size = 50_304  # GPT-2's 50,257, rounded up to a multiple of 128
   config.model.num_layers = 12
   config.model.embed_dim = 768
@@ -32,7 +32,7 @@ def on_cpu(config):
   config.num_steps = 700
   config.batch_tokens = 2_048
   config.tokens_per_device = 2_048
-  config.model.vocab_size = 8_192
+  config.model.vocab_size = None  # the tokenizer's
   config.model.num_layers = 4
   config.model.embed_dim = 192
   config.model.num_heads = 6

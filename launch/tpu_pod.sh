@@ -1,6 +1,6 @@
 #!/bin/bash
 # Starts the same command on every host of a TPU pod slice; jax finds the other hosts by itself.
-#   launch/tpu_pod.sh NAME ZONE --config=configs/gpt_small.py --workdir=gs://BUCKET-MOUNT/runs/gpt_small
+#   launch/tpu_pod.sh NAME ZONE --config=configs/gpt_small.py --workdir=/mnt/BUCKET/runs/gpt_small
 # Each host needs this checkout in ~/llm_jax with `pip install -e .[tpu]`, and the workdir and LLM_JAX_CACHE on
 # storage that all hosts see (a mounted bucket or NFS).
 set -eu

@@ -24,7 +24,7 @@ from llm_jax.evaluation import evaluate
 from llm_jax.models import make_model
 from llm_jax.sharding import local_rows, num_batch_shards, put_batch
 from llm_jax.step import eval_step, param_shardings
-from llm_jax.types import Batch, ConfigError, Interrupted, Params, StorageError
+from llm_jax.types import Batch, ConfigError, DataError, Interrupted, Params, StorageError
 
 
 def complete(config: Config, data: Data) -> Config:
@@ -33,8 +33,11 @@ def complete(config: Config, data: Data) -> Config:
   if vocab_size < data.vocab_size:
     raise ConfigError(f'config.model.vocab_size: {vocab_size} is less than the {data.vocab_size} tokens of the data; '
                       f'leave it None or set it to {data.vocab_size} or more')
-  return dataclasses.replace(config, model=dataclasses.replace(
+  config = dataclasses.replace(config, model=dataclasses.replace(
       config.model, vocab_size=vocab_size, max_len=config.model.max_len or config.data.seq_len))
+  if data.tokenizer is not None and config.eval.sample_tokens:
+    encode_prompts(config, data.tokenizer)  # better told now than at the first evaluation
+  return config
 
 
 def example_batch(config: Config) -> Batch:
@@ -73,14 +76,28 @@ def make_evaluator(config: Config, tokenizer: Tokenizer | None, model: Any, mesh
   return evaluator
 
 
+def encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
+  """The ids of config.eval.prompts. Raises ConfigError for one that has no ids or leaves no room for an answer."""
+  try:
+    prompts = [[tokenizer.eot_id, *map(int, ids)] for ids in tokenizer.encode(list(config.eval.prompts))]
+  except DataError as e:
+    raise ConfigError(f'config.eval.prompts: {e}; set others, for example --config.eval.prompts=') from None
+  for prompt, ids in zip(config.eval.prompts, prompts, strict=True):
+    if len(ids) >= config.model.max_len:
+      raise ConfigError(f'config.eval.prompts: {prompt!r} is {len(ids)} tokens of the {config.model.max_len} that a '
+                        'row holds; shorten it')
+  return prompts
+
+
 def samples(config: Config, tokenizer: Tokenizer | None, model: Any, params: Params) -> list[tuple[str, str]]:
   """(prompt, what the model makes of it) for each prompt of config.eval; none where ids have no text."""
   if tokenizer is None or not config.eval.sample_tokens:
     return []
-  prompts = [[tokenizer.eot_id, *map(int, ids)] for ids in tokenizer.encode(list(config.eval.prompts))]
+  prompts = encode_prompts(config, tokenizer)
   columns = sampling.generate(
       model, params, prompts, max_len=config.model.max_len, num_tokens=config.eval.sample_tokens, seed=config.seed,
-      temperature=config.eval.temperature, top_k=config.eval.top_k)
+      temperature=config.eval.temperature, top_k=config.eval.top_k,
+      num_ids=len(tokenizer.token_bytes))
   texts = []
   for row in np.stack(list(columns), axis=1).tolist():
     texts.append(decode(tokenizer, row[:row.index(tokenizer.eot_id)] if tokenizer.eot_id in row else row))
@@ -103,7 +120,10 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
   path = workdir / 'config.json'
   if not path.is_file():
     raise StorageError(f'--workdir: {workdir} holds no run (no config.json)')
-  config = build(Config, json.loads(path.read_text()))
+  try:
+    config = build(Config, json.loads(path.read_text()))
+  except ValueError as e:
+    raise StorageError(f'{path}: damaged: {e}') from None
   tokenizer = load_tokenizer(workdir / 'tokenizer.json') if (workdir / 'tokenizer.json').exists() else None
   model = make_model(config.model)
   abstract, shardings = param_shardings(example_batch(config), mesh, model=model)
@@ -113,6 +133,8 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
   with Checkpoints(workdir / 'checkpoints', config.checkpoint, read_only=True) as checkpoints:
     if not checkpoints.steps():
       raise StorageError(f'--workdir: {workdir} has no checkpoints yet')
+    if checkpoint == 'best' and checkpoints.best_step() is None:
+      raise ConfigError(f'--checkpoint: no checkpoint of {workdir} was validated, so none is the best')
     step = {'latest': None, 'best': checkpoints.best_step()}.get(checkpoint, checkpoint)
     if step is not None and not str(step).isdigit():
       raise ConfigError(f"--checkpoint: {checkpoint!r} is none of latest, best, or a step of {checkpoints.steps()}")

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from llm_jax.types import ConfigError, Params, StorageError
@@ -73,12 +75,13 @@ class Checkpoints:
     """The step with the lowest recorded validation loss."""
     return self._manager.best_step()
 
-  def save(self, step: int, params: Params, opt_state: Any, meta: dict, val_loss: float | None = None) -> None:
-    """Starts a save and returns once the arrays are copied. Raises StorageError, also for a save that failed before."""
+  def save(self, step: int, params: Params, opt_state: Any, meta: dict, val_loss: float | None = None) -> bool:
+    """Starts a save and returns once the arrays are copied; False if this step is saved already.
+
+    Raises StorageError, also for a save that failed before.
+    """
     if step in self._manager.all_steps():
-      if val_loss is None:
-        return
-      self._manager.delete(step)  # saved before it was validated: now it can be the best
+      return False
     metrics = {'val_loss': val_loss} if val_loss is not None and math.isfinite(val_loss) else None
     try:
       saved = self._manager.save(step, args=ocp.args.Composite(
@@ -88,6 +91,7 @@ class Checkpoints:
       raise StorageError(f'{self._manager.directory}: checkpoint {step} could not be saved: {_first_line(e)}') from e
     if not saved:
       raise StorageError(f'{self._manager.directory}: Orbax refused to save step {step}')
+    return True
 
   def wait(self) -> None:
     """Blocks until the save in flight is durable. Raises StorageError if it failed."""
@@ -115,7 +119,7 @@ class Checkpoints:
         restored = self._manager.restore(
             candidate, args=ocp.args.Composite(params=ocp.args.StandardRestore(params), **items))
         return restored.params, restored.get('opt_state'), meta
-      except ConfigError:
+      except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # no fault of the checkpoint
         raise
       except Exception as e:  # Orbax raises many kinds for a damaged folder
         failures.append(f'step {candidate}: {type(e).__name__}: {_first_line(e)}')
@@ -123,10 +127,15 @@ class Checkpoints:
           print(f'WARNING: {self._manager.directory}: cannot read {failures[-1]}', file=sys.stderr, flush=True)
     raise StorageError(f'{self._manager.directory}: no checkpoint can be read:\n  ' + '\n  '.join(failures))
 
-  def delete_after(self, step: int) -> None:
-    """Removes checkpoints newer than `step`: those that could not be read."""
-    for newer in [s for s in self.steps() if s > step]:
-      self._manager.delete(newer)
+  def set_aside_after(self, step: int) -> None:
+    """Renames the checkpoints newer than `step`, which could not be read, to N.unreadable."""
+    newer = [s for s in self.steps() if s > step]
+    if newer and jax.process_index() == 0:
+      for path in (Path(self._manager.directory) / str(s) for s in newer):
+        path.rename(path.with_name(f'{path.name}.unreadable-{time.time():.0f}'))
+    if newer:
+      multihost_utils.sync_global_devices('set_aside')
+      self._manager.reload()
 
 
 def _first_line(error: BaseException) -> str:

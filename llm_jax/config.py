@@ -84,6 +84,8 @@ class Config:
       problems.append(f'num_steps must be at least 1; got {self.num_steps}')
     if not 0 <= self.seed < 2**32:
       problems.append(f'seed must lie in [0, 2^32); got {self.seed}')
+    if self.z_loss < 0:
+      problems.append(f'z_loss must not be negative; got {self.z_loss}')
     if self.batch_tokens < 1 or self.batch_tokens % seq_len:
       near = max(1, self.batch_tokens // seq_len) * seq_len
       problems.append(f'batch_tokens {self.batch_tokens} is not a whole number of rows of data.seq_len {seq_len}; '
@@ -94,8 +96,8 @@ class Config:
     if self.model.max_len is not None and self.model.max_len < seq_len:
       problems.append(f'model.max_len {self.model.max_len} is less than data.seq_len {seq_len}')
     warmup = getattr(getattr(self.optim, self.optim.schedule), 'warmup_steps', 0)
-    if warmup > self.num_steps:
-      problems.append(f'optim.{self.optim.schedule}.warmup_steps {warmup} is more than num_steps {self.num_steps}')
+    if warmup >= self.num_steps:
+      problems.append(f'optim.{self.optim.schedule}.warmup_steps {warmup} must be less than num_steps {self.num_steps}')
     if problems:
       raise ValueError('\n'.join(problems))
 
@@ -268,9 +270,12 @@ def load(path: str | Path) -> Source:
     raise ConfigError(f'--config: no such file: {path}{hint}')
   if path.suffix == '.json':
     try:
-      return Source(path, json.loads(path.read_text()), None)
+      values = json.loads(path.read_text())
     except ValueError as e:
       raise ConfigError(f'--config: {path} is not valid JSON: {e}') from None
+    if not isinstance(values, dict):
+      raise ConfigError(f'--config: {path} holds no object with the fields of a config')
+    return Source(path, values, None)
   spec = importlib.util.spec_from_file_location(f'llm_jax_config_{path.stem}', path)
   if spec is None or spec.loader is None:
     raise ConfigError(f'--config: {path} is neither Python nor JSON')
@@ -281,9 +286,9 @@ def load(path: str | Path) -> Source:
     if hasattr(module, 'on_cpu'):
       on_cpu = module.get_config()
       module.on_cpu(on_cpu)
+    return Source(path, full.to_dict(), on_cpu.to_dict() if on_cpu is not None else None)
   except Exception as e:  # whatever a user's file may raise
     raise ConfigError(f'--config: {path}: {type(e).__name__}: {e}') from e
-  return Source(path, full.to_dict(), on_cpu.to_dict() if on_cpu is not None else None)
 
 
 def differences(old: Mapping, new: Mapping, path: str = '') -> dict[str, tuple[Any, Any]]:

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
   with jax.set_mesh(mesh):
     run = load_run(args.workdir, mesh, args.checkpoint)
     if args.data is not None:
-      store = tokenize(args.data, run.tokenizer)
+      store = tokenize(args.data, run.tokenizer, run.config.data.eot_id)
     else:
       data = open_data(run.config.data)
       if data_fingerprint(run.config.data, data, 0, 0)['train_tokens'] != run.meta['data']['train_tokens']:

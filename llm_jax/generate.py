@@ -48,7 +48,8 @@ def main(argv: list[str]) -> None:
     if len(prompt) >= max_len:
       raise ConfigError(f'--prompt: {len(prompt)} tokens fill the {max_len} that the model was trained on; shorten it')
     columns = generate(run.model, run.params, [prompt] * args.num_samples, max_len=max_len, num_tokens=args.num_tokens,
-                       seed=args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+                       seed=args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                       num_ids=len(run.tokenizer.token_bytes))
     print_samples(args.prompt, columns, run.tokenizer, args.num_samples)
 
 

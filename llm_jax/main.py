@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
       epilog='Any field can be set: --config.model.num_layers=4. llm_jax/config.py says what there is; '
              'config.json in the workdir of a run shows what it had.')
   parser.add_argument('--config', required=True, help='a config file, or the config.json of a run')
-  parser.add_argument('--workdir', type=Path, help='where the run lives; the same again goes on with it '
+  parser.add_argument('--workdir', help='where the run lives; the same again goes on with it '
                       '(default: runs/<name of the config>)')
   parser.add_argument('--full_size', action='store_true', help='on a CPU, ignore what the config changes for CPUs')
   parser.add_argument('--distributed', action='store_true', help='one of several processes: take the coordinator '
@@ -30,8 +30,16 @@ def main(argv: list[str]) -> None:
 
   from llm_jax import config as config_lib  # heavy imports wait until the flags are known to be good
   source = config_lib.load(args.config)
-  for cpu_only in {args.full_size, True}:  # a bad config is told before any device is touched
-    source.resolve(overrides, cpu_only=not cpu_only)
+  problems = []
+  for cpu_only in (False, True):  # what no machine could run is told before any device is touched
+    try:
+      source.resolve(overrides, cpu_only=cpu_only)
+    except ConfigError as e:
+      problems.append(e)
+  if len(problems) == 2:
+    raise problems[-1]
+  if args.workdir and '://' in str(args.workdir):
+    raise ConfigError(f'--workdir: {args.workdir} is an address; mount it and name the folder')
   import jax
 
   from llm_jax import train
@@ -41,13 +49,20 @@ def main(argv: list[str]) -> None:
   config = source.resolve(overrides, cpu_only=cpu_only)
   if cpu_only and source.on_cpu is not None and jax.process_index() == 0:
     print(f'Only CPUs here: {args.config} shrinks itself for them (its on_cpu). For the full size: --full_size')
-    full = config_lib.to_dict(source.resolve(overrides, cpu_only=False))
-    for name, (old, new) in config_lib.differences(full, config_lib.to_dict(config)).items():
-      print(f'  config.{name}: {json.dumps(old)} -> {json.dumps(new)}')
+    for name, (old, new) in config_lib.differences(source.full, source.on_cpu).items():
+      if name not in overrides:
+        print(f'  config.{name}: {json.dumps(old)} -> {json.dumps(new)}')
     sys.stdout.flush()
   name = source.path.stem if source.path.suffix == '.py' else f'{source.path.absolute().parent.name}_again'
-  workdir = args.workdir or Path('runs') / name
-  train.run(config, workdir)
+  workdir = Path(args.workdir or Path('runs') / name)
+  try:
+    train.run(config, workdir)
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    raise ConfigError(f'the device memory does not hold this: lower --config.tokens_per_device (now '
+                      f'{config.tokens_per_device}), set --config.model.remat=full, or shard over more devices '
+                      f'(--config.mesh.fsdp)\n{str(e).splitlines()[0]}') from None
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:
@@ -83,8 +98,11 @@ def start_processes() -> None:
 def run_as_program(main: Callable[[list[str]], None]) -> None:
   """Runs main(argv); a UserError becomes one message and its exit code."""
   logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns about what is meant, such as a save without metrics
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a program without a traceback; training handles it itself
   try:
     main(sys.argv[1:])
+  except BrokenPipeError:  # the reader has seen enough: ... | head
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except UserError as e:
     print(e if isinstance(e, Interrupted) else f'error: {e}', file=sys.stderr, flush=True)
     sys.exit(e.exit_code)

@@ -45,19 +45,22 @@ class Writer:
     self._guarded(lambda: self._open(workdir, step))
 
   def _open(self, workdir: Path, step: int) -> None:
-    path = workdir / 'metrics.jsonl'
-    self._last: dict[str, float] = {}
-    if path.exists():
-      kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-      aside = path.with_suffix('.partial')
-      aside.write_text(''.join(line + '\n' for line in kept))  # the last one may have lost its end alone
-      os.replace(aside, path)
-      self._last = json.loads(kept[-1]) if kept else {}
-    self._jsonl = open(path, 'a')  # noqa: SIM115
-    self._last_begin = self._jsonl.tell() - (len(kept[-1]) + 1 if self._last else 0)
+    self._path = workdir / 'metrics.jsonl'
+    kept = []
+    if self._path.exists():
+      kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+    self._rewrite(kept)
+    self._last: dict[str, float] = json.loads(kept[-1]) if kept else {}
     self._events = EventFileWriter(str(workdir), flush_secs=10)
     # Tells TensorBoard to drop what an interrupted run wrote after this step.
     self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+  def _rewrite(self, lines: list[str]) -> None:
+    """Puts these lines in the file's place, whole or not at all, and goes on behind them."""
+    aside = self._path.with_suffix('.partial')
+    aside.write_text(''.join(line + '\n' for line in lines))
+    os.replace(aside, self._path)
+    self._jsonl = open(self._path, 'a')  # noqa: SIM115
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """A point of each curve at `step` completed updates, and a line of metrics.jsonl, which has one line a step."""
@@ -65,13 +68,14 @@ class Writer:
       return
 
     def write():
-      if self._last.get('step') == step:
-        self._jsonl.truncate(self._last_begin)
+      joins = self._last.get('step') == step
+      self._last = {**(self._last if joins else {}), 'step': step, **values}
+      if joins:
+        self._jsonl.close()
+        self._rewrite([*self._path.read_text().splitlines()[:-1], json.dumps(self._last)])
       else:
-        self._last, self._last_begin = {'step': step}, self._jsonl.tell()
-      self._last |= values
-      self._jsonl.write(json.dumps(self._last) + '\n')
-      self._jsonl.flush()
+        self._jsonl.write(json.dumps(self._last) + '\n')
+        self._jsonl.flush()
       for name, value in values.items():
         # Not a tensor, which TensorBoard's EventAccumulator neither lists as a scalar nor drops at a restart.
         point = Summary(value=[Summary.Value(tag=name, simple_value=value)])

@@ -15,9 +15,12 @@ from llm_jax.types import Params
 
 
 def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: float = 1.0, top_k: int = 0,
-           top_p: float = 1.0) -> jax.Array:
-  """One token a row, int32 [B]. temperature 0: the likeliest. top_k 0: all. top_p: nucleus (arXiv 1904.09751)."""
-  logits_BV = constrain(logits_BV, None, None)  # every process gets every token
+           top_p: float = 1.0, num_ids: int | None = None) -> jax.Array:
+  """One token a row, int32 [B]. temperature 0: the likeliest. top_k 0: all. top_p: nucleus (arXiv 1904.09751).
+
+  Only the first `num_ids` can be drawn: a vocabulary may be padded beyond its tokenizer's.
+  """
+  logits_BV = constrain(logits_BV[:, :num_ids], None, None)  # every process gets every token
   if temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = logits_BV.astype(jnp.float32) / temperature
@@ -33,21 +36,22 @@ def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: float = 1.0, to
   return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=('model', 'max_len', 'temperature', 'top_k', 'top_p'))
+@partial(jax.jit, static_argnames=('model', 'max_len', 'temperature', 'top_k', 'top_p', 'num_ids'))
 def _prefill(params, tokens_BT, lengths_B, key, *, model, max_len, **options):
   cache = model.init_cache(tokens_BT.shape[0], max_len)
   logits_BV, cache = model.apply({'params': params}, tokens_BT, lengths_B, cache, method='prefill')
   return sample(logits_BV, key, **options), cache
 
 
-@partial(jax.jit, static_argnames=('model', 'temperature', 'top_k', 'top_p'), donate_argnames='cache')
+@partial(jax.jit, static_argnames=('model', 'temperature', 'top_k', 'top_p', 'num_ids'), donate_argnames='cache')
 def _decode(params, tokens_B, cache, key, *, model, **options):
   logits_BV, cache = model.apply({'params': params}, tokens_B, cache, method='decode')
   return sample(logits_BV, key, **options), cache
 
 
 def generate(model: nn.Module, params: Params, prompts: list[list[int]], *, max_len: int, num_tokens: int,
-             seed: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Iterator[np.ndarray]:
+             seed: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+             num_ids: int | None = None) -> Iterator[np.ndarray]:
   """Yields int32 [B]: the next token of every prompt, `num_tokens` times or until a row would pass `max_len`.
 
   Prompts need one token or more; the computation for token i+1 starts before token i is handed out.
@@ -58,7 +62,7 @@ def generate(model: nn.Module, params: Params, prompts: list[list[int]], *, max_
   tokens_BT = np.zeros((len(prompts), width), np.int32)
   for row, prompt in zip(tokens_BT, prompts, strict=True):
     row[:len(prompt)] = prompt
-  options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
+  options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'num_ids': num_ids}
   num_tokens = min(num_tokens, max_len - max(lengths))
   keys = jax.random.split(jax.random.key(seed), max(num_tokens, 1))
   tokens_B, cache = _prefill(params, tokens_BT, np.asarray(lengths, np.int32), keys[0],

@@ -46,7 +46,7 @@ class StopSignal:
 
 
 def interrupt_all(number: int, frame: object) -> None:
-  """A handler of Ctrl-C for one of several processes, which may not leave alone: it becomes SIGTERM, for all of them."""
+  """A handler of Ctrl-C for one of several processes, which may not leave alone: SIGTERM, for all of them."""
   signal.signal(number, signal.SIG_DFL)
   os.kill(os.getpid(), signal.SIGTERM)
   _announce(number)

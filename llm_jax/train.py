@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -36,9 +38,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
   Raises Interrupted after a signal, and UserErrors (see types.py).
   """
   # 1. Folder and mesh. Everything below is traced under the mesh; one device is a 1x1x1 one.
-  prepare(workdir)
   mesh = make_mesh(config.mesh)
-  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+  with jax.set_mesh(mesh), prepared(workdir), contextlib.ExitStack() as stack:
     # 2. Data: made by process 0, opened by all.
     held_rows, num_microbatches = config.split_batch(num_batch_shards(mesh))
     try:
@@ -75,7 +76,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       params, (step, opt_state), meta = checkpoints.restore(
           abstract.params, (abstract.step, abstract.opt_state),
           check=partial(check_resume, config=config, fingerprint=fingerprint))
-      checkpoints.delete_after(meta['step'])
+      checkpoints.set_aside_after(meta['step'])
       state = TrainState(step, params, opt_state)
       best = meta['best_val_loss'] if meta['best_val_loss'] is not None else best
       validated = meta['val_loss'] is not None
@@ -122,16 +123,13 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       results = {f'val/{name}': value for name, value in results.items()}
       console.line(f'step {step}: ' + '  '.join(f'{name} {value:.4f}' for name, value in results.items()
                                                  if name != 'val/tokens'))
-      for prompt, sample in samples(config, data.tokenizer, model, state.params):
-        writer.text(step, f'sample/{prompt or "new document"}', prompt + sample)
-        console.line('\n'.join('  | ' + line for line in (prompt + sample).splitlines()))
       return results
 
     def due(step: int, every: int) -> bool:
       return step % every == 0 or step == config.num_steps
 
-    def settle(step: int, logged: dict[str, float], stopping: bool) -> None:
-      """Validates, logs and saves what is due at a step. A signal cuts the validation short."""
+    def settle(step: int, logged: dict[str, float], stopping: bool) -> bool:
+      """Validates, logs, saves and samples what is due at a step; False if a signal cut the validation short."""
       nonlocal best, results
       val_loss = None
       if due(step, config.eval.every):
@@ -139,15 +137,21 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
           results = validate(step)
           logged, val_loss = logged | results, results['val/loss']
       improved = val_loss is not None and val_loss < best
-      best = val_loss if val_loss is not None and improved else best
       writer.scalars(step, logged)  # on disk before the checkpoint is
       if stopping or stop.requested or due(step, config.checkpoint.every) or (
           improved and config.checkpoint.keep_best):
+        best_val_loss = val_loss if improved else best if best < float('inf') else None
         # Together with the step, as Orbax refuses the empty state that some optimizers have.
-        checkpoints.save(step, state.params, (state.step, state.opt_state), val_loss=val_loss, meta={
-            'config': to_dict(config), 'data': fingerprint, 'val_loss': val_loss,
-            'best_val_loss': best if best < float('inf') else None,
+        saved = checkpoints.save(step, state.params, (state.step, state.opt_state), val_loss=val_loss, meta={
+            'config': to_dict(config), 'data': fingerprint, 'val_loss': val_loss, 'best_val_loss': best_val_loss,
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
+        if saved and improved and val_loss is not None:
+          best = val_loss
+      if val_loss is not None:
+        for prompt, sample in samples(config, data.tokenizer, model, state.params):
+          writer.text(step, f'sample/{prompt or "new document"}', prompt + sample)
+          console.line('\n'.join('  | ' + line for line in (prompt + sample).splitlines()))
+      return val_loss is not None or not due(step, config.eval.every)
 
     # 6. The loop. Metrics are fetched one step late, so the device always has the next step queued.
     pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -172,8 +176,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       logged, pending = fetch(*pending), None
       if first:
         console.line(f'first step after {time.perf_counter() - start:.1f} s of compiling and running')
-      settle(step, logged, stopping)
-      if (stopping or stop.requested) and step < config.num_steps:
+      settled = settle(step, logged, stopping)
+      if not settled or ((stopping or stop.requested) and step < config.num_steps):
         checkpoints.wait()
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
                           'the same command goes on from there')
@@ -183,15 +187,23 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     return results
 
 
-def prepare(workdir: Path) -> None:
-  """Makes the folder and proves that it can be written. Raises StorageError."""
-  probe = workdir / f'.probe-{os.getpid()}'
+@contextlib.contextmanager
+def prepared(workdir: Path) -> Iterator[None]:
+  """Makes the folder and holds its lock, one run at a time. Raises StorageError."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    probe.touch()
-    probe.unlink()
+    lock = open(workdir / '.lock', 'a')  # noqa: SIM115
   except OSError as e:
     raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
+  with lock:
+    if jax.process_index() == 0:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        raise StorageError(f'--workdir: another run is training in {workdir}; name another one, or stop it') from None
+      except OSError:
+        pass  # a file system without locks
+    yield
 
 
 def text_metrics(split: str, loss: float, data: Data) -> dict[str, float]:
@@ -210,6 +222,10 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict) -> None:
     raise ConfigError('the checkpoint is of another model:\n  ' + '\n  '.join(
         f'config.model.{name}: checkpoint {old}, now {new}' for name, (old, new) in changed.items())
         + '\nPut it back, or start in another --workdir.')
+  chain = tuple(meta['config']['optim']['chain'])
+  if chain != config.optim.chain:
+    raise ConfigError(f'config.optim.chain: the checkpoint holds the state of {chain}, now it is {config.optim.chain}; '
+                      'put it back, or start in another --workdir')
   check_fingerprint(meta['data'], fingerprint)
 
 

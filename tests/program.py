@@ -23,11 +23,11 @@ def get_config():
   config.model.dropout = 0.1
   config.data.path = {corpus!r}
   config.data.vocab_size = 300
+  config.model.vocab_size = 320  # padded: no sample may draw an id without text
   config.data.seq_len = 32
   config.optim.learning_rate = 3e-3
   config.optim.warmup_cosine.warmup_steps = 5
   config.eval.every = 50
-  config.eval.max_tokens = 1024
   config.eval.prompts = ('', 'def ')
   config.eval.sample_tokens = 16
   config.checkpoint.every = 10

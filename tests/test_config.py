@@ -42,6 +42,15 @@ BAD = [  # overrides, and words that the message must hold: the path, the value,
     (['--config.optim.schedule=cosine'], ['cosine', 'warmup_cosine']),
     (['--config.optim.constant.warmup_steps=5'], ['constant', 'no effect']),
     (['--config.optim.warmup_cosine.warmup_steps=5000'], ['warmup_steps 5000', 'num_steps 1000']),
+    (['--config.optim.warmup_cosine.warmup_steps=1000'], ['warmup_steps 1000']),
+    (['--config.optim.schedule=constant', '--config.optim.constant.warmup_steps=-1'], ['warmup_steps', '-1']),
+    (['--config.optim.chain=clip_by_global_norm'], ['only filters', 'adamw']),
+    (['--config.optim.chain=()'], ['only filters', 'adamw']),
+    (['--config.z_loss=-1'], ['z_loss', '-1']),
+    (['--config.model.rope_base=0'], ['rope_base', '0']),
+    (['--config.model.init_std=-1'], ['init_std', '-1']),
+    (['--config.model.logit_soft_cap=-3'], ['logit_soft_cap', '-3']),
+    (['--config.data.path='], ['path']),
     (['--config.model.name=gpt5'], ['config.model.name', 'gpt5', 'decoder']),
     (['--config.model.num_heads=7'], ['num_heads 7', 'embed_dim 768', '6, 8']),
     (['--config.model.num_kv_heads=5'], ['num_kv_heads 5', '12']),
@@ -87,6 +96,7 @@ def test_all_problems_at_once(tmp_path):
     ('config.model.num_layer = 3', ['c.py', 'num_layer']),
     ('config.num_steps = "many"', ['c.py', 'many']),
     ('1 / 0', ['c.py', 'ZeroDivisionError']),
+    ('return None', ['c.py', 'NoneType']),
 ])
 def test_a_mistake_in_the_file_names_the_file(line, words, tmp_path):
   with pytest.raises(ConfigError) as e:

@@ -44,7 +44,7 @@ def get_config():
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('launch')
-  words = 'the cat sat on a mat and saw blue birds that sang of rain in spring when rivers run far'.split()
+  words = 'the cat sat on a mat and saw blue birds that sang of rain in spring when rivers run far'.split()  # noqa: SIM905
   (folder / 'text.txt').write_text(' '.join(random.Random(0).choices(words, k=50_000)))
   (folder / 'tiny.py').write_text(CONFIG.format(text=str(folder / 'text.txt'), cache=str(folder / 'cache')))
   return folder
@@ -54,8 +54,7 @@ def launch(folder, *flags, devices=1):
   command = [sys.executable, ROOT / 'launch' / 'local.py', '--num_processes=2', f'--devices={devices}', '--',
              '--config=tiny.py', *flags]
   env = environment(folder) | {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'}  # tiny models: compiling is what takes time
-  return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True)
+  return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def first_lines(process, pattern):
@@ -118,7 +117,7 @@ def test_started_again_it_goes_on_in_two_processes_then_in_one(stopped, folder):
   step = stopped_step(output)
   assert step == before + 1 and steps(folder / 'run') == list(range(1, step + 1))
   last = (step // 10 + 1) * 10
-  for workdir in ('run', 'uninterrupted'):  # 8 devices: 32 tokens are again a row of two microbatches
+  for workdir in ('run', 'uninterrupted'):  # 8 devices: 32 tokens, a row, are again half of a device's part
     main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/{workdir}', f'--config.num_steps={last}',
                '--config.tokens_per_device=32', '--config.eval.sample_tokens=0'])
   assert_same_losses(folder / 'run', folder / 'uninterrupted', last)
@@ -129,17 +128,17 @@ def test_started_again_it_goes_on_in_two_processes_then_in_one(stopped, folder):
     ('--config.data.path=nowhere', 65, 'nowhere'),
 ])
 def test_bad_input_is_told_once_and_ends_all(folder, flag, code, words):
-  start = time.monotonic()
+  began = time.monotonic()
   output = finish(launch(folder, '--workdir=refused', flag), code=code)
   assert output.count('error: ') == 1 and words in output and 'Traceback' not in output
-  assert time.monotonic() - start < 50, 'nobody waits for one that has left'
+  assert time.monotonic() - began < 50, 'nobody waits for one that has left'
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh', ['data=4', 'fsdp=4', 'tensor=2'])
 def test_any_mesh_over_two_processes_trains_what_one_process_trains(folder, mesh):
   # Without dropout, whose masks depend on the number of microbatches, and so on that of devices.
-  flags = ['--config.num_steps=10', '--config.model.dropout=0']
+  flags = ['--config.num_steps=10', '--config.model.dropout=0', '--config.model.vocab_size=260']
   finish(launch(folder, f'--workdir={mesh}', f'--config.mesh.{mesh}', *flags, devices=2))
   main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/{mesh}_one_process', *flags])
   assert_same_losses(folder / mesh, folder / f'{mesh}_one_process', 10)
@@ -150,9 +149,9 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(folder):
   process = launch(folder, '--workdir=killed', '--config.checkpoint.every=5')
   _, pids = first_lines(process, 'step 8/')
   os.kill(pids[1], signal.SIGKILL)
-  start = time.monotonic()
+  began = time.monotonic()
   finish(process, code=137)
-  assert time.monotonic() - start < 90
+  assert time.monotonic() - began < 90
   process = launch(folder, '--workdir=killed')
   output, _ = first_lines(process, 'going on from step')
   process.send_signal(signal.SIGTERM)

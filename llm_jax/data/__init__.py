@@ -43,6 +43,8 @@ class DataConfig:
     for field, table in (('tokenizer', TOKENIZERS), ('task', TASKS), ('source', {'auto': None, **SOURCES})):
       if getattr(self, field) not in table:
         raise ValueError(f'{field} {getattr(self, field)!r} is unknown; known: {", ".join(table)}')
+    if not self.path:
+      raise ValueError("path must name something: 'stdlib', a file, a folder, a glob or a URL")
     if self.seq_len < 1:
       raise ValueError(f'seq_len must be at least 1; got {self.seq_len}')
     if not 0 < self.val_fraction < 1:
@@ -73,6 +75,9 @@ def open_data(config: DataConfig) -> Data:
     path = str(fetch.fetch(path, config.sha256, cache_dir(config)))
   if path.endswith('.bin') or (Path(path) / 'train.bin').is_file():
     return _open_bins(config, Path(path).expanduser())
+  if config.val_path is not None:
+    raise ConfigError('config.data.val_path: only .bin files come with their own validation part; a text is split '
+                      '(config.data.split, config.data.val_fraction)')
   source = open_source(config.source, path)
   recipe = {'source': source.fingerprint(), 'tokenizer': config.tokenizer, 'split': config.split,
             'val_fraction': config.val_fraction, 'version': store.VERSION,
@@ -140,10 +145,12 @@ def _slice(tokens: TokenStore, begin: int, end: int) -> TokenStore:
   return TokenStore(tokens.tokens[begin:end], np.concatenate([[0], inside]), f'{tokens.sha256}[{begin}:{end}]', 0)
 
 
-def tokenize(path: str, tokenizer: Tokenizer | None) -> TokenStore:
+def tokenize(path: str, tokenizer: Tokenizer | None, eot_id: int | None = None) -> TokenStore:
   """All of a source as one store in memory, by a tokenizer that exists already; .bin files as they are."""
-  if path.endswith('.bin') or tokenizer is None:
-    return open_bin(Path(path).expanduser(), None)
+  if path.endswith('.bin'):
+    return open_bin(Path(path).expanduser(), eot_id if tokenizer is None else tokenizer.eot_id)
+  if tokenizer is None:
+    raise DataError(f'--data: {path} is no .bin of tokens, and the run has no tokenizer for text')
   texts = [document.text for document in open_source('auto', path).documents()]
   rows = [np.concatenate([[tokenizer.eot_id], ids]) for ids in tokenizer.encode(texts)]
   starts = np.cumsum([0, *map(len, rows)])[:-1]

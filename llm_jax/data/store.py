@@ -92,11 +92,11 @@ def locked(folder: Path) -> Iterator[None]:
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = open(folder.with_name(f'{folder.name}.lock'), 'w')  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX)
   except OSError as e:
     raise StorageError(f'{folder.parent}: cannot be written ({e.strerror}); set --config.data.cache_dir or '
                        'LLM_JAX_CACHE to a folder that can') from None
   with lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
     yield
 
 

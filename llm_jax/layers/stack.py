@@ -8,6 +8,7 @@ compiles in a time that does not grow with depth).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,8 @@ from llm_jax.types import Params
 
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     'none': lambda f: f,
-    'full': jax.checkpoint,  # keeps only each block's input, computes the rest again in the backward pass
+    # Keeps only each block's input and computes the rest again in the backward pass.
+    'full': partial(jax.checkpoint, prevent_cse=False),
 }
 
 

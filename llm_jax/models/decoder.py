@@ -69,6 +69,11 @@ class DecoderConfig:
       raise ValueError(f'windows holds one size or more, each 0 (all) or above; got {self.windows}')
     if self.num_layers % len(self.windows):
       raise ValueError(f'the pattern windows={self.windows} does not divide num_layers {self.num_layers}')
+    for field, value in (('init_std', self.init_std), ('rope_base', self.rope_base)):
+      if value <= 0:
+        raise ValueError(f'{field} must be positive; got {value}')
+    if self.logit_soft_cap < 0:
+      raise ValueError(f'logit_soft_cap must be positive, or 0 for none; got {self.logit_soft_cap}')
     if not 0 <= self.dropout < 1:
       raise ValueError(f'dropout must lie in [0, 1); got {self.dropout}')
     for field, table in (('mlp', MLPS), ('remat', REMAT)):
@@ -85,7 +90,7 @@ class DecoderConfig:
 
   @property
   def V(self) -> int:
-    assert self.vocab_size is not None, 'train.complete fills it in'
+    assert self.vocab_size is not None, 'assemble.complete fills it in'
     return self.vocab_size
 
   @property

@@ -73,6 +73,10 @@ class Constant:
 
   warmup_steps: int = 0
 
+  def __post_init__(self):
+    if self.warmup_steps < 0:
+      raise ValueError(f'warmup_steps must not be negative; got {self.warmup_steps}')
+
   def make(self, peak_value: float, num_steps: int) -> optax.Schedule:
     del num_steps
     return optax.schedules.warmup_constant_schedule(peak_value / (self.warmup_steps + 1), peak_value, self.warmup_steps)
@@ -82,6 +86,7 @@ TRANSFORMS: dict[str, type] = {
     'clip_by_global_norm': ClipByGlobalNorm,
     'adamw': AdamW,
 }
+FILTERS = {'clip_by_global_norm'}  # links that hand gradients on, without a learning rate
 SCHEDULES: dict[str, Callable[..., Any]] = {
     'warmup_cosine': WarmupCosine,
     'constant': Constant,
@@ -106,6 +111,9 @@ class OptimConfig:
     for name in self.chain:
       if name not in TRANSFORMS:
         raise ValueError(f'chain names {name!r}, which is unknown; known: {", ".join(TRANSFORMS)}')
+    if all(name in FILTERS for name in self.chain):
+      raise ValueError(f'chain {self.chain} only filters gradients; add an optimizer: '
+                       f'{", ".join(name for name in TRANSFORMS if name not in FILTERS)}')
     if self.schedule not in SCHEDULES:
       raise ValueError(f'schedule {self.schedule!r} is unknown; known: {", ".join(SCHEDULES)}')
     for name in (TRANSFORMS | SCHEDULES).keys() - {*self.chain, self.schedule}:
