@@ -30,7 +30,7 @@ def get_config():
   config.eval.every = 50
   config.eval.prompts = ('', 'def ')
   config.eval.sample_tokens = 16
-  config.checkpoint.every = 10
+  config.checkpoint.every = 25
   config.log.every = 1
   return config
 '''

@@ -59,7 +59,7 @@ def test_a_run_learns_and_leaves_what_it_promises(whole):
 def test_killed_anywhere_a_run_goes_on_bitwise(whole, folder):
   """SIGTERM (also as validation begins), then SIGKILL, at random steps; then to the end: the same to the bit."""
   workdir, flags = folder / 'killed', ('--config=tiny.py', '--workdir=killed')
-  first, second = random.choice([49, random.randint(5, 48)]), random.randint(60, 75)
+  first, second = random.choice([49, random.randint(5, 48)]), random.randint(80, 110)
   process = start(folder, 'main', *flags)
   signal_at(process, workdir, first, signal.SIGTERM)
   output = finish(process, code=75)

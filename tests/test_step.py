@@ -148,7 +148,7 @@ def test_non_finite_gradients_never_reach_the_state(bad):
 
 @pytest.mark.parametrize('num_microbatches', [1, 2])
 def test_what_modules_sow_is_added_or_logged(num_microbatches):
-  tx, schedule = make_optimizer(build(OptimConfig, {'chain': ('clip_by_global_norm',)}), 20)
+  tx, schedule = optax.sgd(0.1), optax.constant_schedule(0.1)
   zeros = jnp.zeros((2, 3), jnp.int32)
   batch = Batch(zeros, zeros, jnp.ones((2, 3)))
   state = init_state(jax.random.key(0), batch, model=Odd(), tx=tx)
