@@ -1,6 +1,10 @@
 """GPT-2 small's shape (124M parameters) on the source code of Python's standard library.
 
   python -m llm_jax.main --config=configs/gpt_small.py
+
+On CPUs (see on_cpu): val/loss 4.73 on the 16,384 tokens that are evaluated while it runs, 4.63 (1.71 bits per byte) on
+the whole validation part, after 700 steps. Two cores of a 2.5 GHz Xeon make 2,500 tokens/s, which is 10 minutes.
+The full size has not been timed yet.
 """
 
 from llm_jax.config import base
@@ -22,7 +26,7 @@ def get_config():
   config.optim.adamw.b1 = 0.9
   config.optim.adamw.b2 = 0.95
   config.optim.adamw.weight_decay = 0.1
-  config.eval.prompts = ('', 'def main(', 'class ')
+  config.eval.prompts = ('', 'import ', 'def __init__(self')
   config.eval.top_k = 40
   return config
 

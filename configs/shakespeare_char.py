@@ -1,6 +1,9 @@
 """nanoGPT's README settings for a laptop: a small character model of Shakespeare.
 
   python -m llm_jax.main --config=configs/shakespeare_char.py
+
+val/loss 1.9003 over the whole validation part (111,540 characters; nanoGPT's own code: 1.927), in 5 min 38 s on two
+busy cores of a 2.5 GHz Xeon.
 """
 
 from llm_jax.config import base
