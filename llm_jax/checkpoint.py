@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
@@ -53,14 +54,10 @@ class Checkpoints:
                            keep_checkpoints_without_metrics=False)]
     if config.keep_every:
       kept.append(policies.EveryNSteps(config.keep_every))
-    self._manager = _Manager(
-        directory.absolute(), item_names=('params', 'opt_state', 'meta'),
-        item_handlers={'params': ocp.StandardCheckpointHandler(), 'opt_state': ocp.StandardCheckpointHandler(),
-                       'meta': ocp.JsonCheckpointHandler()},
-        options=ocp.CheckpointManagerOptions(
-            best_fn=lambda metrics: metrics['val_loss'], best_mode='min',  # else Orbax drops the metrics
-            preservation_policy=policies.AnyPreservationPolicy(kept), read_only=read_only, create=not read_only,
-            cleanup_tmp_directories=not read_only))
+    self._manager = _manager(
+        directory, best_fn=lambda metrics: metrics['val_loss'], best_mode='min',  # else Orbax drops the metrics
+        preservation_policy=policies.AnyPreservationPolicy(kept), read_only=read_only, create=not read_only,
+        cleanup_tmp_directories=not read_only)
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -112,20 +109,31 @@ class Checkpoints:
       raise StorageError(f'{self._manager.directory}: no checkpoint of step {step}; there are {self.steps()}')
     failures = []
     for candidate in reversed(self.steps()) if step is None else [step]:
+      failure = ''
       try:
-        items = {} if opt_state is None else {'opt_state': ocp.args.StandardRestore(opt_state)}
-        meta = self._manager.restore(candidate, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        check(meta)
-        restored = self._manager.restore(
-            candidate, args=ocp.args.Composite(params=ocp.args.StandardRestore(params), **items))
-        return restored.params, restored.get('opt_state'), meta
+        result = self._read(candidate, params, opt_state, check)
       except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # no fault of the checkpoint
         raise
       except Exception as e:  # Orbax raises many kinds for a damaged folder
-        failures.append(f'step {candidate}: {type(e).__name__}: {_first_line(e)}')
-        if jax.process_index() == 0:
-          print(f'WARNING: {self._manager.directory}: cannot read {failures[-1]}', file=sys.stderr, flush=True)
+        failure = f'{type(e).__name__}: {_first_line(e)}'
+      if not np.any(multihost_utils.process_allgather(bool(failure))):  # all go on from one step
+        return result
+      failures.append(f'step {candidate}: {failure or "another process cannot"}')
+      if jax.process_index() == 0:
+        print(f'WARNING: {self._manager.directory}: cannot read {failures[-1]}', file=sys.stderr, flush=True)
     raise StorageError(f'{self._manager.directory}: no checkpoint can be read:\n  ' + '\n  '.join(failures))
+
+  def _read(self, step: int, params: Params, opt_state: Any | None, check: Callable) -> tuple[Params, Any, dict]:
+    # Without Orbax's barriers: where only one process finds damage, they would pair its next try with this one.
+    process = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+    items = {} if opt_state is None else {'opt_state': ocp.args.StandardRestore(opt_state)}
+    with _manager(Path(self._manager.directory), read_only=True, create=False,
+                  multiprocessing_options=options) as reader:
+      meta = reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+      check(meta)
+      restored = reader.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params), **items))
+    return restored.params, restored.get('opt_state'), meta
 
   def set_aside_after(self, step: int) -> None:
     """Renames the checkpoints newer than `step`, which could not be read, to N.unreadable."""
@@ -136,6 +144,14 @@ class Checkpoints:
     if newer:
       multihost_utils.sync_global_devices('set_aside')
       self._manager.reload()
+
+
+def _manager(directory: Path, **options: Any) -> _Manager:
+  return _Manager(
+      directory.absolute(), item_names=('params', 'opt_state', 'meta'),
+      item_handlers={'params': ocp.StandardCheckpointHandler(), 'opt_state': ocp.StandardCheckpointHandler(),
+                     'meta': ocp.JsonCheckpointHandler()},
+      options=ocp.CheckpointManagerOptions(**options))
 
 
 def _first_line(error: BaseException) -> str:

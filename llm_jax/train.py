@@ -196,13 +196,16 @@ def prepared(workdir: Path) -> Iterator[None]:
   except OSError as e:
     raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
   with lock:
+    taken = False
     if jax.process_index() == 0:
       try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
-        raise StorageError(f'--workdir: another run is training in {workdir}; name another one, or stop it') from None
+        taken = True
       except OSError:
         pass  # a file system without locks
+    if multihost.broadcast_one_to_all(taken):  # all processes leave, or none
+      raise StorageError(f'--workdir: another run is training in {workdir}; name another one, or stop it')
     yield
 
 

@@ -1,5 +1,6 @@
 """Several processes as one run: real processes, real signals. They must train what one process trains."""
 
+import fcntl
 import os
 import random
 import re
@@ -156,3 +157,24 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(folder):
   output, _ = first_lines(process, 'going on from step')
   process.send_signal(signal.SIGTERM)
   assert stopped_step(output + finish(process, code=75)) >= 6
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(folder):
+  flags = ['--workdir=damaged', '--config.mesh.fsdp=2', '--config.eval.sample_tokens=0']
+  finish(launch(folder, *flags, '--config.num_steps=20'))  # saves at 10, for its validation, and at 20
+  checkpoints = folder / 'damaged' / 'checkpoints'
+  largest = max((checkpoints / '20' / 'params' / 'ocdbt.process_1' / 'd').iterdir(), key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:1000])
+  output = finish(launch(folder, *flags, '--config.num_steps=20'))
+  assert 'cannot read step 20' in output and 'going on from step 10\n' in output
+  assert (checkpoints / '20').is_dir() and list(checkpoints.glob('20.unreadable-*'))
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_told_once(folder):
+  (folder / 'used').mkdir()
+  with open(folder / 'used' / '.lock', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    output = finish(launch(folder, '--workdir=used'), code=74)
+  assert output.count('error: ') == 1 and 'another run is training in used' in output
