@@ -116,7 +116,7 @@ def test_started_again_it_goes_on_in_two_processes_then_in_one(stopped, folder):
   output += finish(process, code=75)
   assert f'going on from step {before}\n' in output and 'SIGINT: saving' in output
   step = stopped_step(output)
-  assert step == before + 1 and steps(folder / 'run') == list(range(1, step + 1))
+  assert step > before and steps(folder / 'run') == list(range(1, step + 1))
   last = (step // 10 + 1) * 10
   for workdir in ('run', 'uninterrupted'):  # 8 devices: 32 tokens, a row, are again half of a device's part
     main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/{workdir}', f'--config.num_steps={last}',
