@@ -62,8 +62,8 @@ def train_step(state: TrainState, batch: Batch, *, model: Any, tx: optax.Gradien
   """One optimizer update. The same state, batch and seed give the same result.
 
   The objective is the mean loss over the batch's real tokens, plus what modules sow into `losses`, whatever the
-  number of microbatches. What they sow into `metrics` is averaged and logged. A non-finite loss or gradient leaves
-  params and opt_state as they were, and counts in the metric `skipped`.
+  number of microbatches. What they sow into `metrics` is averaged and logged. A loss or new state that is not finite
+  leaves params and opt_state as they were, and counts in the metric `skipped`.
   """
   num_tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -82,11 +82,17 @@ def train_step(state: TrainState, batch: Batch, *, model: Any, tx: optax.Gradien
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
-  finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+  # The new state itself: a huge but finite gradient makes Adam's second moment infinite, and nothing else.
+  finite = jnp.isfinite(metrics['loss']) & all_finite((params, opt_state))
   params, opt_state = jax.tree.map(partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state))
   metrics |= {'grad_norm': grad_norm, 'update_norm': update_norm, 'learning_rate': schedule(state.step),
               'num_tokens': num_tokens, 'skipped': 1 - finite.astype(jnp.int32)}
   return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def all_finite(tree: Any) -> jax.Array:
+  """True where no leaf holds an infinity or NaN."""
+  return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree), jnp.bool_(True))
 
 
 def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,
