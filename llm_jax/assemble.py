@@ -20,11 +20,12 @@ from llm_jax.config import Config, build
 from llm_jax.data import Data, pipeline
 from llm_jax.data.store import TokenStore
 from llm_jax.data.tokenizers import Tokenizer, decode, load_tokenizer
+from llm_jax.errors import ConfigError, DataError, Interrupted, StorageError
 from llm_jax.evaluation import evaluate
 from llm_jax.models import make_model
 from llm_jax.sharding import local_rows, num_batch_shards, put_batch
 from llm_jax.step import eval_step, param_shardings
-from llm_jax.types import Batch, ConfigError, DataError, Interrupted, Params, StorageError
+from llm_jax.types import Batch, Params
 
 
 def complete(config: Config, data: Data) -> Config:

@@ -19,7 +19,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from llm_jax.types import ConfigError, Params, StorageError
+from llm_jax.errors import ConfigError, StorageError
+from llm_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)

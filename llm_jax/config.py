@@ -23,10 +23,10 @@ import ml_collections
 
 from llm_jax.checkpoint import CheckpointConfig
 from llm_jax.data import DataConfig
+from llm_jax.errors import ConfigError
 from llm_jax.models import MODELS
 from llm_jax.optim import OptimConfig
 from llm_jax.sharding import MeshConfig
-from llm_jax.types import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from llm_jax.errors import ConfigError, DataError, StorageError
 from llm_jax.main import run_as_program
-from llm_jax.types import ConfigError, DataError, StorageError
 
 
 def main(argv: list[str]) -> None:

@@ -7,8 +7,8 @@ import codecs
 import sys
 from pathlib import Path
 
+from llm_jax.errors import ConfigError
 from llm_jax.main import run_as_program
-from llm_jax.types import ConfigError
 
 
 def main(argv: list[str]) -> None:

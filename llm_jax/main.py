@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from llm_jax.types import ConfigError, Interrupted, UserError
+from llm_jax.errors import ConfigError, Interrupted, UserError
 
 
 def main(argv: list[str]) -> None:

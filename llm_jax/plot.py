@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from llm_jax.errors import ConfigError, StorageError
 from llm_jax.main import run_as_program
-from llm_jax.types import ConfigError, StorageError
 
 
 def main(argv: list[str]) -> None:

@@ -21,13 +21,13 @@ from llm_jax.assemble import complete, example_batch, make_evaluator, samples, w
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config, differences, to_dict
 from llm_jax.data import Data, check_fingerprint, data_fingerprint, open_data, pipeline
+from llm_jax.errors import ConfigError, DivergedError, Interrupted, StorageError
 from llm_jax.metrics import Console, Throughput, Writer, peak_flops
 from llm_jax.models import make_model
 from llm_jax.optim import make_optimizer
 from llm_jax.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, put_batch
 from llm_jax.step import TrainState, init_state, state_shardings, train_step
 from llm_jax.stopping import StopSignal
-from llm_jax.types import ConfigError, DivergedError, Interrupted, StorageError
 
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 

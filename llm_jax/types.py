@@ -1,8 +1,7 @@
-"""The few types that every floor shares: Batch, the model protocol, and errors that a user can act on."""
+"""The few types that every floor shares: Batch and the model protocol."""
 
 from __future__ import annotations
 
-import os
 from typing import Any, Protocol
 
 import flax.struct
@@ -45,39 +44,3 @@ class LanguageModel(Protocol):
   def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """Reads one more token a row; logits [B, V] of what follows, and the cache."""
     ...
-
-
-class UserError(Exception):
-  """A mistake that the user can mend: shown as one message without a traceback; the process ends with `exit_code`."""
-
-  exit_code = 1
-
-
-class ConfigError(UserError):
-  """A config that cannot be run, or that does not fit the checkpoint it should go on from."""
-
-  exit_code = os.EX_CONFIG  # 78
-
-
-class DataError(UserError):
-  """Data that is missing, empty, damaged, or not what its description says."""
-
-  exit_code = os.EX_DATAERR  # 65
-
-
-class StorageError(UserError):
-  """A folder or checkpoint that cannot be written or read."""
-
-  exit_code = os.EX_IOERR  # 74
-
-
-class Interrupted(UserError):
-  """A run that was asked to stop and has saved itself: the same command goes on."""
-
-  exit_code = os.EX_TEMPFAIL  # 75
-
-
-class DivergedError(UserError):
-  """A run whose gradients stay non-finite."""
-
-  exit_code = os.EX_SOFTWARE  # 70

@@ -8,8 +8,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.checkpoint import CheckpointConfig, Checkpoints
+from llm_jax.errors import ConfigError, StorageError
 from llm_jax.sharding import MeshConfig, make_mesh
-from llm_jax.types import ConfigError, StorageError
 
 
 def arrays(seed):

@@ -11,9 +11,9 @@ from llm_jax import config as config_lib
 from llm_jax.assemble import complete, example_batch
 from llm_jax.config import Config, base, build, load, to_dict
 from llm_jax.data import Data
+from llm_jax.errors import ConfigError
 from llm_jax.main import parse_overrides
 from llm_jax.models import make_model
-from llm_jax.types import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
 

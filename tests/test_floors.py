@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / 'llm_jax'
 FLOORS = [
-    {'types', 'sharding', 'progress', 'stopping'},
+    {'errors', 'types', 'sharding', 'progress', 'stopping'},
     {'layers', 'losses', 'optim', 'data', 'checkpoint', 'metrics'},
     {'models'},
     {'step', 'evaluation', 'sampling'},
@@ -17,7 +17,8 @@ FLOORS = [
     {'main', 'evaluate', 'generate', 'plot'},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-SAME_FLOOR = {('sharding', 'types'), ('evaluate', 'main'), ('generate', 'main'), ('plot', 'main')}
+SAME_FLOOR = {('sharding', 'types'), ('sharding', 'errors'), ('stopping', 'errors'), ('evaluate', 'main'),
+              ('generate', 'main'), ('plot', 'main')}
 
 
 def modules_imported(path: Path) -> set[str]:

@@ -17,8 +17,8 @@ import pytest
 from program import environment, finish, signal_at, start, write_config
 
 from llm_jax import evaluate, generate, main
+from llm_jax.errors import ConfigError, DataError, StorageError
 from llm_jax.metrics import read_metrics
-from llm_jax.types import ConfigError, DataError, StorageError
 
 STEPS = 150
 

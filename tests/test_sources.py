@@ -10,7 +10,7 @@ import pytest
 from llm_jax.data import DataConfig, open_data
 from llm_jax.data.fetch import fetch, is_url
 from llm_jax.data.sources import open_source
-from llm_jax.types import DataError, StorageError
+from llm_jax.errors import DataError, StorageError
 
 BODY = bytes(range(256)) * 3000  # several reads of a socket
 

@@ -11,22 +11,23 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.config import build
+from llm_jax.errors import ConfigError
 from llm_jax.evaluation import evaluate
 from llm_jax.models import make_model
 from llm_jax.models.decoder import DecoderConfig
 from llm_jax.optim import OptimConfig, make_optimizer
 from llm_jax.sharding import (
-    MeshConfig,
-    batch_sharding,
-    constrain,
-    local_rows,
-    logical_to_spec,
-    make_mesh,
-    num_batch_shards,
-    put_batch,
+  MeshConfig,
+  batch_sharding,
+  constrain,
+  local_rows,
+  logical_to_spec,
+  make_mesh,
+  num_batch_shards,
+  put_batch,
 )
 from llm_jax.step import eval_step, init_state, state_shardings, train_step
-from llm_jax.types import Batch, ConfigError
+from llm_jax.types import Batch
 
 CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, dtype='float32',
                     positions='rope', norm='rms_norm', mlp='swiglu')

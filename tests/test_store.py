@@ -15,7 +15,7 @@ import pytest
 
 from llm_jax.data import DataConfig, check_fingerprint, data_fingerprint, open_data, tokenize
 from llm_jax.data.tokenizers import TOKENIZERS, decode
-from llm_jax.types import ConfigError, DataError, StorageError
+from llm_jax.errors import ConfigError, DataError, StorageError
 
 WORDS = ['the', 'cat', 'wörter', '中文', '\U0001F600', 'x = 1', '\t', '\r\n', '<|endoftext|>', 'é', 'zzz']
 

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from llm_jax.data.tokenizers import EOT, TOKENIZERS, decode, load_tokenizer
-from llm_jax.types import DataError
+from llm_jax.errors import DataError
 
 TEXTS = [
     'the cat sat on the mat and the cat ate the rat. ' * 20,

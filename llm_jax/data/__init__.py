@@ -18,7 +18,7 @@ from llm_jax.data.store import TokenStore
 from llm_jax.data.tasks import TASKS
 from llm_jax.data.token_files import open_bin
 from llm_jax.data.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
-from llm_jax.types import ConfigError, DataError, StorageError
+from llm_jax.errors import ConfigError, DataError, StorageError
 
 
 @dataclasses.dataclass(frozen=True)

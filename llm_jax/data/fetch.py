@@ -9,8 +9,8 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from llm_jax.errors import DataError, StorageError
 from llm_jax.progress import progress
-from llm_jax.types import DataError, StorageError
 
 
 def is_url(path: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
 
-from llm_jax.types import DataError
+from llm_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ import numpy as np
 
 from llm_jax.data.sources import Document
 from llm_jax.data.tokenizers import Tokenizer
+from llm_jax.errors import DataError, StorageError
 from llm_jax.progress import progress
-from llm_jax.types import DataError, StorageError
 
 VERSION = 1
 

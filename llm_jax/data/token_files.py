@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from llm_jax.data.store import TokenStore
-from llm_jax.types import DataError
+from llm_jax.errors import DataError
 
 # The first int32 of a header; llm.c data files: 20240520 for GPT-2's uint16, 20240801 for Llama 3's uint32.
 LLMC_MAGIC = {20240520: np.uint16, 20240801: np.uint32}

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 
-from llm_jax.types import DataError
+from llm_jax.errors import DataError
 
 EOT = '<|endoftext|>'
 
