@@ -30,7 +30,7 @@ def prepare(path: str, full_size: bool):
   """(seconds of one step, ...) as a function to call again and again, and what is known of it."""
   cpu_only = jax.default_backend() == 'cpu' and not full_size
   config = load(path).resolve({}, cpu_only=cpu_only)
-  config = complete(config, Data(None, None, None, config.model.vocab_size or 66))
+  config = complete(config, Data({}, None, config.model.vocab_size or 66))
   mesh = make_mesh(config.mesh)
   held, num_microbatches = config.split_batch(num_batch_shards(mesh))
   model = make_model(config.model)

@@ -12,16 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llm_jax import sampling
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config, build
 from llm_jax.data import Data, pipeline
+from llm_jax.data.examples import Examples
 from llm_jax.data.store import TokenStore
 from llm_jax.data.tokenizers import Tokenizer, decode, load_tokenizer
 from llm_jax.errors import ConfigError, DataError, Interrupted, StorageError
-from llm_jax.evaluation import evaluate
+from llm_jax.evaluation import evaluate, summarize
 from llm_jax.models import make_model
 from llm_jax.sharding import local_rows, num_batch_shards, put_batch
 from llm_jax.step import eval_step, param_shardings
@@ -30,15 +32,24 @@ from llm_jax.types import Batch, Params
 
 def complete(config: Config, data: Data) -> Config:
   """The config with what the data decides: vocabulary and longest row. Raises ConfigError when they do not fit."""
-  vocab_size = config.model.vocab_size or data.vocab_size
-  if vocab_size < data.vocab_size:
-    raise ConfigError(f'config.model.vocab_size: {vocab_size} is less than the {data.vocab_size} tokens of the data; '
-                      f'leave it None or set it to {data.vocab_size} or more')
+  needed = data.vocab_size + pipeline.num_sentinels(config.data)
+  vocab_size = config.model.vocab_size or needed
+  if vocab_size < needed:
+    raise ConfigError(f'config.model.vocab_size: {vocab_size} is less than the {needed} tokens of the data; '
+                      f'leave it None or set it to {needed} or more')
   config = dataclasses.replace(config, model=dataclasses.replace(
       config.model, vocab_size=vocab_size, max_len=config.model.max_len or config.data.seq_len))
   if data.tokenizer is not None and config.eval.sample_tokens:
     encode_prompts(config, data.tokenizer)  # better told now than at the first evaluation
   return config
+
+
+def gather(value: Any) -> list:
+  """The JSON values of all processes, in their order."""
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
+  texts = multihost_utils.process_allgather(np.pad(text, (0, longest - len(text)), constant_values=ord(' ')))
+  return [json.loads(bytes(row)) for row in texts.reshape(-1, longest)]
 
 
 def example_batch(config: Config) -> Batch:
@@ -47,32 +58,45 @@ def example_batch(config: Config) -> Batch:
   return Batch(tokens=blank, targets=blank, loss_mask=blank.astype(jnp.float32))
 
 
-def windows(config: Config, store: TokenStore) -> pipeline.Windows:
-  return pipeline.Windows(store, config.data.task, config.data.seq_len, config.data.mask_documents)
+def check_features(config: Config, model: Any, examples: Examples) -> None:
+  """Raises ConfigError when the task gives what the model would not look at."""
+  ignored = examples.make(0, np.random.default_rng(0)).keys() - model.reads
+  if ignored:
+    raise ConfigError(f'config.data.task: {config.data.task} gives {", ".join(sorted(ignored))}, which the model '
+                      f'{config.model.name} does not read')
 
 
-def make_evaluator(config: Config, tokenizer: Tokenizer | None, model: Any, mesh: Mesh) -> Callable[..., dict]:
-  """evaluator(params, store, max_tokens, interrupted) -> {'loss': ...}: a fixed pass over a store, compiled once.
+def make_evaluator(config: Config, data: Data, model: Any, mesh: Mesh) -> Callable[..., dict]:
+  """evaluator(params, stores, max_tokens, interrupted) -> {'loss': ...}: a fixed pass over stores, compiled once.
 
-  It raises Interrupted as soon as interrupted() is true.
+  Of several stores each has its own 'NAME/loss' too, and an equal part of `max_tokens`. It raises Interrupted as soon
+  as interrupted() is true.
   """
-  lengths = [len(b) for b in tokenizer.token_bytes] if tokenizer else []
+  lengths = [len(b) for b in data.tokenizer.token_bytes] if data.tokenizer else []
   token_bytes = np.zeros(model.cfg.vocab_size, np.int32)
   token_bytes[:len(lengths)] = lengths
   eval_fn = jax.jit(partial(eval_step, model=model, token_bytes=jnp.asarray(token_bytes)))
   num_rows = num_batch_shards(mesh) * (config.tokens_per_device // config.data.seq_len)
   rows = local_rows(mesh, num_rows)
 
-  def evaluator(params: Params, store: TokenStore, max_tokens: int | None,
+  def evaluator(params: Params, stores: dict[str, TokenStore], max_tokens: int | None,
                 interrupted: Callable[[], bool] = lambda: False) -> dict[str, float]:
-    def batches() -> Iterator[Batch]:
-      max_rows = max_tokens and max(1, max_tokens // config.data.seq_len)
-      for features in pipeline.eval_batches(windows(config, store), num_rows, rows, max_rows):
+    def batches(store: TokenStore) -> Iterator[Batch]:
+      max_rows = max_tokens and max(1, max_tokens // config.data.seq_len // len(stores))
+      examples = pipeline.open_examples(config.data, data, store, train=False)
+      for features in pipeline.eval_batches(examples, num_rows, rows, max_rows):
         if interrupted():
           raise Interrupted
         yield put_batch(features, rows, num_rows, mesh)
 
-    return evaluate(eval_fn, params, batches())
+    sums = {name: evaluate(eval_fn, params, batches(store)) for name, store in stores.items()}
+    for name, store in stores.items():
+      sums[name]['bytes'] *= store.bytes_scale
+    results = summarize({key: sum(s[key] for s in sums.values()) for key in next(iter(sums.values()))})
+    if len(stores) > 1:
+      results |= {f'{name}/{key}': value for name in stores for key, value in summarize(sums[name]).items()
+                  if key in ('loss', 'bits_per_byte')}
+    return results
 
   return evaluator
 
@@ -80,7 +104,7 @@ def make_evaluator(config: Config, tokenizer: Tokenizer | None, model: Any, mesh
 def encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
   """The ids of config.eval.prompts. Raises ConfigError for one that has no ids or leaves no room for an answer."""
   try:
-    prompts = [[tokenizer.eot_id, *map(int, ids)] for ids in tokenizer.encode(list(config.eval.prompts))]
+    prompts = [[tokenizer.bos_id, *map(int, ids)] for ids in tokenizer.encode(list(config.eval.prompts))]
   except DataError as e:
     raise ConfigError(f'config.eval.prompts: {e}; set others, for example --config.eval.prompts=') from None
   for prompt, ids in zip(config.eval.prompts, prompts, strict=True):
@@ -101,7 +125,7 @@ def samples(config: Config, tokenizer: Tokenizer | None, model: Any, params: Par
       num_ids=len(tokenizer.token_bytes))
   texts = []
   for row in np.stack(list(columns), axis=1).tolist():
-    texts.append(decode(tokenizer, row[:row.index(tokenizer.eot_id)] if tokenizer.eot_id in row else row))
+    texts.append(decode(tokenizer, row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row))
   return list(zip(config.eval.prompts, texts, strict=True))
 
 

@@ -7,20 +7,16 @@ dataclasses exist.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
 import importlib.util
 import json
-import math
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
+from llm_jax.builder import build, override, variant
 from llm_jax.checkpoint import CheckpointConfig
 from llm_jax.data import DataConfig
 from llm_jax.errors import ConfigError
@@ -56,11 +52,6 @@ class LogConfig:
       raise ValueError(f'every must be at least 1; got {self.every}')
 
 
-def _variant(classes: dict[str, type], default: str) -> Any:
-  """A field whose dict picks its class by `name`."""
-  return dataclasses.field(default_factory=classes[default], metadata={'classes': classes, 'default': default})
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
   """A whole run. Batches are counted in tokens; the number of microbatches follows."""
@@ -70,7 +61,7 @@ class Config:
   batch_tokens: int = 524288  # of one optimizer step, over all devices
   tokens_per_device: int = 16384  # that one device works on at a time: what its memory allows
   z_loss: float = 0.0
-  model: Any = _variant({name: config for name, (_, config) in MODELS.items()}, 'decoder')
+  model: Any = variant({name: config for name, (_, config) in MODELS.items()}, 'decoder')
   data: DataConfig = DataConfig()
   optim: OptimConfig = OptimConfig()
   mesh: MeshConfig = MeshConfig()
@@ -131,107 +122,6 @@ def to_dict(config: Any) -> dict:
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def build(cls: type, values: Mapping) -> Any:
-  """The dataclass from nested mappings; absent fields take their defaults. Raises ConfigError, all problems at once."""
-  problems: list[str] = []
-  result = _build(cls, values, 'config', problems)
-  if problems:
-    raise ConfigError('\n'.join(problems))
-  return result
-
-
-class Text(str):
-  """A value as typed on the command line: parsed by the type of its field."""
-
-
-def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
-  if not isinstance(values, Mapping):
-    problems.append(f'{path}: expects a group of fields, got {values!r}')
-    return None
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  hints = typing.get_type_hints(cls)
-  before = len(problems)
-  built = {}
-  for name, value in values.items():
-    if name not in fields:
-      near = difflib.get_close_matches(name, fields, n=1)
-      hint = f'did you mean {path}.{near[0]}?' if near else f'known: {", ".join(fields)}'
-      problems.append(f'{path}.{name}: no such field; {hint}')
-    elif 'classes' in fields[name].metadata:
-      built[name] = _build_variant(fields[name], value, f'{path}.{name}', problems)
-    else:
-      built[name] = _convert(hints[name], value, f'{path}.{name}', problems)
-  if len(problems) > before:
-    return None
-  try:
-    return cls(**built)
-  except ValueError as e:
-    problems.extend(f'{path}: {line}' for line in str(e).splitlines())
-    return None
-
-
-def _build_variant(field: dataclasses.Field, value: Any, path: str, problems: list[str]) -> Any:
-  classes = field.metadata['classes']
-  name = value.get('name', field.metadata['default']) if isinstance(value, Mapping) else None
-  if isinstance(value, Mapping) and name not in classes:
-    problems.append(f'{path}.name: {name!r} is unknown; known: {", ".join(classes)}')
-    return None
-  return _build(classes.get(name, classes[field.metadata['default']]), value, path, problems)
-
-
-def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-  """`value` as the type `hint` says, or a problem."""
-  if dataclasses.is_dataclass(hint):
-    return _build(typing.cast(type, hint), value, path, problems)
-  origin, args = typing.get_origin(hint), typing.get_args(hint)
-  if origin in (types.UnionType, typing.Union):  # X | None
-    if value is None or (isinstance(value, Text) and value.lower() == 'none'):
-      return None
-    return _convert(next(a for a in args if a is not type(None)), value, path, problems)
-  if origin is tuple:
-    if isinstance(value, Text):
-      value = _parse_tuple(value)
-    if not isinstance(value, (list, tuple)):
-      value = (value,)
-    return tuple(_convert(args[0], item, f'{path}[{i}]', problems) for i, item in enumerate(value))
-  if origin is typing.Literal:
-    if value not in args:
-      near = difflib.get_close_matches(str(value), map(str, args), n=1)
-      hint = f' (did you mean {near[0]!r}?)' if near else ''
-      problems.append(f'{path}: {str(value)!r} is not one of {", ".join(map(repr, args))}{hint}')
-    return str(value)
-  return _scalar(hint, value, path, problems)
-
-
-def _scalar(hint: type, value: Any, path: str, problems: list[str]) -> Any:
-  if hint is str and isinstance(value, str):
-    return str(value)
-  parsed = _parse(value) if isinstance(value, Text) else value
-  if hint is float and isinstance(parsed, int) and not isinstance(parsed, bool):
-    parsed = float(parsed)
-  if hint is float and isinstance(parsed, float) and not math.isfinite(parsed):
-    problems.append(f'{path}: expects a finite number, got {value}')
-  elif type(parsed) is not hint:
-    kind = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}[hint]
-    problems.append(f'{path}: expects {kind}, got {str(value)!r}')
-  return parsed
-
-
-def _parse(text: str) -> Any:
-  if text.lower() in ('true', 'false'):
-    return text.lower() == 'true'
-  try:
-    return float(text) if text.lower() in ('nan', 'inf', '-inf') else ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
-
-
-def _parse_tuple(text: str) -> Any:
-  """(1,2) or 1,2 or a,b or ()."""
-  value = _parse(text)
-  return [Text(part.strip()) for part in text.split(',')] if isinstance(value, str) else value
-
-
 @dataclasses.dataclass(frozen=True)
 class Source:
   """What a config file says, before it is known what machine it runs on."""
@@ -244,20 +134,7 @@ class Source:
     """The Config, `overrides` ('model.num_layers' -> '4') last. Raises ConfigError."""
     values = self.on_cpu if cpu_only and self.on_cpu is not None else self.full
     values = json.loads(json.dumps(values))
-    problems = []
-    for path, text in overrides.items():
-      *groups, leaf = path.split('.')
-      node = values
-      for group in groups:
-        node = node.setdefault(group, {}) if isinstance(node, dict) else None
-      if not isinstance(node, dict):
-        problems.append(f'config.{path}: no such field; config.{".".join(groups)} is a value, not a group')
-      elif isinstance(node.get(leaf), dict):
-        problems.append(f'config.{path}: is a group of fields; set one of {", ".join(node[leaf])}')
-      else:
-        node[leaf] = Text(text)
-    if problems:
-      raise ConfigError('\n'.join(problems))
+    override(values, overrides)
     return build(Config, values)
 
 

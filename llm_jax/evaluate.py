@@ -28,20 +28,16 @@ def main(argv: list[str]) -> None:
   with jax.set_mesh(mesh):
     run = load_run(args.workdir, mesh, args.checkpoint)
     if args.data is not None:
-      store = tokenize(args.data, run.tokenizer, run.config.data.eot_id)
+      data = tokenize(args.data, run.config.data, run.tokenizer)
     else:
       data = open_data(run.config.data)
       if data_fingerprint(run.config.data, data, 0, 0)['train_tokens'] != run.meta['data']['train_tokens']:
         raise DataError(f'config.data.path: {run.config.data.path} is no longer what the run was trained on, so its '
                         'validation part cannot be told; name a file: --data=FILE')
-      store = data.val
-    if len(store.tokens) < 2:
-      raise DataError(f'--data: {args.data} holds no text')
-    if int(store.tokens.max()) >= run.config.model.vocab_size:
-      raise ConfigError(f'--data: token {int(store.tokens.max())} is outside the model\'s vocabulary of '
+    if data.vocab_size > run.config.model.vocab_size:
+      raise ConfigError(f'--data: token {data.vocab_size - 1} is outside the model\'s vocabulary of '
                         f'{run.config.model.vocab_size}')
-    evaluator = make_evaluator(run.config, run.tokenizer, run.model, mesh)
-    results = evaluator(run.params, store, None)
+    results = make_evaluator(run.config, data, run.model, mesh)(run.params, data.val, None)
   report = {'workdir': str(args.workdir), 'step': run.meta['step'], 'data': args.data or 'validation part',
             **results}
   text = json.dumps(report, indent=2)

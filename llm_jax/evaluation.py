@@ -11,7 +11,7 @@ from llm_jax.types import Batch, Metrics, Params
 
 
 def evaluate(eval_fn: Callable[[Params, Batch], Metrics], params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-  """loss (nats a token), perplexity, accuracy, bits_per_byte (where tokens have bytes) and their token count."""
+  """The sums of eval_step over all batches."""
   # The sums of batch i are fetched while batch i+1 runs, and added in double precision.
   totals: dict[str, float] = {}
   pending: Metrics = {}
@@ -25,6 +25,11 @@ def evaluate(eval_fn: Callable[[Params, Batch], Metrics], params: Params, batche
     add(pending)
     pending = sums
   add(pending)
+  return totals
+
+
+def summarize(totals: dict[str, float]) -> dict[str, float]:
+  """loss (nats a token), perplexity, accuracy, bits_per_byte (where tokens have bytes) and their token count."""
   loss = totals['nll'] / totals['tokens']
   results = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'accuracy': totals['correct'] / totals['tokens'],
              'tokens': totals['tokens']}

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     if run.tokenizer is None:
       raise ConfigError(f'--workdir: {args.workdir} was trained on ids without a tokenizer, so there is no text to '
                         'read or write')
-    prompt = [run.tokenizer.eot_id, *map(int, run.tokenizer.encode([args.prompt])[0])]
+    prompt = [run.tokenizer.bos_id, *map(int, run.tokenizer.encode([args.prompt])[0])]
     max_len = run.config.model.max_len
     if len(prompt) >= max_len:
       raise ConfigError(f'--prompt: {len(prompt)} tokens fill the {max_len} that the model was trained on; shorten it')
@@ -61,7 +61,7 @@ def print_samples(prompt: str, columns, tokenizer, num_samples: int) -> None:
   show(prompt)
   for column in columns:
     for i, token in enumerate(column.tolist()):
-      ended[i] = ended[i] or token == tokenizer.eot_id
+      ended[i] = ended[i] or token == tokenizer.eos_id
       if not ended[i]:
         rows[i].append(token)
         if i == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from llm_jax.builder import parse_overrides
 from llm_jax.errors import ConfigError, Interrupted, UserError
 
 
@@ -26,7 +28,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--distributed', action='store_true', help='one of several processes: take the coordinator '
                       'from the environment (SLURM, TPU pod, Open MPI, or launch/local.py)')
   args, rest = parser.parse_known_args(argv)
-  overrides = parse_overrides(rest)
+  overrides = parse_overrides(rest, '--config.', '--config, --workdir, --full_size, --distributed, --config.FIELD')
 
   from llm_jax import config as config_lib  # heavy imports wait until the flags are known to be good
   source = config_lib.load(args.config)
@@ -65,23 +67,6 @@ def main(argv: list[str]) -> None:
                       f'(--config.mesh.fsdp)\n{str(e).splitlines()[0]}') from None
 
 
-def parse_overrides(arguments: list[str]) -> dict[str, str]:
-  """{'model.num_layers': '4'} from --config.model.num_layers=4 or --config.model.num_layers 4. Raises ConfigError."""
-  overrides, rest = {}, list(arguments)
-  while rest:
-    argument = rest.pop(0)
-    if not argument.startswith('--config.'):
-      raise ConfigError(f'{argument}: no such flag; known: --config, --workdir, --full_size, --distributed, '
-                        '--config.FIELD')
-    name, equals, value = argument.removeprefix('--config.').partition('=')
-    if not equals:
-      if not rest:
-        raise ConfigError(f'{argument}: has no value')
-      value = rest.pop(0)
-    overrides[name] = value
-  return overrides
-
-
 def start_processes() -> None:
   """Joins the other processes; what launch/local.py does not set, jax finds out from the cluster."""
   import jax
@@ -98,6 +83,8 @@ def start_processes() -> None:
 def run_as_program(main: Callable[[list[str]], None]) -> None:
   """Runs main(argv); a UserError becomes one message and its exit code."""
   logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns about what is meant, such as a save without metrics
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')  # a file's name may hold what the terminal cannot show
   signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a program without a traceback; training handles it itself
   try:
     main(sys.argv[1:])

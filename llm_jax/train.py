@@ -17,10 +17,11 @@ import numpy as np
 from orbax.checkpoint import multihost
 
 from llm_jax import __version__
-from llm_jax.assemble import complete, example_batch, make_evaluator, samples, windows
+from llm_jax.assemble import check_features, complete, example_batch, gather, make_evaluator, samples
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config, differences, to_dict
 from llm_jax.data import Data, check_fingerprint, data_fingerprint, open_data, pipeline
+from llm_jax.data.fetch import shown
 from llm_jax.errors import ConfigError, DivergedError, Interrupted, StorageError
 from llm_jax.metrics import Console, Throughput, Writer, peak_flops
 from llm_jax.models import make_model
@@ -48,13 +49,13 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     finally:  # also after an error, which the others then meet themselves instead of waiting
       barrier('data')
     data = open_data(config.data)
-    examples = pipeline.shuffled(windows(config, data.train), config.seed)
     num_rows = config.rows_per_batch
     rows = local_rows(mesh, num_rows)
 
     # 3. Model, optimizer, shardings, compiled steps.
     config = complete(config, data)
     model = make_model(config.model)
+    check_features(config, model, pipeline.open_examples(config.data, data, next(iter(data.val.values())), train=False))
     tx, schedule = make_optimizer(config.optim, config.num_steps)
     shardings = state_shardings(example_batch(config), mesh, model=model, tx=tx)
     replicated = shardings.step
@@ -63,13 +64,13 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         partial(train_step, model=model, tx=tx, schedule=schedule, seed=config.seed,
                 num_microbatches=num_microbatches, z_loss=config.z_loss),
         in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, replicated), donate_argnums=0)
-    evaluator = make_evaluator(config, data.tokenizer, model, mesh)
+    evaluator = make_evaluator(config, data, model, mesh)
 
     # 4. State: what the folder holds, else fresh.
     checkpoints = stack.enter_context(Checkpoints(workdir / 'checkpoints', config.checkpoint))
     fingerprint = data_fingerprint(config.data, data, num_rows, config.seed)
     key = jax.random.key(config.seed)
-    best, validated = float('inf'), True
+    best, validated, stream_states = float('inf'), True, None
     if checkpoints.steps():
       abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
                               jax.eval_shape(init, key, example_batch(config)), shardings)
@@ -80,6 +81,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       state = TrainState(step, params, opt_state)
       best = meta['best_val_loss'] if meta['best_val_loss'] is not None else best
       validated = meta['val_loss'] is not None
+      stream_states = meta.get('stream_states')
       report_resume(config, meta)
     else:
       state = init(key, example_batch(config))
@@ -95,8 +97,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     if begin == 0:
       writer.text(0, 'config', json.dumps(to_dict(config), indent=2))
     throughput = Throughput(config.model.flops_per_token(config.data.seq_len), peak_flops(jax.devices()))
-    batches = stack.enter_context(contextlib.closing(pipeline.prefetched(
-        pipeline.train_batches(examples, num_rows, rows), begin)))
+    batches = stack.enter_context(contextlib.closing(pipeline.open_batches(
+        config.data, data, num_rows, rows, config.seed, begin, stream_states, jax.process_index())))
     stop = stack.enter_context(StopSignal())
     skipped_in_a_row, results = 0, dict[str, float]()
 
@@ -114,7 +116,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       if step % config.log.every and step not in (1, config.num_steps):
         return {}
       logged = {f'train/{name}': value for name, value in (values | throughput.take()).items()}
-      logged |= text_metrics('train', values['loss'], data)
+      logged |= text_metrics('train', values['loss'], data) | batches.metrics()
       console.step(step, logged, throughput.seconds_per_step)
       return logged
 
@@ -143,7 +145,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         best_val_loss = val_loss if improved else best if best < float('inf') else None
         # Together with the step, as Orbax refuses the empty state that some optimizers have.
         saved = checkpoints.save(step, state.params, (state.step, state.opt_state), val_loss=val_loss, meta={
-            'config': to_dict(config), 'data': fingerprint, 'val_loss': val_loss, 'best_val_loss': best_val_loss,
+            'config': to_dict(config), 'data': fingerprint, 'stream_states': gather(batches.state()),
+            'val_loss': val_loss, 'best_val_loss': best_val_loss,
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
         if saved and improved and val_loss is not None:
           best = val_loss
@@ -212,8 +215,10 @@ def prepared(workdir: Path) -> Iterator[None]:
 def text_metrics(split: str, loss: float, data: Data) -> dict[str, float]:
   """Perplexity, and bits per byte by the split's mean bytes per token."""
   values = {f'{split}/perplexity': float(np.exp(min(loss, 700.0)))}
-  if data.train.num_bytes:
-    values[f'{split}/bits_per_byte'] = loss / np.log(2) * len(data.train.tokens) / data.train.num_bytes
+  stores = data.train.values()
+  if stores and all(store.num_bytes for store in stores):
+    num_tokens, num_bytes = sum(len(s.tokens) for s in stores), sum(s.num_bytes for s in stores)
+    values[f'{split}/bits_per_byte'] = loss / np.log(2) * num_tokens / num_bytes
   return values
 
 
@@ -229,7 +234,7 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict) -> None:
   if chain != config.optim.chain:
     raise ConfigError(f'config.optim.chain: the checkpoint holds the state of {chain}, now it is {config.optim.chain}; '
                       'put it back, or start in another --workdir')
-  check_fingerprint(meta['data'], fingerprint)
+  check_fingerprint(meta['data'], fingerprint, meta['step'])
 
 
 def report_resume(config: Config, meta: dict) -> None:
@@ -256,13 +261,16 @@ def describe(config: Config, data: Data, state: TrainState, num_microbatches: in
              console: Console) -> None:
   devices, seq_len = jax.devices(), config.data.seq_len
   num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-  epochs = config.num_steps * config.batch_tokens / len(data.train.tokens)
+  num_train, num_val = (sum(len(store.tokens) for store in side.values()) for side in (data.train, data.val))
+  amount = 'a stream' if config.data.streaming else f'{num_train / 1e6:.2f} M tokens'
+  epochs = config.num_steps * config.batch_tokens / max(1, num_train)
   console.line(f'devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es), '
                f'mesh {dict(jax.sharding.get_abstract_mesh().shape)}')
   console.line(f'model: {config.model.name}, {num_params / 1e6:.2f} M parameters, {config.model.num_layers} layers, '
                f'{config.model.embed_dim} wide, vocabulary {config.model.vocab_size}, {config.model.dtype}')
-  console.line(f'data: {config.data.path}: {len(data.train.tokens) / 1e6:.2f} M tokens to train on, '
-               f'{len(data.val.tokens) / 1e6:.2f} M to validate with; {config.num_steps} steps are {epochs:.2f} epochs')
+  console.line(f'data: {", ".join(shown(s.path) for s in config.data.named_sources.values())}: {amount} to train '
+               f'on, {num_val / 1e6:.2f} M to validate with'
+               + (f'; {config.num_steps} steps are {epochs:.2f} epochs' if num_train else ''))
   console.line(f'batch: {config.batch_tokens} tokens = {num_microbatches} microbatch(es) x {held_rows} row(s) '
                f'x {seq_len} tokens on each of {config.rows_per_batch // num_microbatches // held_rows} device(s)')
   console.line(f'workdir: {workdir}; watch it: tensorboard --logdir {workdir}')

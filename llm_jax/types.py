@@ -21,6 +21,7 @@ class Batch:
   loss_mask: jax.Array  # float32 [B, T]: 0 where nothing is learnt
   positions: jax.Array | None = None  # int32 [B, T]: restart at 0 in each document; None: 0..T-1
   segment_ids: jax.Array | None = None  # int32 [B, T]: attention stays inside a segment; None: one segment
+  prefix_mask: jax.Array | None = None  # int32 [B, T]: 1 on a prefix, which a model may attend in both directions
   encoder_tokens: jax.Array | None = None  # int32 [B, S]
   encoder_segment_ids: jax.Array | None = None  # int32 [B, S]
   labels: jax.Array | None = None  # [B] or [B, C], for heads that do not predict tokens

@@ -12,3 +12,6 @@ import jax
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Tiny models: compiling is what takes time here, not running.
 jax.config.update('jax_disable_most_optimizations', True)
+# The same small programs are compiled again and again: once is enough.
+jax.config.update('jax_compilation_cache_dir', os.path.join(os.environ['LLM_JAX_CACHE'], 'compiled'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)

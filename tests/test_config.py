@@ -9,10 +9,10 @@ import pytest
 
 from llm_jax import config as config_lib
 from llm_jax.assemble import complete, example_batch
+from llm_jax.builder import parse_overrides
 from llm_jax.config import Config, base, build, load, to_dict
 from llm_jax.data import Data
 from llm_jax.errors import ConfigError
-from llm_jax.main import parse_overrides
 from llm_jax.models import make_model
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
@@ -22,7 +22,7 @@ def resolve(text='', *overrides, tmp_path, cpu_only=False):
   path = tmp_path / 'c.py'
   path.write_text(f'from llm_jax.config import base\ndef get_config():\n  config = base()\n  {text or "pass"}\n'
                   '  return config\n')
-  return load(path).resolve(parse_overrides(list(overrides)), cpu_only=cpu_only)
+  return load(path).resolve(parse_overrides(overrides, '--config.', '--config'), cpu_only=cpu_only)
 
 
 BAD = [  # overrides, and words that the message must hold: the path, the value, the legal ones
@@ -180,6 +180,7 @@ def test_base_refuses_unknown_names():
 # Golden: a change here changes what a checkpoint of this config means, so change it only on purpose.
 PARAMETERS = {
     'gpt_small': (124_373_760, 3_368_640),
+    'my_data': (29_893_120, 2_551_200),
     'shakespeare_char': (804_224, 804_224),
 }
 
@@ -190,7 +191,7 @@ def test_every_config_builds_with_its_parameter_count(path, cpu_only):
   assert path.read_text().startswith('"""'), 'a config opens with its command and expected result'
   config = load(path).resolve({}, cpu_only=cpu_only)
   vocab_size = {'char': 66, 'byte': 257, 'bpe': config.data.vocab_size}[config.data.tokenizer]
-  config = complete(config, Data(None, None, None, vocab_size))
+  config = complete(config, Data({}, None, vocab_size))
   shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0), example_batch(config))
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == PARAMETERS[path.stem][cpu_only]
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.layers.attention import Visible
 from llm_jax.layers.stack import apply_stack
 from llm_jax.models import make_model
 from llm_jax.models.decoder import Block, DecoderConfig
@@ -29,10 +30,10 @@ SHAPES = {
 every_shape = pytest.mark.parametrize('cfg', SHAPES.values(), ids=SHAPES)
 
 
-def batch(tokens, segment_ids=None, positions=None):
+def batch(tokens, segment_ids=None, positions=None, prefix_mask=None):
   tokens = jnp.asarray(tokens, jnp.int32)
   return Batch(tokens=tokens, targets=tokens, loss_mask=jnp.ones(tokens.shape), segment_ids=segment_ids,
-               positions=positions)
+               positions=positions, prefix_mask=prefix_mask)
 
 
 TOKENS = np.random.default_rng(0).integers(0, 17, (2, 16))
@@ -115,16 +116,38 @@ def test_cached_decoding_is_the_full_forward(cfg):
     logits, cache = decode(jnp.asarray(TOKENS)[jnp.arange(2), lengths + i], cache)
 
 
+def test_a_prefix_is_seen_from_everywhere_and_nothing_else_is():
+  model, params = init(dataclasses.replace(TINY, prefix_attention=True, num_layers=1, windows=(0,)))
+  prefix = jnp.array([[1] * 6 + [0] * 10])
+  t, s = np.indices((16, 16))
+  np.testing.assert_array_equal(dependence(model, params, prefix_mask=prefix), (s <= t) | (s < 6))
+  plain, _ = init(dataclasses.replace(TINY, num_layers=1))  # the same shapes; this one ignores the mask
+  np.testing.assert_array_equal(dependence(plain, params, prefix_mask=prefix), s <= t)
+
+
+def test_a_prompt_is_the_prefix_that_was_trained():
+  cfg = dataclasses.replace(TINY, prefix_attention=True)
+  model, params = init(cfg)
+  lengths = jnp.array([3, 7])
+  logits, cache = model.apply({'params': params}, jnp.asarray(TOKENS)[:, :8], lengths, model.init_cache(2, 16),
+                              method='prefill')
+  full = compiled(cfg)(batch(TOKENS, prefix_mask=jnp.arange(16)[None] < lengths[:, None]))
+  for i in range(4):
+    np.testing.assert_allclose(logits, full[jnp.arange(2), lengths + i - 1], rtol=2e-4, atol=2e-4)
+    logits, cache = model.apply({'params': params}, jnp.asarray(TOKENS)[jnp.arange(2), lengths + i], cache,
+                                method='decode')
+
+
 @pytest.mark.parametrize(('unroll', 'remat'), [(1, 'none'), (2, 'none'), (4, 'none'), (1, 'full')])
 def test_the_stack_is_its_blocks_in_turn(unroll, remat):
   cfg = dataclasses.replace(TINY, num_layers=4, windows=(0, 3))
   _, params = init(cfg)
   x, positions = jax.random.normal(jax.random.key(5), (2, 16, 16)), jnp.tile(jnp.arange(16), (2, 1))
-  got, _, _ = apply_stack(Block(cfg), params['blocks'], x, positions, None, windows=cfg.windows, unroll=unroll,
+  got, _, _ = apply_stack(Block(cfg), params['blocks'], x, positions, Visible(), windows=cfg.windows, unroll=unroll,
                           remat=remat)
   for layer in range(4):
     own = jax.tree.map(lambda p: p[layer], params['blocks'])  # noqa: B023
-    x, _ = Block(cfg).apply({'params': own}, x, positions, None, None, cfg.windows[layer % 2], False)
+    x, _ = Block(cfg).apply({'params': own}, x, positions, Visible(), None, cfg.windows[layer % 2], False)
   np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4)
 
 

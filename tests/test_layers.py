@@ -68,12 +68,13 @@ def test_rope_turns_pairs_by_their_angle_and_sees_only_distances():
   np.testing.assert_allclose(turned(q, 9) @ turned(k, 4), turned(q, 105) @ turned(k, 100), rtol=1e-4, atol=1e-4)
 
 
-def reference_attention(q, k, v, window, segment_ids):
+def reference_attention(q, k, v, window, segment_ids, prefix=None):
   """In float64, one query and head at a time."""
   B, T, N, H = q.shape
   out = np.zeros(q.shape)
   for b, t, n in np.ndindex(B, T, N):
-    keys = [s for s in range(t + 1) if (not window or t - s < window) and segment_ids[b, s] == segment_ids[b, t]]
+    keys = [s for s in range(T) if segment_ids[b, s] == segment_ids[b, t] and (
+        (prefix is not None and prefix[b, s]) or (s <= t and (not window or t - s < window)))]
     head = n // (N // k.shape[2])
     scores = np.array([q[b, t, n].astype(np.float64) @ k[b, s, head] for s in keys]) / np.sqrt(H)
     weights = np.exp(scores - scores.max())
@@ -84,11 +85,14 @@ def reference_attention(q, k, v, window, segment_ids):
 @pytest.mark.parametrize('window', [0, 1, 3])
 @pytest.mark.parametrize('kv_heads', [1, 2, 4])
 @pytest.mark.parametrize('segments', [False, True])
-def test_attention_is_its_equation(window, kv_heads, segments):
+@pytest.mark.parametrize('with_prefix', [False, True])
+def test_attention_is_its_equation(window, kv_heads, segments, with_prefix):
   q, k, v = normal(0, 2, 8, 4, 6), normal(1, 2, 8, kv_heads, 6), normal(2, 2, 8, kv_heads, 6)
   segment_ids = np.array([[1, 1, 1, 2, 2, 2, 2, 3], [1, 1, 1, 1, 1, 1, 0, 0]]) if segments else np.ones((2, 8), int)
-  got = causal_attention(q, k, v, window=window, segment_ids_BT=jnp.asarray(segment_ids) if segments else None)
-  np.testing.assert_allclose(got, reference_attention(q, k, v, window, segment_ids), rtol=1e-4, atol=1e-5)
+  prefix = np.array([[1, 1, 0, 1, 0, 0, 0, 1], [1, 1, 1, 1, 0, 0, 0, 0]], bool) if with_prefix else None
+  got = causal_attention(q, k, v, window=window, segment_ids_BT=jnp.asarray(segment_ids) if segments else None,
+                         prefix_BT=prefix)
+  np.testing.assert_allclose(got, reference_attention(q, k, v, window, segment_ids, prefix), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('window', [0, 3])

@@ -158,14 +158,20 @@ def tiny(folder, *flags):
 
 REFUSED = [
     (['--config.data.path=nowhere'], DataError, 'nowhere'),
-    (['--config.data.path={folder}/empty.txt'], DataError, 'no text'),
+    (['--config.data.path={folder}/empty.txt'], DataError, '0 token(s) for train'),
     (['--config.data.path={folder}/latin.txt'], DataError, 'latin.txt: not UTF-8 text at byte 3'),
     (['--config.data.path=http://localhost:9/x.txt'], DataError, '--config.data.path=FILE'),
     (['--config.data.path={folder}/odd.bin'], DataError, 'odd.bin'),
     (['--config.model.vocab_size=100'], ConfigError, 'less than the 300 tokens'),
     (['--config.batch_tokens=32'], ConfigError, '8 devices cannot share'),
     (['--config.mesh.data=3'], ConfigError, '8 device'),
-    (['--config.data.val_path=x.bin'], ConfigError, 'config.data.val_path'),
+    (['--config.data.val_path=x.bin'], DataError, 'x.bin'),
+    (['--config.data.task=seq2seq', '--config.data.packing=pad'], ConfigError, 'config.data.answer_field'),
+    (['--config.data.task=fim'], ConfigError, 'config.data.packing'),
+    (['--config.data.task=span_corruption', '--config.data.packing=pad', '--config.model.vocab_size=none'], ConfigError,
+     'encoder_tokens, which the model decoder does not read'),
+    (['--config.data.streaming=true'], ConfigError, 'config.data: streaming: validation needs split=count'),
+    (['--config.data.sources.a.pth=x'], ConfigError, 'did you mean config.data.sources.a.path?'),
     (['--config.eval.prompts=' + 'x ' * 99], ConfigError, 'a row holds'),
     (['--config.data.tokenizer=char', '--config.eval.prompts=\u4e2d'], ConfigError, 'config.eval.prompts'),
     (['--config.model.num_heads=3'], ConfigError, 'nearest that do'),
@@ -215,6 +221,24 @@ def test_going_on_with_other_data_or_another_model_is_refused_by_name(flag, word
     tiny(folder, f'--workdir={resumable}', '--config.num_steps=12', flag, *extra)
   assert words in str(e.value)
   assert (resumable / 'metrics.jsonl').read_bytes() == before, 'nothing lost'
+
+
+@pytest.mark.parametrize('data', [
+    ['streaming=true', 'split=count', 'val_documents=1', 'shuffle_buffer=4', 'cache_mb=1'],
+    ['sources.a.path={folder}/corpus/train.py', 'sources.b.path={folder}/corpus/config.py', 'sources.a.weight=3,1',
+     'sources.b.weight=1,1', 'weights_from=0,6', 'num_workers=1', 'task=fim', 'packing=best_fit']],
+    ids=['stream', 'mixture'])
+def test_any_data_goes_on_where_it_was(data, folder):
+  def losses(workdir):
+    return [line['train/loss'] for line in read_metrics(workdir / 'metrics.jsonl')]
+
+  flags = [f'--config.data.{flag.format(folder=folder)}' for flag in data] + [
+      '--config.optim.schedule=constant', '--config.optim.warmup_cosine.warmup_steps=0',
+      '--config.model.vocab_size=none', '--config.eval.every=100', '--config.eval.sample_tokens=0']
+  cut, whole = folder / f'cut_{data[0][:4]}', folder / f'whole_{data[0][:4]}'
+  for workdir, num_steps in ((cut, 5), (cut, 9), (whole, 9)):
+    tiny(folder, f'--workdir={workdir}', f'--config.num_steps={num_steps}', *flags)
+  assert losses(cut) == losses(whole) and len(losses(whole)) == 9
 
 
 def test_the_config_of_a_run_repeats_it(resumable, folder):

@@ -1,14 +1,22 @@
 """Batches are a pure function of (data, seed, n): each token once an epoch, whatever hosts, restarts or prefetching."""
 
 import contextlib
+import dataclasses
+import hashlib
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from llm_jax.data.pipeline import Windows, eval_batches, prefetched, shuffled, train_batches
+from llm_jax.data import DataConfig, open_data, open_examples
+from llm_jax.data.augment import Augment
+from llm_jax.data.documents import SourceConfig
+from llm_jax.data.examples import make_examples
+from llm_jax.data.pipeline import eval_batches, prefetched, shuffled, train_batches, train_examples
 from llm_jax.data.store import TokenStore
-from llm_jax.data.tasks import next_token
+from llm_jax.data.tasks import NextToken
 
 # No two tokens are alike, so a token tells where it came from.
 LENGTHS = [(1, 1), (2, 1), (50, 7), (57, 7), (64, 64), (65, 64), (500, 16), (129, 1)]
@@ -23,7 +31,16 @@ def make_store(num_tokens, seed=0):
 
 
 def make_windows(num_tokens=500, seq_len=16, seed=0, mask_documents=True):
-  return Windows(make_store(num_tokens, seed), 'next_token', seq_len, mask_documents)
+  return make_examples(make_store(num_tokens, seed), task=NextToken(), seq_len=seq_len, mask_documents=mask_documents,
+                       vocab_size=num_tokens + 1, bos_id=None, eos_id=None)
+
+
+def rows_of(examples):
+  return [examples.make(i, np.random.default_rng(i)) for i in range(len(examples))]
+
+
+def tokens_of(examples):
+  return examples.rows.store.tokens
 
 
 def real(rows, name):
@@ -47,9 +64,9 @@ def order_of(rows):
 @pytest.mark.parametrize(('num_tokens', 'seq_len'), [n for n in LENGTHS if n[0] > 1])
 def test_every_token_but_the_first_is_a_target_once(num_tokens, seq_len):
   windows = make_windows(num_tokens, seq_len)
-  rows = [windows[i] for i in range(len(windows))]
-  assert real(rows, 'targets') == windows.store.tokens[1:].tolist()
-  assert real(rows, 'tokens') == windows.store.tokens[:-1].tolist()
+  rows = rows_of(windows)
+  assert real(rows, 'targets') == tokens_of(windows)[1:].tolist()
+  assert real(rows, 'tokens') == tokens_of(windows)[:-1].tolist()
   assert all(row['loss_mask'].any() for row in rows)
 
 
@@ -58,16 +75,16 @@ def test_shuffled_epochs_hold_every_target_once_too():
   examples = shuffled(windows, seed=3)
   for epoch in range(3):
     rows = [examples[epoch * len(windows) + i] for i in range(len(windows))]
-    assert sorted(real(rows, 'targets')) == sorted(windows.store.tokens[1:].tolist())
+    assert sorted(real(rows, 'targets')) == sorted(tokens_of(windows)[1:].tolist())
 
 
 @pytest.mark.parametrize('seed', range(5))
 @pytest.mark.parametrize('seq_len', [1, 8, 33])
 def test_segments_and_positions_restart_at_documents(seed, seq_len):
   windows = make_windows(200, seq_len, seed)
-  starts = set(windows.store.starts.tolist())
+  starts = set(windows.rows.store.starts.tolist())
   for i in range(len(windows)):
-    row = windows[i]
+    row = windows.make(i, None)
     segment = position = 0
     for t in range(seq_len):
       at = i * seq_len + t
@@ -86,8 +103,7 @@ def test_segments_agree_with_the_special_tokens_of_the_row():
   tokens = rng.integers(0, 6, 300).astype(np.uint16)
   tokens[0] = 0
   store = TokenStore(tokens, np.flatnonzero(tokens == 0), 'sha', 300)
-  for begin in range(0, 299, 11):
-    row = next_token(store, begin, 11, True)
+  for row in rows_of(make_examples(store, task=NextToken(), seq_len=11, vocab_size=6, bos_id=0, eos_id=0)):
     held = row['segment_ids'] > 0
     opens = row['tokens'] == 0
     opens[0] = True
@@ -96,7 +112,7 @@ def test_segments_agree_with_the_special_tokens_of_the_row():
 
 
 def test_without_mask_documents_a_row_is_one_segment():
-  masked, plain = make_windows()[3], make_windows(mask_documents=False)[3]
+  masked, plain = (make_windows(mask_documents=m).make(3, None) for m in (True, False))
   assert set(plain) == {'tokens', 'targets', 'loss_mask'}
   assert_equal(plain, {name: masked[name] for name in plain})
 
@@ -109,14 +125,14 @@ def test_each_epoch_is_a_new_permutation_and_seeds_differ():
   for seed in (0, 1):
     examples = shuffled(windows, seed)
     epochs += [order_of(examples[epoch * len(windows) + i] for i in range(len(windows))) for epoch in range(4)]
-  in_order = order_of(windows[i] for i in range(len(windows)))
+  in_order = order_of(rows_of(windows))
   assert all(sorted(epoch) == sorted(in_order) for epoch in epochs)
   assert all(a != b for a, b in itertools.combinations([in_order, *epochs], 2))
 
 
 def test_order_is_a_shuffle_and_no_rotation():
   windows = make_windows(2000, 4)
-  index = {first: i for i, first in enumerate(order_of(windows[i] for i in range(len(windows))))}
+  index = {first: i for i, first in enumerate(order_of(rows_of(windows)))}
   order = [index[first] for first in order_of(shuffled(windows, 0)[i] for i in range(len(windows)))]
   steps = np.diff(order)
   assert len(set(steps.tolist())) > len(order) / 3
@@ -148,7 +164,7 @@ def test_batches_cross_epochs_without_a_seam(num_tokens):
           for row in range(5)]
   for epoch in range(3):
     of_epoch = rows[epoch * len(windows):(epoch + 1) * len(windows)]
-    assert sorted(real(of_epoch, 'targets')) == sorted(windows.store.tokens[1:].tolist())
+    assert sorted(real(of_epoch, 'targets')) == sorted(tokens_of(windows)[1:].tolist())
 
 
 @pytest.mark.parametrize('begin', [0, 1, 7, 1000, 10**9])
@@ -182,11 +198,157 @@ def test_rows_of_all_hosts_are_the_global_batch(num_hosts, deal):
       assert sorted(seen) == list(range(8))
 
 
-def test_windows_that_differ_have_another_repr():
-  # Grain tells sources apart by it.
-  assert len({repr(w) for w in (make_windows(), make_windows(seed=1), make_windows(seq_len=8), make_windows(501),
-                                make_windows(mask_documents=False))}) == 5
-  assert repr(make_windows()) == repr(make_windows())
+# Every kind of example, from text to batches.
+
+KINDS = {
+    'next_token': {},
+    'overlapping': {'stride': 7, 'augment': Augment(jitter=True, token_dropout=0.1, token_replace=0.1)},
+    'best_fit': {'packing': 'best_fit'},
+    'fim': {'task': 'fim', 'packing': 'best_fit'},
+    'span_corruption': {'task': 'span_corruption', 'packing': 'pad', 'encoder_len': 32},
+    'prefix_lm': {'task': 'prefix_lm', 'packing': 'pad'},
+    'mixture': {'sources': {'a': (1.0, 3.0), 'b': (2.0, 0.0), 'c': (0.0, 1.0)}, 'weights_from': (0, 5)},
+}
+ROWS = 8
+
+
+@pytest.fixture(scope='module')
+def corpora(tmp_path_factory):
+  """Three folders of documents of uneven lengths, in no two of which the same character is."""
+  root = tmp_path_factory.mktemp('corpora')
+  rng = np.random.default_rng(0)
+  for i, name in enumerate('abc'):
+    (root / name).mkdir()
+    for number in range(30):
+      text = ''.join(chr(0x4e00 + 2000 * i + int(c)) for c in rng.integers(0, 1000, rng.integers(1, 150)))
+      (root / name / f'{number:02}.txt').write_text(text, encoding='utf-8')
+  return root
+
+
+def config_of(corpora, kind):
+  options = dict(KINDS[kind])
+  if 'sources' in options:
+    options['sources'] = {name: SourceConfig(path=str(corpora / name), weight=weight)
+                          for name, weight in options['sources'].items()}
+  return DataConfig(**{'path': str(corpora / 'a'), 'tokenizer': 'char', 'seq_len': 24, 'split': 'tail',
+                       'val_fraction': 0.1, 'shard_tokens': 500, 'cache_dir': str(corpora / 'cache'), **options})
+
+
+def open_batches(corpora, kind, rows=range(ROWS), seed=3):
+  config = config_of(corpora, kind)
+  return train_batches(train_examples(config, open_data(config), ROWS, seed), ROWS, np.asarray(rows))
+
+
+def digest(batch):
+  return hashlib.sha256(b''.join(name.encode() + str(x.dtype).encode() + x.tobytes()
+                                 for name, x in sorted(batch.items()))).hexdigest()[:16]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_batch_n_is_the_same_for_all_hosts_prefetched_or_not_and_after_a_start_at_n(corpora, kind):
+  numbers = [0, 1, 4, 5, 6, 57, 100_000]  # the mixture changes at 5
+  whole = open_batches(corpora, kind)
+  expected = {n: whole[n] for n in reversed(numbers)}
+  assert len({digest(batch) for batch in expected.values()}) == len(numbers)
+  assert digest(open_batches(corpora, kind, seed=4)[5]) != digest(expected[5])
+  for num_hosts in (1, 2, 4):
+    for host, rows in enumerate(np.arange(ROWS).reshape(num_hosts, -1)):
+      batches = open_batches(corpora, kind, rows)
+      for begin, count in ((0, 7), (57, 1), (100_000, 1)):
+        with contextlib.closing(prefetched(batches, begin)) as iterator:
+          for n in range(begin, begin + count):
+            batch = next(iterator)
+            if n in expected:
+              assert_equal(batch, {name: x[rows] for name, x in expected[n].items()}), (num_hosts, host, n)
+
+
+OTHER_PROCESS = """
+import sys
+from pathlib import Path
+import test_pipeline
+for kind in test_pipeline.KINDS:
+  batches = test_pipeline.open_batches(Path(sys.argv[1]), kind)
+  print(kind, *(test_pipeline.digest(batches[n]) for n in (3, 5, 1000)))
+"""
+
+
+def test_batch_n_is_the_same_in_another_process(corpora):
+  expected = [' '.join([kind, *(digest(open_batches(corpora, kind)[n]) for n in (3, 5, 1000))]) for kind in KINDS]
+  folder = str(__file__).rsplit('/', 1)[0]
+  done = subprocess.run([sys.executable, '-c', OTHER_PROCESS, corpora], text=True, capture_output=True, cwd=folder)
+  assert done.returncode == 0, done.stderr
+  assert [line for line in done.stdout.splitlines() if not line.startswith('data:')] == expected
+
+
+def test_worker_processes_make_the_same_batches(corpora):
+  whole = open_batches(corpora, 'fim', rows=[1, 5])
+  with contextlib.closing(prefetched(open_batches(corpora, 'fim', rows=[1, 5]), 4, num_workers=2)) as iterator:
+    for n in range(4, 11):
+      assert_equal(next(iterator), whole[n])
+
+
+# Tokens in = tokens in rows + dropped_tokens.
+
+@pytest.mark.parametrize(('packing', 'truncate'), [('concat', 'auto'), *itertools.product(('best_fit', 'pad'),
+                                                                                       ('split', 'left', 'right'))])
+@pytest.mark.parametrize('tokenizer', ['char', 'word'])  # one special token; bos and eos
+def test_tokens_in_are_tokens_in_rows_and_dropped_ones(corpora, packing, truncate, tokenizer):
+  config = dataclasses.replace(config_of(corpora, 'next_token'), packing=packing, truncate=truncate,
+                               tokenizer=tokenizer, pattern=r'\S')
+  data = open_data(config)
+  tokens = np.asarray(data.train['data'].tokens[:])
+  for train in (True, False):
+    examples = open_examples(config, data, data.train['data'], train=train)
+    targets = np.array(real(rows_of(examples), 'targets'))
+    if packing == 'concat':  # the first is no target
+      np.testing.assert_array_equal(targets, tokens[1:])
+      assert examples.dropped_tokens == 0
+    else:  # each document's first is no target; the one after its last is, stored or not
+      num_documents = len(data.train['data'].starts)
+      ends = num_documents if data.bos_id == data.eos_id else 0
+      assert len(targets) + examples.dropped_tokens == len(tokens) - num_documents + ends
+      assert (examples.dropped_tokens > 0) == (truncate != 'split')
+      if truncate == 'split':
+        inner = np.delete(tokens, data.train['data'].starts)
+        np.testing.assert_array_equal(np.sort(targets), np.sort(np.append(inner, [data.eos_id] * ends)))
+
+
+@pytest.mark.parametrize('packing', ['concat', 'best_fit', 'pad'])
+def test_an_epoch_of_batches_holds_every_target_once(corpora, packing):
+  config = dataclasses.replace(config_of(corpora, 'next_token'), packing=packing)
+  data = open_data(config)
+  examples = open_examples(config, data, data.train['data'], train=True)
+  batches = train_batches(train_examples(config, data, 1, seed=5), 1, np.arange(1))
+  rows = [{name: x[0] for name, x in batches[n].items()} for n in range(2 * len(examples))]
+  for epoch in (rows[:len(examples)], rows[len(examples):]):
+    assert sorted(real(epoch, 'targets')) == sorted(real(rows_of(examples), 'targets'))
+
+
+def test_each_source_of_a_mixture_goes_through_its_own_epochs(corpora):
+  config = config_of(corpora, 'mixture')
+  data = open_data(config)
+  rows = [{name: x[row] for name, x in batch.items()} for batch in map(open_batches(corpora, 'mixture').__getitem__,
+                                                                       range(150)) for row in range(ROWS)]
+  owners = {}
+  for name, store in data.train.items():
+    owners |= dict.fromkeys(store.tokens[:].tolist(), name)
+  special = data.bos_id
+  by_source = {name: [] for name in data.train}
+  for place, row in enumerate(rows):
+    held = set(np.append(row['tokens'], row['targets'])[np.tile(row['loss_mask'] > 0, 2)].tolist()) - {special}
+    [name] = {owners[token] for token in held}  # no row mixes sources
+    by_source[name].append(row)
+    assert name != 'c' or place >= 5 * ROWS, 'drawn in the stage where its weight is 0'
+    assert name != 'b' or place < 5 * ROWS, 'drawn in the stage where its weight is 0'
+  assert len(by_source['b']) == pytest.approx(5 * ROWS * 2 / 3, abs=1)
+  assert len(by_source['c']) == pytest.approx(145 * ROWS / 4, abs=1)
+  for name in 'ac':
+    examples = open_examples(config, data, data.train[name], train=True)
+    num_epochs = len(by_source[name]) // len(examples)
+    assert num_epochs >= 2
+    for epoch in range(num_epochs):
+      found = by_source[name][epoch * len(examples):(epoch + 1) * len(examples)]
+      assert sorted(real(found, 'targets')) == sorted(data.train[name].tokens[1:].tolist())
 
 
 # Evaluation.
@@ -204,7 +366,7 @@ def test_eval_covers_every_token_once_whatever_the_batch_size(batch_size):
   assert len(rows) % batch_size == 0
   assert len(rows) < 32 + batch_size
   assert sum(row['loss_mask'].sum() for row in rows) == 499
-  assert real(rows, 'targets') == windows.store.tokens[1:].tolist()
+  assert real(rows, 'targets') == tokens_of(windows)[1:].tolist()
   for blank in rows[32:]:
     assert not blank['segment_ids'].any()
 
@@ -215,14 +377,14 @@ def test_eval_of_all_hosts_covers_every_token_once(num_hosts):
   hosts = [eval_rows(windows, 12, np.arange(host, 12, num_hosts)) for host in range(num_hosts)]
   assert len({len(rows) for rows in hosts}) == 1  # all take part in as many steps
   targets = itertools.chain(*(real(rows, 'targets') for rows in hosts))
-  assert sorted(targets) == sorted(windows.store.tokens[1:].tolist())
+  assert sorted(targets) == sorted(tokens_of(windows)[1:].tolist())
 
 
 @pytest.mark.parametrize('max_rows', [1, 2, 5, 7, 16, 31, 32, 1000])
 @pytest.mark.parametrize('batch_size', [1, 4, 50])
 def test_eval_of_max_rows_is_evenly_spread(max_rows, batch_size):
   windows = make_windows()
-  index = {first: i for i, first in enumerate(order_of(windows[i] for i in range(32)))}
+  index = {first: i for i, first in enumerate(order_of(rows_of(windows)))}
   chosen = [index[first] for first in order_of(r for r in eval_rows(windows, batch_size, max_rows=max_rows)
                                                if r['loss_mask'].any())]
   count = min(max_rows, 32)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.config import build
 from llm_jax.errors import ConfigError
-from llm_jax.evaluation import evaluate
+from llm_jax.evaluation import evaluate, summarize
 from llm_jax.models import make_model
 from llm_jax.models.decoder import DecoderConfig
 from llm_jax.optim import OptimConfig, make_optimizer
@@ -169,8 +169,8 @@ def test_evaluation_adds_up_over_any_ragged_batches():
   def padded(rows, size):
     return Batch(**{k: np.pad(v[rows], ((0, size - len(v[rows])), (0, 0))) for k, v in data.items()})
 
-  whole = evaluate(fn, params, [Batch(**data)])
-  ragged = evaluate(fn, params, [padded(slice(i, i + 5), 5) for i in range(0, 12, 5)])
+  whole = summarize(evaluate(fn, params, [Batch(**data)]))
+  ragged = summarize(evaluate(fn, params, [padded(slice(i, i + 5), 5) for i in range(0, 12, 5)]))
   assert ragged == pytest.approx(whole, rel=1e-6)
   logits = np.asarray(model.apply({'params': params}, Batch(**data)), np.float64)
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

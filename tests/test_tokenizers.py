@@ -1,14 +1,30 @@
-"""Tokenizers lose nothing: text -> ids -> the same text, and no text is ever the special token."""
+"""Tokenizers fitted here: lossless where they say so, never a special token from text, the same after saving."""
 
+import itertools
 import json
 import random
+import re
+import time
+import tracemalloc
 
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llm_jax.data.tokenizers import EOT, TOKENIZERS, decode, load_tokenizer
-from llm_jax.errors import DataError
+from llm_jax.data.tokenizers import (
+  FITTED,
+  TokenizerConfig,
+  bpe,
+  decode,
+  identity,
+  is_fitted,
+  load_tokenizer,
+  open_tokenizer,
+)
+from llm_jax.errors import ConfigError, DataError
 
+EOT = '<|endoftext|>'
 TEXTS = [
     'the cat sat on the mat and the cat ate the rat. ' * 20,
     'def f(x):\n\treturn x  # four    spaces, tabs\t\t\n',
@@ -17,14 +33,17 @@ TEXTS = [
     'nul\x00nul\x00\x00 bell\x07 delete\x7f',
     'crlf\r\nlone cr\rlf\n\n\r\n',
     f'{EOT} in front, {EOT}{EOT} doubled, at the end {EOT}',
+    '<pad> <bos> <eos> <unk>',
     ' leading and trailing \u00a0\u2028\u2029\ufeff ',
     '',
 ]
+SOME = settings(max_examples=40, deadline=None, derandomize=True)
+# All of Unicode, and text of few characters, where tokens meet and overlap in every way.
+ANY_TEXT = st.text(max_size=60) | st.text('ab c\n1.\'\u00a0\x1c\u0301é中', max_size=120)
 
 
-@pytest.fixture(scope='module', params=list(TOKENIZERS))
-def tokenizer(request):
-  return TOKENIZERS[request.param](iter(TEXTS), 320)
+def fit(name, texts, **config):
+  return FITTED[name](iter(texts), TokenizerConfig(**config))
 
 
 def saved_and_loaded(tokenizer, folder):
@@ -33,53 +52,100 @@ def saved_and_loaded(tokenizer, folder):
   return load_tokenizer(path)
 
 
+def ids_of(tokenizer, texts):
+  return [ids.tolist() for ids in tokenizer.encode(texts)]
+
+
+def library_ids(tokenizer, texts):
+  """What Hugging Face `tokenizers` makes of the texts with the tokenizer's own file."""
+  library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+  library.encode_special_tokens = True
+  return [e.ids for e in library.encode_batch(texts, add_special_tokens=False)]
+
+
+@pytest.fixture(scope='module', params=list(FITTED))
+def tokenizer(request):
+  return fit(request.param, TEXTS, vocab_size=320)
+
+
 def test_round_trip(tokenizer):
-  for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
-    assert decode(tokenizer, ids) == text
+  assert [decode(tokenizer, ids) for ids in tokenizer.encode(TEXTS)] == TEXTS
 
 
-def test_no_text_becomes_the_special_token(tokenizer, tmp_path):
+@pytest.mark.parametrize('name', FITTED)
+def test_lossless_is_said_truthfully(name):
+  tokenizer = fit(name, ['zebra', 'the cat'])
+  texts = ['the zebra'] if name == 'char' else ['the dog', 'Ä']
+  assert tokenizer.lossless == ([decode(tokenizer, ids) for ids in tokenizer.encode(texts)] == texts)
+
+
+def test_no_text_becomes_a_special_token(tokenizer, tmp_path):
   for t in (tokenizer, saved_and_loaded(tokenizer, tmp_path)):
-    for ids in t.encode([EOT, *TEXTS]):
-      assert t.eot_id not in ids.tolist()
-    assert decode(t, t.encode([EOT])[0]) == EOT
-    assert t.token_bytes[t.eot_id] == b''
-    assert decode(t, [t.eot_id, *t.encode(['the'])[0], t.eot_id]) == 'the'
-
-
-def test_token_bytes_are_the_bytes_of_the_text(tokenizer):
-  for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
-    assert sum(len(tokenizer.token_bytes[i]) for i in ids) == len(text.encode())
+    for ids in ids_of(t, TEXTS):
+      assert not {t.bos_id, t.eos_id} & set(ids)
+    assert t.token_bytes[t.bos_id] == t.token_bytes[t.eos_id] == b''
+    the = t.encode(['the'])[0]
+    assert decode(t, [t.bos_id, *the, t.eos_id]) == decode(t, the)
 
 
 def test_texts_are_encoded_each_by_itself(tokenizer):
-  alone = [tokenizer.encode([text])[0].tolist() for text in TEXTS]
-  assert [ids.tolist() for ids in tokenizer.encode(TEXTS)] == alone
-  assert alone[-1] == []
+  alone = [ids_of(tokenizer, [text])[0] for text in TEXTS]
+  assert ids_of(tokenizer, TEXTS) == alone
+  assert ids_of(tokenizer, TEXTS * 7) == alone * 7
+  assert alone[-1] == [] and ids_of(tokenizer, []) == []
 
 
 def test_saved_and_loaded_gives_the_same_ids(tokenizer, tmp_path):
   loaded = saved_and_loaded(tokenizer, tmp_path)
   assert type(loaded) is type(tokenizer)
-  assert loaded.eot_id == tokenizer.eot_id
+  assert (loaded.bos_id, loaded.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
   assert loaded.token_bytes == tokenizer.token_bytes
-  for ours, theirs in zip(tokenizer.encode(TEXTS), loaded.encode(TEXTS), strict=True):
-    assert ours.tolist() == theirs.tolist()
+  assert ids_of(loaded, TEXTS) == ids_of(tokenizer, TEXTS)
   assert loaded.to_json() == tokenizer.to_json()
+
+
+def test_fitting_twice_gives_the_same(tokenizer):
+  name = next(name for name in FITTED if type(fit(name, TEXTS, vocab_size=320)) is type(tokenizer))
+  assert fit(name, TEXTS, vocab_size=320).to_json() == tokenizer.to_json()
 
 
 @pytest.mark.parametrize('name', ['byte', 'bpe'])
 def test_any_text_can_be_encoded(name):
-  tokenizer = TOKENIZERS[name](['only plain words were seen when it was made'], 300)
-  rng = random.Random(0)
-  points = [c for c in (rng.randrange(0x110000) for _ in range(5000)) if not 0xD800 <= c < 0xE000]
-  text = ''.join(map(chr, [*range(0x300), *points]))
-  assert decode(tokenizer, tokenizer.encode([text])[0]) == text
+  tokenizer = fit(name, ['only plain words were seen when it was made'], vocab_size=300)
+
+  @SOME
+  @given(st.lists(ANY_TEXT, max_size=4))
+  def check(texts):
+    assert [decode(tokenizer, ids) for ids in tokenizer.encode(texts)] == texts
+
+  check()
+
+
+@SOME
+@given(st.lists(ANY_TEXT, min_size=1))
+def test_char_has_one_token_a_character(texts):
+  tokenizer = fit('char', texts)
+  assert sorted(tokenizer.token_bytes[:-1]) == sorted({c.encode() for text in texts for c in text})
+  assert [len(ids) for ids in tokenizer.encode(texts)] == [len(text) for text in texts]
+  assert [decode(tokenizer, ids) for ids in tokenizer.encode(texts)] == texts
+
+
+def test_char_names_the_unknown_character():
+  tokenizer = fit('char', ['abc', 'xyz'])
+  for unknown in '\x00mé\U0010FFFF':  # before, between and after the known ones
+    with pytest.raises(DataError, match='at position 2 of a text is not among the 6') as e:
+      tokenizer.encode(['abc', f'ab{unknown}c'])
+    assert repr(unknown) in str(e.value)
+
+
+def test_bytes_are_not_copied():
+  ids = fit('byte', []).encode(['plain'])[0]
+  assert ids.dtype == 'uint8' and ids.base is not None
 
 
 def test_a_cut_character_ends_in_the_replacement_character():
   for name in ('byte', 'bpe'):
-    tokenizer = TOKENIZERS[name](['plain words'], 270)
+    tokenizer = fit(name, ['plain words'], vocab_size=270)
     for character in 'é中\U0001F600':
       ids = tokenizer.encode([f'ab{character}'])[0]
       assert decode(tokenizer, ids) == f'ab{character}'
@@ -87,26 +153,85 @@ def test_a_cut_character_ends_in_the_replacement_character():
         assert decode(tokenizer, ids[:-cut]) == 'ab\ufffd'
 
 
-def test_char_names_the_unknown_character():
-  tokenizer = TOKENIZERS['char'](['abc', 'xyz'], 0)
-  assert [decode(tokenizer, ids) for ids in tokenizer.encode(['cabzyx'])] == ['cabzyx']
-  for unknown in '\x00mé\U0010FFFF':  # before, between and after the known ones
-    with pytest.raises(DataError, match='is not among the 6') as e:
-      tokenizer.encode(['abc', f'ab{unknown}c'])
-    assert repr(unknown) in str(e.value)
+def test_an_id_that_is_none_is_named(tokenizer):
+  for wrong in (-1, len(tokenizer.token_bytes)):
+    with pytest.raises(DataError, match=f'token id {wrong} '):
+      decode(tokenizer, [0, wrong])
 
 
-def test_char_has_one_token_a_character():
-  tokenizer = TOKENIZERS['char'](TEXTS, 0)
-  assert sorted(tokenizer.token_bytes[:-1]) == sorted({c.encode() for text in TEXTS for c in text})
-  assert [len(ids) for ids in tokenizer.encode(TEXTS)] == [len(text) for text in TEXTS]
+@pytest.mark.parametrize('name', ['byte', 'bpe'])
+def test_half_a_character_pair_is_named(name):
+  with pytest.raises(DataError, match=r"surrogate '\\ud800' at position 2"):
+    fit(name, ['ab'], vocab_size=300).encode(['fine', 'ab\ud800'])
 
+
+# Words.
+
+def words_of(tokenizer):
+  return [token.decode() for token in tokenizer.token_bytes[4:]]
+
+
+def test_words_come_by_frequency_then_text():
+  tokenizer = fit('word', ['b c', 'a b', 'b c a'], pattern=r'\w')
+  assert words_of(tokenizer) == ['b', 'a', 'c']  # 3, 2, 2
+  assert ids_of(tokenizer, ['c a z b']) == [[6, 5, 3, 4]]
+  assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+
+
+def test_rare_words_are_unknown():
+  texts = ['one two two three three three']
+  for least, known in ((1, {'one', 'two', 'three'}), (2, {'two', 'three'}), (3, {'three'}), (4, set())):
+    assert set(words_of(fit('word', texts, min_frequency=least, pattern=r'\w+'))) == known
+  assert words_of(fit('word', texts, vocab_size=6, pattern=r'\w+')) == ['three', 'two']
+
+
+@SOME
+@given(st.lists(ANY_TEXT, min_size=1), ANY_TEXT)
+def test_default_words_partition_every_text(texts, other):
+  tokenizer = fit('word', texts, vocab_size=1 << 20)
+  assert [decode(tokenizer, ids) for ids in tokenizer.encode(texts)] == texts
+  assert all((3 in ids) == (decode(tokenizer, ids) != other) for ids in ids_of(tokenizer, [other]))
+
+
+def test_default_words_of_code_and_prose():
+  text = "fn f2(a: vec3<f32>) {\n    return 10.5;  // don't\n}\n"
+  tokenizer = fit('word', [text])
+  assert [tokenizer.token_bytes[i].decode() for i in tokenizer.encode([text])[0]] == [
+      'fn', ' f2', '(', 'a', ':', ' vec3', '<', 'f32', '>', ')', ' {', '\n    ', 'return', ' 1', '0', '.', '5', ';',
+      '  ', '/', '/', ' don', "'", 't', '\n', '}', '\n']
+
+
+@pytest.mark.parametrize('pattern, why', [('(a', 'not a regular expression'), (r'(\w)+', 'write (?:...)')])
+def test_a_wrong_pattern_is_refused(pattern, why):
+  with pytest.raises(ConfigError) as e:
+    fit('word', ['a'], pattern=pattern)
+  assert why in str(e.value) and repr(pattern) in str(e.value)
+
+
+def test_words_need_room():
+  with pytest.raises(ConfigError, match='vocab_size=4'):
+    fit('word', ['a'], vocab_size=4)
+
+
+def test_fitting_words_takes_no_more_memory_for_more_text():
+  def peak(count):
+    tracemalloc.start()
+    fit('word', (f'{TEXTS[0]} {i % 10}' for i in range(count)))
+    try:
+      return tracemalloc.get_traced_memory()[1]
+    finally:
+      tracemalloc.stop()
+
+  assert peak(500) < 1.2 * peak(50)
+
+
+# Byte pairs.
 
 def test_bpe_learns_merges_up_to_vocab_size():
   corpus = [TEXTS[0]]
   lengths = []
   for vocab_size in (257, 263, 270):
-    tokenizer = TOKENIZERS['bpe'](corpus, vocab_size)
+    tokenizer = fit('bpe', corpus, vocab_size=vocab_size)
     assert len(tokenizer.token_bytes) == vocab_size
     assert set(tokenizer.token_bytes) >= {bytes([i]) for i in range(256)}
     lengths.append(len(tokenizer.encode(corpus)[0]))
@@ -114,18 +239,152 @@ def test_bpe_learns_merges_up_to_vocab_size():
   assert lengths[0] > lengths[1] > lengths[2]
 
 
-def test_bpe_agrees_with_the_decoder_of_its_library():
-  tokenizer = TOKENIZERS['bpe'](TEXTS, 320)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(ANY_TEXT, min_size=1, max_size=8), st.lists(ANY_TEXT, min_size=1, max_size=4),
+       st.sampled_from([258, 270, 320]))
+def test_bpe_is_that_of_its_library(corpus, texts, vocab_size):
+  tokenizer = fit('bpe', corpus, vocab_size=vocab_size)
+  assert bpe.merge_ranks(json.loads(tokenizer.to_json())) is not None
+  assert ids_of(tokenizer, corpus + texts) == library_ids(tokenizer, corpus + texts)
   library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
-  for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
-    assert library.decode(ids.tolist(), skip_special_tokens=False) == text
+  assert [library.decode(ids) for ids in ids_of(tokenizer, texts)] == texts
 
 
-def test_bpe_without_the_special_token_is_refused(tmp_path):
-  spec = json.loads(TOKENIZERS['bpe'](TEXTS, 300).to_json())
-  spec['added_tokens'] = []
-  spec['model']['vocab'] = {('<|other|>' if token == EOT else token): i for token, i in spec['model']['vocab'].items()}
+def test_bpe_cuts_every_kind_of_character_as_its_library_does(tmp_path):
+  # Tokens of a letter, digit, mark or space with the first byte of what follows show on which side the cut is.
+  byte_of = bpe.byte_alphabet()
+  letters = sorted(byte_of, key=byte_of.get)
+  pairs = [(letters[ord(a)], letters[b]) for a in 'a1. \n' for b in range(256)]
+  spec = json.loads(fit('bpe', [], vocab_size=257).to_json())
+  spec['model']['merges'] = pairs
+  spec['model']['vocab'] |= {a + b: i for i, (a, b) in enumerate(pairs, 257)}
   path = tmp_path / 'tokenizer.json'
   path.write_text(json.dumps(spec))
-  with pytest.raises(DataError, match='endoftext'):
+  tokenizer = load_tokenizer(path)
+  assert bpe.merge_ranks(json.loads(tokenizer.to_json())) is not None
+  points = [*range(0x3400), *range(0x3400, 0xD800, 61), *range(0xE000, 0x20000, 3), *range(0x20000, 0x110000, 997)]
+  texts = [''.join(f'a{c}1{c}.{c} {c}\n{c}' for c in map(chr, points[i::20])) for i in range(20)]
+  assert ids_of(tokenizer, texts) == library_ids(tokenizer, texts)
+
+
+@pytest.mark.parametrize('text', [
+    'a' * 100_000, 'ab' * 50_000 + '.', ' ' * 100_000 + 'x', '\n' * 100_000 + ' x',
+    'x' + ' ' * 1_000_000 + '\n x', ' ' * 262_143 + 'x' + '\u3000' * 300_000 + '\x1c' * 20_000 + 'x' + '\t' * 300_000,
+])
+def test_long_runs_take_no_quadratic_time(text):
+  tokenizer = fit('bpe', ['a' * 64 + ' ' * 64 + 'x', 'ab ab ab \n\n\n'], vocab_size=300)
+  start = time.perf_counter()
+  ids = ids_of(tokenizer, [text])
+  assert time.perf_counter() - start < 10
+  assert decode(tokenizer, ids[0]) == text
+  assert ids == library_ids(tokenizer, [text])
+
+
+@SOME
+@given(st.lists(st.tuples(st.sampled_from([' ', '\n', '\u3000', 'x', ' \t', '\x1c', 'x ']),
+                          st.sampled_from([1, 3, 200_000, 300_000])), max_size=4))
+def test_cuts_are_before_the_last_of_a_run(runs):
+  text = ''.join(part * count for part, count in runs)
+  parts = bpe.without_long_runs(text)
+  assert ''.join(parts) == text
+  for left, right in itertools.pairwise(parts):
+    assert left.endswith(tuple(bpe.WHITE)) and right[0] in bpe.WHITE and right[1] not in bpe.WHITE
+  for part in parts:
+    inner = part.rstrip(bpe.WHITE)
+    assert max(map(len, re.findall(f'[{bpe.WHITE}]+', inner)), default=0) < 1 << 19
+
+
+def with_merges(merges, extra=()):
+  """A byte-level tokenizer.json of these merges; ids in the order of first mention, `extra` tokens last."""
+  spec = json.loads(fit('bpe', [], vocab_size=257).to_json())
+  tokens = dict.fromkeys([a + b for a, b in merges] + list(extra))
+  spec['model']['merges'] = merges
+  spec['model']['vocab'] |= {token: i for i, token in enumerate(tokens, 257)}
+  return spec
+
+
+@pytest.mark.parametrize('spec', [
+    with_merges([('b', 'c'), ('a', 'b'), ('ab', 'c')]),  # abc can't be reached by itself: a, bc
+    with_merges([('b', 'c'), ('a', 'b'), ('a', 'bc'), ('ab', 'c')]),  # two pairs make abc
+    with_merges([('a', 'b')], extra=['abc']),  # no pair makes it
+], ids=['unreachable', 'two pairs', 'no pair'])
+def test_bpe_that_tiktoken_may_not_do_is_left_to_its_library(spec, tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  path.write_text(json.dumps(spec))
+  tokenizer = load_tokenizer(path)
+  assert bpe.merge_ranks(spec) is None
+  rng = random.Random(0)
+  texts = [''.join(rng.choices('abc', k=30)) for _ in range(50)]
+  assert ids_of(tokenizer, texts) == library_ids(tokenizer, texts)
+  assert [decode(tokenizer, ids) for ids in tokenizer.encode(texts)] == texts
+
+
+def test_ids_out_of_the_merges_order_are_left_to_the_library(tmp_path):
+  spec = with_merges([('a', 'b'), ('b', 'c')])
+  assert bpe.merge_ranks(spec) is not None
+  vocab = spec['model']['vocab']
+  vocab['ab'], vocab['bc'] = vocab['bc'], vocab['ab']
+  path = tmp_path / 'tokenizer.json'
+  path.write_text(json.dumps(spec))
+  tokenizer = load_tokenizer(path)
+  assert bpe.merge_ranks(spec) is None
+  # The very case that tiktoken would do in the other order.
+  wrong = bpe.open_bpe({t: i for i, t in enumerate(tokenizer.token_bytes) if t})
+  assert ids_of(tokenizer, ['abc']) == library_ids(tokenizer, ['abc']) != [wrong.encode_ordinary('abc')]
+
+
+# Names and files.
+
+def test_names_are_known_before_anything_is_opened(tmp_path):
+  assert all(is_fitted(name) and identity(name) == name for name in FITTED)
+  path = tmp_path / 'tokenizer.json'
+  path.write_text(fit('byte', []).to_json())
+  first = identity(str(path))
+  path.write_text(fit('char', ['a']).to_json())
+  assert len(first) == 64 and identity(str(path)) != first
+  assert not is_fitted(str(path)) and identity('tiktoken:gpt2') == 'tiktoken:gpt2'
+  assert decode(open_tokenizer(str(path)), [0]) == 'a'
+
+
+def test_an_unknown_name_lists_what_there_is():
+  with pytest.raises(ConfigError, match=r"did you mean 'word'\?.*tokenizer.json.*tiktoken:NAME"):
+    open_tokenizer('words')
+
+
+@pytest.mark.parametrize('name', ['tokenizer.json', 'some.model'])
+def test_a_missing_file_is_named(name, tmp_path):
+  for open_it in (open_tokenizer, identity):
+    with pytest.raises(DataError, match=f'{name}: the tokenizer cannot be read: No such file'):
+      open_it(str(tmp_path / name))
+
+
+HUGE = with_merges([])
+HUGE['model']['vocab']['ab'] = 4_000_000_000
+
+DAMAGED = {
+    'empty': '',
+    'not json': 'hello',
+    'list': '[1]',
+    'null': 'null',
+    'no type': '{}',
+    'other type': '{"type": "nope"}',
+    'type is a list': '{"type": []}',
+    'char without chars': '{"type": "char"}',
+    'words are numbers': '{"type": "word", "words": [1, 2], "pattern": "x"}',
+    'wrong pattern': '{"type": "word", "words": [], "pattern": "("}',
+    'model is null': '{"model": null}',
+    'not a model': '{"type": "sentencepiece", "model": "eA=="}',
+    'not base64': '{"type": "sentencepiece", "model": "!"}',
+    'no bytes': '{"type": "tiktoken", "pattern": "x", "eot_id": 0, "ranks": {"YQ==": 1}}',
+    'huge id': json.dumps(HUGE),
+    'cut': fit('bpe', TEXTS, vocab_size=300).to_json()[:3000],
+}
+
+
+@pytest.mark.parametrize('text', DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_one_message(text, tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  path.write_text(text)
+  with pytest.raises((DataError, ConfigError)) as e:
     load_tokenizer(path)
+  assert str(e.value).startswith(f'{path}: ') and '\n' not in str(e.value)

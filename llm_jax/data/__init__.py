@@ -1,175 +1,257 @@
-"""From files to token stores: DataConfig and `open_data`."""
+"""From files to token stores: DataConfig and `open_data`. The rows and batches made of them are in pipeline.py."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
-import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
 from llm_jax.data import fetch, store
-from llm_jax.data.sources import SOURCES, open_source
-from llm_jax.data.store import TokenStore
+from llm_jax.data.augment import Augment
+from llm_jax.data.config import DataConfig, cache_dir
+from llm_jax.data.corpus import Corpus, fit_tokenizer, key_of, make_store, memory_stores
+from llm_jax.data.documents import Document, SourceConfig
+from llm_jax.data.examples import Examples, make_examples
+from llm_jax.data.fetch import shown
+from llm_jax.data.filters import Deduplicator, FilterConfig, Report
+from llm_jax.data.sources import Source, open_source
+from llm_jax.data.splits import SPLITS, SplitConfig, borders
+from llm_jax.data.store import TokenStore, mapped_store, open_split
 from llm_jax.data.tasks import TASKS
-from llm_jax.data.token_files import open_bin
-from llm_jax.data.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
-from llm_jax.errors import ConfigError, DataError, StorageError
+from llm_jax.data.token_files import TokenFile, open_bin
+from llm_jax.data.tokenizers import FITTED, ByteTokenizer, Tokenizer, TokenizerConfig, identity, open_tokenizer
+from llm_jax.errors import ConfigError, DataError
 
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """What to train on and how it becomes rows of tokens."""
-
-  path: str = 'stdlib'  # 'stdlib', a text file, folder, glob or URL; or a .bin of tokens, or a folder with train.bin
-  source: str = 'auto'  # one of SOURCES; 'auto' goes by the path
-  sha256: str | None = None  # of the file behind a URL
-  val_path: str | None = None  # a .bin for validation; None: split `path`
-  split: Literal['auto', 'document', 'tail'] = 'auto'  # see store.split_documents; auto: tail under 20 documents
-  val_fraction: float = 0.05
-  tokenizer: str = 'bpe'  # one of TOKENIZERS
-  vocab_size: int = 8192  # that bpe is trained to
-  eot_id: int | None = None  # of a .bin: the token that opens a document
-  task: str = 'next_token'  # one of TASKS
-  seq_len: int = 1024
-  mask_documents: bool = True  # attention and positions stay inside a document
-  cache_dir: str | None = None  # None: $LLM_JAX_CACHE, else ~/.cache/llm_jax
-
-  def __post_init__(self):
-    for field, table in (('tokenizer', TOKENIZERS), ('task', TASKS), ('source', {'auto': None, **SOURCES})):
-      if getattr(self, field) not in table:
-        raise ValueError(f'{field} {getattr(self, field)!r} is unknown; known: {", ".join(table)}')
-    if not self.path:
-      raise ValueError("path must name something: 'stdlib', a file, a folder, a glob or a URL")
-    if self.seq_len < 1:
-      raise ValueError(f'seq_len must be at least 1; got {self.seq_len}')
-    if not 0 < self.val_fraction < 1:
-      raise ValueError(f'val_fraction must lie between 0 and 1; got {self.val_fraction}')
-    if self.tokenizer == 'bpe' and self.vocab_size < 257:
-      raise ValueError(f'vocab_size must be at least 257 (256 bytes and one special token); got {self.vocab_size}')
+_STEP = 1 << 20  # tokens looked at at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """The two splits, and the tokenizer (None for .bin files: their ids have no text here)."""
+  """The splits, each a store for every source, and the tokenizer (None where ids have no text here)."""
 
-  train: TokenStore
-  val: TokenStore
+  splits: dict[str, dict[str, TokenStore]]
   tokenizer: Tokenizer | None
   vocab_size: int
+  bos_id: int | None = None
+  eos_id: int | None = None
+  reports: dict[str, dict] = dataclasses.field(default_factory=dict)  # of the filters, by source
+  streams: dict[str, Corpus] = dataclasses.field(default_factory=dict)  # when streaming; the split train is empty then
 
+  @property
+  def train(self) -> dict[str, TokenStore]:
+    return self.splits['train']
 
-def cache_dir(config: DataConfig) -> Path:
-  default = os.environ.get('LLM_JAX_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'llm_jax'
-  return Path(config.cache_dir or default).expanduser()
+  @property
+  def val(self) -> dict[str, TokenStore]:
+    return self.splits['val']
 
 
 def open_data(config: DataConfig) -> Data:
-  """Opens the stores, first making them if they are not in the cache. Raises DataError, StorageError."""
-  path = config.path
-  if fetch.is_url(path):
-    path = str(fetch.fetch(path, config.sha256, cache_dir(config)))
-  if path.endswith('.bin') or (Path(path) / 'train.bin').is_file():
-    return _open_bins(config, Path(path).expanduser())
-  if config.val_path is not None:
-    raise ConfigError('config.data.val_path: only .bin files come with their own validation part; a text is split '
-                      '(config.data.split, config.data.val_fraction)')
-  source = open_source(config.source, path)
-  recipe = {'source': source.fingerprint(), 'tokenizer': config.tokenizer, 'split': config.split,
-            'val_fraction': config.val_fraction, 'version': store.VERSION,
-            **({'vocab_size': config.vocab_size} if config.tokenizer == 'bpe' else {})}
-  key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
-  folder = cache_dir(config) / 'stores' / f'{_slug(config.path)}-{config.tokenizer}-{key}'
-  with store.locked(folder):
-    if not folder.exists():
-      try:
-        _make_store(config, source, folder)
-      except OSError as e:
-        raise StorageError(f'{folder}: cannot be written: {e.strerror}') from None
-  splits = {split: store.open_split(folder, split) for split in ('train', 'val')}
-  tokenizer = load_tokenizer(folder / 'tokenizer.json')
-  return Data(**splits, tokenizer=tokenizer, vocab_size=len(tokenizer.token_bytes))
+  """Opens the stores, first making them if they are not in the cache. Raises DataError, ConfigError, StorageError."""
+  sources = config.named_sources
+  if config.streaming:
+    return _open_streams(config)
+  bins = {name: found for name, source in sources.items() if (found := _bins(config, source))}
+  corpora = {name: _corpus(config, name, source) for name, source in sources.items() if name not in bins}
+  tokenizer, key = _tokenizer(config, corpora)
+  by_source = {name: _map_bins(config, source, bins[name]) if name in bins else
+               _stores(config, source, corpora[name], tokenizer, key) for name, source in sources.items()}
+  splits = {split: {name: s[split] for name, s in by_source.items() if split in s and len(s[split].tokens)}
+            for split in SPLITS}
+  reports = {name: report for name, s in by_source.items() if 'train' in s and (report := s['train'].report)}
+  for split in ('train', 'val'):
+    for name, source in sources.items():
+      num_tokens = len(splits[split][name].tokens) if name in splits[split] else 0
+      if num_tokens < 2:
+        counts = f'; {", ".join(map(str.strip, Report.from_dict(reports[name]).lines()))}' if name in reports else ''
+        raise DataError(f'config.data.path: {shown(source.path)} gives {num_tokens} token(s) for {split}, which needs '
+                        f'2 or more (config.data.split {config.split}, val_fraction {config.val_fraction}{counts})')
+      if tokenizer is not None:
+        _check_tokens(source, splits[split][name], tokenizer, is_bin=name in bins)
+  return dataclasses.replace(_data(config, splits, tokenizer), reports=reports)
 
 
-def _make_store(config: DataConfig, source, folder: Path) -> None:
-  total_bytes = sum(path.stat().st_size for _, path in source.files)
-  print(f'data: {config.path}: {len(source.files)} file(s), {total_bytes / 1e6:.1f} MB; kept in {folder}', flush=True)
-  how = config.split
-  if how == 'auto':
-    how = 'tail' if len(source.files) < 20 else 'document'
-
-  def documents():
-    return store.split_documents(source.documents, how, config.val_fraction)
-
-  num_chars = {'train': 0, 'val': 0}
-  for split, text in documents():
-    num_chars[split] += len(text)
-  if not min(num_chars.values()):
-    empty = ' and '.join(split for split, n in num_chars.items() if not n)
-    raise DataError(f'config.data.path: {config.path} gives no text for {empty} ({len(source.files)} file(s), '
-                    f'{total_bytes} bytes, val_fraction {config.val_fraction}, split by {how})')
-  start = time.perf_counter()
-  # A character that only the validation part has must still have an id; merges are learnt from the training part alone.
-  texts = (text for split, text in documents() if split == 'train' or config.tokenizer == 'char')
-  tokenizer = TOKENIZERS[config.tokenizer](texts, config.vocab_size)
-  print(f'data: {config.tokenizer} tokenizer of {len(tokenizer.token_bytes)} tokens '
-        f'made in {time.perf_counter() - start:.1f} s', flush=True)
-  store.write_store(folder, tokenizer, documents(), total_bytes,
-                    {'source': {'path': config.path, 'files': len(source.files), 'bytes': total_bytes},
-                     'split': how, 'val_fraction': config.val_fraction, 'tokenizer': config.tokenizer})
+def open_examples(config: DataConfig, data: Data, tokens: TokenStore, *, train: bool) -> Examples:
+  """The rows of a store as the config's task makes them. Raises ConfigError, DataError where they do not fit."""
+  task = getattr(config, config.task, None) or TASKS[config.task]()
+  return make_examples(
+      tokens, task=task, seq_len=config.seq_len, encoder_len=config.encoder_len, packing=config.packing,
+      stride=config.stride, truncate=config.truncate, mask_documents=config.mask_documents,
+      augment=config.augment if train else Augment(), vocab_size=data.vocab_size, bos_id=data.bos_id,
+      eos_id=data.eos_id, score_once=not train)
 
 
-def _open_bins(config: DataConfig, path: Path) -> Data:
-  train_path, val_path = path, config.val_path and Path(config.val_path).expanduser()
-  if path.is_dir():
-    train_path, val_path = path / 'train.bin', val_path or path / 'val.bin'
-  train = open_bin(train_path, config.eot_id)
-  if val_path:
-    val = open_bin(val_path, config.eot_id)
-  else:
-    cut = int(len(train.tokens) * (1 - config.val_fraction))
-    train, val = _slice(train, 0, cut), _slice(train, cut, len(train.tokens))
-  if min(len(train.tokens), len(val.tokens)) < 2:
-    raise DataError(f'{path}: {len(train.tokens)} tokens to train on and {len(val.tokens)} to validate with; '
-                    'each side needs 2 or more')
-  vocab_size = 1 + int(max(train.tokens.max(), val.tokens.max()))
-  return Data(train, val, tokenizer=None, vocab_size=vocab_size)
+def _data(config: DataConfig, splits: dict[str, dict[str, TokenStore]], tokenizer: Tokenizer | None) -> Data:
+  if tokenizer is not None:
+    return Data(splits, tokenizer, len(tokenizer.token_bytes), tokenizer.bos_id, tokenizer.eos_id)
+  eot_id = next(iter(config.named_sources.values())).eot_id
+  vocab_size = 1 + max(_max_id(tokens) for stores in splits.values() for tokens in stores.values())
+  return Data(splits, None, vocab_size, eot_id, eot_id)
 
 
-def _slice(tokens: TokenStore, begin: int, end: int) -> TokenStore:
-  inside = tokens.starts[(tokens.starts > begin) & (tokens.starts < end)] - begin
-  return TokenStore(tokens.tokens[begin:end], np.concatenate([[0], inside]), f'{tokens.sha256}[{begin}:{end}]', 0)
+def _max_id(tokens: TokenStore) -> int:
+  """Raises DataError for an id below 0."""
+  most = 0
+  for begin in range(0, len(tokens.tokens), _STEP):
+    part = tokens.tokens[begin:begin + _STEP]
+    if part.dtype.kind == 'i' and part.min() < 0:
+      raise DataError(f'{tokens.tokens.files[0].path}: holds the token id {part.min()}; ids are 0 and more; does '
+                      f'config.data.dtype, {part.dtype}, say what it is?')
+    most = max(most, int(part.max()))
+  return most
 
 
-def tokenize(path: str, tokenizer: Tokenizer | None, eot_id: int | None = None) -> TokenStore:
-  """All of a source as one store in memory, by a tokenizer that exists already; .bin files as they are."""
-  if path.endswith('.bin'):
-    return open_bin(Path(path).expanduser(), eot_id if tokenizer is None else tokenizer.eot_id)
+def _check_tokens(source: SourceConfig, tokens: TokenStore, tokenizer: Tokenizer, is_bin: bool) -> None:
+  """Raises DataError for white space alone, and for ids of a .bin, which no writer checked, beyond the vocabulary."""
+  if is_bin and (most := _max_id(tokens)) >= len(tokenizer.token_bytes):
+    raise DataError(f'{tokens.tokens.files[0].path}: token {most} is beyond the vocabulary of '
+                    f'{len(tokenizer.token_bytes)} tokens')
+  is_blank = np.array([not b.strip() for b in tokenizer.token_bytes])
+  if all(is_blank[tokens.tokens[i:i + _STEP]].all() for i in range(0, len(tokens.tokens), _STEP)):
+    raise DataError(f'config.data.path: {shown(source.path)} holds nothing but white space')
+
+
+def _open_streams(config: DataConfig) -> Data:
+  corpora = {name: _corpus(config, name, source) for name, source in config.named_sources.items()}
+  tokenizer, _ = _tokenizer(config, corpora)
+  held = None if config.split != 'count' else config.val_documents + config.test_documents
+  splits: dict[str, dict[str, TokenStore]] = {split: {} for split in SPLITS}
+  for name, corpus in corpora.items():
+    for side, tokens in memory_stores(streaming_held_out(corpus, held), ('val', 'test'), tokenizer).items():
+      if len(tokens.tokens):
+        splits[side][name] = tokens
+  if not splits['val']:
+    raise DataError(f'config.data.path: {config.path} gives no document to validate with; set '
+                    'config.data.split=count and val_documents, or config.data.val_path')
+  return dataclasses.replace(_data(config, splits, tokenizer), streams=corpora)
+
+
+def streaming_held_out(corpus: Corpus, most: int | None) -> Iterator[tuple[str, Document]]:
+  """What is set aside of a stream: the documents of val and test, the first `most` of the corpus or all of theirs."""
+  for side, source in corpus.sides:
+    part = dataclasses.replace(corpus, sides=((side, source),))
+    if side is None and not most:
+      continue
+    for _, dealt in islice(part.documents({**part.start(), 'seen': Deduplicator()}), most if side is None else None):
+      yield from (pair for pair in dealt if pair[0] != 'train')
+
+
+def _corpus(config: DataConfig, name: str, source: SourceConfig) -> Corpus:
+  sides: list[tuple[str | None, Source]] = [(None, open_source(source, cache_dir(config)))]
+  split = SplitConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SplitConfig)})
+  for side, path in (('val', source.val_path), ('test', source.test_path)):
+    if path is not None:
+      sides.append((side, open_source(dataclasses.replace(source, path=path), cache_dir(config))))
+      nothing: Any = {f'{side}_fraction': 0.0, f'{side}_documents': 0}
+      split = dataclasses.replace(split, **nothing)
+  corpus = Corpus(shown(source.path) if name == 'data' else name, tuple(sides), split, config.filters,
+                  config.on_bad_record, config.max_bad_fraction)
+  return corpus.resolved()
+
+
+def _tokenizer(config: DataConfig, corpora: dict[str, Corpus]) -> tuple[Tokenizer | None, str]:
+  if config.tokenizer == 'none' or not corpora or any(corpus.holds_ids() for corpus in corpora.values()):
+    if config.tokenizer == 'byte':
+      return ByteTokenizer(), 'byte'
+    return (None, 'none') if config.tokenizer in ('none', *FITTED) else (
+        open_tokenizer(config.tokenizer), identity(config.tokenizer))
+  if config.tokenizer in FITTED:
+    settings = TokenizerConfig(config.vocab_size, config.min_frequency, config.pattern)
+    return fit_tokenizer(config.tokenizer, settings, corpora.values(), cache_dir(config))
+  return open_tokenizer(config.tokenizer), identity(config.tokenizer)
+
+
+def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer: Tokenizer | None,
+            tokenizer_key: str) -> dict[str, TokenStore]:
   if tokenizer is None:
-    raise DataError(f'--data: {path} is no .bin of tokens, and the run has no tokenizer for text')
-  texts = [document.text for document in open_source('auto', path).documents()]
-  rows = [np.concatenate([[tokenizer.eot_id], ids]) for ids in tokenizer.encode(texts)]
-  starts = np.cumsum([0, *map(len, rows)])[:-1]
-  tokens = np.concatenate(rows).astype(np.int64)
-  return TokenStore(tokens, starts, hashlib.sha256(tokens.tobytes()).hexdigest(), sum(len(t.encode()) for t in texts))
+    dtype = source.dtype or 'uint32'
+  else:
+    dtype = 'uint16' if len(tokenizer.token_bytes) <= 1 << 16 else 'uint32'
+  key = key_of([corpus.fingerprint(), tokenizer_key, dtype, config.shard_tokens, store.VERSION])
+  kind = config.tokenizer if tokenizer else 'ids'
+  folder = cache_dir(config) / 'stores' / f'{_slug(shown(source.path))}-{_slug(kind)}-{key}'
+  make_store(corpus, tokenizer, folder, dtype, config.shard_tokens, {'path': shown(source.path), 'tokenizer': kind})
+  if config.verify:
+    store.verify(folder)
+  return {split: open_split(folder, split) for split in SPLITS}
+
+
+def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | None:
+  """The .bin files of the splits that lie ready to be mapped, if that is what the path names."""
+  path = source.path
+  if fetch.is_url(path) and path.endswith('.bin'):
+    path = str(fetch.fetch(path, source.sha256, cache_dir(config)))
+  root = Path(path).expanduser()
+  paths = {'val': source.val_path, 'test': source.test_path}
+  if (root / 'train.bin').is_file():
+    paths = {split: found or str(root / f'{split}.bin') for split, found in paths.items()
+             if found or (root / f'{split}.bin').is_file()}
+    root /= 'train.bin'
+  elif root.suffix != '.bin' or source.format not in ('auto', 'bin'):
+    return None
+  return {'train': open_bin(root, source.dtype), **{
+      split: open_bin(Path(p).expanduser(), source.dtype) for split, p in paths.items() if p}}
+
+
+def _map_bins(config: DataConfig, source: SourceConfig, files: dict[str, TokenFile]) -> dict[str, TokenStore]:
+  train, eot_id = files['train'], source.eot_id
+  if config.split not in ('auto', 'tail') and 'val' not in files:
+    raise ConfigError(f'config.data.split: a .bin is mapped as it is and can only be cut: auto or tail; '
+                      f'got {config.split}')
+  ends = borders(train.size, 0 if 'val' in files else config.val_fraction,
+                 0 if 'test' in files else config.test_fraction)
+  cut = {split: mapped_store(train, eot_id, begin, end)
+         for split, begin, end in zip(SPLITS, (0, *ends), ends, strict=False) if end > begin}
+  return cut | {split: mapped_store(files[split], eot_id) for split in files if split != 'train'}
+
+
+def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None) -> Data:
+  """All of a path as validation data, by a tokenizer that exists already; .bin files as they are."""
+  source = dataclasses.replace(next(iter(config.named_sources.values())), path=path, format='auto', sha256=None,
+                               val_path=None, test_path=None)
+  if bins := _bins(config, source):
+    val = mapped_store(bins['train'], source.eot_id if tokenizer is None else tokenizer.bos_id)
+  else:
+    corpus = Corpus(path, (('val', open_source(source, cache_dir(config))),), SplitConfig('document'), FilterConfig(),
+                    config.on_bad_record, config.max_bad_fraction)
+    if tokenizer is None and not corpus.holds_ids():
+      raise DataError(f'--data: {path} is text, and the run has no tokenizer for it')
+    val = memory_stores((pair for _, dealt in corpus.documents({**corpus.start(), 'seen': Deduplicator()})
+                         for pair in dealt), ('val',), tokenizer)['val']
+  if len(val.tokens) < 2:
+    raise DataError(f'--data: {path} gives {len(val.tokens)} token(s); it needs 2 or more')
+  data = _data(config, {'train': {}, 'val': {'data': val}, 'test': {}}, tokenizer)
+  return dataclasses.replace(data, vocab_size=max(data.vocab_size, _max_id(val) + 1))
 
 
 def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int) -> dict:
   """All that batch n depends on; kept in the checkpoint, compared when a run goes on."""
-  return {'train_tokens': data.train.sha256, 'seed': seed, 'task': config.task, 'seq_len': config.seq_len,
-          'mask_documents': config.mask_documents, 'rows_per_batch': batch_size}
+  fields = ('task', 'seq_len', 'encoder_len', 'packing', 'stride', 'truncate', 'mask_documents', 'streaming',
+            'shuffle_buffer')
+  settings = {f: getattr(config, f) for f in fields}
+  for name in {config.task, 'augment'} & {f.name for f in dataclasses.fields(config)}:
+    settings |= {f'{name}.{field}': value for field, value in dataclasses.asdict(getattr(config, name)).items()}
+  train = {name: tokens.sha256 for name, tokens in data.train.items()} | {
+      name: key_of(corpus.fingerprint()) for name, corpus in data.streams.items()}
+  mixture = [[begin, {name: source.weight[i] for name, source in config.sources.items()}]
+             for i, begin in enumerate(config.weights_from)] if config.sources else []
+  return {'train_tokens': train, 'seed': seed, 'rows_per_batch': batch_size, 'mixture': mixture, **settings}
 
 
-def check_fingerprint(saved: dict, current: dict) -> None:
-  """Raises ConfigError naming each field in which the data of a run differs from its checkpoint's."""
+def check_fingerprint(saved: dict, current: dict, step: int) -> None:
+  """Raises ConfigError naming each field in which the data of a run differs from its checkpoint's at `step`.
+
+  Weights that hold from that step on may differ: a mixture may be changed for the time to come.
+  """
+  saved, current = ({**f, 'mixture': [s for s in f.get('mixture', []) if s[0] < step]} for f in (saved, current))
   names = {'train_tokens': 'the training data (sha256 of its tokens)', 'seed': 'config.seed',
-           'task': 'config.data.task', 'seq_len': 'config.data.seq_len', 'mask_documents': 'config.data.mask_documents',
-           'rows_per_batch': 'the number of rows in a batch (config.batch_tokens / config.data.seq_len)'}
-  differing = [f'{names.get(k, k)}: checkpoint {saved.get(k)}, now {current.get(k)}'
+           'rows_per_batch': 'the number of rows in a batch (config.batch_tokens / config.data.seq_len)',
+           'mixture': f'the weights of the sources before step {step} (config.data.sources.NAME.weight, weights_from)'}
+  differing = [f'{names.get(k, f"config.data.{k}")}: checkpoint {saved.get(k)}, now {current.get(k)}'
                for k in {**saved, **current} if saved.get(k) != current.get(k)]
   if differing:
     raise ConfigError('the data differs from what the checkpoint was trained on, so its batches cannot go on:\n  '
@@ -178,3 +260,4 @@ def check_fingerprint(saved: dict, current: dict) -> None:
 
 def _slug(path: str) -> str:
   return ''.join(c if c.isalnum() else '_' for c in path.rstrip('/').rsplit('/', 1)[-1])[:32] or 'data'
+

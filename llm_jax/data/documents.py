@@ -43,7 +43,7 @@ class SourceConfig:
   """Where documents come from and how they are read. What a format has no use for stays None."""
 
   path: str = 'stdlib'  # a file, folder, glob or URL, or a name of sources.NAMED
-  format: str = 'auto'  # one of sources.FORMATS; 'auto' goes by the file's ending or its first bytes
+  format: str = 'auto'  # one of formats.FORMATS; 'auto' goes by the file's ending or its first bytes
   field: str | None = None  # key, column or data set of the text (or ids); None: the only one there is
   answer_field: str | None = None  # of the answer, which makes pairs
   label_field: str | None = None  # of a label
@@ -53,6 +53,8 @@ class SourceConfig:
   eot_id: int | None = None  # of ids: the one that opens a document
   sha256: str | None = None  # of the file behind a URL
   max_record_bytes: int = 8_000_000  # a longer line or record is bad; a longer text file is read in pieces
+  val_path: str | None = None  # documents to validate with, read alike; None: split off `path`
+  test_path: str | None = None
   weight: tuple[float, ...] = (1.0,)  # share in a mixture; one for each of config.data.weights_from
 
 

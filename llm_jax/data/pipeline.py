@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import grain
 import numpy as np
+from absl import flags
 
-from llm_jax.data.store import TokenStore
+from llm_jax.data import Data, DataConfig, open_examples
+from llm_jax.data.examples import Examples
+from llm_jax.data.mixture import Mixture
+from llm_jax.data.streaming import Counters, train_stream, with_tuples
 from llm_jax.data.tasks import TASKS, Features
+from llm_jax.errors import ConfigError
 
 
-class Windows:
-  """Random access to a store cut into rows of `seq_len` targets: each token but the first is a target exactly once."""
-
-  def __init__(self, store: TokenStore, task: str, seq_len: int, mask_documents: bool):
-    self.store, self.task, self.seq_len, self.mask_documents = store, task, seq_len, mask_documents
-
-  def __len__(self) -> int:
-    return -(-(len(self.store.tokens) - 1) // self.seq_len)
-
-  def __getitem__(self, index: Any) -> Features:
-    return TASKS[self.task](self.store, int(index) * self.seq_len, self.seq_len, self.mask_documents)
-
-  def __repr__(self) -> str:
-    return f'Windows({self.store.sha256}, {self.task}, {self.seq_len}, {self.mask_documents})'
+def shuffled(examples: Examples, seed: int) -> grain.MapDataset:
+  """Endless examples: epoch after epoch, each a new permutation of all rows; chance is seeded by (seed, position)."""
+  indices = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat(None)
+  if examples.random:
+    return indices.random_map(examples.make)
+  return indices.map(partial(examples.make, rng=np.random.default_rng(0)))  # which draws nothing
 
 
-def shuffled(windows: Windows, seed: int) -> grain.MapDataset:
-  """Endless examples: epoch after epoch, each a new permutation of all windows."""
-  return grain.MapDataset.source(windows).seed(seed).shuffle().repeat(None)
+def train_examples(config: DataConfig, data: Data, rows_per_batch: int, seed: int) -> grain.MapDataset:
+  """Example i of training: of the only source, or of a mixture whose weights change with the step."""
+  sources = [shuffled(open_examples(config, data, tokens, train=True), seed + i)
+             for i, tokens in enumerate(data.train.values())]
+  if len(sources) == 1:
+    return sources[0]
+  weights = zip(*(config.sources[name].weight for name in data.train), strict=True)
+  begins = [step * rows_per_batch for step in config.weights_from]
+  return grain.MapDataset.select_from_datasets(sources, Mixture([list(w) for w in weights], begins))
 
 
 def train_batches(examples: grain.MapDataset, batch_size: int, rows: np.ndarray) -> grain.MapDataset:
@@ -40,21 +44,79 @@ def train_batches(examples: grain.MapDataset, batch_size: int, rows: np.ndarray)
       lambda n: stack([examples[int(n) * batch_size + int(row)] for row in rows]))
 
 
-def prefetched(batches: grain.MapDataset, begin: int) -> grain.DatasetIterator:
-  """Batches begin, begin + 1, ... made ahead by one thread. Close it when done."""
+@dataclasses.dataclass
+class Batches:
+  """This host's features, step after step. Where they come from a store, their place is the step alone."""
+
+  iterator: grain.DatasetIterator
+  streaming: bool
+  counters: Counters
+
+  def __next__(self) -> Features:
+    return next(self.iterator)
+
+  def state(self) -> dict | None:
+    """What a checkpoint must keep besides the step: nothing, unless streaming."""
+    return self.iterator.get_state() if self.streaming else None
+
+  def metrics(self) -> dict[str, float]:
+    return {f'data/{name}': float(n) for name, n in vars(self.counters).items()} if self.streaming else {}
+
+  def close(self) -> None:
+    self.iterator.close()
+
+
+def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray, seed: int, begin: int,
+                 states: list[dict] | None, process: int) -> Batches:
+  """Rows `rows` of batches begin, begin + 1, ...; `states` are what a stream's processes kept at `begin`.
+
+  Raises ConfigError where a stream was kept by another number of processes, or its config does not fit.
+  """
+  counters = Counters()
+  if not config.streaming:
+    examples = train_examples(config, data, num_rows, seed)
+    return Batches(prefetched(train_batches(examples, num_rows, rows), begin, config.num_workers), False, counters)
+  weights = [source.weight[0] for source in config.named_sources.values()]
+  iterator = train_stream(
+      data.streams, weights, data.tokenizer, seq_len=config.seq_len, rows=rows, num_rows=num_rows, seed=seed,
+      shuffle_buffer=config.shuffle_buffer, cache_bytes=config.cache_mb << 20, mask_documents=config.mask_documents,
+      counters=counters)
+  if begin:
+    if states is None or process >= len(states):
+      raise ConfigError(f'config.data.streaming: the checkpoint holds the place of {len(states or [])} process(es) in '
+                        'the stream; go on with as many, or use a token store (streaming=False)')
+    iterator.set_state(with_tuples(states[process]))
+  return Batches(iterator, True, counters)
+
+
+def num_sentinels(config: DataConfig) -> int:
+  """Ids that the task needs beyond the tokenizer's."""
+  return TASKS[config.task].num_sentinels
+
+
+def prefetched(batches: grain.MapDataset, begin: int, num_workers: int = 0) -> grain.DatasetIterator:
+  """Batches begin, begin + 1, ... made ahead by one thread, or by processes. Close it when done."""
   # Mapped rows are made faster than threads hand them over: 10x, against Grain's default options.
   inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   batches = batches[begin:].to_iter_dataset(inline)
+  if num_workers:
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # Grain's workers ask for a flag of theirs
+    return iter(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)))
   return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4))
 
 
-def eval_batches(windows: Windows, batch_size: int, rows: np.ndarray, max_rows: int | None) -> Iterator[Features]:
-  """Rows `rows` of every batch of a fixed pass: all windows, or `max_rows` evenly spaced; the last batch is padded."""
-  count = len(windows) if max_rows is None else min(len(windows), max_rows)
-  indices = np.arange(count) * len(windows) // count
-  blank = {name: np.zeros_like(x) for name, x in windows[0].items()}
+def eval_batches(examples: Examples, batch_size: int, rows: np.ndarray, max_rows: int | None) -> Iterator[Features]:
+  """Rows `rows` of every batch of a fixed pass: all rows, or `max_rows` evenly spaced; the last batch is padded."""
+  count = len(examples) if max_rows is None else min(len(examples), max_rows)
+  indices = np.arange(count) * len(examples) // count
+
+  def example(place: int) -> Features:
+    return examples.make(int(indices[place]), np.random.default_rng(place))
+
+  blank = {name: np.zeros_like(x) for name, x in example(0).items()}
   for begin in range(0, count, batch_size):
-    yield stack([windows[indices[begin + row]] if begin + row < count else blank for row in rows])
+    yield stack([example(begin + row) if begin + row < count else blank for row in rows])
 
 
 def stack(examples: list[Features]) -> Features:

@@ -1,37 +1,308 @@
-"""Tasks turn a stretch of a token store into the features of a Batch: what to read, what to predict, what counts."""
+"""Tasks turn a row of a token store into the features of a Batch: what to read, what to predict, what counts.
+
+A task is a frozen dataclass with its settings, a line in TASKS, and
+  packings      that it works with (rows.py)
+  needs         of the store: 'text', 'answers' or 'labels'
+  overhead      places that a piece takes in a row beyond its targets
+  num_sentinels ids from vocab_size on that it uses: sentinel k is vocab_size + k
+  random        whether `features` draws from its rng
+  encodes       whether it gives encoder_tokens
+  features(row, layout, rng)
+
+Of each row come tokens, targets, loss_mask, segment_ids (1, 2, ... a piece; 0: padding) and positions (restarting in
+each piece), all [seq_len], padded with 0 on the right, and what the task says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from typing import Any
 
 import numpy as np
 
-from llm_jax.data.store import TokenStore
+from llm_jax.data.augment import Augment as Augment
+from llm_jax.data.rows import PACKINGS, Row
 
 Features = dict[str, np.ndarray]
 
 
-def next_token(store: TokenStore, begin: int, seq_len: int, mask_documents: bool) -> Features:
-  """Row of `seq_len` tokens from `begin`, each predicting the one after it; the store's end is padded, unlearnt.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """What tasks know about the rows that they fill."""
 
-  With `mask_documents`, segment ids count the documents in the row from 1 (0: padding) and positions restart in each.
+  seq_len: int
+  encoder_len: int
+  vocab_size: int  # without sentinels
+  bos_id: int | None
+  eos_id: int | None
+  truncate: str = 'split'
+
+  @property
+  def start_id(self) -> int:
+    """What a decoder reads first."""
+    start = self.eos_id if self.bos_id is None else self.bos_id
+    assert start is not None, 'make_examples refuses such tasks'
+    return start
+
+
+Task = Any  # one of the dataclasses below
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+  """Each token predicts the one after it."""
+
+  packings = PACKINGS
+  needs = 'text'
+  overhead = 0
+  num_sentinels = 0
+  random = False
+  encodes = False
+
+  def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
+    return lay_out([piece.ids for piece in row], None, layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptAnswer:
+  """Reads the prompt and its answer, learns only the answer and the eos after it."""
+
+  packings = ('best_fit', 'pad')
+  needs = 'answers'
+  overhead = 0
+  num_sentinels = 0
+  random = False
+  encodes = False
+
+  def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
+    return lay_out([piece.ids for piece in row], [_from(piece.answer or 1, len(piece.ids)) for piece in row], layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class FillInTheMiddle:
+  """Fill-in-the-middle by tokens (arXiv 2207.14255): all is learnt, and the middle comes when its end is known.
+
+  A piece's first token and final eos stay in place; between them, with sentinels <0>, <1>, <2>:
+  PSM <0> prefix <1> suffix <2> middle, SPM <0> <1> suffix <2> prefix middle.
   """
-  window = np.asarray(store.tokens[begin:begin + seq_len + 1], np.int32)
-  num_targets = len(window) - 1
-  window = np.pad(window, (0, seq_len + 1 - len(window)))
-  features = {'tokens': window[:-1], 'targets': window[1:],
-              'loss_mask': (np.arange(seq_len) < num_targets).astype(np.float32)}
-  if mask_documents:
-    starts = store.starts[slice(*np.searchsorted(store.starts, [begin, begin + num_targets]))] - begin
-    is_start = np.zeros(seq_len, np.int32)
-    is_start[starts] = 1
-    is_start[0] = 1
-    index = np.arange(seq_len, dtype=np.int32)
-    features['segment_ids'] = np.where(index < num_targets, np.cumsum(is_start, dtype=np.int32), 0)
-    features['positions'] = index - np.maximum.accumulate(np.where(is_start, index, 0))
-  return features
+
+  rate: float = 0.5  # of pieces; the others are plain next-token
+  spm_rate: float = 0.5  # of those
+  packings = ('best_fit', 'pad')
+  needs = 'text'
+  overhead = 3
+  num_sentinels = 3
+  random = True
+  encodes = False
+
+  def __post_init__(self):
+    if not 0 <= self.rate <= 1 or not 0 <= self.spm_rate <= 1:
+      raise ValueError(f'rate and spm_rate must lie in [0, 1]; got {self.rate} and {self.spm_rate}')
+
+  def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
+    return lay_out([self._rearranged(piece.ids, layout, rng) for piece in row], None, layout)
+
+  def _rearranged(self, ids: np.ndarray, layout: Layout, rng: np.random.Generator) -> np.ndarray:
+    inner = _inner(ids, layout.eos_id)
+    if rng.random() >= self.rate or not len(inner):
+      return ids
+    a, b = np.sort(rng.integers(0, len(inner) + 1, 2))
+    before, after, between = ([layout.vocab_size + k] for k in range(3))
+    prefix, middle, suffix, end = inner[:a], inner[a:b], inner[b:], ids[1 + len(inner):]
+    if rng.random() < self.spm_rate:
+      parts = [ids[:1], before, after, suffix, between, prefix, middle, end]
+    else:
+      parts = [ids[:1], before, prefix, after, suffix, between, middle, end]
+    return _join(parts)
 
 
-TASKS: dict[str, Callable[[TokenStore, int, int, bool], Features]] = {
-    'next_token': next_token,
+@dataclasses.dataclass(frozen=True)
+class PrefixLM:
+  """Learns what follows a random point of each piece; `prefix_mask` [seq_len] is 1 on the tokens up to it, which a
+  model may let attend to each other in both directions: no target lies among them."""
+
+  packings = PACKINGS
+  needs = 'text'
+  overhead = 0
+  num_sentinels = 0
+  random = True
+  encodes = False
+
+  def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
+    points = [int(rng.integers(1, len(piece.ids))) for piece in row]
+    masks = [_from(point, len(piece.ids)) for piece, point in zip(row, points, strict=True)]
+    features = lay_out([piece.ids for piece in row], masks, layout)
+    inside = [np.arange(len(piece.ids) - 1) < point for piece, point in zip(row, points, strict=True)]
+    return features | {'prefix_mask': _padded(np.concatenate(inside), layout.seq_len)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanCorruption:
+  """T5's objective (arXiv 1910.10683): spans give way to sentinels in what the encoder reads, the decoder spells them.
+
+  Of a piece without its first token and final eos, with spans B and D in A B C D: encoder A <0> C <1> eos, targets
+  <0> B <1> D eos. `encoder_segment_ids` [encoder_len] is 1 on real tokens.
+  """
+
+  noise_density: float = 0.15
+  mean_span_length: float = 3.0
+  num_sentinels: int = 100  # the most spans of a row
+  packings = ('pad',)
+  needs = 'text'
+  overhead = 0
+  random = True
+  encodes = True
+
+  def __post_init__(self):
+    if not 0 < self.noise_density < 1 or self.mean_span_length < 1 or self.num_sentinels < 1:
+      raise ValueError('noise_density must lie between 0 and 1, mean_span_length and num_sentinels be at least 1; '
+                       f'got {self.noise_density}, {self.mean_span_length} and {self.num_sentinels}')
+
+  def noise(self, length: int) -> tuple[int, int]:
+    """(tokens, spans) to take out of `length` tokens; never all, and nothing of fewer than 2."""
+    if length < 2:
+      return 0, 0
+    num_tokens = min(max(round(length * self.noise_density), 1), length - 1)
+    return num_tokens, min(max(round(num_tokens / self.mean_span_length), 1), length - num_tokens)
+
+  def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
+    [piece] = row
+    ids = _inner(piece.ids, layout.eos_id)
+    num_noise, num_spans = self.noise(len(ids))
+    # Spans lie anywhere, at either end too: of what is kept between them only the first and last part may be empty.
+    lengths = np.zeros(2 * num_spans + 1, np.int64)
+    lengths[::2] = _random_lengths(len(ids) - num_noise + 2, num_spans + 1, rng)
+    lengths[[0, -1]] -= 1 if num_spans else 2
+    lengths[1::2] = taken = _random_lengths(num_noise, num_spans, rng)
+    noise = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+    opens = np.diff(noise, prepend=False) & noise  # each span's first token
+    sentinels = layout.vocab_size + np.arange(num_spans)
+    encoder = ids[~noise | opens].copy()
+    encoder[opens[~noise | opens]] = sentinels
+    decoder = np.insert(ids[noise], np.cumsum(taken) - taken, sentinels)
+    return _encode(_join([encoder, _eos(layout)]), layout) | lay_out(
+        [_join([[layout.start_id], decoder, _eos(layout)])], None, layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2Seq:
+  """The encoder reads the prompt and eos; the decoder reads bos and the answer, and predicts the answer and eos.
+
+  A prompt longer than encoder_len loses its beginning (truncate 'left') or its end, an answer its end.
+  """
+
+  packings = ('pad',)
+  needs = 'answers'
+  overhead = 0
+  num_sentinels = 0
+  random = False
+  encodes = True
+
+  def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
+    [piece] = row
+    prompt, answer = piece.ids[int(layout.bos_id is not None):piece.answer], piece.ids[piece.answer:]
+    room = layout.encoder_len - len(_eos(layout))
+    prompt = prompt[max(0, len(prompt) - room):] if layout.truncate == 'left' else prompt[:room]
+    decoder = _join([[layout.start_id], answer[:layout.seq_len]])
+    return _encode(_join([prompt, _eos(layout)]), layout) | lay_out([decoder], None, layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+  """Reads a document, eos included; `labels` is its class, int32 []. See `_labelled`."""
+
+  packings = ('pad',)
+  needs = 'labels'
+  overhead = 1
+  num_sentinels = 0
+  random = False
+  encodes = False
+
+  def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
+    return _labelled(row, layout, np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+  """Reads a document, eos included; `labels` is float32 [], or [C] where each document has C of them."""
+
+  packings = ('pad',)
+  needs = 'labels'
+  overhead = 1
+  num_sentinels = 0
+  random = False
+  encodes = False
+
+  def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
+    return _labelled(row, layout, np.float32)
+
+
+TASKS: dict[str, type[Task]] = {
+    'next_token': NextToken,
+    'prompt_answer': PromptAnswer,
+    'fim': FillInTheMiddle,
+    'prefix_lm': PrefixLM,
+    'span_corruption': SpanCorruption,
+    'seq2seq': Seq2Seq,
+    'classification': Classification,
+    'regression': Regression,
 }
+
+
+def lay_out(pieces: list[np.ndarray], masks: list[np.ndarray] | None, layout: Layout) -> Features:
+  """Pieces int32 [n + 1] one after the other, padded; `masks` [n] say which targets count, None: all do."""
+  lengths = [len(ids) - 1 for ids in pieces]
+  total = sum(lengths)
+  index = np.arange(total, dtype=np.int32)
+  begins = np.cumsum([0, *lengths[:-1]], dtype=np.int32)
+  loss_mask = np.zeros(layout.seq_len, np.float32)
+  loss_mask[:total] = 1 if masks is None else np.concatenate(masks)
+  return {'tokens': _padded(np.concatenate([ids[:-1] for ids in pieces]), layout.seq_len),
+          'targets': _padded(np.concatenate([ids[1:] for ids in pieces]), layout.seq_len),
+          'loss_mask': loss_mask,
+          'segment_ids': _padded(np.repeat(np.arange(1, len(pieces) + 1), lengths), layout.seq_len),
+          'positions': _padded(index - np.repeat(begins, lengths), layout.seq_len)}
+
+
+def _labelled(row: Row, layout: Layout, dtype: type) -> Features:
+  """No token is predicted. loss_mask is 1 on the last real token alone: there a causal model's head reads the row, and
+  the sum of loss_mask counts examples, so that blank rows weigh nothing. A head that pools reads where segment_ids > 0.
+  """
+  [piece] = row
+  features = lay_out([np.append(piece.ids, 0)], [_from(len(piece.ids), len(piece.ids) + 1)], layout)
+  return features | {'targets': np.zeros(layout.seq_len, np.int32), 'labels': np.asarray(piece.label, dtype)}
+
+
+def _encode(ids: np.ndarray, layout: Layout) -> Features:
+  return {'encoder_tokens': _padded(ids, layout.encoder_len),
+          'encoder_segment_ids': _padded(np.ones(len(ids)), layout.encoder_len)}
+
+
+def _padded(x: np.ndarray, length: int) -> np.ndarray:
+  result = np.zeros(length, np.int32)
+  result[:len(x)] = x
+  return result
+
+
+def _from(point: int, num_ids: int) -> np.ndarray:
+  """Over the targets of `num_ids` ids: whether the target is ids[point] or a later one."""
+  return np.arange(1, num_ids) >= point
+
+
+def _inner(ids: np.ndarray, eos_id: int | None) -> np.ndarray:
+  """Without the first, which is no target, and without eos at the end."""
+  return ids[1:-1] if len(ids) > 1 and ids[-1] == eos_id else ids[1:]
+
+
+def _eos(layout: Layout) -> list[int]:
+  return [] if layout.eos_id is None else [layout.eos_id]
+
+
+def _join(parts: list) -> np.ndarray:
+  return np.concatenate([np.asarray(part, np.int32) for part in parts])
+
+
+def _random_lengths(total: int, num_parts: int, rng: np.random.Generator) -> np.ndarray:
+  """`num_parts` lengths of 1 or more with the sum `total`, each way as likely as any other."""
+  cuts = np.sort(rng.choice(total - 1, num_parts - 1, replace=False)) + 1 if num_parts > 1 else np.zeros(0, np.int64)
+  return np.diff(np.concatenate([[0], cuts, [total]]))[:num_parts]

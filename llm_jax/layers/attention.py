@@ -6,6 +6,7 @@ Dims: B batch, T query length, S key length, D embed, N heads, K kv heads, H hea
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,23 +21,42 @@ from llm_jax.sharding import constrain
 KVCache = dict[str, jax.Array]  # k, v: [B, S, K, H]; slot s holds the token at position s
 
 
-def causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *,
-                     window: int = 0, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-  """Each token sees itself and the `window - 1` before it (0: all before it) that share its segment."""
-  mask_B1TT = None
+class Visible(NamedTuple):
+  """What tokens see apart from the order and the window. With a cache, S are its slots; without, S = T."""
+
+  segment_ids_BT: jax.Array | None = None  # a token sees its own segment only; None: there is one
+  prefix_BS: jax.Array | None = None  # bool: seen by its whole segment, by what stands before it too; None: nothing is
+
+
+def causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, window: int = 0,
+                     segment_ids_BT: jax.Array | None = None, prefix_BT: jax.Array | None = None) -> jax.Array:
+  """Each token sees itself, the `window - 1` before it (0: all before it) and the prefix, if they share its segment."""
+  mask_BTT = None
   if segment_ids_BT is not None:
-    mask_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
+    mask_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+  if prefix_BT is None:
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, mask=None if mask_BTT is None else mask_BTT[:, None], is_causal=True,
+        local_window_size=(window - 1, 0) if window else None)
+  positions_BT = jnp.broadcast_to(jnp.arange(q_BTNH.shape[1]), q_BTNH.shape[:2])
+  seen_BTT = _look_back(positions_BT, q_BTNH.shape[1], window) | prefix_BT[:, None, :]
   return jax.nn.dot_product_attention(
-      q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TT, is_causal=True,
-      local_window_size=(window - 1, 0) if window else None)
+      q_BTNH, k_BTKH, v_BTKH, mask=(seen_BTT if mask_BTT is None else seen_BTT & mask_BTT)[:, None])
 
 
-def cached_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *,
-                     positions_BT: jax.Array, window: int = 0) -> jax.Array:
+def cached_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, positions_BT: jax.Array,
+                     window: int = 0, prefix_BS: jax.Array | None = None) -> jax.Array:
   """The same over a cache: the query at position p sees the slots p and before. Slots after p may hold anything."""
-  distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BSKH.shape[1])[None, None, :]
-  mask_BTS = (distance_BTS >= 0) & ((distance_BTS < window) if window else True)
+  mask_BTS = _look_back(positions_BT, k_BSKH.shape[1], window)
+  if prefix_BS is not None:
+    mask_BTS |= prefix_BS[:, None, :]
   return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
+
+
+def _look_back(positions_BT: jax.Array, num_slots: int, window: int) -> jax.Array:
+  """bool [B, T, S]: slot s holds the token at position s."""
+  distance_BTS = positions_BT[:, :, None] - jnp.arange(num_slots)[None, None, :]
+  return (distance_BTS >= 0) & ((distance_BTS < window) if window else True)
 
 
 class Attention(nn.Module):
@@ -54,7 +74,7 @@ class Attention(nn.Module):
   use_bias: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None,
+  def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, visible: Visible,
                cache: KVCache | None, window: int) -> tuple[jax.Array, KVCache | None]:
     def project(name: str, num_heads: int, axis: str) -> jax.Array:
       einsum = self.einsum(shape=(self.embed_dim, num_heads, self.head_dim), axes=('embed', axis, 'head_dim'),
@@ -70,11 +90,13 @@ class Attention(nn.Module):
     k_BTKH = project('k', self.num_kv_heads, 'kv_heads')
     v_BTKH = project('v', self.num_kv_heads, 'kv_heads')
     if cache is None:
-      y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, window=window, segment_ids_BT=segment_ids_BT)
+      y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, window=window, segment_ids_BT=visible.segment_ids_BT,
+                                prefix_BT=visible.prefix_BS)
     else:
       write = jax.vmap(lambda slots, positions, x: slots.at[positions].set(x))
       cache = {'k': write(cache['k'], positions_BT, k_BTKH), 'v': write(cache['v'], positions_BT, v_BTKH)}
-      y_BTNH = cached_attention(q_BTNH, cache['k'], cache['v'], positions_BT=positions_BT, window=window)
+      y_BTNH = cached_attention(q_BTNH, cache['k'], cache['v'], positions_BT=positions_BT, window=window,
+                                prefix_BS=visible.prefix_BS)
     out = self.einsum(shape=(self.num_heads, self.head_dim, self.embed_dim), axes=('heads', 'head_dim', 'embed'),
                       bias_dims=int(self.use_bias), initializer=self.out_init, name='o')
     return out('BTNH,NHD->BTD', y_BTNH), cache

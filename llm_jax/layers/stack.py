@@ -1,6 +1,6 @@
 """L equal blocks as one: parameters stacked on a leading `layers` axis, run by one scan.
 
-A block is a Flax module called as block(x, positions, segment_ids, cache, window, train) -> (x, cache).
+A block is a Flax module called as block(x, positions, visible, cache, window, train) -> (x, cache).
 Stacked parameters serve laptop and pod alike: the scan's unroll is a config value (unrolled runs faster, rolled
 compiles in a time that does not grow with depth).
 """
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from llm_jax.layers.attention import Visible
 from llm_jax.types import Params
 
 REMAT: dict[str, Callable[[Callable], Callable]] = {
@@ -31,7 +32,7 @@ def init_stack(block: nn.Module, num_layers: int, embed_dim: int) -> Callable[[j
 
   def init(key: jax.Array) -> Params:
     def init_block(key):
-      return block.init(key, x, positions, None, None, 0, False)['params']
+      return block.init(key, x, positions, Visible(), None, 0, False)['params']
     stacked = jax.vmap(init_block)(jax.random.split(key, num_layers))
     return meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
 
@@ -39,7 +40,7 @@ def init_stack(block: nn.Module, num_layers: int, embed_dim: int) -> Callable[[j
 
 
 def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT: jax.Array,
-                segment_ids_BT: jax.Array | None, *, windows: tuple[int, ...], cache: Any = None,
+                visible: Visible, *, windows: tuple[int, ...], cache: Any = None,
                 dropout_key: jax.Array | None = None, train: bool = False,
                 unroll: int = 1, remat: str = 'none') -> tuple[jax.Array, Any, dict[str, Any]]:
   """Runs the blocks. Layer l looks back windows[l % len(windows)] tokens; their number must divide L.
@@ -55,7 +56,7 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
     for i, window in enumerate(windows):
       layer_params, layer_cache, key = jax.tree.map(lambda leaf: leaf[i], group)  # noqa: B023
       (x, layer_cache), sown = block.apply(
-          {'params': layer_params}, x, positions_BT, segment_ids_BT, layer_cache, window, train,
+          {'params': layer_params}, x, positions_BT, visible, layer_cache, window, train,
           rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
       outputs.append((layer_cache, sown))
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)

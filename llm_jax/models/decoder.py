@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.layers.attention import Attention
+from llm_jax.layers.attention import Attention, Visible
 from llm_jax.layers.linear import Einsum, Embed
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.norm import LayerNorm, RMSNorm
@@ -43,6 +43,7 @@ class DecoderConfig:
   qk_norm: bool = False
   tie_embeddings: bool = True
   windows: tuple[int, ...] = (0,)  # layer l looks back windows[l % len(windows)] tokens; 0: all
+  prefix_attention: bool = False  # what the data's prefix_mask marks, and a prompt, is attended in both directions
   logit_soft_cap: float = 0.0  # cap * tanh(logits / cap); 0: off
   dropout: float = 0.0  # on the embedding and on what each layer adds to the residual stream
   init_std: float = 0.02  # matrices into the residual stream get init_std / sqrt(2 L)
@@ -113,7 +114,7 @@ class Block(nn.Module):
   cfg: DecoderConfig
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, segment_ids_BT, cache, window: int, train: bool):
+  def __call__(self, x_BTD, positions_BT, visible: Visible, cache, window: int, train: bool):
     cfg = self.cfg
     norm, einsum = make_norm(cfg), make_einsum(cfg)
     out_init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
@@ -121,7 +122,7 @@ class Block(nn.Module):
     h_BTD, cache = Attention(
         cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, einsum, out_init, dtype=jnp.dtype(cfg.dtype), qk_norm=cfg.qk_norm,
         rope_base=cfg.rope_base if cfg.positions == 'rope' else None, use_bias=cfg.use_bias, name='attn',
-    )(norm(name='attn_norm')(x_BTD), positions_BT, segment_ids_BT, cache, window)
+    )(norm(name='attn_norm')(x_BTD), positions_BT, visible, cache, window)
     x_BTD = x_BTD + dropout(h_BTD)
     mlp = MLPS[cfg.mlp](cfg.embed_dim, cfg.F, einsum, out_init, use_bias=cfg.use_bias, name='mlp')
     x_BTD = x_BTD + dropout(mlp(norm(name='mlp_norm')(x_BTD)))
@@ -132,6 +133,7 @@ class Decoder(nn.Module):
   """A LanguageModel (see types.py)."""
 
   cfg: DecoderConfig
+  reads = frozenset({'tokens', 'targets', 'loss_mask', 'positions', 'segment_ids', 'prefix_mask'})  # of a Batch
 
   def setup(self):
     cfg = self.cfg
@@ -150,10 +152,11 @@ class Decoder(nn.Module):
     positions_BT = batch.positions
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
-    x_BTD, _ = self.hidden(batch.tokens, positions_BT, batch.segment_ids, train=train)
+    prefix_BT = batch.prefix_mask > 0 if self.cfg.prefix_attention and batch.prefix_mask is not None else None
+    x_BTD, _ = self.hidden(batch.tokens, positions_BT, Visible(batch.segment_ids, prefix_BT), train=train)
     return self.logits(x_BTD)
 
-  def hidden(self, tokens_BT, positions_BT, segment_ids_BT=None, cache=None, train: bool = False):
+  def hidden(self, tokens_BT, positions_BT, visible: Visible, cache=None, train: bool = False):
     """The residual stream after all blocks [B, T, D], and the cache."""
     cfg = self.cfg
     x_BTD = self.embed.encode(tokens_BT)
@@ -165,7 +168,7 @@ class Decoder(nn.Module):
       key = jax.random.fold_in(dropout_key, cfg.num_layers)
       x_BTD = self.dropout(x_BTD, deterministic=False, rng=key)
     x_BTD, cache, sown = apply_stack(
-        self.block, self.blocks, x_BTD, positions_BT, segment_ids_BT, windows=cfg.windows, cache=cache,
+        self.block, self.blocks, x_BTD, positions_BT, visible, windows=cfg.windows, cache=cache,
         dropout_key=dropout_key, train=train, unroll=cfg.scan_unroll, remat=cfg.remat)
     for collection, values in sown.items():
       self.sow(collection, 'blocks', values)
@@ -186,12 +189,14 @@ class Decoder(nn.Module):
   def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     # Padding behind a prompt writes slots that no query reaches before `decode` has overwritten them.
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    x_BTD, layers = self.hidden(tokens_BT, positions_BT, cache=cache['layers'])
+    slots_S = jnp.arange(cache['layers']['k'].shape[2])
+    prefix_BS = slots_S[None] < lengths_B[:, None] if self.cfg.prefix_attention else None
+    x_BTD, layers = self.hidden(tokens_BT, positions_BT, Visible(prefix_BS=prefix_BS), cache=cache['layers'])
     last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
     return self.logits(last_B1D)[:, 0], {'layers': layers, 'length_B': lengths_B}
 
   def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    x_B1D, layers = self.hidden(tokens_B[:, None], cache['length_B'][:, None], cache=cache['layers'])
+    x_B1D, layers = self.hidden(tokens_B[:, None], cache['length_B'][:, None], Visible(), cache=cache['layers'])
     return self.logits(x_B1D)[:, 0], {'layers': layers, 'length_B': cache['length_B'] + 1}
 
 

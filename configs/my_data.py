@@ -1,0 +1,61 @@
+"""A small model on data of your own: name it on the command line.
+
+  python -m llm_jax.main --config=configs/my_data.py --config.data.path='notes/**/*.md'
+  python -m llm_jax.main --config=configs/my_data.py --config.data.path=pairs.jsonl --config.data.task=prompt_answer \
+      --config.data.packing=best_fit
+
+The README ("Your data") has a line for each format. Look before you train, with the same flags:
+
+  python -m llm_jax.data.inspect --config=configs/my_data.py --config.data.path='notes/**/*.md' --out=data.png
+
+Without a path it takes Python's standard library. Llama's parts (RoPE, RMSNorm, SwiGLU) in 30 M parameters; on CPUs
+in 2.5 M (see on_cpu).
+"""
+
+from llm_jax.config import base
+
+
+def get_config():
+  config = base()
+  config.num_steps = 2000
+  config.batch_tokens = 65_536
+  config.tokens_per_device = 16_384
+  config.model.num_layers = 8
+  config.model.embed_dim = 512
+  config.model.num_heads = 8
+  config.model.mlp = 'swiglu'
+  config.model.mlp_dim = 1408
+  config.model.norm = 'rms_norm'
+  config.model.positions = 'rope'
+  config.model.scan_unroll = 8
+  config.data.seq_len = 512
+  config.data.tokenizer = 'bpe'
+  config.data.vocab_size = 8192
+  config.data.filters.deduplicate = True
+  config.optim.learning_rate = 1e-3
+  config.optim.warmup_cosine.warmup_steps = 100
+  config.optim.adamw.b2 = 0.95
+  config.optim.adamw.weight_decay = 0.1
+  config.eval.max_tokens = 131_072
+  config.eval.top_k = 40
+  return config
+
+
+def on_cpu(config):
+  """Some minutes on two cores."""
+  config.num_steps = 500
+  config.batch_tokens = 2_048
+  config.tokens_per_device = 2_048
+  config.model.num_layers = 4
+  config.model.embed_dim = 160
+  config.model.num_heads = 5
+  config.model.mlp_dim = 432
+  config.model.scan_unroll = 4
+  config.model.dtype = 'float32'  # few CPUs multiply bfloat16
+  config.data.seq_len = 128
+  config.data.encoder_len = 128
+  config.optim.learning_rate = 3e-3
+  config.optim.warmup_cosine.warmup_steps = 50
+  config.eval.every = 100
+  config.eval.max_tokens = 16_384
+  config.checkpoint.every = 100

@@ -1,0 +1,114 @@
+"""DataConfig: what to train on and how it becomes rows of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Literal
+
+from llm_jax.data.augment import Augment
+from llm_jax.data.documents import SourceConfig
+from llm_jax.data.filters import FilterConfig
+from llm_jax.data.splits import SplitConfig
+from llm_jax.data.tasks import TASKS, FillInTheMiddle, PrefixLM, SpanCorruption
+from llm_jax.data.tokenizers import FITTED
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(SourceConfig, SplitConfig):
+  """What to train on and how it becomes rows of tokens. With `sources` empty it describes the only source itself."""
+
+  sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # a mixture, by name
+  weights_from: tuple[int, ...] = (0,)  # steps from which the sources' 1st, 2nd, ... weights hold
+  on_bad_record: Literal['fail', 'skip'] = 'fail'
+  max_bad_fraction: float = 0.01  # of the records, where bad ones are skipped
+  filters: FilterConfig = FilterConfig()
+
+  tokenizer: str = 'bpe'  # byte, char, word, bpe; a tokenizer.json or SentencePiece .model; tiktoken:NAME; none (ids)
+  vocab_size: int = 8192  # that bpe is trained to, and the most that word keeps
+  min_frequency: int = 1  # of a word
+  pattern: str | None = None  # regular expression of the words; None: see tokenizers/word.py
+
+  task: str = 'next_token'  # one of tasks.TASKS; those with settings have a field below
+  fim: FillInTheMiddle = FillInTheMiddle()
+  prefix_lm: PrefixLM = PrefixLM()
+  span_corruption: SpanCorruption = SpanCorruption()
+  augment: Augment = Augment()
+  seq_len: int = 1024
+  encoder_len: int = 512  # of tasks with an encoder
+  packing: Literal['concat', 'best_fit', 'pad'] = 'concat'  # see rows.py
+  stride: int | None = None  # between the beginnings of windows; None: seq_len, so they do not overlap
+  truncate: Literal['auto', 'split', 'left', 'right'] = 'auto'  # what becomes of a document longer than a row
+  mask_documents: bool = True  # attention and positions stay inside a document
+
+  streaming: bool = False  # tokenize on the way, for what is endless or too large to keep; see streaming.py
+  shuffle_buffer: int = 1024  # rows, when streaming
+  cache_mb: int = 0  # of tokenized documents kept in memory, when streaming
+  num_workers: int = 0  # processes that make batches; 0: a thread
+  shard_tokens: int = 1 << 27  # in one file of a store
+  verify: bool = False  # compare every file of the stores with its sha256 when opening
+  cache_dir: str | None = None  # None: $LLM_JAX_CACHE, else ~/.cache/llm_jax
+
+  def __post_init__(self):
+    problems = []
+    if self.task not in TASKS:
+      problems.append(f'task {self.task!r} is unknown; known: {", ".join(TASKS)}')
+    if not self.path:
+      problems.append("path must name something: 'stdlib', a file, a folder, a glob or a URL")
+    for field in ('seq_len', 'encoder_len', 'shard_tokens', 'shuffle_buffer', 'max_record_bytes', 'min_frequency'):
+      if getattr(self, field) < 1:
+        problems.append(f'{field} must be at least 1; got {getattr(self, field)}')
+    for field in ('cache_mb', 'num_workers', 'val_documents', 'test_documents'):
+      if getattr(self, field) < 0:
+        problems.append(f'{field} must not be negative; got {getattr(self, field)}')
+    if not 0 < self.val_fraction < 1:
+      problems.append(f'val_fraction must lie between 0 and 1; got {self.val_fraction}')
+    if not 0 <= self.test_fraction < 1 - self.val_fraction:
+      problems.append(f'test_fraction must lie in [0, 1 - val_fraction); got {self.test_fraction}')
+    if not 0 <= self.max_bad_fraction <= 1:
+      problems.append(f'max_bad_fraction must lie in [0, 1]; got {self.max_bad_fraction}')
+    if self.split == 'count' and not self.val_documents and self.val_path is None:
+      problems.append('val_documents must be at least 1 where split is count')
+    if self.tokenizer not in (*FITTED, 'none') and not set(self.tokenizer) & set('./:'):
+      problems.append(f'tokenizer {self.tokenizer!r} is none of {", ".join(FITTED)}, none, a path ending in .json or '
+                      '.model, tiktoken:NAME')
+    if self.tokenizer == 'bpe' and self.vocab_size < 257:
+      problems.append(f'vocab_size must be at least 257 (256 bytes and one special token); got {self.vocab_size}')
+    if self.stride is not None and not 1 <= self.stride <= self.seq_len:
+      problems.append(f'stride must lie in [1, seq_len], or be None; got {self.stride}')
+    if list(self.weights_from) != sorted(set(self.weights_from)) or self.weights_from[:1] != (0,):
+      problems.append(f'weights_from must begin with 0 and ascend; got {self.weights_from}')
+    for name, source in self.sources.items():
+      if len(source.weight) != len(self.weights_from) or min(source.weight) < 0:
+        problems.append(f'sources.{name}.weight must hold {len(self.weights_from)} number(s) of 0 or more, one for '
+                        f'each of weights_from {self.weights_from}; got {source.weight}')
+    stages = [] if problems else zip(*(source.weight for source in self.sources.values()), strict=True)
+    if not all(map(sum, stages)):
+      problems.append('sources: the weights of one stage are all 0')
+    if self.streaming:
+      problems += self._streaming_problems()
+    if problems:
+      raise ValueError('\n'.join(problems))
+
+  def _streaming_problems(self) -> list[str]:
+    held_out = (self.split == 'count' and self.val_documents) or all(s.val_path for s in self.named_sources.values())
+    return [f'streaming: {message}; or train from a token store (streaming=False)' for wrong, message in (
+        (not held_out, 'validation needs split=count with val_documents, or val_path'),
+        (self.split in ('tail', 'document'), f'split={self.split} needs to see all of a source: take count'),
+        (self.task != 'next_token' or self.packing != 'concat', 'only task next_token with packing concat streams'),
+        (self.augment.random, 'augment has no effect on a stream: leave it off'),
+        (self.stride is not None, 'windows of a stream do not overlap: leave stride None'),
+        (self.filters.deduplicate, 'duplicates are not remembered over a stream: set filters.deduplicate=False'),
+        (len(self.weights_from) > 1, 'weights of a stream do not change: leave weights_from at (0,)'),
+        (self.num_workers > 0, 'a stream is read by a thread: leave num_workers at 0')) if wrong]
+
+  @property
+  def named_sources(self) -> dict[str, SourceConfig]:
+    own = SourceConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SourceConfig)})
+    return self.sources or {'data': own}
+
+
+def cache_dir(config: DataConfig) -> Path:
+  default = os.environ.get('LLM_JAX_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'llm_jax'
+  return Path(config.cache_dir or default).expanduser()

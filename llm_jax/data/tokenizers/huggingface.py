@@ -1,0 +1,151 @@
+"""Hugging Face tokenizers: any tokenizer.json, and byte-level BPE trained here, which is saved as one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import tokenizers
+
+from llm_jax.data.text_checks import empty_table, utf8
+from llm_jax.data.tokenizers import bpe
+from llm_jax.errors import ConfigError, DataError
+
+EOT = '<|endoftext|>'
+
+# What opens and what ends a document, in the usual spellings; the first pair that a vocabulary has is taken.
+SPECIALS = (
+    (EOT, EOT),
+    ('<|begin_of_text|>', '<|end_of_text|>'),
+    ('<s>', '</s>'),
+    ('<bos>', '<eos>'),
+    ('[CLS]', '[SEP]'),
+    ('[BOS]', '[EOS]'),
+    ('<|im_start|>', '<|im_end|>'),
+    ('<\uff5cbegin\u2581of\u2581sentence\uff5c>', '<\uff5cend\u2581of\u2581sentence\uff5c>'),
+    ('</s>', '</s>'),
+    ('<eos>', '<eos>'),
+)
+
+
+class HuggingFaceTokenizer:
+  """A tokenizer.json; byte-level BPE, where that is provably the same, by tiktoken."""
+
+  def __init__(self, text: str):
+    self._model = tokenizers.Tokenizer.from_str(text)
+    # A text is encoded whole, always the same way, and is text even where it spells a special token.
+    self._model.no_truncation()
+    self._model.no_padding()
+    if getattr(self._model.model, 'dropout', None):
+      self._model.model.dropout = None
+    self._model.encode_special_tokens = True
+    vocab = self._model.get_vocab()
+    self.token_bytes = empty_table(max(vocab.values(), default=-1) + 1)
+    spec = json.loads(self._model.to_str())  # with every key, also those that `text` leaves out
+    pair = next((pair for pair in SPECIALS if set(pair) <= set(vocab)), None)
+    if pair is None:
+      raise ConfigError('the tokenizer has no token that opens a document: none of '
+                        f'{", ".join(dict.fromkeys(first for first, _ in SPECIALS))} is in its vocabulary; add one')
+    self.bos_id, self.eos_id = vocab[pair[0]], vocab[pair[1]]
+
+    unknown = _unknown_token(spec)
+    special = {*pair, *(token['content'] for token in spec['added_tokens'] if token['special'])} - {unknown}
+    self._special = sorted(special)
+    self._special_ids = np.array(sorted(vocab[token] for token in special), np.uint32)
+    bytes_of = _spelling(spec)
+    plain = {token['content'] for token in spec['added_tokens']}  # added tokens stand for themselves
+    for token, i in vocab.items():
+      if token not in special and token != unknown:
+        self.token_bytes[i] = token.encode() if token in plain else bytes_of(token)
+    self.lossless = _is_lossless(spec)
+    ranks = bpe.merge_ranks(spec)
+    self._fast = bpe.open_bpe(ranks) if ranks else None
+
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    if self._fast is not None:
+      return bpe.encode(self._fast, texts)
+    for text in texts:
+      utf8(text)
+    rows = self._encode(texts)
+    return [self._encode_cut(text) if np.isin(ids, self._special_ids).any() else ids
+            for text, ids in zip(texts, rows, strict=True)]
+
+  def _encode(self, texts: list[str]) -> list[np.ndarray]:
+    try:
+      return [np.array(e.ids, np.uint32) for e in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as e:  # the library has no narrower type
+      raise DataError(f'the tokenizer cannot encode a text: {e}') from None
+
+  def _encode_cut(self, text: str) -> np.ndarray:
+    """For models that know a special token's spelling as a word: cuts it in two; what normalising joins is dropped."""
+    spellings = re.finditer('|'.join(map(re.escape, self._special)), text)
+    cuts = [0, *(match.start() + 1 for match in spellings), len(text)]
+    ids = np.concatenate(self._encode([text[begin:end] for begin, end in itertools.pairwise(cuts)]))
+    return ids[~np.isin(ids, self._special_ids)]
+
+  def to_json(self) -> str:
+    return self._model.to_str()
+
+
+def fit_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int) -> HuggingFaceTokenizer:
+  """Byte-level BPE (arXiv 1508.07909): merges the most frequent pairs until there are `vocab_size` tokens."""
+  model = tokenizers.Tokenizer(tokenizers.models.BPE())
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=[EOT], show_progress=False,
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  model.train_from_iterator(texts, trainer)
+  return HuggingFaceTokenizer(model.to_str())
+
+
+def _components(spec: dict, name: str) -> list[dict]:
+  """The parts of a normalizer, pre_tokenizer or decoder, sequences laid flat."""
+  def flat(part: dict | None) -> list[dict]:
+    if part is None:
+      return []
+    inner = part.get('normalizers') or part.get('pretokenizers') or part.get('decoders')
+    return [part] if inner is None else [one for p in inner for one in flat(p)]
+
+  return flat(spec[name])
+
+
+def _unknown_token(spec: dict) -> str | None:
+  model = spec['model']
+  if model.get('unk_id') is not None:
+    return model['vocab'][model['unk_id']][0]
+  return model.get('unk_token')
+
+
+def _is_lossless(spec: dict) -> bool:
+  """Whether the ids' bytes are surely those of any text: every byte is known, and nothing changes or drops one."""
+  model = spec['model']
+  changed = spec['normalizer'] or any(token['lstrip'] or token['rstrip'] for token in spec['added_tokens'])
+  parts = _components(spec, 'pre_tokenizer')
+  return (model['type'] == 'BPE' and not changed and set(bpe.byte_alphabet()) <= set(model['vocab'])
+          and not model.get('continuing_subword_prefix') and not model.get('end_of_word_suffix')
+          and any(part['type'] == 'ByteLevel' for part in parts)
+          and all(part['type'] in ('ByteLevel', 'Split', 'Digits', 'Punctuation') for part in parts)
+          and not any(part.get('add_prefix_space') or part.get('behavior') == 'Removed' for part in parts))
+
+
+def _spelling(spec: dict) -> Callable[[str], bytes]:
+  """How the vocabulary spells bytes: GPT-2's alphabet; WordPiece's ## inside words; U+2581 for space and <0xNN>."""
+  parts = [part['type'] for name in ('normalizer', 'pre_tokenizer', 'decoder') for part in _components(spec, name)]
+  model, byte_of = spec['model'], bpe.byte_alphabet()
+  if 'ByteLevel' in parts:
+    return lambda token: bytes(byte_of[c] for c in token) if set(token) <= set(byte_of) else token.encode()
+  if model['type'] in ('WordPiece', 'WordLevel'):
+    inside = model.get('continuing_subword_prefix') or '\0'
+    return lambda token: token.removeprefix(inside).encode() if token.startswith(inside) else f' {token}'.encode()
+  suffix = model.get('end_of_word_suffix') or '\0'
+
+  def plain(token: str) -> bytes:
+    if re.fullmatch('<0x[0-9A-F]{2}>', token):
+      return bytes([int(token[3:5], 16)])
+    return token.replace('\u2581', ' ').replace(suffix, ' ').encode()
+
+  return plain

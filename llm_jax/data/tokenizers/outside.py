@@ -1,0 +1,110 @@
+"""Tokenizers of other libraries: SentencePiece models and tiktoken's encodings, kept whole in our JSON."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from llm_jax.data.text_checks import empty_table, utf8
+from llm_jax.data.tokenizers import bpe
+from llm_jax.errors import ConfigError, DataError
+
+
+class SentencePieceTokenizer:
+  """A SentencePiece model. Its pieces spell spaces as U+2581, so a text with that character is not told apart."""
+
+  lossless = False
+
+  def __init__(self, proto: bytes):
+    try:
+      import sentencepiece
+    except ImportError:
+      raise ConfigError("SentencePiece models need a package more: pip install 'llm_jax[data]'") from None
+    self._proto = proto
+    self._model = model = sentencepiece.SentencePieceProcessor()
+    model.LoadFromSerializedProto(proto)
+    specials = [i for i in (model.bos_id(), model.eos_id()) if i >= 0]
+    if not specials:
+      raise ConfigError('the SentencePiece model has neither a bos nor an eos token to part documents with; '
+                        'train it with --bos_id and --eos_id of 0 or more')
+    self.bos_id, self.eos_id = specials[0], specials[-1]
+    self.token_bytes = [_piece_bytes(model, i) for i in range(model.GetPieceSize())]
+
+  @classmethod
+  def from_json(cls, spec: dict) -> SentencePieceTokenizer:
+    return cls(base64.b64decode(spec['model'], validate=True))
+
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    for text in texts:
+      utf8(text)
+    return [np.array(ids, np.uint32) for ids in self._model.EncodeAsIds(texts)]
+
+  def to_json(self) -> str:
+    return json.dumps({'type': 'sentencepiece', 'model': base64.b64encode(self._proto).decode()})
+
+
+def _piece_bytes(model, i: int) -> bytes:
+  if model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i):
+    return b''
+  piece = model.IdToPiece(i)
+  return bytes([int(piece[3:5], 16)]) if model.IsByte(i) else piece.replace('\u2581', ' ').encode()
+
+
+def open_sentencepiece(path: Path) -> SentencePieceTokenizer:
+  """Raises DataError when the file is missing or damaged, ConfigError when it cannot part documents."""
+  try:
+    return SentencePieceTokenizer(path.read_bytes())
+  except OSError as e:
+    raise DataError(f'{path}: the tokenizer cannot be read: {e.strerror}') from None
+  except ConfigError as e:
+    raise ConfigError(f'{path}: {e}') from None
+  except RuntimeError as e:
+    raise DataError(f'{path}: not a SentencePiece model ({e})') from None
+
+
+class TiktokenTokenizer:
+  """Byte-level BPE whose merges are in the order of ids."""
+
+  lossless = True
+
+  def __init__(self, pattern: str, ranks: dict[bytes, int], eot_id: int):
+    missing = [i for i in range(256) if bytes([i]) not in ranks]
+    if missing:
+      raise DataError(f'the encoding has no token for byte {missing[0]:#04x}')
+    if len({eot_id, *ranks.values()}) != len(ranks) + 1:
+      raise DataError('the encoding has two tokens with one id')
+    self.pattern, self.ranks = pattern, ranks
+    self.bos_id = self.eos_id = eot_id
+    self.token_bytes = empty_table(1 + max(eot_id, *ranks.values()))
+    for token, i in ranks.items():
+      self.token_bytes[i] = token
+    self._model = bpe.open_bpe(ranks, pattern)
+
+  @classmethod
+  def from_json(cls, spec: dict) -> TiktokenTokenizer:
+    ranks = {base64.b64decode(token): i for token, i in spec['ranks'].items()}
+    return cls(spec['pattern'], ranks, spec['eot_id'])
+
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    return bpe.encode(self._model, texts)
+
+  def to_json(self) -> str:
+    ranks = {base64.b64encode(token).decode(): i for token, i in self.ranks.items()}
+    return json.dumps({'type': 'tiktoken', 'pattern': self.pattern, 'eot_id': self.bos_id, 'ranks': ranks})
+
+
+def open_tiktoken(name: str) -> TiktokenTokenizer:
+  """An encoding by name, from TIKTOKEN_CACHE_DIR or the network. Raises ConfigError, DataError."""
+  known = tiktoken.list_encoding_names()
+  if name not in known:
+    raise ConfigError(f'tiktoken has no encoding {name!r}; it has {", ".join(sorted(known))}')
+  try:
+    model = tiktoken.get_encoding(name)
+  except Exception as e:
+    raise DataError(f'tiktoken:{name} is neither in TIKTOKEN_CACHE_DIR nor to be fetched ({type(e).__name__}); fetch '
+                    'it once where there is a network, with TIKTOKEN_CACHE_DIR set, and bring that folder') from None
+  return TiktokenTokenizer(model._pat_str, model._mergeable_ranks, model.eot_token)

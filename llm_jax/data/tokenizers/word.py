@@ -1,0 +1,69 @@
+"""Words by a regular expression, fitted to a corpus: what is not among the known words becomes <unk>."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from llm_jax.data.text_checks import utf8
+from llm_jax.errors import ConfigError
+
+SPECIALS = ('<pad>', '<bos>', '<eos>', '<unk>')  # ids 0 to 3; words follow
+UNK = 3
+
+# A name or word, a digit or a mark, each with the space before it; a line's end with the next line's indentation; other
+# space. Every character is in one match. Digits stand alone: numbers are endless, and would be <unk> one by one.
+PATTERN = r' ?[^\W\d]\w*| ?\d| ?[^\w\s]|\n[ \t]*|[^\S\n]+'
+
+
+class WordTokenizer:
+  """Words by falling frequency, each one id."""
+
+  lossless = False
+
+  def __init__(self, words: list[str], pattern: str):
+    self.words, self.pattern = words, pattern
+    self.bos_id, self.eos_id = 1, 2
+    self.token_bytes = [b''] * len(SPECIALS) + [utf8(word) for word in words]
+    self._regex = _compiled(pattern)
+    self._ids = _Ids((word, i) for i, word in enumerate(words, len(SPECIALS)))
+
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    ids, words = self._ids.__getitem__, self._regex.findall
+    return [np.fromiter(map(ids, words(text)), np.uint32) for text in texts]
+
+  def to_json(self) -> str:
+    return json.dumps({'type': 'word', 'pattern': self.pattern, 'words': self.words}, ensure_ascii=False)
+
+
+class _Ids(dict):
+  def __missing__(self, word: str) -> int:
+    return UNK
+
+
+def fit_word(texts: Iterable[str], vocab_size: int, min_frequency: int, pattern: str | None) -> WordTokenizer:
+  """The words that occur `min_frequency` times or more, the most frequent first, ties by text, `vocab_size` at most."""
+  if vocab_size <= len(SPECIALS):
+    raise ConfigError(f'vocab_size={vocab_size} leaves no word beside {", ".join(SPECIALS)}; give 5 or more')
+  regex = _compiled(pattern or PATTERN)
+  counts: Counter[str] = Counter()
+  for text in texts:
+    counts.update(regex.findall(text))
+  counts.pop('', None)
+  known = [word for word, count in counts.items() if count >= min_frequency]
+  known.sort(key=lambda word: (-counts[word], word))
+  return WordTokenizer(known[:vocab_size - len(SPECIALS)], regex.pattern)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+  try:
+    regex = re.compile(pattern)
+  except re.error as e:
+    raise ConfigError(f'pattern {pattern!r} is not a regular expression: {e}') from None
+  if regex.groups:
+    raise ConfigError(f'pattern {pattern!r} has a group: write (?:...) instead of (...)')
+  return regex

@@ -1,0 +1,178 @@
+"""Every document is on one side, or cut at one exact place; the side depends on nothing that does not matter."""
+
+import dataclasses
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_store import config_of, jsonl, sides_of, texts_of, write_corpus
+
+from llm_jax.data import open_data
+from llm_jax.data.documents import Document
+from llm_jax.data.splits import SPLITS, SplitConfig, Splitter, borders, content_hash, total_size
+
+property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+texts_lists = st.lists(st.text('ab中\U0001F600', min_size=1, max_size=9), min_size=1, max_size=12)
+# Whole percents, so that what is exact can be said in whole numbers.
+percents = st.tuples(st.integers(1, 60), st.integers(0, 39))
+
+
+def config_for(split, val=0, test=0, **options):
+  return SplitConfig(split, val / 100, test / 100, **options)
+
+
+def dealt(config, documents, resumed_at=()):
+  """{side: documents}; at each index of `resumed_at` another splitter goes on from the JSON of the state."""
+  splitter, found = Splitter(config, total_size(documents)), {side: [] for side in SPLITS}
+  for i, document in enumerate(documents):
+    if i in resumed_at:
+      splitter = Splitter(config, total_size(documents), json.loads(json.dumps(splitter.state)))
+    for side, part in splitter.deal(document):
+      found[side].append(part)
+  return found
+
+
+def joined(documents):
+  """Texts of documents, with pieces put together."""
+  texts = []
+  for document in documents:
+    if document.continues:
+      texts[-1] += document.text
+    else:
+      texts.append(document.text)
+  return texts
+
+
+def pieces(texts, length):
+  return [Document(str(i), text[at:at + length], continues=at > 0)
+          for i, text in enumerate(texts) for at in range(0, len(text), length)]
+
+
+@property_test
+@given(st.integers(0, 10**9), percents)
+def test_borders_are_exact(total, fractions):
+  val, test = fractions
+  val_begin, test_begin, end = borders(total, val / 100, test / 100)
+  assert val_begin == total * (100 - val - test) // 100
+  assert abs(test_begin - total * (100 - test) / 100) <= 0.5
+  assert 0 <= val_begin <= test_begin <= end == total
+
+
+def test_borders_of_enwik8():
+  assert borders(10**8, 0.05, 0.05) == (90_000_000, 95_000_000, 100_000_000)
+
+
+@property_test
+@given(texts_lists, percents, st.integers(1, 9), st.sets(st.integers(0, 60)))
+def test_tail_cuts_all_text_at_the_character(texts, fractions, length, resumed_at):
+  text = ''.join(texts)
+  val_begin, test_begin, _ = borders(len(text), fractions[0] / 100, fractions[1] / 100)
+  found = dealt(config_for('tail', *fractions), pieces(texts, length), resumed_at)
+  sides = {side: joined(found[side]) for side in SPLITS}
+  assert [''.join(sides[side]) for side in SPLITS] == [text[:val_begin], text[val_begin:test_begin], text[test_begin:]]
+  # Documents are as they were but for the cuts, pieces or not.
+  begins = np.cumsum([0, *map(len, texts)]).tolist()
+  cuts = sorted({*begins, val_begin, test_begin})
+  assert [t for side in SPLITS for t in sides[side]] == [text[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+@property_test
+@given(st.lists(st.tuples(st.text('ab', min_size=1, max_size=9), st.text('c', max_size=3)), min_size=1, max_size=12),
+       percents, st.booleans())
+def test_tail_never_cuts_a_pair_or_what_has_a_label(pairs, fractions, labelled):
+  documents = [Document('', t + a, label=1) if labelled else Document('', t, a) for t, a in pairs]
+  found = dealt(config_for('tail', *fractions), documents)
+  assert [d for side in SPLITS for d in found[side]] == documents
+
+
+@property_test
+@given(texts_lists, percents, st.integers(1, 9), st.sets(st.integers(0, 60)), st.randoms())
+def test_document_split_depends_on_the_text_alone(texts, fractions, length, resumed_at, rng):
+  config = config_for('document', *fractions)
+  documents = [Document(str(i), text) for i, text in enumerate(texts)]
+  side_of = {d.text: side for side, ds in dealt(config, documents).items() for d in ds}
+  for side, ds in dealt(config, documents).items():
+    assert all(side_of[d.text] == side for d in ds), 'equal documents on two sides'
+  others = [dataclasses.replace(d, name='new/name') for d in documents] + [Document('', f'new {i}') for i in range(3)]
+  rng.shuffle(others)
+  for side, ds in dealt(config, others, resumed_at).items():
+    assert all(side_of[d.text] == side for d in ds if d.text in side_of)
+  found = dealt(config, pieces(texts, length), resumed_at)
+  assert sorted(t for side in SPLITS for t in joined(found[side])) == sorted(texts)
+
+
+def test_document_split_has_about_the_fractions_asked_for():
+  found = dealt(config_for('document', 10, 5), [Document('', str(i)) for i in range(20_000)])
+  assert len(found['val']) == pytest.approx(2000, abs=5 * 2000**0.5)
+  assert len(found['test']) == pytest.approx(1000, abs=5 * 1000**0.5)
+
+
+def test_content_hash_is_of_the_content():
+  same = {content_hash(Document(name, 'a', answer)) for name in 'xy' for answer in (None, '')}
+  different = {content_hash(d) for d in (Document('', 'ab'), Document('', 'a', 'b'), Document('', '', 'ab'),
+                                         Document('', np.array([1, 2])), Document('', np.array([1]), np.array([2])),
+                                         Document('', '\ud800'))}
+  assert (len(same), len(different)) == (1, 6)
+  assert content_hash(Document('', np.array([1], np.uint8))) == content_hash(Document('', np.array([1], np.int64)))
+
+
+@property_test
+@given(texts_lists, st.integers(0, 5), st.integers(0, 5), st.integers(1, 9), st.sets(st.integers(0, 60)))
+def test_count_takes_the_first_documents(texts, val, test, length, resumed_at):
+  found = dealt(config_for('count', val_documents=val, test_documents=test), pieces(texts, length), resumed_at)
+  assert {side: joined(found[side]) for side in SPLITS} == {
+      'val': texts[:val], 'test': texts[val:val + test], 'train': texts[val + test:]}
+
+
+# From files to stores.
+
+def test_three_way_tail_of_files(tmp_path):
+  text = ''.join(write_corpus(tmp_path / 'corpus', 6).values())
+  found = sides_of(config_of(tmp_path, split='tail', val_fraction=0.25, test_fraction=0.15), SPLITS)
+  a, b = int(len(text) * 0.6), len(text) - round(len(text) * 0.15)
+  assert [''.join(side) for side in found] == [text[:a], text[a:b], text[b:]]
+
+
+def test_files_renamed_and_added_leave_documents_where_they_are(tmp_path):
+  texts = [f'document {i}' for i in range(200)]
+  rng, found = random.Random(0), []
+  for name, added in (('a', 0), ('b', 30)):
+    more = [f'added {i}' for i in range(added)]
+    lines = rng.sample(texts + more, len(texts + more))
+    for i in range(0, len(lines), 40):
+      jsonl(tmp_path / name / f'{name}{i}.jsonl', [{'text': line} for line in lines[i:i + 40]])
+    sides = sides_of(config_of(tmp_path, path=str(tmp_path / name), split='document', test_fraction=0.2), SPLITS)
+    assert sorted(t for side in sides for t in side) == sorted(lines)
+    found.append([set(side) & set(texts) for side in sides])
+  assert found[0] == found[1]
+  assert all(len(side) > 20 for side in found[0])
+
+
+@pytest.mark.parametrize('split', ['auto', 'document', 'tail', 'count'])
+def test_val_path_and_test_path_are_those_sides(tmp_path, split):
+  path, *others = [list(write_corpus(tmp_path / name, 30, seed=i).values()) for i, name in enumerate(SPLITS)]
+  paths = {f'{side}_path': str(tmp_path / side) for side in SPLITS[1:]}
+  options = {'path': str(tmp_path / 'train'), 'split': split, 'val_documents': 5, 'test_documents': 5,
+             'test_fraction': 0.2}
+  assert sides_of(config_of(tmp_path, **options, **paths), SPLITS) == [path, *others]
+  # With one of them given the other is still split off.
+  train, val, test = sides_of(config_of(tmp_path, **options, test_path=paths['test_path']), SPLITS)
+  assert test == others[1]
+  assert val
+  assert sorted(''.join(train + val)) == sorted(''.join(path))
+
+
+def test_auto_deals_documents_where_some_20_are_to_be_expected(tmp_path):
+  for num_files, cut in ((199, True), (200, False)):
+    for i in range(num_files):
+      (tmp_path / 'corpus').mkdir(exist_ok=True)
+      (tmp_path / f'corpus/{i:03}.txt').write_text(f'this is the text {i}')
+    data = open_data(config_of(tmp_path, val_fraction=0.1))
+    train, val = (texts_of(side['data'], data.tokenizer) for side in (data.train, data.val))
+    whole = [(tmp_path / f'corpus/{i:03}.txt').read_text() for i in range(num_files)]
+    assert (''.join(train + val) == ''.join(whole)) == cut
+    assert sorted(''.join(train + val)) == sorted(''.join(whole))

@@ -1,0 +1,445 @@
+"""What a task makes of a row can be undone: nothing of a store is lost, added or learnt twice."""
+
+import itertools
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_rows import BOS, documents_of, lengths_lists, make_store, pairs, property_test
+
+from llm_jax.data.augment import Augment
+from llm_jax.data.examples import make_examples, span_capacity
+from llm_jax.data.tasks import (
+  TASKS,
+  Classification,
+  FillInTheMiddle,
+  Layout,
+  NextToken,
+  PrefixLM,
+  PromptAnswer,
+  Regression,
+  Seq2Seq,
+  SpanCorruption,
+)
+from llm_jax.errors import ConfigError, DataError
+
+VOCAB = 30000  # sentinel k is VOCAB + k
+NEED = {'text': {}, 'answers': {'answers': [1, 2, 3, 1]}, 'labels': {'labels': np.arange(4.0)}}
+ROW_KEYS = {'tokens', 'targets', 'loss_mask', 'segment_ids', 'positions'}
+
+
+def make(store, task, **options):
+  options = {'seq_len': 16, 'encoder_len': 16, 'packing': 'concat' if 'concat' in task.packings else 'pad',
+             'vocab_size': VOCAB, 'bos_id': BOS, 'eos_id': BOS, **options}
+  return make_examples(store, task=task, **options)
+
+
+def rows_of(examples, seed=0):
+  return [examples.make(i, np.random.default_rng([seed, i])) for i in range(len(examples))]
+
+
+def pieces_of(row):
+  """(tokens, targets, loss_mask, positions) of each piece of a row."""
+  return [tuple(row[name][row['segment_ids'] == k].tolist() for name in ('tokens', 'targets', 'loss_mask', 'positions'))
+          for k in range(1, row['segment_ids'].max() + 1)]
+
+
+def learnt(rows):
+  return Counter(np.concatenate([row['targets'][row['loss_mask'] > 0] for row in rows]).tolist())
+
+
+def encoder_of(row):
+  ids = row['encoder_tokens'][row['encoder_segment_ids'] == 1].tolist()
+  assert not row['encoder_tokens'][len(ids):].any(), 'padding is not 0 or not on the right'
+  return ids
+
+
+# Next token.
+
+def next_token_plainly(store, begin, seq_len):
+  """The window from `begin`, token by token."""
+  row = {name: np.zeros(seq_len, np.float32 if name == 'loss_mask' else np.int32) for name in ROW_KEYS}
+  segment = position = 0
+  for t in range(min(seq_len, len(store.tokens) - 1 - begin)):
+    opens = t == 0 or begin + t in store.starts.tolist()
+    segment, position = segment + opens, 0 if opens else position + 1
+    for name, value in (('tokens', store.tokens[begin + t]), ('targets', store.tokens[begin + t + 1]),
+                        ('loss_mask', 1), ('segment_ids', segment), ('positions', position)):
+      row[name][t] = value
+  return row
+
+
+@property_test
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=9), st.integers(1, 20))
+def test_next_token_of_windows_equals_a_plain_loop(lengths, seq_len):
+  store = make_store(lengths)
+  examples = make(store, NextToken(), seq_len=seq_len)
+  for i in range(len(examples)):
+    expected = next_token_plainly(store, i * seq_len, seq_len)
+    row = examples.make(i, None)
+    assert row.keys() == expected.keys()
+    for name in row:
+      assert row[name].dtype == expected[name].dtype
+      np.testing.assert_array_equal(row[name], expected[name], err_msg=name)
+
+
+@property_test
+@given(lengths_lists, st.integers(1, 20), st.sampled_from(['best_fit', 'pad']),
+       st.sampled_from(['split', 'left', 'right']))
+def test_learnt_and_dropped_targets_are_the_stores(lengths, seq_len, packing, truncate):
+  store = make_store(lengths)
+  examples = make(store, NextToken(), seq_len=seq_len, packing=packing, truncate=truncate)
+  stored = Counter(x for ids in documents_of(store, True) for x in ids[1:])
+  found = learnt(rows_of(examples))
+  assert not found - stored, 'a target that the store does not have, or twice'
+  assert found.total() + examples.dropped_tokens == stored.total()
+  assert truncate != 'split' or found == stored
+
+
+@property_test
+@given(st.integers(2, 200), st.integers(1, 20), st.data())
+def test_scored_once_each_target_counts_where_it_has_most_context(num_tokens, seq_len, data):
+  store = make_store([num_tokens])
+  stride = data.draw(st.integers(1, seq_len))
+  rows = rows_of(make(store, NextToken(), seq_len=seq_len, stride=stride, score_once=True))
+  assert learnt(rows) == Counter(range(2, num_tokens + 1))
+  for i, row in enumerate(rows):
+    assert (row['positions'][row['loss_mask'] > 0] >= (seq_len - stride if i else 0)).all()
+
+
+# Pairs.
+
+@property_test
+@given(pairs, st.integers(1, 20), st.sampled_from(['best_fit', 'pad']))
+def test_of_pairs_only_the_answer_and_eos_are_learnt(cases, seq_len, packing):
+  store = make_store([1 + p + a for p, a in cases], [1 + p for p, _ in cases])
+  rows = rows_of(make(store, PromptAnswer(), seq_len=seq_len, packing=packing))
+  documents = documents_of(store, True)
+  answers = Counter(x for ids, (p, _) in zip(documents, cases, strict=True) for x in ids[1 + p:][:seq_len])
+  assert learnt(rows) == answers  # the default keeps them, as much as a row holds
+  for tokens, targets, mask, _ in itertools.chain(*map(pieces_of, rows)):
+    assert tokens[0] == BOS
+    assert tokens[1:] == targets[:-1]
+    assert mask == sorted(mask), 'after the answer something is not learnt'
+
+
+@property_test
+@given(pairs, st.integers(1, 12), st.integers(2, 12), st.sampled_from(['left', 'right']))
+def test_seq2seq_gives_both_sides_back_and_counts_what_it_cuts(cases, seq_len, encoder_len, truncate):
+  store = make_store([1 + p + a for p, a in cases], [1 + p for p, _ in cases])
+  examples = make(store, Seq2Seq(), seq_len=seq_len, encoder_len=encoder_len, truncate=truncate)
+  dropped = 0
+  for row, ids, (p, _) in zip(rows_of(examples), documents_of(store, True), cases, strict=True):
+    prompt, answer, room = ids[1:1 + p], ids[1 + p:], encoder_len - 1
+    kept = prompt[:room] if truncate == 'right' else prompt[max(0, p - room):]
+    assert encoder_of(row) == [*kept, BOS]
+    [(tokens, targets, mask, positions)] = pieces_of(row)
+    assert targets == answer[:seq_len]
+    assert tokens == [BOS, *targets[:-1]]
+    assert all(mask)
+    assert positions == list(range(len(tokens)))
+    dropped += len(prompt) - len(kept) + len(answer) - len(targets)
+  assert examples.dropped_tokens == dropped
+
+
+# Fill in the middle.
+
+def filled_in(tokens, targets):
+  """The document that a rearranged piece was; where SPM has prefix and middle, PSM has the middle alone."""
+  ids = [*tokens[:1], *targets]
+  assert tokens[1:] == targets[:-1]
+  if VOCAB not in ids:
+    return ids
+  assert [x for x in ids if x >= VOCAB] == [VOCAB, VOCAB + 1, VOCAB + 2]
+  assert ids[1] == VOCAB
+  after, between = ids.index(VOCAB + 1), ids.index(VOCAB + 2)
+  end = ids[-1:] if ids[-1] == BOS else []
+  prefix, suffix = ids[2:after], ids[after + 1:between]
+  middle = ids[between + 1:len(ids) - len(end)]
+  return [*ids[:1], *prefix, *middle, *suffix, *end]
+
+
+@property_test
+@given(lengths_lists, st.integers(4, 24), st.sampled_from(['best_fit', 'pad']), st.integers(0, 9))
+def test_fill_in_the_middle_can_be_undone(lengths, seq_len, packing, seed):
+  store = make_store(lengths)
+  rows = rows_of(make(store, FillInTheMiddle(rate=0.7), seq_len=seq_len, packing=packing), seed)
+  plain = make(store, NextToken(), seq_len=seq_len - 3, packing='pad')  # the same pieces
+  undone = sorted(filled_in(*piece[:2]) for row in rows for piece in pieces_of(row))
+  assert undone == sorted([*tokens[:1], *targets] for row in rows_of(plain) for tokens, targets, _, _ in pieces_of(row))
+  assert all((row['loss_mask'] == (row['segment_ids'] > 0)).all() for row in rows)
+
+
+def test_fill_in_the_middle_keeps_to_its_rates_and_cuts_anywhere():
+  store = make_store([10] * 2000)
+  rows = rows_of(make(store, FillInTheMiddle(rate=0.6, spm_rate=0.25)))
+  kinds, middles = Counter(), Counter()
+  for row in rows:
+    [(tokens, targets, _, _)] = pieces_of(row)
+    kinds['fim' if VOCAB in targets else 'plain'] += 1
+    kinds['adjacent'] += tokens[1:3] == [VOCAB, VOCAB + 1]  # SPM, and PSM where the prefix is empty
+    if VOCAB in targets and tokens[1:3] != [VOCAB, VOCAB + 1]:
+      middles[targets[::-1].index(VOCAB + 2) - 1] += 1
+  assert abs(kinds['fim'] / 2000 - 0.6) < 0.04
+  empty_prefix = 1 - (9 / 10)**2
+  assert abs(kinds['adjacent'] / kinds['fim'] - (0.25 + 0.75 * empty_prefix)) < 0.06
+  assert set(middles) == set(range(9))
+  assert rows_of(make(store, FillInTheMiddle(rate=0)))[5].keys() == ROW_KEYS
+  assert not any((row['targets'] >= VOCAB).any() for row in rows_of(make(store, FillInTheMiddle(rate=0))))
+
+
+# Prefix LM.
+
+@property_test
+@given(lengths_lists.filter(lambda x: sum(x) > 1), st.integers(1, 20), st.sampled_from(['concat', 'best_fit', 'pad']))
+def test_a_prefix_holds_no_target_that_is_learnt(lengths, seq_len, packing):
+  store = make_store(lengths)
+  examples, plain = (make(store, task, seq_len=seq_len, packing=packing) for task in (PrefixLM(), NextToken()))
+  for row, reference in zip(rows_of(examples), rows_of(plain), strict=True):
+    for name in ROW_KEYS - {'loss_mask'}:
+      np.testing.assert_array_equal(row[name], reference[name])
+    assert not row['prefix_mask'][row['segment_ids'] == 0].any()
+    for k in range(1, row['segment_ids'].max() + 1):
+      inside = row['segment_ids'] == k
+      prefix, mask = row['prefix_mask'][inside].tolist(), row['loss_mask'][inside].tolist()
+      length = sum(prefix)
+      assert prefix == [1] * length + [0] * (len(prefix) - length)
+      assert length >= 1
+      # The last token of the prefix predicts the first after it.
+      assert mask == [0] * (length - 1) + [1] * (len(mask) - length + 1)
+
+
+def test_prefixes_end_anywhere():
+  rows = rows_of(make(make_store([8] * 500), PrefixLM(), packing='pad'))
+  assert {int(row['prefix_mask'].sum()) for row in rows} == set(range(1, 9))
+
+
+# Span corruption.
+
+def joined_spans(row):
+  """The text that was corrupted, and its number of spans."""
+  encoder = encoder_of(row)
+  [(tokens, targets, mask, _)] = pieces_of(row)
+  assert (encoder[-1], targets[-1], tokens[0]) == (BOS, BOS, BOS)
+  assert tokens[1:] == targets[:-1]
+  assert all(mask)
+  spans, spoken = {}, None
+  for x in targets[:-1]:
+    if x >= VOCAB:
+      spoken = spans.setdefault(x, [])
+    else:
+      spoken.append(x)
+  assert all(spans.values()), 'an empty span'
+  assert list(spans) == [x for x in encoder if x >= VOCAB] == list(range(VOCAB, VOCAB + len(spans)))
+  return [y for x in encoder[:-1] for y in spans.get(x, [x])], len(spans)
+
+
+@settings(property_test, max_examples=80)
+@given(lengths_lists, st.integers(3, 24), st.integers(3, 24), st.floats(0.05, 0.9), st.floats(1, 5), st.integers(0, 9))
+def test_span_corruption_can_be_undone(lengths, seq_len, encoder_len, noise_density, mean_span_length, seed):
+  store = make_store(lengths)
+  task = SpanCorruption(noise_density, mean_span_length)
+  rows = rows_of(make(store, task, seq_len=seq_len, encoder_len=encoder_len), seed)
+  texts = [joined_spans(row)[0] for row in rows]
+  assert list(itertools.chain(*texts)) == [x for x in store.tokens.tolist() if x != BOS]
+  for text, row in zip(texts, rows, strict=True):
+    num_noise, num_spans = task.noise(len(text))
+    assert joined_spans(row)[1] == num_spans
+    assert row['loss_mask'].sum() == num_noise + num_spans + 1
+  capacity = span_capacity(task, Layout(seq_len, encoder_len, VOCAB, BOS, BOS))
+  longer = capacity + 1
+  num_noise, num_spans = task.noise(longer)
+  assert longer - num_noise + num_spans + 1 > encoder_len or num_noise + num_spans + 1 > seq_len, 'more would fit'
+
+
+def test_spans_follow_the_paper_and_vary():
+  store = make_store([400] * 30)
+  rows = rows_of(make(store, SpanCorruption(), seq_len=114, encoder_len=512))
+  texts, counts = zip(*map(joined_spans, rows), strict=True)
+  assert {len(text) for text in texts} == {399}
+  assert set(counts) == {20}  # 399 * 0.15 = 60 tokens, 3 a span
+  assert len({tuple(np.flatnonzero(row['encoder_tokens'] >= VOCAB)) for row in rows}) == 30
+  lengths = Counter(int(n) for row in rows for n in np.diff([*np.flatnonzero(row['targets'] >= VOCAB), 80]) - 1)
+  assert lengths[1] > lengths[3] > lengths[6] > 0
+
+
+# Labels.
+
+@pytest.mark.parametrize(('task', 'labels', 'dtype', 'shape'), [
+    (Classification(), np.array([3.0, 0, 1, 2]), np.int32, ()),
+    (Regression(), np.array([0.5, -1, 2, 1e9]), np.float32, ()),
+    (Regression(), np.arange(12.0).reshape(4, 3) / 7, np.float32, (3,)),
+])
+@pytest.mark.parametrize('mask_documents', [False, True])
+def test_labels_come_with_every_document_and_no_token_is_learnt(task, labels, dtype, shape, mask_documents):
+  store = make_store([5, 1, 30, 2], labels=labels)
+  examples = make(store, task, seq_len=8, mask_documents=mask_documents)
+  rows = rows_of(examples)
+  assert len(rows) == 4
+  for row, ids, label in zip(rows, documents_of(store, True), labels, strict=True):
+    assert (row['labels'].dtype, row['labels'].shape) == (dtype, shape)
+    np.testing.assert_allclose(row['labels'], label, rtol=1e-6)
+    real = row['segment_ids'] == 1
+    assert row['tokens'][real].tolist() == ids[:8]
+    assert not row['tokens'][~real].any()
+    assert np.flatnonzero(row['loss_mask']).tolist() == [real.sum() - 1]
+    assert not row['targets'].any()
+  assert examples.dropped_tokens == 30 - 7
+
+
+def test_a_document_of_one_token_is_an_example_if_it_has_a_label():
+  store = make_store([1, 3, 1], labels=np.arange(3.0))
+  rows = rows_of(make(store, Regression(), bos_id=None, eos_id=None))
+  assert [(row['labels'].item(), row['tokens'][:3].tolist(), row['loss_mask'].argmax()) for row in rows] == [
+      (0, [BOS, 0, 0], 0), (1, [BOS, 3, 4], 2), (2, [BOS, 0, 0], 0)]
+
+
+# All tasks.
+
+def every_case():
+  return [(cls(), packing) for cls in TASKS.values() for packing in cls.packings]
+
+
+@pytest.mark.parametrize(('task', 'packing'), every_case(), ids=lambda x: x if isinstance(x, str) else type(x).__name__)
+@pytest.mark.parametrize('mask_documents', [False, True])
+def test_rows_are_alike_and_a_function_of_index_and_rng(task, packing, mask_documents):
+  if isinstance(task, PrefixLM) and packing != 'pad' and not mask_documents:
+    return  # refused, see below
+  store = make_store([5, 2, 60, 9], **NEED[task.needs])
+  examples = make(store, task, packing=packing, mask_documents=mask_documents)
+  rows, again = rows_of(examples), rows_of(pickle.loads(pickle.dumps(examples)))  # noqa: S301
+  assert len({str([(name, x.dtype, x.shape) for name, x in row.items()]) for row in rows}) == 1
+  assert {x.shape for x in rows[0].values()} <= {(16,), ()}
+  assert (mask_documents or task.needs == 'labels') == ('segment_ids' in rows[0]) == ('positions' in rows[0])
+  same = [all((x == b[name]).all() for name, x in a.items()) for a, b in zip(rows, again, strict=True)]
+  assert all(same)
+  seeds = [rows_of(examples, seed) for seed in range(1, 4)]
+  changed = any((x != b[name]).any() for other in seeds for a, b in zip(rows, other, strict=True)
+                for name, x in a.items())
+  assert changed == examples.random
+  if not examples.random:
+    examples.make(0, None)
+
+
+# Augmentation.
+
+def test_augmentation_disturbs_its_share_of_what_is_read_and_nothing_else():
+  store = make_store([50] * 300)
+  settings_ = {'seq_len': 64, 'packing': 'pad'}
+  plain = make(store, NextToken(), **settings_)
+  augmented = make(store, NextToken(), **settings_, augment=Augment(token_dropout=0.1, token_replace=0.2))
+  counts = Counter()
+  for a, b in zip(rows_of(plain), rows_of(augmented), strict=True):
+    for name in a.keys() - {'tokens'}:
+      np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    changed = a['tokens'] != b['tokens']
+    assert not changed[a['segment_ids'] == 0].any()
+    inner = (a['segment_ids'] > 0) & (a['positions'] > 0)
+    counts['all'] += inner.sum()
+    counts['dropped'] += (inner & (b['tokens'] == BOS)).sum()
+    counts['replaced'] += (inner & changed & (b['tokens'] != BOS)).sum()
+    assert (b['tokens'] < VOCAB).all()
+  assert abs(counts['dropped'] / counts['all'] - 0.1) < 0.01
+  assert abs(counts['replaced'] / counts['all'] - 0.2) < 0.015
+  assert augmented.random
+  assert not plain.random
+
+
+def test_augmentation_leaves_sentinels_and_reaches_the_encoder():
+  store = make_store([40] * 20)
+  rows = rows_of(make(store, SpanCorruption(), encoder_len=64, seq_len=64, augment=Augment(token_dropout=1.0)))
+  for row in rows:
+    for name, segments in (('encoder_tokens', 'encoder_segment_ids'), ('tokens', 'segment_ids')):
+      assert set(row[name][row[segments] > 0].tolist()) == {BOS, VOCAB, VOCAB + 1}
+    assert ((row['targets'] > BOS) & (row['targets'] < VOCAB)).sum() == 6
+
+
+def test_jitter_moves_windows_about_and_keeps_them_inside():
+  store = make_store([1000])
+  examples = make(store, NextToken(), seq_len=10, augment=Augment(jitter=True))
+  begins = {i: {int(examples.make(i, np.random.default_rng(seed))['targets'][0]) - 2 for seed in range(300)}
+            for i in (0, 50, len(examples) - 1)}
+  assert begins == {0: set(range(5)), 50: set(range(495, 505)), 99: {*range(985, 990)}}
+  assert len(rows_of(examples)) == 100
+  short = make(make_store([5]), NextToken(), seq_len=10, augment=Augment(jitter=True))
+  assert short.make(0, np.random.default_rng(0))['targets'][:5].tolist() == [2, 3, 4, 5, 0]
+
+
+# What does not go together.
+
+REFUSED = {
+    'packing of pairs': (PromptAnswer(), {'packing': 'concat'}, ['data.packing', 'concat', 'best_fit, pad']),
+    'packing unknown': (NextToken(), {'packing': 'bins'}, ['data.packing', 'bins', 'concat, best_fit, pad']),
+    'no answers': (PromptAnswer(), {}, ['data.task', 'prompt_answer', 'data.answer_field', 'next_token']),
+    'no labels': (Regression(), {}, ['data.task', 'regression', 'data.label_field']),
+    'windows cut': (NextToken(), {'truncate': 'left'}, ['data.truncate', 'left', 'auto, split']),
+    'truncate unknown': (FillInTheMiddle(), {'truncate': 'up'}, ['data.truncate', 'up', 'auto, split, left']),
+    'stride of documents': (NextToken(), {'stride': 4, 'packing': 'pad'}, ['data.stride', '4', 'None']),
+    'stride long': (NextToken(), {'stride': 17}, ['data.stride', '17', '[1, seq_len 16]']),
+    'no room for fim': (FillInTheMiddle(), {'seq_len': 3}, ['data.seq_len', '3', 'fim', '4']),
+    'no encoder': (SpanCorruption(), {'encoder_len': 0}, ['data.encoder_len', '0', 'span_corruption', '3']),
+    'no room for spans': (SpanCorruption(), {'seq_len': 2}, ['data.seq_len', '2', 'the least is 3']),
+    'few sentinels': (SpanCorruption(num_sentinels=3), {'seq_len': 999, 'encoder_len': 900},
+                      ['span_corruption.num_sentinels', '3', '50']),
+    'nothing to start with': (SpanCorruption(), {'bos_id': None, 'eos_id': None},
+                              ['data.task', 'span_corruption', 'data.eot_id']),
+    'prefix read through': (PrefixLM(), {'mask_documents': False}, ['data.mask_documents', 'pad']),
+    'jitter of documents': (NextToken(), {'packing': 'pad', 'augment': Augment(jitter=True)},
+                            ['augment.jitter', 'concat', 'pad']),
+    'jitter scored once': (NextToken(), {'score_once': True, 'augment': Augment(jitter=True)},
+                           ['augment.jitter', 'once']),
+    'nothing to drop to': (NextToken(), {'bos_id': None, 'eos_id': None, 'augment': Augment(token_dropout=0.5)},
+                           ['augment.token_dropout', '0.5', 'data.eot_id']),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_what_does_not_go_together_is_refused(case):
+  task, options, words = REFUSED[case]
+  store = make_store([5, 2, 60, 9], **({'answers': [1, 1, 9, 2]} if 'pairs' in case else {}))
+  with pytest.raises(ConfigError) as e:
+    make(store, task, **options)
+  assert all(word in str(e.value) for word in words), e.value
+  assert '\n' not in str(e.value)
+
+
+def test_pairs_and_labels_are_never_split():
+  for task, column in ((PromptAnswer(), {'answers': [1, 1]}), (Regression(), {'labels': np.zeros(2)})):
+    with pytest.raises(ConfigError, match=r'data\.truncate: .split. does .*auto, (left, right|right, left)'):
+      make(make_store([3, 3], **column), task, truncate='split')
+
+
+@pytest.mark.parametrize(('labels', 'task', 'words'), [
+    ([0, 1.5], Classification(), ['document 1', '1.5', 'whole numbers from 0']),
+    ([-1, 1], Classification(), ['document 0', '-1']),
+    ([0, np.nan], Regression(), ['document 1', 'nan', 'finite']),
+    ([[0, 1], [np.inf, 1]], Regression(), ['document 1', 'inf']),
+    ([[0, 1], [1, 1]], Classification(), ['2 numbers', 'regression']),
+])
+def test_labels_that_cannot_be_learnt_are_bad_data(labels, task, words):
+  with pytest.raises(DataError) as e:
+    make(make_store([3, 3], labels=np.array(labels, float)), task)
+  assert all(word in str(e.value) for word in ['data.label_field', *words]), e.value
+
+
+@pytest.mark.parametrize(('store', 'task', 'options'), [
+    (make_store([1]), NextToken(), {}),
+    (make_store([1, 1]), NextToken(), {'packing': 'best_fit', 'eos_id': 9999}),
+    (make_store([90, 90], [50, 50]), PromptAnswer(), {'truncate': 'right'}),
+], ids=['one token', 'only bos', 'all prompts too long'])
+def test_a_store_that_gives_no_rows_is_bad_data(store, task, options):
+  with pytest.raises(DataError, match=rf'data\.path: {len(store.tokens)} token.* {len(store.starts)} document'):
+    make(store, task, **options)
+
+
+@pytest.mark.parametrize('build', [
+    lambda: FillInTheMiddle(rate=1.5), lambda: FillInTheMiddle(spm_rate=-0.1),
+    lambda: SpanCorruption(noise_density=1.0), lambda: SpanCorruption(mean_span_length=0.5),
+    lambda: SpanCorruption(num_sentinels=0), lambda: Augment(token_dropout=0.6, token_replace=0.6),
+    lambda: Augment(token_replace=-0.1)])
+def test_settings_out_of_range_are_refused(build):
+  with pytest.raises(ValueError, match='got'):
+    build()
