@@ -239,18 +239,32 @@ def test_bpe_learns_merges_up_to_vocab_size():
   assert lengths[0] > lengths[1] > lengths[2]
 
 
+def with_splitter(tokenizer, splitter):
+  """The same merges behind the pieces of what is trained here, or of GPT-2."""
+  spec = json.loads(tokenizer.to_json())
+  if splitter == 'gpt2':
+    spec['pre_tokenizer'] = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+  assert bpe.pattern_of(spec) == {'words': bpe.WORDS, 'gpt2': bpe.GPT2}[splitter]
+  return HuggingFaceTokenizer(json.dumps(spec))
+
+
+splitters = pytest.mark.parametrize('splitter', ['words', 'gpt2'])
+
+
+@splitters
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(ANY_TEXT, min_size=1, max_size=8), st.lists(ANY_TEXT, min_size=1, max_size=4),
        st.sampled_from([258, 270, 320]))
-def test_bpe_is_that_of_its_library(corpus, texts, vocab_size):
-  tokenizer = fit('bpe', corpus, vocab_size=vocab_size)
+def test_bpe_is_that_of_its_library(splitter, corpus, texts, vocab_size):
+  tokenizer = with_splitter(fit('bpe', corpus, vocab_size=vocab_size), splitter)
   assert bpe.merge_ranks(json.loads(tokenizer.to_json())) is not None
   assert ids_of(tokenizer, corpus + texts) == library_ids(tokenizer, corpus + texts)
   library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
   assert [library.decode(ids) for ids in ids_of(tokenizer, texts)] == texts
 
 
-def test_bpe_cuts_every_kind_of_character_as_its_library_does(tmp_path):
+@splitters
+def test_bpe_cuts_every_kind_of_character_as_its_library_does(splitter):
   # Tokens of a letter, digit, mark or space with the first byte of what follows show on which side the cut is.
   byte_of = bpe.byte_alphabet()
   letters = sorted(byte_of, key=byte_of.get)
@@ -258,9 +272,7 @@ def test_bpe_cuts_every_kind_of_character_as_its_library_does(tmp_path):
   spec = json.loads(fit('bpe', [], vocab_size=257).to_json())
   spec['model']['merges'] = pairs
   spec['model']['vocab'] |= {a + b: i for i, (a, b) in enumerate(pairs, 257)}
-  path = tmp_path / 'tokenizer.json'
-  path.write_text(json.dumps(spec))
-  tokenizer = load_tokenizer(path)
+  tokenizer = with_splitter(HuggingFaceTokenizer(json.dumps(spec)), splitter)
   assert bpe.merge_ranks(json.loads(tokenizer.to_json())) is not None
   points = [*range(0x3400), *range(0x3400, 0xD800, 61), *range(0xE000, 0x20000, 3), *range(0x20000, 0x110000, 997)]
   texts = [''.join(f'a{c}1{c}.{c} {c}\n{c}' for c in map(chr, points[i::20])) for i in range(20)]
@@ -271,8 +283,9 @@ def test_bpe_cuts_every_kind_of_character_as_its_library_does(tmp_path):
     'a' * 100_000, 'ab' * 50_000 + '.', ' ' * 100_000 + 'x', '\n' * 100_000 + ' x',
     'x' + ' ' * 1_000_000 + '\n x', ' ' * 262_143 + 'x' + '\u3000' * 300_000 + '\x1c' * 20_000 + 'x' + '\t' * 300_000,
 ])
-def test_long_runs_take_no_quadratic_time(text):
-  tokenizer = fit('bpe', ['a' * 64 + ' ' * 64 + 'x', 'ab ab ab \n\n\n'], vocab_size=300)
+@splitters
+def test_long_runs_take_no_quadratic_time(splitter, text):
+  tokenizer = with_splitter(fit('bpe', ['a' * 64 + ' ' * 64 + 'x', 'ab ab ab \n\n\n'], vocab_size=300), splitter)
   start = time.perf_counter()
   ids = ids_of(tokenizer, [text])
   assert time.perf_counter() - start < 10
@@ -329,7 +342,7 @@ def test_ids_out_of_the_merges_order_are_left_to_the_library(tmp_path):
   tokenizer = load_tokenizer(path)
   assert bpe.merge_ranks(spec) is None
   # The very case that tiktoken would do in the other order.
-  wrong = bpe.open_bpe({t: i for i, t in enumerate(tokenizer.token_bytes) if t})
+  wrong = bpe.open_bpe({t: i for i, t in enumerate(tokenizer.token_bytes) if t}, bpe.WORDS)
   assert ids_of(tokenizer, ['abc']) == library_ids(tokenizer, ['abc']) != [wrong.encode_ordinary('abc')]
 
 

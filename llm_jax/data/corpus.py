@@ -25,7 +25,7 @@ from llm_jax.errors import DataError, StorageError
 from llm_jax.progress import progress
 
 FEW = 20  # documents to validate with; where fewer are to be expected split='auto' cuts text instead of dealing them
-FIT_BYTES = 100_000_000  # of text, spread over the corpus, are enough to fit a tokenizer to
+FIT_BYTES = 50_000_000  # of text, spread over the corpus, are enough to fit a tokenizer to
 COMMIT_SECONDS = 5
 
 

@@ -23,7 +23,7 @@ from llm_jax.data.token_files import TokenFile, document_starts, sampled_sha256
 from llm_jax.errors import DataError
 from llm_jax.progress import progress
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)

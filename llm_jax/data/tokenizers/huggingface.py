@@ -62,7 +62,7 @@ class HuggingFaceTokenizer:
         self.token_bytes[i] = token.encode() if token in plain else bytes_of(token)
     self.lossless = _is_lossless(spec)
     ranks = bpe.merge_ranks(spec)
-    self._fast = bpe.open_bpe(ranks) if ranks else None
+    self._fast = bpe.open_bpe(ranks, bpe.pattern_of(spec) or '') if ranks else None
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     if self._fast is not None:
@@ -93,7 +93,9 @@ class HuggingFaceTokenizer:
 def fit_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int) -> HuggingFaceTokenizer:
   """Byte-level BPE (arXiv 1508.07909): merges the most frequent pairs until there are `vocab_size` tokens."""
   model = tokenizers.Tokenizer(tokenizers.models.BPE())
-  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  splitter = tokenizers.pre_tokenizers
+  model.pre_tokenizer = splitter.Sequence([splitter.Split(tokenizers.Regex(bpe.WORDS), 'isolated'),
+                                           splitter.ByteLevel(add_prefix_space=False, use_regex=False)])
   model.decoder = tokenizers.decoders.ByteLevel()
   trainer = tokenizers.trainers.BpeTrainer(
       vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=[EOT], show_progress=False,
