@@ -22,6 +22,7 @@ from llm_jax.data.tokenizers import (
   load_tokenizer,
   open_tokenizer,
 )
+from llm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from llm_jax.errors import ConfigError, DataError
 
 EOT = '<|endoftext|>'
