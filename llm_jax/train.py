@@ -98,7 +98,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       writer.text(0, 'config', json.dumps(to_dict(config), indent=2))
     throughput = Throughput(config.model.flops_per_token(config.data.seq_len), peak_flops(jax.devices()))
     batches = stack.enter_context(contextlib.closing(pipeline.open_batches(
-        config.data, data, num_rows, rows, config.seed, begin, stream_states, jax.process_index())))
+        config.data, data, num_rows, rows, config.seed, begin, stream_states, jax.process_index(),
+        jax.process_count())))
     stop = stack.enter_context(StopSignal())
     skipped_in_a_row, results = 0, dict[str, float]()
 

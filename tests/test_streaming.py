@@ -76,7 +76,7 @@ def read(iterator, tokenizer, count):
 def opened(corpora, kind, host=0, num_hosts=1, begin=0, states=None, **overrides):
   config = config_of(corpora, kind, **overrides)
   rows = np.arange(ROWS).reshape(num_hosts, -1)[host]
-  return contextlib.closing(open_batches(config, open_data(config), ROWS, rows, 3, begin, states, host))
+  return contextlib.closing(open_batches(config, open_data(config), ROWS, rows, 3, begin, states, host, num_hosts))
 
 
 def assert_equal(a, b):
@@ -122,7 +122,7 @@ def test_batches_go_on_from_any_state(corpora, kind, num_hosts):
         expected.append(next(batches))
     assert all(len(x) == ROWS // num_hosts for batch in expected for x in batch.values())
     for begin in (1, 11):
-      with opened(corpora, kind, host, num_hosts, begin, [None] * host + [states[begin]]) as batches:
+      with opened(corpora, kind, host, num_hosts, begin, [states[begin] if h == host else None for h in range(num_hosts)]) as batches:
         for n in range(begin, begin + 5):
           assert_equal(next(batches), expected[n])
 
@@ -191,8 +191,9 @@ def test_another_number_of_processes_is_refused(corpora):
   with opened(corpora, 'plain') as batches:
     next(batches)
     states = [batches.state()]
-  with pytest.raises(ConfigError, match='1 process'):
-    opened(corpora, 'plain', 1, 2, 1, states).__enter__()
+  for host, num_hosts, kept in ((0, 2, states), (1, 2, states), (0, 1, states * 2)):
+    with pytest.raises(ConfigError, match=f'{len(kept)} process'):
+      opened(corpora, 'plain', host, num_hosts, 1, kept).__enter__()
 
 
 def test_more_hosts_than_documents_is_an_error_and_no_endless_search(tmp_path):

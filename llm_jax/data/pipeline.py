@@ -67,7 +67,7 @@ class Batches:
 
 
 def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray, seed: int, begin: int,
-                 states: list[dict] | None, process: int) -> Batches:
+                 states: list[dict] | None, process: int, num_processes: int) -> Batches:
   """Rows `rows` of batches begin, begin + 1, ...; `states` are what a stream's processes kept at `begin`.
 
   Raises ConfigError where a stream was kept by another number of processes, or its config does not fit.
@@ -82,9 +82,10 @@ def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray
       shuffle_buffer=config.shuffle_buffer, cache_bytes=config.cache_mb << 20, mask_documents=config.mask_documents,
       counters=counters)
   if begin:
-    if states is None or process >= len(states):
+    if states is None or len(states) != num_processes:
       raise ConfigError(f'config.data.streaming: the checkpoint holds the place of {len(states or [])} process(es) in '
-                        'the stream; go on with as many, or use a token store (streaming=False)')
+                        f'the stream, now there are {num_processes}; go on with as many, or train from a token store '
+                        '(streaming=False) in another --workdir')
     iterator.set_state(with_tuples(states[process]))
   return Batches(iterator, True, counters)
 
