@@ -122,7 +122,8 @@ def test_batches_go_on_from_any_state(corpora, kind, num_hosts):
         expected.append(next(batches))
     assert all(len(x) == ROWS // num_hosts for batch in expected for x in batch.values())
     for begin in (1, 11):
-      with opened(corpora, kind, host, num_hosts, begin, [states[begin] if h == host else None for h in range(num_hosts)]) as batches:
+      kept = [states[begin] if h == host else None for h in range(num_hosts)]
+      with opened(corpora, kind, host, num_hosts, begin, kept) as batches:
         for n in range(begin, begin + 5):
           assert_equal(next(batches), expected[n])
 

@@ -97,10 +97,14 @@ class Corpus:
   def train_texts(self, progress: dict) -> Iterator[str]:
     """Texts of the training side, or about FIT_BYTES of them, chosen by their hash. Raises DataError for ids."""
     rate = FIT_BYTES / max(FIT_BYTES, sum(sum(source.sizes()) for _, source in self.sides))
+    left = 2 * FIT_BYTES  # where sizes tell too little: compressed files, endless sources
     for _, dealt in self.documents({**progress, 'seen': Deduplicator()}):
       for side, document in dealt:
         if side == 'train' and int.from_bytes(content_hash(document)[4:8], 'big') < rate * 2**32:
           yield from (c for c in (document.text, document.answer) if isinstance(c, str))
+          left -= size(document)
+      if left <= 0:
+        return
 
   def all_texts(self) -> Iterator[str]:
     for _, _, document in self.kept(Report(), Deduplicator()):
