@@ -231,12 +231,14 @@ def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None) -> Data
 def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int) -> dict:
   """All that batch n depends on; kept in the checkpoint, compared when a run goes on."""
   fields = ('task', 'seq_len', 'encoder_len', 'packing', 'stride', 'truncate', 'mask_documents', 'streaming',
-            'shuffle_buffer')
+            *(['shuffle_buffer'] if config.streaming else []))
   settings = {f: getattr(config, f) for f in fields}
   for name in {config.task, 'augment'} & {f.name for f in dataclasses.fields(config)}:
     settings |= {f'{name}.{field}': value for field, value in dataclasses.asdict(getattr(config, name)).items()}
-  train = {name: tokens.sha256 for name, tokens in data.train.items()} | {
-      name: key_of(corpus.fingerprint()) for name, corpus in data.streams.items()}
+  # As lists: the order of the sources counts too.
+  train = [[name, tokens.sha256] for name, tokens in data.train.items()]
+  train += [[name, key_of([corpus.fingerprint(), data.tokenizer.to_json() if data.tokenizer else None])]
+            for name, corpus in data.streams.items()]
   mixture = [[begin, {name: source.weight[i] for name, source in config.sources.items()}]
              for i, begin in enumerate(config.weights_from)] if config.sources else []
   return {'train_tokens': train, 'seed': seed, 'rows_per_batch': batch_size, 'mixture': mixture, **settings}

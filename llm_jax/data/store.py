@@ -55,7 +55,7 @@ class TokenStore:
 
   tokens: Any  # Tokens, or an array [num_tokens]
   starts: np.ndarray  # int64 [D], ascending, 0 first
-  sha256: str  # of the tokens: the data's identity
+  sha256: str  # of the tokens and what is known of each document: the data's identity
   num_bytes: float  # of text; 0 where unknown
   answers: np.ndarray | None = None  # int64 [D]
   labels: np.ndarray | None = None  # float64 [D] or [D, C]
@@ -80,7 +80,8 @@ def open_split(folder: Path, split: str) -> TokenStore:
              for kind, dtype in (('answers', 'int64'), ('labels', 'float64')) if f'{split}.{kind}' in manifest['files']}
   if 'labels' in columns and manifest['label_width'] > 1:
     columns['labels'] = columns['labels'].reshape(-1, manifest['label_width'])
-  sha256 = hashlib.sha256(''.join(manifest['files'][name]['sha256'] for name in names).encode()).hexdigest()
+  of_split = sorted(name for name in manifest['files'] if name.startswith((f'{split}-', f'{split}.')))
+  sha256 = hashlib.sha256(''.join(manifest['files'][name]['sha256'] for name in of_split).encode()).hexdigest()
   return TokenStore(Tokens(files), _column(folder / f'{split}.starts', 'int64'), sha256, about['bytes'],
                     bytes_scale=about['bytes'] / (about['token_bytes'] or about['bytes'] or 1),
                     report=manifest.get('report'), **columns)
