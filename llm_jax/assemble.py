@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from llm_jax import sampling
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config, build
-from llm_jax.data import Data, pipeline
+from llm_jax.data import Data, pipeline, task_of
 from llm_jax.data.examples import Examples
 from llm_jax.data.store import TokenStore
 from llm_jax.data.tokenizers import Tokenizer, decode, load_tokenizer
@@ -32,7 +32,7 @@ from llm_jax.types import Batch, Params
 
 def complete(config: Config, data: Data) -> Config:
   """The config with what the data decides: vocabulary and longest row. Raises ConfigError when they do not fit."""
-  needed = data.vocab_size + pipeline.num_sentinels(config.data)
+  needed = data.vocab_size + task_of(config.data).num_sentinels
   vocab_size = config.model.vocab_size or needed
   if vocab_size < needed:
     raise ConfigError(f'config.model.vocab_size: {vocab_size} is less than the {needed} tokens of the data; '

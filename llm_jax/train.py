@@ -36,19 +36,20 @@ MAX_SKIPPED = 20  # steps in a row without a finite gradient
 def run(config: Config, workdir: Path) -> dict[str, float]:
   """Trains to `num_steps`, going on from what `workdir` holds; returns the last evaluation, 'val/loss' and so on.
 
-  Raises Interrupted after a signal, and UserErrors (see types.py).
+  Raises Interrupted after a signal, and UserErrors (see errors.py).
   """
   # 1. Folder and mesh. Everything below is traced under the mesh; one device is a 1x1x1 one.
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh), prepared(workdir), contextlib.ExitStack() as stack:
     # 2. Data: made by process 0, opened by all.
     held_rows, num_microbatches = config.split_batch(num_batch_shards(mesh))
+    data = None
     try:
       if jax.process_index() == 0:
-        open_data(config.data)
+        data = open_data(config.data)
     finally:  # also after an error, which the others then meet themselves instead of waiting
       barrier('data')
-    data = open_data(config.data)
+    data = data or open_data(config.data)
     num_rows = config.rows_per_batch
     rows = local_rows(mesh, num_rows)
 
@@ -69,6 +70,9 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     # 4. State: what the folder holds, else fresh.
     checkpoints = stack.enter_context(Checkpoints(workdir / 'checkpoints', config.checkpoint))
     fingerprint = data_fingerprint(config.data, data, num_rows, config.seed)
+    if any(theirs != json.loads(json.dumps(fingerprint)) for theirs in gather(fingerprint)):
+      raise ConfigError('config.data: the processes do not see the same data; share a cache (config.data.cache_dir), '
+                        'or give every host the same files and versions')
     key = jax.random.key(config.seed)
     best, validated, stream_states = float('inf'), True, None
     if checkpoints.steps():
@@ -117,7 +121,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       if step % config.log.every and step not in (1, config.num_steps):
         return {}
       logged = {f'train/{name}': value for name, value in (values | throughput.take()).items()}
-      logged |= text_metrics('train', values['loss'], data) | batches.metrics()
+      logged |= text_metrics('train', values['loss'], data, config.data.task) | batches.metrics()
       console.step(step, logged, throughput.seconds_per_step)
       return logged
 
@@ -213,11 +217,11 @@ def prepared(workdir: Path) -> Iterator[None]:
     yield
 
 
-def text_metrics(split: str, loss: float, data: Data) -> dict[str, float]:
+def text_metrics(split: str, loss: float, data: Data, task: str) -> dict[str, float]:
   """Perplexity, and bits per byte by the split's mean bytes per token."""
   values = {f'{split}/perplexity': float(np.exp(min(loss, 700.0)))}
   stores = data.train.values()
-  if stores and all(store.num_bytes for store in stores):
+  if task == 'next_token' and stores and all(store.num_bytes for store in stores):
     num_tokens, num_bytes = sum(len(s.tokens) for s in stores), sum(s.num_bytes for s in stores)
     values[f'{split}/bits_per_byte'] = loss / np.log(2) * num_tokens / num_bytes
   return values

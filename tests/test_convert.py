@@ -10,13 +10,24 @@ import sys
 import numpy as np
 import pytest
 
-from llm_jax.data.convert import main
+from llm_jax.data import convert
 from llm_jax.data.documents import File, SourceConfig
 from llm_jax.data.formats.columnar import parquet
 from llm_jax.data.formats.pickles import load_plain, pickle_refused
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.errors import ConfigError, DataError, UserError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
+
+
+def main(argv):
+  """The exit code of the command; its message goes to stderr."""
+  try:
+    convert.main(argv)
+  except UserError as e:
+    print(e, file=sys.stderr)
+    return e.exit_code
+  return 0
+
 
 
 def dump(path, value, protocol=None):

@@ -21,7 +21,7 @@ from llm_jax.data.filters import Deduplicator, FilterConfig, Report
 from llm_jax.data.sources import Source, open_source
 from llm_jax.data.splits import SPLITS, SplitConfig, borders
 from llm_jax.data.store import TokenStore, mapped_store, open_split
-from llm_jax.data.tasks import TASKS
+from llm_jax.data.tasks import TASKS, Task
 from llm_jax.data.token_files import TokenFile, open_bin
 from llm_jax.data.tokenizers import FITTED, ByteTokenizer, Tokenizer, TokenizerConfig, identity, open_tokenizer
 from llm_jax.errors import ConfigError, DataError
@@ -58,6 +58,9 @@ def open_data(config: DataConfig) -> Data:
   bins = {name: found for name, source in sources.items() if (found := _bins(config, source))}
   corpora = {name: _corpus(config, name, source) for name, source in sources.items() if name not in bins}
   tokenizer, key = _tokenizer(config, corpora)
+  if bins and tokenizer is not None and not _takes_ids(config):
+    raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is fitted to the texts and is not that of '
+                      f'{shown(sources[next(iter(bins))].path)}; name the one whose ids these are')
   by_source = {name: _map_bins(config, source, bins[name]) if name in bins else
                _stores(config, source, corpora[name], tokenizer, key) for name, source in sources.items()}
   splits = {split: {name: s[split] for name, s in by_source.items() if split in s and len(s[split].tokens)}
@@ -75,11 +78,15 @@ def open_data(config: DataConfig) -> Data:
   return dataclasses.replace(_data(config, splits, tokenizer), reports=reports)
 
 
+def task_of(config: DataConfig) -> Task:
+  """The task with its settings."""
+  return getattr(config, config.task, None) or TASKS[config.task]()
+
+
 def open_examples(config: DataConfig, data: Data, tokens: TokenStore, *, train: bool) -> Examples:
   """The rows of a store as the config's task makes them. Raises ConfigError, DataError where they do not fit."""
-  task = getattr(config, config.task, None) or TASKS[config.task]()
   return make_examples(
-      tokens, task=task, seq_len=config.seq_len, encoder_len=config.encoder_len, packing=config.packing,
+      tokens, task=task_of(config), seq_len=config.seq_len, encoder_len=config.encoder_len, packing=config.packing,
       stride=config.stride, truncate=config.truncate, mask_documents=config.mask_documents,
       augment=config.augment if train else Augment(), vocab_size=data.vocab_size, bos_id=data.bos_id,
       eos_id=data.eos_id, score_once=not train)
@@ -118,6 +125,9 @@ def _check_tokens(source: SourceConfig, tokens: TokenStore, tokenizer: Tokenizer
 def _open_streams(config: DataConfig) -> Data:
   corpora = {name: _corpus(config, name, source) for name, source in config.named_sources.items()}
   tokenizer, _ = _tokenizer(config, corpora)
+  if tokenizer is None:
+    raise ConfigError('config.data.streaming: nobody knows how many different ids a stream will hold: name their '
+                      'tokenizer in config.data.tokenizer, or train from a token store (streaming=False)')
   held = None if config.split != 'count' else config.val_documents + config.test_documents
   splits: dict[str, dict[str, TokenStore]] = {split: {} for split in SPLITS}
   for name, corpus in corpora.items():
@@ -165,6 +175,11 @@ def _tokenizer(config: DataConfig, corpora: dict[str, Corpus]) -> tuple[Tokenize
   return open_tokenizer(config.tokenizer), identity(config.tokenizer)
 
 
+def _takes_ids(config: DataConfig) -> bool:
+  """Whether ids among the documents can be the tokenizer's: not of one that is fitted here."""
+  return config.tokenizer not in FITTED or config.tokenizer == 'byte'
+
+
 def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer: Tokenizer | None,
             tokenizer_key: str) -> dict[str, TokenStore]:
   if tokenizer is None:
@@ -174,7 +189,8 @@ def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer:
   key = key_of([corpus.fingerprint(), tokenizer_key, dtype, config.shard_tokens, store.VERSION])
   kind = config.tokenizer if tokenizer else 'ids'
   folder = cache_dir(config) / 'stores' / f'{_slug(shown(source.path))}-{_slug(kind)}-{key}'
-  make_store(corpus, tokenizer, folder, dtype, config.shard_tokens, {'path': shown(source.path), 'tokenizer': kind})
+  make_store(corpus, tokenizer, folder, dtype, config.shard_tokens, _takes_ids(config),
+             {'path': shown(source.path), 'tokenizer': kind})
   if config.verify:
     store.verify(folder)
   return {split: open_split(folder, split) for split in SPLITS}

@@ -96,6 +96,7 @@ class DataConfig(SourceConfig, SplitConfig):
     return [f'streaming: {message}; or train from a token store (streaming=False)' for wrong, message in (
         (not held_out, 'validation needs split=count with val_documents, or val_path'),
         (self.split in ('tail', 'document'), f'split={self.split} needs to see all of a source: take count'),
+        (not all(all(s.weight) for s in self.named_sources.values()), 'a weight of 0 draws nothing: leave it out'),
         (self.tokenizer == 'char', 'tokenizer=char needs to see all text: take byte, bpe or a finished one'),
         (self.task != 'next_token' or self.packing != 'concat', 'only task next_token with packing concat streams'),
         (self.augment.random, 'augment has no effect on a stream: leave it off'),

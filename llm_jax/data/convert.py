@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm_jax.data.formats.pickles import load_plain
-from llm_jax.errors import ConfigError, DataError, StorageError, UserError
+from llm_jax.errors import ConfigError, DataError, StorageError
+from llm_jax.main import run_as_program
 
 _SHAPES = 'a list of texts, pairs, dicts or integer arrays, or a dict of lists of one length'
 
@@ -87,26 +87,20 @@ def _name(value: Any) -> str:
   return f'{value.dtype} {list(value.shape)}' if isinstance(value, np.ndarray) else type(value).__name__
 
 
-def main(argv: list[str] | None = None) -> int:
-  """The exit code: 0, or that of the error, whose message goes to stderr."""
-  parser = argparse.ArgumentParser(prog='python -m llm_jax.data.convert', description=__doc__)
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='python -m llm_jax.data.convert', allow_abbrev=False, description=__doc__)
   parser.add_argument('input', type=Path, help='a pickle of plain data; nothing in it is run')
   parser.add_argument('output', type=Path, help='the Parquet file to write')
   args = parser.parse_args(argv)
+  if args.output.exists():
+    raise ConfigError(f'{args.output}: exists; delete it, or name another file')
+  value = load_plain(args.input)
   try:
-    if args.output.exists():
-      raise ConfigError(f'{args.output}: exists; delete it, or name another file')
-    value = load_plain(args.input)
-    try:
-      num_rows = write_parquet(columns_of(value), args.output)
-    except DataError as e:
-      raise DataError(f'{args.input}: {e}') from None
-  except UserError as e:
-    print(e, file=sys.stderr)
-    return e.exit_code
+    num_rows = write_parquet(columns_of(value), args.output)
+  except DataError as e:
+    raise DataError(f'{args.input}: {e}') from None
   print(f'{args.output}: {num_rows} rows')
-  return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  run_as_program(main)

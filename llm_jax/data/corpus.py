@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -155,7 +156,9 @@ def _reason(document: Document, quality: Quality, seen: Deduplicator | None) -> 
 def _reading(source: Source) -> dict:
   """The fields of its config that change what is read."""
   ignored = ('path', 'weight', 'val_path', 'test_path')
-  return {f: v for f, v in dataclasses.asdict(source.config).items() if f not in ignored and v is not None}
+  # Where it lies too: elsewhere there may be files of the same names, sizes and times.
+  return {'from': os.path.abspath(source.config.path)} | {
+      f: v for f, v in dataclasses.asdict(source.config).items() if f not in ignored and v is not None}
 
 
 def key_of(recipe: object) -> str:
@@ -175,31 +178,33 @@ def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus],
       texts = ((t for corpus in corpora for t in corpus.all_texts()) if name == 'char' else
                (t for corpus in corpora for t in corpus.train_texts(corpus.start())))
       tokenizer = FITTED[name](texts, config)
-      write_whole(path, tokenizer.to_json())
+      try:
+        write_whole(path, tokenizer.to_json())
+      except OSError as e:
+        raise StorageError(f'{path}: cannot be written: {e.strerror or e}') from None
       print(f'data: {name} tokenizer of {len(tokenizer.token_bytes)} tokens '
             f'made in {time.perf_counter() - begin:.1f} s', flush=True)
   return load_tokenizer(path), key
 
 
 def make_store(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype: str, shard_tokens: int,
-               about: dict) -> None:
+               takes_ids: bool, about: dict) -> None:
   """Writes the store unless it is there, going on where another process was killed. Raises DataError, StorageError."""
   with locked(folder):
     if folder.exists():
       return
     try:
-      _write(corpus, tokenizer, folder, dtype, shard_tokens, about)
+      writer = Writer(folder.with_name(f'{folder.name}.partial'), tokenizer, dtype, shard_tokens, takes_ids)
+      _write(corpus, writer, folder, about)
     except OSError as e:
       raise StorageError(f'{folder}: cannot be written: {e.strerror or e}') from None
 
 
-def _write(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype: str, shard_tokens: int,
-           about: dict) -> None:
+def _write(corpus: Corpus, writer: Writer, folder: Path, about: dict) -> None:
   sizes = [source.sizes() for _, source in corpus.sides]
   total = sum(map(sum, sizes))
   num_files = sum(len(source.files) for _, source in corpus.sides)
   print(f'data: {corpus.name}: {num_files} file(s), {total / 1e6:.1f} MB; kept in {folder}', flush=True)
-  writer = Writer(folder.with_name(f'{folder.name}.partial'), tokenizer, dtype, shard_tokens)
   state = writer.reader_state or corpus.start()
   seen = Deduplicator()
   seen_file = writer.folder / SEEN

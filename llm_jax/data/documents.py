@@ -42,7 +42,7 @@ class File:
 class SourceConfig:
   """Where documents come from and how they are read. What a format has no use for stays None."""
 
-  path: str = 'stdlib'  # a file, folder, glob or URL, or a name of sources.NAMED
+  path: str = 'stdlib'  # a file, folder, glob or URL, or stdlib, enwik8, synthetic, modular, hf:NAME
   format: str = 'auto'  # one of formats.FORMATS; 'auto' goes by the file's ending or its first bytes
   field: str | None = None  # key, column or data set of the text (or ids); None: the only one there is
   answer_field: str | None = None  # of the answer, which makes pairs

@@ -26,7 +26,10 @@ HASH_BYTES = 16  # 2^64 documents before two different ones are likely to share 
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
-  """Limits of what is kept, each inclusive; a min of 0 and a max of None or () keep everything. Ratios lie in 0..1."""
+  """Limits of what is kept, each inclusive; a min of 0 and a max of None or () keep everything. Ratios lie in 0..1.
+
+  Of a text longer than `max_record_bytes`, which is read in pieces, the first piece is judged for all.
+  """
 
   min_chars: int = 0
   max_chars: int | None = None

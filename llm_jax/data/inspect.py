@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_jax.data import Data, DataConfig, open_data, open_examples
+from llm_jax.data import Data, DataConfig, open_data, open_examples, task_of
 from llm_jax.data.examples import Examples
 from llm_jax.data.filters import Report
 from llm_jax.data.prepare import parse, table
-from llm_jax.data.store import TokenStore
-from llm_jax.data.tasks import TASKS, Features
+from llm_jax.data.store import TokenStore, class_values
+from llm_jax.data.tasks import Features
 from llm_jax.errors import ConfigError, StorageError
 from llm_jax.main import run_as_program
 
@@ -46,6 +46,9 @@ def main(argv: list[str]) -> None:
   for name, store in data.splits[args.part].items():
     print(f'\n{args.part}/{name}: tokens in a document')
     print('\n'.join(histogram(document_lengths(store))))
+    if store.classes:
+      print('labels: ' + ', '.join(f'{value:g} {label!r}' for label, value in zip(
+          store.classes, class_values(list(store.classes)), strict=True)))
     examples[name] = open_examples(config, data, store, train=args.part == 'train')
     print(f'{len(examples[name]):,} rows of {config.seq_len} tokens, task {config.task}, packing {config.packing}; '
           f'{examples[name].dropped_tokens:,} tokens are in no row')
@@ -107,7 +110,7 @@ def token_names(data: Data, config: DataConfig) -> list[str]:
         tokenizer.bos_id: '<eot>'}
     names = [special.get(i) or (repr(b.decode(errors='replace'))[1:-1] if b else f'<{i}>')
              for i, b in enumerate(tokenizer.token_bytes)]
-  return names + [f'<sentinel {k}>' for k in range(TASKS[config.task].num_sentinels)]
+  return names + [f'<sentinel {k}>' for k in range(task_of(config).num_sentinels)]
 
 
 def show(ids: Iterable[int], names: list[str], most: int = 160) -> str:

@@ -15,7 +15,7 @@ from llm_jax.data import Data, DataConfig, open_examples
 from llm_jax.data.examples import Examples
 from llm_jax.data.mixture import Mixture
 from llm_jax.data.streaming import Counters, train_stream, with_tuples
-from llm_jax.data.tasks import TASKS, Features
+from llm_jax.data.tasks import Features
 from llm_jax.errors import ConfigError
 
 
@@ -88,11 +88,6 @@ def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray
                         '(streaming=False) in another --workdir')
     iterator.set_state(with_tuples(states[process]))
   return Batches(iterator, True, counters)
-
-
-def num_sentinels(config: DataConfig) -> int:
-  """Ids that the task needs beyond the tokenizer's."""
-  return TASKS[config.task].num_sentinels
 
 
 def prefetched(batches: grain.MapDataset, begin: int, num_workers: int = 0) -> grain.DatasetIterator:

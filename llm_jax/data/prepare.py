@@ -35,11 +35,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[DataConfig,
     overrides = parse_overrides(rest, '--config.', '--config, --full_size, --config.FIELD')
     return load(args.config).resolve(overrides, cpu_only=not args.full_size).data, args
   overrides = parse_overrides(rest, '--', '--config, --FIELD of config.data, such as --path')
-  if 'path' not in overrides and not any(name.startswith('sources.') for name in overrides):
-    raise ConfigError('--path: name a file, folder, glob or URL, or a --config')
-  values: dict = {}
+  values: dict = {'data': {}}
   override(values, {f'data.{name}': value for name, value in overrides.items()})
-  return build(DataConfig, values['data'], 'config.data'), args
+  config = build(DataConfig, values['data'], 'config.data')
+  if 'path' not in overrides and not config.sources:
+    raise ConfigError('--path: name a file, folder, glob or URL, or a --config')
+  return config, args
 
 
 def _refuse(message: str) -> NoReturn:

@@ -22,7 +22,7 @@ class SplitConfig:
   document: by a hash of its text, so it keeps its side when others come or go, and duplicates share theirs.
   tail: the last parts of all text; a plain document across a border is cut in two, a pair never.
   count: the first `val_documents`, then `test_documents`. auto: document where that gives some 20 to validate with,
-  else tail.
+  else tail; so new documents may move others, unless the split is named.
   """
 
   split: Literal['auto', 'document', 'tail', 'count'] = 'auto'

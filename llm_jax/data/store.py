@@ -62,6 +62,7 @@ class TokenStore:
   # num_bytes over the tokenizer's bytes of all tokens: 1 if it is lossless; makes bits per byte exact where it is not.
   bytes_scale: float = 1.0
   report: dict | None = None  # of the filters, over all splits
+  classes: tuple[str, ...] = ()  # names of the labels 0, 1, ..., where they are names
 
 
 def open_split(folder: Path, split: str) -> TokenStore:
@@ -76,15 +77,28 @@ def open_split(folder: Path, split: str) -> TokenStore:
   names = sorted(name for name in manifest['files'] if name.startswith(f'{split}-') and name.endswith('.tokens'))
   files = tuple(TokenFile(folder / name, dtype, manifest['files'][name]['size'] // np.dtype(dtype).itemsize)
                 for name in names)
-  columns = {kind: _column(folder / f'{split}.{kind}', dtype)
+  columns: dict[str, Any] = {kind: _column(folder / f'{split}.{kind}', dtype)
              for kind, dtype in (('answers', 'int64'), ('labels', 'float64')) if f'{split}.{kind}' in manifest['files']}
-  if 'labels' in columns and manifest['label_width'] > 1:
+  classes = manifest['classes']
+  if classes:
+    columns['labels'] = class_values(classes)[columns['labels'].astype(int)]
+    columns['classes'] = tuple(sorted(classes))
+  elif 'labels' in columns and manifest['label_width'] > 1:
     columns['labels'] = columns['labels'].reshape(-1, manifest['label_width'])
   of_split = sorted(name for name in manifest['files'] if name.startswith((f'{split}-', f'{split}.')))
-  sha256 = hashlib.sha256(''.join(manifest['files'][name]['sha256'] for name in of_split).encode()).hexdigest()
+  sha256 = hashlib.sha256(''.join(manifest['files'][name]['sha256'] for name in of_split).encode()
+                          + json.dumps(classes).encode()).hexdigest()
   return TokenStore(Tokens(files), _column(folder / f'{split}.starts', 'int64'), sha256, about['bytes'],
                     bytes_scale=about['bytes'] / (about['token_bytes'] or about['bytes'] or 1),
                     report=manifest.get('report'), **columns)
+
+
+def class_values(classes: list[str]) -> np.ndarray:
+  """What to learn for each text label: the number that it spells, if all do; else its place in their order."""
+  try:
+    return np.array([float(name) for name in classes])
+  except ValueError:
+    return np.argsort(np.argsort(classes)).astype(np.float64)
 
 
 def _column(path: Path, dtype: str) -> np.ndarray:
@@ -114,7 +128,8 @@ def mapped_store(file: TokenFile, eot_id: int | None, begin: int = 0, end: int |
   """A .bin, or the part [begin, end) of it, as a store without copying it."""
   end = file.size if end is None else end
   part = TokenFile(file.path, file.dtype, end - begin, file.offset + begin * np.dtype(file.dtype).itemsize)
-  return TokenStore(Tokens((part,)), document_starts(part.array, eot_id), sampled_sha256(part.array), 0)
+  starts = document_starts(part.array, eot_id)
+  return TokenStore(Tokens((part,)), starts, f'{sampled_sha256(part.array)} {eot_id}', 0)
 
 
 def file_sha256(path: Path) -> str:

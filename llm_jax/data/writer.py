@@ -29,8 +29,9 @@ class Writer:
   cuts the files back to that. Raises StorageError.
   """
 
-  def __init__(self, folder: Path, tokenizer: Tokenizer | None, dtype: str, shard_tokens: int):
-    self.folder, self.tokenizer = folder, tokenizer
+  def __init__(self, folder: Path, tokenizer: Tokenizer | None, dtype: str, shard_tokens: int,
+               takes_ids: bool = True):
+    self.folder, self.tokenizer, self.takes_ids = folder, tokenizer, takes_ids
     self.dtype, self.shard_tokens = np.dtype(dtype), shard_tokens
     self.bos_id: int | None = tokenizer.bos_id if tokenizer else None
     self.eos_id: int | None = tokenizer.eos_id if tokenizer else None
@@ -55,7 +56,7 @@ class Writer:
 
   def add(self, documents: list[tuple[str, Document]]) -> None:
     """Tokenizes (split, document) pairs and appends them."""
-    texts = encode(self.tokenizer, [document for _, document in documents])
+    texts = encode(self.tokenizer, [document for _, document in documents], self.takes_ids)
     for (split, document), (text, answer) in zip(documents, texts, strict=True):
       self._check(document)
       if not document.continues or not self.counts[split]['documents']:
@@ -168,8 +169,12 @@ class Writer:
       self._files[name] = open(self.folder / name, 'ab')  # noqa: SIM115
 
 
-def encode(tokenizer: Tokenizer | None, documents: list[Document]) -> list[tuple[np.ndarray, np.ndarray]]:
-  """(ids of the text, ids of the answer or none) of each document. Raises DataError naming the document."""
+def encode(tokenizer: Tokenizer | None, documents: list[Document],
+           takes_ids: bool = True) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(ids of the text, ids of the answer or none) of each document; ids that stand in it are the tokenizer's.
+
+  Raises DataError naming the document, also for ids where the tokenizer was only just fitted: they are another's.
+  """
   contents = [c for d in documents for c in (d.text, d.answer if d.answer is not None else '')]
   texts = [c for c in contents if isinstance(c, str)]
   try:
@@ -188,6 +193,9 @@ def encode(tokenizer: Tokenizer | None, documents: list[Document]) -> list[tuple
     if tokenizer is None and isinstance(c, str) and c:  # '' stands for no answer
       raise DataError(f'{document.name}: holds text, and there is no tokenizer for it: the data began with token ids, '
                       'or config.data.tokenizer is none')
+    if not takes_ids and isinstance(c, np.ndarray):
+      raise DataError(f'{document.name}: holds token ids among texts, and the tokenizer fitted to these is not theirs; '
+                      'name theirs in config.data.tokenizer, or leave them out')
     if tokenizer and isinstance(c, np.ndarray) and len(c) and found.max() >= len(tokenizer.token_bytes):
       raise DataError(f'{document.name}: token {found.max()} is beyond the vocabulary of '
                       f'{len(tokenizer.token_bytes)} tokens')

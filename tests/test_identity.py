@@ -1,0 +1,122 @@
+"""What a run's data is: whatever changes its batches changes its fingerprint, and what is not its own is refused."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from llm_jax.data import DataConfig, check_fingerprint, data_fingerprint, open_data, task_of
+from llm_jax.data.examples import make_examples
+from llm_jax.errors import ConfigError, DataError
+
+
+def opened(tmp_path, path, **overrides):
+  config = DataConfig(**{'path': str(path), 'tokenizer': 'byte', 'split': 'tail', 'val_fraction': 0.3,
+                         'cache_dir': str(tmp_path / 'cache'), **overrides})
+  return config, open_data(config)
+
+
+def fingerprint(tmp_path, path, **overrides):
+  return json.loads(json.dumps(data_fingerprint(*opened(tmp_path, path, **overrides), 8, 0)))
+
+
+def write(path, rows):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return path
+
+
+ROWS = [{'text': f'text {i}', 'a': i % 2, 'b': i % 3} for i in range(30)]
+
+
+def test_labels_answers_and_borders_are_part_of_it(tmp_path):
+  rows = write(tmp_path / 'rows.jsonl', ROWS)
+  early = write(tmp_path / 'early.jsonl', [{'text': 'ab', 'answer': 'cde'}] * 9)
+  late = write(tmp_path / 'late.jsonl', [{'text': 'abc', 'answer': 'de'}] * 9)
+  ids = np.arange(400, dtype=np.uint16) % 7
+  ids.tofile(tmp_path / 'x.bin')
+  pairs = {'field': 'text', 'answer_field': 'answer'}
+  for one, other in (
+      (fingerprint(tmp_path, rows, field='text', label_field='a'), fingerprint(tmp_path, rows, field='text',
+                                                                               label_field='b')),
+      (fingerprint(tmp_path, early, **pairs), fingerprint(tmp_path, late, **pairs)),
+      (fingerprint(tmp_path, tmp_path / 'x.bin', eot_id=3), fingerprint(tmp_path, tmp_path / 'x.bin', eot_id=4))):
+    check_fingerprint(one, one, 5)
+    with pytest.raises(ConfigError, match='training data'):
+      check_fingerprint(one, other, 5)
+
+
+def test_the_order_of_sources_and_their_weights_so_far_are_part_of_it(tmp_path):
+  paths = {name: str(write(tmp_path / f'{name}.jsonl', [{'text': name * i} for i in range(1, 30)])) for name in 'ab'}
+
+  def mixture(names, weight, weights_from=(0, 10)):
+    sources = {name: {'path': paths[name], 'weight': weight} for name in names}
+    config = DataConfig(sources={n: type(DataConfig().named_sources['data'])(**s) for n, s in sources.items()},
+                        weights_from=weights_from, tokenizer='byte', split='tail', val_fraction=0.3,
+                        cache_dir=str(tmp_path / 'cache'))
+    return json.loads(json.dumps(data_fingerprint(config, open_data(config), 8, 0)))
+
+  now = mixture('ab', (1.0, 1.0))
+  with pytest.raises(ConfigError, match='training data'):
+    check_fingerprint(now, mixture('ba', (1.0, 1.0)), 5)
+  check_fingerprint(now, mixture('ab', (1.0, 1.0), (0, 20)), 5)  # both stages lie ahead
+  with pytest.raises(ConfigError, match='weights of the sources before step 15'):
+    check_fingerprint(now, mixture('ab', (1.0, 1.0), (0, 12)), 15)
+
+
+def test_another_folder_with_like_files_is_another_store(tmp_path):
+  for name, text in (('v1', 'one text here'), ('v2', 'two text here')):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'x.txt').write_text(text)
+    os.utime(tmp_path / name / 'x.txt', (1e9, 1e9))
+  first, second = (opened(tmp_path, tmp_path / name)[1].train['data'] for name in ('v1', 'v2'))
+  assert first.tokens[:].tolist() != second.tokens[:].tolist()
+
+
+def test_labels_are_numbers_where_they_spell_some_and_names_in_order_where_not(tmp_path):
+  (tmp_path / 'stars.csv').write_text('text,stars\n' + ''.join(f'review {i},{5.5 - i % 3}\n' for i in range(30)))
+  _, data = opened(tmp_path, tmp_path / 'stars.csv', field='text', label_field='stars')
+  assert sorted(set(data.train['data'].labels.tolist())) == [3.5, 4.5, 5.5]
+  names = ['zebra', 'ant', 'cow']
+  for order in (names, names[::-1]):
+    path = write(tmp_path / f'{order[0]}.jsonl', [{'text': f'{i}', 'kind': order[i % 3]} for i in range(30)])
+    _, data = opened(tmp_path, path, field='text', label_field='kind')
+    store = data.train['data']
+    assert store.classes == ('ant', 'cow', 'zebra')
+    assert [store.classes[int(label)] for label in store.labels] == [order[i % 3] for i in range(len(store.labels))]
+
+
+@pytest.mark.parametrize('kind', ['folder', 'mixture'])
+def test_ids_are_not_taken_for_those_of_a_tokenizer_that_is_fitted_here(kind, tmp_path):
+  (tmp_path / 'both').mkdir()
+  (tmp_path / 'both/a.txt').write_text('some text ' * 50)
+  if kind == 'folder':
+    np.save(tmp_path / 'both/b.npy', np.arange(50))
+    with pytest.raises(DataError, match=r'b\.npy.*token ids among texts'):
+      opened(tmp_path, tmp_path / 'both', tokenizer='bpe', vocab_size=300)
+  else:
+    np.arange(50, dtype=np.uint16).tofile(tmp_path / 'b.bin')
+    source = type(DataConfig().named_sources['data'])
+    with pytest.raises(ConfigError, match=r'fitted to the texts and is not that of .*b\.bin'):
+      opened(tmp_path, 'stdlib', tokenizer='bpe', vocab_size=300, sources={
+          'a': source(str(tmp_path / 'both')), 'b': source(str(tmp_path / 'b.bin'))})
+
+
+def test_a_stream_of_ids_needs_their_tokenizer(tmp_path):
+  path = write(tmp_path / 'ids.jsonl', [{'ids': list(range(i, i + 5))} for i in range(50)])
+  with pytest.raises(ConfigError, match='how many different ids'):
+    opened(tmp_path, path, tokenizer='none', streaming=True, split='count', val_documents=5)
+
+
+def test_sentinels_are_as_many_as_are_configured(tmp_path):
+  (tmp_path / 'x.txt').write_text('many words to corrupt ' * 500)
+  config, data = opened(tmp_path, tmp_path / 'x.txt', task='span_corruption', packing='pad', seq_len=1024,
+                        encoder_len=2048)
+  config = DataConfig(**{**vars(config), 'span_corruption': type(config.span_corruption)(num_sentinels=200)})
+  task = task_of(config)
+  assert task.num_sentinels == 200
+  examples = make_examples(data.train['data'], task=task, seq_len=1024, encoder_len=2048, packing='pad',
+                           vocab_size=data.vocab_size, bos_id=data.bos_id, eos_id=data.eos_id)
+  highest = max(examples.make(i, np.random.default_rng(i))['encoder_tokens'].max() for i in range(len(examples)))
+  assert data.vocab_size + 100 < highest < data.vocab_size + task.num_sentinels
