@@ -14,4 +14,4 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_disable_most_optimizations', True)
 # The same small programs are compiled again and again: once is enough.
 jax.config.update('jax_compilation_cache_dir', os.path.join(os.environ['LLM_JAX_CACHE'], 'compiled'))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

@@ -225,8 +225,8 @@ def test_going_on_with_other_data_or_another_model_is_refused_by_name(flag, word
 
 @pytest.mark.parametrize('data', [
     ['streaming=true', 'split=count', 'val_documents=1', 'shuffle_buffer=4', 'cache_mb=1'],
-    ['sources.a.path={folder}/corpus/train.py', 'sources.b.path={folder}/corpus/config.py', 'sources.a.weight=3,1',
-     'sources.b.weight=1,1', 'weights_from=0,6', 'num_workers=1', 'task=fim', 'packing=best_fit']],
+    pytest.param(['sources.a.path={folder}/corpus/train.py', 'sources.b.path={folder}/corpus/config.py', 'sources.a.weight=3,1',
+     'sources.b.weight=1,1', 'weights_from=0,6', 'num_workers=1', 'task=fim', 'packing=best_fit'], marks=pytest.mark.slow)],
     ids=['stream', 'mixture'])
 def test_any_data_goes_on_where_it_was(data, folder):
   def losses(workdir):
