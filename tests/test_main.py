@@ -223,11 +223,13 @@ def test_going_on_with_other_data_or_another_model_is_refused_by_name(flag, word
   assert (resumable / 'metrics.jsonl').read_bytes() == before, 'nothing lost'
 
 
-@pytest.mark.parametrize('data', [
-    ['streaming=true', 'split=count', 'val_documents=1', 'shuffle_buffer=4', 'cache_mb=1'],
-    pytest.param(['sources.a.path={folder}/corpus/train.py', 'sources.b.path={folder}/corpus/config.py', 'sources.a.weight=3,1',
-     'sources.b.weight=1,1', 'weights_from=0,6', 'num_workers=1', 'task=fim', 'packing=best_fit'], marks=pytest.mark.slow)],
-    ids=['stream', 'mixture'])
+STREAM = ['streaming=true', 'split=count', 'val_documents=1', 'shuffle_buffer=4', 'cache_mb=1']
+MIXTURE = ['sources.a.path={folder}/corpus/train.py', 'sources.b.path={folder}/corpus/config.py',
+           'sources.a.weight=3,1', 'sources.b.weight=1,1', 'weights_from=0,6', 'num_workers=1', 'task=fim',
+           'packing=best_fit']
+
+
+@pytest.mark.parametrize('data', [STREAM, pytest.param(MIXTURE, marks=pytest.mark.slow)], ids=['stream', 'mixture'])
 def test_any_data_goes_on_where_it_was(data, folder):
   def losses(workdir):
     return [line['train/loss'] for line in read_metrics(workdir / 'metrics.jsonl')]
