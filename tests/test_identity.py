@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from llm_jax.data import DataConfig, check_fingerprint, data_fingerprint, open_data, task_of
+from llm_jax.data.corpus import Corpus, key_of
+from llm_jax.data.documents import SourceConfig
 from llm_jax.data.examples import make_examples
+from llm_jax.data.filters import FilterConfig
+from llm_jax.data.sources import open_source
+from llm_jax.data.splits import SplitConfig
 from llm_jax.errors import ConfigError, DataError
 
 
@@ -72,6 +77,26 @@ def test_another_folder_with_like_files_is_another_store(tmp_path):
     os.utime(tmp_path / name / 'x.txt', (1e9, 1e9))
   first, second = (opened(tmp_path, tmp_path / name)[1].train['data'] for name in ('v1', 'v2'))
   assert first.tokens[:].tolist() != second.tokens[:].tolist()
+
+
+@pytest.mark.parametrize('path', ['stdlib', 'synthetic:50:2000'])
+def test_what_is_no_path_is_the_same_store_from_any_folder(path, tmp_path, monkeypatch):
+  def key():
+    return key_of(Corpus('x', ((None, open_source(SourceConfig(path), tmp_path)),), SplitConfig(), FilterConfig(),
+                         'fail', 0.0).fingerprint())
+
+  keys = {key()}
+  monkeypatch.chdir(tmp_path)
+  assert keys == {key()}
+
+
+def test_a_stream_is_known_again_where_its_files_were_copied(tmp_path):
+  keys = set()
+  for name, when in (('a', 1e9), ('b', 2e9)):
+    path = write(tmp_path / name / 'x.jsonl', ROWS)
+    os.utime(path, (when, when))
+    keys.add(key_of(fingerprint(tmp_path, path, field='text', streaming=True, split='count', val_documents=5)))
+  assert len(keys) == 1
 
 
 def test_labels_are_numbers_where_they_spell_some_and_names_in_order_where_not(tmp_path):

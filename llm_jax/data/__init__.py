@@ -253,7 +253,7 @@ def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int)
     settings |= {f'{name}.{field}': value for field, value in dataclasses.asdict(getattr(config, name)).items()}
   # As lists: the order of the sources counts too.
   train = [[name, tokens.sha256] for name, tokens in data.train.items()]
-  train += [[name, key_of([corpus.fingerprint(), data.tokenizer.to_json() if data.tokenizer else None])]
+  train += [[name, key_of([corpus.contents(), data.tokenizer.to_json() if data.tokenizer else None])]
             for name, corpus in data.streams.items()]
   mixture = [[begin, {name: source.weight[i] for name, source in config.sources.items()}]
              for i, begin in enumerate(config.weights_from)] if config.sources else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -117,8 +116,15 @@ class Corpus:
     return first is not None and isinstance(first[2].text, np.ndarray)
 
   def fingerprint(self) -> dict:
-    """All that decides which documents are on which side."""
-    return {'sides': [[side, source.fingerprint(), _reading(source)] for side, source in self.sides],
+    """`contents` as they lie on this machine: where, and when they were changed."""
+    # Elsewhere there may be files of the same names, sizes and times; what is no file lies nowhere.
+    places = [str(file.path.absolute()) for _, source in self.sides for file in source.files[:1] if file.path.exists()]
+    return self.contents() | {'places': places, 'files': [source.fingerprint() for _, source in self.sides]}
+
+  def contents(self) -> dict:
+    """All that decides which documents are on which side, the same on any machine that has the same files."""
+    return {'sides': [[side, [[file.name, size] for file, size in zip(source.files, source.sizes(), strict=True)],
+                       list(source.formats), _reading(source)] for side, source in self.sides],
             'split': dataclasses.asdict(self.split), 'filters': dataclasses.asdict(self.filters),
             'on_bad_record': self.on_bad_record}
 
@@ -156,9 +162,7 @@ def _reason(document: Document, quality: Quality, seen: Deduplicator | None) -> 
 def _reading(source: Source) -> dict:
   """The fields of its config that change what is read."""
   ignored = ('path', 'weight', 'val_path', 'test_path')
-  # Where it lies too: elsewhere there may be files of the same names, sizes and times.
-  return {'from': os.path.abspath(source.config.path)} | {
-      f: v for f, v in dataclasses.asdict(source.config).items() if f not in ignored and v is not None}
+  return {f: v for f, v in dataclasses.asdict(source.config).items() if f not in ignored and v is not None}
 
 
 def key_of(recipe: object) -> str:
