@@ -9,7 +9,7 @@ The README ("Your data") has a line for each format. Look before you train, with
   python -m llm_jax.data.inspect --config=configs/my_data.py --config.data.path='notes/**/*.md' --out=data.png
 
 Without a path it takes Python's standard library. Llama's parts (RoPE, RMSNorm, SwiGLU) in 30 M parameters; on CPUs
-in 2.5 M (see on_cpu).
+in 2.5 M (see on_cpu). Neither size has been trained to its end yet: the result depends on what you bring.
 """
 
 from llm_jax.config import base
@@ -42,7 +42,7 @@ def get_config():
 
 
 def on_cpu(config):
-  """Some minutes on two cores."""
+  """For two cores."""
   config.num_steps = 500
   config.batch_tokens = 2_048
   config.tokens_per_device = 2_048
