@@ -30,8 +30,9 @@ lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
+# TORCH=/path/to/python, one that has PyTorch, times that beside us. Nothing else should run meanwhile.
 bench: install
-	$(RUN) benchmarks/step.py
+	$(RUN) -m benchmarks.table $(if $(TORCH),--torch=$(TORCH))
 
 # Needs uv. One lock for all Pythons, by markers, without addresses.
 lock:

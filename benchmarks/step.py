@@ -1,86 +1,83 @@
 """Time of one whole training step (forward, backward, clipping, AdamW) on random tokens.
 
-  python benchmarks/step.py --config configs/gpt_small.py configs/shakespeare_char.py
+  python -m benchmarks.step --preset=char_small
 
-Configs are timed in turn, round after round, so that what disturbs the machine disturbs them alike. One JSON line
-each: median and best tokens/s, milliseconds, model FLOP/s (causal attention at half its cost), compile time.
+The last line is JSON: median and best tokens/s, milliseconds, model FLOP/s (causal attention at half its cost).
+Needs jax, flax and optax alone. benchmarks/torch_step.py is the same in PyTorch; benchmarks/table.py runs both in turn.
 """
 
-import argparse
-import json
-import statistics
-import time
+from __future__ import annotations
+
 from functools import partial
-from pathlib import Path
 
-import jax
-import numpy as np
-
-from llm_jax.assemble import complete, example_batch
-from llm_jax.config import load
-from llm_jax.data import Data
-from llm_jax.metrics import peak_flops
-from llm_jax.models import make_model
-from llm_jax.optim import make_optimizer
-from llm_jax.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, put_batch
-from llm_jax.step import init_state, state_shardings, train_step
-
-
-def prepare(path: str, full_size: bool):
-  """(seconds of one step, ...) as a function to call again and again, and what is known of it."""
-  cpu_only = jax.default_backend() == 'cpu' and not full_size
-  config = load(path).resolve({}, cpu_only=cpu_only)
-  config = complete(config, Data({}, None, config.model.vocab_size or 66))
-  mesh = make_mesh(config.mesh)
-  held, num_microbatches = config.split_batch(num_batch_shards(mesh))
-  model = make_model(config.model)
-  tx, schedule = make_optimizer(config.optim, config.num_steps)
-  rows, seq_len = config.rows_per_batch, config.data.seq_len
-  tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=(rows, seq_len), dtype=np.int32)
-  features = {'tokens': tokens, 'targets': tokens, 'loss_mask': np.ones((rows, seq_len), np.float32)}
-  with jax.set_mesh(mesh):
-    shardings = state_shardings(example_batch(config), mesh, model=model, tx=tx)
-    state = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)(
-        jax.random.key(0), example_batch(config))
-    batch = put_batch(features, local_rows(mesh, rows), rows, mesh)
-    step = jax.jit(partial(train_step, model=model, tx=tx, schedule=schedule, seed=0,
-                           num_microbatches=num_microbatches),
-                   in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step),
-                   donate_argnums=0)
-
-  def run() -> float:
-    nonlocal state
-    start = time.perf_counter()
-    with jax.set_mesh(mesh):
-      state, metrics = step(state, batch)
-    jax.block_until_ready((state, metrics))
-    return time.perf_counter() - start
-
-  flops = config.model.flops_per_token(seq_len) * config.batch_tokens
-  about = {'config': Path(path).stem, 'device': jax.devices()[0].device_kind, 'num_devices': len(jax.devices()),
-           'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)), 'batch_tokens': config.batch_tokens,
-           'rows_held': held, 'dtype': config.model.dtype, 'first_step_s': round(run(), 2)}
-  return run, about, flops, config.batch_tokens
+from benchmarks.common import GEMM_SIZE, PRESETS, parser, run
+from llm_jax import runtime
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--config', nargs='+', default=['configs/gpt_small.py', 'configs/shakespeare_char.py'])
-  parser.add_argument('--rounds', type=int, default=20)
-  parser.add_argument('--full_size', action='store_true', help='on a CPU too')
-  args = parser.parse_args()
-  prepared = [prepare(path, args.full_size) for path in args.config]
-  seconds = [[] for _ in prepared]
-  for _ in range(args.rounds):
-    for (run, *_), times in zip(prepared, seconds, strict=True):
-      times.append(run())
+  flags = parser(__doc__)
+  flags.add_argument('--dtype', choices=['auto', 'f32', 'bf16'], default='auto', help='of matrix operands')
+  flags.add_argument('--attention', default='auto')
+  flags.add_argument('--remat', default='none')
+  flags.add_argument('--scan_unroll', type=int, default=0, help='0: all layers')
+  flags.add_argument('--num_microbatches', type=int, default=1)
+  flags.add_argument('--tuning', choices=['on', 'off'], default='on', help='off: allocator and XLA flags as they come')
+  args = flags.parse_args()
+  if args.tuning == 'on':
+    runtime.prepare()
+
+  import jax  # after the settings that it reads
+  import jax.numpy as jnp
+  import numpy as np
+
+  from llm_jax.devices import has_fast_bf16, peak_flops
+  from llm_jax.models.decoder import Decoder, DecoderConfig
+  from llm_jax.optim import AdamW, Constant, OptimConfig, make_optimizer
+  from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh
+  from llm_jax.step import init_state, state_shardings, train_step
+  from llm_jax.types import Batch
+
+  preset = PRESETS[args.preset]
+  batch = args.batch or preset.batch
+  dtype = {'f32': 'float32', 'bf16': 'bfloat16', 'auto': 'bfloat16' if has_fast_bf16() else 'float32'}[args.dtype]
+  model = Decoder(DecoderConfig(
+      vocab_size=preset.vocab_size, max_len=preset.seq_len, num_layers=preset.num_layers, embed_dim=preset.embed_dim,
+      num_heads=preset.num_heads, dtype=dtype, attention=args.attention, remat=args.remat,
+      scan_unroll=args.scan_unroll or preset.num_layers))
+  tx, schedule = make_optimizer(OptimConfig(
+      learning_rate=1e-3, schedule='constant', constant=Constant(100), adamw=AdamW(b2=0.99)), 10_000)
+  mesh = make_mesh(MeshConfig())
+
+  def put(rows):
+    arrays = jax.device_put({'tokens': rows[:, :-1], 'targets': rows[:, 1:],
+                             'loss_mask': np.ones((batch, preset.seq_len), np.float32)}, batch_sharding(mesh))
+    return Batch(**arrays)
+
+  rows = np.random.default_rng(0).integers(preset.vocab_size, size=(8, batch, preset.seq_len + 1), dtype=np.int32)
+  batches, count = [put(r) for r in rows], 0
+  with jax.set_mesh(mesh):
+    shardings = state_shardings(batches[0], mesh, model=model, tx=tx)
+    state = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)(jax.random.key(0), batches[0])
+    train = jax.jit(
+        partial(train_step, model=model, tx=tx, schedule=schedule, seed=0, num_microbatches=args.num_microbatches),
+        in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step), donate_argnums=0)
+  num_params = sum(w.size for w in jax.tree.leaves(state.params)) - preset.seq_len * preset.embed_dim
+
+  def step() -> float:
+    nonlocal state, count
+    with jax.set_mesh(mesh):
+      state, metrics = train(state, batches[count % 8])
+    count += 1
+    jax.block_until_ready(state)
+    return float(metrics['loss'])
+
+  square = jnp.ones((GEMM_SIZE, GEMM_SIZE), dtype)
+  product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
+  device = jax.devices()[0]
   peak = peak_flops(jax.devices())
-  for (_, about, flops, tokens), times in zip(prepared, seconds, strict=True):
-    median = statistics.median(times)
-    print(json.dumps(about | {
-        'step_ms': round(1e3 * median, 1), 'tokens_per_second': round(tokens / median),
-        'best_tokens_per_second': round(tokens / min(times)), 'gflops_per_second': round(flops / median / 1e9, 1),
-        **({'mfu': round(flops / median / peak, 4)} if peak else {})}))
+  run(args, {'framework': f'llm_jax, jax {jax.__version__}', 'device': device.device_kind, 'compile': True,
+             'dtype': 'bf16' if dtype == 'bfloat16' else 'f32', **({'peak_flops': peak} if peak else {})},
+      num_params, step, lambda: jax.block_until_ready(product(square, square)))
 
 
 if __name__ == '__main__':

@@ -41,7 +41,6 @@ def on_cpu(config):
   config.model.embed_dim = 192
   config.model.num_heads = 6
   config.model.scan_unroll = 4
-  config.model.dtype = 'float32'  # few CPUs multiply bfloat16
   config.data.seq_len = 128
   config.optim.learning_rate = 3e-3
   config.optim.warmup_cosine.warmup_steps = 60

@@ -51,7 +51,6 @@ def on_cpu(config):
   config.model.num_heads = 5
   config.model.mlp_dim = 432
   config.model.scan_unroll = 4
-  config.model.dtype = 'float32'  # few CPUs multiply bfloat16
   config.data.seq_len = 128
   config.data.encoder_len = 128
   config.optim.learning_rate = 3e-3

@@ -20,7 +20,6 @@ def get_config():
   config.model.embed_dim = 128
   config.model.num_heads = 4
   config.model.mlp = 'gelu'
-  config.model.dtype = 'float32'
   config.model.scan_unroll = 4
   config.data.path = URL
   config.data.sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'

@@ -31,14 +31,15 @@ from llm_jax.types import Batch, Params
 
 
 def complete(config: Config, data: Data) -> Config:
-  """The config with what the data decides: vocabulary and longest row. Raises ConfigError when they do not fit."""
+  """The config with what data and device decide: vocabulary, longest row, dtype. Raises ConfigError."""
   needed = data.vocab_size + task_of(config.data).num_sentinels
   vocab_size = config.model.vocab_size or needed
   if vocab_size < needed:
     raise ConfigError(f'config.model.vocab_size: {vocab_size} is less than the {needed} tokens of the data; '
                       f'leave it None or set it to {needed} or more')
   config = dataclasses.replace(config, model=dataclasses.replace(
-      config.model, vocab_size=vocab_size, max_len=config.model.max_len or config.data.seq_len))
+      config.model, vocab_size=vocab_size, max_len=config.model.max_len or config.data.seq_len,
+      dtype=config.model.operand_dtype.name))
   if data.tokenizer is not None and config.eval.sample_tokens:
     encode_prompts(config, data.tokenizer)  # better told now than at the first evaluation
   return config
@@ -76,7 +77,7 @@ def make_evaluator(config: Config, data: Data, model: Any, mesh: Mesh) -> Callab
   token_bytes = np.zeros(model.cfg.vocab_size, np.int32)
   token_bytes[:len(lengths)] = lengths
   eval_fn = jax.jit(partial(eval_step, model=model, token_bytes=jnp.asarray(token_bytes)))
-  num_rows = num_batch_shards(mesh) * (config.tokens_per_device // config.data.seq_len)
+  num_rows = num_batch_shards(mesh) * ((config.tokens_per_device or config.data.seq_len) // config.data.seq_len)
   rows = local_rows(mesh, num_rows)
 
   def evaluator(params: Params, stores: dict[str, TokenStore], max_tokens: int | None,

@@ -22,6 +22,11 @@ from orbax.checkpoint import checkpoint_managers as policies
 from llm_jax.errors import ConfigError, StorageError
 from llm_jax.types import Params
 
+# Orbax cuts each array among the devices that hold copies of it, with a program for each shape and device, compiled
+# while the first save keeps training waiting. That pays where the parts are large.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 26), override=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:

@@ -22,6 +22,7 @@ from llm_jax.data import DataConfig
 from llm_jax.errors import ConfigError
 from llm_jax.models import MODELS
 from llm_jax.optim import OptimConfig
+from llm_jax.profiling import ProfileConfig
 from llm_jax.sharding import MeshConfig
 
 
@@ -59,8 +60,10 @@ class Config:
   num_steps: int = 1000
   seed: int = 0
   batch_tokens: int = 524288  # of one optimizer step, over all devices
-  tokens_per_device: int = 16384  # that one device works on at a time: what its memory allows
+  # That one device works on at a time; None: as many as its memory holds.
+  tokens_per_device: int | None = 16384
   z_loss: float = 0.0
+  label_smoothing: float = 0.0  # of a target's probability, spread over the vocabulary
   model: Any = variant({name: config for name, (_, config) in MODELS.items()}, 'decoder')
   data: DataConfig = DataConfig()
   optim: OptimConfig = OptimConfig()
@@ -68,6 +71,7 @@ class Config:
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
+  profile: ProfileConfig = ProfileConfig()
 
   def __post_init__(self):
     seq_len, problems = self.data.seq_len, []
@@ -77,13 +81,15 @@ class Config:
       problems.append(f'seed must lie in [0, 2^32); got {self.seed}')
     if self.z_loss < 0:
       problems.append(f'z_loss must not be negative; got {self.z_loss}')
+    if not 0 <= self.label_smoothing < 1:
+      problems.append(f'label_smoothing must lie in [0, 1); got {self.label_smoothing}')
     if self.batch_tokens < 1 or self.batch_tokens % seq_len:
       near = max(1, self.batch_tokens // seq_len) * seq_len
       problems.append(f'batch_tokens {self.batch_tokens} is not a whole number of rows of data.seq_len {seq_len}; '
                       f'nearest that are: {near}, {near + seq_len}')
-    if self.tokens_per_device < seq_len:
+    if self.tokens_per_device is not None and self.tokens_per_device < seq_len:
       problems.append(f'tokens_per_device {self.tokens_per_device} does not hold one row of data.seq_len {seq_len}; '
-                      f'the least is {seq_len}')
+                      f'the least is {seq_len}, or None for what the memory holds')
     if self.model.max_len is not None and self.model.max_len < seq_len:
       problems.append(f'model.max_len {self.model.max_len} is less than data.seq_len {seq_len}')
     warmup = getattr(getattr(self.optim, self.optim.schedule), 'warmup_steps', 0)
@@ -99,7 +105,8 @@ class Config:
   def split_batch(self, num_shards: int) -> tuple[int, int]:
     """(rows that one shard holds at a time, number of microbatches) for a batch dealt to `num_shards` devices.
 
-    Raises ConfigError, with the nearest batches that can be dealt, when this one cannot.
+    tokens_per_device None counts as the whole batch. Raises ConfigError, with the nearest batches that can be dealt,
+    when this one cannot.
     """
     rows = self.rows_per_batch
     if rows % num_shards:
@@ -108,7 +115,8 @@ class Config:
       raise ConfigError(f'config.batch_tokens: {self.batch_tokens} tokens are {rows} rows, which {num_shards} devices '
                         f'cannot share; nearest that they can: {", ".join(str(n) for n in (near, near + step) if n)}')
     rows //= num_shards
-    held = max(n for n in range(1, self.tokens_per_device // self.data.seq_len + 1) if rows % n == 0)
+    most = (self.tokens_per_device or self.batch_tokens) // self.data.seq_len
+    held = max(n for n in range(1, min(most, rows) + 1) if rows % n == 0)
     return held, rows // held
 
 

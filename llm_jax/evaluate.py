@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from llm_jax import runtime
 from llm_jax.errors import ConfigError, DataError, StorageError
 from llm_jax.main import run_as_program
 
@@ -18,6 +19,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--out', type=Path, help='the JSON file (default: evaluation.json in the workdir)')
   args = parser.parse_args(argv)
 
+  runtime.prepare()
   import jax
 
   from llm_jax.assemble import load_run, make_evaluator

@@ -7,6 +7,7 @@ import codecs
 import sys
 from pathlib import Path
 
+from llm_jax import runtime
 from llm_jax.errors import ConfigError
 from llm_jax.main import run_as_program
 
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> None:
     if bad:
       raise ConfigError(message)
 
+  runtime.prepare()
   import jax
 
   from llm_jax.assemble import load_run

@@ -1,17 +1,146 @@
-"""Losses as plain functions of logits and targets, in float32."""
+"""Losses as plain functions, in float32, that hold the logits of one chunk of tokens at a time.
 
+Dims: B batch, T length, M chunks, C length of a chunk, S devices that share the batch, R rows of each (B = S R),
+D embed, V vocab.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.sharding import BATCH_AXES, constrain, num_batch_shards
+
+CHUNK_BYTES = 2**29  # of float32 logits on a device. Fewer tokens at a time make adding up the weight's gradient dear
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, z_loss: float = 0.0) -> jax.Array:
-  """Nats per target, float32 [...], of logits [..., V] and int targets [...].
+@flax.struct.dataclass
+class Readout:
+  """Logits not yet multiplied out: project(w, x_BTD) -> float32 [B, T, V], each token for itself."""
 
-  `z_loss` adds z_loss * logsumexp(logits)^2, which keeps the normaliser near 1 (PaLM, arXiv 2204.02311, section 5).
+  x_BTD: jax.Array
+  w: Any  # a tree of arrays
+  project: Callable[[Any, jax.Array], jax.Array] = flax.struct.field(pytree_node=False)
+
+  def logits(self) -> jax.Array:
+    return constrain(self.project(self.w, self.x_BTD), 'act_batch', 'act_length', 'act_vocab')
+
+
+def cross_entropy(readout: Readout, targets_BT: jax.Array, weights_BT: jax.Array, z_loss: float = 0.0,
+                  label_smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
+  """(objective, nll), both sums of weighted nats; the nll is for the log and has no gradient.
+
+  Of a token with target y, logits l and log p = l - log Z the objective is
+  (1 - label_smoothing) * -log p_y + label_smoothing * mean_V(-log p) (Szegedy et al., arXiv 1512.00567, section 7)
+  + z_loss * log(Z)^2, which keeps Z near 1 (PaLM, arXiv 2204.02311, section 5).
   """
-  logits = logits.astype(jnp.float32)
-  nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-  if z_loss:
-    nll += z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
-  return nll
+  objective, nll = _cross_entropy(readout.project, z_loss, label_smoothing, readout.w, readout.x_BTD, targets_BT,
+                                  weights_BT)
+  return objective, jax.lax.stop_gradient(nll)
+
+
+def score(readout: Readout, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(nats float32, whether the target is the likeliest token), each [B, T]."""
+
+  def chunk(_, w_S, x_SRCD, targets_SRC):
+    logits_SRCV = _project(readout.project, w_S, x_SRCD)
+    _, nll_SRC, *_ = _nats(logits_SRCV, targets_SRC, 0.0, 0.0)
+    return None, (nll_SRC, jnp.argmax(logits_SRCV, axis=-1) == targets_SRC)
+
+  return _over_chunks(chunk, lambda _: None, readout.project, readout.w, readout.x_BTD, targets_BT)[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _cross_entropy(project, z_loss, label_smoothing, w, x_BTD, targets_BT, weights_BT):
+  def chunk(_, w_S, x_SRCD, targets_SRC):
+    return None, _nats(_project(project, w_S, x_SRCD), targets_SRC, z_loss, label_smoothing)[:2]
+
+  _, (objective_BT, nll_BT) = _over_chunks(chunk, lambda _: None, project, w, x_BTD, targets_BT)
+  return jnp.sum(objective_BT * weights_BT), jnp.sum(nll_BT * weights_BT)
+
+
+def _cross_entropy_fwd(project, z_loss, label_smoothing, w, x_BTD, targets_BT, weights_BT):
+  # The gradient of a weighted sum is known but for one factor: take it here, while a chunk's logits are at hand.
+  def chunk(dw_S, w_S, x_SRCD, targets_SRC, weights_SRC):
+    logits_SRCV, pull = jax.vjp(functools.partial(_project, project), w_S, x_SRCD)
+    objective_SRC, nll_SRC, log_z_SRC, p_SRCV = _nats(logits_SRCV, targets_SRC, z_loss, label_smoothing)
+    hit_SRCV = jax.lax.broadcasted_iota(targets_SRC.dtype, p_SRCV.shape, 3) == targets_SRC[..., None]
+    wanted_SRCV = (1 - label_smoothing) * hit_SRCV + label_smoothing / p_SRCV.shape[-1]
+    slope_SRC1 = (weights_SRC * (1 + 2 * z_loss * log_z_SRC))[..., None]
+    more_S, dx_SRCD = pull(p_SRCV * slope_SRC1 - wanted_SRCV * weights_SRC[..., None])
+    return jax.tree.map(jnp.add, dw_S, more_S), (objective_SRC, nll_SRC, dx_SRCD)
+
+  dw_S, (objective_BT, nll_BT, dx_BTD) = _over_chunks(
+      chunk, functools.partial(jax.tree.map, jnp.zeros_like), project, w, x_BTD, targets_BT, weights_BT)
+  dw = jax.tree.map(lambda dw_S: jnp.sum(dw_S, axis=0), dw_S)
+  return (jnp.sum(objective_BT * weights_BT), jnp.sum(nll_BT * weights_BT)), (dw, dx_BTD, objective_BT)
+
+
+def _cross_entropy_bwd(project, z_loss, label_smoothing, residuals, cotangents):
+  dw, dx_BTD, dweights_BT = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), residuals)
+  return dw, dx_BTD, None, dweights_BT
+
+
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+def _project(project, w_S, x_SRCD):
+  logits_SRCV = jax.vmap(project)(w_S, x_SRCD)
+  return constrain(logits_SRCV, 'act_batch', None, 'act_length', 'act_vocab')
+
+
+def _nats(logits, targets, z_loss, label_smoothing):
+  """(objective, nll, log Z, and p [..., V]) of logits [..., V]; float32."""
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  e = jnp.exp(logits - top)
+  z = jnp.sum(e, axis=-1, keepdims=True)
+  log_z = (jnp.log(z) + top)[..., 0]
+  nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1, mode='clip')[..., 0]
+  objective = nll + z_loss * log_z**2
+  if label_smoothing:  # a pass over the logits
+    objective += label_smoothing * (log_z - jnp.mean(logits, axis=-1) - nll)
+  return objective, nll, log_z, e / z
+
+
+def _over_chunks(f, init, project, w, x_BTD, *arrays_BT):
+  """(carry, arrays [B, T, ...]) of f(carry, w_S, *chunks [S, R, C, ...]) -> (carry, chunks), one after the other.
+
+  carry begins as init(w_S). Each device has its own w: gathered once, not once a chunk, and so is its gradient.
+  """
+  B, T = x_BTD.shape[:2]
+  mesh: Any = jax.sharding.get_abstract_mesh()
+  S = 1 if mesh.empty or B % num_batch_shards(mesh) else num_batch_shards(mesh)
+  logits_bytes = 4 * jax.eval_shape(project, w, x_BTD).size / max(1, mesh.size)
+  M = _num_chunks(T, logits_bytes)
+  C = math.ceil(T / M)
+
+  def cut(x_BT):  # padded with zeros, so of weight zero
+    x_BT = jnp.pad(x_BT, [(0, 0), (0, M * C - T)] + [(0, 0)] * (x_BT.ndim - 2))
+    return jnp.moveaxis(x_BT.reshape(S, B // S, M, C, *x_BT.shape[2:]), 2, 0)
+
+  def join(x_MSRC):
+    x_SRMC = jnp.moveaxis(x_MSRC, 0, 2)
+    return x_SRMC.reshape(B, M * C, *x_SRMC.shape[4:])[:, :T]
+
+  w_S = jax.tree.map(functools.partial(_on_each_shard, S), w)
+  carry, outs = jax.lax.scan(lambda carry, xs: f(carry, w_S, *xs), init(w_S), [cut(x) for x in (x_BTD, *arrays_BT)],
+                             unroll=M == 1)
+  return carry, jax.tree.map(join, outs)
+
+
+def _num_chunks(T, logits_bytes):
+  """How often to cut T: as seldom as CHUNK_BYTES allows, or up to twice that where it then divides."""
+  least = min(T, math.ceil(logits_bytes / CHUNK_BYTES))
+  return next((n for n in range(least, 2 * least) if T % n == 0), least)
+
+
+def _on_each_shard(S, w):
+  w_S = jnp.broadcast_to(w, (S, *w.shape))
+  return jax.lax.with_sharding_constraint(w_S, P(BATCH_AXES, *(P.UNCONSTRAINED,) * w.ndim)) if S > 1 else w_S

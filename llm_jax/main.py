@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from llm_jax import runtime
 from llm_jax.builder import parse_overrides
 from llm_jax.errors import ConfigError, Interrupted, UserError
 
@@ -27,8 +28,12 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--full_size', action='store_true', help='on a CPU, ignore what the config changes for CPUs')
   parser.add_argument('--distributed', action='store_true', help='one of several processes: take the coordinator '
                       'from the environment (SLURM, TPU pod, Open MPI, or launch/local.py)')
+  parser.add_argument('--tuning', choices=('on', 'off'), default='on', help='off: leave the C allocator and the flags '
+                      'of XLA as they are (llm_jax/runtime.py says what is set, and why)')
   args, rest = parser.parse_known_args(argv)
-  overrides = parse_overrides(rest, '--config.', '--config, --workdir, --full_size, --distributed, --config.FIELD')
+  overrides = parse_overrides(
+      rest, '--config.', '--config, --workdir, --full_size, --distributed, --tuning, --config.FIELD')
+  was_set = runtime.prepare(args.tuning == 'on')
 
   from llm_jax import config as config_lib  # heavy imports wait until the flags are known to be good
   source = config_lib.load(args.config)
@@ -47,6 +52,8 @@ def main(argv: list[str]) -> None:
   from llm_jax import train
   if args.distributed:
     start_processes()
+  if jax.process_index() == 0:
+    print(f'runtime: {was_set}', flush=True)
   cpu_only = all(device.platform == 'cpu' for device in jax.devices()) and not args.full_size
   config = source.resolve(overrides, cpu_only=cpu_only)
   if cpu_only and source.on_cpu is not None and jax.process_index() == 0:

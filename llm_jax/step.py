@@ -58,32 +58,34 @@ def state_shardings(example: Batch, mesh: Mesh, *, model: Any, tx: optax.Gradien
 
 def train_step(state: TrainState, batch: Batch, *, model: Any, tx: optax.GradientTransformation,
                schedule: optax.Schedule, seed: int, num_microbatches: int = 1,
-               z_loss: float = 0.0) -> tuple[TrainState, Metrics]:
+               z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[TrainState, Metrics]:
   """One optimizer update. The same state, batch and seed give the same result.
 
-  The objective is the mean loss over the batch's real tokens, plus what modules sow into `losses`, whatever the
-  number of microbatches. What they sow into `metrics` is averaged and logged. A loss or new state that is not finite
-  leaves params and opt_state as they were, and counts in the metric `skipped`.
+  The objective is the mean over the batch's real tokens of losses.cross_entropy, plus what modules sow into `losses`,
+  whatever the number of microbatches. The metric `loss` is its part -log p(target), `extra_loss` all the rest. What
+  modules sow into `metrics` is averaged and logged. An objective or new state that is not finite leaves params and
+  opt_state as they were, and counts in the metric `skipped`.
   """
   num_tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
 
   def loss_fn(params: Params, microbatch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-    logits, sown = model.apply({'params': params}, microbatch, train=True, rngs={'dropout': key},
-                               mutable=['losses', 'metrics'])
-    nll_BT = losses.cross_entropy(logits, microbatch.targets, z_loss)
-    loss = jnp.sum(nll_BT * microbatch.loss_mask) / num_tokens
-    extra = sum(map(jnp.sum, jax.tree.leaves(sown.get('losses', {}))), jnp.zeros(())) / num_microbatches
+    readout, sown = model.apply({'params': params}, microbatch, train=True, rngs={'dropout': key},
+                                mutable=['losses', 'metrics'], method='readout')
+    # Weights that are divided already: the gradient that the loss keeps for later is then of its final size.
+    objective, loss = losses.cross_entropy(readout, microbatch.targets, microbatch.loss_mask / num_tokens, z_loss,
+                                           label_smoothing)
+    sown_loss = sum(map(jnp.sum, jax.tree.leaves(sown.get('losses', {}))), jnp.zeros(())) / num_microbatches
     logged = {_metric_name(path): jnp.mean(leaf) / num_microbatches
               for path, leaf in jax.tree_util.tree_leaves_with_path(sown.get('metrics', {}))}
-    return loss + extra, {'loss': loss, 'extra_loss': extra, **logged}
+    return objective + sown_loss, {'loss': loss, 'extra_loss': objective - loss + sown_loss, **logged}
 
   grads, metrics = accumulate(jax.grad(loss_fn, has_aux=True), state.params, batch, key, num_microbatches)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
   # The new state itself: a huge but finite gradient makes Adam's second moment infinite, and nothing else.
-  finite = jnp.isfinite(metrics['loss']) & all_finite((params, opt_state))
+  finite = jnp.isfinite(metrics['loss'] + metrics['extra_loss']) & all_finite((params, opt_state))
   params, opt_state = jax.tree.map(partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state))
   metrics |= {'grad_norm': grad_norm, 'update_norm': update_norm, 'learning_rate': schedule(state.step),
               'num_tokens': num_tokens, 'skipped': 1 - finite.astype(jnp.int32)}
@@ -118,9 +120,7 @@ def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,
 
 def eval_step(params: Params, batch: Batch, *, model: Any, token_bytes: jax.Array) -> Metrics:
   """Sums over a batch, so that any split of a data set adds up to the same: nll (nats), tokens, bytes, correct."""
-  logits = model.apply({'params': params}, batch)
-  nll_BT = losses.cross_entropy(logits, batch.targets)
-  correct_BT = jnp.argmax(logits, axis=-1) == batch.targets
+  nll_BT, correct_BT = losses.score(model.apply({'params': params}, batch, method='readout'), batch.targets)
   return {'nll': jnp.sum(nll_BT * batch.loss_mask), 'tokens': jnp.sum(batch.loss_mask),
           'bytes': jnp.sum(token_bytes[batch.targets] * batch.loss_mask),
           'correct': jnp.sum(correct_BT * batch.loss_mask)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,14 +23,20 @@ from llm_jax.assemble import check_features, complete, example_batch, gather, ma
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config, differences, to_dict
 from llm_jax.data import Data, check_fingerprint, data_fingerprint, open_data, pipeline
+from llm_jax.data.examples import Examples
 from llm_jax.data.fetch import shown
+from llm_jax.devices import peak_flops
 from llm_jax.errors import ConfigError, DivergedError, Interrupted, StorageError
-from llm_jax.metrics import Console, Throughput, Writer, peak_flops
+from llm_jax.layers.attention import describe_attention
+from llm_jax.memory import fit_memory
+from llm_jax.metrics import Console, Packed, Throughput, Writer, pack, unpack
 from llm_jax.models import make_model
 from llm_jax.optim import make_optimizer
+from llm_jax.profiling import Profiler
 from llm_jax.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, put_batch
 from llm_jax.step import TrainState, init_state, state_shardings, train_step
 from llm_jax.stopping import StopSignal
+from llm_jax.types import Batch
 
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
@@ -42,7 +50,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh), prepared(workdir), contextlib.ExitStack() as stack:
     # 2. Data: made by process 0, opened by all.
-    held_rows, num_microbatches = config.split_batch(num_batch_shards(mesh))
+    config.split_batch(num_batch_shards(mesh))  # an error is better told now
     data = None
     try:
       if jax.process_index() == 0:
@@ -56,15 +64,21 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     # 3. Model, optimizer, shardings, compiled steps.
     config = complete(config, data)
     model = make_model(config.model)
-    check_features(config, model, pipeline.open_examples(config.data, data, next(iter(data.val.values())), train=False))
+    examples = pipeline.open_examples(config.data, data, next(iter(data.val.values())), train=False)
+    check_features(config, model, examples)
     tx, schedule = make_optimizer(config.optim, config.num_steps)
     shardings = state_shardings(example_batch(config), mesh, model=model, tx=tx)
-    replicated = shardings.step
     init = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)
-    step_fn = jax.jit(
-        partial(train_step, model=model, tx=tx, schedule=schedule, seed=config.seed,
-                num_microbatches=num_microbatches, z_loss=config.z_loss),
-        in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, replicated), donate_argnums=0)
+    key = jax.random.key(config.seed)
+    abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+                            jax.eval_shape(init, key, example_batch(config)), shardings)
+    # Cached, so that a step compiled to see what it needs is not compiled again to run.
+    make_step = functools.cache(partial(jit_step, config, mesh, shardings, model=model, tx=tx, schedule=schedule))
+    shapes = abstract, abstract_batch(examples, num_rows)
+    config = fit_memory(config, num_batch_shards(mesh), workdir,
+                        compile_step=lambda num_microbatches: make_step(num_microbatches).lower(*shapes).compile())
+    held_rows, num_microbatches = config.split_batch(num_batch_shards(mesh))
+    step_fn = make_step(num_microbatches)
     evaluator = make_evaluator(config, data, model, mesh)
 
     # 4. State: what the folder holds, else fresh.
@@ -73,11 +87,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     if any(theirs != json.loads(json.dumps(fingerprint)) for theirs in gather(fingerprint)):
       raise ConfigError('config.data: the processes do not see the same data; share a cache (config.data.cache_dir), '
                         'or give every host the same files and versions')
-    key = jax.random.key(config.seed)
     best, validated, stream_states = float('inf'), True, None
     if checkpoints.steps():
-      abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-                              jax.eval_shape(init, key, example_batch(config)), shardings)
       params, (step, opt_state), meta = checkpoints.restore(
           abstract.params, (abstract.step, abstract.opt_state),
           check=partial(check_resume, config=config, fingerprint=fingerprint))
@@ -104,13 +115,16 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     batches = stack.enter_context(contextlib.closing(pipeline.open_batches(
         config.data, data, num_rows, rows, config.seed, begin, stream_states, jax.process_index(),
         jax.process_count())))
+    # In one process the step's dispatch puts NumPy rows itself, ten times as fast as arrays can be made here.
+    put = as_batch if jax.process_count() == 1 else partial(put_batch, rows=rows, num_rows=num_rows, mesh=mesh)
     stop = stack.enter_context(StopSignal())
+    profiler = stack.enter_context(Profiler(config.profile, workdir, console.line))
     skipped_in_a_row, results = 0, dict[str, float]()
 
-    def fetch(step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+    def fetch(step: int, metrics: Packed) -> dict[str, float]:
       """Waits for a step and returns what is to be logged of it: nothing, when it is not due."""
       nonlocal skipped_in_a_row
-      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      values = unpack(metrics)
       throughput.step_done(values['num_tokens'])
       skipped_in_a_row = skipped_in_a_row + 1 if values['skipped'] else 0
       if skipped_in_a_row == 1:
@@ -161,27 +175,31 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
           console.line('\n'.join('  | ' + line for line in (prompt + sample).splitlines()))
       return val_loss is not None or not due(step, config.eval.every)
 
-    # 6. The loop. Metrics are fetched one step late, so the device always has the next step queued.
-    pending: tuple[int, dict[str, jax.Array]] | None = None
+    # 6. The loop. Metrics are fetched one step late: a step and its batch go to the device while the one before runs.
+    pending: tuple[int, Packed] | None = None
     if begin and due(begin, config.eval.every) and not validated:
       settle(begin, {}, stopping=False)
     if begin >= config.num_steps:
       console.line(f'already at step {begin} of {config.num_steps}; for more, raise --config.num_steps')
+    profiler.begin_after(begin)
     for step in range(begin + 1, config.num_steps + 1):
       start = time.perf_counter()
       features = next(batches)
       throughput.waited(time.perf_counter() - start)
-      state, metrics = step_fn(state, put_batch(features, rows, num_rows, mesh))
+      with jax.profiler.StepTraceAnnotation('train', step_num=step):
+        state, metrics = step_fn(state, put(features))
       if pending is not None:
         writer.scalars(pending[0], fetch(*pending))
       pending = step, metrics
       stopping = stop.reached()
       first = step == begin + 1
-      if not (stopping or first or due(step, config.eval.every) or due(step, config.checkpoint.every)):
+      if not (stopping or first or profiler.due(step) or due(step, config.eval.every)
+              or due(step, config.checkpoint.every)):
         continue
 
       # Something comes before the next step: first this one is finished.
       logged, pending = fetch(*pending), None
+      profiler.end_after(step)
       if first:
         console.line(f'first step after {time.perf_counter() - start:.1f} s of compiling and running')
       settled = settle(step, logged, stopping)
@@ -189,10 +207,32 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         checkpoints.wait()
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
                           'the same command goes on from there')
+      profiler.begin_after(step)
       throughput.restart()
     checkpoints.wait()
     barrier('end')
     return results
+
+
+def jit_step(config: Config, mesh: jax.sharding.Mesh, shardings: TrainState, num_microbatches: int,
+             **parts: Any) -> Any:
+  """The jitted (state, batch) -> (state, Packed metrics); the state is donated."""
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Packed]:
+    state, metrics = train_step(state, batch, seed=config.seed, num_microbatches=num_microbatches,
+                                z_loss=config.z_loss, label_smoothing=config.label_smoothing, **parts)
+    return state, pack(metrics)
+  return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step),
+                 donate_argnums=0)
+
+
+def as_batch(features: dict[str, Any]) -> Batch:
+  return Batch(**features)
+
+
+def abstract_batch(examples: Examples, num_rows: int) -> Batch:
+  """A Batch of `num_rows` rows of the examples' shapes and types."""
+  row = examples.make(0, np.random.default_rng(0))
+  return as_batch({name: jax.ShapeDtypeStruct((num_rows, *x.shape), x.dtype) for name, x in row.items()})
 
 
 @contextlib.contextmanager
@@ -230,7 +270,7 @@ def text_metrics(split: str, loss: float, data: Data, task: str) -> dict[str, fl
 def check_resume(meta: dict, *, config: Config, fingerprint: dict) -> None:
   """Raises ConfigError naming what differs when this checkpoint is of another model or other data."""
   changed = {name: values for name, values in differences(meta['config']['model'], to_dict(config)['model']).items()
-             if name not in ('scan_unroll', 'remat', 'dropout')}
+             if name not in ('scan_unroll', 'remat', 'dropout', 'attention', 'dtype')}
   if changed:
     raise ConfigError('the checkpoint is of another model:\n  ' + '\n  '.join(
         f'config.model.{name}: checkpoint {old}, now {new}' for name, (old, new) in changed.items())
@@ -273,6 +313,9 @@ def describe(config: Config, data: Data, state: TrainState, num_microbatches: in
                f'mesh {dict(jax.sharding.get_abstract_mesh().shape)}')
   console.line(f'model: {config.model.name}, {num_params / 1e6:.2f} M parameters, {config.model.num_layers} layers, '
                f'{config.model.embed_dim} wide, vocabulary {config.model.vocab_size}, {config.model.dtype}')
+  console.line('attention: ' + describe_attention(
+      config.model.attention, config.model.dtype, config.model.H, seq_len,
+      segments=config.data.mask_documents, prefix=config.model.prefix_attention))
   console.line(f'data: {", ".join(shown(s.path) for s in config.data.named_sources.values())}: {amount} to train '
                f'on, {num_val / 1e6:.2f} M to validate with'
                + (f'; {config.num_steps} steps are {epochs:.2f} epochs' if num_train else ''))

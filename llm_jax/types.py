@@ -34,6 +34,10 @@ class LanguageModel(Protocol):
     """Logits, float32 [B, T, V]."""
     ...
 
+  def readout(self, batch: Batch, *, train: bool = False) -> Any:
+    """The same as a losses.Readout, not yet multiplied out."""
+    ...
+
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
     """An empty cache for rows of at most `max_len` tokens."""
     ...

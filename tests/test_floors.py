@@ -7,12 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / 'llm_jax'
 FLOORS = [
-    {'errors', 'types', 'builder', 'sharding', 'progress', 'stopping'},
+    {'errors', 'types', 'builder', 'sharding', 'progress', 'stopping', 'runtime', 'devices', 'profiling'},
     {'layers', 'losses', 'optim', 'data', 'checkpoint', 'metrics'},
     {'models'},
     {'step', 'evaluation', 'sampling'},
     {'config'},
     {'assemble'},
+    {'memory'},
     {'train'},
     {'main', 'evaluate', 'generate', 'plot', 'data.prepare', 'data.inspect', 'data.convert'},
 ]

@@ -1,6 +1,10 @@
 """The whole program as a user runs it: train, kill, go on, watch, generate, evaluate, and be told what is wrong."""
 
+import contextlib
+import gzip
+import io
 import json
+import logging
 import random
 import re
 import signal
@@ -207,10 +211,46 @@ RESUME_REFUSED = [
 
 
 @pytest.fixture(scope='module')
-def resumable(folder):
-  """In this process, on its eight devices."""
-  tiny(folder, f'--workdir={folder}/resumable', '--config.num_steps=10')
-  return folder / 'resumable'
+def watched(folder):
+  """A run in this process, on its eight devices: its workdir, what it printed, what jax compiled."""
+  compiled, handler = [], logging.Handler()
+  handler.emit = lambda record: compiled.append(record.getMessage())
+  logging.getLogger('jax').addHandler(handler)
+  try:
+    with jax.log_compiles(), contextlib.redirect_stdout(io.StringIO()) as printed:
+      tiny(folder, f'--workdir={folder}/resumable', '--config.num_steps=10', '--config.eval.every=4',
+           '--config.eval.sample_tokens=0', '--config.profile.start=4', '--config.tokens_per_device=none')
+  finally:
+    logging.getLogger('jax').removeHandler(handler)
+  return folder / 'resumable', printed.getvalue(), compiled
+
+
+@pytest.fixture(scope='module')
+def resumable(watched):
+  return watched[0]
+
+
+def test_evaluation_and_the_step_compile_once(watched):
+  """Also where an evaluation's last batch is ragged, and where the step was compiled to see what memory it needs."""
+  for name in ('eval_step', 'step'):
+    assert len([line for line in watched[2] if line.startswith(f'Compiling jit({name})')]) == 1, name
+
+
+def test_a_trace_holds_the_steps_asked_for_and_says_where_it_lies(watched):
+  workdir, printed, _ = watched
+  [path] = workdir.glob('profile/plugins/profile/*/perfetto_trace.json.gz')
+  assert list(path.parent.glob('*.xplane.pb')), "what TensorBoard's profiler reads"
+  with gzip.open(path) as f:
+    events = json.load(f)['traceEvents']
+  assert [e['args']['step_num'] for e in events if e.get('name') == 'train'] == ['4', '5', '6']
+  assert any('PjitFunction(step)' in e.get('name', '') for e in events)
+  assert str(path) in printed and f'tensorboard --logdir {workdir}' in printed
+
+
+def test_the_rows_that_fit_are_a_number_in_the_config_of_the_run(watched):
+  workdir, printed, _ = watched
+  assert json.loads((workdir / 'config.json').read_text())['tokens_per_device'] == 2048 // 8
+  assert re.search(r'8 row\(s\) at a time take .* GB: fits', printed)
 
 
 @pytest.mark.parametrize(('flag', 'words'), RESUME_REFUSED, ids=[f for f, _ in RESUME_REFUSED])

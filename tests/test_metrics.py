@@ -5,14 +5,13 @@ import os
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import jax
 import pytest
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
 from tensorboard.util import tensor_util
 
-from llm_jax.metrics import Throughput, Writer, duration, peak_flops, read_metrics
+from llm_jax.metrics import Throughput, Writer, duration, read_metrics
 
 
 def write(workdir, begin, end, scale=1.0, text=None):
@@ -178,26 +177,6 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
   write(tmp_path, 0, 3, text='text')
   assert not list(tmp_path.iterdir())
-
-
-def test_peak_flops_is_known_for_accelerators_alone():
-  assert peak_flops(jax.devices('cpu')) is None
-
-  def peak(kind, count=1):
-    return peak_flops([SimpleNamespace(device_kind=kind)] * count)
-
-  assert peak('NVIDIA A100-SXM4-80GB', 8) == 8 * 312e12
-  assert peak('NVIDIA H100 80GB HBM3') == 989e12
-  assert peak('NVIDIA H100 PCIe') == 756e12
-  assert peak('NVIDIA H200', 2) == 2 * 989e12
-  assert peak('TPU v5 lite') == 197e12
-  assert peak('TPU v5p') == 459e12
-  assert peak('NVIDIA L4') == 121e12
-  assert peak('NVIDIA L40S') == 362e12
-  # Others whose names only begin alike: no figure is better than a wrong one.
-  assert peak('NVIDIA L40') is None
-  assert peak('NVIDIA RTX A1000') is None
-  assert peak('NVIDIA GeForce GTX 1080') is None
 
 
 def test_duration():

@@ -68,3 +68,19 @@ def test_the_chain_is_clipping_then_adamw_with_decay_on_matrices_only():
 
 def test_matrices_are_told_from_norms_and_biases_stacked_or_not():
   assert matrices(tree(0)) == {'blocks': {'q': {'w': True, 'b': False}, 'norm': {'scale': False}}, 'embed': {'w': True}}
+
+
+def test_a_first_moment_in_bfloat16_is_the_float32_one_up_to_its_rounding():
+  def run(mu_dtype):
+    tx, _ = make_optimizer(build(OptimConfig, {'adamw': {'mu_dtype': mu_dtype}}), 20)
+    params = jax.tree.map(jnp.float32, tree(0))
+    state = tx.init(params)
+    for t in range(5):
+      updates, state = jax.jit(tx.update)(jax.tree.map(jnp.float32, tree(t + 1)), state, params)
+    return updates, optax.tree.get(state, 'mu'), optax.tree.get(state, 'nu')
+
+  exact, rounded = run('float32'), run('bfloat16')
+  assert [{leaf.dtype for leaf in jax.tree.leaves(part)} for part in rounded] == [
+      {jnp.dtype('float32')}, {jnp.dtype('bfloat16')}, {jnp.dtype('float32')}]
+  error = optax.tree.norm(optax.tree.sub(exact[0], rounded[0])) / optax.tree.norm(exact[0])
+  assert 0 < error < 2**-7

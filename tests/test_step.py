@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.config import build
 from llm_jax.errors import ConfigError
 from llm_jax.evaluation import evaluate, summarize
+from llm_jax.losses import Readout
 from llm_jax.models import make_model
 from llm_jax.models.decoder import DecoderConfig
 from llm_jax.optim import OptimConfig, make_optimizer
@@ -85,6 +86,15 @@ def test_losses_do_not_depend_on_the_number_of_microbatches(alone, count):
   np.testing.assert_allclose(losses, alone[0], atol=1e-5, rtol=0)
 
 
+def test_losses_are_those_of_the_plain_cross_entropy(alone, monkeypatch):
+  def plain(readout, targets, weights, z_loss, label_smoothing):
+    nll = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(readout.logits(), targets) * weights)
+    return nll, nll
+
+  monkeypatch.setattr('llm_jax.losses.cross_entropy', plain)
+  np.testing.assert_allclose(train(20)[0], alone[0], atol=1e-5, rtol=0)
+
+
 def test_the_loss_falls(alone):
   assert alone[0][-1] < 0.7 * alone[0][0]
 
@@ -124,12 +134,16 @@ def test_the_step_is_pure():
 class Odd(nn.Module):
   """A model of one number whose loss gradient is what the batch says, and which sows."""
 
+  def __call__(self, batch):
+    return self.readout(batch).logits()
+
   @nn.compact
-  def __call__(self, batch, *, train=False):
+  def readout(self, batch, *, train=False):
     w = self.param('w', nn.initializers.ones, (1, 1, 1))
     self.sow('losses', 'penalty', 3.0 * jnp.sum(w))
     self.sow('metrics', 'weight', w)
-    return w * batch.tokens[..., None].astype(jnp.float32) * jnp.array([[[1.0, 0.0]]])
+    x_BTD = w * batch.tokens[..., None].astype(jnp.float32)
+    return Readout(x_BTD, jnp.array([[1.0, 0.0]]), lambda w_DV, x_BTD: jnp.einsum('BTD,DV->BTV', x_BTD, w_DV))
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, 1e30])

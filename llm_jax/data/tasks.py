@@ -251,17 +251,19 @@ TASKS: dict[str, type[Task]] = {
 
 def lay_out(pieces: list[np.ndarray], masks: list[np.ndarray] | None, layout: Layout) -> Features:
   """Pieces int32 [n + 1] one after the other, padded; `masks` [n] say which targets count, None: all do."""
-  lengths = [len(ids) - 1 for ids in pieces]
-  total = sum(lengths)
-  index = np.arange(total, dtype=np.int32)
-  begins = np.cumsum([0, *lengths[:-1]], dtype=np.int32)
+  # Plain slices, as rows are short and many: here NumPy costs by the call.
+  tokens, targets, segment_ids, positions = np.zeros((4, layout.seq_len), np.int32)
   loss_mask = np.zeros(layout.seq_len, np.float32)
-  loss_mask[:total] = 1 if masks is None else np.concatenate(masks)
-  return {'tokens': _padded(np.concatenate([ids[:-1] for ids in pieces]), layout.seq_len),
-          'targets': _padded(np.concatenate([ids[1:] for ids in pieces]), layout.seq_len),
-          'loss_mask': loss_mask,
-          'segment_ids': _padded(np.repeat(np.arange(1, len(pieces) + 1), lengths), layout.seq_len),
-          'positions': _padded(index - np.repeat(begins, lengths), layout.seq_len)}
+  index = np.arange(layout.seq_len, dtype=np.int32)
+  begin = 0
+  for number, ids in enumerate(pieces):
+    end = begin + len(ids) - 1
+    tokens[begin:end], targets[begin:end] = ids[:-1], ids[1:]
+    loss_mask[begin:end] = 1 if masks is None else masks[number]
+    segment_ids[begin:end], positions[begin:end] = number + 1, index[:end - begin]
+    begin = end
+  return {'tokens': tokens, 'targets': targets, 'loss_mask': loss_mask, 'segment_ids': segment_ids,
+          'positions': positions}
 
 
 def _labelled(row: Row, layout: Layout, dtype: type) -> Features:

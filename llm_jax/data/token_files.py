@@ -33,7 +33,8 @@ class TokenFile:
   def array(self) -> np.ndarray:
     if not self.size:
       return np.zeros(0, self.dtype)
-    return np.memmap(self.path, self.dtype, mode='r', offset=self.offset, shape=(self.size,))
+    # A plain view: each slice of a np.memmap is one again, which costs more than what is read.
+    return np.asarray(np.memmap(self.path, self.dtype, mode='r', offset=self.offset, shape=(self.size,)))
 
   def __getstate__(self) -> dict:
     return {name: value for name, value in self.__dict__.items() if name != 'array'}

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
+from jax.ad_checkpoint import checkpoint_name
 
+from llm_jax.layers.kernels import ATTENTION, AUTO, Case, choose_attention, local_device, look_back, refuse
 from llm_jax.layers.linear import Einsum
 from llm_jax.layers.norm import RMSNorm
 from llm_jax.layers.rope import apply_rope
@@ -29,34 +30,34 @@ class Visible(NamedTuple):
 
 
 def causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, window: int = 0,
-                     segment_ids_BT: jax.Array | None = None, prefix_BT: jax.Array | None = None) -> jax.Array:
-  """Each token sees itself, the `window - 1` before it (0: all before it) and the prefix, if they share its segment."""
-  mask_BTT = None
-  if segment_ids_BT is not None:
-    mask_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-  if prefix_BT is None:
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=None if mask_BTT is None else mask_BTT[:, None], is_causal=True,
-        local_window_size=(window - 1, 0) if window else None)
-  positions_BT = jnp.broadcast_to(jnp.arange(q_BTNH.shape[1]), q_BTNH.shape[:2])
-  seen_BTT = _look_back(positions_BT, q_BTNH.shape[1], window) | prefix_BT[:, None, :]
-  return jax.nn.dot_product_attention(
-      q_BTNH, k_BTKH, v_BTKH, mask=(seen_BTT if mask_BTT is None else seen_BTT & mask_BTT)[:, None])
+                     segment_ids_BT: jax.Array | None = None, prefix_BT: jax.Array | None = None,
+                     implementation: str = 'auto') -> jax.Array:
+  """Each token sees itself, the `window - 1` before it (0: all before it) and the prefix, if they share its segment.
+
+  Computed by one of kernels.ATTENTION. Raises ConfigError where it cannot serve.
+  """
+  T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+  case = Case(*local_device(), str(q_BTNH.dtype), H, T, segment_ids_BT is not None, prefix_BT is not None)
+  attend = ATTENTION[choose_attention(implementation, case)]
+  return attend(q_BTNH, k_BTKH, v_BTKH, window if window < T else 0, segment_ids_BT, prefix_BT)
+
+
+def describe_attention(implementation: str, dtype: str, head_dim: int, length: int, *, segments: bool,
+                       prefix: bool) -> str:
+  """The choice for rows of this length, in words: 'blocked', or 'blocked (cudnn: why not)'."""
+  case = Case(*local_device(), dtype, head_dim, length, segments, prefix)
+  chosen = choose_attention(implementation, case)
+  passed_over = [f'{name}: {refuse(name, case)}' for name in AUTO.get(case.platform, ()) if refuse(name, case)]
+  return chosen + (f' ({"; ".join(passed_over)})' if passed_over and implementation == 'auto' else '')
 
 
 def cached_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, positions_BT: jax.Array,
                      window: int = 0, prefix_BS: jax.Array | None = None) -> jax.Array:
   """The same over a cache: the query at position p sees the slots p and before. Slots after p may hold anything."""
-  mask_BTS = _look_back(positions_BT, k_BSKH.shape[1], window)
+  mask_BTS = look_back(positions_BT, k_BSKH.shape[1], window)
   if prefix_BS is not None:
     mask_BTS |= prefix_BS[:, None, :]
   return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
-
-
-def _look_back(positions_BT: jax.Array, num_slots: int, window: int) -> jax.Array:
-  """bool [B, T, S]: slot s holds the token at position s."""
-  distance_BTS = positions_BT[:, :, None] - jnp.arange(num_slots)[None, None, :]
-  return (distance_BTS >= 0) & ((distance_BTS < window) if window else True)
 
 
 class Attention(nn.Module):
@@ -72,6 +73,7 @@ class Attention(nn.Module):
   rope_base: float | None = None
   qk_norm: bool = False
   use_bias: bool = False
+  implementation: str = 'auto'  # one of kernels.ATTENTION
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, visible: Visible,
@@ -84,14 +86,16 @@ class Attention(nn.Module):
         y_BTNH = RMSNorm(axis='head_dim', name=f'{name}_norm')(y_BTNH)
       if self.rope_base and name != 'v':
         y_BTNH = apply_rope(y_BTNH, positions_BT, self.rope_base)
-      return y_BTNH.astype(self.dtype)
+      return checkpoint_name(y_BTNH.astype(self.dtype), 'matmul')
 
     q_BTNH = project('q', self.num_heads, 'heads')
     k_BTKH = project('k', self.num_kv_heads, 'kv_heads')
     v_BTKH = project('v', self.num_kv_heads, 'kv_heads')
     if cache is None:
+      # Parameters are made from one token, which a kernel may refuse.
+      implementation = 'xla' if self.is_initializing() else self.implementation
       y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, window=window, segment_ids_BT=visible.segment_ids_BT,
-                                prefix_BT=visible.prefix_BS)
+                                prefix_BT=visible.prefix_BS, implementation=implementation)
     else:
       write = jax.vmap(lambda slots, positions, x: slots.at[positions].set(x))
       cache = {'k': write(cache['k'], positions_BT, k_BTKH), 'v': write(cache['v'], positions_BT, v_BTKH)}

@@ -12,13 +12,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
+from jax.ad_checkpoint import checkpoint_name
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def mixed_einsum(eqn: str, dtype: Dtype, x: jax.Array, w: jax.Array) -> jax.Array:
   """einsum(eqn, x, w) with operands in `dtype`, forward and backward, accumulated and returned in float32.
 
-  `eqn` is two-operand without repeated or dropped letters, such as 'BTD,DNH->BTNH'.
+  `eqn` is two-operand without repeated or dropped letters; rows lead in x and y and nowhere else: 'BTD,DNH->BTNH'.
   """
   return jnp.einsum(eqn, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
 
@@ -32,6 +33,11 @@ def _mixed_einsum_bwd(eqn, dtype, residuals, dy):
   x, w, x_like = residuals
   (x_dims, w_dims), y_dims = (lambda ins, out: (ins.split(','), out))(*eqn.split('->'))
   dx = mixed_einsum(f'{y_dims},{w_dims}->{x_dims}', dtype, dy, w).astype(x_like.dtype)
+  if dtype == jnp.float32:
+    # Summed over one dimension instead of B and T, XLA:CPU reads x as it lies; its bfloat16 kernels want the copy.
+    num_rows = sum(d not in w_dims for d in x_dims)
+    x, dy = (a.reshape(-1, *a.shape[num_rows:]) for a in (x, dy))
+    x_dims, y_dims = x_dims[num_rows - 1:], y_dims[num_rows - 1:]
   dw = mixed_einsum(f'{x_dims},{y_dims}->{w_dims}', dtype, x, dy).astype(w.dtype)
   return dx, dw
 
@@ -57,7 +63,7 @@ class Einsum(nn.Module):
   @nn.compact
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
     w = weight(self, 'w', self.initializer, self.shape, self.axes)
-    y = mixed_einsum(eqn, self.dtype, x, w)
+    y = checkpoint_name(mixed_einsum(eqn, self.dtype, x, w), 'matmul')
     if self.bias_dims:
       shape, axes = self.shape[-self.bias_dims:], self.axes[-self.bias_dims:]
       b = weight(self, 'b', nn.initializers.zeros, shape, axes)
@@ -66,19 +72,15 @@ class Einsum(nn.Module):
 
 
 class Embed(nn.Module):
-  """A table [V, D]: `encode` looks rows up, `attend` multiplies by its transpose (the tied head)."""
+  """A table w [V, D] whose rows are looked up."""
 
   num_embeddings: int
   embed_dim: int
   initializer: Initializer
   axes: tuple[str, str] = ('vocab', 'embed')
-  dtype: Dtype = jnp.bfloat16
 
   def setup(self):
     self.w = weight(self, 'w', self.initializer, (self.num_embeddings, self.embed_dim), self.axes)
 
   def encode(self, tokens_BT: jax.Array) -> jax.Array:
     return jnp.take(self.w, tokens_BT, axis=0, mode='clip')
-
-  def attend(self, x_BTD: jax.Array) -> jax.Array:
-    return mixed_einsum('BTD,VD->BTV', self.dtype, x_BTD, self.w)

@@ -1,5 +1,7 @@
 """RMSNorm and LayerNorm, in float32."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,16 +11,40 @@ from llm_jax.layers.linear import weight
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   """x / rms(x) * scale over the last axis (arXiv 1910.07467)."""
-  x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * _like(scale, x)
+  return _norm(False, eps, x.astype(jnp.float32), scale)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
   """(x - mean) / std * scale (+ bias) over the last axis (arXiv 1607.06450)."""
-  x = x.astype(jnp.float32)
-  x = x - jnp.mean(x, axis=-1, keepdims=True)
-  y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * _like(scale, x)
+  y = _norm(True, eps, x.astype(jnp.float32), scale)
   return y if bias is None else y + _like(bias, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _norm(centered: bool, eps: float, x: jax.Array, scale: jax.Array) -> jax.Array:
+  """Both norms, with a gradient that passes over memory less often than the derived one."""
+  return _norm_fwd(centered, eps, x, scale)[0]
+
+
+def _norm_fwd(centered, eps, x, scale):
+  mean = jnp.mean(x, axis=-1, keepdims=True) if centered else jnp.zeros((), x.dtype)
+  variance = jnp.mean(x * x, axis=-1, keepdims=True) - mean * mean  # both sums in one pass
+  inv_std = jax.lax.rsqrt(jnp.maximum(variance, 0) + eps)
+  return (x - mean) * inv_std * _like(scale, x), (x, mean, inv_std, scale)
+
+
+def _norm_bwd(centered, eps, residuals, dy):
+  del eps
+  x, mean, inv_std, scale = residuals
+  x_hat = (x - mean) * inv_std
+  dx_hat = dy * _like(scale, x)
+  dx = dx_hat - x_hat * jnp.mean(dx_hat * x_hat, axis=-1, keepdims=True)
+  if centered:
+    dx -= jnp.mean(dx_hat, axis=-1, keepdims=True)
+  return dx * inv_std, jnp.sum(dy * x_hat, axis=tuple(range(x.ndim - 1)))
+
+
+_norm.defvjp(_norm_fwd, _norm_bwd)
 
 
 def _like(v: jax.Array, x: jax.Array) -> jax.Array:

@@ -15,14 +15,34 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.ad_checkpoint import Offloadable, Recompute, Saveable, checkpoint_name
 
 from llm_jax.layers.attention import Visible
 from llm_jax.types import Params
 
-REMAT: dict[str, Callable[[Callable], Callable]] = {
-    'none': lambda f: f,
-    # Keeps only each block's input and computes the rest again in the backward pass.
-    'full': partial(jax.checkpoint, prevent_cse=False),
+
+def keep(*names: str, where: Any = Saveable) -> Callable[..., Any]:
+  """The jax.checkpoint policy that keeps values named so by `checkpoint_name`, and computes all others again.
+
+  By name, not by primitive: a matrix product inside a custom_vjp is not seen by jax.checkpoint_policies.
+  """
+  def policy(prim: Any, *_: Any, **params: Any) -> Any:
+    named = prim.name == 'name' and params['name'] in names
+    # cuDNN's kernel is one primitive, whose softmax statistics have no name.
+    fused = 'attention' in names and prim.name.startswith('dot_product_attention_fwd')
+    return where if named or fused else Recompute
+  return policy
+
+
+# What a block keeps from its forward pass for its backward pass, from most memory and least work to the contrary.
+# Called as REMAT[name](function, prevent_cse=...).
+REMAT: dict[str, Callable[..., Callable]] = {
+    'none': lambda f, prevent_cse: f,  # everything
+    'save_matmuls': partial(jax.checkpoint, policy=keep('matmul', 'attention')),  # outputs of matrices and attention
+    'save_attention': partial(jax.checkpoint, policy=keep('attention')),  # its outputs, and the block's input
+    'full': jax.checkpoint,  # the block's input
+    # Nothing on the device: the block's input and attention's outputs, in the host's memory.
+    'offload': partial(jax.checkpoint, policy=keep('block', 'attention', where=Offloadable('device', 'pinned_host'))),
 }
 
 
@@ -51,17 +71,28 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
   period = len(windows)
   keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
 
+  def run(window, x, layer):
+    layer_params, layer_cache, key = layer
+    (x, layer_cache), sown = block.apply(
+        {'params': layer_params}, checkpoint_name(x, 'block'), positions_BT, visible, layer_cache, window, train,
+        rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
+    return x, (layer_cache, sown)
+
+  # Blocks in one loop body could be computed again all at once, before the first of them is needed.
+  prevent_cse = unroll > 1 or period > 1
+  blocks = [REMAT[remat](partial(run, window), prevent_cse=prevent_cse) for window in windows]
+
   def body(x, group):
     outputs = []
-    for i, window in enumerate(windows):
-      layer_params, layer_cache, key = jax.tree.map(lambda leaf: leaf[i], group)  # noqa: B023
-      (x, layer_cache), sown = block.apply(
-          {'params': layer_params}, x, positions_BT, visible, layer_cache, window, train,
-          rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
-      outputs.append((layer_cache, sown))
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    for run_block, layer in zip(blocks, group, strict=True):
+      x, output = run_block(x, layer)
+      outputs.append(output)
+    return x, outputs
 
-  grouped = jax.tree.map(lambda a: a.reshape(num_layers // period, period, *a.shape[1:]), (params, cache, keys))
-  x_BTD, outputs = jax.lax.scan(REMAT[remat](body), x_BTD, grouped, unroll=min(unroll, num_layers // period))
-  cache, sown = jax.tree.map(lambda a: a.reshape(num_layers, *a.shape[2:]), outputs)
+  # The layers of one window each are scanned as they lie: of a slice made in the loop, the scan would keep a copy of
+  # every weight for the backward pass.
+  groups = [jax.tree.map(lambda a: a[i::period], (params, cache, keys)) for i in range(period)]  # noqa: B023
+  x_BTD, outputs = jax.lax.scan(body, x_BTD, groups, unroll=min(unroll, num_layers // period))
+  cache, sown = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(num_layers, *leaves[0].shape[1:]),
+                             *outputs)
   return x_BTD, cache, sown

@@ -13,11 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llm_jax.devices import has_fast_bf16
 from llm_jax.layers.attention import Attention, Visible
-from llm_jax.layers.linear import Einsum, Embed
+from llm_jax.layers.kernels import ATTENTION
+from llm_jax.layers.linear import Einsum, Embed, mixed_einsum, weight
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.norm import LayerNorm, RMSNorm
 from llm_jax.layers.stack import REMAT, apply_stack, init_stack
+from llm_jax.losses import Readout
 from llm_jax.sharding import constrain
 from llm_jax.types import Batch, Cache
 
@@ -41,15 +44,17 @@ class DecoderConfig:
   rope_base: float = 10000.0
   use_bias: bool = False  # on matrices and LayerNorms
   qk_norm: bool = False
+  attention: str = 'auto'  # one of ATTENTION; auto: the fastest that serves the device, dtype and shapes
   tie_embeddings: bool = True
   windows: tuple[int, ...] = (0,)  # layer l looks back windows[l % len(windows)] tokens; 0: all
   prefix_attention: bool = False  # what the data's prefix_mask marks, and a prompt, is attended in both directions
   logit_soft_cap: float = 0.0  # cap * tanh(logits / cap); 0: off
   dropout: float = 0.0  # on the embedding and on what each layer adds to the residual stream
   init_std: float = 0.02  # matrices into the residual stream get init_std / sqrt(2 L)
-  dtype: Literal['bfloat16', 'float32'] = 'bfloat16'  # of matrix operands; everything else is float32
+  # Of matrix operands; everything else is float32. auto: bfloat16 where a device multiplies it faster.
+  dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   scan_unroll: int = 1
-  remat: str = 'none'  # one of REMAT
+  remat: str = 'none'  # one of REMAT: what a layer keeps for its backward pass; see layers/stack.py
 
   def __post_init__(self):
     positive = {f: getattr(self, f) for f in ('vocab_size', 'max_len', 'num_layers', 'embed_dim', 'num_heads',
@@ -77,7 +82,7 @@ class DecoderConfig:
       raise ValueError(f'logit_soft_cap must be positive, or 0 for none; got {self.logit_soft_cap}')
     if not 0 <= self.dropout < 1:
       raise ValueError(f'dropout must lie in [0, 1); got {self.dropout}')
-    for field, table in (('mlp', MLPS), ('remat', REMAT)):
+    for field, table in (('mlp', MLPS), ('remat', REMAT), ('attention', ('auto', *ATTENTION))):
       if getattr(self, field) not in table:
         raise ValueError(f'{field} {getattr(self, field)!r} is unknown; known: {", ".join(table)}')
 
@@ -90,6 +95,12 @@ class DecoderConfig:
     return self.head_dim or self.embed_dim // self.num_heads
 
   @property
+  def operand_dtype(self) -> jnp.dtype:
+    if self.dtype == 'auto':
+      return jnp.dtype('bfloat16' if has_fast_bf16() else 'float32')
+    return jnp.dtype(self.dtype)
+
+  @property
   def V(self) -> int:
     assert self.vocab_size is not None, 'assemble.complete fills it in'
     return self.vocab_size
@@ -99,7 +110,12 @@ class DecoderConfig:
     return self.mlp_dim or 4 * self.embed_dim
 
   def flops_per_token(self, seq_len: int) -> float:
-    """Matrix FLOPs of a training step, forward and backward, per token; causal attention at its half cost."""
+    """FLOPs of a training step per token of the rows of seq_len that it trains on, as MFU counts them.
+
+    Counted: 2 a multiply-add of every matrix product, forward once and backward twice: q, k, v, o, the feed-forward's
+    and the readout; attention's two over the keys that a token may see, which without a window are half of them. Not
+    counted: lookups, norms, softmax, activations, the optimizer, and what remat computes again.
+    """
     D, N, H, K, F = self.embed_dim, self.num_heads, self.H, self.K, self.F
     gated = self.mlp in ('swiglu', 'geglu')
     matrices = self.num_layers * (D * N * H * 2 + D * K * H * 2 + D * F * (3 if gated else 2)) + D * self.V
@@ -120,13 +136,30 @@ class Block(nn.Module):
     out_init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
     h_BTD, cache = Attention(
-        cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, einsum, out_init, dtype=jnp.dtype(cfg.dtype), qk_norm=cfg.qk_norm,
-        rope_base=cfg.rope_base if cfg.positions == 'rope' else None, use_bias=cfg.use_bias, name='attn',
+        cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, einsum, out_init, dtype=cfg.operand_dtype, qk_norm=cfg.qk_norm,
+        rope_base=cfg.rope_base if cfg.positions == 'rope' else None, use_bias=cfg.use_bias,
+        implementation=cfg.attention, name='attn',
     )(norm(name='attn_norm')(x_BTD), positions_BT, visible, cache, window)
     x_BTD = x_BTD + dropout(h_BTD)
     mlp = MLPS[cfg.mlp](cfg.embed_dim, cfg.F, einsum, out_init, use_bias=cfg.use_bias, name='mlp')
     x_BTD = x_BTD + dropout(mlp(norm(name='mlp_norm')(x_BTD)))
     return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed'), cache
+
+
+class Head(nn.Module):
+  """The matrix w_DV of logits that are not the embedding's."""
+
+  cfg: DecoderConfig
+
+  def setup(self):
+    init = nn.initializers.normal(self.cfg.init_std)
+    self.w = weight(self, 'w', init, (self.cfg.embed_dim, self.cfg.V), ('embed', 'vocab'))
+
+
+def project(eqn: str, dtype: jnp.dtype, soft_cap: float, w: jax.Array, x_BTD: jax.Array) -> jax.Array:
+  """Logits, float32 [B, T, V]."""
+  logits_BTV = mixed_einsum(eqn, dtype, x_BTD, w)
+  return soft_cap * jnp.tanh(logits_BTV / soft_cap) if soft_cap else logits_BTV
 
 
 class Decoder(nn.Module):
@@ -138,7 +171,7 @@ class Decoder(nn.Module):
   def setup(self):
     cfg = self.cfg
     init = nn.initializers.normal(cfg.init_std)
-    self.embed = Embed(cfg.V, cfg.embed_dim, init, dtype=jnp.dtype(cfg.dtype))
+    self.embed = Embed(cfg.V, cfg.embed_dim, init)
     if cfg.positions == 'learned':
       self.positions = Embed(cfg.max_len or 0, cfg.embed_dim, init, axes=('positions', 'embed'))
     self.dropout = nn.Dropout(cfg.dropout)
@@ -146,15 +179,18 @@ class Decoder(nn.Module):
     self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim))
     self.final_norm = make_norm(cfg)()
     if not cfg.tie_embeddings:
-      self.head = make_einsum(cfg)(shape=(cfg.embed_dim, cfg.V), axes=('embed', 'vocab'))
+      self.head = Head(cfg)
 
   def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
+    return self.readout(batch, train=train).logits()
+
+  def readout(self, batch: Batch, *, train: bool = False) -> Readout:
     positions_BT = batch.positions
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     prefix_BT = batch.prefix_mask > 0 if self.cfg.prefix_attention and batch.prefix_mask is not None else None
     x_BTD, _ = self.hidden(batch.tokens, positions_BT, Visible(batch.segment_ids, prefix_BT), train=train)
-    return self.logits(x_BTD)
+    return self.output(x_BTD)
 
   def hidden(self, tokens_BT, positions_BT, visible: Visible, cache=None, train: bool = False):
     """The residual stream after all blocks [B, T, D], and the cache."""
@@ -174,16 +210,14 @@ class Decoder(nn.Module):
       self.sow(collection, 'blocks', values)
     return x_BTD, cache
 
-  def logits(self, x_BTD: jax.Array) -> jax.Array:
-    x_BTD = self.final_norm(x_BTD)
-    logits_BTV = self.embed.attend(x_BTD) if self.cfg.tie_embeddings else self.head('BTD,DV->BTV', x_BTD)
-    if self.cfg.logit_soft_cap:
-      logits_BTV = self.cfg.logit_soft_cap * jnp.tanh(logits_BTV / self.cfg.logit_soft_cap)
-    return constrain(logits_BTV, 'act_batch', 'act_length', 'act_vocab')
+  def output(self, x_BTD: jax.Array) -> Readout:
+    cfg = self.cfg
+    w, eqn = (self.embed.w, 'BTD,VD->BTV') if cfg.tie_embeddings else (self.head.w, 'BTD,DV->BTV')
+    return Readout(self.final_norm(x_BTD), w, partial(project, eqn, cfg.operand_dtype, cfg.logit_soft_cap))
 
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
     cfg = self.cfg
-    empty = jnp.zeros((cfg.num_layers, batch_size, max_len, cfg.K, cfg.H), jnp.dtype(cfg.dtype))
+    empty = jnp.zeros((cfg.num_layers, batch_size, max_len, cfg.K, cfg.H), cfg.operand_dtype)
     return {'layers': {'k': empty, 'v': empty}, 'length_B': jnp.zeros(batch_size, jnp.int32)}
 
   def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -193,11 +227,11 @@ class Decoder(nn.Module):
     prefix_BS = slots_S[None] < lengths_B[:, None] if self.cfg.prefix_attention else None
     x_BTD, layers = self.hidden(tokens_BT, positions_BT, Visible(prefix_BS=prefix_BS), cache=cache['layers'])
     last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
-    return self.logits(last_B1D)[:, 0], {'layers': layers, 'length_B': lengths_B}
+    return self.output(last_B1D).logits()[:, 0], {'layers': layers, 'length_B': lengths_B}
 
   def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     x_B1D, layers = self.hidden(tokens_B[:, None], cache['length_B'][:, None], Visible(), cache=cache['layers'])
-    return self.logits(x_B1D)[:, 0], {'layers': layers, 'length_B': cache['length_B'] + 1}
+    return self.output(x_B1D).logits()[:, 0], {'layers': layers, 'length_B': cache['length_B'] + 1}
 
 
 def make_norm(cfg: DecoderConfig):
@@ -205,4 +239,4 @@ def make_norm(cfg: DecoderConfig):
 
 
 def make_einsum(cfg: DecoderConfig):
-  return partial(Einsum, initializer=nn.initializers.normal(cfg.init_std), dtype=jnp.dtype(cfg.dtype))
+  return partial(Einsum, initializer=nn.initializers.normal(cfg.init_std), dtype=cfg.operand_dtype)

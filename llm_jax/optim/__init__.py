@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
@@ -38,6 +38,7 @@ class AdamW:
   b2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.1
+  mu_dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the first moment as it is kept
 
   def __post_init__(self):
     if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
@@ -46,7 +47,8 @@ class AdamW:
       raise ValueError(f'eps must be positive and weight_decay not negative; got {self.eps}, {self.weight_decay}')
 
   def make(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(schedule, self.b1, self.b2, self.eps, weight_decay=self.weight_decay, mask=matrices)
+    return optax.adamw(schedule, self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype, weight_decay=self.weight_decay,
+                       mask=matrices)
 
 
 @dataclasses.dataclass(frozen=True)

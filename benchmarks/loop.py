@@ -1,0 +1,163 @@
+"""What the loop around the step costs: data, putting, logging, progress, checks, agreement on signals.
+
+  python -m benchmarks.loop [--rounds=8]
+
+The real train.run is halted after every window of steps, the device left idle, and the same compiled step is called
+as often with one batch that is on the device already. Windows are timed in turn, round after round. `overhead` is the
+median over rounds of loop/bare - 1. `host_us` is the processor time of the loop's own thread a step, waiting left out;
+`bare_host_us` that of the bare calls, which jax's dispatch costs anyway; `cpu_us` what the whole process spends a step
+beyond the bare calls, its data and TensorBoard threads included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+
+from llm_jax import runtime, train
+from llm_jax.assemble import example_batch
+from llm_jax.config import Config, base, build
+from llm_jax.data import pipeline
+from llm_jax.models import make_model
+from llm_jax.optim import make_optimizer
+from llm_jax.sharding import local_rows, make_mesh, num_batch_shards, put_batch
+from llm_jax.step import init_state, state_shardings
+
+SHAPES = {  # name: (num_layers, embed_dim, seq_len, rows, steps of a window)
+    '5 ms': (2, 64, 64, 4, 200),
+    '50 ms': (4, 128, 64, 12, 40),
+}
+
+
+def make_config(folder: Path, shape: str, num_steps: int) -> Config:
+  num_layers, embed_dim, seq_len, rows, _ = SHAPES[shape]
+  path = folder / 'tokens.bin'
+  np.random.default_rng(0).integers(0, 65, 2_000_000, dtype=np.uint16).tofile(path)
+  config = base()
+  config.num_steps = num_steps
+  config.batch_tokens = config.tokens_per_device = rows * seq_len
+  config.model.num_layers = config.model.scan_unroll = num_layers
+  config.model.embed_dim = embed_dim
+  config.model.num_heads = 4
+  config.model.vocab_size = 65
+  config.model.max_len = seq_len
+  config.model.dtype = 'float32'
+  config.data.path = str(path)
+  config.data.tokenizer = 'none'
+  config.data.split = 'tail'
+  config.data.seq_len = seq_len
+  config.data.mask_documents = False
+  config.data.cache_dir = str(folder / 'cache')
+  config.eval.every = config.checkpoint.every = 10 ** 9
+  config.eval.max_tokens = seq_len
+  return build(Config, config.to_dict())
+
+
+def bare_step(config: Config):
+  """A function that runs the loop's own compiled step `n` times on one batch and waits."""
+  mesh = make_mesh(config.mesh)
+  model = make_model(config.model)
+  tx, schedule = make_optimizer(config.optim, config.num_steps)
+  shape = (config.rows_per_batch, config.data.seq_len)
+  tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
+  features = {'tokens': tokens, 'targets': tokens, 'loss_mask': np.ones(shape, np.float32)}
+  with jax.set_mesh(mesh):
+    shardings = state_shardings(example_batch(config), mesh, model=model, tx=tx)
+    state = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)(
+        jax.random.key(0), example_batch(config))
+    batch = put_batch(features, local_rows(mesh, shape[0]), shape[0], mesh)
+    _, num_microbatches = config.split_batch(num_batch_shards(mesh))
+    step = train.jit_step(config, mesh, shardings, num_microbatches, model=model, tx=tx, schedule=schedule)
+
+  def run(n: int) -> None:
+    nonlocal state
+    metrics = None
+    for _ in range(n):
+      before = metrics
+      state, metrics = step(state, batch)
+      jax.block_until_ready(before)  # as far ahead as the loop goes, and no farther
+    jax.block_until_ready((state, metrics))
+
+  return run
+
+
+def clocks() -> np.ndarray:
+  return np.array([time.perf_counter(), time.thread_time(), time.process_time()])
+
+
+@dataclasses.dataclass
+class Halted:
+  """Batches of the loop; after every `window` steps it times `bare`, then lets the loop go on."""
+
+  batches: pipeline.Batches
+  bare: object
+  window: int
+  warmup: int
+  results: list
+  num_given: int = 0
+  start: np.ndarray | None = None
+
+  def __next__(self):
+    if self.num_given >= self.warmup and (self.num_given - self.warmup) % self.window == 0:
+      jax.block_until_ready(jax.live_arrays())
+      loop_end = clocks()
+      self.bare(self.window)
+      bare_end = clocks()
+      if self.start is not None:
+        self.results.append((loop_end - self.start, bare_end - loop_end))
+      self.start = clocks()
+    self.num_given += 1
+    return next(self.batches)
+
+  def __getattr__(self, name):
+    return getattr(self.batches, name)
+
+
+def measure(shape: str, rounds: int) -> dict:
+  window, warmup, results = SHAPES[shape][-1], 20, []
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    config = make_config(folder, shape, warmup + window * rounds + 1)
+    bare = bare_step(config)
+    bare(5)
+    open_batches = pipeline.open_batches
+
+    def halted(*args):
+      return Halted(open_batches(*args), bare, window, warmup, results)
+
+    with mock.patch.object(pipeline, 'open_batches', halted), contextlib.redirect_stdout(io.StringIO()):
+      train.run(config, folder / 'run')
+  loop, bare_times = (np.array(times) / window for times in zip(*results, strict=True))
+  median = partial(np.median, axis=0)
+  return {'shape': shape, 'rounds': len(results), 'bare_ms': round(1e3 * median(bare_times)[0], 2),
+          'loop_ms': round(1e3 * median(loop)[0], 2),
+          'overhead': round(statistics.median(loop[:, 0] / bare_times[:, 0]) - 1, 4),
+          'host_us': round(1e6 * median(loop)[1]), 'bare_host_us': round(1e6 * median(bare_times)[1]),
+          'cpu_us': round(1e6 * median(loop - bare_times)[2])}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--rounds', type=int, default=8)
+  args = parser.parse_args()
+  runtime.keep_freed_memory()  # as the programs do
+  results = [measure(shape, args.rounds) for shape in SHAPES]
+  for result in results:
+    print(json.dumps(result))
+  print(json.dumps({'benchmark': 'loop', 'device': jax.devices()[0].device_kind, 'shapes': results}))
+
+
+if __name__ == '__main__':
+  main()

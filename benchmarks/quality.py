@@ -1,0 +1,62 @@
+"""Wall-clock from command to final loss: configs/shakespeare_char.py beside the same in PyTorch, in turn.
+
+  python -m benchmarks.quality --data=input.txt --torch=/path/to/an/environment/with/torch/bin/python
+
+The data is tinyshakespeare (see the config). Everything counts: imports, compiling, evaluations, our checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def timed(command: list[str]) -> tuple[float, str]:
+  start = time.perf_counter()
+  output = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+  return time.perf_counter() - start, output
+
+
+def ours(data: str) -> tuple[float, float]:
+  """(seconds, val/loss) of a run in a fresh folder, with what the user's caches hold."""
+  with tempfile.TemporaryDirectory() as workdir:
+    seconds, _ = timed([sys.executable, '-m', 'llm_jax.main', '--config=configs/shakespeare_char.py',
+                        f'--config.data.path={os.path.abspath(data)}', f'--workdir={workdir}'])
+    last = json.loads((Path(workdir) / 'metrics.jsonl').read_text().splitlines()[-1])
+  return seconds, last['val/loss']
+
+
+def theirs(torch: str, data: str, flags: list[str]) -> tuple[float, float]:
+  seconds, output = timed([torch, '-m', 'benchmarks.torch_quality', f'--data={data}', *flags])
+  return seconds, json.loads(output.splitlines()[-1])['val/loss']
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--data', required=True)
+  parser.add_argument('--torch')
+  parser.add_argument('--rounds', type=int, default=2)
+  args = parser.parse_args()
+  programs = {'llm_jax': lambda: ours(args.data)}
+  if args.torch:
+    programs |= {'PyTorch eager f32': lambda: theirs(args.torch, args.data, []),
+                 'PyTorch compiled f32': lambda: theirs(args.torch, args.data, ['--compile'])}
+  seconds, losses = {name: [] for name in programs}, {}
+  for _ in range(args.rounds):
+    for name, program in programs.items():
+      taken, losses[name] = program()
+      seconds[name].append(round(taken, 1))
+      print(f'{name}: {taken:.1f} s, val/loss {losses[name]:.4f}', flush=True)
+  print(json.dumps({name: {'seconds': seconds[name], 'median_s': statistics.median(seconds[name]),
+                           'val/loss': losses[name]} for name in programs}))
+
+
+if __name__ == '__main__':
+  main()

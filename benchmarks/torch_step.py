@@ -1,0 +1,97 @@
+"""The training step of benchmarks/step.py in PyTorch, as its users write it: what a stack in JAX is compared with.
+
+  /path/to/an/environment/with/torch/bin/python -m benchmarks.torch_step --preset=char_small
+
+Fused AdamW, scaled_dot_product_attention, weights of float32; --dtype=bf16 is autocast, --compile is torch.compile.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.common import GEMM_SIZE, PRESETS, Preset, parser, run
+
+
+class Block(nn.Module):
+  """Pre-norm attention and feed-forward, without biases."""
+
+  def __init__(self, dim: int, num_heads: int):
+    super().__init__()
+    self.num_heads = num_heads
+    self.attn_norm, self.mlp_norm = nn.LayerNorm(dim, bias=False), nn.LayerNorm(dim, bias=False)
+    self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+    self.up, self.down = nn.Linear(dim, 4 * dim, bias=False), nn.Linear(4 * dim, dim, bias=False)
+
+  def forward(self, x_BTD):
+    heads = self.qkv(self.attn_norm(x_BTD)).unflatten(-1, (3, self.num_heads, -1))
+    q_BNTH, k_BNTH, v_BNTH = heads.permute(2, 0, 3, 1, 4)
+    y_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True)
+    x_BTD = x_BTD + self.out(y_BNTH.transpose(1, 2).flatten(2))
+    return x_BTD + self.down(F.gelu(self.up(self.mlp_norm(x_BTD)), approximate='tanh'))
+
+
+class GPT(nn.Module):
+  """Tokens and targets [B, T] -> mean cross-entropy."""
+
+  def __init__(self, preset: Preset):
+    super().__init__()
+    self.tokens = nn.Embedding(preset.vocab_size, preset.embed_dim)
+    self.positions = nn.Embedding(preset.seq_len, preset.embed_dim)
+    self.blocks = nn.ModuleList(Block(preset.embed_dim, preset.num_heads) for _ in range(preset.num_layers))
+    self.norm = nn.LayerNorm(preset.embed_dim, bias=False)
+    for name, w in self.named_parameters():
+      if w.ndim == 2:
+        residual = name.endswith(('out.weight', 'down.weight'))
+        nn.init.normal_(w, std=0.02 / math.sqrt(2 * preset.num_layers) if residual else 0.02)
+
+  def forward(self, tokens_BT, targets_BT):
+    x_BTD = self.tokens(tokens_BT) + self.positions.weight[:tokens_BT.shape[1]]
+    for block in self.blocks:
+      x_BTD = block(x_BTD)
+    logits_BTV = F.linear(self.norm(x_BTD), self.tokens.weight)
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+
+
+def main():
+  flags = parser(__doc__)
+  flags.add_argument('--device', default='cpu')
+  flags.add_argument('--dtype', choices=['f32', 'bf16'], default='f32')
+  flags.add_argument('--compile', action='store_true')
+  args = flags.parse_args()
+  preset, device = PRESETS[args.preset], args.device
+  torch.manual_seed(0)
+  torch.set_float32_matmul_precision('highest' if device == 'cpu' else 'high')
+  model = GPT(preset).to(device)
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+  loss_fn = torch.compile(model) if args.compile else model
+  rows = torch.randint(preset.vocab_size, (8, args.batch or preset.batch, preset.seq_len + 1), device=device)
+  batches, count = [(r[:, :-1].contiguous(), r[:, 1:].contiguous()) for r in rows], 0
+
+  def step() -> float:
+    nonlocal count
+    with torch.autocast(device, torch.bfloat16, enabled=args.dtype == 'bf16'):
+      loss = loss_fn(*batches[count % 8])
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    count += 1
+    return loss.item()  # waits
+
+  square = torch.ones(GEMM_SIZE, GEMM_SIZE, device=device, dtype=torch.bfloat16 if args.dtype == 'bf16' else None)
+
+  def gemm() -> None:
+    (square @ square)[0, 0].item()
+
+  name = torch.cuda.get_device_name() if device == 'cuda' else device
+  num_params = sum(w.numel() for w in model.parameters()) - model.positions.weight.numel()
+  run(args, {'framework': f'torch {torch.__version__}', 'device': name, 'compile': args.compile, 'dtype': args.dtype},
+      num_params, step, gemm)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,126 @@
+"""Causal attention in plain JAX, block by block, with its own backward (FlashAttention, arXiv 2205.14135).
+
+A Python loop takes a block of queries and the keys it can see, all at once: what causality or the window hides is never
+computed, which halves the work, and no array is larger than one block's scores. The backward pass keeps q, k, v, y
+and the logarithm of each query's normaliser, and computes the weights again from them; for short rows it keeps them.
+Dims: B batch, T length, C queries of a block, S keys they can see, N heads, K kv heads, G = N/K, R = G C, H head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+KEPT = 256  # the longest T whose weights are kept: reading them is faster than computing them again
+BLOCKS = {True: 64, False: 128}  # queries of a block where the weights are kept, and where not; the fastest measured
+HIDDEN = -1e30  # added to a score that does not count
+MAX_BLOCKS = 16  # each is compiled on its own: a longer T has longer blocks
+
+
+def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, segment_ids_BT: jax.Array | None,
+            prefix_BT: jax.Array | None) -> jax.Array:
+  """Attention of each token over what `causal_attention` lets it see; y [B, T, N, H]."""
+  B, T, N, H = q_BTNH.shape
+  K = k_BTKH.shape[2]
+  q_BTNH = (q_BTNH * H**-0.5).astype(q_BTNH.dtype)
+  q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  k_BKTH, v_BKTH = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
+  y_BKGTH = _attend(window, q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, prefix_BT)
+  return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(window, q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, prefix_BT):
+  return _forward(window, q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, prefix_BT)[0]
+
+
+def _forward(window, q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, prefix_BT):
+  ys, log_zs, kept = [], [], []
+  for queries, keys in _blocks(q_BKGTH.shape[3], window, prefix_BT):
+    s_BKRS = _scores(q_BKGTH, k_BKTH, queries, keys, window, segment_ids_BT, prefix_BT)
+    max_BKR1 = s_BKRS.max(-1, keepdims=True)
+    e_BKRS = jnp.exp(s_BKRS - max_BKR1)
+    z_BKR1 = e_BKRS.sum(-1, keepdims=True)
+    if q_BKGTH.shape[3] <= KEPT:
+      kept.append((e_BKRS / z_BKR1).astype(v_BKTH.dtype))
+      y_BKRH = _dot('BKRS,BKSH->BKRH', kept[-1], v_BKTH[:, :, keys])
+    else:  # normalised after the product: y is smaller than the weights
+      y_BKRH = _dot('BKRS,BKSH->BKRH', e_BKRS.astype(v_BKTH.dtype), v_BKTH[:, :, keys]) / z_BKR1
+    ys.append(_unmerge(y_BKRH, q_BKGTH))
+    log_zs.append(_unmerge(max_BKR1 + jnp.log(z_BKR1), q_BKGTH))
+  # Named here, where all are: a remat policy that kept y alone would have to compute the rest again.
+  y_BKGTH = jnp.concatenate(ys, 3).astype(q_BKGTH.dtype)
+  y_BKGTH, log_z_BKGT1, kept = checkpoint_name((y_BKGTH, jnp.concatenate(log_zs, 3), kept), 'attention')
+  return y_BKGTH, (q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, prefix_BT, y_BKGTH, log_z_BKGT1, kept)
+
+
+def _backward(window, residuals, dy_BKGTH):
+  q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, prefix_BT, y_BKGTH, log_z_BKGT1, kept = residuals
+  dtype = q_BKGTH.dtype
+  # The softmax's own term, sum over s of p ds, is dy . y: known without the weights.
+  own_BKGT1 = (dy_BKGTH.astype(jnp.float32) * y_BKGTH.astype(jnp.float32)).sum(-1, keepdims=True)
+  dqs, dks, dvs = [], [], []
+  for i, (queries, keys) in enumerate(_blocks(q_BKGTH.shape[3], window, prefix_BT)):
+    if kept:
+      p_BKRS = kept[i]
+    else:
+      s_BKRS = _scores(q_BKGTH, k_BKTH, queries, keys, window, segment_ids_BT, prefix_BT)
+      p_BKRS = jnp.exp(s_BKRS - _merge(log_z_BKGT1, queries))
+    dy_BKRH = _merge(dy_BKGTH, queries)
+    dp_BKRS = _dot('BKRH,BKSH->BKRS', dy_BKRH, v_BKTH[:, :, keys])
+    ds_BKRS = (p_BKRS * (dp_BKRS - _merge(own_BKGT1, queries))).astype(dtype)
+    dqs.append(_unmerge(_dot('BKRS,BKSH->BKRH', ds_BKRS, k_BKTH[:, :, keys]), q_BKGTH))
+    # H before S: so XLA:CPU transposes the queries for the product, not the larger weights.
+    dks.append((keys, _dot('BKRH,BKRS->BKHS', _merge(q_BKGTH, queries), ds_BKRS)))
+    dvs.append((keys, _dot('BKRH,BKRS->BKHS', dy_BKRH, p_BKRS.astype(dtype))))
+  return jnp.concatenate(dqs, 3).astype(dtype), _sum(dks, k_BKTH), _sum(dvs, v_BKTH), None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _blocks(T: int, window: int, prefix_BT: jax.Array | None) -> Iterator[tuple[slice, slice]]:
+  """Queries of each block, and the keys that any of them can see."""
+  size = max(BLOCKS[T <= KEPT], -(-T // MAX_BLOCKS))
+  for start in range(0, T, size):
+    stop = min(start + size, T)
+    first = max(0, start - window + 1) if window else 0
+    yield slice(start, stop), slice(0, T) if prefix_BT is not None else slice(first, stop)
+
+
+def _scores(q_BKGTH, k_BKTH, queries: slice, keys: slice, window: int, segment_ids_BT, prefix_BT) -> jax.Array:
+  """float32 [B, K, R, S]; hidden keys far below every other one, yet finite."""
+  distance_CS = np.arange(queries.start, queries.stop)[:, None] - np.arange(keys.start, keys.stop)[None]
+  seen_BCS = ((distance_CS >= 0) & ((distance_CS < window) if window else True))[None]
+  if prefix_BT is not None:
+    seen_BCS = seen_BCS | prefix_BT[:, None, keys]
+  if segment_ids_BT is not None:
+    seen_BCS = seen_BCS & (segment_ids_BT[:, queries, None] == segment_ids_BT[:, None, keys])
+  hidden_B1RS = jnp.tile(jnp.where(seen_BCS, 0, HIDDEN)[:, None], (1, 1, q_BKGTH.shape[2], 1))
+  return _dot('BKRH,BKSH->BKRS', _merge(q_BKGTH, queries), k_BKTH[:, :, keys]) + hidden_B1RS
+
+
+def _dot(eqn: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  return jnp.einsum(eqn, x, y, preferred_element_type=jnp.float32)
+
+
+def _merge(x_BKGTH: jax.Array, queries: slice) -> jax.Array:
+  """[B, K, R, H] of a block: a group's heads one below the other, as products run fastest with one such dimension."""
+  x_BKGCH = x_BKGTH[..., queries, :]
+  return x_BKGCH.reshape(*x_BKGCH.shape[:2], -1, x_BKGCH.shape[-1])
+
+
+def _unmerge(x_BKRH: jax.Array, like_BKGTH: jax.Array) -> jax.Array:
+  return x_BKRH.reshape(*like_BKGTH.shape[:3], -1, x_BKRH.shape[-1])
+
+
+def _sum(parts: list[tuple[slice, jax.Array]], like_BKTH: jax.Array) -> jax.Array:
+  """The sum over blocks [B, K, H, S] in float32, in the shape and dtype of `like_BKTH`; zero for keys nobody saw."""
+  T = like_BKTH.shape[2]
+  padded = [jnp.pad(part_BKHS, [(0, 0)] * 3 + [(keys.start, T - keys.stop)]) for keys, part_BKHS in parts]
+  return sum(padded[1:], padded[0]).swapaxes(2, 3).astype(like_BKTH.dtype)

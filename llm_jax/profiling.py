@@ -1,0 +1,61 @@
+"""A trace of a few steps, by jax's profiler, for TensorBoard and Perfetto."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+HOW = '''a trace from step {first} on is in {folder}
+  TensorBoard: pip install xprof, then tensorboard --logdir {workdir}, page PROFILE
+  Perfetto: drop {trace} on https://ui.perfetto.dev'''
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+  """Which steps to trace into the workdir. It makes them slower."""
+
+  start: int = 0  # the first one, counted from 1; 0: none
+  num_steps: int = 3
+
+  def __post_init__(self):
+    if self.start < 0 or self.num_steps < 1:
+      raise ValueError(f'start must not be negative and num_steps at least 1; got {self.start}, {self.num_steps}')
+
+
+class Profiler:
+  """Traces whole steps on process 0. A context manager: leaving it ends a trace that a signal cut short."""
+
+  def __init__(self, config: ProfileConfig, workdir: Path, say: Callable[[str], None]):
+    self._before = config.start - 1
+    self._last = self._before + config.num_steps if config.start else -1  # no step is -1
+    self._workdir, self._say = workdir, say
+    self._tracing = False
+
+  def __enter__(self) -> Profiler:
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self._end()
+
+  def due(self, step: int) -> bool:
+    """Whether this step must be finished before the next is dispatched, so that none is traced in part."""
+    return step in (self._before, self._last)
+
+  def begin_after(self, step: int) -> None:
+    if step == self._before and jax.process_index() == 0:
+      jax.profiler.start_trace(self._workdir / 'profile', create_perfetto_trace=True)
+      self._tracing = True
+
+  def end_after(self, step: int) -> None:
+    if step == self._last:
+      self._end()
+
+  def _end(self) -> None:
+    if self._tracing:
+      self._tracing = False
+      jax.profiler.stop_trace()
+      [*_, trace] = sorted((self._workdir / 'profile').glob('plugins/profile/*/perfetto_trace.json.gz'))
+      self._say(HOW.format(first=self._before + 1, folder=trace.parent, trace=trace, workdir=self._workdir))

@@ -1,0 +1,43 @@
+"""How many rows fit: the search finds the most, keeps what a run had, and says when nothing fits."""
+
+import pytest
+
+from llm_jax.errors import ConfigError
+from llm_jax.memory import most_rows
+
+
+def search(num_rows, limit, likely=0, step_bytes=10, row_bytes=3):
+  tried = []
+
+  def bytes_needed(rows):
+    tried.append(rows)
+    return step_bytes + rows * row_bytes
+  return most_rows(num_rows, bytes_needed, limit, lambda text: None, likely), tried
+
+
+@pytest.mark.parametrize('num_rows', [1, 7, 12, 360, 512])
+def test_the_most_rows_that_fit_are_found_in_few_trials(num_rows):
+  divisors = [n for n in range(1, num_rows + 1) if num_rows % n == 0]
+  for limit in (13, 16, 18, 40, 500, 10**6):
+    rows, tried = search(num_rows, limit)
+    assert rows == max(n for n in divisors if 10 + 3 * n <= limit)
+    assert len(tried) == len(set(tried)) <= 2 + len(divisors).bit_length()
+
+
+def test_what_a_run_had_is_kept_where_it_fits_and_searched_anew_where_not():
+  assert search(12, 100, likely=4) == (4, [4])
+  assert search(12, 30, likely=12)[0] == 6
+  assert search(12, 100, likely=5)[0] == 12, 'which does not divide the batch'
+
+
+def test_not_even_one_row_fits():
+  with pytest.raises(ConfigError, match=r'tokens_per_device.*not even one row'):
+    search(8, 12)
+
+
+def test_an_error_of_the_program_is_none_of_memory():
+  def fails(rows):
+    raise ZeroDivisionError
+
+  with pytest.raises(ZeroDivisionError):
+    most_rows(4, fails, 100, lambda text: None)

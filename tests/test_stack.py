@@ -1,0 +1,109 @@
+"""The stack is its blocks in turn; remat policies change memory and work, never the result."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.layers.attention import Visible
+from llm_jax.layers.stack import REMAT, apply_stack, init_stack
+from llm_jax.models.decoder import Block, DecoderConfig
+
+CFG = DecoderConfig(vocab_size=1, num_layers=4, embed_dim=32, num_heads=4, dtype='float32')
+POSITIONS = jnp.tile(jnp.arange(64), (2, 1))
+
+
+@functools.cache
+def stack():
+  """Random parameters away from the init's symmetry, and x [2, 64, 32]."""
+  rng = np.random.default_rng(0)
+  shapes = nn.unbox(jax.eval_shape(init_stack(Block(CFG), CFG.num_layers, CFG.embed_dim), jax.random.key(0)))
+  params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), jnp.float32), shapes)
+  return params, jnp.asarray(rng.normal(size=(2, 64, CFG.embed_dim)), jnp.float32)
+
+
+@functools.cache
+def gradient(remat, unroll=1, windows=(0,)):
+  """The traced value_and_grad of a stack's sum of squares."""
+  def loss(params, x):
+    y, _, _ = apply_stack(Block(CFG), params, x, POSITIONS, Visible(), windows=windows, unroll=unroll, remat=remat)
+    return jnp.mean(y**2)
+  return jax.jit(jax.value_and_grad(loss)).trace(*stack())
+
+
+@functools.cache
+def compiled(remat):
+  return gradient(remat).lower().compile()
+
+
+def num_products(remat):
+  return gradient(remat).lower().as_text().count('stablehlo.dot_general')
+
+
+@pytest.mark.parametrize(('unroll', 'remat'), [(1, 'none'), (2, 'save_matmuls'), (4, 'full')])
+def test_the_stack_is_its_blocks_in_turn(unroll, remat):
+  """With two windows in turn, so that two blocks share a turn of the loop."""
+  params, x = stack()
+  got, _, _ = apply_stack(Block(CFG), params, x, POSITIONS, Visible(), windows=(0, 3), unroll=unroll, remat=remat)
+  for layer in range(4):
+    own = jax.tree.map(lambda p: p[layer], params)  # noqa: B023
+    x, _ = Block(CFG).apply({'params': own}, x, POSITIONS, Visible(), None, (0, 3)[layer % 2], False)
+  np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_start_different():
+  cfg = dataclasses.replace(CFG, num_layers=2)
+  up = nn.unbox(jax.jit(init_stack(Block(cfg), 2, 32))(jax.random.key(0)))['mlp']['up']['w']
+  assert not np.allclose(up[0], up[1])
+
+
+@pytest.mark.parametrize('remat', [name for name in REMAT if name != 'none'])
+def test_remat_changes_neither_loss_nor_gradients(remat):
+  for got, expected in zip(jax.tree.leaves(compiled(remat)(*stack())), jax.tree.leaves(compiled('none')(*stack())),
+                           strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_what_is_kept_less_is_computed_again():
+  """Through the custom gradients of matrices and attention, which hide their insides from JAX's own policies."""
+  ladder = ('none', 'save_matmuls', 'save_attention', 'full')
+  memory = [compiled(remat).memory_analysis().temp_size_in_bytes for remat in ladder]
+  assert memory[0] > memory[1] > memory[2] > memory[3]
+  products = [num_products(remat) for remat in ladder]
+  assert products[0] == products[1]  # every product's output is there
+  assert products[2] == products[1] + 5  # q, k, v and o, and the way up to the feed-forward layer's middle
+  assert products[3] == products[2] + 2  # attention's two
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+def test_what_is_offloaded_lies_in_the_hosts_memory(platform):
+  def in_host_memory(remat):
+    return gradient(remat).lower(lowering_platforms=(platform,)).as_text().count('pinned_host')
+  assert in_host_memory('offload') == 3  # the block's input, attention's output and its normaliser
+  assert in_host_memory('save_attention') == 0
+
+
+def test_blocks_that_share_a_turn_are_computed_again_one_after_the_other():
+  """Or the compiler computes all of them before it needs the first, and holds as much as without remat."""
+  assert 'optimization_barrier' not in gradient('full').lower().as_text()  # alone in its turn: the loop is enough
+  for shared in (gradient('full', unroll=2), gradient('full', windows=(0, 3))):
+    assert 'optimization_barrier' in shared.lower().as_text()
+
+
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_no_weight_is_copied_for_the_backward_pass(remat):
+  """Of layers that are all weights and hardly a token, what is held between the passes is next to nothing."""
+  cfg = dataclasses.replace(CFG, embed_dim=64)
+  params = nn.unbox(jax.eval_shape(init_stack(Block(cfg), 4, 64), jax.random.key(0)))
+
+  def loss(params, x):
+    y, _, _ = apply_stack(Block(cfg), params, x, POSITIONS[:1, :1], Visible(), windows=(0,), remat=remat)
+    return jnp.sum(y)
+
+  memory = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((1, 1, 64), jnp.float32)).compile()
+  size = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+  assert memory.memory_analysis().temp_size_in_bytes < size / 2
