@@ -116,10 +116,11 @@ def ratios(rows: list[dict]) -> dict[str, float]:
 def markdown(results: dict) -> str:
   lines = [f'{results["date"]}, {results["machine"]}, {results["cores"]} cores, Python {results["python"]}. '
            'Ratios are of medians; "malloc" is PyTorch with our allocator settings.', '',
-           '| preset | variant | ms a step | tokens/s | GFLOP/s | of the best GEMM |', '|---|---|---|---|---|---|']
+           '| preset | variant | ms a step | steps | tokens/s | GFLOP/s | of the best GEMM |',
+           '|---|---|---|---|---|---|---|']
   for table in results['tables']:
     lines += [f'| {table["preset"]} | {row["variant"]} ({row["dtype"]}) | {row["step_ms"]:.1f} | '
-              f'{row["tokens_per_second"]:,} | {row["model_flops_per_second"] / 1e9:.0f} | {row["share_of_gemm"]:.0%} |'
+              f'{row["timed_steps"]} | {row["tokens_per_second"]:,} | {row["model_flops_per_second"] / 1e9:.0f} | {row["share_of_gemm"]:.0%} |'
               for row in table['rows']]
   lines += ['', '| preset | llm_jax is faster than the best stock PyTorch by | than the best with our malloc by |',
             '|---|---|---|']

@@ -38,7 +38,7 @@ def main():
   train, val = ids[:-num_val], ids[-num_val:]
   preset = PRESETS['char_tiny']._replace(vocab_size=len(letters))
   torch.manual_seed(0)
-  model = GPT(preset)
+  model = GPT(preset, gelu='none')
   decayed = [w for w in model.parameters() if w.ndim > 1]
   others = [w for w in model.parameters() if w.ndim == 1]
   optimizer = torch.optim.AdamW([{'params': decayed, 'weight_decay': 0.1}, {'params': others, 'weight_decay': 0.0}],

@@ -19,9 +19,9 @@ from benchmarks.common import GEMM_SIZE, PRESETS, Preset, parser, run
 class Block(nn.Module):
   """Pre-norm attention and feed-forward, without biases."""
 
-  def __init__(self, dim: int, num_heads: int):
+  def __init__(self, dim: int, num_heads: int, gelu: str):
     super().__init__()
-    self.num_heads = num_heads
+    self.num_heads, self.gelu = num_heads, gelu
     self.attn_norm, self.mlp_norm = nn.LayerNorm(dim, bias=False), nn.LayerNorm(dim, bias=False)
     self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
     self.up, self.down = nn.Linear(dim, 4 * dim, bias=False), nn.Linear(4 * dim, dim, bias=False)
@@ -31,17 +31,17 @@ class Block(nn.Module):
     q_BNTH, k_BNTH, v_BNTH = heads.permute(2, 0, 3, 1, 4)
     y_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True)
     x_BTD = x_BTD + self.out(y_BNTH.transpose(1, 2).flatten(2))
-    return x_BTD + self.down(F.gelu(self.up(self.mlp_norm(x_BTD)), approximate='tanh'))
+    return x_BTD + self.down(F.gelu(self.up(self.mlp_norm(x_BTD)), approximate=self.gelu))
 
 
 class GPT(nn.Module):
   """Tokens and targets [B, T] -> mean cross-entropy."""
 
-  def __init__(self, preset: Preset):
+  def __init__(self, preset: Preset, gelu: str = 'tanh'):
     super().__init__()
     self.tokens = nn.Embedding(preset.vocab_size, preset.embed_dim)
     self.positions = nn.Embedding(preset.seq_len, preset.embed_dim)
-    self.blocks = nn.ModuleList(Block(preset.embed_dim, preset.num_heads) for _ in range(preset.num_layers))
+    self.blocks = nn.ModuleList(Block(preset.embed_dim, preset.num_heads, gelu) for _ in range(preset.num_layers))
     self.norm = nn.LayerNorm(preset.embed_dim, bias=False)
     for name, w in self.named_parameters():
       if w.ndim == 2:

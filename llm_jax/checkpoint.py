@@ -22,11 +22,6 @@ from orbax.checkpoint import checkpoint_managers as policies
 from llm_jax.errors import ConfigError, StorageError
 from llm_jax.types import Params
 
-# Orbax cuts each array among the devices that hold copies of it, with a program for each shape and device, compiled
-# while the first save keeps training waiting. That pays where the parts are large.
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 26), override=True)
-
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -60,6 +55,10 @@ class Checkpoints:
                            keep_checkpoints_without_metrics=False)]
     if config.keep_every:
       kept.append(policies.EveryNSteps(config.keep_every))
+    # Orbax cuts each array among the devices that hold copies of it, with a program for each shape and device, compiled
+    # while the first save keeps training waiting. That pays where the parts are large.
+    ocp.type_handlers.register_type_handler(
+        jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 26), override=True)
     self._manager = _manager(
         directory, best_fn=lambda metrics: metrics['val_loss'], best_mode='min',  # else Orbax drops the metrics
         preservation_policy=policies.AnyPreservationPolicy(kept), read_only=read_only, create=not read_only,

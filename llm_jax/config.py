@@ -92,6 +92,8 @@ class Config:
                       f'the least is {seq_len}, or None for what the memory holds')
     if self.model.max_len is not None and self.model.max_len < seq_len:
       problems.append(f'model.max_len {self.model.max_len} is less than data.seq_len {seq_len}')
+    if self.profile.start > self.num_steps:
+      problems.append(f'profile.start {self.profile.start} is beyond num_steps {self.num_steps}')
     warmup = getattr(getattr(self.optim, self.optim.schedule), 'warmup_steps', 0)
     if warmup >= self.num_steps:
       problems.append(f'optim.{self.optim.schedule}.warmup_steps {warmup} must be less than num_steps {self.num_steps}')

@@ -43,14 +43,15 @@ def device_memory(device: jax.Device) -> int | None:
   left = [int(line.split()[1]) * 1024 for line in read('/proc/meminfo').splitlines() if line.startswith('MemAvailable')]
   limit, used = read('/sys/fs/cgroup/memory.max').strip(), read('/sys/fs/cgroup/memory.current').strip()
   left += [int(limit) - int(used)] if limit.isdecimal() and used.isdecimal() else []  # a container may have less
-  return min(left) // len(device.client.local_devices()) if left else None
+  # Several processes may be on one machine: each has its part.
+  return min(left) // (len(device.client.local_devices()) * jax.process_count()) if left else None
 
 
 def has_fast_bf16() -> bool:
   """Whether a bf16 matmul is faster than a float32 one: not on GPUs before Ampere, nor on most CPUs."""
   device = jax.devices()[0]
   if device.platform != 'cpu':
-    return float(getattr(device, 'compute_capability', 8)) >= 8
+    return 'cuda' not in device.client.platform_version or float(device.compute_capability) >= 8
   return cpu_has_fast_bf16(read('/proc/cpuinfo'))
 
 

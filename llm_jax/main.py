@@ -69,8 +69,8 @@ def main(argv: list[str]) -> None:
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
-    raise ConfigError(f'the device memory does not hold this: lower --config.tokens_per_device (now '
-                      f'{config.tokens_per_device}), set --config.model.remat=full, or shard over more devices '
+    raise ConfigError(f'the device memory does not hold this: set a lower --config.tokens_per_device '
+                      f'(it was {config.tokens_per_device}), set --config.model.remat=full, or shard over more devices '
                       f'(--config.mesh.fsdp)\n{str(e).splitlines()[0]}') from None
 
 

@@ -18,7 +18,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from llm_jax.devices import peak_flops as peak_flops
 from llm_jax.progress import progress
 from llm_jax.types import Metrics
 

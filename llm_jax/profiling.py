@@ -56,6 +56,10 @@ class Profiler:
   def _end(self) -> None:
     if self._tracing:
       self._tracing = False
-      jax.profiler.stop_trace()
-      [*_, trace] = sorted((self._workdir / 'profile').glob('plugins/profile/*/perfetto_trace.json.gz'))
+      try:  # a trace that cannot be written costs the trace, not the run
+        jax.profiler.stop_trace()
+        [*_, trace] = sorted((self._workdir / 'profile').glob('plugins/profile/*/perfetto_trace.json.gz'))
+      except (OSError, RuntimeError, ValueError) as e:
+        self._say(f'WARNING: no trace was written to {self._workdir / "profile"}: {e}')
+        return
       self._say(HOW.format(first=self._before + 1, folder=trace.parent, trace=trace, workdir=self._workdir))

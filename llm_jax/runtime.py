@@ -107,20 +107,23 @@ def keep_compiled(environ: MutableMapping[str, str]) -> str:
 
   JAX's key of a program covers the versions, the flags and the CPU's instructions, so hosts may share the folder.
   """
-  if environ.get('JAX_ENABLE_COMPILATION_CACHE', '1').lower() in ('0', 'false', 'no', 'off', 'n', 'f'):
+  theirs = environ.get('JAX_COMPILATION_CACHE_DIR')
+  if theirs == '' or environ.get('JAX_ENABLE_COMPILATION_CACHE', '1').lower() in ('0', 'false', 'no', 'off', 'n', 'f'):
     return 'compiled programs not kept'
-  if 'JAX_COMPILATION_CACHE_DIR' in environ:
-    return f'compiled programs kept in {environ["JAX_COMPILATION_CACHE_DIR"]}'
+  if theirs:
+    return f'compiled programs kept in {theirs}'
   folder = user_cache() / 'compiled'
   try:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():  # whoever writes here has this process run his code
       raise PermissionError('the folder is another user\'s')
-    mend(folder)
+    if not os.access(folder, os.W_OK):
+      raise PermissionError('the folder is read-only')
+    if environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', str(CACHE_BYTES)) != '-1':  # unbounded: no times of use
+      mend(folder)
   except (ImportError, OSError) as e:
     return f'compiled programs not kept in {folder} ({e.strerror or e if isinstance(e, OSError) else e})'
   environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
-  environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', str(CACHE_BYTES))
   environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', str(MIN_COMPILE_SECONDS))
   return f'compiled programs kept in {folder}'
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -81,20 +80,18 @@ def train_step(state: TrainState, batch: Batch, *, model: Any, tx: optax.Gradien
     return objective + sown_loss, {'loss': loss, 'extra_loss': objective - loss + sown_loss, **logged}
 
   grads, metrics = accumulate(jax.grad(loss_fn, has_aux=True), state.params, batch, key, num_microbatches)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
-  # The new state itself: a huge but finite gradient makes Adam's second moment infinite, and nothing else.
-  finite = jnp.isfinite(metrics['loss'] + metrics['extra_loss']) & all_finite((params, opt_state))
-  params, opt_state = jax.tree.map(partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state))
-  metrics |= {'grad_norm': grad_norm, 'update_norm': update_norm, 'learning_rate': schedule(state.step),
+  # Decided before the update, which then writes in place: what is finite in the square stays so in Adam's moments.
+  squares = optax.tree.norm(grads, squared=True)
+  finite = jnp.isfinite(metrics['loss'] + metrics['extra_loss']) & jnp.isfinite(squares)
+
+  def update(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  params, opt_state = jax.lax.cond(finite, update, lambda *state: state, state.params, state.opt_state)
+  metrics |= {'grad_norm': jnp.sqrt(squares), 'learning_rate': schedule(state.step),
               'num_tokens': num_tokens, 'skipped': 1 - finite.astype(jnp.int32)}
   return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def all_finite(tree: Any) -> jax.Array:
-  """True where no leaf holds an infinity or NaN."""
-  return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree), jnp.bool_(True))
 
 
 def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,

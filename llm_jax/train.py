@@ -63,6 +63,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
 
     # 3. Model, optimizer, shardings, compiled steps.
     config = complete(config, data)
+    if len(set(gather(config.model.dtype))) > 1:
+      raise ConfigError('config.model.dtype: auto means another dtype on each of these machines; set one')
     model = make_model(config.model)
     examples = pipeline.open_examples(config.data, data, next(iter(data.val.values())), train=False)
     check_features(config, model, examples)
@@ -270,7 +272,7 @@ def text_metrics(split: str, loss: float, data: Data, task: str) -> dict[str, fl
 def check_resume(meta: dict, *, config: Config, fingerprint: dict) -> None:
   """Raises ConfigError naming what differs when this checkpoint is of another model or other data."""
   changed = {name: values for name, values in differences(meta['config']['model'], to_dict(config)['model']).items()
-             if name not in ('scan_unroll', 'remat', 'dropout', 'attention', 'dtype')}
+             if name not in ('scan_unroll', 'remat', 'dropout', 'attention')}
   if changed:
     raise ConfigError('the checkpoint is of another model:\n  ' + '\n  '.join(
         f'config.model.{name}: checkpoint {old}, now {new}' for name, (old, new) in changed.items())

@@ -54,7 +54,9 @@ def test_bf16_is_fast_only_where_there_are_instructions_for_it(monkeypatch):
   assert not cpu_has_fast_bf16('processor\t: 0\nmodel name : avx512_bf16\nflags\t\t: fpu avx512f avx512_bf16x\n')
   assert not cpu_has_fast_bf16('Features : fp asimd bf16 i8mm')  # ARM: not known of XLA
   assert not cpu_has_fast_bf16('')
-  for capability, fast in (('7.5', False), ('8.0', True), ('12.0', True)):
-    device = SimpleNamespace(platform='gpu', compute_capability=capability)
+  for capability, version, fast in (('7.5', 'cuda 12', False), ('8.0', 'cuda 12', True), ('12.0', 'cuda 13', True),
+                                    ('gfx90a', 'rocm 7', True)):
+    device = SimpleNamespace(platform='gpu', compute_capability=capability,
+                             client=SimpleNamespace(platform_version=version))
     monkeypatch.setattr(jax, 'devices', lambda device=device: [device])
     assert has_fast_bf16() == fast

@@ -70,6 +70,25 @@ def test_the_gradients_of_norms_are_their_differences(norm):
               atol=2e-2, eps=1e-2)
 
 
+def test_layer_norm_stands_a_large_mean():
+  x = normal(0, 4, 64).astype(np.float64) + 1000
+  expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+  np.testing.assert_allclose(layer_norm(x.astype(np.float32), np.ones(64, np.float32), None, 1e-5), expected, atol=1e-3)
+
+
+def test_a_copy_is_what_products_read_and_the_gradient_is_the_weights():
+  x, w = normal(0, 2, 3, 8), normal(1, 8, 5)
+
+  def run(*copy):
+    y, vjp = jax.vjp(lambda x, w: mixed_einsum('BTD,DF->BTF', jnp.bfloat16, x, w, *copy), x, w)
+    return y, *vjp(jnp.sin(y))
+
+  for plain, copied in zip(run(), run(jnp.asarray(w, jnp.bfloat16)), strict=True):
+    assert copied.dtype == jnp.float32
+    np.testing.assert_array_equal(plain, copied)
+  np.testing.assert_array_equal(run(jnp.zeros_like(w))[0], 0)
+
+
 def test_rope_turns_pairs_by_their_angle_and_sees_only_distances():
   q, k = normal(0, 1, 1, 1, 8), normal(1, 1, 1, 1, 8)
 

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from llm_jax.layers.attention import Visible
+from llm_jax.layers.kernels import cudnn
 from llm_jax.layers.stack import REMAT, apply_stack, init_stack
 from llm_jax.models.decoder import Block, DecoderConfig
 
@@ -107,3 +109,16 @@ def test_no_weight_is_copied_for_the_backward_pass(remat):
   memory = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((1, 1, 64), jnp.float32)).compile()
   size = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
   assert memory.memory_analysis().temp_size_in_bytes < size / 2
+
+
+def test_cudnns_attention_is_not_computed_again_where_it_is_kept(monkeypatch):
+  """It is one primitive that no name reaches; lowered for a GPU that is not here."""
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91400)
+  q = jnp.zeros((2, 64, 4, 64), jnp.bfloat16)
+
+  def num_forward(remat):
+    attend = REMAT[remat](lambda q: jnp.sum(cudnn(jnp.sin(q), q, q, 0, None, None) ** 2), prevent_cse=False)
+    text = jax.jit(jax.value_and_grad(attend)).trace(q).lower(lowering_platforms=('cuda',)).as_text()
+    return text.count('__cudnn$fmhaSoftmax(')
+
+  assert [num_forward(remat) for remat in ('none', 'save_attention', 'offload', 'full')] == [1, 1, 1, 2]

@@ -27,7 +27,6 @@ def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int
   """Attention of each token over what `causal_attention` lets it see; y [B, T, N, H]."""
   B, T, N, H = q_BTNH.shape
   K = k_BTKH.shape[2]
-  q_BTNH = (q_BTNH * H**-0.5).astype(q_BTNH.dtype)
   q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
   k_BKTH, v_BKTH = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
   y_BKGTH = _attend(window, q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, prefix_BT)
@@ -73,7 +72,7 @@ def _backward(window, residuals, dy_BKGTH):
       p_BKRS = jnp.exp(s_BKRS - _merge(log_z_BKGT1, queries))
     dy_BKRH = _merge(dy_BKGTH, queries)
     dp_BKRS = _dot('BKRH,BKSH->BKRS', dy_BKRH, v_BKTH[:, :, keys])
-    ds_BKRS = (p_BKRS * (dp_BKRS - _merge(own_BKGT1, queries))).astype(dtype)
+    ds_BKRS = (p_BKRS * (dp_BKRS - _merge(own_BKGT1, queries)) * q_BKGTH.shape[-1]**-0.5).astype(dtype)
     dqs.append(_unmerge(_dot('BKRS,BKSH->BKRH', ds_BKRS, k_BKTH[:, :, keys]), q_BKGTH))
     # H before S: so XLA:CPU transposes the queries for the product, not the larger weights.
     dks.append((keys, _dot('BKRH,BKRS->BKHS', _merge(q_BKGTH, queries), ds_BKRS)))
@@ -102,7 +101,8 @@ def _scores(q_BKGTH, k_BKTH, queries: slice, keys: slice, window: int, segment_i
   if segment_ids_BT is not None:
     seen_BCS = seen_BCS & (segment_ids_BT[:, queries, None] == segment_ids_BT[:, None, keys])
   hidden_B1RS = jnp.tile(jnp.where(seen_BCS, 0, HIDDEN)[:, None], (1, 1, q_BKGTH.shape[2], 1))
-  return _dot('BKRH,BKSH->BKRS', _merge(q_BKGTH, queries), k_BKTH[:, :, keys]) + hidden_B1RS
+  s_BKRS = _dot('BKRH,BKSH->BKRS', _merge(q_BKGTH, queries), k_BKTH[:, :, keys])
+  return s_BKRS * q_BKGTH.shape[-1]**-0.5 + hidden_B1RS
 
 
 def _dot(eqn: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -16,21 +16,24 @@ from jax.ad_checkpoint import checkpoint_name
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def mixed_einsum(eqn: str, dtype: Dtype, x: jax.Array, w: jax.Array) -> jax.Array:
+def mixed_einsum(eqn: str, dtype: Dtype, x: jax.Array, w: jax.Array, copy: jax.Array | None = None) -> jax.Array:
   """einsum(eqn, x, w) with operands in `dtype`, forward and backward, accumulated and returned in float32.
 
   `eqn` is two-operand without repeated or dropped letters; rows lead in x and y and nowhere else: 'BTD,DNH->BTNH'.
+  The gradient is w's, in its own dtype; what the products read is `copy`, if there is one.
   """
+  w = w if copy is None else copy
   return jnp.einsum(eqn, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _mixed_einsum_fwd(eqn, dtype, x, w):
-  # x is kept in `dtype`, w as it is: the cast is free to redo, and its gradient must not be rounded.
-  return mixed_einsum(eqn, dtype, x, w), (x.astype(dtype), w, jnp.zeros((), x.dtype))
+def _mixed_einsum_fwd(eqn, dtype, x, w, copy):
+  # x is kept in `dtype`, w as it was read.
+  likes = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
+  return mixed_einsum(eqn, dtype, x, w, copy), (x.astype(dtype), w if copy is None else copy, *likes)
 
 
 def _mixed_einsum_bwd(eqn, dtype, residuals, dy):
-  x, w, x_like = residuals
+  x, w, x_like, w_like = residuals
   (x_dims, w_dims), y_dims = (lambda ins, out: (ins.split(','), out))(*eqn.split('->'))
   dx = mixed_einsum(f'{y_dims},{w_dims}->{x_dims}', dtype, dy, w).astype(x_like.dtype)
   if dtype == jnp.float32:
@@ -38,8 +41,8 @@ def _mixed_einsum_bwd(eqn, dtype, residuals, dy):
     num_rows = sum(d not in w_dims for d in x_dims)
     x, dy = (a.reshape(-1, *a.shape[num_rows:]) for a in (x, dy))
     x_dims, y_dims = x_dims[num_rows - 1:], y_dims[num_rows - 1:]
-  dw = mixed_einsum(f'{x_dims},{y_dims}->{w_dims}', dtype, x, dy).astype(w.dtype)
-  return dx, dw
+  dw = mixed_einsum(f'{x_dims},{y_dims}->{w_dims}', dtype, x, dy).astype(w_like.dtype)
+  return dx, dw, None
 
 
 mixed_einsum.defvjp(_mixed_einsum_fwd, _mixed_einsum_bwd)
@@ -63,7 +66,8 @@ class Einsum(nn.Module):
   @nn.compact
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
     w = weight(self, 'w', self.initializer, self.shape, self.axes)
-    y = checkpoint_name(mixed_einsum(eqn, self.dtype, x, w), 'matmul')
+    copy: jax.Array | None = self.get_variable('copies', 'w')  # see stack.py
+    y = checkpoint_name(mixed_einsum(eqn, self.dtype, x, w, copy), 'matmul')
     if self.bias_dims:
       shape, axes = self.shape[-self.bias_dims:], self.axes[-self.bias_dims:]
       b = weight(self, 'b', nn.initializers.zeros, shape, axes)

@@ -27,8 +27,11 @@ def _norm(centered: bool, eps: float, x: jax.Array, scale: jax.Array) -> jax.Arr
 
 
 def _norm_fwd(centered, eps, x, scale):
-  mean = jnp.mean(x, axis=-1, keepdims=True) if centered else jnp.zeros((), x.dtype)
-  variance = jnp.mean(x * x, axis=-1, keepdims=True) - mean * mean  # both sums in one pass
+  # Both sums in one pass; of differences from one feature, or a large mean would cancel the variance.
+  shift = x[..., :1] if centered else jnp.zeros((), x.dtype)
+  mean = jnp.mean(x - shift, axis=-1, keepdims=True) if centered else shift
+  variance = jnp.mean((x - shift) ** 2, axis=-1, keepdims=True) - mean * mean
+  mean += shift
   inv_std = jax.lax.rsqrt(jnp.maximum(variance, 0) + eps)
   return (x - mean) * inv_std * _like(scale, x), (x, mean, inv_std, scale)
 

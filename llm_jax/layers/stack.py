@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from flax.typing import Dtype
 from jax.ad_checkpoint import Offloadable, Recompute, Saveable, checkpoint_name
 
 from llm_jax.layers.attention import Visible
@@ -62,20 +63,22 @@ def init_stack(block: nn.Module, num_layers: int, embed_dim: int) -> Callable[[j
 def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT: jax.Array,
                 visible: Visible, *, windows: tuple[int, ...], cache: Any = None,
                 dropout_key: jax.Array | None = None, train: bool = False,
-                unroll: int = 1, remat: str = 'none') -> tuple[jax.Array, Any, dict[str, Any]]:
+                dtype: Dtype = jnp.float32, unroll: int = 1,
+                remat: str = 'none') -> tuple[jax.Array, Any, dict[str, Any]]:
   """Runs the blocks. Layer l looks back windows[l % len(windows)] tokens; their number must divide L.
 
-  Returns x [B, T, D], the cache, and what the blocks sowed into `losses` and `metrics`, leaves [L, ...].
+  `dtype` is that of matrix operands. Returns x [B, T, D], the cache, and what the blocks sowed into `losses` and
+  `metrics`, leaves [L, ...].
   """
   num_layers = jax.tree.leaves(params)[0].shape[0]
   period = len(windows)
   keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
 
   def run(window, x, layer):
-    layer_params, layer_cache, key = layer
+    layer_params, layer_copies, layer_cache, key = layer
     (x, layer_cache), sown = block.apply(
-        {'params': layer_params}, checkpoint_name(x, 'block'), positions_BT, visible, layer_cache, window, train,
-        rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
+        {'params': layer_params, 'copies': layer_copies}, checkpoint_name(x, 'block'), positions_BT, visible,
+        layer_cache, window, train, rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
     return x, (layer_cache, sown)
 
   # Blocks in one loop body could be computed again all at once, before the first of them is needed.
@@ -89,9 +92,11 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
       outputs.append(output)
     return x, outputs
 
+  # All layers' matrices at once: XLA moves this cast out of a loop over microbatches too, so it runs once a step.
+  copies = {} if dtype == jnp.float32 else jax.tree.map(lambda w: jax.lax.stop_gradient(w).astype(dtype), params)
   # The layers of one window each are scanned as they lie: of a slice made in the loop, the scan would keep a copy of
   # every weight for the backward pass.
-  groups = [jax.tree.map(lambda a: a[i::period], (params, cache, keys)) for i in range(period)]  # noqa: B023
+  groups = [jax.tree.map(lambda a: a[i::period], (params, copies, cache, keys)) for i in range(period)]  # noqa: B023
   x_BTD, outputs = jax.lax.scan(body, x_BTD, groups, unroll=min(unroll, num_layers // period))
   cache, sown = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(num_layers, *leaves[0].shape[1:]),
                              *outputs)

@@ -205,7 +205,7 @@ class Decoder(nn.Module):
       x_BTD = self.dropout(x_BTD, deterministic=False, rng=key)
     x_BTD, cache, sown = apply_stack(
         self.block, self.blocks, x_BTD, positions_BT, visible, windows=cfg.windows, cache=cache,
-        dropout_key=dropout_key, train=train, unroll=cfg.scan_unroll, remat=cfg.remat)
+        dropout_key=dropout_key, train=train, dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
     for collection, values in sown.items():
       self.sow(collection, 'blocks', values)
     return x_BTD, cache
