@@ -122,7 +122,7 @@ def markdown(results: dict) -> str:
     lines += [f'| {table["preset"]} | {row["variant"]} ({row["dtype"]}) | {row["step_ms"]:.1f} | '
               f'{row["timed_steps"]} | {row["tokens_per_second"]:,} | {row["model_flops_per_second"] / 1e9:.0f} | {row["share_of_gemm"]:.0%} |'
               for row in table['rows']]
-  lines += ['', '| preset | llm_jax is faster than the best stock PyTorch by | than the best with our malloc by |',
+  lines += ['', '| preset | speed of llm_jax over the best stock PyTorch | over the best with our malloc |',
             '|---|---|---|']
   lines += ['| {} | {} | {} |'.format(table['preset'], *(f'{r:.2f}x' for r in table['ratios'].values()))
             for table in results['tables'] if len(table['ratios']) == 2]
