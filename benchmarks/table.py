@@ -120,7 +120,8 @@ def markdown(results: dict) -> str:
            '|---|---|---|---|---|---|---|']
   for table in results['tables']:
     lines += [f'| {table["preset"]} | {row["variant"]} ({row["dtype"]}) | {row["step_ms"]:.1f} | '
-              f'{row["timed_steps"]} | {row["tokens_per_second"]:,} | {row["model_flops_per_second"] / 1e9:.0f} | {row["share_of_gemm"]:.0%} |'
+              f'{row["timed_steps"]} | {row["tokens_per_second"]:,} | {row["model_flops_per_second"] / 1e9:.0f} | '
+              f'{row["share_of_gemm"]:.0%} |'
               for row in table['rows']]
   lines += ['', '| preset | speed of llm_jax over the best stock PyTorch | over the best with our malloc |',
             '|---|---|---|']
