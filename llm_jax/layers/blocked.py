@@ -74,10 +74,9 @@ def _backward(window, residuals, dy_BKGTH):
     dp_BKRS = _dot('BKRH,BKSH->BKRS', dy_BKRH, v_BKTH[:, :, keys])
     ds_BKRS = (p_BKRS * (dp_BKRS - _merge(own_BKGT1, queries)) * q_BKGTH.shape[-1]**-0.5).astype(dtype)
     dqs.append(_unmerge(_dot('BKRS,BKSH->BKRH', ds_BKRS, k_BKTH[:, :, keys]), q_BKGTH))
-    # H before S, and transposed first: XLA:CPU is slow at transposing in a product, and queries are small.
-    q_BKHR, dy_BKHR = jax.lax.optimization_barrier((_merge(q_BKGTH, queries).swapaxes(2, 3), dy_BKRH.swapaxes(2, 3)))
-    dks.append((keys, _dot('BKHR,BKRS->BKHS', q_BKHR, ds_BKRS)))
-    dvs.append((keys, _dot('BKHR,BKRS->BKHS', dy_BKHR, p_BKRS.astype(dtype))))
+    # H before S: so XLA:CPU transposes the queries for the product, not the larger weights.
+    dks.append((keys, _dot('BKRH,BKRS->BKHS', _merge(q_BKGTH, queries), ds_BKRS)))
+    dvs.append((keys, _dot('BKRH,BKRS->BKHS', dy_BKRH, p_BKRS.astype(dtype))))
   return jnp.concatenate(dqs, 3).astype(dtype), _sum(dks, k_BKTH), _sum(dvs, v_BKTH), None, None
 
 
