@@ -42,7 +42,9 @@ def device_memory(device: jax.Device) -> int | None:
     return None
   left = [int(line.split()[1]) * 1024 for line in read('/proc/meminfo').splitlines() if line.startswith('MemAvailable')]
   limit, used = read('/sys/fs/cgroup/memory.max').strip(), read('/sys/fs/cgroup/memory.current').strip()
-  left += [int(limit) - int(used)] if limit.isdecimal() and used.isdecimal() else []  # a container may have less
+  if limit.isdecimal() and used.isdecimal():  # a container may have less; cached files make room
+    cached = re.search(r'^inactive_file (\d+)', read('/sys/fs/cgroup/memory.stat'), re.MULTILINE)
+    left.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
   # Several processes may be on one machine: each has its part.
   return min(left) // (len(device.client.local_devices()) * jax.process_count()) if left else None
 

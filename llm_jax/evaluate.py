@@ -17,9 +17,10 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--data', help='what to evaluate on, all of it; without it, the validation part of the run')
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
   parser.add_argument('--out', type=Path, help='the JSON file (default: evaluation.json in the workdir)')
+  runtime.add_flag(parser)
   args = parser.parse_args(argv)
 
-  runtime.prepare()
+  runtime.prepare(args.tuning == 'on')
   import jax
 
   from llm_jax.assemble import load_run, make_evaluator

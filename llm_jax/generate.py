@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--top_p', type=float, default=1.0, help='only among the likeliest that hold this probability')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
+  runtime.add_flag(parser)
   args = parser.parse_args(argv)
   for bad, message in ((args.num_samples < 1, '--num_samples must be at least 1'),
                        (args.num_tokens < 1, '--num_tokens must be at least 1'),
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> None:
     if bad:
       raise ConfigError(message)
 
-  runtime.prepare()
+  runtime.prepare(args.tuning == 'on')
   import jax
 
   from llm_jax.assemble import load_run

@@ -28,8 +28,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--full_size', action='store_true', help='on a CPU, ignore what the config changes for CPUs')
   parser.add_argument('--distributed', action='store_true', help='one of several processes: take the coordinator '
                       'from the environment (SLURM, TPU pod, Open MPI, or launch/local.py)')
-  parser.add_argument('--tuning', choices=('on', 'off'), default='on', help='off: leave the C allocator and the flags '
-                      'of XLA as they are (llm_jax/runtime.py says what is set, and why)')
+  runtime.add_flag(parser)
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(
       rest, '--config.', '--config, --workdir, --full_size, --distributed, --tuning, --config.FIELD')

@@ -28,11 +28,13 @@ class ProfileConfig:
 class Profiler:
   """Traces whole steps on process 0. A context manager: leaving it ends a trace that a signal cut short."""
 
-  def __init__(self, config: ProfileConfig, workdir: Path, say: Callable[[str], None]):
+  def __init__(self, config: ProfileConfig, workdir: Path, begin: int, say: Callable[[str], None]):
     self._before = config.start - 1
     self._last = self._before + config.num_steps if config.start else -1  # no step is -1
     self._workdir, self._say = workdir, say
     self._tracing = False
+    if 0 <= self._before < begin:
+      say(f'WARNING: no trace: config.profile.start {config.start} has passed, this run begins after step {begin}')
 
   def __enter__(self) -> Profiler:
     return self

@@ -5,6 +5,7 @@ JAX and XLA read all three once, so nothing here imports JAX. What the user has 
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.util
 import os
@@ -35,6 +36,11 @@ VARIABLE = {'gpu': 'XLA_FLAGS', 'tpu': 'LIBTPU_INIT_ARGS', 'cpu': 'XLA_FLAGS'}
 
 CACHE_BYTES = 2 << 30  # what compiled programs may take on disk; the least recently used go first
 MIN_COMPILE_SECONDS = 0.05  # what compiles faster than this is not worth a file
+
+
+def add_flag(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--tuning', choices=('on', 'off'), default='on', help='off: leave the C allocator and the flags '
+                      'of XLA as they are (llm_jax/runtime.py says what is set, and why)')
 
 
 def prepare(tuning: bool = True) -> str:

@@ -62,8 +62,8 @@ def train_step(state: TrainState, batch: Batch, *, model: Any, tx: optax.Gradien
 
   The objective is the mean over the batch's real tokens of losses.cross_entropy, plus what modules sow into `losses`,
   whatever the number of microbatches. The metric `loss` is its part -log p(target), `extra_loss` all the rest. What
-  modules sow into `metrics` is averaged and logged. An objective or new state that is not finite leaves params and
-  opt_state as they were, and counts in the metric `skipped`.
+  modules sow into `metrics` is averaged and logged. An objective, or a gradient's square, that is not finite leaves
+  params and opt_state as they were, and counts in the metric `skipped`.
   """
   num_tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -80,7 +80,8 @@ def train_step(state: TrainState, batch: Batch, *, model: Any, tx: optax.Gradien
     return objective + sown_loss, {'loss': loss, 'extra_loss': objective - loss + sown_loss, **logged}
 
   grads, metrics = accumulate(jax.grad(loss_fn, has_aux=True), state.params, batch, key, num_microbatches)
-  # Decided before the update, which then writes in place: what is finite in the square stays so in Adam's moments.
+  # Decided before the update, which then writes in place: every link in optim.TRANSFORMS keeps finite what is finite
+  # in the square.
   squares = optax.tree.norm(grads, squared=True)
   finite = jnp.isfinite(metrics['loss'] + metrics['extra_loss']) & jnp.isfinite(squares)
 

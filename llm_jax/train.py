@@ -120,7 +120,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     # In one process the step's dispatch puts NumPy rows itself, ten times as fast as arrays can be made here.
     put = as_batch if jax.process_count() == 1 else partial(put_batch, rows=rows, num_rows=num_rows, mesh=mesh)
     stop = stack.enter_context(StopSignal())
-    profiler = stack.enter_context(Profiler(config.profile, workdir, console.line))
+    profiler = stack.enter_context(Profiler(config.profile, workdir, begin, console.line))
     skipped_in_a_row, results = 0, dict[str, float]()
 
     def fetch(step: int, metrics: Packed) -> dict[str, float]:

@@ -23,6 +23,7 @@ from program import environment, finish, signal_at, start, write_config
 from llm_jax import evaluate, generate, main
 from llm_jax.errors import ConfigError, DataError, StorageError
 from llm_jax.metrics import read_metrics
+from llm_jax.profiling import ProfileConfig, Profiler
 
 STEPS = 150
 
@@ -245,6 +246,13 @@ def test_a_trace_holds_the_steps_asked_for_and_says_where_it_lies(watched):
   assert [e['args']['step_num'] for e in events if e.get('name') == 'train'] == ['4', '5', '6']
   assert any('PjitFunction(step)' in e.get('name', '') for e in events)
   assert str(path) in printed and f'tensorboard --logdir {workdir}' in printed
+
+
+def test_a_trace_that_will_not_come_is_told(tmp_path):
+  said = []
+  for begin in (3, 4):
+    Profiler(ProfileConfig(start=4), tmp_path, begin, said.append)
+  assert len(said) == 1 and 'config.profile.start 4' in said[0] and 'after step 4' in said[0]
 
 
 def test_the_rows_that_fit_are_a_number_in_the_config_of_the_run(watched):

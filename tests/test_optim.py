@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from llm_jax.config import build
-from llm_jax.optim import OptimConfig, make_optimizer
+from llm_jax.optim import TRANSFORMS, OptimConfig, make_optimizer
 from llm_jax.optim.masks import matrices
 
 
@@ -30,6 +30,20 @@ def test_warmup_cosine_is_its_equation():
   got = [float(schedule(step)) for step in range(51)]
   np.testing.assert_allclose(got, [warmup_cosine(step, 0.3, 10, 50, 0.2) for step in range(51)], rtol=1e-5)
   assert max(got) == pytest.approx(0.3) and got[10] == max(got) and got[50] == pytest.approx(0.06) and got[0] > 0
+
+
+@pytest.mark.parametrize('name', TRANSFORMS)
+def test_what_is_finite_in_the_square_leaves_the_state_finite(name):
+  """What the step's guard rests on: it looks at the gradients' squares alone."""
+  link = TRANSFORMS[name]().make(optax.constant_schedule(1e-3))
+  params = {'w': jnp.ones((4, 4))}
+  state = link.init(params)
+  for size in (1e18, 1e-30, 4e18, 0.0, -4e18):  # 16 of 4e18, squared, are 2.6e38 of the 3.4e38 there are
+    grads = {'w': jnp.full((4, 4), size, jnp.float32)}
+    assert jnp.isfinite(optax.tree.norm(grads, squared=True))
+    updates, state = link.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state)))
 
 
 def test_constant_warms_up_and_stays():

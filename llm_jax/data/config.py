@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +12,7 @@ from llm_jax.data.filters import FilterConfig
 from llm_jax.data.splits import SplitConfig
 from llm_jax.data.tasks import TASKS, FillInTheMiddle, PrefixLM, SpanCorruption
 from llm_jax.data.tokenizers import FITTED
+from llm_jax.runtime import user_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,5 +112,4 @@ class DataConfig(SourceConfig, SplitConfig):
 
 
 def cache_dir(config: DataConfig) -> Path:
-  default = os.environ.get('LLM_JAX_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'llm_jax'
-  return Path(config.cache_dir or default).expanduser()
+  return Path(config.cache_dir).expanduser() if config.cache_dir else user_cache()
