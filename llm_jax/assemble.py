@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llm_jax import sampling
+from llm_jax.answers import Answer, answer, summarize_answers
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config, build
 from llm_jax.data import Data, pipeline, task_of
@@ -28,20 +29,27 @@ from llm_jax.models import make_model
 from llm_jax.sharding import local_rows, num_batch_shards, put_batch
 from llm_jax.step import eval_step, param_shardings
 from llm_jax.types import Batch, Params
+from llm_jax.validators import make_validator
 
 
 def complete(config: Config, data: Data) -> Config:
-  """The config with what data and device decide: vocabulary, longest row, dtype. Raises ConfigError."""
+  """The config with what data and device decide: vocabulary, longest rows, dtype. Raises ConfigError."""
   needed = data.vocab_size + task_of(config.data).num_sentinels
   vocab_size = config.model.vocab_size or needed
   if vocab_size < needed:
     raise ConfigError(f'config.model.vocab_size: {vocab_size} is less than the {needed} tokens of the data; '
                       f'leave it None or set it to {needed} or more')
+  known = {'max_len': config.data.seq_len, 'encoder_len': config.data.encoder_len,
+           'start_id': data.eos_id if data.bos_id is None else data.bos_id}
+  left_open = {name: value for name, value in known.items() if getattr(config.model, name, 0) is None}
   config = dataclasses.replace(config, model=dataclasses.replace(
-      config.model, vocab_size=vocab_size, max_len=config.model.max_len or config.data.seq_len,
-      dtype=config.model.operand_dtype.name))
+      config.model, vocab_size=vocab_size, dtype=config.model.operand_dtype.name, **left_open))
+  make_validator(config.eval.validator)  # better told now than at the first evaluation
+  if config.eval.answers and (data.tokenizer is None or task_of(config.data).needs != 'answers'):
+    raise ConfigError(f'config.eval.answers: {config.eval.answers} needs a task with answers, and a tokenizer; the '
+                      f'task is {config.data.task}')
   if data.tokenizer is not None and config.eval.sample_tokens:
-    encode_prompts(config, data.tokenizer)  # better told now than at the first evaluation
+    encode_prompts(config, data.tokenizer)
   return config
 
 
@@ -56,13 +64,17 @@ def gather(value: Any) -> list:
 def example_batch(config: Config) -> Batch:
   """One row, for its shapes."""
   blank = jnp.zeros((1, config.data.seq_len), jnp.int32)
-  return Batch(tokens=blank, targets=blank, loss_mask=blank.astype(jnp.float32))
+  read = jnp.zeros((1, config.data.encoder_len), jnp.int32) if task_of(config.data).encodes else None
+  return Batch(tokens=blank, targets=blank, loss_mask=blank.astype(jnp.float32), encoder_tokens=read)
 
 
 def check_features(config: Config, model: Any, examples: Examples) -> None:
-  """Raises ConfigError when the task gives what the model would not look at."""
-  ignored = examples.make(0, np.random.default_rng(0)).keys() - model.reads
-  if ignored:
+  """Raises ConfigError when the task gives what the model would not look at, or not what it needs."""
+  given = examples.make(0, np.random.default_rng(0)).keys()
+  if missing := model.needs - given:
+    raise ConfigError(f'config.data.task: {config.data.task} does not give {", ".join(sorted(missing))}, which the '
+                      f'model {config.model.name} needs')
+  if ignored := given - model.reads:
     raise ConfigError(f'config.data.task: {config.data.task} gives {", ".join(sorted(ignored))}, which the model '
                       f'{config.model.name} does not read')
 
@@ -94,6 +106,8 @@ def make_evaluator(config: Config, data: Data, model: Any, mesh: Mesh) -> Callab
     for name, store in stores.items():
       sums[name]['bytes'] *= store.bytes_scale
     results = summarize({key: sum(s[key] for s in sums.values()) for key in next(iter(sums.values()))})
+    if config.eval.answers:
+      results |= summarize_answers(answer_stores(config, data, model, params, stores, config.eval.answers))
     if len(stores) > 1:
       results |= {f'{name}/{key}': value for name in stores for key, value in summarize(sums[name]).items()
                   if key in ('loss', 'bits_per_byte')}
@@ -102,21 +116,41 @@ def make_evaluator(config: Config, data: Data, model: Any, mesh: Mesh) -> Callab
   return evaluator
 
 
+def answer_stores(config: Config, data: Data, model: Any, params: Params, stores: dict[str, TokenStore],
+                  limit: int | None) -> list[Answer]:
+  """Answers to the pairs of all stores, of each an equal part of `limit` rows."""
+  validator = make_validator(config.eval.validator)
+  answers: list[Answer] = []
+  for store in stores.values():
+    examples = pipeline.open_examples(config.data, data, store, train=False)
+    assert data.tokenizer is not None  # `complete` has asked for one
+    answers += answer(model, params, examples, data.tokenizer, num_beams=config.eval.num_beams, validator=validator,
+                      limit=limit and max(1, limit // len(stores)))
+  return answers
+
+
+def prompt_ids(config: Config, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+  """What the model reads of each text: as in training, bos before it, or in an encoder eos behind it."""
+  encodes = task_of(config.data).encodes
+  return [[*map(int, ids), tokenizer.eos_id] if encodes else [tokenizer.bos_id, *map(int, ids)]
+          for ids in tokenizer.encode(texts)]
+
+
 def encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
   """The ids of config.eval.prompts. Raises ConfigError for one that has no ids or leaves no room for an answer."""
   try:
-    prompts = [[tokenizer.bos_id, *map(int, ids)] for ids in tokenizer.encode(list(config.eval.prompts))]
+    prompts = prompt_ids(config, tokenizer, list(config.eval.prompts))
   except DataError as e:
     raise ConfigError(f'config.eval.prompts: {e}; set others, for example --config.eval.prompts=') from None
   for prompt, ids in zip(config.eval.prompts, prompts, strict=True):
-    if len(ids) >= config.model.max_len:
-      raise ConfigError(f'config.eval.prompts: {prompt!r} is {len(ids)} tokens of the {config.model.max_len} that a '
-                        'row holds; shorten it')
+    if len(ids) > config.model.longest_prompt:
+      raise ConfigError(f'config.eval.prompts: {prompt!r} is {len(ids)} tokens, and {config.model.longest_prompt} are '
+                        'the most; shorten it')
   return prompts
 
 
 def samples(config: Config, tokenizer: Tokenizer | None, model: Any, params: Params) -> list[tuple[str, str]]:
-  """(prompt, what the model makes of it) for each prompt of config.eval; none where ids have no text."""
+  """(prompt, it and what the model makes of it) for each prompt of config.eval; none where ids have no text."""
   if tokenizer is None or not config.eval.sample_tokens:
     return []
   prompts = encode_prompts(config, tokenizer)
@@ -127,7 +161,8 @@ def samples(config: Config, tokenizer: Tokenizer | None, model: Any, params: Par
   texts = []
   for row in np.stack(list(columns), axis=1).tolist():
     texts.append(decode(tokenizer, row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row))
-  return list(zip(config.eval.prompts, texts, strict=True))
+  between = '' if model.prompt_in_row else '\n'
+  return [(prompt, prompt + between + text) for prompt, text in zip(config.eval.prompts, texts, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

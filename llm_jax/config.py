@@ -36,10 +36,16 @@ class EvalConfig:
   sample_tokens: int = 128  # 0: no samples
   temperature: float = 0.8
   top_k: int = 0
+  patience: int = 0  # evaluations in a row without a better val/loss after which the run ends; 0: it does not
+  answers: int = 0  # pairs of the validation part to answer, where the task has pairs
+  num_beams: int = 1  # of an answer; 1: greedy
+  validator: str = ''  # of answers: one of validators.VALIDATORS, or a command that reads one and exits with 0 if valid
 
   def __post_init__(self):
-    if self.every < 1 or self.sample_tokens < 0 or self.temperature < 0 or self.top_k < 0:
-      raise ValueError('every must be at least 1; sample_tokens, temperature and top_k not negative')
+    if min(self.sample_tokens, self.temperature, self.top_k, self.patience, self.answers) < 0:
+      raise ValueError('sample_tokens, temperature, top_k, patience and answers must not be negative')
+    if self.every < 1 or self.num_beams < 1:
+      raise ValueError(f'every and num_beams must be at least 1; got {self.every} and {self.num_beams}')
     if self.max_tokens is not None and self.max_tokens < 1:
       raise ValueError(f'max_tokens must be at least 1, or None for all; got {self.max_tokens}')
 
@@ -90,8 +96,10 @@ class Config:
     if self.tokens_per_device is not None and self.tokens_per_device < seq_len:
       problems.append(f'tokens_per_device {self.tokens_per_device} does not hold one row of data.seq_len {seq_len}; '
                       f'the least is {seq_len}, or None for what the memory holds')
-    if self.model.max_len is not None and self.model.max_len < seq_len:
-      problems.append(f'model.max_len {self.model.max_len} is less than data.seq_len {seq_len}')
+    for longest, length in (('max_len', 'seq_len'), ('encoder_len', 'encoder_len')):
+      most, needed = getattr(self.model, longest, None), getattr(self.data, length)
+      if most is not None and most < needed:
+        problems.append(f'model.{longest} {most} is less than data.{length} {needed}')
     if self.profile.start > self.num_steps:
       problems.append(f'profile.start {self.profile.start} is beyond num_steps {self.num_steps}')
     warmup = getattr(getattr(self.optim, self.optim.schedule), 'warmup_steps', 0)
@@ -122,9 +130,9 @@ class Config:
     return held, rows // held
 
 
-def base() -> ml_collections.ConfigDict:
-  """Every field of Config at its default, as a locked ConfigDict: assigning to an unknown name fails."""
-  return ml_collections.ConfigDict(to_dict(Config())).lock()
+def base(model: str = 'decoder') -> ml_collections.ConfigDict:
+  """Every field of Config at its default, with one of MODELS, as a locked ConfigDict: an unknown name fails."""
+  return ml_collections.ConfigDict(to_dict(Config(model=MODELS[model][1]()))).lock()
 
 
 def to_dict(config: Any) -> dict:

@@ -1,8 +1,12 @@
-"""Evaluates a trained run: python -m llm_jax.evaluate --workdir=runs/gpt_small [--data=FILE, FOLDER, GLOB or .bin]"""
+"""Evaluates a trained run: python -m llm_jax.evaluate --workdir=runs/gpt_small [--data=FILE, FOLDER, GLOB or .bin]
+
+Of a run that learnt answers to prompts it also gives the answers that are right to the token, and those that are valid.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,10 +16,15 @@ from llm_jax.main import run_as_program
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='python -m llm_jax.evaluate', allow_abbrev=False, description=__doc__)
+  parser = argparse.ArgumentParser(prog='python -m llm_jax.evaluate', allow_abbrev=False, description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=Path, required=True)
-  parser.add_argument('--data', help='what to evaluate on, all of it; without it, the validation part of the run')
+  parser.add_argument('--data', help='what to evaluate on, all of it; without it, a part of the run\'s data')
+  parser.add_argument('--split', choices=('val', 'test'), default='val', help='which part of the run\'s data')
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
+  parser.add_argument('--answers', type=int, help='how many pairs to answer (default: all)')
+  parser.add_argument('--num_beams', type=int, help='of an answer (default: config.eval.num_beams)')
+  parser.add_argument('--validator', help='of answers (default: config.eval.validator)')
   parser.add_argument('--out', type=Path, help='the JSON file (default: evaluation.json in the workdir)')
   runtime.add_flag(parser)
   args = parser.parse_args(argv)
@@ -23,8 +32,9 @@ def main(argv: list[str]) -> None:
   runtime.prepare(args.tuning == 'on')
   import jax
 
-  from llm_jax.assemble import load_run, make_evaluator
-  from llm_jax.data import data_fingerprint, open_data, tokenize
+  from llm_jax.answers import summarize_answers
+  from llm_jax.assemble import answer_stores, load_run, make_evaluator
+  from llm_jax.data import data_fingerprint, open_data, task_of, tokenize
   from llm_jax.sharding import MeshConfig, make_mesh
 
   mesh = make_mesh(MeshConfig())
@@ -40,16 +50,31 @@ def main(argv: list[str]) -> None:
     if data.vocab_size > run.config.model.vocab_size:
       raise ConfigError(f'--data: token {data.vocab_size - 1} is outside the model\'s vocabulary of '
                         f'{run.config.model.vocab_size}')
-    results = make_evaluator(run.config, data, run.model, mesh)(run.params, data.val, None)
-  report = {'workdir': str(args.workdir), 'step': run.meta['step'], 'data': args.data or 'validation part',
-            **results}
+    stores = data.splits[args.split if args.data is None else 'val']
+    if not stores:
+      raise ConfigError(f'--split: the run has no {args.split} part; it is set by config.data.{args.split}_fraction, '
+                        f'{args.split}_documents or {args.split}_path')
+    own = run.config.eval
+    config = dataclasses.replace(run.config, eval=dataclasses.replace(
+        own, answers=0, validator=own.validator if args.validator is None else args.validator,
+        num_beams=own.num_beams if args.num_beams is None else args.num_beams))
+    results, answers = make_evaluator(config, data, run.model, mesh)(run.params, stores, None), []
+    if task_of(config.data).needs == 'answers' and data.tokenizer is not None and args.answers != 0:
+      answers = answer_stores(config, data, run.model, run.params, stores, args.answers)
+      results |= summarize_answers(answers)
+  report = {'workdir': str(args.workdir), 'step': run.meta['step'],
+            'data': args.data or {'val': 'validation part', 'test': 'test part'}[args.split], **results}
   text = json.dumps(report, indent=2)
   print(text)
   out = args.out or args.workdir / 'evaluation.json'
-  try:
-    out.write_text(text + '\n')
-  except OSError as e:
-    raise StorageError(f'--out: {out} cannot be written: {e.strerror}') from None
+  files = {out: text + '\n'}
+  if answers:
+    files[out.with_name('answers.jsonl')] = ''.join(json.dumps(a._asdict(), ensure_ascii=False) + '\n' for a in answers)
+  for path, content in files.items():
+    try:
+      path.write_text(content)
+    except OSError as e:
+      raise StorageError(f'--out: {path} cannot be written: {e.strerror}') from None
 
 
 if __name__ == '__main__':

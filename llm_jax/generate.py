@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import codecs
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
 
 from llm_jax import runtime
 from llm_jax.errors import ConfigError
@@ -21,6 +24,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--temperature', type=float, default=0.8, help='0: always the likeliest token')
   parser.add_argument('--top_k', type=int, default=0, help='only among the k likeliest; 0: all')
   parser.add_argument('--top_p', type=float, default=1.0, help='only among the likeliest that hold this probability')
+  parser.add_argument('--num_beams', type=int, default=0, help='search for a likely text with so many hypotheses, '
+                      'instead of sampling')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
   runtime.add_flag(parser)
@@ -28,6 +33,7 @@ def main(argv: list[str]) -> None:
   for bad, message in ((args.num_samples < 1, '--num_samples must be at least 1'),
                        (args.num_tokens < 1, '--num_tokens must be at least 1'),
                        (args.temperature < 0, '--temperature must not be negative'),
+                       (args.num_beams < 0, '--num_beams must not be negative'),
                        (args.top_k < 0, '--top_k must not be negative'),
                        (not 0 < args.top_p <= 1, '--top_p must lie in (0, 1]')):
     if bad:
@@ -36,8 +42,8 @@ def main(argv: list[str]) -> None:
   runtime.prepare(args.tuning == 'on')
   import jax
 
-  from llm_jax.assemble import load_run
-  from llm_jax.sampling import generate
+  from llm_jax.assemble import load_run, prompt_ids
+  from llm_jax.sampling import beam_search, generate
   from llm_jax.sharding import MeshConfig, make_mesh
 
   mesh = make_mesh(MeshConfig())
@@ -46,14 +52,22 @@ def main(argv: list[str]) -> None:
     if run.tokenizer is None:
       raise ConfigError(f'--workdir: {args.workdir} was trained on ids without a tokenizer, so there is no text to '
                         'read or write')
-    prompt = [run.tokenizer.bos_id, *map(int, run.tokenizer.encode([args.prompt])[0])]
-    max_len = run.config.model.max_len
-    if len(prompt) >= max_len:
-      raise ConfigError(f'--prompt: {len(prompt)} tokens fill the {max_len} that the model was trained on; shorten it')
-    columns = generate(run.model, run.params, [prompt] * args.num_samples, max_len=max_len, num_tokens=args.num_tokens,
-                       seed=args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                       num_ids=len(run.tokenizer.token_bytes))
-    print_samples(args.prompt, columns, run.tokenizer, args.num_samples)
+    [prompt] = prompt_ids(run.config, run.tokenizer, [args.prompt])
+    longest = run.config.model.longest_prompt
+    if len(prompt) > longest:
+      raise ConfigError(f'--prompt: {len(prompt)} tokens, and {longest} are the most that the model was made for; '
+                        'shorten it')
+    options = {'max_len': run.config.model.max_len, 'num_tokens': args.num_tokens,
+               'num_ids': len(run.tokenizer.token_bytes)}
+    columns: Iterable[np.ndarray]
+    if args.num_beams:
+      columns = beam_search(run.model, run.params, [prompt], eos_id=run.tokenizer.eos_id, num_beams=args.num_beams,
+                            **options).T
+    else:
+      columns = generate(run.model, run.params, [prompt] * args.num_samples, seed=args.seed,
+                         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, **options)
+    print_samples(args.prompt if run.model.prompt_in_row else '', columns, run.tokenizer,
+                  1 if args.num_beams else args.num_samples)
 
 
 def print_samples(prompt: str, columns, tokenizer, num_samples: int) -> None:

@@ -36,6 +36,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     'heads': 'tensor',
     'kv_heads': 'tensor',
     'mlp': 'tensor',
+    'gate': 'tensor',
+    'gates': None,
+    'patch': None,
+    'byte_embed': None,
 }
 
 

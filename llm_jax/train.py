@@ -89,7 +89,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     if any(theirs != json.loads(json.dumps(fingerprint)) for theirs in gather(fingerprint)):
       raise ConfigError('config.data: the processes do not see the same data; share a cache (config.data.cache_dir), '
                         'or give every host the same files and versions')
-    best, validated, stream_states = float('inf'), True, None
+    best, stale, validated, stream_states = float('inf'), 0, True, None
     if checkpoints.steps():
       params, (step, opt_state), meta = checkpoints.restore(
           abstract.params, (abstract.step, abstract.opt_state),
@@ -97,6 +97,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       checkpoints.set_aside_after(meta['step'])
       state = TrainState(step, params, opt_state)
       best = meta['best_val_loss'] if meta['best_val_loss'] is not None else best
+      stale = meta.get('stale', 0)
       validated = meta['val_loss'] is not None
       stream_states = meta.get('stream_states')
       report_resume(config, meta)
@@ -148,43 +149,50 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
                                                  if name != 'val/tokens'))
       return results
 
+    def exhausted() -> bool:
+      return 0 < config.eval.patience <= stale
+
     def due(step: int, every: int) -> bool:
       return step % every == 0 or step == config.num_steps
 
     def settle(step: int, logged: dict[str, float], stopping: bool) -> bool:
       """Validates, logs, saves and samples what is due at a step; False if a signal cut the validation short."""
-      nonlocal best, results
+      nonlocal best, stale, results
       val_loss = None
       if due(step, config.eval.every):
         with contextlib.suppress(Interrupted):
           results = validate(step)
           logged, val_loss = logged | results, results['val/loss']
       improved = val_loss is not None and val_loss < best
+      if val_loss is not None:
+        stale = 0 if improved else stale + 1
       writer.scalars(step, logged)  # on disk before the checkpoint is
-      if stopping or stop.requested or due(step, config.checkpoint.every) or (
+      if stopping or stop.requested or exhausted() or due(step, config.checkpoint.every) or (
           improved and config.checkpoint.keep_best):
         best_val_loss = val_loss if improved else best if best < float('inf') else None
         # Together with the step, as Orbax refuses the empty state that some optimizers have.
         saved = checkpoints.save(step, state.params, (state.step, state.opt_state), val_loss=val_loss, meta={
             'config': to_dict(config), 'data': fingerprint, 'stream_states': gather(batches.state()),
-            'val_loss': val_loss, 'best_val_loss': best_val_loss,
+            'val_loss': val_loss, 'best_val_loss': best_val_loss, 'stale': stale,
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
         if saved and improved and val_loss is not None:
           best = val_loss
       if val_loss is not None:
         for prompt, sample in samples(config, data.tokenizer, model, state.params):
-          writer.text(step, f'sample/{prompt or "new document"}', prompt + sample)
-          console.line('\n'.join('  | ' + line for line in (prompt + sample).splitlines()))
+          writer.text(step, f'sample/{prompt or "new document"}', sample)
+          console.line('\n'.join('  | ' + line for line in sample.splitlines()))
       return val_loss is not None or not due(step, config.eval.every)
 
     # 6. The loop. Metrics are fetched one step late: a step and its batch go to the device while the one before runs.
     pending: tuple[int, Packed] | None = None
     if begin and due(begin, config.eval.every) and not validated:
       settle(begin, {}, stopping=False)
-    if begin >= config.num_steps:
+    if exhausted():
+      console.line(f'val/loss has not fallen for {stale} evaluations; for more, raise --config.eval.patience')
+    elif begin >= config.num_steps:
       console.line(f'already at step {begin} of {config.num_steps}; for more, raise --config.num_steps')
     profiler.begin_after(begin)
-    for step in range(begin + 1, config.num_steps + 1):
+    for step in range(begin + 1, begin + 1 if exhausted() else config.num_steps + 1):
       start = time.perf_counter()
       features = next(batches)
       throughput.waited(time.perf_counter() - start)
@@ -209,6 +217,10 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         checkpoints.wait()
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
                           'the same command goes on from there')
+      if exhausted():
+        console.line(f'step {step}: val/loss has not fallen for {stale} evaluations: the run ends '
+                     '(config.eval.patience)')
+        break
       profiler.begin_after(step)
       throughput.restart()
     checkpoints.wait()

@@ -30,6 +30,11 @@ class Batch:
 class LanguageModel(Protocol):
   """What the floors above models/ may ask of a model; a Flax module bound or through `apply(method=...)`."""
 
+  cfg: Any  # has vocab_size, max_len, longest_prompt, flops_per_token(seq_len)
+  reads: frozenset[str]  # features of a Batch that it looks at
+  needs: frozenset[str]  # of these the ones that not every task gives
+  prompt_in_row: bool  # whether a prompt takes room in the row that it is answered in
+
   def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
     """Logits, float32 [B, T, V]."""
     ...
@@ -39,7 +44,7 @@ class LanguageModel(Protocol):
     ...
 
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
-    """An empty cache for rows of at most `max_len` tokens."""
+    """An empty cache for rows of at most `max_len` tokens: leaves [L, B, ...] in cache['layers'], else [B, ...]."""
     ...
 
   def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

@@ -7,11 +7,12 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / 'llm_jax'
 FLOORS = [
-    {'errors', 'types', 'builder', 'sharding', 'progress', 'stopping', 'runtime', 'devices', 'profiling'},
+    {'errors', 'types', 'builder', 'sharding', 'progress', 'stopping', 'runtime', 'devices', 'profiling',
+     'validators'},
     {'layers', 'losses', 'optim', 'data', 'checkpoint', 'metrics'},
     {'models'},
     {'step', 'evaluation', 'sampling'},
-    {'config'},
+    {'config', 'answers'},
     {'assemble'},
     {'memory'},
     {'train'},
@@ -20,7 +21,7 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SAME_FLOOR = {('builder', 'errors'), ('data.prepare', 'main'), ('data.inspect', 'main'), ('data.convert', 'main'),
               ('sharding', 'types'), ('sharding', 'errors'), ('stopping', 'errors'), ('evaluate', 'main'),
-              ('generate', 'main'), ('plot', 'main')}
+              ('generate', 'main'), ('plot', 'main'), ('validators', 'errors')}
 
 
 def modules_imported(path: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """L equal blocks as one: parameters stacked on a leading `layers` axis, run by one scan.
 
-A block is a Flax module called as block(x, positions, visible, cache, window, train) -> (x, cache).
+A block is a Flax module called as block(x, positions, context, cache, window, train) -> (x, cache), with the same
+context for all of a stack: what tokens see, for one.
 Stacked parameters serve laptop and pod alike: the scan's unroll is a config value (unrolled runs faster, rolled
 compiles in a time that does not grow with depth).
 """
@@ -20,6 +21,8 @@ from jax.ad_checkpoint import Offloadable, Recompute, Saveable, checkpoint_name
 
 from llm_jax.layers.attention import Visible
 from llm_jax.types import Params
+
+NOTHING_HIDDEN = Visible()
 
 
 def keep(*names: str, where: Any = Saveable) -> Callable[..., Any]:
@@ -47,13 +50,14 @@ REMAT: dict[str, Callable[..., Callable]] = {
 }
 
 
-def init_stack(block: nn.Module, num_layers: int, embed_dim: int) -> Callable[[jax.Array], Params]:
+def init_stack(block: nn.Module, num_layers: int, embed_dim: int,
+               context: Any = NOTHING_HIDDEN) -> Callable[[jax.Array], Params]:
   """key -> boxed parameters of `num_layers` blocks, each leaf [L, ...] with the logical axis `layers` in front."""
   x, positions = jnp.zeros((1, 1, embed_dim)), jnp.zeros((1, 1), jnp.int32)
 
   def init(key: jax.Array) -> Params:
     def init_block(key):
-      return block.init(key, x, positions, Visible(), None, 0, False)['params']
+      return block.init(key, x, positions, context, None, 0, False)['params']
     stacked = jax.vmap(init_block)(jax.random.split(key, num_layers))
     return meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
 
@@ -61,7 +65,7 @@ def init_stack(block: nn.Module, num_layers: int, embed_dim: int) -> Callable[[j
 
 
 def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT: jax.Array,
-                visible: Visible, *, windows: tuple[int, ...], cache: Any = None,
+                context: Any, *, windows: tuple[int, ...], cache: Any = None,
                 dropout_key: jax.Array | None = None, train: bool = False,
                 dtype: Dtype = jnp.float32, unroll: int = 1,
                 remat: str = 'none') -> tuple[jax.Array, Any, dict[str, Any]]:
@@ -77,7 +81,7 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
   def run(window, x, layer):
     layer_params, layer_copies, layer_cache, key = layer
     (x, layer_cache), sown = block.apply(
-        {'params': layer_params, 'copies': layer_copies}, checkpoint_name(x, 'block'), positions_BT, visible,
+        {'params': layer_params, 'copies': layer_copies}, checkpoint_name(x, 'block'), positions_BT, context,
         layer_cache, window, train, rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
     return x, (layer_cache, sown)
 

@@ -4,10 +4,14 @@ from typing import Any
 
 import flax.linen as nn
 
+from llm_jax.models.byte_patch import BytePatch, BytePatchConfig
 from llm_jax.models.decoder import Decoder, DecoderConfig
+from llm_jax.models.encdec import EncDec, EncDecConfig
 
 MODELS: dict[str, tuple[type[nn.Module], type]] = {
     'decoder': (Decoder, DecoderConfig),
+    'byte_patch': (BytePatch, BytePatchConfig),
+    'encdec': (EncDec, EncDecConfig),
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -109,6 +109,10 @@ class DecoderConfig:
   def F(self) -> int:
     return self.mlp_dim or 4 * self.embed_dim
 
+  @property
+  def longest_prompt(self) -> int:
+    return (self.max_len or 0) - 1  # what follows it goes to the same row
+
   def flops_per_token(self, seq_len: int) -> float:
     """FLOPs of a training step per token of the rows of seq_len that it trains on, as MFU counts them.
 
@@ -149,7 +153,7 @@ class Block(nn.Module):
 class Head(nn.Module):
   """The matrix w_DV of logits that are not the embedding's."""
 
-  cfg: DecoderConfig
+  cfg: Any
 
   def setup(self):
     init = nn.initializers.normal(self.cfg.init_std)
@@ -167,6 +171,8 @@ class Decoder(nn.Module):
 
   cfg: DecoderConfig
   reads = frozenset({'tokens', 'targets', 'loss_mask', 'positions', 'segment_ids', 'prefix_mask'})  # of a Batch
+  needs: frozenset[str] = frozenset()  # of features that not every task gives
+  prompt_in_row = True
 
   def setup(self):
     cfg = self.cfg
@@ -234,9 +240,9 @@ class Decoder(nn.Module):
     return self.output(x_B1D).logits()[:, 0], {'layers': layers, 'length_B': cache['length_B'] + 1}
 
 
-def make_norm(cfg: DecoderConfig):
+def make_norm(cfg: Any):
   return RMSNorm if cfg.norm == 'rms_norm' else partial(LayerNorm, use_bias=cfg.use_bias)
 
 
-def make_einsum(cfg: DecoderConfig):
+def make_einsum(cfg: Any):
   return partial(Einsum, initializer=nn.initializers.normal(cfg.init_std), dtype=cfg.operand_dtype)

@@ -1,0 +1,70 @@
+"""Answers of a model to the prompts of a data set, beside the right ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llm_jax.data.examples import Examples
+from llm_jax.data.tokenizers import Tokenizer, decode
+from llm_jax.sampling import beam_search
+from llm_jax.types import Params
+from llm_jax.validators import Validator
+
+ROWS = 32  # prompts that are answered at a time
+
+
+class Answer(NamedTuple):
+  prompt: str
+  expected: str
+  given: str
+  exact: bool
+  token_accuracy: float  # places that agree, of the longer one's
+  valid: bool | None  # None: nobody was asked
+
+
+def pairs(examples: Examples, eos_id: int, limit: int | None) -> Iterator[tuple[list[int], list[int]]]:
+  """(what the model reads first, the answer without eos) of the pairs in all rows, or in `limit` evenly spread ones."""
+  count = len(examples) if limit is None else min(limit, len(examples))
+  for i in range(count):
+    index = i * len(examples) // count
+    if examples.task.encodes:
+      features = examples.make(index, np.random.default_rng(0))
+      found = [(features['encoder_tokens'][features['encoder_segment_ids'] > 0],
+                features['targets'][features['loss_mask'] > 0])]
+    else:
+      found = [(piece.ids[:piece.answer], piece.ids[piece.answer:]) for piece in examples.rows[index]]
+    for prompt, answer in found:
+      yield prompt.tolist(), (answer[:-1] if len(answer) and answer[-1] == eos_id else answer).tolist()
+
+
+def answer(model: Any, params: Params, examples: Examples, tokenizer: Tokenizer, *, limit: int | None,
+           num_beams: int, validator: Validator | None) -> list[Answer]:
+  """What `model` answers, greedily with one beam, as far as the longest right answer and one token more."""
+  asked = list(pairs(examples, tokenizer.eos_id, limit))
+  longest = max(len(expected) for _, expected in asked) + 1
+  results = []
+  for begin in range(0, len(asked), ROWS):
+    part = asked[begin:begin + ROWS]
+    prompts = [prompt for prompt, _ in part]
+    prompts += prompts[:1] * (ROWS - len(prompts) if len(asked) > ROWS else 0)  # one shape, compiled once
+    rows = beam_search(model, params, prompts, max_len=model.cfg.max_len, num_tokens=longest,
+                       eos_id=tokenizer.eos_id, num_beams=num_beams, num_ids=len(tokenizer.token_bytes))
+    for (prompt, expected), row in zip(part, rows.tolist(), strict=False):
+      given = row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+      same = sum(a == b for a, b in zip(given, expected, strict=False))
+      text = decode(tokenizer, given)
+      results.append(Answer(decode(tokenizer, prompt), decode(tokenizer, expected), text, given == expected,
+                            same / max(len(given), len(expected), 1), None if validator is None else validator(text)))
+  return results
+
+
+def summarize_answers(answers: list[Answer]) -> dict[str, float]:
+  """Shares of the answers: exact_match, answer_accuracy (mean over answers), valid."""
+  results = {'exact_match': np.mean([a.exact for a in answers]),
+             'answer_accuracy': np.mean([a.token_accuracy for a in answers])}
+  if answers[0].valid is not None:
+    results['valid'] = np.mean([bool(a.valid) for a in answers])
+  return {name: float(value) for name, value in results.items()}

@@ -1,0 +1,334 @@
+"""Bytes in patches, thought over: a hybrid stack over patches, a refined latent, and a decoder inside each patch.
+
+After AGIFORMER (github.com/inkbytefo/agi-former) and MEGABYTE (arXiv 2305.07185). A patch of P bytes is one position
+of the stack, whose blocks join sliding-window attention with linear attention. The latent of a patch is refined by
+steps that share their weights; a small decoder then spells the next patch from it, byte by byte. The byte at position
+u of a row, u = 1 ..., is told from the patches that end before u and from the bytes between the last of them and u.
+Dims: B batch, T bytes, M patches, P bytes of a patch, Q bytes that a patch looks at, E byte embedding, D embed,
+N heads, H head_dim, W window, V vocab, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.devices import has_fast_bf16
+from llm_jax.layers.attention import causal_attention, project_heads
+from llm_jax.layers.linear import Embed, weight
+from llm_jax.layers.linear_attention import empty_state, linear_attention
+from llm_jax.layers.mlp import MLPS
+from llm_jax.layers.stack import REMAT, apply_stack, init_stack
+from llm_jax.losses import Readout
+from llm_jax.models.decoder import Head, make_einsum, make_norm, project
+from llm_jax.models.local import LOCAL
+from llm_jax.models.thinking import Think
+from llm_jax.sharding import constrain
+from llm_jax.types import Batch, Cache
+
+
+@dataclasses.dataclass(frozen=True)
+class BytePatchConfig:
+  """Shape and parts. The defaults are AGIFORMER's medium one, of about 50M parameters."""
+
+  name: str = 'byte_patch'
+  vocab_size: int | None = None  # None: the tokenizer's
+  max_len: int | None = None  # bytes of the longest row; None: data.seq_len. Nothing here limits it
+  patch_size: int = 4
+  overlap: bool = False  # a patch also looks at the bytes of the patch before it
+  num_layers: int = 6
+  embed_dim: int = 512
+  num_heads: int = 8
+  mlp: str = 'swiglu'  # one of MLPS
+  mlp_dim: int | None = None  # None: 4 * embed_dim
+  norm: Literal['rms_norm', 'layer_norm'] = 'rms_norm'
+  use_bias: bool = False  # on matrices and LayerNorms
+  window: int = 128  # patches that attention looks back on, its own included
+  rope_base: float = 10000.0
+  thinking_steps: int = 3  # with the same weights; 0: none
+  halting: bool = False  # each patch stops by itself (arXiv 1603.08983), after thinking_steps at the latest
+  ponder_cost: float = 0.01  # nats that a step costs, where patches stop by themselves
+  decoder: str = 'gru'  # inside a patch; one of LOCAL
+  decoder_layers: int = 2  # of a transformer
+  dropout: float = 0.0
+  init_std: float = 0.02
+  attention: str = 'auto'  # as in DecoderConfig, and so are the next ones
+  logit_soft_cap: float = 0.0
+  dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
+  scan_unroll: int = 1
+  remat: str = 'none'
+
+  def __post_init__(self):
+    for field in ('patch_size', 'num_layers', 'embed_dim', 'num_heads', 'window', 'decoder_layers', 'scan_unroll'):
+      if getattr(self, field) < 1:
+        raise ValueError(f'{field} must be at least 1; got {getattr(self, field)}')
+    for field in ('thinking_steps', 'ponder_cost', 'dropout', 'logit_soft_cap'):
+      if getattr(self, field) < 0:
+        raise ValueError(f'{field} must not be negative; got {getattr(self, field)}')
+    if self.embed_dim % (2 * self.num_heads):
+      raise ValueError(f'num_heads {self.num_heads} must divide embed_dim {self.embed_dim} into even parts')
+    if self.embed_dim % self.patch_size:
+      raise ValueError(f'patch_size {self.patch_size} does not divide embed_dim {self.embed_dim}')
+    if self.halting and not self.thinking_steps:
+      raise ValueError('halting needs thinking_steps, the most there can be; got 0')
+    for field, table in (('mlp', MLPS), ('remat', REMAT), ('decoder', LOCAL)):
+      if getattr(self, field) not in table:
+        raise ValueError(f'{field} {getattr(self, field)!r} is unknown; known: {", ".join(table)}')
+
+  @property
+  def H(self) -> int:
+    return self.embed_dim // self.num_heads
+
+  @property
+  def V(self) -> int:
+    assert self.vocab_size is not None, 'assemble.complete fills it in'
+    return self.vocab_size
+
+  @property
+  def F(self) -> int:
+    return self.mlp_dim or 4 * self.embed_dim
+
+  @property
+  def Q(self) -> int:
+    return self.patch_size * (2 if self.overlap else 1)
+
+  @property
+  def operand_dtype(self) -> jnp.dtype:
+    return jnp.dtype(('bfloat16' if has_fast_bf16() else 'float32') if self.dtype == 'auto' else self.dtype)
+
+  @property
+  def longest_prompt(self) -> int:
+    return (self.max_len or 0) - 1
+
+  def flops_per_token(self, seq_len: int) -> float:
+    """As DecoderConfig counts them, a byte: what is done once a patch is shared by its bytes."""
+    D, P = self.embed_dim, self.patch_size
+    feed_forward = D * self.F * (3 if self.mlp in ('swiglu', 'geglu') else 2)
+    seen, patches = min(self.window, seq_len // P), seq_len // P
+    attended = seen * (1 - seen / (2 * patches)) if patches else 0
+    # Linear attention: the state read and written, and half of a chunk's weights.
+    block = 6 * (8 * D * D + feed_forward) + 12 * attended * D + 12 * D * self.H
+    think = 6 * self.thinking_steps * (feed_forward + D * D)
+    patch = self.num_layers * block + think + 6 * self.Q * (D // P) * D
+    return patch / P + LOCAL[self.decoder].flops_per_byte(self) + 6 * D * self.V
+
+
+class Patches(NamedTuple):
+  """What the blocks are told of a cached call: how many patches of each row are real; None: one more of each row."""
+
+  num_real_B: jax.Array | None = None
+
+
+class HybridBlock(nn.Module):
+  """Pre-norm attention, by window and linear side by side, then feed-forward, each added to the residual stream."""
+
+  cfg: BytePatchConfig
+
+  @nn.compact
+  def __call__(self, x_BMD, positions_BM, patches: Patches, cache, window: int, train: bool):
+    cfg = self.cfg
+    norm, out_init = make_norm(cfg), nn.initializers.normal(cfg.init_std / (3 * cfg.num_layers) ** 0.5)
+    dropout = nn.Dropout(cfg.dropout, deterministic=not train)
+    h_BMD = norm(name='attn_norm')(x_BMD)
+    heads = partial(Heads, cfg, out_init)
+    near_BMD, near = heads(name='near')(h_BMD, positions_BM, patches, cache, window)
+    far_BMD, far = heads(name='far', linear=True)(h_BMD, None, patches, cache, window)
+    x_BMD = x_BMD + dropout(near_BMD) + dropout(far_BMD)
+    mlp = MLPS[cfg.mlp](cfg.embed_dim, cfg.F, make_einsum(cfg), out_init, use_bias=cfg.use_bias, name='mlp')
+    x_BMD = x_BMD + dropout(mlp(norm(name='mlp_norm')(x_BMD)))
+    return constrain(x_BMD, 'act_batch', 'act_length', 'act_embed'), cache and {**near, **far}
+
+
+class Heads(nn.Module):
+  """Attention over a window of patches, or linear attention over all of them."""
+
+  cfg: BytePatchConfig
+  out_init: Any
+  linear: bool = False
+
+  qk_norm = False
+  embed_dim = property(lambda self: self.cfg.embed_dim)
+  head_dim = property(lambda self: self.cfg.H)
+  use_bias = property(lambda self: self.cfg.use_bias)
+  rope_base = property(lambda self: self.cfg.rope_base)
+  dtype = property(lambda self: self.cfg.operand_dtype)
+
+  @nn.compact
+  def __call__(self, x_BMD, positions_BM, patches: Patches, cache, window: int):
+    cfg = self.cfg
+    q_BMNH, k_BMNH, v_BMNH = (
+        project_heads(self, name, x_BMD, cfg.num_heads, 'heads', None if name == 'v' else positions_BM)
+        for name in 'qkv')
+    if self.linear:
+      y_BMNH, cache = self._far(q_BMNH, k_BMNH, v_BMNH, patches, cache)
+    else:
+      y_BMNH, cache = self._near(q_BMNH, k_BMNH, v_BMNH, positions_BM, patches, cache, window)
+    out = self.einsum(shape=(cfg.num_heads, cfg.H, cfg.embed_dim), axes=('heads', 'head_dim', 'embed'),
+                      bias_dims=int(cfg.use_bias), initializer=self.out_init, name='o')
+    return out('BTNH,NHD->BTD', y_BMNH), cache
+
+  @property
+  def einsum(self):
+    return make_einsum(self.cfg)
+
+  def _far(self, q_BMNH, k_BMNH, v_BMNH, patches, cache):
+    real_BM = None
+    if patches.num_real_B is not None:
+      real_BM = jnp.arange(k_BMNH.shape[1])[None] < patches.num_real_B[:, None]
+    return linear_attention(q_BMNH, k_BMNH, v_BMNH, cache and {'s': cache['s'], 'z': cache['z']}, real_BM)
+
+  def _near(self, q_BMNH, k_BMNH, v_BMNH, positions_BM, patches, cache, window):
+    if cache is None or patches.num_real_B is not None:
+      implementation = 'xla' if self.is_initializing() else self.cfg.attention
+      y_BMNH = causal_attention(q_BMNH, k_BMNH, v_BMNH, window=window, implementation=implementation)
+      kept = {} if cache is None else {'k': k_BMNH, 'v': v_BMNH}
+      return y_BMNH, {name: ring(x, patches.num_real_B, window) for name, x in kept.items()}
+    # Slot s holds the patch that is the last one to be s modulo the window.
+    write = jax.vmap(lambda slots, position, x: slots.at[position % window].set(x))
+    cache = {name: write(cache[name], positions_BM[:, 0], x[:, 0]) for name, x in (('k', k_BMNH), ('v', v_BMNH))}
+    filled_BW = (jnp.arange(window)[None] <= positions_BM) | (positions_BM >= window)
+    y_BMNH = jax.nn.dot_product_attention(q_BMNH, cache['k'], cache['v'], mask=filled_BW[:, None, None])
+    return y_BMNH, cache
+
+
+def ring(x_BMNH: jax.Array, num_real_B: jax.Array, window: int) -> jax.Array:
+  """[B, W, N, H]: in slot s the last of a row's real patches that is s modulo W; anything where there is none."""
+  slots_BW = jnp.arange(window)[None]
+  latest_BW = slots_BW + (num_real_B[:, None] - 1 - slots_BW) // window * window
+  return jnp.take_along_axis(x_BMNH, jnp.clip(latest_BW, 0, x_BMNH.shape[1] - 1)[..., None, None], axis=1)
+
+
+class BytePatch(nn.Module):
+  """A LanguageModel (see types.py). Rows are single texts: it reads neither segments nor positions."""
+
+  cfg: BytePatchConfig
+  reads = frozenset({'tokens', 'targets', 'loss_mask'})  # of a Batch
+  needs: frozenset[str] = frozenset()
+  prompt_in_row = True
+
+  def setup(self):
+    cfg = self.cfg
+    init, D, P = nn.initializers.normal(cfg.init_std), cfg.embed_dim, cfg.patch_size
+    self.embed = Embed(cfg.V, D // P, init)
+    self.patch = make_einsum(cfg)(shape=(cfg.Q, D // P, D), axes=('patch', 'byte_embed', 'embed'),
+                                  initializer=nn.initializers.normal(D ** -0.5))
+    self.block = HybridBlock(cfg, parent=None)
+    self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, D, Patches()))
+    self.latent_norm = make_norm(cfg)()
+    self.think = Think(cfg)
+    self.start = weight(self, 'start', init, (D,), ('embed',))
+    self.local_embed = Embed(cfg.V, D, init)
+    self.local = LOCAL[cfg.decoder](cfg)
+    self.final_norm = make_norm(cfg)()
+    self.head = Head(cfg)
+    self.dropout = nn.Dropout(cfg.dropout)
+
+  def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
+    return self.readout(batch, train=train).logits()
+
+  def readout(self, batch: Batch, *, train: bool = False) -> Readout:
+    P, (B, T) = self.cfg.patch_size, batch.tokens.shape
+    tokens_BT = jnp.pad(batch.tokens, ((0, 0), (0, -T % P)))
+    M = tokens_BT.shape[1] // P
+    latents_BMD, _ = self.latents(tokens_BT, Patches(), None, train)
+    contexts_BMD = jnp.concatenate([self._starts(B)[:, None], latents_BMD], axis=1)  # of patch 0 to M
+    # The byte at u = 1 ... T is spelled in patch u // P, after the bytes of that patch before it.
+    bytes_BTD = jnp.pad(self.local_embed.encode(tokens_BT), ((0, 0), (0, P), (0, 0)))
+    bytes_BMPD = jnp.pad(bytes_BTD.reshape(B, M + 1, P, -1)[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
+    h_BMPD = self.local(contexts_BMD, bytes_BMPD, train)
+    return self.output(h_BMPD.reshape(B, -1, h_BMPD.shape[-1])[:, 1:T + 1])
+
+  def latents(self, tokens_BT, patches: Patches, cache, train: bool, positions_BM=None):
+    """A patch's latent, thought over [B, M, D], and the blocks' cache. Bytes of id -1 count as nothing."""
+    cfg, P = self.cfg, self.cfg.patch_size
+    B, M = tokens_BT.shape[0], tokens_BT.shape[1] // P
+    e_BMPE = self.embed.encode(tokens_BT).reshape(B, M, P, -1)
+    if cfg.overlap:
+      e_BMPE = jnp.concatenate([jnp.pad(e_BMPE, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1], e_BMPE], axis=2)
+    return self._latents(e_BMPE, patches, cache, train, positions_BM)
+
+  def _latents(self, e_BMQE, patches: Patches, cache, train: bool, positions_BM=None):
+    cfg = self.cfg
+    B, M = e_BMQE.shape[:2]
+    if positions_BM is None:
+      positions_BM = jnp.broadcast_to(jnp.arange(M), (B, M))
+    x_BMD = constrain(self.patch('BTPE,PED->BTD', e_BMQE), 'act_batch', 'act_length', 'act_embed')
+    dropout_key = self.make_rng('dropout') if train and cfg.dropout else None
+    x_BMD, cache, sown = apply_stack(
+        self.block, self.blocks, x_BMD, positions_BM, patches, windows=(cfg.window,), cache=cache,
+        dropout_key=dropout_key, train=train, dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
+    for collection, values in sown.items():
+      self.sow(collection, 'blocks', values)
+    return self.think(self.latent_norm(x_BMD)), cache
+
+  def output(self, x_BTD: jax.Array) -> Readout:
+    cfg = self.cfg
+    return Readout(self.final_norm(x_BTD), self.head.w,
+                   partial(project, 'BTD,DV->BTV', cfg.operand_dtype, cfg.logit_soft_cap))
+
+  def _starts(self, batch_size: int) -> jax.Array:
+    return jnp.broadcast_to(self.start, (batch_size, *self.start.shape))
+
+  def init_cache(self, batch_size: int, max_len: int) -> Cache:
+    """Of a size that does not depend on `max_len`."""
+    cfg, B = self.cfg, batch_size
+    slots = jnp.zeros((B, cfg.window, cfg.num_heads, cfg.H), cfg.operand_dtype)
+    layer = {'k': slots, 'v': slots, **empty_state(B, cfg.num_heads, cfg.H)}
+    return {'layers': jax.tree.map(lambda x: jnp.broadcast_to(x, (cfg.num_layers, *x.shape)), layer),
+            'length_B': jnp.zeros(B, jnp.int32), 'recent_BQ': jnp.full((B, cfg.Q), -1, jnp.int32),
+            'context_BD': jnp.zeros((B, cfg.embed_dim)), 'local': LOCAL[cfg.decoder].init_state(cfg, B)}
+
+  def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    P, Q, (B, T) = self.cfg.patch_size, self.cfg.Q, tokens_BT.shape
+    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -T % P)))
+    num_real_B = lengths_B // P
+    latents_BMD, layers = self.latents(tokens_BT, Patches(num_real_B), cache['layers'], False)
+    contexts_BMD = jnp.concatenate([self._starts(B)[:, None], latents_BMD], axis=1)
+    context_BD = jnp.take_along_axis(contexts_BMD, num_real_B[:, None, None], axis=1)[:, 0]
+
+    def byte(places_BX):  # -1 before the beginning
+      ids = jnp.take_along_axis(tokens_BT, jnp.clip(places_BX, 0, tokens_BT.shape[1] - 1), axis=1)
+      return jnp.where(places_BX >= 0, ids, -1)
+
+    context_B1D = context_BD[:, None]
+    h_B1D, local = self.local.step(self.local.begin(context_B1D), context_B1D, jnp.zeros_like(context_B1D))
+    for j in range(1, P):  # the bytes of a patch that is not complete
+      read_B = j <= lengths_B % P
+      next_step = self.local.step(local, context_B1D, self.local_embed.encode(byte(num_real_B[:, None] * P + j - 1)))
+      h_B1D, local = where(read_B, next_step, (h_B1D, local))
+    cache = {'layers': layers, 'length_B': lengths_B, 'context_BD': context_BD, 'local': local,
+             'recent_BQ': byte(lengths_B[:, None] - Q + jnp.arange(Q)[None])}
+    return self.output(h_B1D).logits()[:, 0], cache
+
+  def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    P = self.cfg.patch_size
+    length_B = cache['length_B'] + 1
+    recent_BQ = jnp.concatenate([cache['recent_BQ'][:, 1:], tokens_B[:, None]], axis=1)
+    complete_B = length_B % P == 0
+
+    def one_patch_more(_):
+      e_BQE = jnp.where(recent_BQ[..., None] >= 0, self.embed.encode(recent_BQ), 0.0)
+      latents_B1D, layers = self._latents(e_BQE[:, None], Patches(), cache['layers'], False,
+                                          positions_BM=(length_B // P - 1)[:, None])
+      layers = jax.tree.map(lambda new, old: jnp.swapaxes(
+          where(complete_B, jnp.swapaxes(new, 0, 1), jnp.swapaxes(old, 0, 1)), 0, 1), layers, cache['layers'])
+      return where(complete_B, latents_B1D[:, 0], cache['context_BD']), layers
+
+    # Not a patch for every byte, unless some row has one.
+    context_BD, layers = jax.lax.cond(complete_B.any(), one_patch_more,
+                                      lambda _: (cache['context_BD'], cache['layers']), None)
+    local = where(complete_B, self.local.begin(context_BD[:, None]), cache['local'])
+    e_B1D = jnp.where(complete_B[:, None, None], 0.0, self.local_embed.encode(tokens_B[:, None]))
+    h_B1D, local = self.local.step(local, context_BD[:, None], e_B1D)
+    cache = {'layers': layers, 'length_B': length_B, 'recent_BQ': recent_BQ, 'context_BD': context_BD, 'local': local}
+    return self.output(h_B1D).logits()[:, 0], cache
+
+
+def where(mask_B: jax.Array, new: Any, old: Any) -> Any:
+  """Row by row, of trees of arrays [B, ...]."""
+  return jax.tree.map(lambda x, y: jnp.where(mask_B.reshape(-1, *(1,) * (x.ndim - 1)), x, y), new, old)

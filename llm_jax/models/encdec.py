@@ -1,0 +1,213 @@
+"""Encoder-decoder (arXiv 1706.03762; pre-norm, as T5's, 1910.10683): the decoder's blocks also attend to what was read.
+
+Dims: B batch, T length of the decoder's rows, S of the encoder's, D embed, K kv heads, H head_dim, V vocab, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.layers.attention import Attention, CrossAttention, Visible
+from llm_jax.layers.linear import Embed
+from llm_jax.layers.mlp import MLPS
+from llm_jax.layers.stack import apply_stack, init_stack
+from llm_jax.losses import Readout
+from llm_jax.models.decoder import Block, DecoderConfig, Head, make_einsum, make_norm, project
+from llm_jax.sharding import constrain
+from llm_jax.types import Batch, Cache
+
+
+@dataclasses.dataclass(frozen=True)
+class EncDecConfig(DecoderConfig):
+  """A decoder's shape and parts, and what its encoder has of its own; the rest they share."""
+
+  name: str = 'encdec'
+  num_encoder_layers: int | None = None  # None: num_layers
+  encoder_len: int | None = None  # the longest that is read; None: data.encoder_len
+  encoder_vocab_size: int | None = None  # of a table of its own for what is read; None: one table for both sides
+  start_id: int | None = None  # what the decoder reads first; None: the tokenizer's
+
+  def __post_init__(self):
+    super().__post_init__()
+    for field in ('num_encoder_layers', 'encoder_len', 'encoder_vocab_size'):
+      value = getattr(self, field)
+      if value is not None and value < 1:
+        raise ValueError(f'{field} must be at least 1; got {value}')
+    if self.prefix_attention:
+      raise ValueError('prefix_attention is for decoders that read their prompt; here the encoder does')
+
+  @property
+  def encoder_layers(self) -> int:
+    return self.num_encoder_layers or self.num_layers
+
+  @property
+  def S(self) -> int:
+    assert self.encoder_len is not None, 'assemble.complete fills it in'
+    return self.encoder_len
+
+  @property
+  def longest_prompt(self) -> int:
+    return self.S
+
+  def flops_per_token(self, seq_len: int) -> float:
+    """As DecoderConfig counts them, per token of the decoder's rows: both sides, and cross attention over all of S."""
+    D, N, H, K = self.embed_dim, self.num_heads, self.H, self.K
+    queries, keys = D * N * H * 2, D * K * H * 2  # multiply-adds a token: of q and o, of k and v
+    feed_forward = D * self.F * (3 if self.mlp in ('swiglu', 'geglu') else 2)
+    per_read = (self.encoder_layers * (6 * (queries + keys + feed_forward) + 12 * self.S * N * H)
+                + self.num_layers * 6 * keys)
+    cross = self.num_layers * (6 * queries + 12 * self.S * N * H)
+    return super().flops_per_token(seq_len) + cross + per_read * self.S / seq_len
+
+
+class Read(NamedTuple):
+  """What a block of the decoder sees: of its own row, and of what the encoder made of the other."""
+
+  visible: Visible
+  mask_BTS: jax.Array  # bool
+  encoded_BSD: jax.Array | None = None  # None: its keys and values lie in the cache
+
+
+class CrossBlock(nn.Module):
+  """Pre-norm self-attention, cross attention and feed-forward, each added to the residual stream."""
+
+  cfg: EncDecConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, positions_BT, read: Read, cache, window: int, train: bool):
+    cfg = self.cfg
+    norm, einsum = make_norm(cfg), make_einsum(cfg)
+    out_init = nn.initializers.normal(cfg.init_std / (3 * cfg.num_layers) ** 0.5)
+    dropout = nn.Dropout(cfg.dropout, deterministic=not train)
+    own, crossed = (None, None) if cache is None else (cache['self'], cache['cross'])
+    h_BTD, own = Attention(
+        cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, einsum, out_init, dtype=cfg.operand_dtype, qk_norm=cfg.qk_norm,
+        rope_base=cfg.rope_base if cfg.positions == 'rope' else None, use_bias=cfg.use_bias,
+        implementation=cfg.attention, name='attn',
+    )(norm(name='attn_norm')(x_BTD), positions_BT, read.visible, own, window)
+    x_BTD = x_BTD + dropout(h_BTD)
+    h_BTD, crossed = CrossAttention(
+        cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, einsum, out_init, dtype=cfg.operand_dtype, qk_norm=cfg.qk_norm,
+        use_bias=cfg.use_bias, name='cross',
+    )(norm(name='cross_norm')(x_BTD), read.encoded_BSD, read.mask_BTS, crossed)
+    x_BTD = x_BTD + dropout(h_BTD)
+    mlp = MLPS[cfg.mlp](cfg.embed_dim, cfg.F, einsum, out_init, use_bias=cfg.use_bias, name='mlp')
+    x_BTD = x_BTD + dropout(mlp(norm(name='mlp_norm')(x_BTD)))
+    return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed'), cache and {'self': own, 'cross': crossed}
+
+
+class EncDec(nn.Module):
+  """A LanguageModel (see types.py) whose prompts go to the encoder."""
+
+  cfg: EncDecConfig
+  reads = frozenset({'tokens', 'targets', 'loss_mask', 'positions', 'segment_ids', 'encoder_tokens',
+                     'encoder_segment_ids'})  # of a Batch
+  needs = frozenset({'encoder_tokens'})
+  prompt_in_row = False
+
+  def setup(self):
+    cfg = self.cfg
+    init = nn.initializers.normal(cfg.init_std)
+    self.embed = Embed(cfg.V, cfg.embed_dim, init)
+    if cfg.encoder_vocab_size:
+      self.encoder_embed = Embed(cfg.encoder_vocab_size, cfg.embed_dim, init)
+    if cfg.positions == 'learned':
+      axes = ('positions', 'embed')
+      self.positions = Embed(cfg.max_len or 0, cfg.embed_dim, init, axes=axes)
+      self.encoder_positions = Embed(cfg.S, cfg.embed_dim, init, axes=axes)
+    self.dropout = nn.Dropout(cfg.dropout)
+    self.encoder_block = Block(dataclasses.replace(cfg, num_layers=cfg.encoder_layers, windows=(0,)), parent=None)
+    self.encoder = self.param('encoder', init_stack(self.encoder_block, cfg.encoder_layers, cfg.embed_dim))
+    self.encoder_norm = make_norm(cfg)()
+    self.block = CrossBlock(cfg, parent=None)
+    read = Read(Visible(), jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1, cfg.embed_dim)))
+    self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim, read))
+    self.final_norm = make_norm(cfg)()
+    if not cfg.tie_embeddings:
+      self.head = Head(cfg)
+
+  def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
+    return self.readout(batch, train=train).logits()
+
+  def readout(self, batch: Batch, *, train: bool = False) -> Readout:
+    assert batch.encoder_tokens is not None, 'assemble.check_features refuses tasks without'
+    segments_BT, segments_BS = batch.segment_ids, batch.encoder_segment_ids
+    segments_BT = jnp.ones_like(batch.tokens) if segments_BT is None else segments_BT
+    segments_BS = jnp.ones_like(batch.encoder_tokens) if segments_BS is None else segments_BS
+    positions_BT = batch.positions
+    if positions_BT is None:
+      positions_BT = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+    encoded_BSD = self.encode(batch.encoder_tokens, segments_BS, train=train)
+    read = Read(Visible(segments_BT), segments_BT[:, :, None] == segments_BS[:, None, :], encoded_BSD)
+    x_BTD, _ = self.hidden(batch.tokens, positions_BT, read, train=train)
+    return self.output(x_BTD)
+
+  def encode(self, tokens_BS: jax.Array, segments_BS: jax.Array, train: bool = False) -> jax.Array:
+    """What the decoder attends to, [B, S, D]: each token of a segment has seen all of it."""
+    cfg = self.cfg
+    positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
+    x_BSD = (self.encoder_embed if cfg.encoder_vocab_size else self.embed).encode(tokens_BS)
+    if cfg.positions == 'learned':
+      x_BSD += self.encoder_positions.encode(positions_BS)
+    both_ways = Visible(segments_BS, jnp.ones_like(tokens_BS, bool))
+    x_BSD, _ = self._run(self.encoder_block, self.encoder, x_BSD, positions_BS, both_ways, (0,), None, train)
+    return self.encoder_norm(x_BSD)
+
+  def hidden(self, tokens_BT, positions_BT, read: Read, cache=None, train: bool = False):
+    """The decoder's residual stream after all blocks [B, T, D], and the cache."""
+    cfg = self.cfg
+    x_BTD = self.embed.encode(tokens_BT)
+    if cfg.positions == 'learned':
+      x_BTD += self.positions.encode(positions_BT)
+    return self._run(self.block, self.blocks, x_BTD, positions_BT, read, cfg.windows, cache, train)
+
+  def _run(self, block, params, x_BTD, positions_BT, context: Any, windows, cache, train):
+    cfg = self.cfg
+    x_BTD = constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
+    dropout_key = self.make_rng('dropout') if train and cfg.dropout else None
+    if dropout_key is not None:
+      key = jax.random.fold_in(dropout_key, jax.tree.leaves(params)[0].shape[0])
+      x_BTD = self.dropout(x_BTD, deterministic=False, rng=key)
+    x_BTD, cache, sown = apply_stack(
+        block, params, x_BTD, positions_BT, context, windows=windows, cache=cache, dropout_key=dropout_key,
+        train=train, dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
+    for collection, values in sown.items():
+      self.sow(collection, 'encoder' if block is self.encoder_block else 'blocks', values)
+    return x_BTD, cache
+
+  def output(self, x_BTD: jax.Array) -> Readout:
+    cfg = self.cfg
+    w, eqn = (self.embed.w, 'BTD,VD->BTV') if cfg.tie_embeddings else (self.head.w, 'BTD,DV->BTV')
+    return Readout(self.final_norm(x_BTD), w, partial(project, eqn, cfg.operand_dtype, cfg.logit_soft_cap))
+
+  def init_cache(self, batch_size: int, max_len: int) -> Cache:
+    cfg = self.cfg
+    own, read = (jnp.zeros((cfg.num_layers, batch_size, length, cfg.K, cfg.H), cfg.operand_dtype)
+                 for length in (max_len, cfg.S))
+    return {'layers': {'self': {'k': own, 'v': own}, 'cross': {'k': read, 'v': read}},
+            'length_B': jnp.zeros(batch_size, jnp.int32), 'read_BS': jnp.zeros((batch_size, cfg.S), bool)}
+
+  def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    width, missing = tokens_BT.shape[1], self.cfg.S - tokens_BT.shape[1]
+    real_BS = jnp.arange(width)[None] < lengths_B[:, None]
+    encoded_BSD = self.encode(tokens_BT, real_BS.astype(jnp.int32))
+    encoded_BSD = jnp.pad(encoded_BSD, ((0, 0), (0, missing), (0, 0)))
+    cache = cache | {'read_BS': jnp.pad(real_BS, ((0, 0), (0, missing)))}
+    assert self.cfg.start_id is not None, 'assemble.complete fills it in'
+    start_B = jnp.full(tokens_BT.shape[0], self.cfg.start_id, jnp.int32)
+    return self._decode(start_B, cache, encoded_BSD)
+
+  def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    return self._decode(tokens_B, cache, None)
+
+  def _decode(self, tokens_B, cache, encoded_BSD):
+    read = Read(Visible(), cache['read_BS'][:, None], encoded_BSD)
+    x_B1D, layers = self.hidden(tokens_B[:, None], cache['length_B'][:, None], read, cache=cache['layers'])
+    cache = cache | {'layers': layers, 'length_B': cache['length_B'] + 1}
+    return self.output(x_B1D).logits()[:, 0], cache

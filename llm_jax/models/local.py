@@ -1,0 +1,122 @@
+"""Decoders inside a patch: they spell its bytes from a context, each byte after those before it.
+
+Called on all patches at once, or begun from a context and stepped byte by byte.
+Dims: B batch, M patches, P bytes of a patch, D embed, N heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.layers.attention import Visible
+from llm_jax.layers.stack import apply_stack, init_stack
+from llm_jax.models.decoder import Block, DecoderConfig, make_einsum
+
+
+class GRU(nn.Module):
+  """A gated recurrent unit (Cho et al., arXiv 1406.1078) whose first state is made from the context."""
+
+  cfg: Any
+
+  def setup(self):
+    D = self.cfg.embed_dim
+    matrix = partial(make_einsum(self.cfg), initializer=nn.initializers.normal(D ** -0.5))
+    self.first = matrix(shape=(D, D), axes=('embed', 'gate'), bias_dims=1)
+    gates = partial(matrix, shape=(D, 3, D), axes=('embed', 'gates', 'gate'), bias_dims=2)
+    self.read, self.carry = gates(), gates()
+
+  def __call__(self, contexts_BMD: jax.Array, bytes_BMPD: jax.Array, train: bool) -> jax.Array:
+    del train
+    h_BMD, hs = self.begin(contexts_BMD), []
+    read_BMPGD = self.read('BTPD,DGE->BTPGE', bytes_BMPD)
+    for j in range(bytes_BMPD.shape[2]):
+      h_BMD = self._cell(h_BMD, read_BMPGD[:, :, j])
+      hs.append(h_BMD)
+    return jnp.stack(hs, axis=2)
+
+  def begin(self, contexts_BMD: jax.Array) -> jax.Array:
+    """The state before the first byte."""
+    return jnp.tanh(self.first('BTD,DE->BTE', contexts_BMD))
+
+  def step(self, state_BMD: jax.Array, contexts_BMD: jax.Array, bytes_BMD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(what tells the next byte, the state)."""
+    del contexts_BMD
+    h_BMD = self._cell(state_BMD, self.read('BTD,DGE->BTGE', bytes_BMD))
+    return h_BMD, h_BMD
+
+  def _cell(self, h_BMD, read_BMGD):
+    carried_BMGD = self.carry('BTD,DGE->BTGE', h_BMD)
+    update, reset = (jax.nn.sigmoid(read_BMGD[:, :, g] + carried_BMGD[:, :, g]) for g in (0, 1))
+    candidate_BMD = jnp.tanh(read_BMGD[:, :, 2] + reset * carried_BMGD[:, :, 2])
+    return update * h_BMD + (1 - update) * candidate_BMD
+
+  @staticmethod
+  def init_state(cfg: Any, batch_size: int) -> jax.Array:
+    return jnp.zeros((batch_size, 1, cfg.embed_dim))
+
+  @staticmethod
+  def flops_per_byte(cfg: Any) -> float:
+    return 6 * (6 + 1 / cfg.patch_size) * cfg.embed_dim**2
+
+
+class Transformer(nn.Module):
+  """Blocks as a decoder's over the bytes of one patch, the context added to each."""
+
+  cfg: Any
+
+  def setup(self):
+    inner = self._inner(self.cfg)
+    self.into = make_einsum(self.cfg)(shape=(inner.embed_dim,) * 2, axes=('embed', 'gate'),
+                                      initializer=nn.initializers.normal(inner.embed_dim ** -0.5))
+    self.block = Block(inner, parent=None)
+    self.blocks = self.param('blocks', init_stack(self.block, inner.num_layers, inner.embed_dim))
+
+  @staticmethod
+  def _inner(cfg: Any) -> DecoderConfig:
+    return DecoderConfig(
+        num_layers=cfg.decoder_layers, embed_dim=cfg.embed_dim, num_heads=cfg.num_heads, mlp=cfg.mlp, mlp_dim=cfg.F,
+        norm=cfg.norm, use_bias=cfg.use_bias, positions='rope', attention=cfg.attention, init_std=cfg.init_std,
+        dropout=cfg.dropout, dtype=cfg.operand_dtype.name)
+
+  def __call__(self, contexts_BMD: jax.Array, bytes_BMPD: jax.Array, train: bool) -> jax.Array:
+    B, M, P, D = bytes_BMPD.shape
+    x_BMPD = bytes_BMPD + self.into('BTD,DE->BTE', contexts_BMD)[:, :, None]
+    positions = jnp.broadcast_to(jnp.arange(P), (B * M, P))
+    dropout_key = self.make_rng('dropout') if train and self.cfg.dropout else None
+    return self._run(x_BMPD.reshape(B * M, P, D), positions, None, train, dropout_key)[0].reshape(B, M, P, D)
+
+  def _run(self, x, positions, cache, train=False, dropout_key=None):
+    cfg = self.cfg
+    x, cache, _ = apply_stack(
+        self.block, self.blocks, x, positions, Visible(), windows=(0,), cache=cache, train=train,
+        dropout_key=dropout_key, dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
+    return x, cache
+
+  def begin(self, contexts_BMD: jax.Array) -> dict:
+    return self.init_state(self.cfg, contexts_BMD.shape[0])
+
+  def step(self, state: dict, contexts_BMD: jax.Array, bytes_BMD: jax.Array) -> tuple[jax.Array, dict]:
+    x_BMD = bytes_BMD + self.into('BTD,DE->BTE', contexts_BMD)
+    layers = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), state['layers'])
+    h_BMD, layers = self._run(x_BMD, state['place_B'][:, None], layers)
+    return h_BMD, {'layers': jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), layers), 'place_B': state['place_B'] + 1}
+
+  @classmethod
+  def init_state(cls, cfg: Any, batch_size: int) -> dict:
+    inner = cls._inner(cfg)
+    empty = jnp.zeros((batch_size, inner.num_layers, cfg.patch_size, inner.K, inner.H), cfg.operand_dtype)  # rows first
+    return {'layers': {'k': empty, 'v': empty}, 'place_B': jnp.zeros(batch_size, jnp.int32)}
+
+  @classmethod
+  def flops_per_byte(cls, cfg: Any) -> float:
+    inner = dataclasses.replace(cls._inner(cfg), vocab_size=1)
+    return inner.flops_per_token(cfg.patch_size) - 6 * cfg.embed_dim + 6 * cfg.embed_dim**2 / cfg.patch_size
+
+
+LOCAL: dict[str, Any] = {'gru': GRU, 'transformer': Transformer}

@@ -1,0 +1,187 @@
+"""What must hold for the encoder-decoder: who sees what, its cache, its FLOPs, one step on any mesh, beam search."""
+
+import dataclasses
+import functools
+import itertools
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.config import build
+from llm_jax.models import make_model
+from llm_jax.models.encdec import EncDecConfig
+from llm_jax.optim import OptimConfig, make_optimizer
+from llm_jax.sampling import beam_search, generate
+from llm_jax.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, put_batch
+from llm_jax.step import init_state, state_shardings, train_step
+from llm_jax.types import Batch
+
+TINY = EncDecConfig(vocab_size=17, max_len=12, encoder_len=8, num_layers=2, num_encoder_layers=1, embed_dim=16,
+                    num_heads=4, dtype='float32', start_id=1)
+SHAPES = {
+    'vaswani': dataclasses.replace(TINY, use_bias=True, mlp='gelu'),
+    't5': dataclasses.replace(TINY, positions='rope', norm='rms_norm', mlp='geglu', num_kv_heads=2, qk_norm=True,
+                              tie_embeddings=False),
+    'two_vocabularies': dataclasses.replace(TINY, encoder_vocab_size=23, windows=(4, 0)),
+}
+every_shape = pytest.mark.parametrize('cfg', SHAPES.values(), ids=SHAPES)
+RNG = np.random.default_rng(0)
+TOKENS, READ = RNG.integers(0, 17, (2, 12)), RNG.integers(0, 17, (2, 8))
+
+
+def batch(tokens=TOKENS, read=READ, lengths=(8, 8)):
+  tokens, read = jnp.asarray(tokens, jnp.int32), jnp.asarray(read, jnp.int32)
+  return Batch(tokens=tokens, targets=tokens, loss_mask=jnp.ones(tokens.shape), encoder_tokens=read,
+               segment_ids=jnp.ones_like(tokens),
+               encoder_segment_ids=(jnp.arange(read.shape[1])[None] < jnp.asarray(lengths)[:, None]).astype(jnp.int32))
+
+
+@functools.lru_cache
+def init(cfg):
+  """The model with random parameters, away from the init's symmetry."""
+  model, rng = make_model(cfg), np.random.default_rng(0)
+  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch())['params'])
+  return model, jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), jnp.float32), shapes)
+
+
+def dependence(model, params, batch, side):
+  """bool [T, S]: does the logit at t change with the embedding at s of the 'encode' or 'hidden' side? By gradient."""
+  table = 'encoder_embed' if side == 'encode' and model.cfg.encoder_vocab_size else 'embed'
+  tokens = batch.encoder_tokens if side == 'encode' else batch.tokens
+
+  def logits(x):
+    def swap(next_fn, args, kwargs, context):
+      is_table = context.method_name == 'encode' and context.module.name == table
+      return x if is_table and args[0].shape == tokens.shape else next_fn(*args, **kwargs)
+    with nn.intercept_methods(swap):
+      return model.apply({'params': params}, batch)[0, :, :3].sum(-1)
+
+  jacobian = jax.jit(jax.jacrev(logits))(params[table]['w'][tokens])  # [T, B, S, D]
+  return np.asarray(jnp.abs(jacobian[:, 0]).sum(-1) > 0)
+
+
+@every_shape
+def test_a_logit_sees_all_that_was_read_and_of_its_own_row_nothing_later(cfg):
+  model, params = init(cfg)
+  own = dependence(model, params, batch(), 'hidden')
+  np.testing.assert_array_equal(own, np.tril(np.ones((12, 12), bool)))
+  assert dependence(model, params, batch(), 'encode').all()
+
+
+@every_shape
+def test_padding_of_what_was_read_is_not_seen(cfg):
+  model, params = init(cfg)
+  seen = dependence(model, params, batch(lengths=(5, 8)), 'encode')
+  np.testing.assert_array_equal(seen, np.arange(8)[None] < np.full((12, 1), 5))
+
+
+@every_shape
+def test_cached_decoding_is_the_full_forward(cfg):
+  """Prompts of two lengths in a row that is shorter than the longest, then token by token."""
+  model, params = init(cfg)
+  tokens = np.concatenate([np.full((2, 1), cfg.start_id), TOKENS[:, 1:]], axis=1)
+  full = model.apply({'params': params}, batch(tokens, lengths=(3, 6)))
+  logits, cache = model.apply({'params': params}, jnp.asarray(READ)[:, :6], jnp.array([3, 6]), model.init_cache(2, 12),
+                              method='prefill')
+  decode = jax.jit(lambda t, c: model.apply({'params': params}, t, c, method='decode'))
+  for t in range(12):
+    np.testing.assert_allclose(logits, full[:, t], rtol=2e-4, atol=2e-4)
+    logits, cache = decode(jnp.asarray(tokens)[:, min(t + 1, 11)], cache)
+
+
+@pytest.mark.parametrize('cfg', [SHAPES['vaswani'], SHAPES['t5']], ids=['vaswani', 't5'])
+def test_flops_are_those_that_xla_counts(cfg):
+  cfg = dataclasses.replace(cfg, max_len=256, encoder_len=128, embed_dim=256, mlp_dim=1024, vocab_size=1024,
+                            attention='xla', scan_unroll=2)
+  model, example = make_model(cfg), batch(np.zeros((1, 256)), np.zeros((1, 128)), (128,))
+  params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), example)['params'])
+  gradient = jax.jit(jax.grad(lambda params: jnp.sum(model.apply({'params': params}, example) ** 2)))
+  hidden = 6 * cfg.num_layers * cfg.num_heads * cfg.H * 256  # the half of the decoder's own scores that nobody counts
+  ours = (cfg.flops_per_token(256) + hidden) * 256
+  assert gradient.lower(params).cost_analysis()['flops'] == pytest.approx(ours, rel=0.05)
+
+
+def train(sizes, num_microbatches, num_steps=5):
+  """Losses and parameters of a run that learns to repeat what it read, on a mesh of virtual devices."""
+  cfg = dataclasses.replace(SHAPES['t5'], vocab_size=16, max_len=8)
+  mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
+  model, (tx, schedule) = make_model(cfg), make_optimizer(build(OptimConfig, {'learning_rate': 1e-2}), 20)
+  with jax.set_mesh(mesh):
+    rows = local_rows(mesh, 8)
+
+    def put(n):
+      read = np.random.default_rng(n).integers(2, 16, (8, 8)).astype(np.int32)
+      mask = (np.arange(8)[None] < np.random.default_rng(n).integers(3, 9, (8, 1)))
+      return put_batch({
+          'tokens': np.roll(read, 1, 1), 'targets': read, 'loss_mask': mask.astype(np.float32),
+          'segment_ids': mask.astype(np.int32), 'encoder_tokens': read, 'encoder_segment_ids': mask.astype(np.int32),
+      }, rows, 8, mesh)
+
+    shardings = state_shardings(put(0), mesh, model=model, tx=tx)
+    state = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)(jax.random.key(0), put(0))
+    step = jax.jit(partial(train_step, model=model, tx=tx, schedule=schedule, seed=0,
+                           num_microbatches=num_microbatches),
+                   in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step))
+    losses = []
+    for n in range(num_steps):
+      state, metrics = step(state, put(n))
+      losses.append(float(metrics['loss']))
+  return np.array(losses), jax.device_get(state.params)
+
+
+def test_losses_do_not_depend_on_the_mesh_nor_on_microbatches():
+  losses, params = train((1, 1, 1), 1)
+  assert losses[-1] < losses[0]
+  others, other_params = train((2, 2, 2), 2)
+  np.testing.assert_allclose(others, losses, atol=1e-5, rtol=0)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), other_params, params)
+
+
+def sequence_log_p(model, params, prompt, answer, num_ids):
+  """log p of an answer's tokens, by the full forward pass."""
+  tokens, read = np.zeros((1, 12), np.int64), np.zeros((1, 8), np.int64)
+  tokens[0, :len(answer)] = [1, *answer[:-1]]
+  read[0, :len(prompt)] = prompt
+  logits = np.asarray(forward(model)(params, batch(tokens, read, (len(prompt),))))[0, :, :num_ids]
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  return sum(log_p[t, token] for t, token in enumerate(answer))
+
+
+@functools.lru_cache
+def forward(model):
+  return jax.jit(lambda params, batch: model.apply({'params': params}, batch))
+
+
+def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_answers():
+  model, params = init(SHAPES['vaswani'])
+  eos, num_ids, length = 2, 4, 3
+  ended = [[*first, eos] for n in range(length) for first in itertools.product((0, 1, 3), repeat=n)]
+  answers = ended + [list(a) for a in itertools.product((0, 1, 3), repeat=length)]
+  for prompt in ([5, 6, 7], [3, 4, 9]):
+    score = {tuple(a): sequence_log_p(model, params, prompt, a, num_ids) / ((5 + len(a)) / 6) ** 0.6 for a in answers}
+    best = max(score, key=score.get)
+    [found] = beam_search(model, params, [prompt], max_len=12, num_tokens=length, eos_id=eos, num_beams=32,
+                          num_ids=num_ids)
+    assert tuple(found) == best + (eos,) * (length - len(best))
+
+
+def test_one_beam_is_greedy_decoding_and_rows_do_not_mix():
+  model, params = init(SHAPES['t5'])
+  prompts, options = [[3, 4], [5, 6, 7]], {'max_len': 12, 'num_tokens': 6}
+  greedy = np.stack(list(generate(model, params, prompts, temperature=0, **options)), axis=1)
+  np.testing.assert_array_equal(beam_search(model, params, prompts, eos_id=99, num_beams=1, **options), greedy)
+  together = beam_search(model, params, prompts, eos_id=2, num_beams=3, **options)
+  for prompt, row in zip(prompts, together, strict=True):
+    np.testing.assert_array_equal(beam_search(model, params, [prompt], eos_id=2, num_beams=3, **options)[0], row)
+
+
+@pytest.mark.parametrize(('values', 'word'), [
+    ({'encoder_len': 0}, 'encoder_len'), ({'prefix_attention': True}, 'prefix_attention'),
+    ({'num_heads': 3}, 'num_heads')])
+def test_what_cannot_be_is_told(values, word):
+  with pytest.raises(ValueError, match=word):
+    dataclasses.replace(TINY, **values)
