@@ -36,7 +36,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     'heads': 'tensor',
     'kv_heads': 'tensor',
     'mlp': 'tensor',
-    'gate': 'tensor',
+    'gate': None,  # over tensor XLA 0.10 computed a gate times an unsplit array wrongly on a 2 x 2 x 2 mesh
     'gates': None,
     'patch': None,
     'byte_embed': None,

@@ -328,7 +328,7 @@ def describe(config: Config, data: Data, state: TrainState, num_microbatches: in
   console.line(f'model: {config.model.name}, {num_params / 1e6:.2f} M parameters, {config.model.num_layers} layers, '
                f'{config.model.embed_dim} wide, vocabulary {config.model.vocab_size}, {config.model.dtype}')
   console.line('attention: ' + describe_attention(
-      config.model.attention, config.model.dtype, config.model.H, seq_len,
+      config.model.attention, config.model.dtype, config.model.H, config.model.positions_of(seq_len),
       segments=config.data.mask_documents, prefix=config.model.prefix_attention))
   console.line(f'data: {", ".join(shown(s.path) for s in config.data.named_sources.values())}: {amount} to train '
                f'on, {num_val / 1e6:.2f} M to validate with'

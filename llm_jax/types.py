@@ -30,7 +30,7 @@ class Batch:
 class LanguageModel(Protocol):
   """What the floors above models/ may ask of a model; a Flax module bound or through `apply(method=...)`."""
 
-  cfg: Any  # has vocab_size, max_len, longest_prompt, flops_per_token(seq_len)
+  cfg: Any  # has vocab_size, max_len, longest_prompt, flops_per_token(seq_len), positions_of(seq_len), ...
   reads: frozenset[str]  # features of a Batch that it looks at
   needs: frozenset[str]  # of these the ones that not every task gives
   prompt_in_row: bool  # whether a prompt takes room in the row that it is answered in

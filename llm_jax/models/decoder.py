@@ -113,6 +113,10 @@ class DecoderConfig:
   def longest_prompt(self) -> int:
     return (self.max_len or 0) - 1  # what follows it goes to the same row
 
+  def positions_of(self, seq_len: int) -> int:
+    """That attention works on, for rows of seq_len tokens."""
+    return seq_len
+
   def flops_per_token(self, seq_len: int) -> float:
     """FLOPs of a training step per token of the rows of seq_len that it trains on, as MFU counts them.
 

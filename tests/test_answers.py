@@ -1,0 +1,149 @@
+"""Answers to prompts: read back from rows, judged by validators; a whole run that learns, stops and is evaluated."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from program import finish, start
+
+from llm_jax import evaluate, main
+from llm_jax.answers import Answer, pairs, summarize_answers
+from llm_jax.data.examples import make_examples
+from llm_jax.data.store import TokenStore
+from llm_jax.data.tasks import PromptAnswer, Seq2Seq
+from llm_jax.errors import ConfigError
+from llm_jax.metrics import read_metrics
+from llm_jax.validators import VALIDATORS, make_validator
+
+CONFIG = '''"""Repeat what was read, backwards."""
+from llm_jax.config import base
+
+def get_config():
+  config = base('encdec')
+  config.num_steps = 400
+  config.batch_tokens = config.tokens_per_device = 8 * 8
+  config.model.num_layers = 1
+  config.model.embed_dim = 16
+  config.model.num_heads = 2
+  config.data.path = {path!r}
+  config.data.answer_field = 'answer'
+  config.data.split = 'document'
+  config.data.val_fraction = config.data.test_fraction = 0.2
+  config.data.tokenizer = 'word'
+  config.data.task = 'seq2seq'
+  config.data.packing = 'pad'
+  config.data.seq_len = config.data.encoder_len = 8
+  config.optim.learning_rate = 3e-2
+  config.eval.every = 10
+  config.eval.patience = 2
+  config.eval.answers = 8
+  config.eval.validator = 'python'
+  config.eval.prompts = ('a b',)
+  config.checkpoint.every = 1000
+  return config
+'''
+
+
+def write(folder, texts):
+  path = folder / 'pairs.jsonl'
+  path.write_text(''.join(json.dumps({'text': ' '.join(t), 'answer': ' '.join(t[::-1])}) + '\n' for t in texts))
+  (folder / 'backwards.py').write_text(CONFIG.format(path=str(path)))
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('answers')
+  write(folder, [a + b for a in 'abcdefgh' for b in 'abcdefgh'])
+  output = finish(start(folder, 'main', '--config=backwards.py', '--workdir=run'))
+  return folder, output
+
+
+def test_a_run_ends_when_its_loss_has_stopped_falling_and_says_so(run):
+  folder, output = run
+  lines = [line for line in read_metrics(folder / 'run' / 'metrics.jsonl') if 'val/loss' in line]
+  losses, last = [line['val/loss'] for line in lines], lines[-1]['step']
+  best = int(np.argmin(losses))
+  assert last < 400 and len(losses) - 1 - best == 2, 'two evaluations after the best one'
+  assert f'step {last}: val/loss has not fallen for 2 evaluations' in output
+  steps = {int(path.name) for path in (folder / 'run' / 'checkpoints').iterdir() if path.name.isdigit()}
+  assert steps == {last, lines[best]['step']}
+  assert {'val/exact_match', 'val/answer_accuracy', 'val/valid'} <= lines[-1].keys()
+  again = finish(start(folder, 'main', '--config=backwards.py', '--workdir=run'))
+  assert 'for more, raise --config.eval.patience' in again
+
+
+def test_the_test_part_is_evaluated_and_its_answers_are_written_down(run, capsys, tmp_path):
+  folder, _ = run
+  evaluate.main([f'--workdir={folder}/run', '--split=test', '--num_beams=2', f'--out={tmp_path}/result.json'])
+  printed = capsys.readouterr().out
+  report = json.loads(printed[printed.index('{'):])
+  answers = [json.loads(line) for line in (tmp_path / 'answers.jsonl').read_text().splitlines()]
+  held = [line for line in (folder / 'pairs.jsonl').read_text().splitlines()]
+  assert report['data'] == 'test part' and 3 <= len(answers) < len(held) / 2
+  for a in answers:
+    assert json.dumps({'text': a['prompt'], 'answer': a['expected']}) in held
+    assert a['exact'] == (a['given'] == a['expected'])
+    assert a['valid'] == make_validator('python')(a['given'])
+  assert report['exact_match'] == np.mean([a['exact'] for a in answers])
+  assert report['valid'] == np.mean([a['valid'] for a in answers])
+
+
+def test_generate_answers_by_beams(run):
+  folder, _ = run
+  output = finish(start(folder, 'generate', '--workdir=run', '--prompt=a b', '--num_beams=3'))
+  assert set(output.split()) <= set('abcdefgh'), 'an answer, without its prompt'
+
+
+def test_answers_need_a_task_that_has_them(run, tmp_path):
+  folder, _ = run
+  with pytest.raises(ConfigError, match=r'eval\.answers'):
+    main.main([f'--config={folder}/backwards.py', f'--workdir={tmp_path}', '--config.data.task=span_corruption',
+               '--config.data.span_corruption.num_sentinels=8'])
+  with pytest.raises(ConfigError, match='encoder_tokens'):
+    main.main([f'--config={folder}/backwards.py', f'--workdir={tmp_path}', '--config.data.task=prompt_answer'])
+
+
+def store(documents):
+  """bos 0, eos 1; (prompt, answer) each."""
+  tokens = [[0, *prompt, *answer, 1] for prompt, answer in documents]
+  return TokenStore(tokens=np.concatenate(tokens).astype(np.uint16), starts=np.cumsum([0, *map(len, tokens[:-1])]),
+                    answers=np.array([1 + len(prompt) for prompt, _ in documents]), sha256='', num_bytes=0.0)
+
+
+@pytest.mark.parametrize(('task', 'packing'), [
+    (Seq2Seq(), 'pad'), (PromptAnswer(), 'pad'), (PromptAnswer(), 'best_fit')])
+def test_pairs_are_those_of_the_store(task, packing):
+  documents = [([5, 6], [7]), ([8], [9, 10, 11]), ([12, 13, 14], [15, 16])]
+  examples = make_examples(store(documents), task=task, seq_len=12, encoder_len=6, packing=packing, vocab_size=20,
+                           bos_id=0, eos_id=1)
+  first = [[*prompt, 1] if task.encodes else [0, *prompt] for prompt, _ in documents]
+  assert sorted(pairs(examples, 1, None)) == sorted(zip(first, [answer for _, answer in documents], strict=True))
+
+
+def test_shares_of_answers():
+  answers = [Answer('', 'a', 'a', True, 1.0, True), Answer('', 'ab', 'a', False, 0.5, False)]
+  assert summarize_answers(answers) == {'exact_match': 0.5, 'answer_accuracy': 0.75, 'valid': 0.5}
+  assert 'valid' not in summarize_answers([a._replace(valid=None) for a in answers])
+
+
+GOOD = {'python': 'x = 1\nprint(x)', 'json': '{"a": [1, 2]}',
+        'wgsl': 'fn f(a: vec3<f32>) -> f32 {\n  return dot(a, a);\n}'}
+BAD = {'python': ['x = = 1', '"\0"'], 'json': ['{"a": }', ''],
+       'wgsl': ['fn f(a: vec3<f32>) -> f32 {\n  return dot(a, a)\n}', 'hello', '', GOOD['wgsl'][:-1]]}
+
+
+@pytest.mark.parametrize('name', VALIDATORS)
+def test_validators_tell_good_from_bad(name):
+  valid = make_validator(name)
+  assert valid(GOOD[name])
+  assert not any(valid(text) for text in BAD[name])
+
+
+@pytest.mark.skipif(shutil.which('grep') is None, reason='the command of this test')
+def test_a_command_is_a_validator():
+  valid = make_validator('grep -q "two words"')
+  assert valid('here are two words') and not valid('here are two  words')
+  assert make_validator('') is None
+  with pytest.raises(ConfigError, match=r'no_such_program.*python, json, wgsl'):
+    make_validator('no_such_program --fast')

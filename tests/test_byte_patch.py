@@ -1,0 +1,202 @@
+"""What must hold for the byte-patch model: causality to the byte, its cache, its thinking, one loss on any mesh."""
+
+import dataclasses
+import functools
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.config import build
+from llm_jax.layers.linear_attention import CHUNK, linear_attention
+from llm_jax.models import make_model
+from llm_jax.models.byte_patch import BytePatchConfig
+from llm_jax.models.thinking import EPSILON, Think
+from llm_jax.optim import OptimConfig, make_optimizer
+from llm_jax.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, put_batch
+from llm_jax.step import init_state, state_shardings, train_step
+from llm_jax.types import Batch
+
+TINY = BytePatchConfig(vocab_size=17, max_len=64, num_layers=2, embed_dim=16, num_heads=2, window=3, thinking_steps=2,
+                       dtype='float32')
+SHAPES = {
+    'gru': TINY,
+    'overlapping': dataclasses.replace(TINY, overlap=True, halting=True, norm='layer_norm', mlp='gelu', use_bias=True),
+    'transformer': dataclasses.replace(TINY, decoder='transformer', patch_size=2, thinking_steps=0),
+}
+every_shape = pytest.mark.parametrize('cfg', SHAPES.values(), ids=SHAPES)
+TOKENS = np.random.default_rng(0).integers(0, 17, (2, 30))  # the last patch of 4 is not complete
+
+
+def batch(tokens=TOKENS):
+  tokens = jnp.asarray(tokens, jnp.int32)
+  return Batch(tokens=tokens, targets=tokens, loss_mask=jnp.ones(tokens.shape))
+
+
+@functools.lru_cache
+def init(cfg):
+  """The model with random parameters, away from the init's symmetry."""
+  model, rng = make_model(cfg), np.random.default_rng(0)
+  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch())['params'])
+  return model, jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), jnp.float32), shapes)
+
+
+@every_shape
+def test_no_byte_depends_on_a_later_one_and_every_one_on_all_before_it(cfg):
+  """By gradient, through both tables of bytes; the borders of patches are nothing special."""
+  model, params = init(cfg)
+
+  def logits(shift_T):
+    def shifted(next_fn, args, kwargs, context):
+      x_BTE = next_fn(*args, **kwargs)
+      if context.method_name == 'encode':
+        x_BTE += jnp.pad(shift_T, (0, x_BTE.shape[1] - 30))[None, :, None]
+      return x_BTE
+    with nn.intercept_methods(shifted):
+      return model.apply({'params': params}, batch())[0, :, :3] @ jnp.array([1.0, 2.0, 4.0])
+
+  jacobian_TS = jax.jit(jax.jacrev(logits))(jnp.zeros(30))
+  np.testing.assert_array_equal(np.asarray(jacobian_TS) != 0, np.tril(np.ones((30, 30), bool)))
+
+
+@every_shape
+def test_cached_decoding_is_the_full_forward(cfg):
+  """Prompts that end within patches, on a border and before the first; far enough for the window to turn around."""
+  model, params = init(cfg)
+  tokens = np.concatenate([TOKENS, TOKENS[:1]])
+  full = jax.jit(lambda b: model.apply({'params': params}, b))(batch(tokens))
+  lengths = np.array([3, 16, 1])
+  prefill = jax.jit(lambda t, n, c: model.apply({'params': params}, t, n, c, method='prefill'))
+  decode = jax.jit(lambda t, c: model.apply({'params': params}, t, c, method='decode'))
+  logits, cache = prefill(jnp.asarray(tokens)[:, :18], lengths, model.init_cache(3, 64))
+  for i in range(14):
+    np.testing.assert_allclose(logits, full[np.arange(3), lengths + i - 1], rtol=2e-4, atol=2e-4)
+    logits, cache = decode(jnp.asarray(tokens)[np.arange(3), lengths + i], cache)
+
+
+def test_a_byte_costs_the_same_wherever_it_stands():
+  """The cache has one size, so has what is computed from it."""
+  model, _ = init(SHAPES['gru'])
+  short, long = (jax.eval_shape(lambda n=n: model.init_cache(1, n)) for n in (64, 1 << 20))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), short) == jax.tree.map(lambda x: (x.shape, x.dtype), long)
+  assert max(x.size for x in jax.tree.leaves(long)) <= TINY.num_layers * TINY.embed_dim * max(TINY.window, 8)
+
+
+def reference(q, k, v):
+  """The sums of arXiv 2006.16236, equation 9, one token after the other in float64."""
+  phi = lambda x: np.where(x > 0, x + 1, np.exp(x))  # noqa: E731
+  y, s, z = np.zeros_like(v), np.zeros((*k.shape[:1], *k.shape[2:], v.shape[-1])), np.zeros((k.shape[0], *k.shape[2:]))
+  for t in range(q.shape[1]):
+    s += phi(k[:, t])[..., :, None] * v[:, t][..., None, :]
+    z += phi(k[:, t])
+    y[:, t] = np.einsum('bnh,bnhi->bni', phi(q[:, t]), s) / np.einsum('bnh,bnh->bn', phi(q[:, t]), z)[..., None]
+  return y
+
+
+@pytest.mark.parametrize('length', [1, CHUNK, 2 * CHUNK + 5])
+def test_linear_attention_is_its_equation_and_goes_on_from_its_state(length):
+  q, k, v = np.random.default_rng(0).normal(size=(3, 2, length, 2, 4))
+  attend = jax.jit(linear_attention)
+  y, _ = attend(*(jnp.float32(x) for x in (q, k, v)))
+  np.testing.assert_allclose(y, reference(q, k, v), rtol=1e-4, atol=1e-5)
+  cut = length // 2
+  if cut:
+    first, state = attend(*(jnp.float32(x[:, :cut]) for x in (q, k, v)))
+    second, _ = attend(*(jnp.float32(x[:, cut:]) for x in (q, k, v)), state)
+    np.testing.assert_allclose(np.concatenate([first, second], 1), y, rtol=1e-4, atol=1e-5)
+
+
+def test_the_memory_of_linear_attention_grows_with_length_and_holds_no_state_per_token():
+  H = 64
+
+  def temporary(length):
+    x = jax.ShapeDtypeStruct((1, length, 1, H), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda q, k, v: linear_attention(q, k, v)[0].sum(), argnums=(0, 1, 2)))
+    return gradient.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+  short, long = temporary(1024), temporary(8192)
+  assert long < 8.5 * short and long < 8192 * H * H * 4 / 4
+
+
+def test_thinking_is_its_equations():
+  """Steps with shared weights, and the halting of arXiv 1603.08983, section 2, in NumPy."""
+  cfg = dataclasses.replace(TINY, thinking_steps=3, halting=True, mlp='gelu', norm='layer_norm')
+  z = np.random.default_rng(1).normal(size=(2, 5, 16))
+  think = Think(cfg)
+  shapes = nn.unbox(jax.eval_shape(think.init, jax.random.key(0), jnp.float32(z))['params'])
+  rng = np.random.default_rng(2)
+  p = jax.tree.map(lambda s: rng.normal(0, 0.5, s.shape), shapes)
+  result, sown = think.apply({'params': jax.tree.map(jnp.float32, p)}, jnp.float32(z), mutable=['losses', 'metrics'])
+
+  def norm(x):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p['norm']['scale']
+
+  def mlp(x):
+    h = x @ p['mlp']['up']['w']
+    return h * 0.5 * (1 + np.vectorize(math.erf)(h / 2**0.5)) @ p['mlp']['down']['w']
+
+  def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+  expected, ponder, left = np.zeros_like(z), np.zeros(z.shape[:2]), np.ones(z.shape[:2])
+  for n in range(3):
+    z = z + sigmoid(norm(z) @ p['gate']['w'] + p['gate']['b']) * mlp(norm(z))
+    halt = sigmoid(norm(z) @ p['halt']['w'] + p['halt']['b'])[..., 0]
+    running, stops = left > 0, (left - halt < EPSILON) | (n == 2)
+    weight = np.where(stops, left, halt)
+    ponder += running * (1 + np.where(stops, left, 0))
+    expected += weight[..., None] * z
+    left = left - weight
+  np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(sown['metrics']['ponder'][0], ponder.mean(), rtol=1e-5)
+  np.testing.assert_allclose(sown['losses']['ponder'][0], cfg.ponder_cost * ponder.mean(), rtol=1e-5)
+
+
+def test_no_thinking_has_no_weights_for_it():
+  assert 'think' not in init(SHAPES['transformer'])[1]
+  assert 'think' in init(SHAPES['gru'])[1]
+
+
+def train(sizes, num_microbatches):
+  """Losses and parameters of five steps on a mesh of virtual devices."""
+  cfg = dataclasses.replace(TINY, vocab_size=16, num_layers=1, overlap=True)
+  mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
+  model, (tx, schedule) = make_model(cfg), make_optimizer(build(OptimConfig, {'learning_rate': 1e-2}), 20)
+  with jax.set_mesh(mesh):
+    rows = local_rows(mesh, 8)
+
+    def put(n):
+      tokens = ((np.random.default_rng(n).integers(0, 16, (8, 1)) + np.arange(17)) % 16).astype(np.int32)
+      return put_batch({'tokens': tokens[:, :-1], 'targets': tokens[:, 1:],
+                        'loss_mask': np.ones((8, 16), np.float32)}, rows, 8, mesh)
+
+    shardings = state_shardings(put(0), mesh, model=model, tx=tx)
+    state = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)(jax.random.key(0), put(0))
+    step = jax.jit(partial(train_step, model=model, tx=tx, schedule=schedule, seed=0,
+                           num_microbatches=num_microbatches),
+                   in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step))
+    losses = []
+    for n in range(5):
+      state, metrics = step(state, put(n))
+      losses.append(float(metrics['loss']))
+  return np.array(losses), jax.device_get(state.params)
+
+
+def test_losses_do_not_depend_on_the_mesh_nor_on_microbatches():
+  losses, params = train((1, 1, 1), 1)
+  assert losses[-1] < losses[0]
+  others, other_params = train((2, 2, 2), 2)
+  np.testing.assert_allclose(others, losses, atol=1e-5, rtol=0)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), other_params, params)
+
+
+@pytest.mark.parametrize(('values', 'word'), [
+    ({'patch_size': 3}, 'patch_size'), ({'num_heads': 16}, 'num_heads'), ({'decoder': 'lstm'}, 'gru, transformer'),
+    ({'halting': True, 'thinking_steps': 0}, 'thinking_steps'), ({'window': 0}, 'window')])
+def test_what_cannot_be_is_told(values, word):
+  with pytest.raises(ValueError, match=word):
+    dataclasses.replace(TINY, **values)
