@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from llm_jax.data.examples import Examples
 from llm_jax.data.tokenizers import Tokenizer, decode
+from llm_jax.errors import Interrupted
 from llm_jax.sampling import beam_search
 from llm_jax.types import Params
 from llm_jax.validators import Validator
@@ -40,23 +41,32 @@ def pairs(examples: Examples, eos_id: int, limit: int | None) -> Iterator[tuple[
       yield prompt.tolist(), (answer[:-1] if len(answer) and answer[-1] == eos_id else answer).tolist()
 
 
-def answer(model: Any, params: Params, examples: Examples, tokenizer: Tokenizer, *, limit: int | None,
-           num_beams: int, validator: Validator | None) -> list[Answer]:
-  """What `model` answers, greedily with one beam, as far as the longest right answer and one token more."""
+def answer(model: Any, params: Params, examples: Examples, tokenizer: Tokenizer, *, limit: int | None, num_beams: int,
+           validator: Validator | None, interrupted: Callable[[], bool] = lambda: False) -> list[Answer]:
+  """What `model` answers, greedily with one beam, as far as the longest right answer and one token more.
+
+  Raises Interrupted as soon as interrupted() is true.
+  """
   asked = list(pairs(examples, tokenizer.eos_id, limit))
   longest = max(len(expected) for _, expected in asked) + 1
+  max_len = model.cfg.max_len
+  if model.prompt_in_row:  # room for every prompt's answer, whatever stands beside it; beyond a row none is right
+    max_len = max(max_len, longest + max(len(prompt) for prompt, _ in asked))
   results = []
   for begin in range(0, len(asked), ROWS):
     part = asked[begin:begin + ROWS]
     prompts = [prompt for prompt, _ in part]
     prompts += prompts[:1] * (ROWS - len(prompts) if len(asked) > ROWS else 0)  # one shape, compiled once
-    rows = beam_search(model, params, prompts, max_len=model.cfg.max_len, num_tokens=longest,
-                       eos_id=tokenizer.eos_id, num_beams=num_beams, num_ids=len(tokenizer.token_bytes))
+    rows = beam_search(model, params, prompts, max_len=max_len, num_tokens=longest, eos_id=tokenizer.eos_id,
+                       num_beams=num_beams, num_ids=len(tokenizer.token_bytes))
     for (prompt, expected), row in zip(part, rows.tolist(), strict=False):
+      if interrupted():
+        raise Interrupted
       given = row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
       same = sum(a == b for a, b in zip(given, expected, strict=False))
+      exact = given == expected and all(tokenizer.token_bytes[token] for token in expected)  # <unk> is no word
       text = decode(tokenizer, given)
-      results.append(Answer(decode(tokenizer, prompt), decode(tokenizer, expected), text, given == expected,
+      results.append(Answer(decode(tokenizer, prompt), decode(tokenizer, expected), text, exact,
                             same / max(len(given), len(expected), 1), None if validator is None else validator(text)))
   return results
 

@@ -75,8 +75,9 @@ def check_features(config: Config, model: Any, examples: Examples) -> None:
     raise ConfigError(f'config.data.task: {config.data.task} does not give {", ".join(sorted(missing))}, which the '
                       f'model {config.model.name} needs')
   if ignored := given - model.reads:
+    hint = '; set config.data.mask_documents=False' if ignored <= {'segment_ids', 'positions'} else ''
     raise ConfigError(f'config.data.task: {config.data.task} gives {", ".join(sorted(ignored))}, which the model '
-                      f'{config.model.name} does not read')
+                      f'{config.model.name} does not read{hint}')
 
 
 def make_evaluator(config: Config, data: Data, model: Any, mesh: Mesh) -> Callable[..., dict]:
@@ -107,7 +108,7 @@ def make_evaluator(config: Config, data: Data, model: Any, mesh: Mesh) -> Callab
       sums[name]['bytes'] *= store.bytes_scale
     results = summarize({key: sum(s[key] for s in sums.values()) for key in next(iter(sums.values()))})
     if config.eval.answers:
-      results |= summarize_answers(answer_stores(config, data, model, params, stores, config.eval.answers))
+      results |= summarize_answers(answer_stores(config, data, model, params, stores, config.eval.answers, interrupted))
     if len(stores) > 1:
       results |= {f'{name}/{key}': value for name in stores for key, value in summarize(sums[name]).items()
                   if key in ('loss', 'bits_per_byte')}
@@ -117,7 +118,7 @@ def make_evaluator(config: Config, data: Data, model: Any, mesh: Mesh) -> Callab
 
 
 def answer_stores(config: Config, data: Data, model: Any, params: Params, stores: dict[str, TokenStore],
-                  limit: int | None) -> list[Answer]:
+                  limit: int | None, interrupted: Callable[[], bool] = lambda: False) -> list[Answer]:
   """Answers to the pairs of all stores, of each an equal part of `limit` rows."""
   validator = make_validator(config.eval.validator)
   answers: list[Answer] = []
@@ -125,7 +126,7 @@ def answer_stores(config: Config, data: Data, model: Any, params: Params, stores
     examples = pipeline.open_examples(config.data, data, store, train=False)
     assert data.tokenizer is not None  # `complete` has asked for one
     answers += answer(model, params, examples, data.tokenizer, num_beams=config.eval.num_beams, validator=validator,
-                      limit=limit and max(1, limit // len(stores)))
+                      limit=limit and max(1, limit // len(stores)), interrupted=interrupted)
   return answers
 
 

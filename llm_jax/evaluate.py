@@ -13,6 +13,7 @@ from pathlib import Path
 from llm_jax import runtime
 from llm_jax.errors import ConfigError, DataError, StorageError
 from llm_jax.main import run_as_program
+from llm_jax.validators import make_validator
 
 
 def main(argv: list[str]) -> None:
@@ -28,6 +29,10 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--out', type=Path, help='the JSON file (default: evaluation.json in the workdir)')
   runtime.add_flag(parser)
   args = parser.parse_args(argv)
+
+  if (args.answers or 0) < 0 or (1 if args.num_beams is None else args.num_beams) < 1:
+    raise ConfigError(f'--answers must not be negative, --num_beams at least 1; got {args.answers}, {args.num_beams}')
+  make_validator(args.validator or '')  # told now, not after the whole loss
 
   runtime.prepare(args.tuning == 'on')
   import jax

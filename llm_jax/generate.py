@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
                        (args.num_tokens < 1, '--num_tokens must be at least 1'),
                        (args.temperature < 0, '--temperature must not be negative'),
                        (args.num_beams < 0, '--num_beams must not be negative'),
+                       (args.num_beams and args.num_samples > 1, '--num_beams finds one text; leave out --num_samples'),
                        (args.top_k < 0, '--top_k must not be negative'),
                        (not 0 < args.top_p <= 1, '--top_p must lie in (0, 1]')):
     if bad:

@@ -57,7 +57,8 @@ def main(argv: list[str]) -> None:
     features = next(pipeline.eval_batches(examples, 2, np.arange(2), None))
     report: dict[str, Any] = {'workdir': str(args.workdir), 'step': run.meta['step'], 'weights': weights(run.params)}
     batch = Batch(**{name: jax.numpy.asarray(x) for name, x in features.items()})
-    report['activations'], sown = activations(run.model, run.params, batch)
+    whole = make_model(dataclasses.replace(run.config.model, remat='none'))  # remat would hide what is inside
+    report['activations'], sown = activations(whole, run.params, batch)
     if 'think' in sown:
       def losses(num_steps: int) -> float:
         config = dataclasses.replace(run.config.model, thinking_steps=num_steps,
@@ -93,15 +94,21 @@ def activations(model: Any, params: Any, batch: Any) -> tuple[dict[str, dict], d
   import flax.linen as nn
   import jax
   found: dict[str, dict] = {}
+  stack: list[str] = []
 
   def watch(next_fn, args, kwargs, context):
+    # The blocks of a stack are roots of their own: told apart by their class.
+    is_block = context.method_name == '__call__' and not context.module.path
+    stack.extend([type(context.module).__name__] * is_block)
     result = next_fn(*args, **kwargs)
+    if is_block:
+      stack.pop()
     first = result[0] if isinstance(result, tuple) else result
     path = context.module.path
     traced = isinstance(first, jax.core.Tracer)  # Flax looks again at what shapes its parameters would be made with
     if context.method_name == '__call__' and path and 'Dropout' not in path[-1] and not traced:
       x = np.asarray(first, np.float32)
-      entry = found.setdefault('/'.join(path), {'rms': [], 'largest': []})
+      entry = found.setdefault('/'.join((*stack[-1:], *path)), {'rms': [], 'largest': []})
       entry['rms'].append(float(np.sqrt((x**2).mean())))
       entry['largest'].append(float(np.abs(x).max()))
     return result

@@ -140,4 +140,5 @@ def _beam_search(params, tokens_BT, lengths_B, *, model, max_len, num_tokens, eo
       (jnp.int32(1), scores_BW, ended_BW, hyps_BWT, cache))
   length_BW = jnp.minimum((hyps_BWT != eos_id).sum(-1) + 1, num_tokens)  # with its eos
   best_B = jnp.argmax(scores_BW / ((5 + length_BW) / 6) ** alpha, axis=1)
-  return jnp.take_along_axis(hyps_BWT, best_B[:, None, None], axis=1)[:, 0]
+  best_BT = jnp.take_along_axis(hyps_BWT, best_B[:, None, None], axis=1)[:, 0]
+  return constrain(best_BT, None, None)  # every process gets every token

@@ -89,7 +89,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     if any(theirs != json.loads(json.dumps(fingerprint)) for theirs in gather(fingerprint)):
       raise ConfigError('config.data: the processes do not see the same data; share a cache (config.data.cache_dir), '
                         'or give every host the same files and versions')
-    best, stale, validated, stream_states = float('inf'), 0, True, None
+    # The least val/loss of what was saved; the least of all, and the evaluations since then.
+    best, lowest, stale, validated, stream_states = float('inf'), float('inf'), 0, True, None
     if checkpoints.steps():
       params, (step, opt_state), meta = checkpoints.restore(
           abstract.params, (abstract.step, abstract.opt_state),
@@ -97,7 +98,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       checkpoints.set_aside_after(meta['step'])
       state = TrainState(step, params, opt_state)
       best = meta['best_val_loss'] if meta['best_val_loss'] is not None else best
-      stale = meta.get('stale', 0)
+      lowest, stale = meta.get('lowest') or best, meta.get('stale', 0)
       validated = meta['val_loss'] is not None
       stream_states = meta.get('stream_states')
       report_resume(config, meta)
@@ -157,7 +158,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
 
     def settle(step: int, logged: dict[str, float], stopping: bool) -> bool:
       """Validates, logs, saves and samples what is due at a step; False if a signal cut the validation short."""
-      nonlocal best, stale, results
+      nonlocal best, lowest, stale, results
       val_loss = None
       if due(step, config.eval.every):
         with contextlib.suppress(Interrupted):
@@ -165,7 +166,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
           logged, val_loss = logged | results, results['val/loss']
       improved = val_loss is not None and val_loss < best
       if val_loss is not None:
-        stale = 0 if improved else stale + 1
+        lowest, stale = (val_loss, 0) if val_loss < lowest else (lowest, stale + 1)
       writer.scalars(step, logged)  # on disk before the checkpoint is
       if stopping or stop.requested or exhausted() or due(step, config.checkpoint.every) or (
           improved and config.checkpoint.keep_best):
@@ -174,6 +175,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         saved = checkpoints.save(step, state.params, (state.step, state.opt_state), val_loss=val_loss, meta={
             'config': to_dict(config), 'data': fingerprint, 'stream_states': gather(batches.state()),
             'val_loss': val_loss, 'best_val_loss': best_val_loss, 'stale': stale,
+            'lowest': lowest if lowest < float('inf') else None,
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
         if saved and improved and val_loss is not None:
           best = val_loss

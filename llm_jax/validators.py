@@ -52,8 +52,11 @@ def make_validator(name: str) -> Validator | None:
     return None
   if name in VALIDATORS:
     return VALIDATORS[name]()
-  command = shlex.split(name)
-  if shutil.which(command[0]) is None:
+  try:
+    command = shlex.split(name)
+  except ValueError as e:
+    raise ConfigError(f'config.eval.validator: {name!r} is no command: {e}') from None
+  if not command or shutil.which(command[0]) is None:
     raise ConfigError(f'config.eval.validator: {name!r} is neither a command here nor one of {", ".join(VALIDATORS)}')
 
   def accepts(text: str) -> bool:
@@ -61,6 +64,8 @@ def make_validator(name: str) -> Validator | None:
       return subprocess.run(command, input=text.encode(), capture_output=True, timeout=SECONDS).returncode == 0
     except subprocess.TimeoutExpired:
       return False
+    except OSError as e:
+      raise ConfigError(f'config.eval.validator: {command[0]} cannot be run: {e.strerror}') from None
 
   return accepts
 

@@ -97,9 +97,11 @@ def reference(q, k, v):
   return y
 
 
-@pytest.mark.parametrize('length', [1, CHUNK, 2 * CHUNK + 5])
-def test_linear_attention_is_its_equation_and_goes_on_from_its_state(length):
+@pytest.mark.parametrize(('length', 'shift'), [(1, 0), (CHUNK, -20), (2 * CHUNK + 5, 0)])
+def test_linear_attention_is_its_equation_and_goes_on_from_its_state(length, shift):
+  """Also where all features are tiny."""
   q, k, v = np.random.default_rng(0).normal(size=(3, 2, length, 2, 4))
+  q, k = q + shift, k + shift
   attend = jax.jit(linear_attention)
   y, _ = attend(*(jnp.float32(x) for x in (q, k, v)))
   np.testing.assert_allclose(y, reference(q, k, v), rtol=1e-4, atol=1e-5)
@@ -119,7 +121,7 @@ def test_the_memory_of_linear_attention_grows_with_length_and_holds_no_state_per
     return gradient.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
 
   short, long = temporary(1024), temporary(8192)
-  assert long < 8.5 * short and long < 8192 * H * H * 4 / 4
+  assert long < 10 * short and long < 8192 * H * H * 4 / 4
 
 
 def test_thinking_is_its_equations():
@@ -163,7 +165,7 @@ def test_no_thinking_has_no_weights_for_it():
 
 def train(sizes, num_microbatches):
   """Losses and parameters of five steps on a mesh of virtual devices."""
-  cfg = dataclasses.replace(TINY, vocab_size=16, num_layers=1, overlap=True)
+  cfg = dataclasses.replace(TINY, vocab_size=16, num_layers=1, overlap=True, halting=True)
   mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
   model, (tx, schedule) = make_model(cfg), make_optimizer(build(OptimConfig, {'learning_rate': 1e-2}), 20)
   with jax.set_mesh(mesh):

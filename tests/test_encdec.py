@@ -15,7 +15,7 @@ from llm_jax.config import build
 from llm_jax.models import make_model
 from llm_jax.models.encdec import EncDecConfig
 from llm_jax.optim import OptimConfig, make_optimizer
-from llm_jax.sampling import beam_search, generate
+from llm_jax.sampling import _beam_search, beam_search, generate, pad
 from llm_jax.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, put_batch
 from llm_jax.step import init_state, state_shardings, train_step
 from llm_jax.types import Batch
@@ -175,6 +175,11 @@ def test_one_beam_is_greedy_decoding_and_rows_do_not_mix():
   greedy = np.stack(list(generate(model, params, prompts, temperature=0, **options)), axis=1)
   np.testing.assert_array_equal(beam_search(model, params, prompts, eos_id=99, num_beams=1, **options), greedy)
   together = beam_search(model, params, prompts, eos_id=2, num_beams=3, **options)
+  with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):  # on a mesh too, with all of it for every process
+    sharded = _beam_search(params, *pad(model, prompts * 4, 12), model=model, eos_id=2, num_beams=3, alpha=0.6,
+                           num_ids=None, **options)
+  assert sharded.is_fully_replicated
+  np.testing.assert_array_equal(sharded, np.tile(together, (4, 1)))
   for prompt, row in zip(prompts, together, strict=True):
     np.testing.assert_array_equal(beam_search(model, params, [prompt], eos_id=2, num_beams=3, **options)[0], row)
 

@@ -20,6 +20,8 @@ def get_config():
   config.data.tokenizer = 'byte'
   config.data.seq_len = 64
   config.data.mask_documents = False
+  config.model.remat = 'full'
+  config.model.thinking_steps = 1
   config.eval.sample_tokens = 0
   config.eval.max_tokens = 256
   return config
@@ -45,16 +47,16 @@ def test_every_parameter_and_every_layer_is_in_the_report(report):
   assert len(found['weights']['blocks/near/q/w']['rms']) == 2 and len(found['weights']['start']['rms']) == 1
   total = sum(np.prod(shape) for shape in shapes.values())
   assert f'{total:,.0f} parameters' in output
-  for name in ('near', 'far', 'mlp'):
+  for name in ('HybridBlock/near', 'HybridBlock/far', 'HybridBlock/mlp'):
     assert len(found['activations'][name]['rms']) == 2, 'one for each layer'
-  assert len(found['activations']['think/mlp']['rms']) == 3, 'one for each thinking step'
+  assert len(found['activations']['think/mlp']['rms']) == 1, 'one for each thinking step'
 
 
 def test_losses_are_given_for_fewer_and_more_steps(report):
   found, output = report
   think = found['thinking']
-  assert list(think['loss']) == ['0', '1', '2', '3', '4', '5'] and all(np.isfinite(list(think['loss'].values())))
-  assert len(think['move']) == len(think['gate']) == 3 and all(0 < gate < 1 for gate in think['gate'])
+  assert list(think['loss']) == ['0', '1', '2', '3'] and all(np.isfinite(list(think['loss'].values())))
+  assert len(think['move']) == len(think['gate']) == 1 and all(0 < gate < 1 for gate in think['gate'])
   assert f'thinking: {think["verdict"]}' in output
 
 

@@ -16,8 +16,9 @@ State = dict[str, jax.Array]  # s [B, N, H, I], z [B, N, H]; float32
 
 
 def feature(x: jax.Array) -> jax.Array:
-  """elu(x) + 1, float32: positive, so that no normaliser is zero."""
-  return jax.nn.elu(x.astype(jnp.float32)) + 1
+  """elu(x) + 1, float32, and exact where adding 1 to elu would cancel."""
+  x = x.astype(jnp.float32)
+  return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
 
 
 def empty_state(batch_size: int, num_heads: int, head_dim: int) -> State:
@@ -29,7 +30,10 @@ def linear_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, st
                      real_BT: jax.Array | None = None) -> tuple[jax.Array, State]:
   """(y [B, T, N, H] float32, the state after T). Tokens that are not real leave no trace in either."""
   B, T, N, H = q_BTNH.shape
-  q_BTNH, k_BTNH, v_BTNH = feature(q_BTNH), feature(k_BTNH), v_BTNH.astype(jnp.float32)
+  # A query's scale cancels, and of negative features it is exp(largest): without it no normaliser is near zero.
+  largest_BTN1 = jnp.minimum(q_BTNH.max(-1, keepdims=True), 0)
+  q_BTNH = feature(q_BTNH - jax.lax.stop_gradient(largest_BTN1))
+  k_BTNH, v_BTNH = feature(k_BTNH), v_BTNH.astype(jnp.float32)
   if real_BT is not None:
     k_BTNH *= real_BT[..., None, None]
   C = min(CHUNK, T)
@@ -47,7 +51,7 @@ def linear_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, st
     y_BNCI = jnp.einsum('BNCS,BNSI->BNCI', w_BNCS, v_BNCI) + jnp.einsum('BNCH,BNHI->BNCI', q_BNCH, state['s'])
     norm_BNC = w_BNCS.sum(-1) + jnp.einsum('BNCH,BNH->BNC', q_BNCH, state['z'])
     state = {'s': state['s'] + jnp.einsum('BNCH,BNCI->BNHI', k_BNCH, v_BNCI), 'z': state['z'] + k_BNCH.sum(2)}
-    return state, y_BNCI / jnp.maximum(norm_BNC, 1e-6)[..., None]
+    return state, y_BNCI / jnp.maximum(norm_BNC, 1e-30)[..., None]
 
   first: State = empty_state(B, N, H) if state is None else state
   last, y_MBNCI = jax.lax.scan(body, first, tuple(map(chunks, (q_BTNH, k_BTNH, v_BTNH))))

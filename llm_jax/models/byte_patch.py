@@ -17,11 +17,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.devices import has_fast_bf16
 from llm_jax.layers.attention import causal_attention, project_heads
+from llm_jax.layers.kernels import ATTENTION
 from llm_jax.layers.linear import Embed, weight
-from llm_jax.layers.linear_attention import empty_state, linear_attention
+from llm_jax.layers.linear_attention import CHUNK, empty_state, linear_attention
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.stack import REMAT, apply_stack, init_stack
 from llm_jax.losses import Readout
@@ -77,7 +79,15 @@ class BytePatchConfig:
       raise ValueError(f'patch_size {self.patch_size} does not divide embed_dim {self.embed_dim}')
     if self.halting and not self.thinking_steps:
       raise ValueError('halting needs thinking_steps, the most there can be; got 0')
-    for field, table in (('mlp', MLPS), ('remat', REMAT), ('decoder', LOCAL)):
+    for field in ('vocab_size', 'max_len', 'mlp_dim'):
+      if getattr(self, field) is not None and getattr(self, field) < 1:
+        raise ValueError(f'{field} must be at least 1; got {getattr(self, field)}')
+    for field in ('init_std', 'rope_base'):
+      if getattr(self, field) <= 0:
+        raise ValueError(f'{field} must be positive; got {getattr(self, field)}')
+    if self.dropout >= 1:
+      raise ValueError(f'dropout must lie in [0, 1); got {self.dropout}')
+    for field, table in (('mlp', MLPS), ('remat', REMAT), ('decoder', LOCAL), ('attention', ('auto', *ATTENTION))):
       if getattr(self, field) not in table:
         raise ValueError(f'{field} {getattr(self, field)!r} is unknown; known: {", ".join(table)}')
 
@@ -116,7 +126,7 @@ class BytePatchConfig:
     seen, patches = min(self.window, seq_len // P), seq_len // P
     attended = seen * (1 - seen / (2 * patches)) if patches else 0
     # Linear attention: the state read and written, and half of a chunk's weights.
-    block = 6 * (8 * D * D + feed_forward) + 12 * attended * D + 12 * D * self.H
+    block = 6 * (8 * D * D + feed_forward) + 12 * attended * D + 12 * D * self.H + 6 * min(CHUNK, patches) * D
     think = 6 * self.thinking_steps * (feed_forward + D * D)
     patch = self.num_layers * block + think + 6 * self.Q * (D // P) * D
     return patch / P + LOCAL[self.decoder].flops_per_byte(self) + 6 * D * self.V
@@ -172,6 +182,7 @@ class Heads(nn.Module):
       y_BMNH, cache = self._far(q_BMNH, k_BMNH, v_BMNH, patches, cache)
     else:
       y_BMNH, cache = self._near(q_BMNH, k_BMNH, v_BMNH, positions_BM, patches, cache, window)
+    y_BMNH = checkpoint_name(y_BMNH, 'attention')
     out = self.einsum(shape=(cfg.num_heads, cfg.H, cfg.embed_dim), axes=('heads', 'head_dim', 'embed'),
                       bias_dims=int(cfg.use_bias), initializer=self.out_init, name='o')
     return out('BTNH,NHD->BTD', y_BMNH), cache
