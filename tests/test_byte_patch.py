@@ -165,7 +165,7 @@ def test_no_thinking_has_no_weights_for_it():
 
 def train(sizes, num_microbatches):
   """Losses and parameters of five steps on a mesh of virtual devices."""
-  cfg = dataclasses.replace(TINY, vocab_size=16, num_layers=1, overlap=True, halting=True)
+  cfg = dataclasses.replace(TINY, vocab_size=16, num_layers=1, patch_size=2, overlap=True, halting=True)
   mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
   model, (tx, schedule) = make_model(cfg), make_optimizer(build(OptimConfig, {'learning_rate': 1e-2}), 20)
   with jax.set_mesh(mesh):

@@ -2,11 +2,17 @@
 
 import json
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from program import finish, start, write_config
 
-from llm_jax.inspect import thinking, weights
+from llm_jax.inspect import activations, thinking, weights
+from llm_jax.models import make_model
+from llm_jax.models.decoder import DecoderConfig
+from llm_jax.types import Batch
 
 BYTES = '''
 def get_config():
@@ -40,6 +46,7 @@ def report(tmp_path_factory):
   return json.loads((folder / 'look.json').read_text()), output
 
 
+@pytest.mark.slow
 def test_every_parameter_and_every_layer_is_in_the_report(report):
   found, output = report
   shapes = {name: entry['shape'] for name, entry in found['weights'].items()}
@@ -52,6 +59,7 @@ def test_every_parameter_and_every_layer_is_in_the_report(report):
   assert len(found['activations']['think/mlp']['rms']) == 1, 'one for each thinking step'
 
 
+@pytest.mark.slow
 def test_losses_are_given_for_fewer_and_more_steps(report):
   found, output = report
   think = found['thinking']
@@ -66,6 +74,18 @@ def test_losses_are_given_for_fewer_and_more_steps(report):
 def test_the_verdict(moves, verdict):
   move = np.array(moves)[:, None, None] * np.ones((1, 2, 5))
   assert thinking({'move': move, 'gate': np.full_like(move, 0.5)}, lambda n: 1.0 / (n + 1), 3)['verdict'] == verdict
+
+
+def test_every_call_of_every_module_is_seen():
+  cfg = DecoderConfig(vocab_size=8, max_len=4, num_layers=2, embed_dim=8, num_heads=2, dtype='float32')
+  model, tokens = make_model(cfg), jnp.zeros((1, 4), jnp.int32)
+  batch = Batch(tokens, tokens, tokens * 1.0)
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch)['params'])
+  params['blocks']['mlp']['down']['w'] = jnp.stack([params['blocks']['mlp']['down']['w'][0] * 0, jnp.ones((32, 8))])
+  found, _ = activations(model, params, batch)
+  assert {len(found[f'Block/{name}']['rms']) for name in ('attn', 'attn/q', 'mlp', 'mlp/up')} == {2}
+  assert found['Block/mlp']['rms'][0] == 0 < found['Block/mlp']['rms'][1] <= found['Block/mlp']['largest'][1]
+  assert len(found['final_norm']['rms']) == 1
 
 
 def test_weights_of_a_stack_are_told_layer_by_layer():

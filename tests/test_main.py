@@ -177,7 +177,7 @@ REFUSED = [
      'encoder_tokens, which the model decoder does not read'),
     (['--config.data.streaming=true'], ConfigError, 'config.data: streaming: validation needs split=count'),
     (['--config.data.sources.a.pth=x'], ConfigError, 'did you mean config.data.sources.a.path?'),
-    (['--config.eval.prompts=' + 'x ' * 99], ConfigError, 'a row holds'),
+    (['--config.eval.prompts=' + 'x ' * 99], ConfigError, 'are the most'),
     (['--config.data.tokenizer=char', '--config.eval.prompts=\u4e2d'], ConfigError, 'config.eval.prompts'),
     (['--config.model.num_heads=3'], ConfigError, 'nearest that do'),
     (['--workdir={folder}/empty.txt/run'], StorageError, 'empty.txt/run cannot be written'),
@@ -302,7 +302,7 @@ def test_the_programs_refuse_what_they_cannot_use(whole, folder):
   for program, flags, error, words in [
       (generate, ['--workdir', 'nowhere'], StorageError, 'nowhere holds no run'),
       (generate, ['--workdir', str(whole[0]), '--top_p=0'], ConfigError, '--top_p'),
-      (generate, ['--workdir', str(whole[0]), '--prompt=' + 'x ' * 99], ConfigError, 'fill the 32'),
+      (generate, ['--workdir', str(whole[0]), '--prompt=' + 'x ' * 99], ConfigError, '31 are the most'),
       (generate, ['--workdir', str(whole[0]), '--checkpoint=last'], ConfigError, 'latest, best, or a step'),
       (generate, ['--workdir', str(whole[0]), '--checkpoint=7'], StorageError, 'no checkpoint of step 7'),
       (evaluate, ['--workdir', str(whole[0]), '--data=nowhere'], DataError, 'nowhere')]:
