@@ -52,8 +52,8 @@ def environment(folder: Path) -> dict[str, str]:
   return kept | {
       'JAX_PLATFORMS': 'cpu', 'LLM_JAX_CACHE': str(folder / 'cache'), 'PYTHONPATH': str(ROOT),
       # The same small programs are compiled again and again: once is enough.
-      'JAX_COMPILATION_CACHE_DIR': os.environ['LLM_JAX_CACHE'] + '/programs', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'}
+      'JAX_COMPILATION_CACHE_DIR': os.environ['LLM_JAX_CACHE'] + '/programs',
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'}
 
 
 def start(folder: Path, module: str, *flags: str) -> subprocess.Popen:
