@@ -2,6 +2,9 @@
 
   python -m llm_jax.main --config=configs/bytes_small.py
   python -m llm_jax.inspect --workdir=runs/bytes_small
+
+3.07 bits per byte over the whole validation part with --config.num_steps=250, which took 4 minutes on two busy cores of
+a 2.5 GHz Xeon; the 1000 steps have not been run yet.
 """
 
 from llm_jax.config import base

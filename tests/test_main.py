@@ -291,6 +291,7 @@ def test_any_data_goes_on_where_it_was(data, folder):
   assert losses(cut) == losses(whole) and len(losses(whole)) == 9
 
 
+@pytest.mark.slow
 def test_the_config_of_a_run_repeats_it(resumable, folder):
   main.main([f'--config={resumable}/config.json', f'--workdir={folder}/repeated'])
   losses = [[line['train/loss'] for line in read_metrics(path / 'metrics.jsonl')]
