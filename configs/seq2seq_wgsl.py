@@ -7,7 +7,8 @@
 
 324 pairs of our own (configs/data/make_wgsl.py), dealt by a hash of their text. On CPUs (see on_cpu): 50 epochs in
 3 min 10 s on two cores of a 2.5 GHz Xeon, training loss 0.02, val/loss 0.11; of the 27 answers to the test part 26%
-are right to the token (30% with --num_beams=4; 33% by the last checkpoint) and all are valid WGSL. The full size has not been trained yet.
+are right to the token (30% with --num_beams=4; 33% by the last checkpoint) and all are valid WGSL. The full size has
+not been trained yet.
 """
 
 from pathlib import Path

@@ -6,8 +6,7 @@ Dims: B batch, T query length, S key length, D embed, N heads, K kv heads, H hea
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -61,54 +60,8 @@ def cached_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *,
   return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
 
 
-class CrossAttention(nn.Module):
-  """Attention to what an encoder made; with a cache it keeps its keys and values there."""
-
-  embed_dim: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  einsum: Callable[..., Einsum]  # the model's Einsum, with dtype and init filled in
-  out_init: Initializer
-  dtype: Dtype
-  qk_norm: bool = False
-  use_bias: bool = False
-
-  @nn.compact
-  def __call__(self, x_BTD: jax.Array, encoded_BSD: jax.Array | None, mask_BTS: jax.Array,
-               cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
-    """`mask_BTS` is true where a token sees. `encoded_BSD` None: keys and values are the cache's."""
-    project = partial(project_heads, self)
-    q_BTNH = project('q', x_BTD, self.num_heads, 'heads')
-    if encoded_BSD is not None:
-      k_BSKH = project('k', encoded_BSD, self.num_kv_heads, 'kv_heads')
-      v_BSKH = project('v', encoded_BSD, self.num_kv_heads, 'kv_heads')
-      cache = cache and {'k': k_BSKH, 'v': v_BSKH}
-    else:
-      assert cache is not None
-      k_BSKH, v_BSKH = cache['k'], cache['v']
-    y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
-    y_BTNH = checkpoint_name(y_BTNH, 'attention')
-    out = self.einsum(shape=(self.num_heads, self.head_dim, self.embed_dim), axes=('heads', 'head_dim', 'embed'),
-                      bias_dims=int(self.use_bias), initializer=self.out_init, name='o')
-    return out('BTNH,NHD->BTD', y_BTNH), cache
-
-
-def project_heads(module: Any, name: str, x_BTD: jax.Array, num_heads: int, axis: str,
-                  positions_BT: jax.Array | None = None) -> jax.Array:
-  """Queries, keys or values [B, T, heads, H] of an attention module, in its dtype; turned where positions are given."""
-  einsum = module.einsum(shape=(module.embed_dim, num_heads, module.head_dim), axes=('embed', axis, 'head_dim'),
-                         bias_dims=2 * module.use_bias, name=name)
-  y_BTNH = constrain(einsum('BTD,DNH->BTNH', x_BTD), 'act_batch', 'act_length', f'act_{axis}', None)
-  if module.qk_norm and name != 'v':
-    y_BTNH = RMSNorm(axis='head_dim', name=f'{name}_norm')(y_BTNH)
-  if positions_BT is not None:
-    y_BTNH = apply_rope(y_BTNH, positions_BT, module.rope_base)
-  return checkpoint_name(y_BTNH.astype(module.dtype), 'matmul')
-
-
-class Attention(nn.Module):
-  """Self-attention; with a cache it first writes its keys and values at `positions_BT`."""
+class MultiHead(nn.Module):
+  """What every attention has: queries, keys and values of heads, and the way back. A base class."""
 
   embed_dim: int
   num_heads: int
@@ -122,13 +75,32 @@ class Attention(nn.Module):
   use_bias: bool = False
   implementation: str = 'auto'  # one of kernels.ATTENTION
 
+  def project(self, name: str, x_BTD: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
+    """'q', 'k' or 'v' [B, T, heads, H], in `dtype`; turned by RoPE where positions are given."""
+    num_heads, axis = (self.num_heads, 'heads') if name == 'q' else (self.num_kv_heads, 'kv_heads')
+    einsum = self.einsum(shape=(self.embed_dim, num_heads, self.head_dim), axes=('embed', axis, 'head_dim'),
+                         bias_dims=2 * self.use_bias, name=name)
+    y_BTNH = constrain(einsum('BTD,DNH->BTNH', x_BTD), 'act_batch', 'act_length', f'act_{axis}', None)
+    if self.qk_norm and name != 'v':
+      y_BTNH = RMSNorm(axis='head_dim', name=f'{name}_norm')(y_BTNH)
+    if self.rope_base and positions_BT is not None:
+      y_BTNH = apply_rope(y_BTNH, positions_BT, self.rope_base)
+    return checkpoint_name(y_BTNH.astype(self.dtype), 'matmul')
+
+  def output(self, y_BTNH: jax.Array) -> jax.Array:
+    out = self.einsum(shape=(self.num_heads, self.head_dim, self.embed_dim), axes=('heads', 'head_dim', 'embed'),
+                      bias_dims=int(self.use_bias), initializer=self.out_init, name='o')
+    return out('BTNH,NHD->BTD', y_BTNH)
+
+
+class Attention(MultiHead):
+  """Self-attention; with a cache it first writes its keys and values at `positions_BT`."""
+
   @nn.compact
   def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, visible: Visible,
                cache: KVCache | None, window: int) -> tuple[jax.Array, KVCache | None]:
-    turned = positions_BT if self.rope_base else None
-    q_BTNH = project_heads(self, 'q', x_BTD, self.num_heads, 'heads', turned)
-    k_BTKH = project_heads(self, 'k', x_BTD, self.num_kv_heads, 'kv_heads', turned)
-    v_BTKH = project_heads(self, 'v', x_BTD, self.num_kv_heads, 'kv_heads')
+    q_BTNH, k_BTKH = (self.project(name, x_BTD, positions_BT) for name in 'qk')
+    v_BTKH = self.project('v', x_BTD)
     if cache is None:
       # Parameters are made from one token, which a kernel may refuse.
       implementation = 'xla' if self.is_initializing() else self.implementation
@@ -139,6 +111,22 @@ class Attention(nn.Module):
       cache = {'k': write(cache['k'], positions_BT, k_BTKH), 'v': write(cache['v'], positions_BT, v_BTKH)}
       y_BTNH = cached_attention(q_BTNH, cache['k'], cache['v'], positions_BT=positions_BT, window=window,
                                 prefix_BS=visible.prefix_BS)
-    out = self.einsum(shape=(self.num_heads, self.head_dim, self.embed_dim), axes=('heads', 'head_dim', 'embed'),
-                      bias_dims=int(self.use_bias), initializer=self.out_init, name='o')
-    return out('BTNH,NHD->BTD', y_BTNH), cache
+    return self.output(y_BTNH), cache
+
+
+class CrossAttention(MultiHead):
+  """Attention to what an encoder made; with a cache it keeps its keys and values there."""
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, encoded_BSD: jax.Array | None, mask_BTS: jax.Array,
+               cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+    """`mask_BTS` is true where a token sees. `encoded_BSD` None: keys and values are the cache's."""
+    q_BTNH = self.project('q', x_BTD)
+    if encoded_BSD is not None:
+      k_BSKH, v_BSKH = (self.project(name, encoded_BSD) for name in 'kv')
+      cache = cache and {'k': k_BSKH, 'v': v_BSKH}
+    else:
+      assert cache is not None
+      k_BSKH, v_BSKH = cache['k'], cache['v']
+    y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
+    return self.output(checkpoint_name(y_BTNH, 'attention')), cache

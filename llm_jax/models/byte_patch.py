@@ -19,15 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.devices import has_fast_bf16
-from llm_jax.layers.attention import causal_attention, project_heads
+from llm_jax.layers.attention import MultiHead, causal_attention
 from llm_jax.layers.kernels import ATTENTION
 from llm_jax.layers.linear import Embed, weight
 from llm_jax.layers.linear_attention import CHUNK, empty_state, linear_attention
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.stack import REMAT, apply_stack, init_stack
 from llm_jax.losses import Readout
-from llm_jax.models.decoder import Head, make_einsum, make_norm, project
+from llm_jax.models.decoder import Head, make_einsum, make_heads, make_norm, operand_dtype, project
 from llm_jax.models.local import LOCAL
 from llm_jax.models.thinking import Think
 from llm_jax.sharding import constrain
@@ -65,6 +64,8 @@ class BytePatchConfig:
   scan_unroll: int = 1
   remat: str = 'none'
   prefix_attention: ClassVar[bool] = False
+  positions: ClassVar[str] = 'rope'
+  qk_norm: ClassVar[bool] = False
 
   def __post_init__(self):
     for field in ('patch_size', 'num_layers', 'embed_dim', 'num_heads', 'window', 'decoder_layers', 'scan_unroll'):
@@ -96,6 +97,10 @@ class BytePatchConfig:
     return self.embed_dim // self.num_heads
 
   @property
+  def K(self) -> int:
+    return self.num_heads
+
+  @property
   def V(self) -> int:
     assert self.vocab_size is not None, 'assemble.complete fills it in'
     return self.vocab_size
@@ -110,7 +115,7 @@ class BytePatchConfig:
 
   @property
   def operand_dtype(self) -> jnp.dtype:
-    return jnp.dtype(('bfloat16' if has_fast_bf16() else 'float32') if self.dtype == 'auto' else self.dtype)
+    return operand_dtype(self.dtype)
 
   @property
   def longest_prompt(self) -> int:
@@ -149,66 +154,45 @@ class HybridBlock(nn.Module):
     norm, out_init = make_norm(cfg), nn.initializers.normal(cfg.init_std / (3 * cfg.num_layers) ** 0.5)
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
     h_BMD = norm(name='attn_norm')(x_BMD)
-    heads = partial(Heads, cfg, out_init)
-    near_BMD, near = heads(name='near')(h_BMD, positions_BM, patches, cache, window)
-    far_BMD, far = heads(name='far', linear=True)(h_BMD, None, patches, cache, window)
+    near_BMD, near = make_heads(cfg, NearAttention, out_init, 'near')(h_BMD, positions_BM, patches, cache, window)
+    far_BMD, far = make_heads(cfg, FarAttention, out_init, 'far')(h_BMD, patches, cache)
     x_BMD = x_BMD + dropout(near_BMD) + dropout(far_BMD)
     mlp = MLPS[cfg.mlp](cfg.embed_dim, cfg.F, make_einsum(cfg), out_init, use_bias=cfg.use_bias, name='mlp')
     x_BMD = x_BMD + dropout(mlp(norm(name='mlp_norm')(x_BMD)))
     return constrain(x_BMD, 'act_batch', 'act_length', 'act_embed'), cache and {**near, **far}
 
 
-class Heads(nn.Module):
-  """Attention over a window of patches, or linear attention over all of them."""
-
-  cfg: BytePatchConfig
-  out_init: Any
-  linear: bool = False
-
-  qk_norm = False
-  embed_dim = property(lambda self: self.cfg.embed_dim)
-  head_dim = property(lambda self: self.cfg.H)
-  use_bias = property(lambda self: self.cfg.use_bias)
-  rope_base = property(lambda self: self.cfg.rope_base)
-  dtype = property(lambda self: self.cfg.operand_dtype)
+class NearAttention(MultiHead):
+  """Attention over a window of patches. Slot s of its cache holds the last patch whose number is s modulo W."""
 
   @nn.compact
   def __call__(self, x_BMD, positions_BM, patches: Patches, cache, window: int):
-    cfg = self.cfg
-    q_BMNH, k_BMNH, v_BMNH = (
-        project_heads(self, name, x_BMD, cfg.num_heads, 'heads', None if name == 'v' else positions_BM)
-        for name in 'qkv')
-    if self.linear:
-      y_BMNH, cache = self._far(q_BMNH, k_BMNH, v_BMNH, patches, cache)
+    q_BMNH, k_BMNH = (self.project(name, x_BMD, positions_BM) for name in 'qk')
+    v_BMNH = self.project('v', x_BMD)
+    if cache is None or patches.num_real_B is not None:
+      implementation = 'xla' if self.is_initializing() else self.implementation
+      y_BMNH = causal_attention(q_BMNH, k_BMNH, v_BMNH, window=window, implementation=implementation)
+      if patches.num_real_B is not None:
+        cache = {'k': ring(k_BMNH, patches.num_real_B, window), 'v': ring(v_BMNH, patches.num_real_B, window)}
     else:
-      y_BMNH, cache = self._near(q_BMNH, k_BMNH, v_BMNH, positions_BM, patches, cache, window)
-    y_BMNH = checkpoint_name(y_BMNH, 'attention')
-    out = self.einsum(shape=(cfg.num_heads, cfg.H, cfg.embed_dim), axes=('heads', 'head_dim', 'embed'),
-                      bias_dims=int(cfg.use_bias), initializer=self.out_init, name='o')
-    return out('BTNH,NHD->BTD', y_BMNH), cache
+      write = jax.vmap(lambda slots, position, x: slots.at[position % window].set(x))
+      cache = {name: write(cache[name], positions_BM[:, 0], x[:, 0]) for name, x in (('k', k_BMNH), ('v', v_BMNH))}
+      filled_BW = (jnp.arange(window)[None] <= positions_BM) | (positions_BM >= window)
+      y_BMNH = jax.nn.dot_product_attention(q_BMNH, cache['k'], cache['v'], mask=filled_BW[:, None, None])
+    return self.output(checkpoint_name(y_BMNH, 'attention')), cache
 
-  @property
-  def einsum(self):
-    return make_einsum(self.cfg)
 
-  def _far(self, q_BMNH, k_BMNH, v_BMNH, patches, cache):
+class FarAttention(MultiHead):
+  """Linear attention over all patches, whose state the cache keeps."""
+
+  @nn.compact
+  def __call__(self, x_BMD, patches: Patches, cache):
+    q_BMNH, k_BMNH, v_BMNH = (self.project(name, x_BMD) for name in 'qkv')
     real_BM = None
     if patches.num_real_B is not None:
       real_BM = jnp.arange(k_BMNH.shape[1])[None] < patches.num_real_B[:, None]
-    return linear_attention(q_BMNH, k_BMNH, v_BMNH, cache and {'s': cache['s'], 'z': cache['z']}, real_BM)
-
-  def _near(self, q_BMNH, k_BMNH, v_BMNH, positions_BM, patches, cache, window):
-    if cache is None or patches.num_real_B is not None:
-      implementation = 'xla' if self.is_initializing() else self.cfg.attention
-      y_BMNH = causal_attention(q_BMNH, k_BMNH, v_BMNH, window=window, implementation=implementation)
-      kept = {} if cache is None else {'k': k_BMNH, 'v': v_BMNH}
-      return y_BMNH, {name: ring(x, patches.num_real_B, window) for name, x in kept.items()}
-    # Slot s holds the patch that is the last one to be s modulo the window.
-    write = jax.vmap(lambda slots, position, x: slots.at[position % window].set(x))
-    cache = {name: write(cache[name], positions_BM[:, 0], x[:, 0]) for name, x in (('k', k_BMNH), ('v', v_BMNH))}
-    filled_BW = (jnp.arange(window)[None] <= positions_BM) | (positions_BM >= window)
-    y_BMNH = jax.nn.dot_product_attention(q_BMNH, cache['k'], cache['v'], mask=filled_BW[:, None, None])
-    return y_BMNH, cache
+    y_BMNH, state = linear_attention(q_BMNH, k_BMNH, v_BMNH, cache and {'s': cache['s'], 'z': cache['z']}, real_BM)
+    return self.output(checkpoint_name(y_BMNH, 'attention')), state
 
 
 def ring(x_BMNH: jax.Array, num_real_B: jax.Array, window: int) -> jax.Array:

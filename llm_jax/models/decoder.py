@@ -12,9 +12,10 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
 
 from llm_jax.devices import has_fast_bf16
-from llm_jax.layers.attention import Attention, Visible
+from llm_jax.layers.attention import Attention, MultiHead, Visible
 from llm_jax.layers.kernels import ATTENTION
 from llm_jax.layers.linear import Einsum, Embed, mixed_einsum, weight
 from llm_jax.layers.mlp import MLPS
@@ -96,9 +97,7 @@ class DecoderConfig:
 
   @property
   def operand_dtype(self) -> jnp.dtype:
-    if self.dtype == 'auto':
-      return jnp.dtype('bfloat16' if has_fast_bf16() else 'float32')
-    return jnp.dtype(self.dtype)
+    return operand_dtype(self.dtype)
 
   @property
   def V(self) -> int:
@@ -132,6 +131,11 @@ class DecoderConfig:
     return 6 * matrices + 12 * attended * N * H
 
 
+def operand_dtype(name: str) -> jnp.dtype:
+  """The dtype that 'auto' means on this device, or the one named."""
+  return jnp.dtype(('bfloat16' if has_fast_bf16() else 'float32') if name == 'auto' else name)
+
+
 class Block(nn.Module):
   """Pre-norm attention, then pre-norm feed-forward, each added to the residual stream."""
 
@@ -143,11 +147,8 @@ class Block(nn.Module):
     norm, einsum = make_norm(cfg), make_einsum(cfg)
     out_init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
-    h_BTD, cache = Attention(
-        cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, einsum, out_init, dtype=cfg.operand_dtype, qk_norm=cfg.qk_norm,
-        rope_base=cfg.rope_base if cfg.positions == 'rope' else None, use_bias=cfg.use_bias,
-        implementation=cfg.attention, name='attn',
-    )(norm(name='attn_norm')(x_BTD), positions_BT, visible, cache, window)
+    attend = make_heads(cfg, Attention, out_init, name='attn')
+    h_BTD, cache = attend(norm(name='attn_norm')(x_BTD), positions_BT, visible, cache, window)
     x_BTD = x_BTD + dropout(h_BTD)
     mlp = MLPS[cfg.mlp](cfg.embed_dim, cfg.F, einsum, out_init, use_bias=cfg.use_bias, name='mlp')
     x_BTD = x_BTD + dropout(mlp(norm(name='mlp_norm')(x_BTD)))
@@ -242,6 +243,12 @@ class Decoder(nn.Module):
   def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     x_B1D, layers = self.hidden(tokens_B[:, None], cache['length_B'][:, None], Visible(), cache=cache['layers'])
     return self.output(x_B1D).logits()[:, 0], {'layers': layers, 'length_B': cache['length_B'] + 1}
+
+
+def make_heads(cfg: Any, kind: type[MultiHead], out_init: Initializer, name: str) -> Any:
+  return kind(cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, make_einsum(cfg), out_init, cfg.operand_dtype,
+              rope_base=cfg.rope_base if cfg.positions == 'rope' else None, qk_norm=cfg.qk_norm, use_bias=cfg.use_bias,
+              implementation=cfg.attention, name=name)
 
 
 def make_norm(cfg: Any):

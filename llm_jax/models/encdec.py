@@ -18,7 +18,7 @@ from llm_jax.layers.linear import Embed
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.stack import apply_stack, init_stack
 from llm_jax.losses import Readout
-from llm_jax.models.decoder import Block, DecoderConfig, Head, make_einsum, make_norm, project
+from llm_jax.models.decoder import Block, DecoderConfig, Head, make_einsum, make_heads, make_norm, project
 from llm_jax.sharding import constrain
 from llm_jax.types import Batch, Cache
 
@@ -82,22 +82,17 @@ class CrossBlock(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, positions_BT, read: Read, cache, window: int, train: bool):
     cfg = self.cfg
-    norm, einsum = make_norm(cfg), make_einsum(cfg)
+    norm = make_norm(cfg)
     out_init = nn.initializers.normal(cfg.init_std / (3 * cfg.num_layers) ** 0.5)
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
     own, crossed = (None, None) if cache is None else (cache['self'], cache['cross'])
-    h_BTD, own = Attention(
-        cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, einsum, out_init, dtype=cfg.operand_dtype, qk_norm=cfg.qk_norm,
-        rope_base=cfg.rope_base if cfg.positions == 'rope' else None, use_bias=cfg.use_bias,
-        implementation=cfg.attention, name='attn',
-    )(norm(name='attn_norm')(x_BTD), positions_BT, read.visible, own, window)
+    attend = make_heads(cfg, Attention, out_init, name='attn')
+    h_BTD, own = attend(norm(name='attn_norm')(x_BTD), positions_BT, read.visible, own, window)
     x_BTD = x_BTD + dropout(h_BTD)
-    h_BTD, crossed = CrossAttention(
-        cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, einsum, out_init, dtype=cfg.operand_dtype, qk_norm=cfg.qk_norm,
-        use_bias=cfg.use_bias, name='cross',
-    )(norm(name='cross_norm')(x_BTD), read.encoded_BSD, read.mask_BTS, crossed)
+    look_up = make_heads(cfg, CrossAttention, out_init, name='cross')
+    h_BTD, crossed = look_up(norm(name='cross_norm')(x_BTD), read.encoded_BSD, read.mask_BTS, crossed)
     x_BTD = x_BTD + dropout(h_BTD)
-    mlp = MLPS[cfg.mlp](cfg.embed_dim, cfg.F, einsum, out_init, use_bias=cfg.use_bias, name='mlp')
+    mlp = MLPS[cfg.mlp](cfg.embed_dim, cfg.F, make_einsum(cfg), out_init, use_bias=cfg.use_bias, name='mlp')
     x_BTD = x_BTD + dropout(mlp(norm(name='mlp_norm')(x_BTD)))
     return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed'), cache and {'self': own, 'cross': crossed}
 
