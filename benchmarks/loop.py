@@ -79,14 +79,14 @@ def bare_step(config: Config):
         jax.random.key(0), example_batch(config))
     batch = put_batch(features, local_rows(mesh, shape[0]), shape[0], mesh)
     _, num_microbatches = config.split_batch(num_batch_shards(mesh))
-    step = train.jit_step(config, mesh, shardings, num_microbatches, model=model, tx=tx, schedule=schedule)
+    step = train.jit_step(config, mesh, shardings, None, num_microbatches, model=model, tx=tx, schedule=schedule)
 
   def run(n: int) -> None:
     nonlocal state
     metrics = None
     for _ in range(n):
       before = metrics
-      state, metrics = step(state, batch)
+      state, metrics = step(state, batch, None)
       jax.block_until_ready(before)  # as far ahead as the loop goes, and no farther
     jax.block_until_ready((state, metrics))
 

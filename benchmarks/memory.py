@@ -1,4 +1,4 @@
-"""Memory and time of the cross-entropy, head and gradients included: plain (all logits at once) against losses.py.
+"""Memory and time of the cross-entropy, head and gradients included: all logits at once against losses/readout.py.
 
   python -m benchmarks.memory
 
@@ -24,7 +24,7 @@ RUN = {'gpt2_cpu': (2, 512, 768, 50304)}
 def main():
   flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   flags.add_argument('--rounds', type=int, default=5)
-  flags.add_argument('--chunk_mib', type=int, default=0, help='of float32 logits at a time; 0: as losses.py has it')
+  flags.add_argument('--chunk_mib', type=int, default=0, help='of float32 logits at a time; 0: as the package has it')
   args = flags.parse_args()
   runtime.prepare()
 
@@ -32,8 +32,8 @@ def main():
   import jax.numpy as jnp
   import optax
 
-  from llm_jax import losses
   from llm_jax.devices import has_fast_bf16
+  from llm_jax.losses import readout as losses
   from llm_jax.models.decoder import project
 
   losses.CHUNK_BYTES = args.chunk_mib * 2**20 or losses.CHUNK_BYTES

@@ -24,7 +24,8 @@ from llm_jax.data.examples import Examples
 from llm_jax.data.store import TokenStore
 from llm_jax.data.tokenizers import Tokenizer, decode, load_tokenizer
 from llm_jax.errors import ConfigError, DataError, Interrupted, StorageError
-from llm_jax.evaluation import evaluate, summarize
+from llm_jax.evaluation import evaluate
+from llm_jax.losses import make_objective
 from llm_jax.models import make_model
 from llm_jax.sharding import local_rows, num_batch_shards, put_batch
 from llm_jax.step import eval_step, param_shardings
@@ -44,13 +45,74 @@ def complete(config: Config, data: Data) -> Config:
   left_open = {name: value for name, value in known.items() if getattr(config.model, name, 0) is None}
   config = dataclasses.replace(config, model=dataclasses.replace(
       config.model, vocab_size=vocab_size, dtype=config.model.operand_dtype.name, **left_open))
+  try:
+    config = dataclasses.replace(config, loss=config.loss.fitted(*all_labels(data)))
+  except ValueError as e:
+    raise ConfigError(f'config.loss.{e}') from None
   make_validator(config.eval.validator)  # better told now than at the first evaluation
   if config.eval.answers and (data.tokenizer is None or task_of(config.data).needs != 'answers'):
     raise ConfigError(f'config.eval.answers: {config.eval.answers} needs a task with answers, and a tokenizer; the '
                       f'task is {config.data.task}')
-  if data.tokenizer is not None and config.eval.sample_tokens:
+  if data.tokenizer is not None and config.eval.sample_tokens and config.loss.writes:
     encode_prompts(config, data.tokenizer)
   return config
+
+
+def all_labels(data: Data) -> tuple[np.ndarray | None, tuple[str, ...]]:
+  """(labels, their names if they have any) of the training part.
+
+  Raises DataError where sources name their classes differently.
+  """
+  stores = [store for store in data.splits.get('train', {}).values() if store.labels is not None]
+  if len({store.classes for store in stores}) > 1:
+    raise DataError('config.data.sources: their labels are not the same classes: '
+                    + '; '.join(f'{name} has {", ".join(store.classes)}' for name, store in data.train.items()))
+  if not stores:
+    return None, ()
+  return np.concatenate([np.asarray(store.labels) for store in stores]), stores[0].classes
+
+
+def renamed_labels(data: Data, classes: tuple[str, ...] | None) -> Data:
+  """Data from elsewhere, its labels as numbers of these classes. Raises DataError for a class that is none of them."""
+  def renamed(store: TokenStore) -> TokenStore:
+    if not classes or store.labels is None:
+      return store
+    if unknown := set(store.classes) - set(classes):
+      raise DataError(f'--data: {", ".join(sorted(unknown))} are no classes of the run; known: {", ".join(classes)}')
+    numbers = np.array([classes.index(name) for name in store.classes], np.float64)
+    return dataclasses.replace(store, labels=numbers[np.asarray(store.labels).astype(int)], classes=classes)
+
+  return dataclasses.replace(data, splits={split: {name: renamed(store) for name, store in stores.items()}
+                                           for split, stores in data.splits.items()})
+
+
+def build_model(config: Config) -> Any:
+  """The model of a completed config, with the heads that its losses need."""
+  objective = make_objective(config.loss)
+  return make_model(config.model, objective.heads, objective.num_weights)
+
+
+def load_teacher(config: Config, data: Data, mesh: Mesh) -> Run | None:
+  """The run that a distillation learns from. Raises UserErrors where there is none, or its tokens are not ours."""
+  if 'distillation' not in config.loss.terms:
+    return None
+  settings = config.loss.distillation
+  path = 'config.loss.distillation.teacher'
+  try:
+    teacher = load_run(Path(settings.teacher).expanduser(), mesh, settings.checkpoint)
+  except StorageError as e:
+    raise ConfigError(str(e).replace('--workdir', path)) from None
+  except ConfigError as e:
+    raise ConfigError(str(e).replace('--checkpoint', 'config.loss.distillation.checkpoint')) from None
+  ours, theirs = (None if t is None else t.to_json() for t in (data.tokenizer, teacher.tokenizer))
+  if ours != theirs or (config.model.vocab_size != teacher.config.model.vocab_size):
+    raise ConfigError(f'{path}: {settings.teacher} was trained with another tokenizer, or another vocabulary; give '
+                      f'config.data.tokenizer its tokenizer.json, and config.model.vocab_size '
+                      f'{teacher.config.model.vocab_size}')
+  if teacher.config.model.max_len < config.data.seq_len:
+    raise ConfigError(f'{path}: {settings.teacher} reads rows of {teacher.config.model.max_len} tokens at most, and '
+                      f'config.data.seq_len is {config.data.seq_len}')
+  return teacher
 
 
 def gather(value: Any) -> list:
@@ -69,19 +131,24 @@ def example_batch(config: Config) -> Batch:
 
 
 def check_features(config: Config, model: Any, examples: Examples) -> None:
-  """Raises ConfigError when the task gives what the model would not look at, or not what it needs."""
+  """Raises ConfigError when the task gives what neither model nor losses look at, or not what they need."""
   given = examples.make(0, np.random.default_rng(0)).keys()
-  if missing := model.needs - given:
-    raise ConfigError(f'config.data.task: {config.data.task} does not give {", ".join(sorted(missing))}, which the '
-                      f'model {config.model.name} needs')
-  if ignored := given - model.reads:
+  objective = make_objective(config.loss)
+  terms = ', '.join(config.loss.terms)
+  for who, needs in ((f'the model {config.model.name}', model.needs), (f'config.loss.terms={terms}', objective.reads)):
+    if missing := needs - given:
+      raise ConfigError(f'config.data.task: {config.data.task} does not give {", ".join(sorted(missing))}, which {who} '
+                        'needs')
+  if ignored := given - model.reads - objective.reads:
     hint = '; set config.data.mask_documents=False' if ignored <= {'segment_ids', 'positions'} else ''
     raise ConfigError(f'config.data.task: {config.data.task} gives {", ".join(sorted(ignored))}, which the model '
-                      f'{config.model.name} does not read{hint}')
+                      f'{config.model.name} does not read, nor does config.loss.terms={terms}{hint}')
 
 
-def make_evaluator(config: Config, data: Data, model: Any, mesh: Mesh) -> Callable[..., dict]:
-  """evaluator(params, stores, max_tokens, interrupted) -> {'loss': ...}: a fixed pass over stores, compiled once.
+def make_evaluator(config: Config, data: Data, model: Any, mesh: Mesh) -> Callable[..., tuple[dict, dict]]:
+  """evaluator(params, stores, max_tokens, interrupted): a fixed pass over stores, compiled once.
+
+  It returns ({'loss': ...}, what Objective.tables gives).
 
   Of several stores each has its own 'NAME/loss' too, and an equal part of `max_tokens`. It raises Interrupted as soon
   as interrupted() is true.
@@ -89,12 +156,13 @@ def make_evaluator(config: Config, data: Data, model: Any, mesh: Mesh) -> Callab
   lengths = [len(b) for b in data.tokenizer.token_bytes] if data.tokenizer else []
   token_bytes = np.zeros(model.cfg.vocab_size, np.int32)
   token_bytes[:len(lengths)] = lengths
-  eval_fn = jax.jit(partial(eval_step, model=model, token_bytes=jnp.asarray(token_bytes)))
-  num_rows = num_batch_shards(mesh) * ((config.tokens_per_device or config.data.seq_len) // config.data.seq_len)
+  judge = make_objective(config.loss).judge()
+  eval_fn = jax.jit(partial(eval_step, model=model, token_bytes=jnp.asarray(token_bytes), objective=judge))
+  num_rows = num_eval_rows(config, num_batch_shards(mesh))
   rows = local_rows(mesh, num_rows)
 
   def evaluator(params: Params, stores: dict[str, TokenStore], max_tokens: int | None,
-                interrupted: Callable[[], bool] = lambda: False) -> dict[str, float]:
+                interrupted: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     def batches(store: TokenStore) -> Iterator[Batch]:
       max_rows = max_tokens and max(1, max_tokens // config.data.seq_len // len(stores))
       examples = pipeline.open_examples(config.data, data, store, train=False)
@@ -105,16 +173,23 @@ def make_evaluator(config: Config, data: Data, model: Any, mesh: Mesh) -> Callab
 
     sums = {name: evaluate(eval_fn, params, batches(store)) for name, store in stores.items()}
     for name, store in stores.items():
-      sums[name]['bytes'] *= store.bytes_scale
-    results = summarize({key: sum(s[key] for s in sums.values()) for key in next(iter(sums.values()))})
+      if 'next_token/bytes' in sums[name]:
+        sums[name]['next_token/bytes'] *= store.bytes_scale
+    whole = {key: sum(s[key] for s in sums.values()) for key in next(iter(sums.values()))}
+    results = judge.summarize(whole)
     if config.eval.answers:
       results |= summarize_answers(answer_stores(config, data, model, params, stores, config.eval.answers, interrupted))
     if len(stores) > 1:
-      results |= {f'{name}/{key}': value for name in stores for key, value in summarize(sums[name]).items()
+      results |= {f'{name}/{key}': value for name in stores for key, value in judge.summarize(sums[name]).items()
                   if key in ('loss', 'bits_per_byte')}
-    return results
+    return results, judge.tables(whole)
 
   return evaluator
+
+
+def num_eval_rows(config: Config, num_shards: int) -> int:
+  """Rows of a batch of an evaluation."""
+  return num_shards * ((config.tokens_per_device or config.data.seq_len) // config.data.seq_len)
 
 
 def answer_stores(config: Config, data: Data, model: Any, params: Params, stores: dict[str, TokenStore],
@@ -152,7 +227,7 @@ def encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
 
 def samples(config: Config, tokenizer: Tokenizer | None, model: Any, params: Params) -> list[tuple[str, str]]:
   """(prompt, it and what the model makes of it) for each prompt of config.eval; none where ids have no text."""
-  if tokenizer is None or not config.eval.sample_tokens:
+  if tokenizer is None or not config.eval.sample_tokens or not config.loss.writes:
     return []
   prompts = encode_prompts(config, tokenizer)
   columns = sampling.generate(
@@ -187,7 +262,7 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
   except ValueError as e:
     raise StorageError(f'{path}: damaged: {e}') from None
   tokenizer = load_tokenizer(workdir / 'tokenizer.json') if (workdir / 'tokenizer.json').exists() else None
-  model = make_model(config.model)
+  model = build_model(config)
   abstract, shardings = param_shardings(example_batch(config), mesh, model=model)
   abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings)
   if not (workdir / 'checkpoints').is_dir():

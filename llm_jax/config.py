@@ -20,6 +20,7 @@ from llm_jax.builder import build, override, variant
 from llm_jax.checkpoint import CheckpointConfig
 from llm_jax.data import DataConfig
 from llm_jax.errors import ConfigError
+from llm_jax.losses import LossConfig
 from llm_jax.models import MODELS
 from llm_jax.optim import OptimConfig
 from llm_jax.profiling import ProfileConfig
@@ -68,10 +69,9 @@ class Config:
   batch_tokens: int = 524288  # of one optimizer step, over all devices
   # That one device works on at a time; None: as many as its memory holds.
   tokens_per_device: int | None = 16384
-  z_loss: float = 0.0
-  label_smoothing: float = 0.0  # of a target's probability, spread over the vocabulary
   model: Any = variant({name: config for name, (_, config) in MODELS.items()}, 'decoder')
   data: DataConfig = DataConfig()
+  loss: LossConfig = LossConfig()
   optim: OptimConfig = OptimConfig()
   mesh: MeshConfig = MeshConfig()
   eval: EvalConfig = EvalConfig()
@@ -85,10 +85,6 @@ class Config:
       problems.append(f'num_steps must be at least 1; got {self.num_steps}')
     if not 0 <= self.seed < 2**32:
       problems.append(f'seed must lie in [0, 2^32); got {self.seed}')
-    if self.z_loss < 0:
-      problems.append(f'z_loss must not be negative; got {self.z_loss}')
-    if not 0 <= self.label_smoothing < 1:
-      problems.append(f'label_smoothing must lie in [0, 1); got {self.label_smoothing}')
     if self.batch_tokens < 1 or self.batch_tokens % seq_len:
       near = max(1, self.batch_tokens // seq_len) * seq_len
       problems.append(f'batch_tokens {self.batch_tokens} is not a whole number of rows of data.seq_len {seq_len}; '

@@ -1,6 +1,7 @@
 """Evaluates a trained run: python -m llm_jax.evaluate --workdir=runs/gpt_small [--data=FILE, FOLDER, GLOB or .bin]
 
-Of a run that learnt answers to prompts it also gives the answers that are right to the token, and those that are valid.
+Of a run that learnt answers to prompts it also gives the answers that are right to the token, and those that are valid;
+of one that learnt classes what was taken for what, as numbers and as a picture.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+
+import numpy as np
 
 from llm_jax import runtime
 from llm_jax.errors import ConfigError, DataError, StorageError
@@ -38,7 +41,7 @@ def main(argv: list[str]) -> None:
   import jax
 
   from llm_jax.answers import summarize_answers
-  from llm_jax.assemble import answer_stores, load_run, make_evaluator
+  from llm_jax.assemble import answer_stores, load_run, make_evaluator, renamed_labels
   from llm_jax.data import data_fingerprint, open_data, task_of, tokenize
   from llm_jax.sharding import MeshConfig, make_mesh
 
@@ -47,6 +50,7 @@ def main(argv: list[str]) -> None:
     run = load_run(args.workdir, mesh, args.checkpoint)
     if args.data is not None:
       data = tokenize(args.data, run.config.data, run.tokenizer)
+      data = renamed_labels(data, run.config.loss.classification.classes)
     else:
       data = open_data(run.config.data)
       if data_fingerprint(run.config.data, data, 0, 0)['train_tokens'] != run.meta['data']['train_tokens']:
@@ -63,16 +67,19 @@ def main(argv: list[str]) -> None:
     config = dataclasses.replace(run.config, eval=dataclasses.replace(
         own, answers=0, validator=own.validator if args.validator is None else args.validator,
         num_beams=own.num_beams if args.num_beams is None else args.num_beams))
-    results, answers = make_evaluator(config, data, run.model, mesh)(run.params, stores, None), []
+    (results, tables), answers = make_evaluator(config, data, run.model, mesh)(run.params, stores, None), []
     if task_of(config.data).needs == 'answers' and data.tokenizer is not None and args.answers != 0:
       answers = answer_stores(config, data, run.model, run.params, stores, args.answers)
       results |= summarize_answers(answers)
   report = {'workdir': str(args.workdir), 'step': run.meta['step'],
             'data': args.data or {'val': 'validation part', 'test': 'test part'}[args.split], **results}
-  text = json.dumps(report, indent=2)
-  print(text)
+  print(json.dumps(report, indent=2))
   out = args.out or args.workdir / 'evaluation.json'
-  files = {out: text + '\n'}
+  for counts in tables.values():
+    classes = run.config.loss.classification.classes or tuple(map(str, range(len(counts))))
+    report |= {'confusion': counts.astype(int).tolist(), 'classes': classes}
+    draw_confusion(counts, classes, out.with_name('confusion.png'))
+  files = {out: json.dumps(report, indent=2) + '\n'}
   if answers:
     files[out.with_name('answers.jsonl')] = ''.join(json.dumps(a._asdict(), ensure_ascii=False) + '\n' for a in answers)
   for path, content in files.items():
@@ -80,6 +87,29 @@ def main(argv: list[str]) -> None:
       path.write_text(content)
     except OSError as e:
       raise StorageError(f'--out: {path} cannot be written: {e.strerror}') from None
+
+
+def draw_confusion(counts: np.ndarray, classes: tuple[str, ...], out: Path) -> None:
+  """A picture of what (down) was taken for what, each row in shares of itself; nothing where matplotlib is not."""
+  try:
+    import matplotlib
+  except ImportError:
+    return
+  matplotlib.use('agg')
+  from matplotlib import pyplot
+  size = 3 + 0.3 * len(classes)
+  figure, axis = pyplot.subplots(figsize=(size, size), layout='constrained')
+  axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap='Blues', vmin=0, vmax=1)
+  for (row, column), count in np.ndenumerate(counts if len(classes) <= 40 else counts[:0]):
+    if count:
+      axis.text(column, row, f'{count:.0f}', ha='center', va='center', fontsize=6)
+  axis.set_xticks(range(len(classes)), classes, rotation=90)
+  axis.set_yticks(range(len(classes)), classes)
+  axis.set(xlabel='taken for', ylabel='is')
+  try:
+    figure.savefig(out, dpi=120)
+  except (OSError, ValueError) as e:
+    raise StorageError(f'--out: {out} cannot be written: {e}') from None
 
 
 if __name__ == '__main__':

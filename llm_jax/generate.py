@@ -53,6 +53,9 @@ def main(argv: list[str]) -> None:
     if run.tokenizer is None:
       raise ConfigError(f'--workdir: {args.workdir} was trained on ids without a tokenizer, so there is no text to '
                         'read or write')
+    if not run.config.loss.writes:
+      raise ConfigError(f'--workdir: {args.workdir} has not learnt to write (config.loss.terms='
+                        f'{", ".join(run.config.loss.terms)}); see python -m llm_jax.predict')
     [prompt] = prompt_ids(run.config, run.tokenizer, [args.prompt])
     longest = run.config.model.longest_prompt
     if len(prompt) > longest:

@@ -42,9 +42,8 @@ def main(argv: list[str]) -> None:
   runtime.prepare(args.tuning == 'on')
   import jax
 
-  from llm_jax.assemble import load_run, make_evaluator
+  from llm_jax.assemble import build_model, load_run, make_evaluator
   from llm_jax.data import open_data, pipeline
-  from llm_jax.models import make_model
   from llm_jax.sharding import MeshConfig, make_mesh
   from llm_jax.types import Batch
 
@@ -57,14 +56,14 @@ def main(argv: list[str]) -> None:
     features = next(pipeline.eval_batches(examples, 2, np.arange(2), None))
     report: dict[str, Any] = {'workdir': str(args.workdir), 'step': run.meta['step'], 'weights': weights(run.params)}
     batch = Batch(**{name: jax.numpy.asarray(x) for name, x in features.items()})
-    whole = make_model(dataclasses.replace(run.config.model, remat='none'))  # remat would hide what is inside
+    def remade(**changes: Any) -> Any:
+      return build_model(dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, **changes)))
+    whole = remade(remat='none')  # remat would hide what is inside
     report['activations'], sown = activations(whole, run.params, batch)
     if 'think' in sown:
       def losses(num_steps: int) -> float:
-        config = dataclasses.replace(run.config.model, thinking_steps=num_steps,
-                                     halting=run.config.model.halting and num_steps > 0)
-        model = make_model(config)
-        return make_evaluator(run.config, data, model, mesh)(run.params, data.val, args.tokens)['loss']
+        model = remade(thinking_steps=num_steps, halting=run.config.model.halting and num_steps > 0)
+        return make_evaluator(run.config, data, model, mesh)(run.params, data.val, args.tokens)[0]['loss']
       report['thinking'] = thinking(sown['think']['steps'][0], losses, run.config.model.thinking_steps)
   print('\n'.join(lines(report)))
   out = args.out or args.workdir / 'inspect.png'

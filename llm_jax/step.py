@@ -12,9 +12,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llm_jax import losses
+from llm_jax.losses import Objective
 from llm_jax.sharding import check_divisible, constrain, logical_to_spec
 from llm_jax.types import Batch, Metrics, Params
+
+NEXT_TOKEN = Objective()
 
 
 @flax.struct.dataclass
@@ -56,28 +58,29 @@ def state_shardings(example: Batch, mesh: Mesh, *, model: Any, tx: optax.Gradien
 
 
 def train_step(state: TrainState, batch: Batch, *, model: Any, tx: optax.GradientTransformation,
-               schedule: optax.Schedule, seed: int, num_microbatches: int = 1,
-               z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[TrainState, Metrics]:
+               schedule: optax.Schedule, seed: int, num_microbatches: int = 1, objective: Objective = NEXT_TOKEN,
+               frozen: Params = None) -> tuple[TrainState, Metrics]:
   """One optimizer update. The same state, batch and seed give the same result.
 
-  The objective is the mean over the batch's real tokens of losses.cross_entropy, plus what modules sow into `losses`,
-  whatever the number of microbatches. The metric `loss` is its part -log p(target), `extra_loss` all the rest. What
-  modules sow into `metrics` is averaged and logged. An objective, or a gradient's square, that is not finite leaves
-  params and opt_state as they were, and counts in the metric `skipped`.
+  It descends on the objective, plus what modules sow into `losses`, whatever the number of microbatches, if the
+  objective is row_wise. `frozen` are the parameters of its teacher. The metric `loss` is what the losses log as theirs
+  (-log p(target) of the next token), `extra_loss` all the rest. What modules sow into `metrics` is averaged and logged.
+  An objective, or a gradient's square, that is not finite leaves params and opt_state as they were, and counts in the
+  metric `skipped`.
   """
-  num_tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
+  share, counts = 1 / num_microbatches, objective.counts(batch)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
 
+  def objective_of(module: Any, microbatch: Batch) -> tuple[jax.Array, Metrics]:
+    return objective.train(module, microbatch, counts, frozen, share)
+
   def loss_fn(params: Params, microbatch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-    readout, sown = model.apply({'params': params}, microbatch, train=True, rngs={'dropout': key},
-                                mutable=['losses', 'metrics'], method='readout')
-    # Weights that are divided already: the gradient that the loss keeps for later is then of its final size.
-    objective, loss = losses.cross_entropy(readout, microbatch.targets, microbatch.loss_mask / num_tokens, z_loss,
-                                           label_smoothing)
-    sown_loss = sum(map(jnp.sum, jax.tree.leaves(sown.get('losses', {}))), jnp.zeros(())) / num_microbatches
-    logged = {_metric_name(path): jnp.mean(leaf) / num_microbatches
+    (value, metrics), sown = model.apply({'params': params}, microbatch, rngs={'dropout': key},
+                                         mutable=['losses', 'metrics'], method=objective_of)
+    sown_loss = share * sum(map(jnp.sum, jax.tree.leaves(sown.get('losses', {}))), jnp.zeros(()))
+    logged = {_metric_name(path): share * jnp.mean(leaf)
               for path, leaf in jax.tree_util.tree_leaves_with_path(sown.get('metrics', {}))}
-    return objective + sown_loss, {'loss': loss, 'extra_loss': objective - loss + sown_loss, **logged}
+    return value + sown_loss, metrics | {'extra_loss': metrics['extra_loss'] + sown_loss} | logged
 
   grads, metrics = accumulate(jax.grad(loss_fn, has_aux=True), state.params, batch, key, num_microbatches)
   # Decided before the update, which then writes in place: every link in optim.TRANSFORMS keeps finite what is finite
@@ -91,7 +94,7 @@ def train_step(state: TrainState, batch: Batch, *, model: Any, tx: optax.Gradien
 
   params, opt_state = jax.lax.cond(finite, update, lambda *state: state, state.params, state.opt_state)
   metrics |= {'grad_norm': jnp.sqrt(squares), 'learning_rate': schedule(state.step),
-              'num_tokens': num_tokens, 'skipped': 1 - finite.astype(jnp.int32)}
+              'num_tokens': jnp.sum(batch.loss_mask), 'skipped': 1 - finite.astype(jnp.int32)}
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
@@ -116,12 +119,11 @@ def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,
   return jax.lax.scan(body, zeros, xs)[0]
 
 
-def eval_step(params: Params, batch: Batch, *, model: Any, token_bytes: jax.Array) -> Metrics:
-  """Sums over a batch, so that any split of a data set adds up to the same: nll (nats), tokens, bytes, correct."""
-  nll_BT, correct_BT = losses.score(model.apply({'params': params}, batch, method='readout'), batch.targets)
-  return {'nll': jnp.sum(nll_BT * batch.loss_mask), 'tokens': jnp.sum(batch.loss_mask),
-          'bytes': jnp.sum(token_bytes[batch.targets] * batch.loss_mask),
-          'correct': jnp.sum(correct_BT * batch.loss_mask)}
+def eval_step(params: Params, batch: Batch, *, model: Any, token_bytes: jax.Array,
+              objective: Objective = NEXT_TOKEN) -> Metrics:
+  """Sums over a batch, 'NAME/...' of each loss, so that any split of a data set adds up to the same."""
+  return model.apply({'params': params}, batch,
+                     method=lambda module, batch: objective.score(module, batch, token_bytes))
 
 
 def _metric_name(path: Any) -> str:

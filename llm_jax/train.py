@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import json
@@ -19,7 +20,17 @@ import numpy as np
 from orbax.checkpoint import multihost
 
 from llm_jax import __version__
-from llm_jax.assemble import check_features, complete, example_batch, gather, make_evaluator, samples
+from llm_jax.assemble import (
+  Run,
+  build_model,
+  check_features,
+  complete,
+  example_batch,
+  gather,
+  load_teacher,
+  make_evaluator,
+  samples,
+)
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config, differences, to_dict
 from llm_jax.data import Data, check_fingerprint, data_fingerprint, open_data, pipeline
@@ -28,15 +39,15 @@ from llm_jax.data.fetch import shown
 from llm_jax.devices import peak_flops
 from llm_jax.errors import ConfigError, DivergedError, Interrupted, StorageError
 from llm_jax.layers.attention import describe_attention
+from llm_jax.losses import make_objective
 from llm_jax.memory import fit_memory
 from llm_jax.metrics import Console, Packed, Throughput, Writer, pack, unpack
-from llm_jax.models import make_model
 from llm_jax.optim import make_optimizer
 from llm_jax.profiling import Profiler
 from llm_jax.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, put_batch
 from llm_jax.step import TrainState, init_state, state_shardings, train_step
 from llm_jax.stopping import StopSignal
-from llm_jax.types import Batch
+from llm_jax.types import Batch, Params, as_batch
 
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
@@ -65,7 +76,11 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     config = complete(config, data)
     if len(set(gather(config.model.dtype))) > 1:
       raise ConfigError('config.model.dtype: auto means another dtype on each of these machines; set one')
-    model = make_model(config.model)
+    teacher = load_teacher(config, data, mesh)
+    config = with_teacher(config, teacher)
+    objective = make_objective(config.loss, teacher and teacher.model)
+    frozen = teacher and teacher.params
+    model = build_model(config)
     examples = pipeline.open_examples(config.data, data, next(iter(data.val.values())), train=False)
     check_features(config, model, examples)
     tx, schedule = make_optimizer(config.optim, config.num_steps)
@@ -75,11 +90,16 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
                             jax.eval_shape(init, key, example_batch(config)), shardings)
     # Cached, so that a step compiled to see what it needs is not compiled again to run.
-    make_step = functools.cache(partial(jit_step, config, mesh, shardings, model=model, tx=tx, schedule=schedule))
-    shapes = abstract, abstract_batch(examples, num_rows)
+    make_step = functools.cache(partial(jit_step, config, mesh, shardings, frozen, model=model, tx=tx,
+                                        schedule=schedule, objective=objective))
+    shapes = abstract, abstract_batch(examples, num_rows), frozen
     config = fit_memory(config, num_batch_shards(mesh), workdir,
                         compile_step=lambda num_microbatches: make_step(num_microbatches).lower(*shapes).compile())
     held_rows, num_microbatches = config.split_batch(num_batch_shards(mesh))
+    if num_microbatches > 1 and not objective.row_wise:
+      raise ConfigError(f'config.tokens_per_device: {config.tokens_per_device} cuts a batch into {num_microbatches}, '
+                        f'and config.loss.terms={", ".join(config.loss.terms)} compares all of its rows; set '
+                        f'{num_rows // num_batch_shards(mesh) * config.data.seq_len} or smaller batches')
     step_fn = make_step(num_microbatches)
     evaluator = make_evaluator(config, data, model, mesh)
 
@@ -139,12 +159,13 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       if step % config.log.every and step not in (1, config.num_steps):
         return {}
       logged = {f'train/{name}': value for name, value in (values | throughput.take()).items()}
-      logged |= text_metrics('train', values['loss'], data, config.data.task) | batches.metrics()
+      text_loss = values.get('next_token/loss', values['loss'] if config.loss.terms == ('next_token',) else None)
+      logged |= text_metrics('train', text_loss, data, config.data.task) | batches.metrics()
       console.step(step, logged, throughput.seconds_per_step)
       return logged
 
     def validate(step: int) -> dict[str, float]:
-      results = evaluator(state.params, data.val, config.eval.max_tokens, lambda: stop.requested)
+      results, _ = evaluator(state.params, data.val, config.eval.max_tokens, lambda: stop.requested)
       results = {f'val/{name}': value for name, value in results.items()}
       console.line(f'step {step}: ' + '  '.join(f'{name} {value:.4f}' for name, value in results.items()
                                                  if name != 'val/tokens'))
@@ -199,7 +220,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       features = next(batches)
       throughput.waited(time.perf_counter() - start)
       with jax.profiler.StepTraceAnnotation('train', step_num=step):
-        state, metrics = step_fn(state, put(features))
+        state, metrics = step_fn(state, put(features), frozen)
       if pending is not None:
         writer.scalars(pending[0], fetch(*pending))
       pending = step, metrics
@@ -230,19 +251,24 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     return results
 
 
-def jit_step(config: Config, mesh: jax.sharding.Mesh, shardings: TrainState, num_microbatches: int,
+def jit_step(config: Config, mesh: jax.sharding.Mesh, shardings: TrainState, frozen: Params, num_microbatches: int,
              **parts: Any) -> Any:
-  """The jitted (state, batch) -> (state, Packed metrics); the state is donated."""
-  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Packed]:
-    state, metrics = train_step(state, batch, seed=config.seed, num_microbatches=num_microbatches,
-                                z_loss=config.z_loss, label_smoothing=config.label_smoothing, **parts)
+  """The jitted (state, batch, frozen) -> (state, Packed metrics); the state is donated."""
+  def step(state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, Packed]:
+    state, metrics = train_step(state, batch, seed=config.seed, num_microbatches=num_microbatches, frozen=frozen,
+                                **parts)
     return state, pack(metrics)
-  return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step),
-                 donate_argnums=0)
+  lies = jax.tree.map(lambda x: x.sharding, frozen)
+  return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), lies),
+                 out_shardings=(shardings, shardings.step), donate_argnums=0)
 
 
-def as_batch(features: dict[str, Any]) -> Batch:
-  return Batch(**features)
+def with_teacher(config: Config, teacher: Run | None) -> Config:
+  """The config with the width of the teacher's hidden states."""
+  if teacher is None:
+    return config
+  learns = dataclasses.replace(config.loss.distillation, hidden_dim=teacher.config.model.embed_dim)
+  return dataclasses.replace(config, loss=dataclasses.replace(config.loss, distillation=learns))
 
 
 def abstract_batch(examples: Examples, num_rows: int) -> Batch:
@@ -273,8 +299,10 @@ def prepared(workdir: Path) -> Iterator[None]:
     yield
 
 
-def text_metrics(split: str, loss: float, data: Data, task: str) -> dict[str, float]:
-  """Perplexity, and bits per byte by the split's mean bytes per token."""
+def text_metrics(split: str, loss: float | None, data: Data, task: str) -> dict[str, float]:
+  """Perplexity, and bits per byte by the split's mean bytes per token, of nats a token."""
+  if loss is None:
+    return {}
   values = {f'{split}/perplexity': float(np.exp(min(loss, 700.0)))}
   stores = data.train.values()
   if task == 'next_token' and stores and all(store.num_bytes for store in stores):
@@ -291,6 +319,11 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict) -> None:
     raise ConfigError('the checkpoint is of another model:\n  ' + '\n  '.join(
         f'config.model.{name}: checkpoint {old}, now {new}' for name, (old, new) in changed.items())
         + '\nPut it back, or start in another --workdir.')
+  learnt = meta['config'].get('loss', {'terms': ['next_token'], 'balance': 'fixed'})
+  if (tuple(learnt['terms']), learnt['balance']) != (config.loss.terms, config.loss.balance):
+    raise ConfigError(f'config.loss: the checkpoint learns {", ".join(learnt["terms"])} (balance {learnt["balance"]}), '
+                      f'now it is {", ".join(config.loss.terms)} ({config.loss.balance}); put it back, or start in '
+                      'another --workdir')
   chain = tuple(meta['config']['optim']['chain'])
   if chain != config.optim.chain:
     raise ConfigError(f'config.optim.chain: the checkpoint holds the state of {chain}, now it is {config.optim.chain}; '

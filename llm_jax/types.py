@@ -27,6 +27,10 @@ class Batch:
   labels: jax.Array | None = None  # [B] or [B, C], for heads that do not predict tokens
 
 
+def as_batch(features: dict[str, Any]) -> Batch:
+  return Batch(**features)
+
+
 class LanguageModel(Protocol):
   """What the floors above models/ may ask of a model; a Flax module bound or through `apply(method=...)`."""
 

@@ -16,12 +16,13 @@ FLOORS = [
     {'assemble'},
     {'memory'},
     {'train'},
-    {'main', 'evaluate', 'generate', 'plot', 'inspect', 'data.prepare', 'data.inspect', 'data.convert'},
+    {'main', 'evaluate', 'generate', 'predict', 'plot', 'inspect', 'data.prepare', 'data.inspect', 'data.convert'},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SAME_FLOOR = {('builder', 'errors'), ('data.prepare', 'main'), ('data.inspect', 'main'), ('data.convert', 'main'),
-              ('sharding', 'types'), ('sharding', 'errors'), ('stopping', 'errors'), ('evaluate', 'main'),
-              ('generate', 'main'), ('plot', 'main'), ('inspect', 'main'),
+              ('losses', 'layers'), ('sharding', 'types'), ('sharding', 'errors'), ('stopping', 'errors'),
+              ('evaluate', 'main'), ('generate', 'main'),
+              ('predict', 'main'), ('plot', 'main'), ('inspect', 'main'),
               ('validators', 'errors')}
 
 

@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llm_jax import losses
 from llm_jax.layers.linear import mixed_einsum
 from llm_jax.losses import Readout, cross_entropy, score
+from llm_jax.losses import readout as readouts
 from llm_jax.models.decoder import project
 from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh
 
@@ -30,7 +30,7 @@ def some(soft_cap=0.0, T=T):
 
 def in_chunks(monkeypatch, num_tokens):
   """Chunks of num_tokens of each row."""
-  monkeypatch.setattr(losses, 'CHUNK_BYTES', 4 * B * num_tokens * V)
+  monkeypatch.setattr(readouts, 'CHUNK_BYTES', 4 * B * num_tokens * V)
 
 
 def equation(readout, targets, weights, z_loss, smoothing, soft_cap):
@@ -69,15 +69,17 @@ def test_cross_entropy_and_its_gradients_are_their_equations(monkeypatch, num_to
 
 
 @pytest.mark.parametrize('num_tokens', [10, 3])
-def test_score_is_each_tokens_nats_and_whether_it_comes_first(monkeypatch, num_tokens):
+def test_score_is_each_tokens_nats_and_its_place(monkeypatch, num_tokens):
   in_chunks(monkeypatch, num_tokens)
   readout, targets, _ = some()
   logits = np.asarray(readout.x_BTD, np.float64) @ np.asarray(readout.w, np.float64).T
-  nll, correct = jax.jit(score)(readout, targets)
+  nll, rank = jax.jit(score)(readout, targets)
   expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
   np.testing.assert_allclose(nll, expected, rtol=1e-5, atol=1e-5)
-  np.testing.assert_array_equal(correct, logits.argmax(-1) == targets)
-  assert correct.any() and not correct.all()
+  places = np.argsort(np.argsort(-logits, axis=-1), axis=-1)
+  np.testing.assert_array_equal(rank, np.take_along_axis(places, targets[..., None], -1)[..., 0])
+  assert (rank == 0).any() and (rank > 2).any()
+  assert readouts.rank(jnp.zeros((1, 3)), jnp.array([1])) == 1  # of equals the first comes first: ties are no hits
 
 
 def test_bfloat16_products_round_no_more_than_plain_ones(monkeypatch):
@@ -104,8 +106,8 @@ def test_bfloat16_products_round_no_more_than_plain_ones(monkeypatch):
                                                                  (1, 0.1, 1)])
 def test_chunks_divide_where_they_can_and_never_outgrow_their_bytes(monkeypatch, length, most_bytes, expected):
   """A token is a byte here. 10 tokens in threes or fours need padding, in twos they do not; 11 have no good divisor."""
-  monkeypatch.setattr(losses, 'CHUNK_BYTES', most_bytes)
-  num_chunks = losses._num_chunks(length, length)
+  monkeypatch.setattr(readouts, 'CHUNK_BYTES', most_bytes)
+  num_chunks = readouts._num_chunks(length, length)
   assert num_chunks == expected
   assert -(-length // num_chunks) <= max(1, most_bytes)
 
@@ -113,7 +115,7 @@ def test_chunks_divide_where_they_can_and_never_outgrow_their_bytes(monkeypatch,
 def test_all_logits_never_are_in_memory(monkeypatch):
   """Neither for the gradient nor for the score. The plain way does hold them."""
   T, D, V = 256, 4, 512
-  monkeypatch.setattr(losses, 'CHUNK_BYTES', B * T * V * 4 // 16)
+  monkeypatch.setattr(readouts, 'CHUNK_BYTES', B * T * V * 4 // 16)
   x, w, y, m = (jax.ShapeDtypeStruct(s, d) for s, d in [((B, T, D), 'float32'), ((V, D), 'float32'), ((B, T), 'int32'),
                                                         ((B, T), 'float32')])
   fn = partial(project, 'BTD,VD->BTV', jnp.float32, 0.0)
@@ -138,7 +140,7 @@ def test_on_a_mesh_it_is_the_same_and_its_vocabulary_stays_cut(monkeypatch):
   fn = partial(project, 'BTD,VD->BTV', jnp.float32, 0.0)
 
   def run(sizes):
-    monkeypatch.setattr(losses, 'CHUNK_BYTES', 4 * 8 * T * V // np.prod(sizes) // 4)
+    monkeypatch.setattr(readouts, 'CHUNK_BYTES', 4 * 8 * T * V // np.prod(sizes) // 4)
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
     rows, table = batch_sharding(mesh), NamedSharding(mesh, P('tensor', 'fsdp'))
     with jax.set_mesh(mesh):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.config import build
 from llm_jax.errors import ConfigError
-from llm_jax.evaluation import evaluate, summarize
+from llm_jax.evaluation import evaluate
 from llm_jax.losses import Readout
 from llm_jax.models import make_model
 from llm_jax.models.decoder import DecoderConfig
@@ -27,7 +27,7 @@ from llm_jax.sharding import (
   num_batch_shards,
   put_batch,
 )
-from llm_jax.step import eval_step, init_state, state_shardings, train_step
+from llm_jax.step import NEXT_TOKEN, eval_step, init_state, state_shardings, train_step
 from llm_jax.types import Batch
 
 CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, dtype='float32',
@@ -91,7 +91,7 @@ def test_losses_are_those_of_the_plain_cross_entropy(alone, monkeypatch):
     nll = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(readout.logits(), targets) * weights)
     return nll, nll
 
-  monkeypatch.setattr('llm_jax.losses.cross_entropy', plain)
+  monkeypatch.setattr('llm_jax.losses.next_token.cross_entropy', plain)
   np.testing.assert_allclose(train(20)[0], alone[0], atol=1e-5, rtol=0)
 
 
@@ -183,8 +183,8 @@ def test_evaluation_adds_up_over_any_ragged_batches():
   def padded(rows, size):
     return Batch(**{k: np.pad(v[rows], ((0, size - len(v[rows])), (0, 0))) for k, v in data.items()})
 
-  whole = summarize(evaluate(fn, params, [Batch(**data)]))
-  ragged = summarize(evaluate(fn, params, [padded(slice(i, i + 5), 5) for i in range(0, 12, 5)]))
+  whole = NEXT_TOKEN.summarize(evaluate(fn, params, [Batch(**data)]))
+  ragged = NEXT_TOKEN.summarize(evaluate(fn, params, [padded(slice(i, i + 5), 5) for i in range(0, 12, 5)]))
   assert ragged == pytest.approx(whole, rel=1e-6)
   logits = np.asarray(model.apply({'params': params}, Batch(**data)), np.float64)
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -17,7 +17,9 @@ from llm_jax.data.tasks import (
   Classification,
   FillInTheMiddle,
   Layout,
+  MaskedTokens,
   NextToken,
+  Pairs,
   PrefixLM,
   PromptAnswer,
   Regression,
@@ -274,7 +276,7 @@ def test_spans_follow_the_paper_and_vary():
     (Regression(), np.arange(12.0).reshape(4, 3) / 7, np.float32, (3,)),
 ])
 @pytest.mark.parametrize('mask_documents', [False, True])
-def test_labels_come_with_every_document_and_no_token_is_learnt(task, labels, dtype, shape, mask_documents):
+def test_labels_come_with_every_document_which_is_read_to_its_end(task, labels, dtype, shape, mask_documents):
   store = make_store([5, 1, 30, 2], labels=labels)
   examples = make(store, task, seq_len=8, mask_documents=mask_documents)
   rows = rows_of(examples)
@@ -285,16 +287,45 @@ def test_labels_come_with_every_document_and_no_token_is_learnt(task, labels, dt
     real = row['segment_ids'] == 1
     assert row['tokens'][real].tolist() == ids[:8]
     assert not row['tokens'][~real].any()
-    assert np.flatnonzero(row['loss_mask']).tolist() == [real.sum() - 1]
-    assert not row['targets'].any()
+    assert np.flatnonzero(row['loss_mask']).tolist() == list(range(real.sum() - 1))
+    assert row['targets'][row['loss_mask'] > 0].tolist() == row['tokens'][real][1:].tolist()
   assert examples.dropped_tokens == 30 - 7
 
 
 def test_a_document_of_one_token_is_an_example_if_it_has_a_label():
   store = make_store([1, 3, 1], labels=np.arange(3.0))
   rows = rows_of(make(store, Regression(), bos_id=None, eos_id=None))
-  assert [(row['labels'].item(), row['tokens'][:3].tolist(), row['loss_mask'].argmax()) for row in rows] == [
-      (0, [BOS, 0, 0], 0), (1, [BOS, 3, 4], 2), (2, [BOS, 0, 0], 0)]
+  assert [(row['labels'].item(), row['tokens'][:3].tolist(), row['segment_ids'].sum()) for row in rows] == [
+      (0, [BOS, 0, 0], 1), (1, [BOS, 3, 4], 3), (2, [BOS, 0, 0], 1)]
+
+
+# Pairs of texts, and masked tokens.
+
+@pytest.mark.parametrize('truncate', ['left', 'right'])
+def test_both_texts_of_a_pair_are_documents_of_their_own(truncate):
+  store = make_store([6, 30], [3, 25])
+  examples = make(store, Pairs(), seq_len=12, encoder_len=8, truncate=truncate)
+  for row, ids, point in zip(rows_of(examples), documents_of(store, True), [3, 25], strict=True):
+    first, second = [*ids[:point], BOS], [BOS, *ids[point:]]  # with eos, which is bos here
+    keep = (lambda x, n: x[-n:]) if truncate == 'left' else (lambda x, n: x[:n])
+    assert row['tokens'][row['segment_ids'] > 0].tolist() == keep(first, 12)
+    assert row['encoder_tokens'][row['encoder_segment_ids'] > 0].tolist() == keep(second, 8)
+  assert examples.dropped_tokens == 26 - 12
+
+
+def test_masked_tokens_are_told_where_they_stood():
+  """About 80% of them give way to the sentinel, 10% stay; all the others are shown as they are."""
+  store = make_store([400] * 20)
+  rows = rows_of(make(store, MaskedTokens(rate=0.2), seq_len=402))
+  told = np.concatenate([row['loss_mask'] > 0 for row in rows])
+  shown, truth = (np.concatenate([row[name] for row in rows]) for name in ('tokens', 'targets'))
+  for row, ids in zip(rows, documents_of(store, True), strict=True):
+    assert row['targets'][:len(ids)].tolist() == ids
+    assert row['loss_mask'].sum() == round(0.2 * (len(ids) - 1)) and row['loss_mask'][0] == 0
+    np.testing.assert_array_equal(row['prefix_mask'], row['segment_ids'] > 0)
+  np.testing.assert_array_equal(shown[~told], truth[~told])
+  assert np.mean(shown[told] == VOCAB) == pytest.approx(0.8, abs=0.05)
+  assert np.mean(shown[told] == truth[told]) == pytest.approx(0.1, abs=0.05)
 
 
 # All tasks.
@@ -313,7 +344,7 @@ def test_rows_are_alike_and_a_function_of_index_and_rng(task, packing, mask_docu
   rows, again = rows_of(examples), rows_of(pickle.loads(pickle.dumps(examples)))  # noqa: S301
   assert len({str([(name, x.dtype, x.shape) for name, x in row.items()]) for row in rows}) == 1
   assert {x.shape for x in rows[0].values()} <= {(16,), ()}
-  assert (mask_documents or task.needs == 'labels') == ('segment_ids' in rows[0]) == ('positions' in rows[0])
+  assert (mask_documents or task.whole) == ('segment_ids' in rows[0]) and mask_documents == ('positions' in rows[0])
   same = [all((x == b[name]).all() for name, x in a.items()) for a, b in zip(rows, again, strict=True)]
   assert all(same)
   seeds = [rows_of(examples, seed) for seed in range(1, 4)]
@@ -438,7 +469,8 @@ def test_a_store_that_gives_no_rows_is_bad_data(store, task, options):
 @pytest.mark.parametrize('build', [
     lambda: FillInTheMiddle(rate=1.5), lambda: FillInTheMiddle(spm_rate=-0.1),
     lambda: SpanCorruption(noise_density=1.0), lambda: SpanCorruption(mean_span_length=0.5),
-    lambda: SpanCorruption(num_sentinels=0), lambda: Augment(token_dropout=0.6, token_replace=0.6),
+    lambda: SpanCorruption(num_sentinels=0), lambda: MaskedTokens(rate=0.0),
+    lambda: Augment(token_dropout=0.6, token_replace=0.6),
     lambda: Augment(token_replace=-0.1)])
 def test_settings_out_of_range_are_refused(build):
   with pytest.raises(ValueError, match='got'):

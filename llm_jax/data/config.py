@@ -10,7 +10,7 @@ from llm_jax.data.augment import Augment
 from llm_jax.data.documents import SourceConfig
 from llm_jax.data.filters import FilterConfig
 from llm_jax.data.splits import SplitConfig
-from llm_jax.data.tasks import TASKS, FillInTheMiddle, PrefixLM, SpanCorruption
+from llm_jax.data.tasks import TASKS, FillInTheMiddle, MaskedTokens, SpanCorruption
 from llm_jax.data.tokenizers import FITTED
 from llm_jax.runtime import user_cache
 
@@ -32,8 +32,8 @@ class DataConfig(SourceConfig, SplitConfig):
 
   task: str = 'next_token'  # one of tasks.TASKS; those with settings have a field below
   fim: FillInTheMiddle = FillInTheMiddle()
-  prefix_lm: PrefixLM = PrefixLM()
   span_corruption: SpanCorruption = SpanCorruption()
+  masked_tokens: MaskedTokens = MaskedTokens()
   augment: Augment = Augment()
   seq_len: int = 1024
   encoder_len: int = 512  # of tasks with an encoder

@@ -9,7 +9,7 @@ import numpy as np
 
 from llm_jax.data.augment import Augment, disturbed, jittered
 from llm_jax.data.rows import PACKINGS, Packed, Store, Windows, pack
-from llm_jax.data.tasks import TASKS, Classification, Features, Layout, Seq2Seq, SpanCorruption, Task
+from llm_jax.data.tasks import TASKS, Classification, Features, Layout, Pairs, Seq2Seq, SpanCorruption, Task
 from llm_jax.errors import ConfigError, DataError
 
 # What the store holds -> (truncations that keep its sense, the default first; the field that gives it).
@@ -50,8 +50,10 @@ class Examples:
         if name in features:
           features[name] = disturbed(features[name], features[segments] > 0, self.augment, self.layout.vocab_size,
                                      self.layout.start_id, rng)
-    if not self.mask_documents and self.task.needs != 'labels':
-      del features['segment_ids'], features['positions']
+    if not self.mask_documents:
+      del features['positions']
+      if not self.task.whole:
+        del features['segment_ids']
     return features
 
 
@@ -68,8 +70,8 @@ def make_examples(store: Store, *, task: Task, seq_len: int, encoder_len: int = 
   _check(store, task, layout, packing, stride, mask_documents, augment, score_once)
   rows = Windows(store, seq_len, stride or seq_len) if packing == 'concat' else _packed(store, task, layout, packing)
   dropped = rows.dropped_tokens
-  if isinstance(task, Seq2Seq) and isinstance(rows, Packed):
-    dropped += _cut_by(layout, rows)
+  if isinstance(task, (Seq2Seq, Pairs)) and isinstance(rows, Packed):
+    dropped += _cut_by(task, layout, rows)
   if not len(rows):
     raise DataError(f'config.data.path: {len(store.tokens)} token(s) in {len(store.starts)} document(s) give no row to '
                     f'task {_name(task)} with packing {packing}; {dropped} token(s) were cut by truncate {truncate} '
@@ -81,7 +83,7 @@ def _packed(store: Store, task: Task, layout: Layout, packing: str) -> Packed:
   capacity = layout.seq_len - task.overhead
   if isinstance(task, SpanCorruption):
     capacity = span_capacity(task, layout)
-  if isinstance(task, Seq2Seq):
+  if isinstance(task, (Seq2Seq, Pairs)):
     capacity = len(store.tokens) + 1  # cuts both sides itself
   return pack(store, packing, layout.truncate, capacity, row_size=layout.seq_len, overhead=task.overhead,
               answers=store.answers if task.needs == 'answers' else None,
@@ -96,12 +98,16 @@ def span_capacity(task: SpanCorruption, layout: Layout) -> int:
   return bisect.bisect_left(range(layout.encoder_len + layout.seq_len), True, key=too_long) - 1
 
 
-def _cut_by(layout: Layout, rows: Packed) -> int:
-  """Tokens that Seq2Seq leaves out of all prompts and answers."""
-  answers = np.maximum(np.asarray(rows.answers), 1)[rows.documents]
-  prompts = answers - (layout.bos_id is not None) + (layout.eos_id is not None)
-  return int(np.maximum(prompts - layout.encoder_len, 0).sum() +
-             np.maximum(rows.sizes + 1 - answers - layout.seq_len, 0).sum())
+def _cut_by(task: Task, layout: Layout, rows: Packed) -> int:
+  """Tokens that a task leaves out of all prompts and answers."""
+  opens, ends = layout.bos_id is not None, layout.eos_id is not None
+  prompts = np.maximum(np.asarray(rows.answers), 1)[rows.documents]
+  answers = rows.sizes + 1 - prompts
+  if isinstance(task, Pairs):
+    limits = ((prompts + ends, layout.seq_len), (answers + opens, layout.encoder_len))
+  else:
+    limits = ((prompts - opens + ends, layout.encoder_len), (answers, layout.seq_len))
+  return int(sum(np.maximum(sizes - limit, 0).sum() for sizes, limit in limits))
 
 
 def _check(store: Store, task: Task, layout: Layout, packing: str, stride: int | None, mask_documents: bool,
@@ -127,6 +133,8 @@ def _check(store: Store, task: Task, layout: Layout, packing: str, stride: int |
        f'{task.overhead + 1}'),
       (task.encodes and layout.bos_id is None and layout.eos_id is None, f'config.data.task: {name} needs a token that '
        'opens or ends documents, and the data has none; for ids, name it with config.data.eot_id'),
+      (name == 'pairs' and layout.encoder_len > seq_len, f'config.data.encoder_len: {layout.encoder_len} is more than '
+       f'seq_len {seq_len}, and both texts of task pairs are read by the same model'),
       (name == 'prefix_lm' and not mask_documents and packing != 'pad', 'config.data.mask_documents: False does not go '
        'with task prefix_lm unless packing is pad: tokens would read ahead into the next prefix'),
       (augment.jitter and (packing != 'concat' or score_once), 'config.data.augment.jitter: True is for training with '

@@ -16,7 +16,7 @@ from llm_jax.data import Data, DataConfig, open_data, open_examples, task_of
 from llm_jax.data.examples import Examples
 from llm_jax.data.filters import Report
 from llm_jax.data.prepare import parse, table
-from llm_jax.data.store import TokenStore, class_values
+from llm_jax.data.store import TokenStore
 from llm_jax.data.tasks import Features
 from llm_jax.errors import ConfigError, StorageError
 from llm_jax.main import run_as_program
@@ -47,8 +47,7 @@ def main(argv: list[str]) -> None:
     print(f'\n{args.part}/{name}: tokens in a document')
     print('\n'.join(histogram(document_lengths(store))))
     if store.classes:
-      print('labels: ' + ', '.join(f'{value:g} {label!r}' for label, value in zip(
-          store.classes, class_values(list(store.classes)), strict=True)))
+      print('labels: ' + ', '.join(f'{value} {label!r}' for value, label in enumerate(store.classes)))
     examples[name] = open_examples(config, data, store, train=args.part == 'train')
     print(f'{len(examples[name]):,} rows of {config.seq_len} tokens, task {config.task}, packing {config.packing}; '
           f'{examples[name].dropped_tokens:,} tokens are in no row')

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,10 @@ def open_split(folder: Path, split: str) -> TokenStore:
              for kind, dtype in (('answers', 'int64'), ('labels', 'float64')) if f'{split}.{kind}' in manifest['files']}
   classes = manifest['classes']
   if classes:
-    columns['labels'] = class_values(classes)[columns['labels'].astype(int)]
-    columns['classes'] = tuple(sorted(classes))
+    values = class_values(classes)
+    columns['labels'] = values[columns['labels'].astype(int)]
+    if sorted(values) == list(range(len(classes))):
+      columns['classes'] = tuple(classes[i] for i in np.argsort(values))
   elif 'labels' in columns and manifest['label_width'] > 1:
     columns['labels'] = columns['labels'].reshape(-1, manifest['label_width'])
   of_split = sorted(name for name in manifest['files'] if name.startswith((f'{split}-', f'{split}.')))
@@ -93,7 +96,7 @@ def open_split(folder: Path, split: str) -> TokenStore:
                     report=manifest.get('report'), **columns)
 
 
-def class_values(classes: list[str]) -> np.ndarray:
+def class_values(classes: Sequence[str]) -> np.ndarray:
   """What to learn for each text label: the number that it spells, if all do; else its place in their order."""
   try:
     return np.array([float(name) for name in classes])

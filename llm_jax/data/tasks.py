@@ -1,22 +1,14 @@
 """Tasks turn a row of a token store into the features of a Batch: what to read, what to predict, what counts.
 
-A task is a frozen dataclass with its settings, a line in TASKS, and
-  packings      that it works with (rows.py)
-  needs         of the store: 'text', 'answers' or 'labels'
-  overhead      places that a piece takes in a row beyond its targets
-  num_sentinels ids from vocab_size on that it uses: sentinel k is vocab_size + k
-  random        whether `features` draws from its rng
-  encodes       whether it gives encoder_tokens
-  features(row, layout, rng)
-
-Of each row come tokens, targets, loss_mask, segment_ids (1, 2, ... a piece; 0: padding) and positions (restarting in
-each piece), all [seq_len], padded with 0 on the right, and what the task says.
+A task is a subclass of Task with its settings and a line in TASKS. Of each row come tokens, targets, loss_mask,
+segment_ids (1, 2, ... a piece; 0: padding) and positions (restarting in each piece), all [seq_len], padded with 0 on
+the right, and what the task says.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
@@ -45,41 +37,45 @@ class Layout:
     return start
 
 
-Task = Any  # one of the dataclasses below
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What tasks say of themselves, unless a task says otherwise."""
+
+  packings: ClassVar[tuple[str, ...]] = ('pad',)  # that it works with (rows.py)
+  needs: ClassVar[str] = 'text'  # of the store: 'text', 'answers' or 'labels'
+  overhead: ClassVar[int] = 0  # places that a piece takes in a row beyond its targets
+  num_sentinels = 0  # ids from vocab_size on that it uses: sentinel k is vocab_size + k
+  random: ClassVar[bool] = False  # whether `features` draws from its rng
+  encodes: ClassVar[bool] = False  # whether it gives encoder_tokens
+  whole: ClassVar[bool] = False  # whether a loss on whole rows goes by their segment_ids
+
+  def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
+    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class NextToken:
+class NextToken(Task):
   """Each token predicts the one after it."""
 
-  packings = PACKINGS
-  needs = 'text'
-  overhead = 0
-  num_sentinels = 0
-  random = False
-  encodes = False
+  packings: ClassVar[tuple[str, ...]] = PACKINGS
 
   def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
     return lay_out([piece.ids for piece in row], None, layout)
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptAnswer:
+class PromptAnswer(Task):
   """Reads the prompt and its answer, learns only the answer and the eos after it."""
 
-  packings = ('best_fit', 'pad')
-  needs = 'answers'
-  overhead = 0
-  num_sentinels = 0
-  random = False
-  encodes = False
+  packings: ClassVar[tuple[str, ...]] = ('best_fit', 'pad')
+  needs: ClassVar[str] = 'answers'
 
   def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
     return lay_out([piece.ids for piece in row], [_from(piece.answer or 1, len(piece.ids)) for piece in row], layout)
 
 
 @dataclasses.dataclass(frozen=True)
-class FillInTheMiddle:
+class FillInTheMiddle(Task):
   """Fill-in-the-middle by tokens (arXiv 2207.14255): all is learnt, and the middle comes when its end is known.
 
   A piece's first token and final eos stay in place; between them, with sentinels <0>, <1>, <2>:
@@ -88,12 +84,10 @@ class FillInTheMiddle:
 
   rate: float = 0.5  # of pieces; the others are plain next-token
   spm_rate: float = 0.5  # of those
-  packings = ('best_fit', 'pad')
-  needs = 'text'
-  overhead = 3
+  packings: ClassVar[tuple[str, ...]] = ('best_fit', 'pad')
+  overhead: ClassVar[int] = 3
   num_sentinels = 3
-  random = True
-  encodes = False
+  random: ClassVar[bool] = True
 
   def __post_init__(self):
     if not 0 <= self.rate <= 1 or not 0 <= self.spm_rate <= 1:
@@ -117,16 +111,12 @@ class FillInTheMiddle:
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixLM:
+class PrefixLM(Task):
   """Learns what follows a random point of each piece; `prefix_mask` [seq_len] is 1 on the tokens up to it, which a
   model may let attend to each other in both directions: no target lies among them."""
 
-  packings = PACKINGS
-  needs = 'text'
-  overhead = 0
-  num_sentinels = 0
-  random = True
-  encodes = False
+  packings: ClassVar[tuple[str, ...]] = PACKINGS
+  random: ClassVar[bool] = True
 
   def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
     points = [int(rng.integers(1, len(piece.ids))) for piece in row]
@@ -137,7 +127,7 @@ class PrefixLM:
 
 
 @dataclasses.dataclass(frozen=True)
-class SpanCorruption:
+class SpanCorruption(Task):
   """T5's objective (arXiv 1910.10683): spans give way to sentinels in what the encoder reads, the decoder spells them.
 
   Of a piece without its first token and final eos, with spans B and D in A B C D: encoder A <0> C <1> eos, targets
@@ -147,11 +137,8 @@ class SpanCorruption:
   noise_density: float = 0.15
   mean_span_length: float = 3.0
   num_sentinels: int = 100  # the most spans of a row
-  packings = ('pad',)
-  needs = 'text'
-  overhead = 0
-  random = True
-  encodes = True
+  random: ClassVar[bool] = True
+  encodes: ClassVar[bool] = True
 
   def __post_init__(self):
     if not 0 < self.noise_density < 1 or self.mean_span_length < 1 or self.num_sentinels < 1:
@@ -185,56 +172,101 @@ class SpanCorruption:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seq2Seq:
+class Seq2Seq(Task):
   """The encoder reads the prompt and eos; the decoder reads bos and the answer, and predicts the answer and eos.
 
   A prompt longer than encoder_len loses its beginning (truncate 'left') or its end, an answer its end.
   """
 
-  packings = ('pad',)
-  needs = 'answers'
-  overhead = 0
-  num_sentinels = 0
-  random = False
-  encodes = True
+  needs: ClassVar[str] = 'answers'
+  encodes: ClassVar[bool] = True
 
   def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
     [piece] = row
     prompt, answer = piece.ids[int(layout.bos_id is not None):piece.answer], piece.ids[piece.answer:]
     room = layout.encoder_len - len(_eos(layout))
-    prompt = prompt[max(0, len(prompt) - room):] if layout.truncate == 'left' else prompt[:room]
+    prompt = _cut(prompt, room, layout)
     decoder = _join([[layout.start_id], answer[:layout.seq_len]])
     return _encode(_join([prompt, _eos(layout)]), layout) | lay_out([decoder], None, layout)
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
-  """Reads a document, eos included; `labels` is its class, int32 []. See `_labelled`."""
+class Pairs(Task):
+  """Two texts that belong together, each a document of its own: the prompt in tokens, the answer in encoder_tokens.
 
-  packings = ('pad',)
-  needs = 'labels'
-  overhead = 1
-  num_sentinels = 0
-  random = False
-  encodes = False
+  Each is read whole, eos included, and no longer than seq_len: see `_cut`.
+  """
+
+  needs: ClassVar[str] = 'answers'
+  encodes: ClassVar[bool] = True
+  whole: ClassVar[bool] = True
 
   def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
-    return _labelled(row, layout, np.int32)
+    [piece] = row
+    first, second = piece.ids[:piece.answer], piece.ids[piece.answer:]
+    if layout.bos_id is not None:
+      second = _join([[layout.bos_id], second])
+    if layout.eos_id is not None:
+      first, second = (x if len(x) and x[-1] == layout.eos_id else _join([x, _eos(layout)]) for x in (first, second))
+    first, second = (_cut(x, length, layout) for x, length in ((first, layout.seq_len), (second, layout.encoder_len)))
+    return _read(first, layout) | _encode(second, layout)
 
 
 @dataclasses.dataclass(frozen=True)
-class Regression:
-  """Reads a document, eos included; `labels` is float32 [], or [C] where each document has C of them."""
+class MaskedTokens(Task):
+  """BERT's objective (arXiv 1810.04805): some tokens are hidden, and what stood there is to be told from both sides.
 
-  packings = ('pad',)
-  needs = 'labels'
-  overhead = 1
-  num_sentinels = 0
-  random = False
-  encodes = False
+  Of the tokens to be told 80% give way to the sentinel <0>, 10% to any token, 10% stay. Every token is attended to in
+  both directions: the model needs prefix_attention. bos is never to be told.
+  """
+
+  rate: float = 0.15  # of a row's tokens
+  packings: ClassVar[tuple[str, ...]] = ('best_fit', 'pad')
+  overhead: ClassVar[int] = 1
+  num_sentinels = 1
+  random: ClassVar[bool] = True
+
+  def __post_init__(self):
+    if not 0 < self.rate < 1:
+      raise ValueError(f'rate must lie between 0 and 1; got {self.rate}')
 
   def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
-    return _labelled(row, layout, np.float32)
+    features = lay_out([np.append(piece.ids, 0) for piece in row], None, layout)
+    tokens, real = features['tokens'], features['segment_ids'] > 0
+    places = np.flatnonzero(real if layout.bos_id is None else real & (tokens != layout.bos_id))
+    told = rng.permutation(places)[:max(1, round(self.rate * len(places)))]
+    shown, dice = tokens.copy(), rng.random(len(told))
+    shown[told[dice < 0.8]] = layout.vocab_size
+    shown[told[dice >= 0.9]] = rng.integers(0, layout.vocab_size, int(np.sum(dice >= 0.9)))
+    mask = np.zeros(layout.seq_len, np.float32)
+    mask[told] = 1
+    return features | {'tokens': shown, 'targets': tokens, 'loss_mask': mask, 'prefix_mask': real.astype(np.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Task):
+  """Reads a document, eos included; `labels` is its class, int32 []. See `_read`."""
+
+  needs: ClassVar[str] = 'labels'
+  overhead: ClassVar[int] = 1
+  whole: ClassVar[bool] = True
+
+  def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
+    [piece] = row
+    return _read(piece.ids, layout) | {'labels': np.asarray(piece.label, np.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression(Task):
+  """Reads a document, eos included; `labels` is float32 [], or [C] where each document has C of them."""
+
+  needs: ClassVar[str] = 'labels'
+  overhead: ClassVar[int] = 1
+  whole: ClassVar[bool] = True
+
+  def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
+    [piece] = row
+    return _read(piece.ids, layout) | {'labels': np.asarray(piece.label, np.float32)}
 
 
 TASKS: dict[str, type[Task]] = {
@@ -244,6 +276,8 @@ TASKS: dict[str, type[Task]] = {
     'prefix_lm': PrefixLM,
     'span_corruption': SpanCorruption,
     'seq2seq': Seq2Seq,
+    'pairs': Pairs,
+    'masked_tokens': MaskedTokens,
     'classification': Classification,
     'regression': Regression,
 }
@@ -266,13 +300,14 @@ def lay_out(pieces: list[np.ndarray], masks: list[np.ndarray] | None, layout: La
           'positions': positions}
 
 
-def _labelled(row: Row, layout: Layout, dtype: type) -> Features:
-  """No token is predicted. loss_mask is 1 on the last real token alone: there a causal model's head reads the row, and
-  the sum of loss_mask counts examples, so that blank rows weigh nothing. A head that pools reads where segment_ids > 0.
-  """
-  [piece] = row
-  features = lay_out([np.append(piece.ids, 0)], [_from(len(piece.ids), len(piece.ids) + 1)], layout)
-  return features | {'targets': np.zeros(layout.seq_len, np.int32), 'labels': np.asarray(piece.label, dtype)}
+def _read(ids: np.ndarray, layout: Layout) -> Features:
+  """A whole document, its last token too. Its tokens may be learnt beside what its row is: each predicts the next."""
+  return lay_out([np.append(ids, 0)], [_from(0, len(ids) + 1) & (np.arange(1, len(ids) + 1) < len(ids))], layout)
+
+
+def _cut(ids: np.ndarray, length: int, layout: Layout) -> np.ndarray:
+  """At most `length` ids: without what lies before them (truncate 'left') or behind."""
+  return ids[max(0, len(ids) - length):] if layout.truncate == 'left' else ids[:length]
 
 
 def _encode(ids: np.ndarray, layout: Layout) -> Features:

@@ -7,6 +7,7 @@ import flax.linen as nn
 from llm_jax.models.byte_patch import BytePatch, BytePatchConfig
 from llm_jax.models.decoder import Decoder, DecoderConfig
 from llm_jax.models.encdec import EncDec, EncDecConfig
+from llm_jax.models.heads import WithHeads
 
 MODELS: dict[str, tuple[type[nn.Module], type]] = {
     'decoder': (Decoder, DecoderConfig),
@@ -15,6 +16,7 @@ MODELS: dict[str, tuple[type[nn.Module], type]] = {
 }
 
 
-def make_model(config: Any) -> Any:
-  """The module that a config of one of MODELS describes: a LanguageModel."""
-  return MODELS[config.name][0](config)
+def make_model(config: Any, heads: tuple[tuple[str, int], ...] = (), num_weights: int = 0) -> Any:
+  """The module that a config of one of MODELS describes, a LanguageModel; with what its losses need, if anything."""
+  trunk = MODELS[config.name][0](config)
+  return WithHeads(trunk, heads, num_weights) if heads or num_weights else trunk

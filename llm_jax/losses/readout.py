@@ -1,4 +1,4 @@
-"""Losses as plain functions, in float32, that hold the logits of one chunk of tokens at a time.
+"""Losses over tokens as plain functions, in float32, that hold the logits of one chunk of tokens at a time.
 
 Dims: B batch, T length, M chunks, C length of a chunk, S devices that share the batch, R rows of each (B = S R),
 D embed, V vocab.
@@ -47,12 +47,12 @@ def cross_entropy(readout: Readout, targets_BT: jax.Array, weights_BT: jax.Array
 
 
 def score(readout: Readout, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(nats float32, whether the target is the likeliest token), each [B, T]."""
+  """(nats float32, how many tokens are likelier than the target), each [B, T]."""
 
   def chunk(_, w_S, x_SRCD, targets_SRC):
     logits_SRCV = _project(readout.project, w_S, x_SRCD)
     _, nll_SRC, *_ = _nats(logits_SRCV, targets_SRC, 0.0, 0.0)
-    return None, (nll_SRC, jnp.argmax(logits_SRCV, axis=-1) == targets_SRC)
+    return None, (nll_SRC, rank(logits_SRCV, targets_SRC))
 
   return _over_chunks(chunk, lambda _: None, readout.project, readout.w, readout.x_BTD, targets_BT)[1]
 
@@ -89,6 +89,40 @@ def _cross_entropy_bwd(project, z_loss, label_smoothing, residuals, cotangents):
 
 
 _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+def rank(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """How many logits [..., V] stand above the target's; of equal ones the first is above."""
+  own = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode='clip')
+  before = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) < targets[..., None]
+  return jnp.sum((logits > own) | ((logits == own) & before), axis=-1)
+
+
+def distillation(readout: Readout, teacher: Readout, weights_BT: jax.Array, temperature: float) -> jax.Array:
+  """Weighted sum of temperature^2 * KL(teacher || student) in nats, of logits divided by the temperature.
+
+  Hinton et al., arXiv 1503.02531. The teacher has no gradient.
+  """
+  def nats(w, x_BCD, teacher_w, teacher_x_BCD, weights_BC):
+    log_p_BCV, log_q_BCV = (jax.nn.log_softmax(project(w, x) / temperature) for project, w, x in (
+        (teacher.project, teacher_w, teacher_x_BCD), (readout.project, w, x_BCD)))
+    return temperature**2 * jnp.sum(jnp.sum(jnp.exp(log_p_BCV) * (log_p_BCV - log_q_BCV), axis=-1) * weights_BC)
+
+  mesh: Any = jax.sharding.get_abstract_mesh()
+  T, logits = readout.x_BTD.shape[1], jax.eval_shape(readout.project, readout.w, readout.x_BTD)
+  num_chunks = _num_chunks(T, 2 * 4 * logits.size / max(1, mesh.size))
+  num_chunks = next(n for n in range(num_chunks, T + 1) if T % n == 0)
+
+  def cut(x_BT):
+    return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], num_chunks, T // num_chunks, *x_BT.shape[2:]), 1, 0)
+
+  @jax.checkpoint  # keeps no logits
+  def body(total, xs):
+    x_BCD, teacher_x_BCD, weights_BC = xs
+    return total + nats(readout.w, x_BCD, *jax.lax.stop_gradient((teacher.w, teacher_x_BCD)), weights_BC), None
+
+  return jax.lax.scan(body, jnp.zeros(()), (cut(readout.x_BTD), cut(teacher.x_BTD), cut(weights_BT)),
+                      unroll=num_chunks == 1)[0]
 
 
 def _project(project, w_S, x_SRCD):

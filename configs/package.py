@@ -1,0 +1,45 @@
+"""Which package of the standard library is this function from? A classifier of code, 22 classes.
+
+  python configs/data/make_functions.py
+  python -m llm_jax.main --config=configs/package.py
+  python -m llm_jax.evaluate --workdir=runs/package --checkpoint=best
+  python -m llm_jax.predict --workdir=runs/package --text="$(cat my_function.py)"
+
+RESULT
+"""
+
+from llm_jax.config import base
+
+
+def get_config():
+  config = base()
+  config.num_steps = 400
+  config.batch_tokens = 32 * 192
+  config.tokens_per_device = 32 * 192
+  config.model.num_layers = 2
+  config.model.embed_dim = 128
+  config.model.num_heads = 4
+  config.model.positions = 'rope'
+  config.model.norm = 'rms_norm'
+  config.model.mlp = 'swiglu'
+  config.model.mlp_dim = 384
+  config.model.dropout = 0.2
+  config.model.scan_unroll = 2
+  config.data.path = 'configs/data/functions.jsonl'
+  config.data.field = 'code'
+  config.data.label_field = 'package'
+  config.data.task = 'classification'
+  config.data.packing = 'pad'
+  config.data.val_fraction = 0.1
+  config.data.vocab_size = 2048
+  config.data.seq_len = 192
+  config.data.augment.token_dropout = 0.1
+  config.loss.terms = ('classification', 'next_token')
+  config.loss.next_token.weight = 0.5
+  config.loss.classification.pooling = 'mean'
+  config.optim.learning_rate = 2e-3
+  config.optim.warmup_cosine.warmup_steps = 40
+  config.eval.every = 100
+  config.eval.sample_tokens = 0
+  config.checkpoint.every = 200
+  return config

@@ -1,0 +1,95 @@
+"""Embeddings of whole texts, learnt from pairs that belong together.
+
+Dims: B batch, D embed, E embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llm_jax.losses.labels import Pooling
+from llm_jax.losses.readout import Readout, rank
+from llm_jax.losses.term import Look, Sums, Term, affine, pool, real_rows
+from llm_jax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive(Term):
+  """InfoNCE (arXiv 1807.03748) in both directions: of all the batch's texts, over all devices, which is the partner?
+
+  -log softmax_j(cos(a_i, b_j) / temperature) at j = i, and the same from b to a, halved.
+  """
+
+  pooling: Pooling = 'mean'
+  embedding_dim: int = 128
+  temperature: float = 0.05
+  reads: ClassVar[frozenset[str]] = frozenset({'encoder_tokens', 'encoder_segment_ids', 'segment_ids'})
+  row_wise: ClassVar[bool] = False
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.embedding_dim < 1 or self.temperature <= 0:
+      raise ValueError('embedding_dim must be at least 1, temperature positive; got '
+                       f'{self.embedding_dim} and {self.temperature}')
+
+  @property
+  def head_dim(self) -> int:
+    return self.embedding_dim
+
+  def other(self, batch: Batch) -> Batch | None:
+    if batch.encoder_tokens is None:  # texts of which nobody asks for the partner
+      return None
+    return dataclasses.replace(batch, tokens=batch.encoder_tokens, segment_ids=batch.encoder_segment_ids,
+                               positions=None)
+
+  def count(self, batch: Batch) -> jax.Array:
+    return jnp.sum(real_rows(batch))
+
+  def embed(self, readout: Readout, segment_ids: jax.Array | None, look: Look) -> jax.Array:
+    """[B, E] of length 1."""
+    assert segment_ids is not None
+    e_BE = affine(look, pool(readout.x_BTD, segment_ids, self.pooling))
+    return e_BE * jax.lax.rsqrt(jnp.sum(e_BE**2, axis=-1, keepdims=True) + 1e-12)
+
+  def similarities(self, look: Look) -> jax.Array:
+    """[B, B]: cosines over the temperature, of first texts to second ones; -1e9 for rows that are not real."""
+    assert look.other is not None
+    a_BE = self.embed(look.readout, look.batch.segment_ids, look)
+    b_CE = self.embed(look.other, look.batch.encoder_segment_ids, look)
+    real_B = real_rows(look.batch) > 0
+    sims_BC = jnp.einsum('BE,CE->BC', a_BE, b_CE) / self.temperature
+    return jnp.where(real_B[:, None] & real_B[None, :], sims_BC, -1e9)
+
+  def loss(self, look: Look, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    sims_BC, weights_B = self.similarities(look), real_rows(look.batch) / count
+    partners_B = jnp.arange(sims_BC.shape[0])
+    nll_B = sum(optax.softmax_cross_entropy_with_integer_labels(s, partners_B) for s in (sims_BC, sims_BC.T)) / 2
+    loss = jnp.sum(nll_B * weights_B)
+    return loss, loss
+
+  def predict(self, look: Look) -> jax.Array:
+    """Embeddings [B, E]."""
+    return self.embed(look.readout, look.batch.segment_ids, look)
+
+  def first_loss(self, look: Look) -> float:
+    return math.log(max(2, look.batch.tokens.shape[0]))
+
+  def score(self, look: Look, token_bytes: jax.Array) -> Sums:
+    del token_bytes
+    sims_BC, real_B = self.similarities(look), real_rows(look.batch)
+    rank_B = rank(sims_BC, jnp.arange(sims_BC.shape[0]))
+    return {'nll': self.loss(look, jnp.ones(()))[0], 'count': jnp.sum(real_B),
+            'correct': jnp.sum((rank_B < 1) * real_B), 'top5': jnp.sum((rank_B < 5) * real_B),
+            'reciprocals': jnp.sum(real_B / (rank_B + 1))}
+
+  def summarize(self, sums: dict[str, Any]) -> dict[str, float]:
+    """loss, and of the search for a first text's partner among the batch's: accuracy, top5_accuracy, mrr; documents."""
+    n = sums['count']
+    return {'loss': sums['nll'] / n, 'accuracy': sums['correct'] / n, 'top5_accuracy': sums['top5'] / n,
+            'mrr': sums['reciprocals'] / n, 'documents': n}

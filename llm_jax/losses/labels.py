@@ -1,0 +1,185 @@
+"""Losses that learn the label of a whole document from its pooled hidden states.
+
+Dims: B batch, D embed, C classes, or numbers that a document has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llm_jax.losses.readout import rank
+from llm_jax.losses.term import Look, Sums, Term, affine, pool, real_rows
+from llm_jax.types import Batch
+
+Pooling = Literal['last', 'mean']
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Term):
+  """Cross-entropy of a document's class.
+
+  (1 - p)^focal_gamma * ((1 - label_smoothing) * -log p + label_smoothing * mean_C(-log p)) of the right class's
+  probability p: focal loss (arXiv 1708.02002, over a softmax) turns to what is still wrong. Plus z_loss * log(Z)^2.
+  """
+
+  pooling: Pooling = 'last'  # of hidden states: the last token's, which alone has read all where attention is causal
+  num_classes: int | None = None  # None: those of the training part
+  classes: tuple[str, ...] | None = None  # their names; None: those of the training part, if they have any
+  focal_gamma: float = 0.0
+  label_smoothing: float = 0.0
+  z_loss: float = 0.0
+  reads: ClassVar[frozenset[str]] = frozenset({'labels', 'segment_ids'})
+
+  def __post_init__(self):
+    super().__post_init__()
+    if min(self.focal_gamma, self.z_loss) < 0:
+      raise ValueError(f'focal_gamma and z_loss must not be negative; got {self.focal_gamma}, {self.z_loss}')
+    if not 0 <= self.label_smoothing < 1:
+      raise ValueError(f'label_smoothing must lie in [0, 1); got {self.label_smoothing}')
+    if self.num_classes is not None and self.num_classes < 2:
+      raise ValueError(f'num_classes must be at least 2; got {self.num_classes}')
+
+  @property
+  def head_dim(self) -> int:
+    return self.num_classes or 0
+
+  def fitted(self, labels: np.ndarray | None, classes: tuple[str, ...]) -> Classification:
+    if self.classes and classes and self.classes != classes:
+      raise ValueError(f'classes: {self.classes} are not those of the data, {classes}; leave them out')
+    needed = 0 if labels is None else int(labels.max()) + 1
+    if self.num_classes is not None and self.num_classes < needed:
+      raise ValueError(f'num_classes: {self.num_classes} is less than the {needed} of the data; leave it None or set '
+                       f'it to {needed} or more')
+    return dataclasses.replace(self, num_classes=self.num_classes or max(2, needed), classes=classes or self.classes)
+
+  def count(self, batch: Batch) -> jax.Array:
+    return jnp.sum(real_rows(batch))
+
+  def logits(self, look: Look) -> jax.Array:
+    return _outputs(self.pooling, look)
+
+  def loss(self, look: Look, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits_BC, labels_B = self.logits(look), look.batch.labels
+    weights_B = real_rows(look.batch) / count
+    hits_BC = jax.nn.one_hot(labels_B, logits_BC.shape[1])
+    nll_B = optax.softmax_cross_entropy(logits_BC, hits_BC)
+    objective_B = optax.softmax_cross_entropy(logits_BC, optax.smooth_labels(hits_BC, self.label_smoothing))
+    if self.focal_gamma:
+      # 1 - p by expm1, and away from 0, where the power's slope is infinite below gamma 1.
+      objective_B *= jnp.maximum(-jnp.expm1(-nll_B), 1e-6) ** self.focal_gamma
+    objective_B += self.z_loss * jax.nn.logsumexp(logits_BC, axis=-1) ** 2
+    return jnp.sum(objective_B * weights_B), jnp.sum(nll_B * weights_B)
+
+  def predict(self, look: Look) -> jax.Array:
+    """Probabilities [B, C]."""
+    return jax.nn.softmax(self.logits(look))
+
+  def first_loss(self, look: Look) -> float:
+    return math.log(self.head_dim)
+
+  def score(self, look: Look, token_bytes: jax.Array) -> Sums:
+    del token_bytes
+    logits_BC, labels_B, real_B = self.logits(look), look.batch.labels, real_rows(look.batch)
+    assert labels_B is not None
+    rank_B, C = rank(logits_BC, labels_B), self.head_dim
+    confusion = jnp.zeros((C, C)).at[labels_B, jnp.argmax(logits_BC, axis=-1)].add(real_B)
+    nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, labels_B)
+    return {'nll': jnp.sum(nll_B * real_B), 'count': jnp.sum(real_B), 'top5': jnp.sum((rank_B < 5) * real_B),
+            'confusion': confusion}
+
+  def summarize(self, sums: dict[str, Any]) -> dict[str, float]:
+    """loss (nats a document), accuracy, top5_accuracy, macro_f1, documents."""
+    confusion = sums['confusion']
+    return {'loss': sums['nll'] / sums['count'], 'accuracy': float(np.trace(confusion)) / sums['count'],
+            'top5_accuracy': sums['top5'] / sums['count'], 'macro_f1': macro_f1(confusion), 'documents': sums['count']}
+
+
+def macro_f1(confusion: np.ndarray) -> float:
+  """Mean over classes of 2 TP / (2 TP + FP + FN); confusion[c, d] documents of class c were taken for class d.
+
+  Classes that neither occur nor are answered do not count.
+  """
+  hits, total = np.diag(confusion), confusion.sum(0) + confusion.sum(1)
+  return float(np.mean(2 * hits[total > 0] / total[total > 0])) if total.any() else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression(Term):
+  """Half the squared error of a document's numbers, in standard deviations of the training part's; or Huber's loss."""
+
+  pooling: Pooling = 'last'
+  huber_delta: float = 0.0  # deviations from which on the loss grows linearly (Huber 1964); 0: nowhere
+  mean: tuple[float, ...] | None = None  # of each number; None: that of the training part, and so is the next
+  std: tuple[float, ...] | None = None
+  reads: ClassVar[frozenset[str]] = frozenset({'labels', 'segment_ids'})
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.huber_delta < 0:
+      raise ValueError(f'huber_delta must not be negative; got {self.huber_delta}')
+    if (self.mean is None) != (self.std is None) or (self.std and (len(self.std) != len(self.mean or ())
+                                                                   or min(self.std) <= 0)):
+      raise ValueError('mean and std are set together, as many of the one as of the other, std positive; got '
+                       f'{self.mean} and {self.std}')
+
+  @property
+  def head_dim(self) -> int:
+    return len(self.mean or ())
+
+  def fitted(self, labels: np.ndarray | None, classes: tuple[str, ...]) -> Regression:
+    del classes
+    if self.mean is not None or labels is None:
+      return self
+    labels_DC = labels.reshape(len(labels), -1)
+    std = labels_DC.std(0)
+    return dataclasses.replace(self, mean=tuple(labels_DC.mean(0).tolist()),
+                               std=tuple(np.where(std > 0, std, 1.0).tolist()))
+
+  def count(self, batch: Batch) -> jax.Array:
+    return jnp.sum(real_rows(batch)) * self.head_dim
+
+  def predict(self, look: Look) -> jax.Array:
+    """[B, C], in the labels' own units."""
+    return _outputs(self.pooling, look) * jnp.array([self.std]) + jnp.array([self.mean])
+
+  def loss(self, look: Look, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    errors_BC = (self.predict(look) - self._labels(look)) / jnp.array([self.std])
+    loss_BC = optax.huber_loss(errors_BC, delta=self.huber_delta) if self.huber_delta else optax.l2_loss(errors_BC)
+    loss = jnp.sum(loss_BC * real_rows(look.batch)[:, None] / count)
+    return loss, loss
+
+  def first_loss(self, look: Look) -> float:
+    return 0.5
+
+  def score(self, look: Look, token_bytes: jax.Array) -> Sums:
+    del token_bytes
+    errors_BC, real_B1 = self.predict(look) - self._labels(look), real_rows(look.batch)[:, None]
+    # Around the mean, so that squares of large labels do not drown what they differ by.
+    labels_BC = (self._labels(look) - jnp.array([self.mean])) * real_B1
+    return {'nats': self.loss(look, jnp.ones(()))[0], 'count': jnp.sum(real_B1),
+            'squares': jnp.sum(errors_BC**2 * real_B1, axis=0), 'absolutes': jnp.sum(jnp.abs(errors_BC) * real_B1, 0),
+            'labels': jnp.sum(labels_BC, axis=0), 'label_squares': jnp.sum(labels_BC**2, axis=0)}
+
+  def summarize(self, sums: dict[str, Any]) -> dict[str, float]:
+    """loss, and in the labels' units mae, rmse; r2, the share of the labels' variance that is explained; documents."""
+    n, C = sums['count'], self.head_dim
+    spread = sums['label_squares'] - sums['labels']**2 / n
+    return {'loss': sums['nats'] / n / C, 'mae': float(np.mean(sums['absolutes'])) / n,
+            'rmse': math.sqrt(float(np.mean(sums['squares'])) / n),
+            'r2': float(np.mean(1 - sums['squares'] / np.maximum(spread, 1e-30))), 'documents': n}
+
+  def _labels(self, look: Look) -> jax.Array:
+    assert look.batch.labels is not None
+    return look.batch.labels.reshape(look.batch.labels.shape[0], -1)
+
+
+def _outputs(pooling: Pooling, look: Look) -> jax.Array:
+  assert look.batch.segment_ids is not None
+  return affine(look, pool(look.readout.x_BTD, look.batch.segment_ids, pooling))

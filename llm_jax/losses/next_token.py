@@ -1,0 +1,104 @@
+"""Losses that every token of a row takes part in: the next token itself, and what a teacher thinks of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.losses.readout import Readout, cross_entropy, distillation, score
+from llm_jax.losses.term import Look, Sums, Term, affine
+from llm_jax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken(Term):
+  """-log p(target) of the tokens that loss_mask marks, with PaLM's z-loss and label smoothing (see cross_entropy)."""
+
+  z_loss: float = 0.0
+  label_smoothing: float = 0.0  # of a target's probability, spread over the vocabulary
+  reads: ClassVar[frozenset[str]] = frozenset()
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.z_loss < 0:
+      raise ValueError(f'z_loss must not be negative; got {self.z_loss}')
+    if not 0 <= self.label_smoothing < 1:
+      raise ValueError(f'label_smoothing must lie in [0, 1); got {self.label_smoothing}')
+
+  def count(self, batch: Batch) -> jax.Array:
+    return jnp.sum(batch.loss_mask)
+
+  def loss(self, look: Look, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Weights that are divided already: the gradient that the loss keeps for later is then of its final size.
+    return cross_entropy(look.readout, look.batch.targets, look.batch.loss_mask / count, self.z_loss,
+                         self.label_smoothing)
+
+  def first_loss(self, look: Look) -> float:
+    return math.log(_num_logits(look.readout))
+
+  def score(self, look: Look, token_bytes: jax.Array) -> Sums:
+    batch = look.batch
+    nll_BT, rank_BT = score(look.readout, batch.targets)
+    return {'nll': jnp.sum(nll_BT * batch.loss_mask), 'count': jnp.sum(batch.loss_mask),
+            'bytes': jnp.sum(token_bytes[batch.targets] * batch.loss_mask),
+            'correct': jnp.sum((rank_BT < 1) * batch.loss_mask), 'top5': jnp.sum((rank_BT < 5) * batch.loss_mask)}
+
+  def summarize(self, sums: dict[str, Any]) -> dict[str, float]:
+    """loss (nats a token), perplexity, accuracy, top5_accuracy, bits_per_byte (where tokens have bytes), tokens."""
+    loss = sums['nll'] / sums['count']
+    results = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'accuracy': sums['correct'] / sums['count'],
+               'top5_accuracy': sums['top5'] / sums['count'], 'tokens': sums['count']}
+    if sums['bytes']:
+      results['bits_per_byte'] = sums['nll'] / math.log(2) / sums['bytes']
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation(Term):
+  """What a trained run, the teacher, thinks of each token: its logits (arXiv 1503.02531), its last hidden state.
+
+  The hidden states are compared by mean squares, through a matrix that is learnt with the student (arXiv 1412.6550).
+  """
+
+  teacher: str = ''  # the workdir of a run
+  checkpoint: str = 'best'  # of it: best, latest or a step
+  temperature: float = 2.0
+  logits: float = 1.0  # weight of the logits' part
+  hidden: float = 0.0  # weight of the hidden states' part
+  hidden_dim: int | None = None  # the teacher's width; None: asked of it
+  reads: ClassVar[frozenset[str]] = frozenset()
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.temperature <= 0:
+      raise ValueError(f'temperature must be positive; got {self.temperature}')
+    if min(self.logits, self.hidden) < 0 or not self.logits + self.hidden:
+      raise ValueError(f'logits and hidden must not be negative, and one above 0; got {self.logits}, {self.hidden}')
+
+  @property
+  def head_dim(self) -> int:
+    return (self.hidden_dim or 0) if self.hidden else 0
+
+  def count(self, batch: Batch) -> jax.Array:
+    return jnp.sum(batch.loss_mask)
+
+  def loss(self, look: Look, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    assert look.teacher is not None, 'assemble gives the teacher'
+    weights_BT, loss = look.batch.loss_mask / count, jnp.zeros(())
+    if self.logits:
+      loss += self.logits * distillation(look.readout, look.teacher, weights_BT, self.temperature)
+    if self.hidden:
+      squares_BT = jnp.mean((affine(look, look.readout.x_BTD) - jax.lax.stop_gradient(look.teacher.x_BTD))**2, axis=-1)
+      loss += self.hidden * jnp.sum(squares_BT * weights_BT)
+    return loss, loss
+
+  def first_loss(self, look: Look) -> float:
+    return self.logits * math.log(_num_logits(look.readout)) + self.hidden
+
+
+def _num_logits(readout: Readout) -> int:
+  return jax.eval_shape(readout.project, readout.w, readout.x_BTD).shape[-1]

@@ -1,0 +1,87 @@
+"""What a trained run tells of texts: python -m llm_jax.predict --workdir=runs/package --text='def sleep(delay): ...'
+
+One JSON object a text, in the order given: of a classification its likeliest classes, of a regression the numbers, of
+a contrastive run the embedding. Without --text each line of stdin is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_jax import runtime
+from llm_jax.errors import ConfigError
+from llm_jax.main import run_as_program
+
+ROWS = 32  # texts that are read at a time
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='python -m llm_jax.predict', allow_abbrev=False, description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', type=Path, required=True)
+  parser.add_argument('--text', action='append', help='may be given several times (default: the lines of stdin)')
+  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
+  parser.add_argument('--top', type=int, default=5, help='how many classes')
+  runtime.add_flag(parser)
+  args = parser.parse_args(argv)
+  if args.top < 1:
+    raise ConfigError(f'--top must be at least 1; got {args.top}')
+
+  runtime.prepare(args.tuning == 'on')
+  import jax
+
+  from llm_jax.assemble import load_run
+  from llm_jax.losses import make_objective
+  from llm_jax.sharding import MeshConfig, make_mesh
+  from llm_jax.types import as_batch
+
+  mesh = make_mesh(MeshConfig())
+  with jax.set_mesh(mesh):
+    run = load_run(args.workdir, mesh, args.checkpoint)
+    objective = make_objective(run.config.loss).judge()
+    if run.tokenizer is None:
+      raise ConfigError(f'--workdir: {args.workdir} was trained on ids without a tokenizer, so it reads no text')
+    predict = jax.jit(lambda params, batch: run.model.apply(
+        {'params': params}, batch, method=lambda module, batch: objective.predict(module, batch)))
+    texts = iter(args.text if args.text is not None else (line.rstrip('\n') for line in sys.stdin))
+    while part := list(islice(texts, ROWS)):
+      features = rows(run.config.data, run.tokenizer, part)
+      told = jax.device_get(predict(run.params, as_batch(features)))
+      if not told:
+        raise ConfigError(f'--workdir: {args.workdir} learns {", ".join(run.config.loss.terms)}, which tells nothing '
+                          'of a whole text; for new text take python -m llm_jax.generate')
+      for i, text in enumerate(part):
+        of_text = shown(run.config.loss, {name: x[i] for name, x in told.items()}, args.top)
+        print(json.dumps({'text': text, **of_text}, ensure_ascii=False), flush=True)
+
+
+def rows(config: Any, tokenizer: Any, texts: list[str]) -> dict[str, np.ndarray]:
+  """Features of ROWS documents, as the tasks for whole documents make them; what is too long loses its end."""
+  tokens, lengths = np.zeros((ROWS, config.seq_len), np.int32), np.zeros((ROWS, 1), np.int32)
+  for i, ids in enumerate(tokenizer.encode(texts)):
+    row = [tokenizer.bos_id, *map(int, ids), tokenizer.eos_id][:config.seq_len]
+    tokens[i, :len(row)], lengths[i] = row, len(row)
+  real = np.arange(config.seq_len)[None] < lengths
+  return {'tokens': tokens, 'targets': np.zeros_like(tokens), 'loss_mask': real.astype(np.float32),
+          'segment_ids': real.astype(np.int32)}
+
+
+def shown(config: Any, told: dict[str, np.ndarray], top: int) -> dict[str, Any]:
+  """What is told of one document, for people and programs."""
+  result: dict[str, Any] = {name: x.tolist() for name, x in told.items()}
+  if 'classification' in told:
+    p, classes = told['classification'], config.classification.classes
+    best = np.argsort(-p)[:top].tolist()
+    result['classification'] = {classes[i] if classes else str(i): round(float(p[i]), 4) for i in best}
+  return result
+
+
+if __name__ == '__main__':
+  run_as_program(main)

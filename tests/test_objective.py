@@ -1,0 +1,378 @@
+"""Losses beyond the next token, and several at once: against their equations in NumPy, over meshes and batches."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.scipy.special import logsumexp
+from test_step import OPTIM
+
+from llm_jax.config import build
+from llm_jax.errors import ConfigError
+from llm_jax.evaluation import evaluate
+from llm_jax.losses import LossConfig, Objective, Readout, make_objective
+from llm_jax.losses import readout as readouts
+from llm_jax.losses.balance import BALANCES
+from llm_jax.losses.contrastive import Contrastive
+from llm_jax.losses.labels import Classification, Regression, macro_f1
+from llm_jax.losses.next_token import Distillation
+from llm_jax.losses.term import Look, pool
+from llm_jax.models import make_model
+from llm_jax.models.decoder import DecoderConfig
+from llm_jax.optim import make_optimizer
+from llm_jax.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, put_batch
+from llm_jax.step import eval_step, init_state, state_shardings, train_step
+from llm_jax.types import Batch
+
+B, T, D, C, V = 8, 6, 5, 4, 11
+RNG = np.random.default_rng(0)
+LENGTHS = np.array([6, 1, 3, 0, 4, 2, 5, 6])  # row 3 only fills the batch up
+
+
+def normal(*shape):
+  return np.random.default_rng(list(shape)).standard_normal(shape).astype(np.float32)
+
+
+def look(labels=None, num_outputs=C, **parts):
+  """A Look at hidden states of chance, whose head has `num_outputs` outputs."""
+  segments = (np.arange(T)[None] < LENGTHS[:, None]).astype(np.int32)
+  batch = Batch(tokens=np.zeros((B, T), np.int32), targets=np.arange(B * T).reshape(B, T) % V, labels=labels,
+                loss_mask=segments.astype(np.float32), segment_ids=segments, encoder_segment_ids=segments)
+  head = {'w': normal(D, num_outputs), 'b': normal(num_outputs)}
+  readout = Readout(normal(B, T, D), normal(D, V), lambda w, x: jnp.einsum('BTD,DV->BTV', x, w))
+  return Look(batch, readout, head, parts.get('other'), parts.get('teacher'), jnp.float32)
+
+
+def pooled(x_BTD, how):
+  rows = [x[:n] if n else x[:1] * 0 for x, n in zip(np.asarray(x_BTD, np.float64), LENGTHS, strict=True)]
+  return np.stack([row[-1] if how == 'last' else row.mean(0) for row in rows])
+
+
+def log_softmax(x):
+  return x - logsumexp(np.asarray(x), axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize('how', ['last', 'mean'])
+def test_pooling_sees_real_tokens_alone(how):
+  seen = look()
+  got = pool(seen.readout.x_BTD, seen.batch.segment_ids, how)
+  real = LENGTHS > 0
+  np.testing.assert_allclose(got[real], pooled(seen.readout.x_BTD, how)[real], rtol=1e-5)
+  other = np.where(seen.batch.segment_ids[..., None] > 0, seen.readout.x_BTD, 1e3)
+  np.testing.assert_array_equal(pool(other, seen.batch.segment_ids, how)[real], got[real])
+
+
+@pytest.mark.parametrize('settings', [{}, {'focal_gamma': 2.0}, {'label_smoothing': 0.2, 'z_loss': 0.1},
+                                      {'focal_gamma': 0.5, 'label_smoothing': 0.1, 'pooling': 'mean'}], ids=str)
+def test_classification_is_its_equation(settings):
+  term = Classification(num_classes=C, **settings)
+  labels = RNG.integers(0, C, B).astype(np.int32)
+  seen, count = look(labels), 5.0
+  logits = pooled(seen.readout.x_BTD, term.pooling) @ seen.head['w'] + seen.head['b']
+  log_p, real = np.asarray(log_softmax(logits)), LENGTHS > 0
+  nll = -log_p[np.arange(B), labels]
+  smooth = term.label_smoothing
+  expected = ((1 - np.exp(-nll)) ** term.focal_gamma * ((1 - smooth) * nll - smooth * log_p.mean(-1))
+              + term.z_loss * np.asarray(logsumexp(logits, axis=-1)) ** 2)
+  objective, loss = jax.jit(lambda head: term.loss(seen._replace(head=head), count))(seen.head)
+  assert objective == pytest.approx((expected * real).sum() / count, rel=1e-4)
+  assert loss == pytest.approx((nll * real).sum() / count, rel=1e-4)
+  slopes = jax.grad(lambda head: term.loss(seen._replace(head=head), count)[0])(seen.head)
+  assert all(np.isfinite(slope).all() and np.abs(slope).max() > 0 for slope in jax.tree.leaves(slopes))
+
+
+def test_a_class_that_is_certain_has_a_finite_slope():
+  """(1 - p)^0.5 has an infinite one at p = 1."""
+  term = Classification(num_classes=2, focal_gamma=0.5)
+  seen = look(np.zeros(B, np.int32), 2)
+  head = {'w': jnp.zeros((D, 2)), 'b': jnp.array([200.0, -200.0])}
+  slope = jax.grad(lambda head: term.loss(seen._replace(head=head), 1.0)[0])(head)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
+
+
+def test_metrics_of_classes_are_exact_however_the_data_is_cut():
+  term, labels = Classification(num_classes=C), np.random.default_rng(1).integers(0, C, B).astype(np.int32)
+  seen = look(labels)
+  guesses = np.argmax(pooled(seen.readout.x_BTD, 'last') @ seen.head['w'] + seen.head['b'], axis=1)
+  real = LENGTHS > 0
+  sums = jax.device_get(term.score(seen, None))
+  confusion = np.array([[np.sum((labels == c) & (guesses == d) & real) for d in range(C)] for c in range(C)])
+  np.testing.assert_array_equal(sums['confusion'], confusion)
+  results = term.summarize(sums)
+  assert results['documents'] == real.sum() == 7
+  assert results['accuracy'] == pytest.approx(np.mean((labels == guesses)[real]))
+  assert results['top5_accuracy'] == 1  # of four classes
+  f1 = []
+  for c in range(C):
+    hit, said, true = (np.sum(x & real) for x in ((labels == c) & (guesses == c), guesses == c, labels == c))
+    if said + true:
+      precision, recall = hit / max(said, 1), hit / max(true, 1)
+      f1.append(0.0 if not hit else 2 * precision * recall / (precision + recall))
+  assert results['macro_f1'] == pytest.approx(np.mean(f1))
+  assert macro_f1(np.diag([3.0, 0, 2])) == 1 and macro_f1(np.zeros((2, 2))) == 0
+
+
+@pytest.mark.parametrize('delta', [0.0, 0.7])
+def test_regression_is_its_equation_in_the_labels_own_units(delta):
+  labels = (1000 + 50 * normal(B, 2)).astype(np.float32)
+  term = Regression(huber_delta=delta).fitted(labels.astype(np.float64), ())
+  seen, real = look(labels, 2), LENGTHS > 0
+  mean, std = labels.astype(np.float64).mean(0), labels.astype(np.float64).std(0)
+  given = (pooled(seen.readout.x_BTD, 'last') @ seen.head['w'] + seen.head['b']) * std + mean
+  errors = ((given - labels) / std)[real]
+  far = np.abs(errors) > delta
+  expected = np.where(far & (delta > 0), delta * (np.abs(errors) - delta / 2), errors**2 / 2)
+  assert term.loss(seen, 3.0)[0] == pytest.approx(expected.sum() / 3, rel=1e-4)
+  results = term.summarize({k: np.asarray(v, np.float64) for k, v in term.score(seen, None).items()})
+  assert results['loss'] == pytest.approx(expected.mean(), rel=1e-4)
+  assert results['mae'] == pytest.approx(np.abs(given - labels)[real].mean(), rel=1e-4)
+  assert results['rmse'] == pytest.approx(np.sqrt(((given - labels)[real] ** 2).mean()), rel=1e-4)
+  r2 = 1 - ((given - labels)[real] ** 2).sum(0) / ((labels[real] - labels[real].mean(0)) ** 2).sum(0)
+  assert results['r2'] == pytest.approx(r2.mean(), rel=1e-3)
+
+
+def test_contrastive_is_info_nce_both_ways_over_real_rows():
+  term = Contrastive(embedding_dim=C, temperature=0.3)
+  other = Readout(normal(B, T, D) + normal(D), None, None)
+  seen, real = look(other=other), LENGTHS > 0
+  units = []
+  for x in (seen.readout.x_BTD, other.x_BTD):
+    e = pooled(x, 'mean') @ seen.head['w'] + seen.head['b']
+    units.append((e / np.linalg.norm(e, axis=1, keepdims=True))[real])
+  sims = units[0] @ units[1].T / 0.3
+  nll = -(np.diag(log_softmax(sims)) + np.diag(log_softmax(sims.T))) / 2
+  assert term.loss(seen, 1.0)[0] == pytest.approx(nll.sum(), rel=1e-4)
+  results = term.summarize({k: float(v) for k, v in term.score(seen, None).items()})
+  places = np.argsort(np.argsort(-sims, axis=1), axis=1).diagonal()
+  assert results['loss'] == pytest.approx(nll.mean(), rel=1e-4)
+  assert results['accuracy'] == pytest.approx(np.mean(places == 0))
+  assert results['top5_accuracy'] == pytest.approx(np.mean(places < 5))
+  assert results['mrr'] == pytest.approx(np.mean(1 / (1 + places)))
+
+
+@pytest.mark.parametrize('chunk_tokens', [1000, 2])
+def test_distillation_is_its_equation_in_any_chunks(monkeypatch, chunk_tokens):
+  monkeypatch.setattr(readouts, 'CHUNK_BYTES', 2 * 4 * B * chunk_tokens * V)
+  theirs = Readout(normal(B, T, 3), normal(3, V), lambda w, x: jnp.einsum('BTD,DV->BTV', x, w))
+  term = Distillation(teacher='x', temperature=3.0, logits=0.5, hidden=2.0, hidden_dim=3)
+  seen, count = look(num_outputs=3, teacher=theirs), 7.0
+
+  def loss(x, w):
+    return term.loss(seen._replace(readout=seen.readout.replace(x_BTD=x, w=w)), count)[0]
+
+  p, q = (np.asarray(log_softmax(r.project(r.w, r.x_BTD) / 3), np.float64) for r in (theirs, seen.readout))
+  mask = seen.batch.loss_mask
+  kl = 9 * (np.exp(p) * (p - q)).sum(-1)
+  hidden = ((np.asarray(seen.readout.x_BTD) @ seen.head['w'] + seen.head['b'] - theirs.x_BTD) ** 2).mean(-1)
+  arguments = jnp.asarray(seen.readout.x_BTD), jnp.asarray(seen.readout.w)
+  assert jax.jit(loss)(*arguments) == pytest.approx(((0.5 * kl + 2 * hidden) * mask).sum() / count, rel=1e-4)
+  dx, dw = jax.jit(jax.grad(loss, argnums=(0, 1)))(*arguments)
+  du = 0.5 * 3 * (np.exp(q) - np.exp(p)) * mask[..., None] / count  # Hinton's: T^2 times the slope over T
+  np.testing.assert_allclose(dw, np.einsum('BTD,BTV->DV', seen.readout.x_BTD, du), rtol=1e-3, atol=1e-5)
+  far = np.asarray(seen.readout.x_BTD) @ seen.head['w'] + seen.head['b'] - theirs.x_BTD
+  dhidden = 2 * 2 / 3 * (far * mask[..., None] / count) @ seen.head['w'].T
+  np.testing.assert_allclose(dx, du @ np.asarray(seen.readout.w).T + dhidden, rtol=1e-3, atol=1e-5)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn():
+  readout = look().readout
+  term = Distillation(teacher='x')
+  slope = jax.grad(lambda x: term.loss(look(teacher=readout)._replace(readout=readout.replace(x_BTD=x)), 1.0)[0])
+  np.testing.assert_allclose(slope(jnp.asarray(readout.x_BTD)), 0, atol=1e-5)
+
+
+def test_uncertainty_weighs_as_its_equation_says():
+  losses, s = jnp.array([2.0, 0.5]), jnp.array([0.3, -0.4])
+  objective, weights = BALANCES['uncertainty']()(losses, s, 1.0, None, None)
+  assert objective == pytest.approx(float(np.sum(np.exp(-s) * losses + s / 2)))
+  np.testing.assert_allclose(weights, np.exp(-s), rtol=1e-6)
+  slope = jax.grad(lambda s: BALANCES['uncertainty']()(losses, s, 1.0, None, None)[0])(s)
+  np.testing.assert_allclose(slope, -np.exp(-s) * losses + 0.5, rtol=1e-5)
+
+
+def test_grad_norm_brings_the_gradients_to_the_norms_they_should_have():
+  """Descending on what it gives, G_i goes to mean(G) r_i^alpha; the weights' sum stays, and no loss is pushed."""
+  losses, norms, first = jnp.array([2.0, 0.5, 1.0]), jnp.array([10.0, 0.2, 1.0]), jnp.array([4.0, 0.5, 4.0])
+  balance = BALANCES['grad_norm'](1.5)
+
+  def objective(s, losses):
+    return balance(losses, s, 1.0, norms, first)
+
+  s = jnp.zeros(3)
+  def wanted(w):
+    return np.mean(w * norms) * ((losses / first) / np.mean(losses / first)) ** 1.5
+
+  before = np.abs(objective(s, losses)[1] * norms - wanted(objective(s, losses)[1])).sum()
+  for _ in range(4000):
+    s -= 1e-3 * jax.grad(lambda s: objective(s, losses)[0])(s)
+  weights = objective(s, losses)[1]
+  assert weights.sum() == pytest.approx(3)
+  assert np.abs(weights * norms - wanted(weights)).sum() < 0.1 * before
+  slope = jax.grad(lambda losses: objective(s, losses)[0])(losses)
+  np.testing.assert_allclose(slope, weights, rtol=1e-5)
+
+
+# The whole of it: a model with heads, trained.
+
+CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, dtype='float32',
+                    positions='rope', norm='rms_norm', mlp='swiglu')
+BOTH = LossConfig(terms=('next_token', 'classification'), classification=Classification(weight=0.5, num_classes=4))
+
+
+def features(n, num_rows=16):
+  """Documents that count up by 1, 2, 3 or 4, which is their class; and a second one of the same kind."""
+  rng = np.random.default_rng(n)
+  kinds = rng.integers(0, 4, num_rows)
+
+  def texts():
+    lengths = rng.integers(4, 17, (num_rows, 1))
+    real = np.arange(16)[None] < lengths
+    ids = (rng.integers(0, 32, (num_rows, 1)) + np.arange(17) * (kinds[:, None] + 1)) % 32
+    return ids.astype(np.int32), real.astype(np.int32)
+
+  (ids, real), (other, other_real) = texts(), texts()
+  return {'tokens': ids[:, :16] * real, 'targets': ids[:, 1:] * real, 'loss_mask': real.astype(np.float32),
+          'segment_ids': real, 'labels': kinds.astype(np.int32), 'encoder_tokens': other[:, :16] * other_real,
+          'encoder_segment_ids': other_real}
+
+
+def train(config, num_steps=12, *, sizes=(1, 1, 1), num_microbatches=1, teacher=None):
+  """(losses, state, metrics of the last step) on a mesh of virtual devices."""
+  mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
+  teacher_model, frozen = teacher or (None, None)
+  objective = make_objective(config, teacher_model)
+  model = make_model(CFG, objective.heads, objective.num_weights)
+  tx, schedule = make_optimizer(OPTIM, 20)
+  with jax.set_mesh(mesh):
+    rows = local_rows(mesh, 16)
+    example = put_batch(features(0), rows, 16, mesh)
+    shardings = state_shardings(example, mesh, model=model, tx=tx)
+    state = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)(jax.random.key(0), example)
+    step = jax.jit(partial(train_step, model=model, tx=tx, schedule=schedule, seed=0, objective=objective,
+                           num_microbatches=num_microbatches, frozen=frozen),
+                   in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step))
+    losses = []
+    for n in range(num_steps):
+      state, metrics = step(state, put_batch(features(n), rows, 16, mesh))
+      losses.append([float(metrics['loss']), float(metrics['extra_loss'])])
+  return np.array(losses), state, {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize('config', [
+    BOTH, LossConfig(terms=('contrastive',), contrastive=Contrastive(embedding_dim=8, pooling='mean'))],
+    ids=['next token and class', 'contrastive'])
+def test_losses_do_not_depend_on_the_mesh(config):
+  """Contrastive: the rows of all devices are each other's negatives."""
+  alone, sharded = train(config)[0], train(config, sizes=(2, 2, 2))[0]
+  np.testing.assert_allclose(sharded, alone, atol=2e-5, rtol=0)
+  assert alone[-1, 0] < alone[0, 0]
+
+
+@pytest.mark.parametrize('balance', ['fixed', 'uncertainty'])
+def test_losses_do_not_depend_on_the_number_of_microbatches(balance):
+  config = LossConfig(terms=BOTH.terms, classification=BOTH.classification, balance=balance)
+  alone, cut = train(config), train(config, num_microbatches=4)
+  np.testing.assert_allclose(cut[0], alone[0], atol=1e-5, rtol=0)
+  assert cut[2] == pytest.approx(alone[2], abs=1e-3)
+
+
+def test_several_losses_are_told_apart_and_added_by_their_weights():
+  _, state, metrics = train(BOTH, 3)
+  both = metrics['next_token/loss'] + 0.5 * metrics['classification/loss']
+  assert metrics['loss'] == pytest.approx(both, rel=1e-5) and metrics['extra_loss'] == pytest.approx(0, abs=1e-5)
+  assert state.params.keys() == {'embed', 'blocks', 'final_norm', 'heads_classification'}
+
+
+@pytest.mark.parametrize('balance', ['uncertainty', 'grad_norm'])
+def test_learnt_weights_move_and_are_logged(balance):
+  config = LossConfig(terms=BOTH.terms, classification=BOTH.classification, balance=balance)
+  losses, state, metrics = train(config, 12)
+  weights = np.array([metrics['next_token/weight'], metrics['classification/weight']])
+  s = np.asarray(state.params['loss_weights'])
+  assert losses[-1, 0] < losses[0, 0] and np.abs(s).min() > 0.01
+  before = train(config, 11)[1].params['loss_weights']
+  expected = np.exp(-before) if balance == 'uncertainty' else 2 * jax.nn.softmax(before)
+  np.testing.assert_allclose(weights, expected, rtol=1e-3)
+
+
+def test_heads_beside_a_model_leave_its_parameters_where_they_are():
+  plain = nn.unbox(jax.jit(make_model(CFG).init)(jax.random.key(0), Batch(**features(0)))['params'])
+  model = make_model(CFG, (('classification', 4),))
+  headed = nn.unbox(jax.jit(model.init)(jax.random.key(0), Batch(**features(0)))['params'])
+  assert jax.tree.map(jnp.shape, {k: headed[k] for k in plain}) == jax.tree.map(jnp.shape, plain)
+  same = model.apply({'params': {**headed, **plain}}, Batch(**features(0)))
+  np.testing.assert_array_equal(same, make_model(CFG).apply({'params': plain}, Batch(**features(0))))
+
+
+def test_a_student_comes_closer_to_its_teacher():
+  teacher = train(LossConfig(), 12)[1].params
+  config = LossConfig(terms=('distillation',), distillation=Distillation(teacher='x', hidden=1.0, hidden_dim=16))
+  model = make_model(CFG)
+  losses, state, _ = train(config, 12, teacher=(model, teacher))
+  assert losses[-1, 0] < 0.7 * losses[0, 0]
+  assert 'heads_distillation' in state.params
+
+
+def test_a_class_is_told_from_tokens_that_came_before_alone():
+  """The counterpart of causality: padding behind a document, and other rows, change nothing of its logits."""
+  objective = make_objective(LossConfig(terms=('classification',), classification=Classification(num_classes=4)))
+  model, batch = make_model(CFG, objective.heads), Batch(**features(0))
+  params = jax.jit(model.init)(jax.random.key(0), batch)['params']
+
+  def logits(module, batch):
+    [given] = objective._looks(module, batch, None, train=False)
+    return objective.terms[0][1].logits(given)
+
+  run = jax.jit(partial(model.apply, method=logits))
+  before = run({'params': params}, batch)
+  padded = batch.replace(tokens=jnp.where(batch.segment_ids > 0, batch.tokens, 7))
+  np.testing.assert_allclose(run({'params': params}, padded), before, atol=1e-6)
+  other = batch.replace(tokens=np.concatenate([batch.tokens[:1], np.full_like(batch.tokens[1:], 3)]))
+  np.testing.assert_allclose(run({'params': params}, other)[0], before[0], atol=1e-6)
+  changed = batch.replace(tokens=(batch.tokens + 1) % 32 * batch.segment_ids)
+  assert np.abs(run({'params': params}, changed) - before).min(-1).max() > 1e-3
+
+
+def test_evaluation_of_several_losses_adds_up_over_ragged_batches():
+  objective = make_objective(BOTH)
+  model, data = make_model(CFG, objective.heads), features(0, 12)
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), Batch(**data))['params'])
+  fn = jax.jit(partial(eval_step, model=model, objective=objective, token_bytes=jnp.ones(32, jnp.int32)))
+
+  def padded(rows, size):
+    cut = {k: v[rows] for k, v in data.items()}
+    return Batch(**{k: np.pad(v, ((0, size - len(v)),) + ((0, 0),) * (v.ndim - 1)) for k, v in cut.items()})
+
+  whole = evaluate(fn, params, [Batch(**data)])
+  ragged = evaluate(fn, params, [padded(slice(i, i + 5), 5) for i in range(0, 12, 5)])
+  assert objective.summarize(ragged) == pytest.approx(objective.summarize(whole), rel=1e-6)
+  np.testing.assert_array_equal(objective.tables(ragged)['classification'], objective.tables(whole)['classification'])
+  results = objective.summarize(whole)
+  assert results['loss'] == pytest.approx(results['next_token/loss'] + 0.5 * results['classification/loss'])
+  assert objective.tables(whole)['classification'].sum() == 12
+
+
+def test_an_evaluation_of_a_pupil_asks_for_the_next_token():
+  config = LossConfig(terms=('distillation',), distillation=Distillation(teacher='x'))
+  assert make_objective(config).judge() == Objective()
+
+
+@pytest.mark.parametrize(('values', 'words'), [
+    ({'terms': ['classfication']}, ['classfication', 'next_token, classification']),
+    ({'terms': []}, ['one loss or more']),
+    ({'terms': ['next_token', 'next_token']}, ['each once']),
+    ({'balance': 'uncertainty'}, ['two terms']),
+    ({'classification': {'focal_gamma': 1.0}}, ['classification is set', 'no effect']),
+    ({'terms': ['distillation']}, ['distillation.teacher', 'workdir']),
+    ({'terms': ['classification'], 'classification': {'num_classes': 1}}, ['num_classes', 'at least 2', '1']),
+    ({'terms': ['regression'], 'regression': {'mean': [1.0]}}, ['mean and std']),
+    ({'terms': ['contrastive'], 'contrastive': {'temperature': 0.0}}, ['temperature', '0.0']),
+    ({'next_token': {'weight': -1.0}}, ['weight', '-1.0']),
+])
+def test_settings_that_cannot_be_are_told(values, words):
+  with pytest.raises(ConfigError) as e:
+    build(LossConfig, values)
+  assert all(word in str(e.value) for word in words), e.value

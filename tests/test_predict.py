@@ -1,0 +1,169 @@
+"""Runs that learn what whole documents are: trained, stopped, evaluated and asked as a user does."""
+
+import json
+import random
+import signal
+
+import matplotlib.image
+import numpy as np
+import pytest
+from program import finish, signal_at, start
+
+from llm_jax import evaluate, main, predict
+from llm_jax.errors import ConfigError, DataError
+from llm_jax.metrics import read_metrics
+
+CONFIG = '''"""Which letter is repeated, and how often?"""
+from llm_jax.config import base
+
+def get_config():
+  config = base()
+  config.num_steps = 60
+  config.batch_tokens = config.tokens_per_device = 16 * 12
+  config.model.num_layers = 1
+  config.model.embed_dim = 16
+  config.model.num_heads = 2
+  config.data.path = {path!r}
+  config.data.field = 'text'
+  config.data.label_field = {label!r}
+  config.data.answer_field = {answer!r}
+  config.data.split = 'document'
+  config.data.val_fraction = 0.2
+  config.data.tokenizer = 'byte'
+  config.data.task = {task!r}
+  config.data.packing = 'pad'
+  config.data.seq_len = config.data.encoder_len = 12
+  config.loss.terms = ({term!r},)
+  config.optim.learning_rate = 1e-2
+  config.eval.every = 20
+  config.checkpoint.every = 20
+  config.log.every = 1
+  return config
+'''
+KINDS = {'classification': ('kind', None, 'classification', 'classification'),
+         'regression': ('length', None, 'regression', 'regression'),
+         'contrastive': (None, 'same', 'pairs', 'contrastive')}
+
+
+def records(seed):
+  rng = random.Random(seed)
+  for _ in range(80):
+    letter, count, other = rng.choice('xyz'), rng.randint(2, 8), rng.choice('abc')
+    yield {'text': letter * count + other, 'kind': f'all {letter}', 'length': float(count), 'same': other + letter * 2}
+
+
+def write(path, seed=0, only='xyz'):
+  path.write_text(''.join(json.dumps(r) + '\n' for r in records(seed) if r['text'][0] in only))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('labels')
+  write(folder / 'data.jsonl')
+  for name, (label, answer, task, term) in KINDS.items():
+    path = str(folder / 'data.jsonl')
+    (folder / f'{name}.py').write_text(CONFIG.format(path=path, label=label, answer=answer, task=task, term=term))
+  runs = [start(folder, 'main', f'--config={name}.py', f'--workdir={name}') for name in KINDS]
+  return folder, dict(zip(KINDS, map(finish, runs), strict=True))
+
+
+def report_of(capsys):
+  printed = capsys.readouterr().out
+  return json.loads(printed[printed.index('{'):])
+
+
+def told(capsys, *flags):
+  predict.main(list(flags))
+  lines = capsys.readouterr().out.splitlines()
+  return [json.loads(line) for line in lines if line.startswith('{')]
+
+
+def test_a_classifier_is_evaluated_with_its_confusions(folder, capsys, tmp_path):
+  folder, output = folder
+  evaluate.main([f'--workdir={folder}/classification', f'--out={tmp_path}/result.json'])
+  printed, written = report_of(capsys), json.loads((tmp_path / 'result.json').read_text())
+  assert printed['accuracy'] > 0.95 and printed['macro_f1'] > 0.95 and 'val/macro_f1' in output['classification']
+  counts = np.array(written['confusion'])
+  assert written['classes'] == ['all x', 'all y', 'all z'] and counts.shape == (3, 3)
+  assert counts.sum() == written['documents'] and np.trace(counts) == round(written['accuracy'] * counts.sum())
+  assert min(matplotlib.image.imread(tmp_path / 'confusion.png').shape[:2]) > 100
+  last = read_metrics(folder / 'classification' / 'metrics.jsonl')[-1]
+  assert last['val/accuracy'] == pytest.approx(written['accuracy'])
+
+
+def test_labels_of_another_file_are_known_by_their_names(folder, capsys, tmp_path):
+  """Though it holds but two of the classes, which would be numbers 0 and 1 there."""
+  folder, _ = folder
+  write(tmp_path / 'other.jsonl', seed=1, only='yz')
+  evaluate.main([f'--workdir={folder}/classification', f'--data={tmp_path}/other.jsonl', f'--out={tmp_path}/r.json'])
+  assert report_of(capsys)['accuracy'] > 0.95
+  (tmp_path / 'odd.jsonl').write_text(json.dumps({'text': 'qq', 'kind': 'all q'}) + '\n')
+  with pytest.raises(DataError, match=r'all q are no classes.*all x, all y, all z'):
+    evaluate.main([f'--workdir={folder}/classification', f'--data={tmp_path}/odd.jsonl'])
+
+
+def test_texts_are_told_what_they_are(folder, capsys, monkeypatch):
+  folder, _ = folder
+  first, second = told(capsys, f'--workdir={folder}/classification', '--text=yyyya', '--text=zzc', '--top=2')
+  assert [next(iter(x['classification'])) for x in (first, second)] == ['all y', 'all z']
+  assert len(first['classification']) == 2 and first['text'] == 'yyyya'
+  monkeypatch.setattr('sys.stdin', ['xxxxxxxxa\n', 'xxa\n'])
+  [eight], [two] = (x['regression'] for x in told(capsys, f'--workdir={folder}/regression'))
+  assert eight > two + 2, 'numbers in the units of the labels'
+  embeddings = np.array([x['contrastive'] for x in told(
+      capsys, f'--workdir={folder}/contrastive', '--text=yyyya', '--text=ayy', '--text=cxx')])
+  np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-3)
+  assert embeddings[0] @ embeddings[1] > embeddings[0] @ embeddings[2]
+
+
+def test_numbers_and_pairs_are_learnt(folder):
+  folder, _ = folder
+  for name, metric, least in (('regression', 'val/r2', 0.7), ('contrastive', 'val/top5_accuracy', 0.5)):
+    assert read_metrics(folder / name / 'metrics.jsonl')[-1][metric] > least
+
+
+def test_a_classifier_goes_on_where_it_was_stopped(folder, tmp_path):
+  """Bitwise: the labels of batch n, the head and its optimizer state are the run's that was never stopped."""
+  folder, _ = folder
+  flags = ('--config=classification.py', '--workdir=stopped')
+  process = start(folder, 'main', *flags)
+  signal_at(process, folder / 'stopped', 10, signal.SIGTERM)
+  finish(process, 75)
+  finish(start(folder, 'main', *flags))
+  whole, stopped = (read_metrics(folder / name / 'metrics.jsonl')[-1] for name in ('classification', 'stopped'))
+  assert {k: v for k, v in whole.items() if 'per_' not in k and 'wait' not in k and 'mfu' not in k} == {
+      k: v for k, v in stopped.items() if 'per_' not in k and 'wait' not in k and 'mfu' not in k}
+
+
+def test_what_has_not_learnt_to_write_says_so(folder):
+  folder, _ = folder
+  output = finish(start(folder, 'generate', '--workdir=classification'), 78)
+  assert 'has not learnt to write' in output and 'llm_jax.predict' in output
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (('--config.loss.terms=next_token',), ['gives labels', 'loss.terms=next_token']),
+    (('--config.data.task=next_token',), ['does not give', 'labels', 'loss.terms=classification needs']),
+    (('--config.loss.classification.num_classes=2',), ['loss.num_classes: 2', '3 of the data']),
+    (('--config.loss.terms=next_token,distillation', '--config.loss.distillation.teacher=nowhere'),
+     ['loss.distillation.teacher', 'nowhere', 'holds no run']),
+    (('--config.loss.terms=next_token,distillation', '--config.loss.distillation.teacher=regression',
+      '--config.model.vocab_size=300'), ['loss.distillation.teacher', 'another vocabulary', '257']),
+])
+def test_what_does_not_go_together_is_told(folder, tmp_path, monkeypatch, flags, words):
+  monkeypatch.chdir(folder[0])
+  with pytest.raises(ConfigError) as e:
+    main.main(['--config=classification.py', f'--workdir={tmp_path}/run', *flags])
+  assert all(word in str(e.value) for word in words), e.value
+
+
+def test_rows_that_are_compared_are_held_at_once(folder, tmp_path):
+  """16 rows of 12 tokens on 8 devices."""
+  with pytest.raises(ConfigError, match=r'tokens_per_device: 12 cuts a batch into 2.*contrastive compares.*set 24'):
+    main.main([f'--config={folder[0]}/contrastive.py', f'--workdir={tmp_path}/run', '--config.tokens_per_device=12'])
+
+
+def test_another_loss_is_refused_in_the_same_workdir(folder):
+  with pytest.raises(ConfigError, match=r'config\.loss: the checkpoint learns classification .* next_token'):
+    main.main([f'--config={folder[0]}/classification.py', f'--workdir={folder[0]}/classification',
+               '--config.loss.terms=classification,next_token'])
