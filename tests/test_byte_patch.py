@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import train_on
 
 from llm_jax.config import build
 from llm_jax.layers.linear_attention import CHUNK, linear_attention
@@ -17,8 +18,7 @@ from llm_jax.models import make_model
 from llm_jax.models.byte_patch import BytePatchConfig
 from llm_jax.models.thinking import EPSILON, Think
 from llm_jax.optim import OptimConfig, make_optimizer
-from llm_jax.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, put_batch
-from llm_jax.step import init_state, state_shardings, train_step
+from llm_jax.step import init_state
 from llm_jax.types import Batch
 
 TINY = BytePatchConfig(vocab_size=17, max_len=64, num_layers=2, embed_dim=16, num_heads=2, window=3, thinking_steps=2,
@@ -48,20 +48,16 @@ def init(cfg):
 
 @every_shape
 def test_no_byte_depends_on_a_later_one_and_every_one_on_all_before_it(cfg):
-  """By gradient, through both tables of bytes; the borders of patches are nothing special."""
-  model, params = init(cfg)
+  """By gradient, through both tables of bytes, of a row whose bytes all differ; the borders of patches are nothing."""
+  model, params = init(dataclasses.replace(cfg, vocab_size=31))
+  tokens = np.random.default_rng(1).permutation(30) + 1  # 0 fills up the last patch
 
-  def logits(shift_T):
-    def shifted(next_fn, args, kwargs, context):
-      x_BTE = next_fn(*args, **kwargs)
-      if context.method_name == 'encode':
-        x_BTE += jnp.pad(shift_T, (0, x_BTE.shape[1] - 30))[None, :, None]
-      return x_BTE
-    with nn.intercept_methods(shifted):
-      return model.apply({'params': params}, batch())[0, :, :3] @ jnp.array([1.0, 2.0, 4.0])
+  def logits(shift_V):
+    tables = {name: {'w': params[name]['w'] + shift_V[:, None]} for name in ('embed', 'local_embed')}
+    return model.apply({'params': params | tables}, batch(tokens[None]))[0, :, :3] @ jnp.array([1.0, 2.0, 4.0])
 
-  jacobian_TS = jax.jit(jax.jacrev(logits))(jnp.zeros(30))
-  np.testing.assert_array_equal(np.asarray(jacobian_TS) != 0, np.tril(np.ones((30, 30), bool)))
+  jacobian_TS = np.asarray(jax.jit(jax.jacrev(logits))(jnp.zeros(31)))[:, tokens]
+  np.testing.assert_array_equal(jacobian_TS != 0, np.tril(np.ones((30, 30), bool)))
 
 
 @every_shape
@@ -174,26 +170,14 @@ def first_state(cfg):
 def train(sizes, num_microbatches):
   """Losses and parameters of five steps on a mesh of virtual devices."""
   cfg = dataclasses.replace(TINY, vocab_size=16, num_layers=1, patch_size=2, overlap=True, halting=True)
-  mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
-  model, (tx, schedule) = make_model(cfg), make_optimizer(OPTIM, 20)
-  with jax.set_mesh(mesh):
-    rows = local_rows(mesh, 8)
 
-    def put(n):
-      tokens = ((np.random.default_rng(n).integers(0, 16, (8, 1)) + np.arange(17)) % 16).astype(np.int32)
-      return put_batch({'tokens': tokens[:, :-1], 'targets': tokens[:, 1:],
-                        'loss_mask': np.ones((8, 16), np.float32)}, rows, 8, mesh)
+  def features(n):
+    tokens = ((np.random.default_rng(n).integers(0, 16, (8, 1)) + np.arange(17)) % 16).astype(np.int32)
+    return {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'loss_mask': np.ones((8, 16), np.float32)}
 
-    shardings = state_shardings(put(0), mesh, model=model, tx=tx)
-    state = jax.device_put(first_state(cfg), shardings)
-    step = jax.jit(partial(train_step, model=model, tx=tx, schedule=schedule, seed=0,
-                           num_microbatches=num_microbatches),
-                   in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step))
-    losses = []
-    for n in range(5):
-      state, metrics = step(state, put(n))
-      losses.append(float(metrics['loss']))
-  return np.array(losses), jax.device_get(state.params)
+  history, state, _ = train_on(sizes, make_model(cfg), make_optimizer(OPTIM, 20), features, num_steps=5,
+                               state=first_state(cfg), num_microbatches=num_microbatches)
+  return np.array([metrics['loss'] for metrics in history]), jax.device_get(state.params)
 
 
 def test_losses_do_not_depend_on_the_mesh_nor_on_microbatches():
@@ -202,6 +186,30 @@ def test_losses_do_not_depend_on_the_mesh_nor_on_microbatches():
   others, other_params = train((2, 2, 2), 2)
   np.testing.assert_allclose(others, losses, atol=1e-5, rtol=0)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), other_params, params)
+
+
+@pytest.mark.parametrize('decoder', ['gru', 'transformer'])
+def test_flops_are_those_that_xla_counts(decoder):
+  """Of the whole gradient, with all scores of a window as long as the row, half of which our count leaves out."""
+  cfg = BytePatchConfig(vocab_size=64, num_layers=2, embed_dim=256, num_heads=4, window=64, thinking_steps=2,
+                        decoder=decoder, dtype='float32', attention='xla', scan_unroll=2)
+  model, example = make_model(cfg), batch(np.zeros((1, 256)))
+  params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), example)['params'])
+  gradient = jax.jit(jax.grad(lambda params: jnp.sum(model.apply({'params': params}, example) ** 2)))
+  counted = gradient.lower(params).cost_analysis()['flops'] / 256
+  assert counted == pytest.approx(cfg.flops_per_token(256), rel=0.1)
+
+
+def test_remat_changes_no_gradient():
+  """Of blocks that hold a scan with a checkpoint of its own."""
+  cfg = dataclasses.replace(TINY, num_layers=1, thinking_steps=0)
+  _, params = init(cfg)
+
+  def gradient(cfg):
+    return jax.jit(jax.grad(lambda params: jnp.sum(make_model(cfg).apply({'params': params}, batch()) ** 2)))(params)
+
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), gradient(
+      dataclasses.replace(cfg, remat='full')), gradient(cfg))
 
 
 @pytest.mark.parametrize(('values', 'word'), [

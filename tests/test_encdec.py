@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import train_on
 
 from llm_jax.config import build
 from llm_jax.models import make_model
 from llm_jax.models.encdec import EncDecConfig
 from llm_jax.optim import OptimConfig, make_optimizer
 from llm_jax.sampling import _beam_search, beam_search, generate, pad
-from llm_jax.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, put_batch
-from llm_jax.step import init_state, state_shardings, train_step
+from llm_jax.sharding import MeshConfig, make_mesh
+from llm_jax.step import init_state
 from llm_jax.types import Batch
 
 TINY = EncDecConfig(vocab_size=17, max_len=12, encoder_len=8, num_layers=2, num_encoder_layers=1, embed_dim=16,
@@ -106,29 +107,16 @@ def first_state(cfg):
 def train(sizes, num_microbatches, num_steps=5):
   """Losses and parameters of a run that learns to repeat what it read, on a mesh of virtual devices."""
   cfg = dataclasses.replace(SHAPES['t5'], vocab_size=16, max_len=8)
-  mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
-  model, (tx, schedule) = make_model(cfg), make_optimizer(OPTIM, 20)
-  with jax.set_mesh(mesh):
-    rows = local_rows(mesh, 8)
 
-    def put(n):
-      read = np.random.default_rng(n).integers(2, 16, (8, 8)).astype(np.int32)
-      mask = (np.arange(8)[None] < np.random.default_rng(n).integers(3, 9, (8, 1)))
-      return put_batch({
-          'tokens': np.roll(read, 1, 1), 'targets': read, 'loss_mask': mask.astype(np.float32),
-          'segment_ids': mask.astype(np.int32), 'encoder_tokens': read, 'encoder_segment_ids': mask.astype(np.int32),
-      }, rows, 8, mesh)
+  def features(n):
+    read = np.random.default_rng(n).integers(2, 16, (8, 8)).astype(np.int32)
+    mask = (np.arange(8)[None] < np.random.default_rng(n).integers(3, 9, (8, 1)))
+    return {'tokens': np.roll(read, 1, 1), 'targets': read, 'loss_mask': mask.astype(np.float32),
+            'segment_ids': mask.astype(np.int32), 'encoder_tokens': read, 'encoder_segment_ids': mask.astype(np.int32)}
 
-    shardings = state_shardings(put(0), mesh, model=model, tx=tx)
-    state = jax.device_put(first_state(cfg), shardings)
-    step = jax.jit(partial(train_step, model=model, tx=tx, schedule=schedule, seed=0,
-                           num_microbatches=num_microbatches),
-                   in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step))
-    losses = []
-    for n in range(num_steps):
-      state, metrics = step(state, put(n))
-      losses.append(float(metrics['loss']))
-  return np.array(losses), jax.device_get(state.params)
+  history, state, _ = train_on(sizes, make_model(cfg), make_optimizer(OPTIM, 20), features, num_steps=num_steps,
+                               state=first_state(cfg), num_microbatches=num_microbatches)
+  return np.array([metrics['loss'] for metrics in history]), jax.device_get(state.params)
 
 
 def test_losses_do_not_depend_on_the_mesh_nor_on_microbatches():

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from meshes import train_on
 
 from llm_jax.config import build
 from llm_jax.errors import ConfigError
@@ -19,7 +20,6 @@ from llm_jax.models.decoder import DecoderConfig
 from llm_jax.optim import OptimConfig, make_optimizer
 from llm_jax.sharding import (
   MeshConfig,
-  batch_sharding,
   constrain,
   local_rows,
   logical_to_spec,
@@ -27,7 +27,7 @@ from llm_jax.sharding import (
   num_batch_shards,
   put_batch,
 )
-from llm_jax.step import NEXT_TOKEN, eval_step, init_state, state_shardings, train_step
+from llm_jax.step import NEXT_TOKEN, eval_step, init_state, train_step
 from llm_jax.types import Batch
 
 CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, dtype='float32',
@@ -44,26 +44,11 @@ def features(n, num_rows=16):
           'loss_mask': mask.astype(np.float32), 'segment_ids': mask.astype(np.int32)}
 
 
-def train(num_steps, *, mesh=None, num_microbatches=1, cfg=CFG, num_rows=16):
-  """Losses, final state and mesh of a run on a mesh of virtual devices."""
-  sizes = mesh or (1, 1, 1)
-  mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
-  model = make_model(cfg)
-  tx, schedule = make_optimizer(OPTIM, 20)
-  with jax.set_mesh(mesh):
-    rows = local_rows(mesh, num_rows)
-    example = put_batch(features(0, num_rows), rows, num_rows, mesh)
-    shardings = state_shardings(example, mesh, model=model, tx=tx)
-    state = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)(jax.random.key(0), example)
-    step = jax.jit(partial(train_step, model=model, tx=tx, schedule=schedule, seed=0,
-                           num_microbatches=num_microbatches),
-                   in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step),
-                   donate_argnums=0)
-    losses = []
-    for n in range(num_steps):
-      state, metrics = step(state, put_batch(features(n, num_rows), rows, num_rows, mesh))
-      losses.append(float(metrics['loss']))
-  return np.array(losses), state, shardings
+def train(num_steps, *, mesh=(1, 1, 1), num_microbatches=1, cfg=CFG):
+  """Losses, final state and its shardings of a run on a mesh of virtual devices."""
+  history, state, shardings = train_on(mesh, make_model(cfg), make_optimizer(OPTIM, 20), features,
+                                       num_steps=num_steps, num_microbatches=num_microbatches)
+  return np.array([metrics['loss'] for metrics in history]), state, shardings
 
 
 @pytest.fixture(scope='module')

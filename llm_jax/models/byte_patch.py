@@ -237,9 +237,10 @@ class BytePatch(nn.Module):
     latents_BMD, _ = self.latents(tokens_BT, Patches(), None, train)
     contexts_BMD = jnp.concatenate([self._starts(B)[:, None], latents_BMD], axis=1)  # of patch 0 to M
     # The byte at u = 1 ... T is spelled in patch u // P, after the bytes of that patch before it.
-    bytes_BTD = jnp.pad(self.local_embed.encode(tokens_BT), ((0, 0), (0, P), (0, 0)))
-    bytes_BMPD = jnp.pad(bytes_BTD.reshape(B, M + 1, P, -1)[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
-    h_BMPD = self.local(contexts_BMD, bytes_BMPD, train)
+    none = self.cfg.V  # before the first byte of a patch: a row of zeros
+    ids_BMP = jnp.pad(tokens_BT.reshape(B, M, P), ((0, 0), (0, 1), (0, 0)), constant_values=none)[:, :, :-1]
+    ids_BMP = jnp.pad(ids_BMP, ((0, 0), (0, 0), (1, 0)), constant_values=none)
+    h_BMPD = self.local(contexts_BMD, jnp.pad(self.local_embed.w, ((0, 1), (0, 0))), ids_BMP, train)
     return self.output(h_BMPD.reshape(B, -1, h_BMPD.shape[-1])[:, 1:T + 1])
 
   def latents(self, tokens_BT, patches: Patches, cache, train: bool, positions_BM=None):

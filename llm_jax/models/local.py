@@ -1,7 +1,7 @@
 """Decoders inside a patch: they spell its bytes from a context, each byte after those before it.
 
-Called on all patches at once, or begun from a context and stepped byte by byte.
-Dims: B batch, M patches, P bytes of a patch, D embed, N heads, H head_dim.
+Called on all patches at once, with a table of the bytes' embeddings, or begun from a context and stepped byte by byte.
+Dims: B batch, M patches, P bytes of a patch, D embed, N heads, H head_dim, V vocab, and a row for no byte.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class GRU(nn.Module):
     gates = partial(matrix, shape=(D, 3, D), axes=('embed', 'gates', 'gate'), bias_dims=2)
     self.read, self.carry = gates(), gates()
 
-  def __call__(self, contexts_BMD: jax.Array, bytes_BMPD: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, contexts_BMD: jax.Array, table_VD: jax.Array, ids_BMP: jax.Array, train: bool) -> jax.Array:
     del train
     h_BMD, hs = self.begin(contexts_BMD), []
-    read_BMPGD = self.read('BTPD,DGE->BTPGE', bytes_BMPD)
-    for j in range(bytes_BMPD.shape[2]):
+    # There are far fewer bytes than places: each is read once.
+    read_BMPGD = jnp.take(self.read('BTD,DGE->BTGE', table_VD[None])[0], ids_BMP, axis=0, mode='clip')
+    for j in range(ids_BMP.shape[2]):
       h_BMD = self._cell(h_BMD, read_BMPGD[:, :, j])
       hs.append(h_BMD)
     return jnp.stack(hs, axis=2)
@@ -62,7 +63,7 @@ class GRU(nn.Module):
 
   @staticmethod
   def flops_per_byte(cfg: Any) -> float:
-    return 6 * (6 + 1 / cfg.patch_size) * cfg.embed_dim**2
+    return 6 * (3 + 1 / cfg.patch_size) * cfg.embed_dim**2
 
 
 class Transformer(nn.Module):
@@ -84,9 +85,9 @@ class Transformer(nn.Module):
         norm=cfg.norm, use_bias=cfg.use_bias, positions='rope', attention=cfg.attention, init_std=cfg.init_std,
         dropout=cfg.dropout, dtype=cfg.operand_dtype.name)
 
-  def __call__(self, contexts_BMD: jax.Array, bytes_BMPD: jax.Array, train: bool) -> jax.Array:
-    B, M, P, D = bytes_BMPD.shape
-    x_BMPD = bytes_BMPD + self.into('BTD,DE->BTE', contexts_BMD)[:, :, None]
+  def __call__(self, contexts_BMD: jax.Array, table_VD: jax.Array, ids_BMP: jax.Array, train: bool) -> jax.Array:
+    (B, M, P), D = ids_BMP.shape, table_VD.shape[1]
+    x_BMPD = jnp.take(table_VD, ids_BMP, axis=0, mode='clip') + self.into('BTD,DE->BTE', contexts_BMD)[:, :, None]
     positions = jnp.broadcast_to(jnp.arange(P), (B * M, P))
     dropout_key = self.make_rng('dropout') if train and self.cfg.dropout else None
     return self._run(x_BMPD.reshape(B * M, P, D), positions, None, train, dropout_key)[0].reshape(B, M, P, D)

@@ -1,0 +1,34 @@
+"""Training on a mesh of virtual devices, for tests of what must not depend on the mesh."""
+
+from functools import partial
+
+import jax
+import numpy as np
+
+from llm_jax.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, put_batch
+from llm_jax.step import init_state, state_shardings, train_step
+
+
+def train_on(sizes, model, optimizer, features, *, num_steps, state=None, **parts):
+  """(metrics of each step, the last state, its shardings) of features(0), features(1), ...; `state`, if given, first.
+
+  `optimizer` is what make_optimizer gives; `parts` go to train_step.
+  """
+  mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
+  tx, schedule = optimizer
+  num_rows = len(features(0)['tokens'])
+  with jax.set_mesh(mesh):
+    rows = local_rows(mesh, num_rows)
+    example = put_batch(features(0), rows, num_rows, mesh)
+    shardings = state_shardings(example, mesh, model=model, tx=tx)
+    if state is None:
+      init = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)
+      state = init(jax.random.key(0), example)
+    step = jax.jit(partial(train_step, model=model, tx=tx, schedule=schedule, seed=0, **parts),
+                   in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step),
+                   donate_argnums=0)
+    state, history = jax.device_put(state, shardings), []
+    for n in range(num_steps):
+      state, metrics = step(state, put_batch(features(n), rows, num_rows, mesh))
+      history.append({name: float(value) for name, value in metrics.items()})
+  return history, state, shardings
