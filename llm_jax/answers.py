@@ -42,10 +42,11 @@ def pairs(examples: Examples, eos_id: int, limit: int | None) -> Iterator[tuple[
 
 
 def answer(model: Any, params: Params, examples: Examples, tokenizer: Tokenizer, *, limit: int | None, num_beams: int,
-           validator: Validator | None, interrupted: Callable[[], bool] = lambda: False) -> list[Answer]:
+           validator: Validator | None, interrupted: Callable[[], bool] = lambda: False,
+           prompt_tokenizer: Tokenizer | None = None) -> list[Answer]:
   """What `model` answers, greedily with one beam, as far as the longest right answer and one token more.
 
-  Raises Interrupted as soon as interrupted() is true.
+  `prompt_tokenizer` is the prompts' own, where they have one. Raises Interrupted as soon as interrupted() is true.
   """
   asked = list(pairs(examples, tokenizer.eos_id, limit))
   longest = max(len(expected) for _, expected in asked) + 1
@@ -66,7 +67,8 @@ def answer(model: Any, params: Params, examples: Examples, tokenizer: Tokenizer,
       same = sum(a == b for a, b in zip(given, expected, strict=False))
       exact = given == expected and all(tokenizer.token_bytes[token] for token in expected)  # <unk> is no word
       text = decode(tokenizer, given)
-      results.append(Answer(decode(tokenizer, prompt), decode(tokenizer, expected), text, exact,
+      asked_text = decode(prompt_tokenizer or tokenizer, prompt)
+      results.append(Answer(asked_text, decode(tokenizer, expected), text, exact,
                             same / max(len(given), len(expected), 1), None if validator is None else validator(text)))
   return results
 

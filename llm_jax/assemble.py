@@ -42,9 +42,12 @@ def complete(config: Config, data: Data) -> Config:
                       f'leave it None or set it to {needed} or more')
   known = {'max_len': config.data.seq_len, 'encoder_len': config.data.encoder_len,
            'start_id': data.eos_id if data.bos_id is None else data.bos_id}
+  if data.encoder_tokenizer is not None:
+    known['encoder_vocab_size'] = len(data.encoder_tokenizer.token_bytes)
   left_open = {name: value for name, value in known.items() if getattr(config.model, name, 0) is None}
   config = dataclasses.replace(config, model=dataclasses.replace(
       config.model, vocab_size=vocab_size, dtype=config.model.operand_dtype.name, **left_open))
+  check_encoder_vocabulary(config, data, needed)
   try:
     config = dataclasses.replace(config, loss=config.loss.fitted(*all_labels(data)))
   except ValueError as e:
@@ -53,9 +56,21 @@ def complete(config: Config, data: Data) -> Config:
   if config.eval.answers and (data.tokenizer is None or task_of(config.data).needs != 'answers'):
     raise ConfigError(f'config.eval.answers: {config.eval.answers} needs a task with answers, and a tokenizer; the '
                       f'task is {config.data.task}')
-  if data.tokenizer is not None and config.eval.sample_tokens and config.loss.writes:
-    encode_prompts(config, data.tokenizer)
+  if data.prompt_tokenizer is not None and config.eval.sample_tokens and config.loss.writes:
+    encode_prompts(config, data.prompt_tokenizer)
   return config
+
+
+def check_encoder_vocabulary(config: Config, data: Data, vocab_size: int) -> None:
+  """Raises ConfigError where the model has no table, or too small a one, for what its encoder reads."""
+  size, other = getattr(config.model, 'encoder_vocab_size', None), data.encoder_tokenizer
+  if other is not None and size is None:
+    raise ConfigError(f'config.data.encoder_tokenizer: {config.data.encoder_tokenizer} needs a model whose encoder has '
+                      f'a table of its own (encoder_vocab_size), and {config.model.name} has none; leave it None')
+  needed = vocab_size if other is None else len(other.token_bytes)
+  if size is not None and size < needed:
+    raise ConfigError(f'config.model.encoder_vocab_size: {size} is less than the {needed} tokens that the encoder may '
+                      f'read; leave it None or set it to {needed} or more')
 
 
 def all_labels(data: Data) -> tuple[np.ndarray | None, tuple[str, ...]]:
@@ -104,10 +119,12 @@ def load_teacher(config: Config, data: Data, mesh: Mesh) -> Run | None:
     raise ConfigError(str(e).replace('--workdir', path)) from None
   except ConfigError as e:
     raise ConfigError(str(e).replace('--checkpoint', 'config.loss.distillation.checkpoint')) from None
-  ours, theirs = (None if t is None else t.to_json() for t in (data.tokenizer, teacher.tokenizer))
+  ours, theirs = ([None if t is None else t.to_json() for t in (of.tokenizer, of.prompt_tokenizer)]
+                  for of in (data, teacher))
   if ours != theirs or (config.model.vocab_size != teacher.config.model.vocab_size):
+    with_encoder = ' (and encoder_tokenizer its encoder_tokenizer.json)' if ours[1:] != theirs[1:] else ''
     raise ConfigError(f'{path}: {settings.teacher} was trained with another tokenizer, or another vocabulary; give '
-                      f'config.data.tokenizer its tokenizer.json, and config.model.vocab_size '
+                      f'config.data.tokenizer its tokenizer.json{with_encoder}, and config.model.vocab_size '
                       f'{teacher.config.model.vocab_size}')
   if teacher.config.model.max_len < config.data.seq_len:
     raise ConfigError(f'{path}: {settings.teacher} reads rows of {teacher.config.model.max_len} tokens at most, and '
@@ -201,7 +218,8 @@ def answer_stores(config: Config, data: Data, model: Any, params: Params, stores
     examples = pipeline.open_examples(config.data, data, store, train=False)
     assert data.tokenizer is not None  # `complete` has asked for one
     answers += answer(model, params, examples, data.tokenizer, num_beams=config.eval.num_beams, validator=validator,
-                      limit=limit and max(1, limit // len(stores)), interrupted=interrupted)
+                      limit=limit and max(1, limit // len(stores)), interrupted=interrupted,
+                      prompt_tokenizer=data.encoder_tokenizer)
   return answers
 
 
@@ -225,11 +243,12 @@ def encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
   return prompts
 
 
-def samples(config: Config, tokenizer: Tokenizer | None, model: Any, params: Params) -> list[tuple[str, str]]:
+def samples(config: Config, data: Data, model: Any, params: Params) -> list[tuple[str, str]]:
   """(prompt, it and what the model makes of it) for each prompt of config.eval; none where ids have no text."""
-  if tokenizer is None or not config.eval.sample_tokens or not config.loss.writes:
+  tokenizer, reader = data.tokenizer, data.prompt_tokenizer
+  if tokenizer is None or reader is None or not config.eval.sample_tokens or not config.loss.writes:
     return []
-  prompts = encode_prompts(config, tokenizer)
+  prompts = encode_prompts(config, reader)
   columns = sampling.generate(
       model, params, prompts, max_len=config.model.max_len, num_tokens=config.eval.sample_tokens, seed=config.seed,
       temperature=config.eval.temperature, top_k=config.eval.top_k,
@@ -250,6 +269,11 @@ class Run:
   model: Any
   params: Params
   meta: dict  # of the checkpoint: step, data fingerprint, ...
+  encoder_tokenizer: Tokenizer | None = None  # of the prompts of pairs; None: tokenizer reads them too
+
+  @property
+  def prompt_tokenizer(self) -> Tokenizer | None:
+    return self.tokenizer if self.encoder_tokenizer is None else self.encoder_tokenizer
 
 
 def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
@@ -262,6 +286,9 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
   except ValueError as e:
     raise StorageError(f'{path}: damaged: {e}') from None
   tokenizer = load_tokenizer(workdir / 'tokenizer.json') if (workdir / 'tokenizer.json').exists() else None
+  encoder_tokenizer = None
+  if config.data.encoder_tokenizer is not None:
+    encoder_tokenizer = load_tokenizer(workdir / 'encoder_tokenizer.json')
   model = build_model(config)
   abstract, shardings = param_shardings(example_batch(config), mesh, model=model)
   abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings)
@@ -276,4 +303,4 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
     if step is not None and not str(step).isdigit():
       raise ConfigError(f"--checkpoint: {checkpoint!r} is none of latest, best, or a step of {checkpoints.steps()}")
     params, _, meta = checkpoints.restore(abstract, step=None if step is None else int(step))
-  return Run(config, tokenizer, model, params, meta)
+  return Run(config, tokenizer, model, params, meta, encoder_tokenizer)

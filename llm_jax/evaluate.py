@@ -49,11 +49,12 @@ def main(argv: list[str]) -> None:
   with jax.set_mesh(mesh):
     run = load_run(args.workdir, mesh, args.checkpoint)
     if args.data is not None:
-      data = tokenize(args.data, run.config.data, run.tokenizer)
+      data = tokenize(args.data, run.config.data, run.tokenizer, run.encoder_tokenizer)
       data = renamed_labels(data, run.config.loss.classification.classes)
     else:
       data = open_data(run.config.data)
-      if data_fingerprint(run.config.data, data, 0, 0)['train_tokens'] != run.meta['data']['train_tokens']:
+      fingerprint = data_fingerprint(run.config.data, data, 0, 0)
+      if any(fingerprint.get(name) != run.meta['data'].get(name) for name in ('train_tokens', 'encoder_tokenizer')):
         raise DataError(f'config.data.path: {run.config.data.path} is no longer what the run was trained on, so its '
                         'validation part cannot be told; name a file: --data=FILE')
     if data.vocab_size > run.config.model.vocab_size:

@@ -50,13 +50,13 @@ def main(argv: list[str]) -> None:
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     run = load_run(args.workdir, mesh, args.checkpoint)
-    if run.tokenizer is None:
+    if run.tokenizer is None or run.prompt_tokenizer is None:
       raise ConfigError(f'--workdir: {args.workdir} was trained on ids without a tokenizer, so there is no text to '
                         'read or write')
     if not run.config.loss.writes:
       raise ConfigError(f'--workdir: {args.workdir} has not learnt to write (config.loss.terms='
                         f'{", ".join(run.config.loss.terms)}); see python -m llm_jax.predict')
-    [prompt] = prompt_ids(run.config, run.tokenizer, [args.prompt])
+    [prompt] = prompt_ids(run.config, run.prompt_tokenizer, [args.prompt])
     longest = run.config.model.longest_prompt
     if len(prompt) > longest:
       raise ConfigError(f'--prompt: {len(prompt)} tokens, and {longest} are the most that the model was made for; '

@@ -201,7 +201,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         if saved and improved and val_loss is not None:
           best = val_loss
       if val_loss is not None:
-        for prompt, sample in samples(config, data.tokenizer, model, state.params):
+        for prompt, sample in samples(config, data, model, state.params):
           writer.text(step, f'sample/{prompt or "new document"}', sample)
           console.line('\n'.join('  | ' + line for line in sample.splitlines()))
       return val_loss is not None or not due(step, config.eval.every)
@@ -339,12 +339,13 @@ def report_resume(config: Config, meta: dict) -> None:
 
 
 def write_run_files(config: Config, data: Data, workdir: Path) -> None:
-  """config.json, which repeats the run, and tokenizer.json, without which its tokens mean nothing."""
+  """config.json, which repeats the run, and its tokenizers, without which its tokens mean nothing."""
   if jax.process_index() != 0:
     return
   files = {'config.json': json.dumps(to_dict(config), indent=2)}
-  if data.tokenizer is not None:
-    files['tokenizer.json'] = data.tokenizer.to_json()
+  for name, tokenizer in (('tokenizer', data.tokenizer), ('encoder_tokenizer', data.encoder_tokenizer)):
+    if tokenizer is not None:
+      files[f'{name}.json'] = tokenizer.to_json()
   for name, content in files.items():
     aside = workdir / f'{name}.partial'
     aside.write_text(content)

@@ -188,6 +188,7 @@ PARAMETERS = {
     'package': (689_026, 689_026),
     'complexity': (688_768, 688_768),  # no head: it has as many outputs as the labels have numbers
     'search': (705_280, 705_280),
+    'spans': (1_250_816, 1_250_816),
     'masked': (688_896, 688_896),
     'distill_char': (106_944, 106_944),
     'shakespeare_char': (804_224, 804_224),

@@ -144,7 +144,7 @@ def test_what_has_not_learnt_to_write_says_so(folder):
 @pytest.mark.parametrize(('flags', 'words'), [
     (('--config.loss.terms=next_token',), ['gives labels', 'loss.terms=next_token']),
     (('--config.data.task=next_token',), ['does not give', 'labels', 'loss.terms=classification needs']),
-    (('--config.loss.classification.num_classes=2',), ['loss.num_classes: 2', '3 of the data']),
+    (('--config.loss.classification.num_classes=2',), ['loss.classification.num_classes: 2', '3 of the data']),
     (('--config.loss.terms=next_token,distillation', '--config.loss.distillation.teacher=nowhere'),
      ['loss.distillation.teacher', 'nowhere', 'holds no run']),
     (('--config.loss.terms=next_token,distillation', '--config.loss.distillation.teacher=regression',

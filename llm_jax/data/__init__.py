@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from llm_jax.data import fetch, store
 from llm_jax.data.augment import Augment
 from llm_jax.data.config import DataConfig, cache_dir
-from llm_jax.data.corpus import Corpus, fit_tokenizer, key_of, make_store, memory_stores
+from llm_jax.data.corpus import PARTS, Corpus, fit_tokenizer, key_of, make_store, memory_stores
 from llm_jax.data.documents import Document, SourceConfig
 from llm_jax.data.examples import Examples, make_examples
 from llm_jax.data.fetch import shown
@@ -40,6 +40,11 @@ class Data:
   eos_id: int | None = None
   reports: dict[str, dict] = dataclasses.field(default_factory=dict)  # of the filters, by source
   streams: dict[str, Corpus] = dataclasses.field(default_factory=dict)  # when streaming; the split train is empty then
+  encoder_tokenizer: Tokenizer | None = None  # of the prompts of pairs; None: tokenizer reads them too
+
+  @property
+  def prompt_tokenizer(self) -> Tokenizer | None:
+    return self.tokenizer if self.encoder_tokenizer is None else self.encoder_tokenizer
 
   @property
   def train(self) -> dict[str, TokenStore]:
@@ -57,12 +62,13 @@ def open_data(config: DataConfig) -> Data:
     return _open_streams(config)
   bins = {name: found for name, source in sources.items() if (found := _bins(config, source))}
   corpora = {name: _corpus(config, name, source) for name, source in sources.items() if name not in bins}
-  tokenizer, key = _tokenizer(config, corpora)
+  tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
   if bins and tokenizer is not None and not _takes_ids(config):
     raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is fitted to the texts and is not that of '
                       f'{shown(sources[next(iter(bins))].path)}; name the one whose ids these are')
   by_source = {name: _map_bins(config, source, bins[name]) if name in bins else
-               _stores(config, source, corpora[name], tokenizer, key) for name, source in sources.items()}
+               _stores(config, source, corpora[name], tokenizer, encoder_tokenizer, key)
+               for name, source in sources.items()}
   splits = {split: {name: s[split] for name, s in by_source.items() if split in s and len(s[split].tokens)}
             for split in SPLITS}
   reports = {name: report for name, s in by_source.items() if 'train' in s and (report := s['train'].report)}
@@ -74,8 +80,8 @@ def open_data(config: DataConfig) -> Data:
         raise DataError(f'config.data.path: {shown(source.path)} gives {num_tokens} token(s) for {split}, which needs '
                         f'2 or more (config.data.split {config.split}, val_fraction {config.val_fraction}{counts})')
       if tokenizer is not None:
-        _check_tokens(source, splits[split][name], tokenizer, is_bin=name in bins)
-  return dataclasses.replace(_data(config, splits, tokenizer), reports=reports)
+        _check_tokens(source, splits[split][name], tokenizer, encoder_tokenizer, is_bin=name in bins)
+  return dataclasses.replace(_data(config, splits, tokenizer, encoder_tokenizer), reports=reports)
 
 
 def task_of(config: DataConfig) -> Task:
@@ -89,12 +95,14 @@ def open_examples(config: DataConfig, data: Data, tokens: TokenStore, *, train: 
       tokens, task=task_of(config), seq_len=config.seq_len, encoder_len=config.encoder_len, packing=config.packing,
       stride=config.stride, truncate=config.truncate, mask_documents=config.mask_documents,
       augment=config.augment if train else Augment(), vocab_size=data.vocab_size, bos_id=data.bos_id,
-      eos_id=data.eos_id, score_once=not train)
+      eos_id=data.eos_id, encoder_tokenizer=data.encoder_tokenizer, score_once=not train)
 
 
-def _data(config: DataConfig, splits: dict[str, dict[str, TokenStore]], tokenizer: Tokenizer | None) -> Data:
+def _data(config: DataConfig, splits: dict[str, dict[str, TokenStore]], tokenizer: Tokenizer | None,
+          encoder_tokenizer: Tokenizer | None = None) -> Data:
   if tokenizer is not None:
-    return Data(splits, tokenizer, len(tokenizer.token_bytes), tokenizer.bos_id, tokenizer.eos_id)
+    return Data(splits, tokenizer, len(tokenizer.token_bytes), tokenizer.bos_id, tokenizer.eos_id,
+                encoder_tokenizer=encoder_tokenizer)
   eot_id = next(iter(config.named_sources.values())).eot_id
   vocab_size = 1 + max(_max_id(tokens) for stores in splits.values() for tokens in stores.values())
   return Data(splits, None, vocab_size, eot_id, eot_id)
@@ -112,19 +120,34 @@ def _max_id(tokens: TokenStore) -> int:
   return most
 
 
-def _check_tokens(source: SourceConfig, tokens: TokenStore, tokenizer: Tokenizer, is_bin: bool) -> None:
+def _check_tokens(source: SourceConfig, tokens: TokenStore, tokenizer: Tokenizer, encoder_tokenizer: Tokenizer | None,
+                  is_bin: bool) -> None:
   """Raises DataError for white space alone, and for ids of a .bin, which no writer checked, beyond the vocabulary."""
   if is_bin and (most := _max_id(tokens)) >= len(tokenizer.token_bytes):
     raise DataError(f'{tokens.tokens.files[0].path}: token {most} is beyond the vocabulary of '
                     f'{len(tokenizer.token_bytes)} tokens')
-  is_blank = np.array([not b.strip() for b in tokenizer.token_bytes])
-  if all(is_blank[tokens.tokens[i:i + _STEP]].all() for i in range(0, len(tokens.tokens), _STEP)):
-    raise DataError(f'config.data.path: {shown(source.path)} holds nothing but white space')
+  blank, blank_prompt = (np.array([not b.strip() for b in t.token_bytes])
+                         for t in (tokenizer, encoder_tokenizer or tokenizer))
+  for begin in range(0, len(tokens.tokens), _STEP):
+    ids = tokens.tokens[begin:begin + _STEP]
+    is_prompt = np.zeros(len(ids), bool) if encoder_tokenizer is None else _in_prompts(tokens, begin, begin + len(ids))
+    if not (blank[ids[~is_prompt]].all() and blank_prompt[ids[is_prompt]].all()):
+      return
+  raise DataError(f'config.data.path: {shown(source.path)} holds nothing but white space')
+
+
+def _in_prompts(tokens: TokenStore, begin: int, end: int) -> np.ndarray:
+  """Over the tokens begin to end: whether each is a prompt's; bos is not."""
+  assert tokens.answers is not None, '_tokenizers asks for pairs'
+  positions = np.arange(begin, end)
+  documents = np.searchsorted(tokens.starts, positions, 'right') - 1
+  places = positions - tokens.starts[documents]
+  return (places > 0) & (places < tokens.answers[documents])
 
 
 def _open_streams(config: DataConfig) -> Data:
   corpora = {name: _corpus(config, name, source) for name, source in config.named_sources.items()}
-  tokenizer, _ = _tokenizer(config, corpora)
+  tokenizer, _ = _tokenizer(config, config.tokenizer, corpora)
   if tokenizer is None:
     raise ConfigError('config.data.streaming: nobody knows how many different ids a stream will hold: name their '
                       'tokenizer in config.data.tokenizer, or train from a token store (streaming=False)')
@@ -163,34 +186,57 @@ def _corpus(config: DataConfig, name: str, source: SourceConfig) -> Corpus:
   return corpus.resolved()
 
 
-def _tokenizer(config: DataConfig, corpora: dict[str, Corpus]) -> tuple[Tokenizer | None, str]:
-  if config.tokenizer == 'none' or not corpora or any(corpus.holds_ids() for corpus in corpora.values()):
-    if config.tokenizer == 'byte':
+def _tokenizers(config: DataConfig, corpora: dict[str, Corpus],
+                bins: Collection[str]) -> tuple[Tokenizer | None, Tokenizer | None, str]:
+  """(tokenizer, the prompts' own if they have one, what tells the two from others). Raises ConfigError."""
+  reader = config.encoder_tokenizer
+  if reader is None:
+    tokenizer, key = _tokenizer(config, config.tokenizer, corpora)
+    return tokenizer, None, key
+  path = f'config.data.encoder_tokenizer: {reader}'
+  for name, source in config.named_sources.items():
+    first = None if name in bins else corpora[name].first()
+    if name in bins or (first is not None and first.answer is None):
+      raise ConfigError(f'{path} is for prompts, and {shown(source.path)} holds no pairs of text; name the field of '
+                        'their answers with config.data.answer_field, or leave it None')
+    if first is not None and not (isinstance(first.text, str) and isinstance(first.answer, str)):
+      raise ConfigError(f'{path} is for texts, and {shown(source.path)} holds token ids; leave it None')
+  [(tokenizer, key), (encoder_tokenizer, encoder_key)] = (
+      _tokenizer(config, name, corpora, (part,)) for name, part in ((config.tokenizer, 'answer'), (reader, 'text')))
+  return tokenizer, encoder_tokenizer, key_of([key, encoder_key])
+
+
+def _tokenizer(config: DataConfig, name: str, corpora: dict[str, Corpus],
+               parts: tuple[str, ...] = PARTS) -> tuple[Tokenizer | None, str]:
+  if name == 'none' or not corpora or any(corpus.holds_ids() for corpus in corpora.values()):
+    if name == 'byte':
       return ByteTokenizer(), 'byte'
-    return (None, 'none') if config.tokenizer in ('none', *FITTED) else (
-        open_tokenizer(config.tokenizer), identity(config.tokenizer))
-  if config.tokenizer in FITTED:
+    return (None, 'none') if name in ('none', *FITTED) else (open_tokenizer(name), identity(name))
+  if name in FITTED:
     settings = TokenizerConfig(config.vocab_size, config.min_frequency, config.pattern)
-    return fit_tokenizer(config.tokenizer, settings, corpora.values(), cache_dir(config))
-  return open_tokenizer(config.tokenizer), identity(config.tokenizer)
+    return fit_tokenizer(name, settings, corpora.values(), cache_dir(config), parts)
+  return open_tokenizer(name), identity(name)
 
 
 def _takes_ids(config: DataConfig) -> bool:
-  """Whether ids among the documents can be the tokenizer's: not of one that is fitted here."""
-  return config.tokenizer not in FITTED or config.tokenizer == 'byte'
+  """Whether ids among the documents can be the tokenizer's: not of one that is fitted here, nor of two."""
+  return (config.tokenizer not in FITTED or config.tokenizer == 'byte') and config.encoder_tokenizer is None
 
 
 def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer: Tokenizer | None,
-            tokenizer_key: str) -> dict[str, TokenStore]:
+            encoder_tokenizer: Tokenizer | None, tokenizer_key: str) -> dict[str, TokenStore]:
   if tokenizer is None:
     dtype = source.dtype or 'uint32'
   else:
-    dtype = 'uint16' if len(tokenizer.token_bytes) <= 1 << 16 else 'uint32'
+    most = max(len(t.token_bytes) for t in (tokenizer, encoder_tokenizer) if t is not None)
+    dtype = 'uint16' if most <= 1 << 16 else 'uint32'
   key = key_of([corpus.fingerprint(), tokenizer_key, dtype, config.shard_tokens, store.VERSION])
   kind = config.tokenizer if tokenizer else 'ids'
   folder = cache_dir(config) / 'stores' / f'{_slug(shown(source.path))}-{_slug(kind)}-{key}'
-  make_store(corpus, tokenizer, folder, dtype, config.shard_tokens, _takes_ids(config),
-             {'path': shown(source.path), 'tokenizer': kind})
+  about: dict[str, Any] = {'path': shown(source.path), 'tokenizer': kind}
+  if encoder_tokenizer is not None:
+    about |= {'encoder_tokenizer': config.encoder_tokenizer, 'encoder_vocab_size': len(encoder_tokenizer.token_bytes)}
+  make_store(corpus, tokenizer, folder, dtype, config.shard_tokens, _takes_ids(config), about, encoder_tokenizer)
   if config.verify:
     store.verify(folder)
   return {split: open_split(folder, split) for split in SPLITS}
@@ -225,8 +271,9 @@ def _map_bins(config: DataConfig, source: SourceConfig, files: dict[str, TokenFi
   return cut | {split: mapped_store(files[split], eot_id) for split in files if split != 'train'}
 
 
-def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None) -> Data:
-  """All of a path as validation data, by a tokenizer that exists already; .bin files as they are."""
+def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
+             encoder_tokenizer: Tokenizer | None = None) -> Data:
+  """All of a path as validation data, by tokenizers that exist already; .bin files as they are."""
   source = dataclasses.replace(next(iter(config.named_sources.values())), path=path, format='auto', sha256=None,
                                val_path=None, test_path=None)
   if bins := _bins(config, source):
@@ -237,10 +284,12 @@ def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None) -> Data
     if tokenizer is None and not corpus.holds_ids():
       raise DataError(f'--data: {path} is text, and the run has no tokenizer for it')
     val = memory_stores((pair for _, dealt in corpus.documents({**corpus.start(), 'seen': Deduplicator()})
-                         for pair in dealt), ('val',), tokenizer)['val']
+                         for pair in dealt), ('val',), tokenizer, encoder_tokenizer)['val']
   if len(val.tokens) < 2:
     raise DataError(f'--data: {path} gives {len(val.tokens)} token(s); it needs 2 or more')
-  data = _data(config, {'train': {}, 'val': {'data': val}, 'test': {}}, tokenizer)
+  data = _data(config, {'train': {}, 'val': {'data': val}, 'test': {}}, tokenizer, encoder_tokenizer)
+  if encoder_tokenizer is not None:  # ids of two vocabularies, each checked by its tokenizer
+    return data
   return dataclasses.replace(data, vocab_size=max(data.vocab_size, _max_id(val) + 1))
 
 
@@ -251,6 +300,8 @@ def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int)
   settings = {f: getattr(config, f) for f in fields}
   for name in {config.task, 'augment'} & {f.name for f in dataclasses.fields(config)}:
     settings |= {f'{name}.{field}': value for field, value in dataclasses.asdict(getattr(config, name)).items()}
+  if data.encoder_tokenizer is not None:  # of which the tokens alone do not tell what ends a prompt
+    settings['encoder_tokenizer'] = key_of(data.encoder_tokenizer.to_json())
   # As lists: the order of the sources counts too.
   train = [[name, tokens.sha256] for name, tokens in data.train.items()]
   train += [[name, key_of([corpus.contents(), data.tokenizer.to_json() if data.tokenizer else None])]

@@ -26,7 +26,8 @@ class DataConfig(SourceConfig, SplitConfig):
   filters: FilterConfig = FilterConfig()
 
   tokenizer: str = 'bpe'  # byte, char, word, bpe; a tokenizer.json or SentencePiece .model; tiktoken:NAME; none (ids)
-  vocab_size: int = 8192  # that bpe is trained to, and the most that word keeps
+  encoder_tokenizer: str | None = None  # of the prompts of seq2seq, and tokenizer of its answers; None: it does both
+  vocab_size: int = 8192  # that bpe is trained to, and the most that word keeps; of each tokenizer
   min_frequency: int = 1  # of a word
   pattern: str | None = None  # regular expression of the words; None: see tokenizers/word.py
 
@@ -73,7 +74,9 @@ class DataConfig(SourceConfig, SplitConfig):
     if self.tokenizer not in (*FITTED, 'none') and not set(self.tokenizer) & set('./:'):
       problems.append(f'tokenizer {self.tokenizer!r} is none of {", ".join(FITTED)}, none, a path ending in .json or '
                       '.model, tiktoken:NAME')
-    if self.tokenizer == 'bpe' and self.vocab_size < 257:
+    if self.encoder_tokenizer is not None:
+      problems += self._encoder_tokenizer_problems(self.encoder_tokenizer)
+    if 'bpe' in (self.tokenizer, self.encoder_tokenizer) and self.vocab_size < 257:
       problems.append(f'vocab_size must be at least 257 (256 bytes and one special token); got {self.vocab_size}')
     if self.stride is not None and not 1 <= self.stride <= self.seq_len:
       problems.append(f'stride must lie in [1, seq_len], or be None; got {self.stride}')
@@ -90,6 +93,15 @@ class DataConfig(SourceConfig, SplitConfig):
       problems += self._streaming_problems()
     if problems:
       raise ValueError('\n'.join(problems))
+
+  def _encoder_tokenizer_problems(self, name: str) -> list[str]:
+    return [f'encoder_tokenizer {name!r} {message}' for wrong, message in (
+        (name not in FITTED and not set(name) & set('./:'),
+         f'is none of {", ".join(FITTED)}, a path ending in .json or .model, tiktoken:NAME; or leave '
+         'it None: tokenizer reads both sides'),
+        (self.task != 'seq2seq', f'is for task seq2seq, where an encoder reads the prompts; the task is {self.task!r}: '
+         'leave it None'),
+        (self.tokenizer == 'none', 'needs a tokenizer of the answers too, and tokenizer is none')) if wrong]
 
   def _streaming_problems(self) -> list[str]:
     held_out = (self.split == 'count' and self.val_documents) or all(s.val_path for s in self.named_sources.values())

@@ -27,6 +27,7 @@ from llm_jax.progress import progress
 FEW = 20  # documents to validate with; where fewer are to be expected split='auto' cuts text instead of dealing them
 FIT_BYTES = 50_000_000  # of text, spread over the corpus, are enough to fit a tokenizer to
 COMMIT_SECONDS = 5
+PARTS = ('text', 'answer')  # of a document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,26 +95,30 @@ class Corpus:
     split = dataclasses.replace(self.split, split='tail' if found < enough else 'document')
     return dataclasses.replace(self, split=split)
 
-  def train_texts(self, progress: dict) -> Iterator[str]:
+  def train_texts(self, progress: dict, parts: tuple[str, ...]) -> Iterator[str]:
     """Texts of the training side, or about FIT_BYTES of them, chosen by their hash. Raises DataError for ids."""
     rate = FIT_BYTES / max(FIT_BYTES, sum(sum(source.sizes()) for _, source in self.sides))
     left = 2 * FIT_BYTES  # where sizes tell too little: compressed files, endless sources
     for _, dealt in self.documents({**progress, 'seen': Deduplicator()}):
       for side, document in dealt:
         if side == 'train' and int.from_bytes(content_hash(document)[4:8], 'big') < rate * 2**32:
-          yield from (c for c in (document.text, document.answer) if isinstance(c, str))
+          yield from _texts(document, parts)
           left -= size(document)
       if left <= 0:
         return
 
-  def all_texts(self) -> Iterator[str]:
+  def all_texts(self, parts: tuple[str, ...]) -> Iterator[str]:
     for _, _, document in self.kept(Report(), Deduplicator()):
-      yield from (c for c in (document.text, document.answer) if isinstance(c, str))
+      yield from _texts(document, parts)
+
+  def first(self) -> Document | None:
+    """The document by which it is told what all of them hold."""
+    return next((document for _, _, document in self.kept(Report(), Deduplicator())), None)
 
   def holds_ids(self) -> bool:
-    """Whether its documents are tokens already, by the first one."""
-    first = next(self.kept(Report(), Deduplicator()), None)
-    return first is not None and isinstance(first[2].text, np.ndarray)
+    """Whether its documents are tokens already."""
+    first = self.first()
+    return first is not None and isinstance(first.text, np.ndarray)
 
   def fingerprint(self) -> dict:
     """`contents` as they lie on this machine: where, and when they were changed."""
@@ -140,6 +145,10 @@ class Corpus:
     if report.num_bad > self.max_bad_fraction * report.num_in:
       raise DataError(f'{self.name}: {report.num_bad} of {report.num_in} records are bad, more than '
                       f'config.data.max_bad_fraction {self.max_bad_fraction} allows; the first: {report.first_bad}')
+
+
+def _texts(document: Document, parts: tuple[str, ...]) -> Iterator[str]:
+  return (content for part in parts if isinstance(content := getattr(document, part), str))
 
 
 def _with_what_follows(records: Iterator[tuple[Position, Document | BadRecord]]) -> Iterator[
@@ -169,18 +178,19 @@ def key_of(recipe: object) -> str:
   return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus],
-                  cache_dir: Path) -> tuple[Tokenizer, str]:
-  """(the tokenizer fitted to the training parts of all corpora, its key); made once and kept in the cache."""
+def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus], cache_dir: Path,
+                  parts: tuple[str, ...] = PARTS) -> tuple[Tokenizer, str]:
+  """(the tokenizer fitted to the training sides of all corpora, its key); made once and kept in the cache."""
   corpora = list(corpora)
-  key = key_of([name, dataclasses.asdict(config), [corpus.fingerprint() for corpus in corpora], store.VERSION])
+  key = key_of([name, dataclasses.asdict(config), [corpus.fingerprint() for corpus in corpora], store.VERSION,
+                *(parts if parts != PARTS else ())])
   path = cache_dir / 'tokenizers' / f'{name}-{key}.json'
   with locked(path):
     if not path.exists():
       begin = time.perf_counter()
       # A character that only the validation part has must still have an id; all else is learnt from the training part.
-      texts = ((t for corpus in corpora for t in corpus.all_texts()) if name == 'char' else
-               (t for corpus in corpora for t in corpus.train_texts(corpus.start())))
+      texts = ((t for corpus in corpora for t in corpus.all_texts(parts)) if name == 'char' else
+               (t for corpus in corpora for t in corpus.train_texts(corpus.start(), parts)))
       tokenizer = FITTED[name](texts, config)
       try:
         write_whole(path, tokenizer.to_json())
@@ -192,13 +202,14 @@ def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus],
 
 
 def make_store(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype: str, shard_tokens: int,
-               takes_ids: bool, about: dict) -> None:
+               takes_ids: bool, about: dict, encoder_tokenizer: Tokenizer | None = None) -> None:
   """Writes the store unless it is there, going on where another process was killed. Raises DataError, StorageError."""
   with locked(folder):
     if folder.exists():
       return
     try:
-      writer = Writer(folder.with_name(f'{folder.name}.partial'), tokenizer, dtype, shard_tokens, takes_ids)
+      aside = folder.with_name(f'{folder.name}.partial')
+      writer = Writer(aside, tokenizer, dtype, shard_tokens, takes_ids, encoder_tokenizer)
       _write(corpus, writer, folder, about)
     except OSError as e:
       raise StorageError(f'{folder}: cannot be written: {e.strerror or e}') from None
@@ -232,11 +243,11 @@ def _write(corpus: Corpus, writer: Writer, folder: Path, about: dict) -> None:
   writer.finish(folder, {**about, 'report': report.to_dict(), 'split': dataclasses.asdict(corpus.split)})
 
 
-def memory_stores(dealt: Iterable[tuple[str, Document]], sides: tuple[str, ...],
-                  tokenizer: Tokenizer | None) -> dict[str, TokenStore]:
+def memory_stores(dealt: Iterable[tuple[str, Document]], sides: tuple[str, ...], tokenizer: Tokenizer | None,
+                  encoder_tokenizer: Tokenizer | None = None) -> dict[str, TokenStore]:
   """Stores of the (side, document) pairs, in memory: for what is small and used once."""
   with tempfile.TemporaryDirectory() as folder:
-    writer = Writer(Path(folder) / 'partial', tokenizer, 'uint32', 1 << 40)
+    writer = Writer(Path(folder) / 'partial', tokenizer, 'uint32', 1 << 40, encoder_tokenizer=encoder_tokenizer)
     for _, parts in chunks((None, [pair]) for pair in dealt):
       writer.add(parts)
     writer.finish(Path(folder) / 'store', {})

@@ -10,6 +10,7 @@ import numpy as np
 from llm_jax.data.augment import Augment, disturbed, jittered
 from llm_jax.data.rows import PACKINGS, Packed, Store, Windows, pack
 from llm_jax.data.tasks import TASKS, Classification, Features, Layout, Pairs, Seq2Seq, SpanCorruption, Task
+from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.errors import ConfigError, DataError
 
 # What the store holds -> (truncations that keep its sense, the default first; the field that gives it).
@@ -46,10 +47,11 @@ class Examples:
     if self.score_once and index and isinstance(rows, Windows):
       features['loss_mask'][:seq_len - rows.stride] = 0  # they had more context in the window before
     if self.augment.token_dropout or self.augment.token_replace:
-      for name, segments in (('tokens', 'segment_ids'), ('encoder_tokens', 'encoder_segment_ids')):
+      for name, segments, ids in (('tokens', 'segment_ids', self.layout),
+                                  ('encoder_tokens', 'encoder_segment_ids', self.layout.read)):
         if name in features:
-          features[name] = disturbed(features[name], features[segments] > 0, self.augment, self.layout.vocab_size,
-                                     self.layout.start_id, rng)
+          features[name] = disturbed(features[name], features[segments] > 0, self.augment, ids.vocab_size,
+                                     ids.start_id, rng)
     if not self.mask_documents:
       del features['positions']
       if not self.task.whole:
@@ -60,13 +62,17 @@ class Examples:
 def make_examples(store: Store, *, task: Task, seq_len: int, encoder_len: int = 0, packing: str = 'concat',
                   stride: int | None = None, truncate: str = 'auto', mask_documents: bool = True,
                   augment: Augment | None = None, vocab_size: int, bos_id: int | None, eos_id: int | None,
-                  score_once: bool = False) -> Examples:
+                  encoder_tokenizer: Tokenizer | None = None, score_once: bool = False) -> Examples:
   """All rows of a store. `score_once`, for evaluation: of overlapping windows each target counts only where it has
-  most context. Raises ConfigError for settings that do not go together, DataError for a store that gives no rows.
+  most context. `encoder_tokenizer`: whose ids the prompts are, where they are another's. Raises ConfigError for
+  settings that do not go together, DataError for a store that gives no rows.
   """
   augment = augment or Augment()
   truncate = TRUNCATIONS[task.needs][0] if truncate == 'auto' else truncate
   layout = Layout(seq_len, encoder_len, vocab_size, bos_id, eos_id, truncate)
+  if (other := encoder_tokenizer) is not None:
+    layout = dataclasses.replace(layout, encoder=dataclasses.replace(
+        layout, vocab_size=len(other.token_bytes), bos_id=other.bos_id, eos_id=other.eos_id))
   _check(store, task, layout, packing, stride, mask_documents, augment, score_once)
   rows = Windows(store, seq_len, stride or seq_len) if packing == 'concat' else _packed(store, task, layout, packing)
   dropped = rows.dropped_tokens
@@ -106,7 +112,7 @@ def _cut_by(task: Task, layout: Layout, rows: Packed) -> int:
   if isinstance(task, Pairs):
     limits = ((prompts + ends, layout.seq_len), (answers + opens, layout.encoder_len))
   else:
-    limits = ((prompts - opens + ends, layout.encoder_len), (answers, layout.seq_len))
+    limits = ((prompts - opens + (layout.read.eos_id is not None), layout.encoder_len), (answers, layout.seq_len))
   return int(sum(np.maximum(sizes - limit, 0).sum() for sizes, limit in limits))
 
 

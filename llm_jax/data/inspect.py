@@ -18,6 +18,7 @@ from llm_jax.data.filters import Report
 from llm_jax.data.prepare import parse, table
 from llm_jax.data.store import TokenStore
 from llm_jax.data.tasks import Features
+from llm_jax.data.tokenizers import Tokenizer
 from llm_jax.errors import ConfigError, StorageError
 from llm_jax.main import run_as_program
 
@@ -79,13 +80,15 @@ def row_of(examples: Examples, index: int, seed: int) -> Features:
 
 def describe(features: Features, data: Data, config: DataConfig) -> list[str]:
   """What is read and what is learnt, piece by piece; tokens divided by |, special ones in <>."""
-  names = token_names(data, config)
+  names = token_names(data.tokenizer, data.vocab_size, task_of(config).num_sentinels)
   segments = features.get('segment_ids', np.ones_like(features['tokens']))
   mask, has_label = features['loss_mask'] > 0, 'labels' in features
   lines = []
   if 'encoder_tokens' in features:
     real = features['encoder_segment_ids'] > 0
-    lines.append(f'  encoder reads {real.sum()}: {show(features["encoder_tokens"][real], names)}')
+    other = data.encoder_tokenizer
+    read_names = names if other is None else token_names(other, len(other.token_bytes), 0)
+    lines.append(f'  encoder reads {real.sum()}: {show(features["encoder_tokens"][real], read_names)}')
   for segment in range(1, int(segments.max(initial=0)) + 1):
     inside = segments == segment
     learnt = inside & mask
@@ -99,17 +102,16 @@ def describe(features: Features, data: Data, config: DataConfig) -> list[str]:
   return [*lines, *([f'  padding: {padding}'] if padding else [])]
 
 
-def token_names(data: Data, config: DataConfig) -> list[str]:
+def token_names(tokenizer: Tokenizer | None, vocab_size: int, num_sentinels: int) -> list[str]:
   """What to print for each id."""
-  tokenizer = data.tokenizer
   if tokenizer is None:
-    names = [str(i) for i in range(data.vocab_size)]
+    names = [str(i) for i in range(vocab_size)]
   else:
     special = {tokenizer.bos_id: '<bos>', tokenizer.eos_id: '<eos>'} if tokenizer.bos_id != tokenizer.eos_id else {
         tokenizer.bos_id: '<eot>'}
     names = [special.get(i) or (repr(b.decode(errors='replace'))[1:-1] if b else f'<{i}>')
              for i, b in enumerate(tokenizer.token_bytes)]
-  return names + [f'<sentinel {k}>' for k in range(task_of(config).num_sentinels)]
+  return names + [f'<sentinel {k}>' for k in range(num_sentinels)]
 
 
 def show(ids: Iterable[int], names: list[str], most: int = 160) -> str:

@@ -58,7 +58,9 @@ def table(data: Data) -> str:
       if store.num_bytes:
         text = f'{store.num_bytes:16,.0f}{store.num_bytes / num_tokens:13.3f}'
       lines.append(f'{split + "/" + name:24.24}{len(store.starts):12,}{num_tokens:16,}{text}')
-  return '\n'.join([*lines, f'vocabulary: {data.vocab_size:,} tokens'])
+  read = data.encoder_tokenizer
+  of_prompts = '' if read is None else f', {len(read.token_bytes):,} of the prompts'
+  return '\n'.join([*lines, f'vocabulary: {data.vocab_size:,} tokens{of_prompts}'])
 
 
 if __name__ == '__main__':

@@ -2,8 +2,9 @@
 
 A store is a folder: `<split>-00000.tokens` and on (flat uint16 or uint32, all but the last of `shard_tokens` ids),
 `<split>.starts` (int64, where each document begins), for pairs `<split>.answers` (int64, where in its document the
-answer begins), for labels `<split>.labels` (float64), `tokenizer.json`, and `manifest.json` with sizes and sha256 of
-all of them. writer.py writes it aside and renames it into place: it is whole or absent.
+answer begins), for labels `<split>.labels` (float64), `tokenizer.json` (with `encoder_tokenizer.json` where prompts
+have one of their own), and `manifest.json` with sizes and sha256 of all of them. writer.py writes it aside and renames
+it into place: it is whole or absent.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class TokenStore:
   answers: np.ndarray | None = None  # int64 [D]
   labels: np.ndarray | None = None  # float64 [D] or [D, C]
   # num_bytes over the tokenizer's bytes of all tokens: 1 if it is lossless; makes bits per byte exact where it is not.
+  # Where prompts have a tokenizer of their own, of the answers alone: no others are learnt.
   bytes_scale: float = 1.0
   report: dict | None = None  # of the filters, over all splits
   classes: tuple[str, ...] = ()  # names of the labels 0, 1, ..., where they are names
@@ -91,8 +93,9 @@ def open_split(folder: Path, split: str) -> TokenStore:
   of_split = sorted(name for name in manifest['files'] if name.startswith((f'{split}-', f'{split}.')))
   sha256 = hashlib.sha256(''.join(manifest['files'][name]['sha256'] for name in of_split).encode()
                           + json.dumps(classes).encode()).hexdigest()
+  learnt_bytes = about.get('answer_bytes', about['bytes'])
   return TokenStore(Tokens(files), _column(folder / f'{split}.starts', 'int64'), sha256, about['bytes'],
-                    bytes_scale=about['bytes'] / (about['token_bytes'] or about['bytes'] or 1),
+                    bytes_scale=learnt_bytes / (about['token_bytes'] or learnt_bytes or 1),
                     report=manifest.get('report'), **columns)
 
 

@@ -28,6 +28,12 @@ class Layout:
   bos_id: int | None
   eos_id: int | None
   truncate: str = 'split'
+  encoder: Layout | None = None  # with the ids of another tokenizer, whose tokens the encoder reads; None: the same
+
+  @property
+  def read(self) -> Layout:
+    """What is known of the side that an encoder reads."""
+    return self if self.encoder is None else self.encoder
 
   @property
   def start_id(self) -> int:
@@ -175,6 +181,7 @@ class SpanCorruption(Task):
 class Seq2Seq(Task):
   """The encoder reads the prompt and eos; the decoder reads bos and the answer, and predicts the answer and eos.
 
+  Where prompts have a tokenizer of their own, what the encoder reads are its ids, eos included.
   A prompt longer than encoder_len loses its beginning (truncate 'left') or its end, an answer its end.
   """
 
@@ -184,10 +191,10 @@ class Seq2Seq(Task):
   def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
     [piece] = row
     prompt, answer = piece.ids[int(layout.bos_id is not None):piece.answer], piece.ids[piece.answer:]
-    room = layout.encoder_len - len(_eos(layout))
-    prompt = _cut(prompt, room, layout)
+    end = _eos(layout.read)
+    prompt = _cut(prompt, layout.encoder_len - len(end), layout)
     decoder = _join([[layout.start_id], answer[:layout.seq_len]])
-    return _encode(_join([prompt, _eos(layout)]), layout) | lay_out([decoder], None, layout)
+    return _encode(_join([prompt, end]), layout) | lay_out([decoder], None, layout)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from llm_jax.data.documents import Document
+from llm_jax.data.documents import Content, Document
 from llm_jax.data.splits import SPLITS, size
 from llm_jax.data.store import VERSION, file_sha256
 from llm_jax.data.tokenizers import Tokenizer
@@ -30,12 +30,14 @@ class Writer:
   """
 
   def __init__(self, folder: Path, tokenizer: Tokenizer | None, dtype: str, shard_tokens: int,
-               takes_ids: bool = True):
+               takes_ids: bool = True, encoder_tokenizer: Tokenizer | None = None):
     self.folder, self.tokenizer, self.takes_ids = folder, tokenizer, takes_ids
+    self.encoder_tokenizer = encoder_tokenizer  # of the prompts; None: tokenizer reads them too
     self.dtype, self.shard_tokens = np.dtype(dtype), shard_tokens
     self.bos_id: int | None = tokenizer.bos_id if tokenizer else None
     self.eos_id: int | None = tokenizer.eos_id if tokenizer else None
-    self._token_bytes = np.array([len(b) for b in tokenizer.token_bytes]) if tokenizer else None
+    self._token_bytes = token_sizes(tokenizer)
+    self._prompt_bytes = token_sizes(encoder_tokenizer) if encoder_tokenizer else self._token_bytes
     self._files: dict[str, BinaryIO] = {}
     folder.mkdir(exist_ok=True)
     saved = json.loads(self._progress.read_text()) if self._progress.exists() else {}
@@ -56,16 +58,19 @@ class Writer:
 
   def add(self, documents: list[tuple[str, Document]]) -> None:
     """Tokenizes (split, document) pairs and appends them."""
-    texts = encode(self.tokenizer, [document for _, document in documents], self.takes_ids)
+    texts = encode(self.tokenizer, [document for _, document in documents], self.takes_ids, self.encoder_tokenizer)
     for (split, document), (text, answer) in zip(documents, texts, strict=True):
       self._check(document)
       if not document.continues or not self.counts[split]['documents']:
         self._open_document(split, document, len(text))
       if self.tokenizer is None:
         self._check_width(document, text, answer)
-      self._append(split, text)
+      self._append(split, text, is_prompt=self.encoder_tokenizer is not None)
       self._append(split, answer)
-      self.counts[split]['bytes'] += num_bytes(document, text, answer, self._token_bytes)
+      counts, answer_bytes = self.counts[split], num_bytes(document.answer, answer, self._token_bytes)
+      counts['bytes'] += num_bytes(document.text, text, self._prompt_bytes) + answer_bytes
+      if self.encoder_tokenizer is not None:
+        counts['answer_bytes'] = counts.get('answer_bytes', 0) + answer_bytes
 
   def _open_document(self, split: str, document: Document, text_length: int) -> None:
     self._close_document(split)
@@ -109,12 +114,13 @@ class Writer:
       return [float(classes.index(label))]
     return [float(x) for x in label] if isinstance(label, tuple) else [float(label)]
 
-  def _append(self, split: str, ids: np.ndarray) -> None:
+  def _append(self, split: str, ids: np.ndarray, is_prompt: bool = False) -> None:
+    """`is_prompt`: its ids are those of the other tokenizer."""
     if not len(ids):
       return
     count = self.counts[split]
     self.about['max_id'] = max(self.about['max_id'], int(ids.max()))
-    if self._token_bytes is not None:
+    if self._token_bytes is not None and not is_prompt:
       count['token_bytes'] += int(self._token_bytes[ids].sum())
     while len(ids):
       shard, room = divmod(count['tokens'], self.shard_tokens)
@@ -152,8 +158,9 @@ class Writer:
         self._write_empty(f'{split}{kind}')
     for file in self._files.values():
       self._sync(file).close()
-    if self.tokenizer is not None:
-      (self.folder / 'tokenizer.json').write_text(self.tokenizer.to_json(), encoding='utf-8')
+    for name, tokenizer in (('tokenizer', self.tokenizer), ('encoder_tokenizer', self.encoder_tokenizer)):
+      if tokenizer is not None:
+        (self.folder / f'{name}.json').write_text(tokenizer.to_json(), encoding='utf-8')
     files = sorted(p for p in self.folder.iterdir() if p.name not in ('progress.json', 'manifest.json', SEEN))
     vocab_size = len(self.tokenizer.token_bytes) if self.tokenizer else self.about['max_id'] + 1
     write_json(self.folder / 'manifest.json', {
@@ -169,12 +176,17 @@ class Writer:
       self._files[name] = open(self.folder / name, 'ab')  # noqa: SIM115
 
 
-def encode(tokenizer: Tokenizer | None, documents: list[Document],
-           takes_ids: bool = True) -> list[tuple[np.ndarray, np.ndarray]]:
+def encode(tokenizer: Tokenizer | None, documents: list[Document], takes_ids: bool = True,
+           encoder_tokenizer: Tokenizer | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
   """(ids of the text, ids of the answer or none) of each document; ids that stand in it are the tokenizer's.
 
-  Raises DataError naming the document, also for ids where the tokenizer was only just fitted: they are another's.
+  With an `encoder_tokenizer` the texts are its own. Raises DataError naming the document, also for ids where the
+  tokenizer was only just fitted: they are another's.
   """
+  if encoder_tokenizer is not None:  # each side as documents of one text
+    prompts = encode(encoder_tokenizer, [Document(d.name, d.text) for d in documents], takes_ids)
+    answers = encode(tokenizer, [Document(d.name, '' if d.answer is None else d.answer) for d in documents], takes_ids)
+    return [(prompt, answer) for (prompt, _), (answer, _) in zip(prompts, answers, strict=True)]
   contents = [c for d in documents for c in (d.text, d.answer if d.answer is not None else '')]
   texts = [c for c in contents if isinstance(c, str)]
   try:
@@ -202,15 +214,15 @@ def encode(tokenizer: Tokenizer | None, documents: list[Document],
   return list(zip(ids[::2], ids[1::2], strict=True))
 
 
-def num_bytes(document: Document, text: np.ndarray, answer: np.ndarray, token_bytes: np.ndarray | None) -> int:
-  """Bytes of UTF-8; of ids, what the tokenizer says they stand for."""
-  total = 0
-  for content, ids in ((document.text, text), (document.answer, answer)):
-    if isinstance(content, str):
-      total += len(content.encode())
-    elif content is not None and token_bytes is not None:
-      total += int(token_bytes[ids].sum())
-  return total
+def token_sizes(tokenizer: Tokenizer | None) -> np.ndarray | None:
+  return np.array([len(b) for b in tokenizer.token_bytes]) if tokenizer else None
+
+
+def num_bytes(content: Content | None, ids: np.ndarray, token_bytes: np.ndarray | None) -> int:
+  """Bytes of UTF-8; of ids, what their tokenizer says they stand for."""
+  if isinstance(content, str):
+    return len(content.encode())
+  return 0 if content is None or token_bytes is None else int(token_bytes[ids].sum())
 
 
 def chunks(documents: Iterable[tuple[Any, list[tuple[str, Document]]]]) -> Iterator[tuple[Any, list]]:

@@ -63,7 +63,12 @@ class LossConfig:
 
   def fitted(self, labels: np.ndarray | None, classes: tuple[str, ...] = ()) -> LossConfig:
     """With what the labels of the training part, and their names, decide. Raises ValueError where they do not fit."""
-    fitted: Any = {name: getattr(self, name).fitted(labels, classes) for name in self.terms}
+    fitted: dict[str, Any] = {}
+    for name in self.terms:
+      try:
+        fitted[name] = getattr(self, name).fitted(labels, classes)
+      except ValueError as e:
+        raise ValueError(f'{name}.{e}') from None
     return dataclasses.replace(self, **fitted)
 
 

@@ -30,7 +30,8 @@ class EncDecConfig(DecoderConfig):
   name: str = 'encdec'
   num_encoder_layers: int | None = None  # None: num_layers
   encoder_len: int | None = None  # the longest that is read; None: data.encoder_len
-  encoder_vocab_size: int | None = None  # of a table of its own for what is read; None: one table for both sides
+  # Of a table of its own for what is read. None: that of data.encoder_tokenizer, without one a table for both sides.
+  encoder_vocab_size: int | None = None
   start_id: int | None = None  # what the decoder reads first; None: the tokenizer's
 
   def __post_init__(self):
