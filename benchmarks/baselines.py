@@ -84,7 +84,7 @@ def pairs(train, val, size, num_rows) -> dict:
   idf = np.log(2 * len(train['tokens']) / (1 + sum((x > 0).sum(0) for x in sides[:2])))
   a, b = (np.log1p(x) * idf for x in sides[2:])
   a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9) for x in (a, b))
-  places = [int((sims > sims[i]).sum()) for begin in range(0, len(a), num_rows)
+  places = [int((sims > sims[i]).sum() + (sims[:i] == sims[i]).sum()) for begin in range(0, len(a), num_rows)
             for i, sims in enumerate(a[begin:begin + num_rows] @ b[begin:begin + num_rows].T)]
   return {'tf-idf': {'accuracy': np.mean(np.array(places) < 1), 'mrr': np.mean(1 / (1 + np.array(places)))},
           'chance': {'accuracy': 1 / num_rows}, 'rows compared': num_rows}

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from llm_jax import sampling
 from llm_jax.answers import Answer, answer, summarize_answers
 from llm_jax.checkpoint import Checkpoints
-from llm_jax.config import Config, build
+from llm_jax.config import Config, build, renamed
 from llm_jax.data import Data, pipeline, task_of
 from llm_jax.data.examples import Examples
 from llm_jax.data.store import TokenStore
@@ -48,15 +48,17 @@ def complete(config: Config, data: Data) -> Config:
   config = dataclasses.replace(config, model=dataclasses.replace(
       config.model, vocab_size=vocab_size, dtype=config.model.operand_dtype.name, **left_open))
   check_encoder_vocabulary(config, data, needed)
+  labels, classes = all_labels(data) if 'labels' in make_objective(config.loss).reads else (None, ())
   try:
-    config = dataclasses.replace(config, loss=config.loss.fitted(*all_labels(data)))
+    config = dataclasses.replace(config, loss=config.loss.fitted(labels, classes))
   except ValueError as e:
     raise ConfigError(f'config.loss.{e}') from None
+  check_classes(config, data)
   make_validator(config.eval.validator)  # better told now than at the first evaluation
-  if config.eval.answers and (data.tokenizer is None or task_of(config.data).needs != 'answers'):
+  if config.eval.answers and (data.tokenizer is None or not config.answers):
     raise ConfigError(f'config.eval.answers: {config.eval.answers} needs a task with answers, and a tokenizer; the '
                       f'task is {config.data.task}')
-  if data.prompt_tokenizer is not None and config.eval.sample_tokens and config.loss.writes:
+  if data.prompt_tokenizer is not None and config.eval.sample_tokens and config.writes:
     encode_prompts(config, data.prompt_tokenizer)
   return config
 
@@ -84,13 +86,27 @@ def all_labels(data: Data) -> tuple[np.ndarray | None, tuple[str, ...]]:
                     + '; '.join(f'{name} has {", ".join(store.classes)}' for name, store in data.train.items()))
   if not stores:
     return None, ()
+  if len(widths := {np.asarray(store.labels).shape[1:] for store in stores}) > 1:
+    raise DataError(f'config.data.sources: their documents have different numbers of labels: {sorted(widths)}')
   return np.concatenate([np.asarray(store.labels) for store in stores]), stores[0].classes
+
+
+def check_classes(config: Config, data: Data) -> None:
+  """Raises DataError for a class that is not among those that are learnt."""
+  num_classes = config.loss.classification.num_classes
+  if 'classification' not in config.loss.terms or num_classes is None:
+    return
+  for split, stores in data.splits.items():
+    for store in stores.values():
+      if store.labels is not None and (most := int(np.max(store.labels, initial=0))) >= num_classes:
+        raise DataError(f'config.data.label_field: the {split} part has class {most}, and those that are learnt are 0 '
+                        f'to {num_classes - 1}; set config.loss.classification.num_classes to {most + 1} or more')
 
 
 def renamed_labels(data: Data, classes: tuple[str, ...] | None) -> Data:
   """Data from elsewhere, its labels as numbers of these classes. Raises DataError for a class that is none of them."""
   def renamed(store: TokenStore) -> TokenStore:
-    if not classes or store.labels is None:
+    if not classes or store.labels is None or not store.classes:  # numbers are the classes' own
       return store
     if unknown := set(store.classes) - set(classes):
       raise DataError(f'--data: {", ".join(sorted(unknown))} are no classes of the run; known: {", ".join(classes)}')
@@ -108,7 +124,7 @@ def build_model(config: Config) -> Any:
 
 
 def load_teacher(config: Config, data: Data, mesh: Mesh) -> Run | None:
-  """The run that a distillation learns from. Raises UserErrors where there is none, or its tokens are not ours."""
+  """The run that a distillation learns from. Raises UserErrors where there is none, or it cannot read our rows."""
   if 'distillation' not in config.loss.terms:
     return None
   settings = config.loss.distillation
@@ -126,6 +142,9 @@ def load_teacher(config: Config, data: Data, mesh: Mesh) -> Run | None:
     raise ConfigError(f'{path}: {settings.teacher} was trained with another tokenizer, or another vocabulary; give '
                       f'config.data.tokenizer its tokenizer.json{with_encoder}, and config.model.vocab_size '
                       f'{teacher.config.model.vocab_size}')
+  if missing := teacher.model.needs - ({'encoder_tokens'} if task_of(config.data).encodes else set()):
+    raise ConfigError(f'{path}: {settings.teacher} needs {", ".join(sorted(missing))}, which config.data.task='
+                      f'{config.data.task} does not give')
   if teacher.config.model.max_len < config.data.seq_len:
     raise ConfigError(f'{path}: {settings.teacher} reads rows of {teacher.config.model.max_len} tokens at most, and '
                       f'config.data.seq_len is {config.data.seq_len}')
@@ -156,6 +175,9 @@ def check_features(config: Config, model: Any, examples: Examples) -> None:
     if missing := needs - given:
       raise ConfigError(f'config.data.task: {config.data.task} does not give {", ".join(sorted(missing))}, which {who} '
                         'needs')
+  if 'encoder_tokens' in model.reads and not objective.row_wise and objective.num_readouts > 1:
+    raise ConfigError(f'config.model.name: {config.model.name} reads both texts of a row at once, and '
+                      f'config.loss.terms={terms} compares what is read of each; take another one: decoder, byte_patch')
   if ignored := given - model.reads - objective.reads:
     hint = '; set config.data.mask_documents=False' if ignored <= {'segment_ids', 'positions'} else ''
     raise ConfigError(f'config.data.task: {config.data.task} gives {", ".join(sorted(ignored))}, which the model '
@@ -206,6 +228,8 @@ def make_evaluator(config: Config, data: Data, model: Any, mesh: Mesh) -> Callab
 
 def num_eval_rows(config: Config, num_shards: int) -> int:
   """Rows of a batch of an evaluation."""
+  if not make_objective(config.loss).row_wise:  # as many are compared as in training
+    return config.rows_per_batch
   return num_shards * ((config.tokens_per_device or config.data.seq_len) // config.data.seq_len)
 
 
@@ -246,7 +270,7 @@ def encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
 def samples(config: Config, data: Data, model: Any, params: Params) -> list[tuple[str, str]]:
   """(prompt, it and what the model makes of it) for each prompt of config.eval; none where ids have no text."""
   tokenizer, reader = data.tokenizer, data.prompt_tokenizer
-  if tokenizer is None or reader is None or not config.eval.sample_tokens or not config.loss.writes:
+  if tokenizer is None or reader is None or not config.eval.sample_tokens or not config.writes:
     return []
   prompts = encode_prompts(config, reader)
   columns = sampling.generate(
@@ -282,8 +306,8 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
   if not path.is_file():
     raise StorageError(f'--workdir: {workdir} holds no run (no config.json)')
   try:
-    config = build(Config, json.loads(path.read_text()))
-  except ValueError as e:
+    config = build(Config, renamed(json.loads(path.read_text())))
+  except (ValueError, ConfigError) as e:
     raise StorageError(f'{path}: damaged: {e}') from None
   tokenizer = load_tokenizer(workdir / 'tokenizer.json') if (workdir / 'tokenizer.json').exists() else None
   encoder_tokenizer = None

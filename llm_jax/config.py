@@ -18,7 +18,7 @@ import ml_collections
 
 from llm_jax.builder import build, override, variant
 from llm_jax.checkpoint import CheckpointConfig
-from llm_jax.data import DataConfig
+from llm_jax.data import DataConfig, task_of
 from llm_jax.errors import ConfigError
 from llm_jax.losses import LossConfig
 from llm_jax.models import MODELS
@@ -101,8 +101,28 @@ class Config:
     warmup = getattr(getattr(self.optim, self.optim.schedule), 'warmup_steps', 0)
     if warmup >= self.num_steps:
       problems.append(f'optim.{self.optim.schedule}.warmup_steps {warmup} must be less than num_steps {self.num_steps}')
+    for name in self.loss.terms:
+      tasks = getattr(self.loss, name).tasks
+      if tasks and self.data.task not in tasks:
+        problems.append(f'loss.terms {name} learns from data.task {" or ".join(tasks)}; got {self.data.task}')
+    if self.data.task == 'masked_tokens' and not getattr(self.model, 'prefix_attention', False):
+      problems.append('model.prefix_attention must be True for data.task masked_tokens, which is told from both sides; '
+                      'of the models, decoder has it')
+    if 'contrastive' in self.loss.terms and self.rows_per_batch < 2:
+      problems.append(f'batch_tokens {self.batch_tokens} is one row of data.seq_len {seq_len}, and loss.terms '
+                      'contrastive compares rows; set the double or more')
     if problems:
       raise ValueError('\n'.join(problems))
+
+  @property
+  def writes(self) -> bool:
+    """Whether what is learnt can write text."""
+    return self.loss.writes and task_of(self.data).writes
+
+  @property
+  def answers(self) -> bool:
+    """Whether it learns answers to prompts."""
+    return self.writes and task_of(self.data).needs == 'answers' and not task_of(self.data).whole
 
   @property
   def rows_per_batch(self) -> int:
@@ -166,7 +186,7 @@ def load(path: str | Path) -> Source:
       raise ConfigError(f'--config: {path} is not valid JSON: {e}') from None
     if not isinstance(values, dict):
       raise ConfigError(f'--config: {path} holds no object with the fields of a config')
-    return Source(path, values, None)
+    return Source(path, renamed(values), None)
   spec = importlib.util.spec_from_file_location(f'llm_jax_config_{path.stem}', path)
   if spec is None or spec.loader is None:
     raise ConfigError(f'--config: {path} is neither Python nor JSON')
@@ -180,6 +200,16 @@ def load(path: str | Path) -> Source:
     return Source(path, full.to_dict(), on_cpu.to_dict() if on_cpu is not None else None)
   except Exception as e:  # whatever a user's file may raise
     raise ConfigError(f'--config: {path}: {type(e).__name__}: {e}') from e
+
+
+def renamed(values: dict) -> dict:
+  """The fields of a config.json under the names that they have now."""
+  values = json.loads(json.dumps(values))
+  moved = {name: values.pop(name) for name in ('z_loss', 'label_smoothing') if name in values}
+  if moved:
+    values.setdefault('loss', {}).setdefault('next_token', {}).update(moved)
+  values.get('data', {}).pop('prefix_lm', None)  # it had no fields
+  return values
 
 
 def differences(old: Mapping, new: Mapping, path: str = '') -> dict[str, tuple[Any, Any]]:

@@ -41,8 +41,8 @@ def main(argv: list[str]) -> None:
   import jax
 
   from llm_jax.answers import summarize_answers
-  from llm_jax.assemble import answer_stores, load_run, make_evaluator, renamed_labels
-  from llm_jax.data import data_fingerprint, open_data, task_of, tokenize
+  from llm_jax.assemble import answer_stores, check_classes, load_run, make_evaluator, renamed_labels
+  from llm_jax.data import data_fingerprint, open_data, tokenize
   from llm_jax.sharding import MeshConfig, make_mesh
 
   mesh = make_mesh(MeshConfig())
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
     if args.data is not None:
       data = tokenize(args.data, run.config.data, run.tokenizer, run.encoder_tokenizer)
       data = renamed_labels(data, run.config.loss.classification.classes)
+      check_classes(run.config, data)
     else:
       data = open_data(run.config.data)
       fingerprint = data_fingerprint(run.config.data, data, 0, 0)
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
         own, answers=0, validator=own.validator if args.validator is None else args.validator,
         num_beams=own.num_beams if args.num_beams is None else args.num_beams))
     (results, tables), answers = make_evaluator(config, data, run.model, mesh)(run.params, stores, None), []
-    if task_of(config.data).needs == 'answers' and data.tokenizer is not None and args.answers != 0:
+    if config.answers and data.tokenizer is not None and args.answers != 0:
       answers = answer_stores(config, data, run.model, run.params, stores, args.answers)
       results |= summarize_answers(answers)
   report = {'workdir': str(args.workdir), 'step': run.meta['step'],
@@ -79,7 +80,6 @@ def main(argv: list[str]) -> None:
   for counts in tables.values():
     classes = run.config.loss.classification.classes or tuple(map(str, range(len(counts))))
     report |= {'confusion': counts.astype(int).tolist(), 'classes': classes}
-    draw_confusion(counts, classes, out.with_name('confusion.png'))
   files = {out: json.dumps(report, indent=2) + '\n'}
   if answers:
     files[out.with_name('answers.jsonl')] = ''.join(json.dumps(a._asdict(), ensure_ascii=False) + '\n' for a in answers)
@@ -88,6 +88,9 @@ def main(argv: list[str]) -> None:
       path.write_text(content)
     except OSError as e:
       raise StorageError(f'--out: {path} cannot be written: {e.strerror}') from None
+
+  for counts in tables.values():
+    draw_confusion(counts, classes, out.with_name('confusion.png'))
 
 
 def draw_confusion(counts: np.ndarray, classes: tuple[str, ...], out: Path) -> None:
@@ -98,14 +101,16 @@ def draw_confusion(counts: np.ndarray, classes: tuple[str, ...], out: Path) -> N
     return
   matplotlib.use('agg')
   from matplotlib import pyplot
-  size = 3 + 0.3 * len(classes)
+  few = len(classes) <= 40
+  size = 3 + 0.3 * len(classes) if few else 15
   figure, axis = pyplot.subplots(figsize=(size, size), layout='constrained')
   axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap='Blues', vmin=0, vmax=1)
-  for (row, column), count in np.ndenumerate(counts if len(classes) <= 40 else counts[:0]):
-    if count:
-      axis.text(column, row, f'{count:.0f}', ha='center', va='center', fontsize=6)
-  axis.set_xticks(range(len(classes)), classes, rotation=90)
-  axis.set_yticks(range(len(classes)), classes)
+  if few:
+    for (row, column), count in np.ndenumerate(counts):
+      if count:
+        axis.text(column, row, f'{count:.0f}', ha='center', va='center', fontsize=6)
+    axis.set_xticks(range(len(classes)), classes, rotation=90)
+    axis.set_yticks(range(len(classes)), classes)
   axis.set(xlabel='taken for', ylabel='is')
   try:
     figure.savefig(out, dpi=120)

@@ -1,7 +1,7 @@
 """What a trained run tells of texts: python -m llm_jax.predict --workdir=runs/package --text='def sleep(delay): ...'
 
 One JSON object a text, in the order given: of a classification its likeliest classes, of a regression the numbers, of
-a contrastive run the embedding. Without --text each line of stdin is one.
+a contrastive run the embedding (read as a pair's first text). Without --text each line of stdin is one.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ def main(argv: list[str]) -> None:
   with jax.set_mesh(mesh):
     run = load_run(args.workdir, mesh, args.checkpoint)
     objective = make_objective(run.config.loss).judge()
+    if not objective.tells:
+      raise ConfigError(f'--workdir: {args.workdir} learns {", ".join(run.config.loss.terms)}, which tells nothing of '
+                        'a whole text; for new text take python -m llm_jax.generate')
     if run.tokenizer is None:
       raise ConfigError(f'--workdir: {args.workdir} was trained on ids without a tokenizer, so it reads no text')
     predict = jax.jit(lambda params, batch: run.model.apply(
@@ -54,23 +57,27 @@ def main(argv: list[str]) -> None:
     while part := list(islice(texts, ROWS)):
       features = rows(run.config.data, run.tokenizer, part)
       told = jax.device_get(predict(run.params, as_batch(features)))
-      if not told:
-        raise ConfigError(f'--workdir: {args.workdir} learns {", ".join(run.config.loss.terms)}, which tells nothing '
-                          'of a whole text; for new text take python -m llm_jax.generate')
       for i, text in enumerate(part):
         of_text = shown(run.config.loss, {name: x[i] for name, x in told.items()}, args.top)
         print(json.dumps({'text': text, **of_text}, ensure_ascii=False), flush=True)
 
 
 def rows(config: Any, tokenizer: Any, texts: list[str]) -> dict[str, np.ndarray]:
-  """Features of ROWS documents, as the tasks for whole documents make them; what is too long loses its end."""
-  tokens, lengths = np.zeros((ROWS, config.seq_len), np.int32), np.zeros((ROWS, 1), np.int32)
-  for i, ids in enumerate(tokenizer.encode(texts)):
-    row = [tokenizer.bos_id, *map(int, ids), tokenizer.eos_id][:config.seq_len]
-    tokens[i, :len(row)], lengths[i] = row, len(row)
-  real = np.arange(config.seq_len)[None] < lengths
-  return {'tokens': tokens, 'targets': np.zeros_like(tokens), 'loss_mask': real.astype(np.float32),
-          'segment_ids': real.astype(np.int32)}
+  """Features of ROWS documents, as the run's task makes them: what is too long loses what it lost in training."""
+  from llm_jax.data.examples import TRUNCATIONS
+  from llm_jax.data.pipeline import stack
+  from llm_jax.data.tasks import TASKS, Layout, cut, read_whole
+  truncate = TRUNCATIONS[TASKS[config.task].needs][0] if config.truncate == 'auto' else config.truncate
+  layout = Layout(config.seq_len, config.encoder_len, len(tokenizer.token_bytes), tokenizer.bos_id, tokenizer.eos_id,
+                  truncate)
+  found = []
+  for ids in tokenizer.encode(texts):
+    row = np.array([tokenizer.bos_id, *map(int, ids), tokenizer.eos_id], np.int32)
+    if len(row) > config.seq_len and truncate == 'left' and config.task != 'pairs':
+      row = np.concatenate([row[:1], row[1 - config.seq_len:]])  # labelled documents open with bos still
+    found.append(read_whole(cut(row, config.seq_len, layout), layout))
+  blank = {name: np.zeros_like(x) for name, x in found[0].items()}
+  return stack(found + [blank] * (ROWS - len(found)))
 
 
 def shown(config: Any, told: dict[str, np.ndarray], top: int) -> dict[str, Any]:

@@ -62,11 +62,11 @@ def train_step(state: TrainState, batch: Batch, *, model: Any, tx: optax.Gradien
                frozen: Params = None) -> tuple[TrainState, Metrics]:
   """One optimizer update. The same state, batch and seed give the same result.
 
-  It descends on the objective, plus what modules sow into `losses`, whatever the number of microbatches, if the
-  objective is row_wise. `frozen` are the parameters of its teacher. The metric `loss` is what the losses log as theirs
-  (-log p(target) of the next token), `extra_loss` all the rest. What modules sow into `metrics` is averaged and logged.
-  An objective, or a gradient's square, that is not finite leaves params and opt_state as they were, and counts in the
-  metric `skipped`.
+  It descends on the objective, plus what modules sow into `losses`, whatever the number of microbatches; one that is
+  not row_wise needs the whole batch. `frozen` are the parameters of its teacher. The metric `loss` is what the
+  losses log as theirs (-log p(target) of the next token), `extra_loss` all the rest. What modules sow into `metrics` is
+  averaged and logged. An objective, or a gradient's square, that is not finite leaves params and opt_state as they
+  were, and counts in the metric `skipped`.
   """
   share, counts = 1 / num_microbatches, objective.counts(batch)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -77,9 +77,11 @@ def train_step(state: TrainState, batch: Batch, *, model: Any, tx: optax.Gradien
   def loss_fn(params: Params, microbatch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
     (value, metrics), sown = model.apply({'params': params}, microbatch, rngs={'dropout': key},
                                          mutable=['losses', 'metrics'], method=objective_of)
-    sown_loss = share * sum(map(jnp.sum, jax.tree.leaves(sown.get('losses', {}))), jnp.zeros(()))
-    logged = {_metric_name(path): share * jnp.mean(leaf)
-              for path, leaf in jax.tree_util.tree_leaves_with_path(sown.get('metrics', {}))}
+    each = share / objective.num_readouts
+    sown_loss = each * sum(map(jnp.sum, jax.tree.leaves(sown.get('losses', {}))), jnp.zeros(()))
+    logged: Metrics = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(sown.get('metrics', {})):
+      logged[_metric_name(path)] = logged.get(_metric_name(path), 0.0) + each * jnp.mean(leaf)
     return value + sown_loss, metrics | {'extra_loss': metrics['extra_loss'] + sown_loss} | logged
 
   grads, metrics = accumulate(jax.grad(loss_fn, has_aux=True), state.params, batch, key, num_microbatches)

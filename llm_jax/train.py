@@ -49,6 +49,9 @@ from llm_jax.step import TrainState, init_state, state_shardings, train_step
 from llm_jax.stopping import StopSignal
 from llm_jax.types import Batch, Params, as_batch
 
+# Of the loss, what a run keeps: the shapes of its heads, the classes' order, the teacher's state.
+FIXED_LOSS = ('classification.num_classes', 'classification.classes', 'contrastive.embedding_dim',
+              'distillation.hidden', 'distillation.hidden_dim', 'distillation.checkpoint')
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
 
@@ -98,7 +101,8 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     held_rows, num_microbatches = config.split_batch(num_batch_shards(mesh))
     if num_microbatches > 1 and not objective.row_wise:
       raise ConfigError(f'config.tokens_per_device: {config.tokens_per_device} cuts a batch into {num_microbatches}, '
-                        f'and config.loss.terms={", ".join(config.loss.terms)} compares all of its rows; set '
+                        f'and config.loss (terms={", ".join(config.loss.terms)}, balance={config.loss.balance}) needs '
+                        'all of its rows at once; set '
                         f'{num_rows // num_batch_shards(mesh) * config.data.seq_len} or smaller batches')
     step_fn = make_step(num_microbatches)
     evaluator = make_evaluator(config, data, model, mesh)
@@ -264,10 +268,11 @@ def jit_step(config: Config, mesh: jax.sharding.Mesh, shardings: TrainState, fro
 
 
 def with_teacher(config: Config, teacher: Run | None) -> Config:
-  """The config with the width of the teacher's hidden states."""
+  """The config with the width of the teacher's hidden states, and the step that it stands at."""
   if teacher is None:
     return config
-  learns = dataclasses.replace(config.loss.distillation, hidden_dim=teacher.config.model.embed_dim)
+  learns = dataclasses.replace(config.loss.distillation, hidden_dim=teacher.config.model.embed_dim,
+                               checkpoint=str(teacher.meta['step']))
   return dataclasses.replace(config, loss=dataclasses.replace(config.loss, distillation=learns))
 
 
@@ -324,6 +329,10 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict) -> None:
     raise ConfigError(f'config.loss: the checkpoint learns {", ".join(learnt["terms"])} (balance {learnt["balance"]}), '
                       f'now it is {", ".join(config.loss.terms)} ({config.loss.balance}); put it back, or start in '
                       'another --workdir')
+  for name, (old, new) in differences(learnt, to_dict(config)['loss']).items():
+    if name in FIXED_LOSS and 'next_token' in learnt:
+      raise ConfigError(f'config.loss.{name}: the checkpoint has {old}, now it is {new}; put it back, or start in '
+                        'another --workdir')
   chain = tuple(meta['config']['optim']['chain'])
   if chain != config.optim.chain:
     raise ConfigError(f'config.optim.chain: the checkpoint holds the state of {chain}, now it is {config.optim.chain}; '

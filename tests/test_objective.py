@@ -249,8 +249,8 @@ def train(config, num_steps=12, *, sizes=(1, 1, 1), num_microbatches=1, teacher=
 
 
 @pytest.mark.parametrize('config', [
-    BOTH, LossConfig(terms=('contrastive',), contrastive=Contrastive(embedding_dim=8, pooling='mean'))],
-    ids=['next token and class', 'contrastive'])
+    pytest.param(BOTH, marks=pytest.mark.slow, id='next token and class'),
+    pytest.param(LossConfig(terms=('contrastive',), contrastive=Contrastive(embedding_dim=8)), id='contrastive')])
 def test_losses_do_not_depend_on_the_mesh(config):
   """Contrastive: the rows of all devices are each other's negatives."""
   alone, sharded = train(config)[0], train(config, sizes=(2, 2, 2))[0]
@@ -258,7 +258,7 @@ def test_losses_do_not_depend_on_the_mesh(config):
   assert alone[-1, 0] < alone[0, 0]
 
 
-@pytest.mark.parametrize('balance', ['fixed', 'uncertainty'])
+@pytest.mark.parametrize('balance', [pytest.param('fixed', marks=pytest.mark.slow), 'uncertainty'])
 def test_losses_do_not_depend_on_the_number_of_microbatches(balance):
   config = LossConfig(terms=BOTH.terms, classification=BOTH.classification, balance=balance)
   alone, cut = train(config), train(config, num_microbatches=4)
@@ -275,13 +275,19 @@ def test_several_losses_are_told_apart_and_added_by_their_weights():
 
 @pytest.mark.parametrize('balance', ['uncertainty', 'grad_norm'])
 def test_learnt_weights_move_and_are_logged(balance):
-  config = LossConfig(terms=BOTH.terms, classification=BOTH.classification, balance=balance)
+  config = LossConfig(terms=BOTH.terms, classification=Classification(num_classes=4), balance=balance)
   losses, state, metrics = train(config, 12)
   weights = np.array([metrics['next_token/weight'], metrics['classification/weight']])
   s = np.asarray(state.params['loss_weights'])
   assert losses[-1, 0] < losses[0, 0] and np.abs(s).min() > 0.01
   after = np.exp(-s) if balance == 'uncertainty' else 2 * jax.nn.softmax(s)
   np.testing.assert_allclose(weights, after, rtol=0.05)  # what is logged is from before the step
+
+
+def test_grad_norm_needs_the_whole_batch():
+  """Norms of parts do not add up to the whole's."""
+  assert make_objective(BOTH).row_wise
+  assert not make_objective(LossConfig(terms=BOTH.terms, balance='grad_norm')).row_wise
 
 
 def test_heads_beside_a_model_leave_its_parameters_where_they_are():
@@ -356,7 +362,12 @@ def test_an_evaluation_of_a_pupil_asks_for_the_next_token():
     ({'terms': ['classification'], 'classification': {'num_classes': 1}}, ['num_classes', 'at least 2', '1']),
     ({'terms': ['regression'], 'regression': {'mean': [1.0]}}, ['mean and std']),
     ({'terms': ['contrastive'], 'contrastive': {'temperature': 0.0}}, ['temperature', '0.0']),
-    ({'next_token': {'weight': -1.0}}, ['weight', '-1.0']),
+    ({'next_token': {'weight': 0.0}}, ['weight', '0.0', 'left out of terms']),
+    ({'next_token': {'weight': 0.5}}, ['lone term', '0.5']),
+    ({'terms': ['next_token', 'regression'], 'balance': 'grad_norm', 'regression': {'weight': 2.0}}, ['must be 1']),
+    ({'terms': ['next_token', 'contrastive'], 'balance': 'grad_norm'}, ['grad_norm', 'contrastive']),
+    ({'alpha': 1.0}, ['alpha 1.0', 'grad_norm']),
+    ({'terms': ['distillation'], 'distillation': {'teacher': 'x', 'logits': 0.0, 'hidden': 1.0}}, ['hidden alone']),
 ])
 def test_settings_that_cannot_be_are_told(values, words):
   with pytest.raises(ConfigError) as e:

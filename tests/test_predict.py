@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 
 import matplotlib.image
@@ -10,7 +11,7 @@ import pytest
 from program import finish, signal_at, start
 
 from llm_jax import evaluate, main, predict
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.errors import ConfigError, DataError, StorageError
 from llm_jax.metrics import read_metrics
 
 CONFIG = '''"""Which letter is repeated, and how often?"""
@@ -40,6 +41,7 @@ def get_config():
   config.log.every = 1
   return config
 '''
+TAUGHT = ('--config.loss.terms=next_token,distillation', '--config.data.task=next_token')
 KINDS = {'classification': ('kind', None, 'classification', 'classification'),
          'regression': ('length', None, 'regression', 'regression'),
          'contrastive': (None, 'same', 'pairs', 'contrastive')}
@@ -122,6 +124,7 @@ def test_numbers_and_pairs_are_learnt(folder):
     assert read_metrics(folder / name / 'metrics.jsonl')[-1][metric] > least
 
 
+@pytest.mark.slow
 def test_a_classifier_goes_on_where_it_was_stopped(folder, tmp_path):
   """Bitwise: the labels of batch n, the head and its optimizer state are the run's that was never stopped."""
   folder, _ = folder
@@ -143,12 +146,15 @@ def test_what_has_not_learnt_to_write_says_so(folder):
 
 @pytest.mark.parametrize(('flags', 'words'), [
     (('--config.loss.terms=next_token',), ['gives labels', 'loss.terms=next_token']),
-    (('--config.data.task=next_token',), ['does not give', 'labels', 'loss.terms=classification needs']),
+    (('--config.data.task=next_token',), ['loss.terms classification learns from data.task classification']),
+    (('--config.data.task=regression',), ['loss.terms classification learns from data.task classification']),
+    (('--config.loss.terms=next_token', '--config.data.task=masked_tokens', '--config.data.label_field=none'),
+     ['model.prefix_attention', 'masked_tokens']),
+    (('--config.eval.answers=3',), ['eval.answers', 'needs a task with answers']),
     (('--config.loss.classification.num_classes=2',), ['loss.classification.num_classes: 2', '3 of the data']),
-    (('--config.loss.terms=next_token,distillation', '--config.loss.distillation.teacher=nowhere'),
-     ['loss.distillation.teacher', 'nowhere', 'holds no run']),
-    (('--config.loss.terms=next_token,distillation', '--config.loss.distillation.teacher=regression',
-      '--config.model.vocab_size=300'), ['loss.distillation.teacher', 'another vocabulary', '257']),
+    ((*TAUGHT, '--config.loss.distillation.teacher=nowhere'), ['loss.distillation.teacher', 'nowhere', 'holds no run']),
+    ((*TAUGHT, '--config.loss.distillation.teacher=regression', '--config.model.vocab_size=300'),
+     ['loss.distillation.teacher', 'another vocabulary', '257']),
 ])
 def test_what_does_not_go_together_is_told(folder, tmp_path, monkeypatch, flags, words):
   monkeypatch.chdir(folder[0])
@@ -157,9 +163,47 @@ def test_what_does_not_go_together_is_told(folder, tmp_path, monkeypatch, flags,
   assert all(word in str(e.value) for word in words), e.value
 
 
+def test_a_model_that_reads_both_texts_cannot_compare_them(folder, tmp_path):
+  """It would find the partner in what it has read."""
+  text = (folder[0] / 'contrastive.py').read_text().replace('config = base()', "config = base('encdec')")
+  (tmp_path / 'both.py').write_text(text)
+  with pytest.raises(ConfigError, match=r'encdec reads both texts.*decoder, byte_patch'):
+    main.main([f'--config={tmp_path}/both.py', f'--workdir={tmp_path}/run'])
+
+
+def test_a_class_that_training_never_saw_is_told(folder, tmp_path):
+  """Not a loss of NaN, nor one document less in the confusions."""
+  for name, label in (('train', 0), ('train', 1), ('val', 2)):
+    with open(tmp_path / f'{name}.jsonl', 'a') as f:
+      f.writelines(json.dumps({'text': f'{label}{i}', 'kind': label}) + '\n' for i in range(16))
+  with pytest.raises(DataError, match=r'val part has class 2.*0 to 1.*num_classes to 3'):
+    main.main([f'--config={folder[0]}/classification.py', f'--workdir={tmp_path}/run',
+               f'--config.data.path={tmp_path}/train.jsonl', f'--config.data.val_path={tmp_path}/val.jsonl'])
+
+
+def test_a_run_from_before_losses_had_a_section_is_still_read(folder, capsys, tmp_path):
+  workdir = tmp_path / 'old'
+  shutil.copytree(folder[0] / 'regression', workdir)
+  values = json.loads((workdir / 'config.json').read_text())
+  values |= {'z_loss': 0.5, 'label_smoothing': 0.0}
+  values['data']['prefix_lm'] = {}
+  (workdir / 'config.json').write_text(json.dumps(values))
+  with pytest.raises(StorageError, match=r'config\.json: damaged.*next_token is set'):  # which it never learnt
+    evaluate.main([f'--workdir={workdir}'])
+  (workdir / 'config.json').write_text(json.dumps(values | {'z_loss': 0.0}))
+  evaluate.main([f'--workdir={workdir}'])
+  assert report_of(capsys)['r2'] > 0.7
+
+
+def test_pairs_are_compared_and_not_answered(folder, capsys, tmp_path):
+  evaluate.main([f'--workdir={folder[0]}/contrastive', f'--out={tmp_path}/r.json'])
+  assert {'accuracy', 'mrr', 'loss'} <= report_of(capsys).keys()
+  assert not (tmp_path / 'answers.jsonl').exists()
+
+
 def test_rows_that_are_compared_are_held_at_once(folder, tmp_path):
   """16 rows of 12 tokens on 8 devices."""
-  with pytest.raises(ConfigError, match=r'tokens_per_device: 12 cuts a batch into 2.*contrastive compares.*set 24'):
+  with pytest.raises(ConfigError, match=r'tokens_per_device: 12 cuts a batch into 2.*terms=contrastive.*all of its rows at once; set 24'):
     main.main([f'--config={folder[0]}/contrastive.py', f'--workdir={tmp_path}/run', '--config.tokens_per_device=12'])
 
 

@@ -53,6 +53,7 @@ class Task:
   num_sentinels = 0  # ids from vocab_size on that it uses: sentinel k is vocab_size + k
   random: ClassVar[bool] = False  # whether `features` draws from its rng
   encodes: ClassVar[bool] = False  # whether it gives encoder_tokens
+  writes: ClassVar[bool] = True  # whether what is learnt can go on from a text
   whole: ClassVar[bool] = False  # whether a loss on whole rows goes by their segment_ids
 
   def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
@@ -192,7 +193,7 @@ class Seq2Seq(Task):
     [piece] = row
     prompt, answer = piece.ids[int(layout.bos_id is not None):piece.answer], piece.ids[piece.answer:]
     end = _eos(layout.read)
-    prompt = _cut(prompt, layout.encoder_len - len(end), layout)
+    prompt = cut(prompt, layout.encoder_len - len(end), layout)
     decoder = _join([[layout.start_id], answer[:layout.seq_len]])
     return _encode(_join([prompt, end]), layout) | lay_out([decoder], None, layout)
 
@@ -201,7 +202,7 @@ class Seq2Seq(Task):
 class Pairs(Task):
   """Two texts that belong together, each a document of its own: the prompt in tokens, the answer in encoder_tokens.
 
-  Each is read whole, eos included, and no longer than seq_len: see `_cut`.
+  Each is read whole, eos included, and no longer than seq_len: see `cut`.
   """
 
   needs: ClassVar[str] = 'answers'
@@ -215,8 +216,8 @@ class Pairs(Task):
       second = _join([[layout.bos_id], second])
     if layout.eos_id is not None:
       first, second = (x if len(x) and x[-1] == layout.eos_id else _join([x, _eos(layout)]) for x in (first, second))
-    first, second = (_cut(x, length, layout) for x, length in ((first, layout.seq_len), (second, layout.encoder_len)))
-    return _read(first, layout) | _encode(second, layout)
+    first, second = (cut(x, length, layout) for x, length in ((first, layout.seq_len), (second, layout.encoder_len)))
+    return read_whole(first, layout) | _encode(second, layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +233,7 @@ class MaskedTokens(Task):
   overhead: ClassVar[int] = 1
   num_sentinels = 1
   random: ClassVar[bool] = True
+  writes: ClassVar[bool] = False
 
   def __post_init__(self):
     if not 0 < self.rate < 1:
@@ -252,7 +254,7 @@ class MaskedTokens(Task):
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Task):
-  """Reads a document, eos included; `labels` is its class, int32 []. See `_read`."""
+  """Reads a document, eos included; `labels` is its class, int32 []. See `read_whole`."""
 
   needs: ClassVar[str] = 'labels'
   overhead: ClassVar[int] = 1
@@ -260,7 +262,7 @@ class Classification(Task):
 
   def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
     [piece] = row
-    return _read(piece.ids, layout) | {'labels': np.asarray(piece.label, np.int32)}
+    return read_whole(piece.ids, layout) | {'labels': np.asarray(piece.label, np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +275,7 @@ class Regression(Task):
 
   def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
     [piece] = row
-    return _read(piece.ids, layout) | {'labels': np.asarray(piece.label, np.float32)}
+    return read_whole(piece.ids, layout) | {'labels': np.asarray(piece.label, np.float32)}
 
 
 TASKS: dict[str, type[Task]] = {
@@ -307,12 +309,12 @@ def lay_out(pieces: list[np.ndarray], masks: list[np.ndarray] | None, layout: La
           'positions': positions}
 
 
-def _read(ids: np.ndarray, layout: Layout) -> Features:
+def read_whole(ids: np.ndarray, layout: Layout) -> Features:
   """A whole document, its last token too. Its tokens may be learnt beside what its row is: each predicts the next."""
   return lay_out([np.append(ids, 0)], [_from(0, len(ids) + 1) & (np.arange(1, len(ids) + 1) < len(ids))], layout)
 
 
-def _cut(ids: np.ndarray, length: int, layout: Layout) -> np.ndarray:
+def cut(ids: np.ndarray, length: int, layout: Layout) -> np.ndarray:
   """At most `length` ids: without what lies before them (truncate 'left') or behind."""
   return ids[max(0, len(ids) - length):] if layout.truncate == 'left' else ids[:length]
 

@@ -50,6 +50,17 @@ class LossConfig:
       raise ValueError(f'balance {self.balance} needs two terms or more; got {self.terms}')
     if self.alpha < 0:
       raise ValueError(f'alpha must not be negative; got {self.alpha}')
+    if self.balance != 'grad_norm' and self.alpha != LossConfig.alpha:
+      raise ValueError(f'alpha {self.alpha} is of balance grad_norm, and balance is {self.balance}: it would have no '
+                       'effect')
+    weights = {name: getattr(self, name).weight for name in self.terms}
+    if set(weights.values()) != {1.0} and (len(self.terms) < 2 or self.balance == 'grad_norm'):
+      raise ValueError(f'the weight of {"a lone term" if len(weights) < 2 else "each term"} must be 1 '
+                       f'(balance {self.balance}): it would have no effect; got {weights}')
+    if self.balance == 'grad_norm' and 'contrastive' in self.terms:
+      raise ValueError('balance grad_norm looks at one text of a row, contrastive at two; take fixed or uncertainty')
+    if not self.writes and 'distillation' in self.terms and len(self.terms) < 2:
+      raise ValueError('distillation.hidden alone never teaches what to write; add next_token to terms, or set logits')
     for name in LOSSES.keys() - set(self.terms):
       if getattr(self, name) != LOSSES[name]():
         raise ValueError(f'{name} is set, but terms does not name it: it would have no effect')
@@ -59,7 +70,7 @@ class LossConfig:
   @property
   def writes(self) -> bool:
     """Whether what is learnt can write text."""
-    return bool({'next_token', 'distillation'} & set(self.terms))
+    return 'next_token' in self.terms or ('distillation' in self.terms and self.distillation.logits > 0)
 
   def fitted(self, labels: np.ndarray | None, classes: tuple[str, ...] = ()) -> LossConfig:
     """With what the labels of the training part, and their names, decide. Raises ValueError where they do not fit."""

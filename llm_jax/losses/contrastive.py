@@ -30,6 +30,7 @@ class Contrastive(Term):
   embedding_dim: int = 128
   temperature: float = 0.05
   reads: ClassVar[frozenset[str]] = frozenset({'encoder_tokens', 'encoder_segment_ids', 'segment_ids'})
+  tasks: ClassVar[tuple[str, ...]] = ('pairs',)
   row_wise: ClassVar[bool] = False
 
   def __post_init__(self):

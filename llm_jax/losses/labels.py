@@ -36,6 +36,7 @@ class Classification(Term):
   label_smoothing: float = 0.0
   z_loss: float = 0.0
   reads: ClassVar[frozenset[str]] = frozenset({'labels', 'segment_ids'})
+  tasks: ClassVar[tuple[str, ...]] = ('classification',)
 
   def __post_init__(self):
     super().__post_init__()
@@ -53,7 +54,7 @@ class Classification(Term):
   def fitted(self, labels: np.ndarray | None, classes: tuple[str, ...]) -> Classification:
     if self.classes and classes and self.classes != classes:
       raise ValueError(f'classes: {self.classes} are not those of the data, {classes}; leave them out')
-    needed = 0 if labels is None else int(labels.max()) + 1
+    needed = max(len(classes), 0 if labels is None else int(labels.max()) + 1)
     if self.num_classes is not None and self.num_classes < needed:
       raise ValueError(f'num_classes: {self.num_classes} is less than the {needed} of the data; leave it None or set '
                        f'it to {needed} or more')
@@ -119,6 +120,7 @@ class Regression(Term):
   mean: tuple[float, ...] | None = None  # of each number; None: that of the training part, and so is the next
   std: tuple[float, ...] | None = None
   reads: ClassVar[frozenset[str]] = frozenset({'labels', 'segment_ids'})
+  tasks: ClassVar[tuple[str, ...]] = ('regression',)
 
   def __post_init__(self):
     super().__post_init__()
@@ -149,8 +151,12 @@ class Regression(Term):
     """[B, C], in the labels' own units."""
     return _outputs(self.pooling, look) * jnp.array([self.std]) + jnp.array([self.mean])
 
+  def errors(self, look: Look) -> jax.Array:
+    """[B, C], in standard deviations."""
+    return _outputs(self.pooling, look) - (self._labels(look) - jnp.array([self.mean])) / jnp.array([self.std])
+
   def loss(self, look: Look, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    errors_BC = (self.predict(look) - self._labels(look)) / jnp.array([self.std])
+    errors_BC = self.errors(look)
     loss_BC = optax.huber_loss(errors_BC, delta=self.huber_delta) if self.huber_delta else optax.l2_loss(errors_BC)
     loss = jnp.sum(loss_BC * real_rows(look.batch)[:, None] / count)
     return loss, loss
@@ -160,7 +166,7 @@ class Regression(Term):
 
   def score(self, look: Look, token_bytes: jax.Array) -> Sums:
     del token_bytes
-    errors_BC, real_B1 = self.predict(look) - self._labels(look), real_rows(look.batch)[:, None]
+    errors_BC, real_B1 = self.errors(look) * jnp.array([self.std]), real_rows(look.batch)[:, None]
     # Around the mean, so that squares of large labels do not drown what they differ by.
     labels_BC = (self._labels(look) - jnp.array([self.mean])) * real_B1
     return {'nats': self.loss(look, jnp.ones(()))[0], 'count': jnp.sum(real_B1),

@@ -78,6 +78,8 @@ class Distillation(Term):
       raise ValueError(f'temperature must be positive; got {self.temperature}')
     if min(self.logits, self.hidden) < 0 or not self.logits + self.hidden:
       raise ValueError(f'logits and hidden must not be negative, and one above 0; got {self.logits}, {self.hidden}')
+    if not self.logits and self.temperature != Distillation.temperature:
+      raise ValueError(f'temperature {self.temperature} is of the logits, whose weight is 0: it would have no effect')
 
   @property
   def head_dim(self) -> int:

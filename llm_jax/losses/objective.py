@@ -12,7 +12,7 @@ import numpy as np
 from llm_jax.losses.balance import Fixed
 from llm_jax.losses.next_token import Distillation, NextToken
 from llm_jax.losses.readout import Readout
-from llm_jax.losses.term import Look
+from llm_jax.losses.term import Look, Term
 from llm_jax.types import Batch, Metrics, Params
 
 
@@ -40,7 +40,17 @@ class Objective:
 
   @property
   def row_wise(self) -> bool:
-    return all(term.row_wise for _, term in self.terms)
+    return all(term.row_wise for _, term in self.terms) and not self.balance.needs_norms
+
+  @property
+  def num_readouts(self) -> int:
+    """How often the model reads a batch."""
+    return 1 + sum(not term.row_wise for _, term in self.terms)
+
+  @property
+  def tells(self) -> bool:
+    """Whether `predict` has anything to tell."""
+    return any(type(term).predict is not Term.predict for _, term in self.terms)
 
   def judge(self) -> Objective:
     """What an evaluation measures: no teacher's opinion, but how well its pupil tells the next token."""
@@ -79,7 +89,7 @@ class Objective:
     metrics = {'loss': loss, 'extra_loss': objective - loss}
     if len(self.terms) > 1:
       for i, (name, term) in enumerate(self.terms):
-        metrics |= {f'{name}/loss': losses_I[i] / max(term.weight, 1e-30), f'{name}/weight': share * weights_I[i]}
+        metrics |= {f'{name}/loss': losses_I[i] / term.weight, f'{name}/weight': share * weights_I[i]}
     return objective, metrics
 
   def score(self, module: Any, batch: Batch, token_bytes: jax.Array) -> dict[str, jax.Array]:

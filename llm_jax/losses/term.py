@@ -42,12 +42,13 @@ class Term:
 
   weight: float = 1.0  # where several are added up
   reads: ClassVar[frozenset[str]] = frozenset()  # features of a Batch, besides what the model reads
+  tasks: ClassVar[tuple[str, ...]] = ()  # that it can learn from; (): all
   row_wise: ClassVar[bool] = True  # whether rows know nothing of each other, so that microbatches change nothing
   head_dim: ClassVar[Any] = 0  # outputs of its head; 0: it has none
 
   def __post_init__(self):
-    if self.weight < 0:
-      raise ValueError(f'weight must not be negative; got {self.weight}')
+    if self.weight <= 0:
+      raise ValueError(f'weight must be positive (a loss of none is left out of terms); got {self.weight}')
 
   def other(self, batch: Batch) -> Batch | None:
     """A second batch that the model is to read for this term."""
