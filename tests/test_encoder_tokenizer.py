@@ -247,6 +247,7 @@ def get_config():
 '''
 
 
+@pytest.mark.slow
 def test_a_run_reads_with_one_tokenizer_and_writes_with_the_other(tmp_path, capsys):
   pairs = [(f'{a} {a} {a} {b}', f'{ord(a) - 96}' * 2) for a in 'abcdefgh' for b in 'ijklmnop']
   path = write(tmp_path / 'pairs.jsonl', pairs)

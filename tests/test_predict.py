@@ -203,7 +203,7 @@ def test_pairs_are_compared_and_not_answered(folder, capsys, tmp_path):
 
 def test_rows_that_are_compared_are_held_at_once(folder, tmp_path):
   """16 rows of 12 tokens on 8 devices."""
-  with pytest.raises(ConfigError, match=r'tokens_per_device: 12 cuts a batch into 2.*terms=contrastive.*all of its rows at once; set 24'):
+  with pytest.raises(ConfigError, match=r'tokens_per_device: 12 cuts .* into 2.*terms=contrastive.*at once; set 24'):
     main.main([f'--config={folder[0]}/contrastive.py', f'--workdir={tmp_path}/run', '--config.tokens_per_device=12'])
 
 
