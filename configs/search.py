@@ -1,10 +1,10 @@
-"""Which function does this summary describe? Embeddings of code and words, for search; learnt from pairs.
+"""Which WGSL program does this description mean? Embeddings for search, learnt from the pairs of seq2seq_wgsl.py.
 
-  python configs/data/make_functions.py
   python -m llm_jax.main --config=configs/search.py
-  python -m llm_jax.evaluate --workdir=runs/search --checkpoint=best
+  python -m llm_jax.evaluate --workdir=runs/search --split=test
 
-RESULT
+Of 32 programs the right one comes first for 90% of 49 unseen descriptions (mrr 0.943), after 2 min 55 s on two busy cores
+of a 2.5 GHz Xeon. Cosines of tf-idf vectors: 16% (mrr 0.288; python -m benchmarks.baselines).
 """
 
 from llm_jax.config import base
@@ -13,29 +13,30 @@ from llm_jax.config import base
 def get_config():
   config = base()
   config.num_steps = 400
-  config.batch_tokens = 64 * 128
-  config.tokens_per_device = 64 * 128  # all rows at once: they are each other's wrong answers
+  config.batch_tokens = 32 * 96
+  config.tokens_per_device = 32 * 96  # all rows at once: they are each other's wrong answers
   config.model.num_layers = 2
-  config.model.embed_dim = 128
+  config.model.embed_dim = 96
   config.model.num_heads = 4
-  config.model.positions = 'rope'
   config.model.norm = 'rms_norm'
   config.model.mlp = 'swiglu'
-  config.model.mlp_dim = 384
-  config.model.dropout = 0.2
+  config.model.mlp_dim = 256
+  config.model.dropout = 0.1
   config.model.scan_unroll = 2
-  config.data.path = 'configs/data/documented.jsonl'
-  config.data.field = 'summary'
-  config.data.answer_field = 'code'
+  config.data.path = 'configs/data/wgsl.jsonl'
+  config.data.field = 'text'
+  config.data.answer_field = 'answer'
+  config.data.split = 'document'
+  config.data.val_fraction = 0.1
+  config.data.test_fraction = 0.1
+  config.data.tokenizer = 'word'
   config.data.task = 'pairs'
   config.data.packing = 'pad'
   config.data.truncate = 'right'
-  config.data.val_fraction = 0.1
-  config.data.vocab_size = 2048
-  config.data.seq_len = 128
-  config.data.encoder_len = 128
+  config.data.seq_len = 96
+  config.data.encoder_len = 96
   config.loss.terms = ('contrastive',)
-  config.optim.learning_rate = 2e-3
+  config.optim.learning_rate = 1e-3
   config.optim.warmup_cosine.warmup_steps = 40
   config.eval.every = 100
   config.checkpoint.every = 200
