@@ -3,8 +3,8 @@
   python configs/data/make_functions.py
   python -m llm_jax.main --config=configs/masked.py
 
-46.1% of hidden tokens told right (64.0% among the five likeliest), after 10 min on two busy cores of a 2.5 GHz Xeon. The
-commonest token between the same two neighbours: 39.2% (python -m benchmarks.baselines).
+46.1% of hidden tokens told right (64.0% among the five likeliest), after 10 min on two busy cores of a 2.5 GHz Xeon.
+The commonest token between the same two neighbours: 39.2% (python -m benchmarks.baselines).
 """
 
 from llm_jax.config import base

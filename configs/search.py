@@ -3,8 +3,8 @@
   python -m llm_jax.main --config=configs/search.py
   python -m llm_jax.evaluate --workdir=runs/search --split=test
 
-Of 32 programs the right one comes first for 90% of 49 unseen descriptions (mrr 0.943), after 2 min 55 s on two busy cores
-of a 2.5 GHz Xeon. Cosines of tf-idf vectors: 16% (mrr 0.288; python -m benchmarks.baselines).
+Of 32 programs the right one comes first for 90% of 49 unseen descriptions (mrr 0.943), after 2 min 55 s on two busy
+cores of a 2.5 GHz Xeon. Cosines of tf-idf vectors: 16% (mrr 0.288; python -m benchmarks.baselines).
 """
 
 from llm_jax.config import base

@@ -10,7 +10,7 @@ import math
 import random
 from pathlib import Path
 
-NUMBERS = 'one two three four five six seven eight nine ten eleven twelve'.split()
+NUMBERS = ['one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven', 'twelve']
 UNITS = {  # seconds: the most of it that is written, its names
     604800: (8, ('week', 'weeks', 'w')), 86400: (13, ('day', 'days', 'd')), 3600: (47, ('hour', 'hours', 'h')),
     60: (180, ('minute', 'minutes', 'min')), 1: (600, ('second', 'seconds', 's')),
