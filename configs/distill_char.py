@@ -3,7 +3,9 @@
   python -m llm_jax.main --config=configs/shakespeare_char.py
   python -m llm_jax.main --config=configs/distill_char.py
 
-RESULT
+val/loss 1.933 over the whole validation part, its teacher 1.900; the same pupil without a teacher
+(--config.loss.terms=next_token, and no distillation.teacher and temperature): 1.984. 107,000 parameters for 804,000;
+2 minutes on two cores of a 2.5 GHz Xeon.
 """
 
 from llm_jax.config import base

@@ -11,7 +11,7 @@ from llm_jax.config import base
 
 def get_config():
   config = base('encdec')
-  config.num_steps = 1000
+  config.num_steps = 400
   config.batch_tokens = 32 * 48
   config.tokens_per_device = 32 * 48
   config.model.num_layers = 2
@@ -33,7 +33,7 @@ def get_config():
   config.data.encoder_len = 128
   config.optim.learning_rate = 2e-3
   config.optim.warmup_cosine.warmup_steps = 50
-  config.eval.every = 250
+  config.eval.every = 100
   config.eval.sample_tokens = 0
-  config.checkpoint.every = 500
+  config.checkpoint.every = 200
   return config

@@ -200,6 +200,7 @@ def test_flops_are_those_that_xla_counts(decoder):
   assert counted == pytest.approx(cfg.flops_per_token(256), rel=0.1)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
   """Of blocks that hold a scan with a checkpoint of its own."""
   cfg = dataclasses.replace(TINY, num_layers=1, thinking_steps=0)

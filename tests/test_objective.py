@@ -258,7 +258,8 @@ def test_losses_do_not_depend_on_the_mesh(config):
   assert alone[-1, 0] < alone[0, 0]
 
 
-@pytest.mark.parametrize('balance', [pytest.param('fixed', marks=pytest.mark.slow), 'uncertainty'])
+@pytest.mark.slow
+@pytest.mark.parametrize('balance', ['fixed', 'uncertainty'])
 def test_losses_do_not_depend_on_the_number_of_microbatches(balance):
   config = LossConfig(terms=BOTH.terms, classification=BOTH.classification, balance=balance)
   alone, cut = train(config), train(config, num_microbatches=4)
@@ -273,7 +274,7 @@ def test_several_losses_are_told_apart_and_added_by_their_weights():
   assert state.params.keys() == {'embed', 'blocks', 'final_norm', 'heads_classification'}
 
 
-@pytest.mark.parametrize('balance', ['uncertainty', 'grad_norm'])
+@pytest.mark.parametrize('balance', [pytest.param('uncertainty', marks=pytest.mark.slow), 'grad_norm'])
 def test_learnt_weights_move_and_are_logged(balance):
   config = LossConfig(terms=BOTH.terms, classification=Classification(num_classes=4), balance=balance)
   losses, state, metrics = train(config, 12)
@@ -299,6 +300,7 @@ def test_heads_beside_a_model_leave_its_parameters_where_they_are():
   np.testing.assert_array_equal(same, make_model(CFG).apply({'params': plain}, Batch(**features(0))))
 
 
+@pytest.mark.slow
 def test_a_student_comes_closer_to_its_teacher():
   teacher = train(LossConfig(), 12)[1].params
   config = LossConfig(terms=('distillation',), distillation=Distillation(teacher='x', hidden=1.0, hidden_dim=16))

@@ -56,7 +56,8 @@ def alone():
   return train(20)
 
 
-@pytest.mark.parametrize(('sizes', 'num_microbatches'), [((2, 2, 2), 1), ((8, 1, 1), 2)])
+@pytest.mark.parametrize(('sizes', 'num_microbatches'), [
+    ((2, 2, 2), 1), pytest.param((8, 1, 1), 2, marks=pytest.mark.slow)])
 def test_losses_do_not_depend_on_the_mesh(alone, sizes, num_microbatches):
   losses, state, _ = train(20, mesh=sizes, num_microbatches=num_microbatches)
   np.testing.assert_allclose(losses, alone[0], atol=1e-5, rtol=0)
@@ -71,6 +72,7 @@ def test_losses_do_not_depend_on_the_number_of_microbatches(alone, count):
   np.testing.assert_allclose(losses, alone[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_plain_cross_entropy(alone, monkeypatch):
   def plain(readout, targets, weights, z_loss, label_smoothing):
     nll = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(readout.logits(), targets) * weights)
