@@ -5,7 +5,9 @@
   python -m llm_jax.evaluate --workdir=runs/package --checkpoint=best
   python -m llm_jax.predict --workdir=runs/package --text="$(cat my_function.py)"
 
-RESULT
+84.9% of 597 unseen functions (97.5% among the five likeliest, macro F1 0.820), which takes 7 minutes on two cores of a
+2.5 GHz Xeon. Naive Bayes over the same tokens: 82.7%, macro F1 0.824; always the commonest: 16.4% (python -m
+benchmarks.baselines). After 400 steps, with next-token prediction beside it 82.8%, without 82.2%.
 """
 
 from llm_jax.config import base
@@ -13,7 +15,7 @@ from llm_jax.config import base
 
 def get_config():
   config = base()
-  config.num_steps = 400
+  config.num_steps = 800
   config.batch_tokens = 32 * 192
   config.tokens_per_device = 32 * 192
   config.model.num_layers = 2
@@ -39,7 +41,7 @@ def get_config():
   config.loss.classification.pooling = 'mean'
   config.optim.learning_rate = 2e-3
   config.optim.warmup_cosine.warmup_steps = 40
-  config.eval.every = 100
+  config.eval.every = 200
   config.eval.sample_tokens = 0
-  config.checkpoint.every = 200
+  config.checkpoint.every = 400
   return config

@@ -3,7 +3,8 @@
   python configs/data/make_functions.py
   python -m llm_jax.main --config=configs/spans.py
 
-RESULT
+val/loss 4.340, 30.6% of the spans' tokens told right, after 6 min on two busy cores of a 2.5 GHz Xeon. By the tokens'
+frequencies alone: loss 5.541, 5.0%.
 """
 
 from llm_jax.config import base

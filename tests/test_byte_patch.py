@@ -169,7 +169,8 @@ def first_state(cfg):
 
 def train(sizes, num_microbatches):
   """Losses and parameters of five steps on a mesh of virtual devices."""
-  cfg = dataclasses.replace(TINY, vocab_size=16, num_layers=1, patch_size=2, overlap=True, halting=True)
+  cfg = dataclasses.replace(TINY, vocab_size=16, num_layers=1, patch_size=2, overlap=True, thinking_steps=1,
+                            halting=True)
 
   def features(n):
     tokens = ((np.random.default_rng(n).integers(0, 16, (8, 1)) + np.arange(17)) % 16).astype(np.int32)
