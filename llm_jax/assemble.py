@@ -175,7 +175,7 @@ def check_features(config: Config, model: Any, examples: Examples) -> None:
     if missing := needs - given:
       raise ConfigError(f'config.data.task: {config.data.task} does not give {", ".join(sorted(missing))}, which {who} '
                         'needs')
-  if 'encoder_tokens' in model.reads and not objective.row_wise and objective.num_readouts > 1:
+  if 'encoder_tokens' in model.reads and objective.num_readouts > 1:
     raise ConfigError(f'config.model.name: {config.model.name} reads both texts of a row at once, and '
                       f'config.loss.terms={terms} compares what is read of each; take another one: decoder, byte_patch')
   if ignored := given - model.reads - objective.reads:

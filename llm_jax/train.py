@@ -32,14 +32,14 @@ from llm_jax.assemble import (
   samples,
 )
 from llm_jax.checkpoint import Checkpoints
-from llm_jax.config import Config, differences, to_dict
+from llm_jax.config import Config, differences, renamed, to_dict
 from llm_jax.data import Data, check_fingerprint, data_fingerprint, open_data, pipeline
 from llm_jax.data.examples import Examples
 from llm_jax.data.fetch import shown
 from llm_jax.devices import peak_flops
 from llm_jax.errors import ConfigError, DivergedError, Interrupted, StorageError
 from llm_jax.layers.attention import describe_attention
-from llm_jax.losses import make_objective
+from llm_jax.losses import LossConfig, make_objective
 from llm_jax.memory import fit_memory
 from llm_jax.metrics import Console, Packed, Throughput, Writer, pack, unpack
 from llm_jax.optim import make_optimizer
@@ -324,13 +324,13 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict) -> None:
     raise ConfigError('the checkpoint is of another model:\n  ' + '\n  '.join(
         f'config.model.{name}: checkpoint {old}, now {new}' for name, (old, new) in changed.items())
         + '\nPut it back, or start in another --workdir.')
-  learnt = meta['config'].get('loss', {'terms': ['next_token'], 'balance': 'fixed'})
+  learnt = to_dict(LossConfig()) | renamed(meta['config']).get('loss', {})
   if (tuple(learnt['terms']), learnt['balance']) != (config.loss.terms, config.loss.balance):
     raise ConfigError(f'config.loss: the checkpoint learns {", ".join(learnt["terms"])} (balance {learnt["balance"]}), '
                       f'now it is {", ".join(config.loss.terms)} ({config.loss.balance}); put it back, or start in '
                       'another --workdir')
   for name, (old, new) in differences(learnt, to_dict(config)['loss']).items():
-    if name in FIXED_LOSS and 'next_token' in learnt:
+    if name in FIXED_LOSS:
       raise ConfigError(f'config.loss.{name}: the checkpoint has {old}, now it is {new}; put it back, or start in '
                         'another --workdir')
   chain = tuple(meta['config']['optim']['chain'])

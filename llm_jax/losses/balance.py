@@ -1,16 +1,20 @@
 """How several losses are weighed against each other: fixed, by their uncertainty, or by the norms of their gradients.
 
 Each weigher gets the losses L_i, already times their own weights, and its learnt numbers s_i (zeros at first), and
-gives what is added to the objective and the weight of each, for the log. Dims: I losses.
+gives what is added to the objective and the weight of each, for the log; norms() are those of the losses' gradients by
+the hidden states that they share. Dims: I losses.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+Norms = Callable[[], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +23,10 @@ class Fixed:
 
   alpha: float = 0.0
   learns = False  # s
-  needs_norms = False
+  row_wise = True  # whether parts of a batch add up to the whole
 
-  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms_I: Any, first_I: Any):
-    del s_I, share, norms_I, first_I
+  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms, first_I: jax.Array):
+    del s_I, share, norms, first_I
     return jnp.sum(losses_I), jnp.ones_like(losses_I)
 
 
@@ -32,10 +36,10 @@ class Uncertainty:
 
   alpha: float = 0.0
   learns = True
-  needs_norms = False
+  row_wise = True
 
-  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms_I: Any, first_I: Any):
-    del norms_I, first_I
+  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms, first_I: jax.Array):
+    del norms, first_I
     weights_I = jnp.exp(-s_I)
     return jnp.sum(weights_I * losses_I) + share * jnp.sum(s_I) / 2, weights_I
 
@@ -51,12 +55,12 @@ class GradNorm:
 
   alpha: float = 1.5
   learns = True
-  needs_norms = True
+  row_wise = False
 
-  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms_I: jax.Array, first_I: jax.Array):
+  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms, first_I: jax.Array):
     del share
     weights_I = s_I.size * jax.nn.softmax(s_I)
-    norms_I = jax.lax.stop_gradient(norms_I)
+    norms_I = jax.lax.stop_gradient(norms())
     behind_I = jax.lax.stop_gradient(losses_I) / first_I
     wanted_I = jnp.mean(weights_I * norms_I) * (behind_I / jnp.mean(behind_I)) ** self.alpha
     balance = jnp.sum(jnp.abs(weights_I * norms_I - jax.lax.stop_gradient(wanted_I)))

@@ -40,12 +40,12 @@ class Objective:
 
   @property
   def row_wise(self) -> bool:
-    return all(term.row_wise for _, term in self.terms) and not self.balance.needs_norms
+    return all(term.row_wise for _, term in self.terms) and self.balance.row_wise
 
   @property
   def num_readouts(self) -> int:
     """How often the model reads a batch."""
-    return 1 + sum(not term.row_wise for _, term in self.terms)
+    return 1 + sum(type(term).other is not Term.other for _, term in self.terms)
 
   @property
   def tells(self) -> bool:
@@ -77,14 +77,14 @@ class Objective:
       objectives, losses = zip(*pairs, strict=True)
       return weights_I * jnp.stack(objectives), weights_I * jnp.stack(losses)
 
-    norms_I = None
-    if self.balance.needs_norms:
+    def norms() -> jax.Array:
       grads_IBTD = jax.jacrev(lambda x_BTD: losses(dataclasses.replace(readout, x_BTD=x_BTD))[0])(readout.x_BTD)
-      norms_I = jnp.sqrt(jnp.sum(grads_IBTD**2, axis=(1, 2, 3)))
+      return jnp.sqrt(jnp.sum(grads_IBTD**2, axis=(1, 2, 3)))
+
     objectives_I, losses_I = losses(readout)
     first_I = jnp.array([term.first_loss(look) for (_, term), look in zip(self.terms, looks, strict=True)])
     s_I = module.loss_weights if self.num_weights else jnp.zeros(len(self.terms))
-    objective, weights_I = self.balance(objectives_I, s_I, share, norms_I, first_I)
+    objective, weights_I = self.balance(objectives_I, s_I, share, norms, first_I)
     loss = jnp.sum(losses_I)
     metrics = {'loss': loss, 'extra_loss': objective - loss}
     if len(self.terms) > 1:
