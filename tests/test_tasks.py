@@ -19,7 +19,6 @@ from llm_jax.data.tasks import (
   Layout,
   MaskedTokens,
   NextToken,
-  Pairs,
   PrefixLM,
   PromptAnswer,
   Regression,
@@ -266,66 +265,6 @@ def test_spans_follow_the_paper_and_vary():
   assert len({tuple(np.flatnonzero(row['encoder_tokens'] >= VOCAB)) for row in rows}) == 30
   lengths = Counter(int(n) for row in rows for n in np.diff([*np.flatnonzero(row['targets'] >= VOCAB), 80]) - 1)
   assert lengths[1] > lengths[3] > lengths[6] > 0
-
-
-# Labels.
-
-@pytest.mark.parametrize(('task', 'labels', 'dtype', 'shape'), [
-    (Classification(), np.array([3.0, 0, 1, 2]), np.int32, ()),
-    (Regression(), np.array([0.5, -1, 2, 1e9]), np.float32, ()),
-    (Regression(), np.arange(12.0).reshape(4, 3) / 7, np.float32, (3,)),
-])
-@pytest.mark.parametrize('mask_documents', [False, True])
-def test_labels_come_with_every_document_which_is_read_to_its_end(task, labels, dtype, shape, mask_documents):
-  store = make_store([5, 1, 30, 2], labels=labels)
-  examples = make(store, task, seq_len=8, mask_documents=mask_documents)
-  rows = rows_of(examples)
-  assert len(rows) == 4
-  for row, ids, label in zip(rows, documents_of(store, True), labels, strict=True):
-    assert (row['labels'].dtype, row['labels'].shape) == (dtype, shape)
-    np.testing.assert_allclose(row['labels'], label, rtol=1e-6)
-    real = row['segment_ids'] == 1
-    assert row['tokens'][real].tolist() == ids[:8]
-    assert not row['tokens'][~real].any()
-    assert np.flatnonzero(row['loss_mask']).tolist() == list(range(real.sum() - 1))
-    assert row['targets'][row['loss_mask'] > 0].tolist() == row['tokens'][real][1:].tolist()
-  assert examples.dropped_tokens == 30 - 7
-
-
-def test_a_document_of_one_token_is_an_example_if_it_has_a_label():
-  store = make_store([1, 3, 1], labels=np.arange(3.0))
-  rows = rows_of(make(store, Regression(), bos_id=None, eos_id=None))
-  assert [(row['labels'].item(), row['tokens'][:3].tolist(), row['segment_ids'].sum()) for row in rows] == [
-      (0, [BOS, 0, 0], 1), (1, [BOS, 3, 4], 3), (2, [BOS, 0, 0], 1)]
-
-
-# Pairs of texts, and masked tokens.
-
-@pytest.mark.parametrize('truncate', ['left', 'right'])
-def test_both_texts_of_a_pair_are_documents_of_their_own(truncate):
-  store = make_store([6, 30], [3, 25])
-  examples = make(store, Pairs(), seq_len=12, encoder_len=8, truncate=truncate)
-  for row, ids, point in zip(rows_of(examples), documents_of(store, True), [3, 25], strict=True):
-    first, second = [*ids[:point], BOS], [BOS, *ids[point:]]  # with eos, which is bos here
-    keep = (lambda x, n: x[-n:]) if truncate == 'left' else (lambda x, n: x[:n])
-    assert row['tokens'][row['segment_ids'] > 0].tolist() == keep(first, 12)
-    assert row['encoder_tokens'][row['encoder_segment_ids'] > 0].tolist() == keep(second, 8)
-  assert examples.dropped_tokens == 26 - 12
-
-
-def test_masked_tokens_are_told_where_they_stood():
-  """About 80% of them give way to the sentinel, 10% stay; all the others are shown as they are."""
-  store = make_store([400] * 20)
-  rows = rows_of(make(store, MaskedTokens(rate=0.2), seq_len=402))
-  told = np.concatenate([row['loss_mask'] > 0 for row in rows])
-  shown, truth = (np.concatenate([row[name] for row in rows]) for name in ('tokens', 'targets'))
-  for row, ids in zip(rows, documents_of(store, True), strict=True):
-    assert row['targets'][:len(ids)].tolist() == ids
-    assert row['loss_mask'].sum() == round(0.2 * (len(ids) - 1)) and row['loss_mask'][0] == 0
-    np.testing.assert_array_equal(row['prefix_mask'], row['segment_ids'] > 0)
-  np.testing.assert_array_equal(shown[~told], truth[~told])
-  assert np.mean(shown[told] == VOCAB) == pytest.approx(0.8, abs=0.05)
-  assert np.mean(shown[told] == truth[told]) == pytest.approx(0.1, abs=0.05)
 
 
 # All tasks.
