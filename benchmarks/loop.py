@@ -69,7 +69,7 @@ def bare_step(config: Config):
   """A function that runs the loop's own compiled step `n` times on one batch and waits."""
   mesh = make_mesh(config.mesh)
   model = make_model(config.model)
-  tx, schedule = make_optimizer(config.optim, config.num_steps)
+  tx = make_optimizer(config.optim, config.num_steps)
   shape = (config.rows_per_batch, config.data.seq_len)
   tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
   features = {'tokens': tokens, 'targets': tokens, 'loss_mask': np.ones(shape, np.float32)}
@@ -79,7 +79,7 @@ def bare_step(config: Config):
         jax.random.key(0), example_batch(config))
     batch = put_batch(features, local_rows(mesh, shape[0]), shape[0], mesh)
     _, num_microbatches = config.split_batch(num_batch_shards(mesh))
-    step = train.jit_step(config, mesh, shardings, None, num_microbatches, model=model, tx=tx, schedule=schedule)
+    step = train.jit_step(config, mesh, shardings, None, num_microbatches, model=model, tx=tx)
 
   def run(n: int) -> None:
     nonlocal state

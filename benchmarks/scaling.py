@@ -36,7 +36,7 @@ def prepare(cfg, batch: int, seq_len: int) -> tuple[Callable[[], float], Any, fl
   from llm_jax.types import Batch
 
   model = Decoder(cfg)
-  tx, schedule = make_optimizer(OptimConfig(), 10_000)
+  tx = make_optimizer(OptimConfig(), 10_000)
   tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=(batch, seq_len + 1), dtype=np.int32)
   data = Batch(**jax.device_put({'tokens': tokens[:, :-1], 'targets': tokens[:, 1:],
                                  'loss_mask': np.ones((batch, seq_len), np.float32)}))
@@ -45,7 +45,7 @@ def prepare(cfg, batch: int, seq_len: int) -> tuple[Callable[[], float], Any, fl
   rng = np.random.default_rng(0)
   state = jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype)), state).replace(
       params=jax.tree.map(lambda s: jax.device_put(rng.normal(0, 0.02, s.shape).astype(s.dtype)), state.params))
-  step = jax.jit(partial(train_step, model=model, tx=tx, schedule=schedule, seed=0), donate_argnums=0)
+  step = jax.jit(partial(train_step, model=model, tx=tx, seed=0), donate_argnums=0)
   compiled = step.lower(state, data).compile()
 
   def run() -> float:

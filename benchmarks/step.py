@@ -44,7 +44,7 @@ def main():
       vocab_size=preset.vocab_size, max_len=preset.seq_len, num_layers=preset.num_layers, embed_dim=preset.embed_dim,
       num_heads=preset.num_heads, dtype=dtype, attention=args.attention, remat=args.remat,
       scan_unroll=args.scan_unroll or preset.num_layers))
-  tx, schedule = make_optimizer(OptimConfig(
+  tx = make_optimizer(OptimConfig(
       learning_rate=1e-3, schedule='constant', constant=Constant(100), adamw=AdamW(b2=0.99)), 10_000)
   mesh = make_mesh(MeshConfig())
 
@@ -59,7 +59,7 @@ def main():
     shardings = state_shardings(batches[0], mesh, model=model, tx=tx)
     state = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)(jax.random.key(0), batches[0])
     train = jax.jit(
-        partial(train_step, model=model, tx=tx, schedule=schedule, seed=0, num_microbatches=args.num_microbatches),
+        partial(train_step, model=model, tx=tx, seed=0, num_microbatches=args.num_microbatches),
         in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step), donate_argnums=0)
   num_params = sum(w.size for w in jax.tree.leaves(state.params)) - preset.seq_len * preset.embed_dim
 

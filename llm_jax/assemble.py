@@ -27,8 +27,9 @@ from llm_jax.errors import ConfigError, DataError, Interrupted, StorageError
 from llm_jax.evaluation import evaluate
 from llm_jax.losses import make_objective
 from llm_jax.models import make_model
+from llm_jax.optim import make_optimizer
 from llm_jax.sharding import local_rows, num_batch_shards, put_batch
-from llm_jax.step import eval_step, param_shardings
+from llm_jax.step import abstract_state, eval_step, logical_axes, state_shardings
 from llm_jax.types import Batch, Params
 from llm_jax.validators import make_validator
 
@@ -291,7 +292,7 @@ class Run:
   config: Config
   tokenizer: Tokenizer | None
   model: Any
-  params: Params
+  params: Params  # averaged ones, if the optimizer has them
   meta: dict  # of the checkpoint: step, data fingerprint, ...
   encoder_tokenizer: Tokenizer | None = None  # of the prompts of pairs; None: tokenizer reads them too
 
@@ -314,8 +315,10 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
   if config.data.encoder_tokenizer is not None:
     encoder_tokenizer = load_tokenizer(workdir / 'encoder_tokenizer.json')
   model = build_model(config)
-  abstract, shardings = param_shardings(example_batch(config), mesh, model=model)
-  abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings)
+  example = example_batch(config)
+  tx = make_optimizer(config.optim, config.num_steps, logical_axes(example, model=model))
+  shardings = state_shardings(example, mesh, model=model, tx=tx)
+  abstract = abstract_state(example, shardings, model=model, tx=tx)
   if not (workdir / 'checkpoints').is_dir():
     raise StorageError(f'--workdir: {workdir} has no checkpoints yet')
   with Checkpoints(workdir / 'checkpoints', config.checkpoint, read_only=True) as checkpoints:
@@ -326,5 +329,9 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
     step = {'latest': None, 'best': checkpoints.best_step()}.get(checkpoint, checkpoint)
     if step is not None and not str(step).isdigit():
       raise ConfigError(f"--checkpoint: {checkpoint!r} is none of latest, best, or a step of {checkpoints.steps()}")
-    params, _, meta = checkpoints.restore(abstract, step=None if step is None else int(step))
+    params, kept, meta = checkpoints.restore(
+        abstract.params, (abstract.step, abstract.opt_state) if tx.averages else None,
+        step=None if step is None else int(step))
+  if tx.averages:
+    params = jax.jit(tx.evaluated, out_shardings=shardings.params)(kept[1], params)
   return Run(config, tokenizer, model, params, meta, encoder_tokenizer)

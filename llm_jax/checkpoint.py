@@ -25,11 +25,11 @@ from llm_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """When to save and what to keep. A new best validation loss is saved too, unless keep_best is 0."""
+  """When to save and what to keep. A new best (config.eval.monitor) is saved too, unless keep_best is 0."""
 
   every: int = 1000  # steps
   keep_last: int = 2
-  keep_best: int = 1  # by validation loss
+  keep_best: int = 1
   keep_every: int | None = None  # steps: milestones, kept for good
 
   def __post_init__(self):
@@ -51,7 +51,7 @@ class Checkpoints:
 
   def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
     kept = [policies.LatestN(config.keep_last),
-            policies.BestN(get_metric_fn=lambda metrics: metrics['val_loss'], reverse=True, n=config.keep_best,
+            policies.BestN(get_metric_fn=_score, reverse=True, n=config.keep_best,
                            keep_checkpoints_without_metrics=False)]
     if config.keep_every:
       kept.append(policies.EveryNSteps(config.keep_every))
@@ -60,7 +60,7 @@ class Checkpoints:
     ocp.type_handlers.register_type_handler(
         jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 26), override=True)
     self._manager = _manager(
-        directory, best_fn=lambda metrics: metrics['val_loss'], best_mode='min',  # else Orbax drops the metrics
+        directory, best_fn=_score, best_mode='min',  # else Orbax drops the metrics
         preservation_policy=policies.AnyPreservationPolicy(kept), read_only=read_only, create=not read_only,
         cleanup_tmp_directories=not read_only)
 
@@ -74,17 +74,19 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def best_step(self) -> int | None:
-    """The step with the lowest recorded validation loss."""
+    """The step with the least score."""
     return self._manager.best_step()
 
-  def save(self, step: int, params: Params, opt_state: Any, meta: dict, val_loss: float | None = None) -> bool:
+  def save(self, step: int, params: Params, opt_state: Any, meta: dict, score: float | None = None) -> bool:
     """Starts a save and returns once the arrays are copied; False if this step is saved already.
+
+    Of all steps with a `score`, the best is the one with the least.
 
     Raises StorageError, also for a save that failed before.
     """
     if step in self._manager.all_steps():
       return False
-    metrics = {'val_loss': val_loss} if val_loss is not None and math.isfinite(val_loss) else None
+    metrics = {'score': score} if score is not None and math.isfinite(score) else None
     try:
       saved = self._manager.save(step, args=ocp.args.Composite(
           params=ocp.args.StandardSave(params), opt_state=ocp.args.StandardSave(opt_state),
@@ -157,6 +159,10 @@ def _manager(directory: Path, **options: Any) -> _Manager:
       item_handlers={'params': ocp.StandardCheckpointHandler(), 'opt_state': ocp.StandardCheckpointHandler(),
                      'meta': ocp.JsonCheckpointHandler()},
       options=ocp.CheckpointManagerOptions(**options))
+
+
+def _score(metrics: dict[str, float]) -> float:
+  return metrics['score'] if 'score' in metrics else metrics['val_loss']  # its name until there were others
 
 
 def _first_line(error: BaseException) -> str:

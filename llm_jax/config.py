@@ -12,12 +12,13 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_collections
 
 from llm_jax.builder import build, override, variant
 from llm_jax.checkpoint import CheckpointConfig
+from llm_jax.conditions import condition
 from llm_jax.data import DataConfig, task_of
 from llm_jax.errors import ConfigError
 from llm_jax.losses import LossConfig
@@ -37,14 +38,20 @@ class EvalConfig:
   sample_tokens: int = 128  # 0: no samples
   temperature: float = 0.8
   top_k: int = 0
-  patience: int = 0  # evaluations in a row without a better val/loss after which the run ends; 0: it does not
+  monitor: str = 'val/loss'  # the result by which a checkpoint is the best, and by which patience is lost
+  mode: Literal['min', 'max'] = 'min'  # of the better one of two
+  patience: int = 0  # evaluations in a row, none better by min_delta, after which the run ends; 0: it does not
+  min_delta: float = 0.0
+  capabilities: tuple[str, ...] = ()  # 'val/accuracy > 0.5': the first step that has it is logged and kept
   answers: int = 0  # pairs of the validation part to answer, where the task has pairs
   num_beams: int = 1  # of an answer; 1: greedy
   validator: str = ''  # of answers: one of validators.VALIDATORS, or a command that reads one and exits with 0 if valid
 
   def __post_init__(self):
-    if min(self.sample_tokens, self.temperature, self.top_k, self.patience, self.answers) < 0:
-      raise ValueError('sample_tokens, temperature, top_k, patience and answers must not be negative')
+    if min(self.sample_tokens, self.temperature, self.top_k, self.patience, self.min_delta, self.answers) < 0:
+      raise ValueError('sample_tokens, temperature, top_k, patience, min_delta and answers must not be negative')
+    for text in self.capabilities:
+      condition(text)
     if self.every < 1 or self.num_beams < 1:
       raise ValueError(f'every and num_beams must be at least 1; got {self.every} and {self.num_beams}')
     if self.max_tokens is not None and self.max_tokens < 1:
@@ -98,9 +105,12 @@ class Config:
         problems.append(f'model.{longest} {most} is less than data.{length} {needed}')
     if self.profile.start > self.num_steps:
       problems.append(f'profile.start {self.profile.start} is beyond num_steps {self.num_steps}')
-    warmup = getattr(getattr(self.optim, self.optim.schedule), 'warmup_steps', 0)
-    if warmup >= self.num_steps:
-      problems.append(f'optim.{self.optim.schedule}.warmup_steps {warmup} must be less than num_steps {self.num_steps}')
+    for name, steps in self.optim.schedule_parts(self.num_steps):
+      section = getattr(self.optim, name)
+      for field in ('warmup_steps', 'decay_steps'):
+        if getattr(section, field, 0) >= max(1, steps):
+          problems.append(f'optim.{name}.{field} {getattr(section, field)} must be less than the {steps} steps that it '
+                          f'has (num_steps {self.num_steps})')
     for name in self.loss.terms:
       tasks = getattr(self.loss, name).tasks
       if tasks and self.data.task not in tasks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.losses import Objective
+from llm_jax.optim import Optimizer
 from llm_jax.sharding import check_divisible, constrain, logical_to_spec
 from llm_jax.types import Batch, Metrics, Params
 
@@ -47,19 +49,38 @@ def param_shardings(example: Batch, mesh: Mesh, *, model: Any) -> tuple[Params, 
   return abstract, shardings
 
 
-def state_shardings(example: Batch, mesh: Mesh, *, model: Any, tx: optax.GradientTransformation) -> Any:
+def logical_axes(example: Batch, *, model: Any) -> Params:
+  """A tuple of names for every parameter, one a dimension."""
+  specs = nn.get_partition_spec(jax.eval_shape(model.init, jax.random.key(0), example)['params'])
+  return jax.tree.map(tuple, specs, is_leaf=lambda spec: isinstance(spec, P))
+
+
+def state_shardings(example: Batch, mesh: Mesh, *, model: Any, tx: Optimizer) -> Any:
   """A TrainState of NamedShardings: optimizer state lies like its parameter, the rest whole on each device."""
-  replicated: Any = NamedSharding(mesh, P())
   abstract, params = param_shardings(example, mesh, model=model)
-  opt_state = optax.tree_map_params(
-      tx, lambda leaf, weight, sharding: sharding if leaf.shape == weight.shape else replicated,
-      jax.eval_shape(tx.init, abstract), abstract, params, transform_non_params=lambda _: replicated)
+  by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(params), strict=True)}
+  replicated: Any = NamedSharding(mesh, P())
+
+  def sharding_of(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    # A moment is found below the path of its parameter, whatever wraps it. (optax.tree_map_params cannot look into
+    # transformations that were told each parameter's role.)
+    names = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
+    shape, sharding = by_path.get(tuple(names)[::-1], (None, replicated))
+    return sharding if shape == leaf.shape else replicated
+
+  opt_state = jax.tree_util.tree_map_with_path(sharding_of, jax.eval_shape(tx.init, abstract))
   return TrainState(replicated, params, opt_state)
 
 
-def train_step(state: TrainState, batch: Batch, *, model: Any, tx: optax.GradientTransformation,
-               schedule: optax.Schedule, seed: int, num_microbatches: int = 1, objective: Objective = NEXT_TOKEN,
-               frozen: Params = None) -> tuple[TrainState, Metrics]:
+def abstract_state(example: Batch, shardings: TrainState, *, model: Any, tx: Optimizer) -> TrainState:
+  """The state as ShapeDtypeStructs that lie as `shardings` says."""
+  state = jax.eval_shape(lambda key: init_state(key, example, model=model, tx=tx), jax.random.key(0))
+  return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, shardings)
+
+
+def train_step(state: TrainState, batch: Batch, *, model: Any, tx: Optimizer, seed: int, num_microbatches: int = 1,
+               objective: Objective = NEXT_TOKEN, frozen: Params = None) -> tuple[TrainState, Metrics]:
   """One optimizer update. The same state, batch and seed give the same result.
 
   It descends on the objective, plus what modules sow into `losses`, whatever the number of microbatches; one that is
@@ -91,12 +112,13 @@ def train_step(state: TrainState, batch: Batch, *, model: Any, tx: optax.Gradien
   finite = jnp.isfinite(metrics['loss'] + metrics['extra_loss']) & jnp.isfinite(squares)
 
   def update(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
-    updates, opt_state = tx.update(grads, opt_state, params)
+    updates, opt_state = tx.update(grads, opt_state, params, value=metrics['loss'], grad=grads)
     return optax.apply_updates(params, updates), opt_state
 
   params, opt_state = jax.lax.cond(finite, update, lambda *state: state, state.params, state.opt_state)
-  metrics |= {'grad_norm': jnp.sqrt(squares), 'learning_rate': schedule(state.step),
-              'num_tokens': jnp.sum(batch.loss_mask), 'skipped': 1 - finite.astype(jnp.int32)}
+  metrics |= tx.report(opt_state) | {
+      'grad_norm': jnp.sqrt(squares), 'learning_rate': tx.schedule(state.step),
+      'num_tokens': objective.num_tokens(batch), 'skipped': 1 - finite.astype(jnp.int32)}
   return TrainState(state.step + 1, params, opt_state), metrics
 
 

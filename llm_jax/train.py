@@ -44,8 +44,9 @@ from llm_jax.memory import fit_memory
 from llm_jax.metrics import Console, Packed, Throughput, Writer, pack, unpack
 from llm_jax.optim import make_optimizer
 from llm_jax.profiling import Profiler
+from llm_jax.record import Record
 from llm_jax.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, put_batch
-from llm_jax.step import TrainState, init_state, state_shardings, train_step
+from llm_jax.step import TrainState, abstract_state, init_state, logical_axes, state_shardings, train_step
 from llm_jax.stopping import StopSignal
 from llm_jax.types import Batch, Params, as_batch
 
@@ -86,15 +87,14 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     model = build_model(config)
     examples = pipeline.open_examples(config.data, data, next(iter(data.val.values())), train=False)
     check_features(config, model, examples)
-    tx, schedule = make_optimizer(config.optim, config.num_steps)
+    tx = make_optimizer(config.optim, config.num_steps, logical_axes(example_batch(config), model=model))
     shardings = state_shardings(example_batch(config), mesh, model=model, tx=tx)
     init = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)
     key = jax.random.key(config.seed)
-    abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-                            jax.eval_shape(init, key, example_batch(config)), shardings)
+    abstract = abstract_state(example_batch(config), shardings, model=model, tx=tx)
     # Cached, so that a step compiled to see what it needs is not compiled again to run.
     make_step = functools.cache(partial(jit_step, config, mesh, shardings, frozen, model=model, tx=tx,
-                                        schedule=schedule, objective=objective))
+                                        objective=objective))
     shapes = abstract, abstract_batch(examples, num_rows), frozen
     config = fit_memory(config, num_batch_shards(mesh), workdir,
                         compile_step=lambda num_microbatches: make_step(num_microbatches).lower(*shapes).compile())
@@ -106,6 +106,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
                         f'{num_rows // num_batch_shards(mesh) * config.data.seq_len} or smaller batches')
     step_fn = make_step(num_microbatches)
     evaluator = make_evaluator(config, data, model, mesh)
+    evaluated = jax.jit(tx.evaluated, out_shardings=shardings.params)
 
     # 4. State: what the folder holds, else fresh.
     checkpoints = stack.enter_context(Checkpoints(workdir / 'checkpoints', config.checkpoint))
@@ -113,17 +114,15 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     if any(theirs != json.loads(json.dumps(fingerprint)) for theirs in gather(fingerprint)):
       raise ConfigError('config.data: the processes do not see the same data; share a cache (config.data.cache_dir), '
                         'or give every host the same files and versions')
-    # The least val/loss of what was saved; the least of all, and the evaluations since then.
-    best, lowest, stale, validated, stream_states = float('inf'), float('inf'), 0, True, None
+    record, validated, stream_states = Record(config.eval), True, None
     if checkpoints.steps():
       params, (step, opt_state), meta = checkpoints.restore(
           abstract.params, (abstract.step, abstract.opt_state),
           check=partial(check_resume, config=config, fingerprint=fingerprint))
       checkpoints.set_aside_after(meta['step'])
       state = TrainState(step, params, opt_state)
-      best = meta['best_val_loss'] if meta['best_val_loss'] is not None else best
-      lowest, stale = meta.get('lowest') or best, meta.get('stale', 0)
-      validated = meta['val_loss'] is not None
+      record = Record.from_meta(config.eval, meta)
+      validated = meta['validated'] if 'validated' in meta else meta['val_loss'] is not None
       stream_states = meta.get('stream_states')
       report_resume(config, meta)
     else:
@@ -139,7 +138,10 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     describe(config, data, state, num_microbatches, held_rows, workdir, console)
     if begin == 0:
       writer.text(0, 'config', json.dumps(to_dict(config), indent=2))
-    throughput = Throughput(config.model.flops_per_token(config.data.seq_len), peak_flops(jax.devices()))
+    flops_per_token = config.model.flops_per_token(config.data.seq_len)
+    if teacher is not None:  # reads the same tokens, and has no backward pass
+      flops_per_token += teacher.config.model.flops_per_token(config.data.seq_len) / 3
+    throughput = Throughput(flops_per_token, peak_flops(jax.devices()))
     batches = stack.enter_context(contextlib.closing(pipeline.open_batches(
         config.data, data, num_rows, rows, config.seed, begin, stream_states, jax.process_index(),
         jax.process_count())))
@@ -169,57 +171,58 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       return logged
 
     def validate(step: int) -> dict[str, float]:
-      results, _ = evaluator(state.params, data.val, config.eval.max_tokens, lambda: stop.requested)
+      results, _ = evaluator(weights(), data.val, config.eval.max_tokens, lambda: stop.requested)
       results = {f'val/{name}': value for name, value in results.items()}
       console.line(f'step {step}: ' + '  '.join(f'{name} {value:.4f}' for name, value in results.items()
                                                  if name != 'val/tokens'))
       return results
 
-    def exhausted() -> bool:
-      return 0 < config.eval.patience <= stale
+    def weights() -> Params:
+      return evaluated(state.opt_state, state.params)
 
     def due(step: int, every: int) -> bool:
       return step % every == 0 or step == config.num_steps
 
     def settle(step: int, logged: dict[str, float], stopping: bool) -> bool:
       """Validates, logs, saves and samples what is due at a step; False if a signal cut the validation short."""
-      nonlocal best, lowest, stale, results
-      val_loss = None
+      nonlocal state, record, results
+      score = None
       if due(step, config.eval.every):
         with contextlib.suppress(Interrupted):
           results = validate(step)
-          logged, val_loss = logged | results, results['val/loss']
-      improved = val_loss is not None and val_loss < best
-      if val_loss is not None:
-        lowest, stale = (val_loss, 0) if val_loss < lowest else (lowest, stale + 1)
+          score, mastered = record.see(step, results)
+          logged |= results | {f'capability/{text}': step for text in mastered}
+          state = TrainState(state.step, state.params, tx.hear(state.opt_state, results))
+          for text in mastered:
+            console.line(f'step {step}: {text}, for the first time')
+      improved = score is not None and score < record.saved
+      kept = dataclasses.replace(record, saved=score if improved and score is not None else record.saved)
       writer.scalars(step, logged)  # on disk before the checkpoint is
-      if stopping or stop.requested or exhausted() or due(step, config.checkpoint.every) or (
+      if stopping or stop.requested or record.exhausted or due(step, config.checkpoint.every) or (
           improved and config.checkpoint.keep_best):
-        best_val_loss = val_loss if improved else best if best < float('inf') else None
         # Together with the step, as Orbax refuses the empty state that some optimizers have.
-        saved = checkpoints.save(step, state.params, (state.step, state.opt_state), val_loss=val_loss, meta={
+        saved = checkpoints.save(step, state.params, (state.step, state.opt_state), score=score, meta={
             'config': to_dict(config), 'data': fingerprint, 'stream_states': gather(batches.state()),
-            'val_loss': val_loss, 'best_val_loss': best_val_loss, 'stale': stale,
-            'lowest': lowest if lowest < float('inf') else None,
+            'validated': score is not None, 'record': kept.to_meta(),
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
-        if saved and improved and val_loss is not None:
-          best = val_loss
-      if val_loss is not None:
-        for prompt, sample in samples(config, data, model, state.params):
+        record = kept if saved else record
+      if score is not None:
+        for prompt, sample in samples(config, data, model, weights()):
           writer.text(step, f'sample/{prompt or "new document"}', sample)
           console.line('\n'.join('  | ' + line for line in sample.splitlines()))
-      return val_loss is not None or not due(step, config.eval.every)
+      return score is not None or not due(step, config.eval.every)
 
     # 6. The loop. Metrics are fetched one step late: a step and its batch go to the device while the one before runs.
     pending: tuple[int, Packed] | None = None
     if begin and due(begin, config.eval.every) and not validated:
       settle(begin, {}, stopping=False)
-    if exhausted():
-      console.line(f'val/loss has not fallen for {stale} evaluations; for more, raise --config.eval.patience')
+    if record.exhausted:
+      console.line(f'{config.eval.monitor} has not improved for {record.stale} evaluations; for more, raise '
+                   '--config.eval.patience')
     elif begin >= config.num_steps:
       console.line(f'already at step {begin} of {config.num_steps}; for more, raise --config.num_steps')
     profiler.begin_after(begin)
-    for step in range(begin + 1, begin + 1 if exhausted() else config.num_steps + 1):
+    for step in range(begin + 1, begin + 1 if record.exhausted else config.num_steps + 1):
       start = time.perf_counter()
       features = next(batches)
       throughput.waited(time.perf_counter() - start)
@@ -244,9 +247,9 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
         checkpoints.wait()
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
                           'the same command goes on from there')
-      if exhausted():
-        console.line(f'step {step}: val/loss has not fallen for {stale} evaluations: the run ends '
-                     '(config.eval.patience)')
+      if record.exhausted:
+        console.line(f'step {step}: {config.eval.monitor} has not improved for {record.stale} evaluations: the run '
+                     'ends (config.eval.patience)')
         break
       profiler.begin_after(step)
       throughput.restart()

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 Params = Any  # nested dict[str, jax.Array]
 Cache = Any  # a model's own pytree; opaque above models/
@@ -25,6 +26,11 @@ class Batch:
   encoder_tokens: jax.Array | None = None  # int32 [B, S]
   encoder_segment_ids: jax.Array | None = None  # int32 [B, S]
   labels: jax.Array | None = None  # [B] or [B, C], for heads that do not predict tokens
+
+  @property
+  def num_tokens(self) -> jax.Array:
+    """How many tokens are read: all but padding, where segment_ids tell it."""
+    return jnp.sum(jnp.ones_like(self.tokens) if self.segment_ids is None else self.segment_ids > 0)
 
 
 def as_batch(features: dict[str, Any]) -> Batch:

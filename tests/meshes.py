@@ -9,13 +9,12 @@ from llm_jax.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, 
 from llm_jax.step import init_state, state_shardings, train_step
 
 
-def train_on(sizes, model, optimizer, features, *, num_steps, state=None, **parts):
+def train_on(sizes, model, tx, features, *, num_steps, state=None, **parts):
   """(metrics of each step, the last state, its shardings) of features(0), features(1), ...; `state`, if given, first.
 
-  `optimizer` is what make_optimizer gives; `parts` go to train_step.
+  `parts` go to train_step.
   """
   mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
-  tx, schedule = optimizer
   num_rows = len(features(0)['tokens'])
   with jax.set_mesh(mesh):
     rows = local_rows(mesh, num_rows)
@@ -24,7 +23,7 @@ def train_on(sizes, model, optimizer, features, *, num_steps, state=None, **part
     if state is None:
       init = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)
       state = init(jax.random.key(0), example)
-    step = jax.jit(partial(train_step, model=model, tx=tx, schedule=schedule, seed=0, **parts),
+    step = jax.jit(partial(train_step, model=model, tx=tx, seed=0, **parts),
                    in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step),
                    donate_argnums=0)
     state, history = jax.device_put(state, shardings), []

@@ -30,6 +30,8 @@ SHAPES = {
 }
 OPTIM = build(OptimConfig, {'learning_rate': 1e-2})
 every_shape = pytest.mark.parametrize('cfg', SHAPES.values(), ids=SHAPES)
+most_shapes = pytest.mark.parametrize('cfg', [
+    pytest.param(cfg, id=name, marks=[pytest.mark.slow] * (name == 'overlapping')) for name, cfg in SHAPES.items()])
 TOKENS = np.random.default_rng(0).integers(0, 17, (2, 30))  # the last patch of 4 is not complete
 
 
@@ -60,7 +62,7 @@ def test_no_byte_depends_on_a_later_one_and_every_one_on_all_before_it(cfg):
   np.testing.assert_array_equal(jacobian_TS != 0, np.tril(np.ones((30, 30), bool)))
 
 
-@every_shape
+@most_shapes
 def test_cached_decoding_is_the_full_forward(cfg):
   """Prompts that end within patches, on a border and before the first; far enough for the window to turn around."""
   model, params = init(cfg)
@@ -162,15 +164,15 @@ def test_no_thinking_has_no_weights_for_it():
 
 @functools.lru_cache
 def first_state(cfg):
-  tx, _ = make_optimizer(OPTIM, 20)
+  tx = make_optimizer(OPTIM, 20)
   example = Batch(*np.zeros((3, 1, 8), np.int32))
   return jax.device_get(jax.jit(partial(init_state, model=make_model(cfg), tx=tx))(jax.random.key(0), example))
 
 
-def train(sizes, num_microbatches):
+def train(sizes, num_microbatches, decoder):
   """Losses and parameters of five steps on a mesh of virtual devices."""
   cfg = dataclasses.replace(TINY, vocab_size=16, num_layers=1, patch_size=2, overlap=True, thinking_steps=1,
-                            halting=True)
+                            halting=True, decoder=decoder)
 
   def features(n):
     tokens = ((np.random.default_rng(n).integers(0, 16, (8, 1)) + np.arange(17)) % 16).astype(np.int32)
@@ -181,10 +183,11 @@ def train(sizes, num_microbatches):
   return np.array([metrics['loss'] for metrics in history]), jax.device_get(state.params)
 
 
-def test_losses_do_not_depend_on_the_mesh_nor_on_microbatches():
-  losses, params = train((1, 1, 1), 1)
+@pytest.mark.parametrize('decoder', ['gru', pytest.param('transformer', marks=pytest.mark.slow)])
+def test_losses_do_not_depend_on_the_mesh_nor_on_microbatches(decoder):
+  losses, params = train((1, 1, 1), 1, decoder)
   assert losses[-1] < losses[0]
-  others, other_params = train((2, 2, 2), 2)
+  others, other_params = train((2, 2, 2), 2, decoder)
   np.testing.assert_allclose(others, losses, atol=1e-5, rtol=0)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), other_params, params)
 

@@ -24,7 +24,7 @@ def abstract(tree, sharding=None):
 def save_all(path, losses, **config):
   with Checkpoints(path, CheckpointConfig(**config)) as checkpoints:
     for step, loss in losses.items():
-      checkpoints.save(step, arrays(step), (arrays(step + 1), ()), {'note': 'x'}, val_loss=loss)
+      checkpoints.save(step, arrays(step), (arrays(step + 1), ()), {'note': 'x'}, score=loss)
   with Checkpoints(path, CheckpointConfig(**config)) as checkpoints:
     return checkpoints.steps(), checkpoints.best_step()
 

@@ -99,7 +99,7 @@ def test_flops_are_those_that_xla_counts(cfg):
 
 @functools.lru_cache
 def first_state(cfg):
-  tx, _ = make_optimizer(OPTIM, 20)
+  tx = make_optimizer(OPTIM, 20)
   example = Batch(*np.zeros((3, 1, 8), np.int32), encoder_tokens=np.zeros((1, 8), np.int32))
   return jax.device_get(jax.jit(partial(init_state, model=make_model(cfg), tx=tx))(jax.random.key(0), example))
 

@@ -8,13 +8,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / 'llm_jax'
 FLOORS = [
     {'errors', 'types', 'builder', 'sharding', 'progress', 'stopping', 'runtime', 'devices', 'profiling',
-     'validators'},
+     'validators', 'conditions'},
     {'layers', 'losses', 'optim', 'data', 'checkpoint', 'metrics'},
     {'models'},
     {'step', 'evaluation', 'sampling'},
     {'config', 'answers'},
     {'assemble'},
-    {'memory'},
+    {'memory', 'record'},
     {'train'},
     {'main', 'evaluate', 'generate', 'predict', 'plot', 'inspect', 'data.prepare', 'data.inspect', 'data.convert'},
 ]

@@ -277,7 +277,8 @@ MIXTURE = ['sources.a.path={folder}/corpus/train.py', 'sources.b.path={folder}/c
            'packing=best_fit']
 
 
-@pytest.mark.parametrize('data', [STREAM, pytest.param(MIXTURE, marks=pytest.mark.slow)], ids=['stream', 'mixture'])
+@pytest.mark.slow
+@pytest.mark.parametrize('data', [STREAM, MIXTURE], ids=['stream', 'mixture'])
 def test_any_data_goes_on_where_it_was(data, folder):
   def losses(workdir):
     return [line['train/loss'] for line in read_metrics(workdir / 'metrics.jsonl')]

@@ -1,5 +1,6 @@
 """Losses beyond the next token, and several at once: against their equations in NumPy, over meshes and batches."""
 
+import dataclasses
 from functools import partial
 
 import flax.linen as nn
@@ -22,7 +23,9 @@ from llm_jax.losses.labels import Classification, Regression, macro_f1
 from llm_jax.losses.next_token import Distillation
 from llm_jax.losses.term import Look, pool
 from llm_jax.models import make_model
+from llm_jax.models.byte_patch import BytePatchConfig
 from llm_jax.models.decoder import DecoderConfig
+from llm_jax.models.encdec import EncDecConfig
 from llm_jax.optim import make_optimizer
 from llm_jax.step import eval_step
 from llm_jax.types import Batch
@@ -239,10 +242,10 @@ def features(n, num_rows=16):
           'encoder_segment_ids': other_real}
 
 
-def train(config, num_steps=12, *, sizes=(1, 1, 1), num_microbatches=1, teacher=(None, None)):
+def train(config, num_steps=12, *, cfg=CFG, sizes=(1, 1, 1), num_microbatches=1, teacher=(None, None)):
   """([loss, extra_loss] of each step, state, metrics of the last one) on a mesh of virtual devices."""
   objective = make_objective(config, teacher[0])
-  model = make_model(CFG, objective.heads, objective.num_weights)
+  model = make_model(cfg, objective.heads, objective.num_weights)
   history, state, _ = train_on(sizes, model, make_optimizer(OPTIM, 20), features, num_steps=num_steps,
                                objective=objective, frozen=teacher[1], num_microbatches=num_microbatches)
   return np.array([[m['loss'], m['extra_loss']] for m in history]), state, history[-1]
@@ -300,14 +303,38 @@ def test_heads_beside_a_model_leave_its_parameters_where_they_are():
   np.testing.assert_array_equal(same, make_model(CFG).apply({'params': plain}, Batch(**features(0))))
 
 
+@pytest.mark.parametrize('cfg', [
+    pytest.param(EncDecConfig(vocab_size=32, max_len=16, encoder_len=16, num_layers=1, embed_dim=16, num_heads=2),
+                 id='encdec'),
+    pytest.param(BytePatchConfig(vocab_size=32, max_len=16, num_layers=1, embed_dim=16, num_heads=2, window=8,
+                                 thinking_steps=1), id='byte_patch')])
+def test_heads_beside_other_models_learn_in_bfloat16(cfg):
+  losses, state, metrics = train(BOTH, 12, cfg=dataclasses.replace(cfg, dtype='bfloat16'))
+  assert losses[-1, 0] < losses[0, 0] and metrics['skipped'] == 0
+  assert np.abs(state.params['heads_classification']['b']).min() > 1e-3
+
+
 @pytest.mark.slow
 def test_a_student_comes_closer_to_its_teacher():
-  teacher = train(LossConfig(), 12)[1].params
+  """The same on a mesh, and in microbatches."""
+  teacher = jax.device_get(train(LossConfig(), 12)[1].params)
   config = LossConfig(terms=('distillation',), distillation=Distillation(teacher='x', hidden=1.0, hidden_dim=16))
   model = make_model(CFG)
   losses, state, _ = train(config, 12, teacher=(model, teacher))
   assert losses[-1, 0] < 0.7 * losses[0, 0]
   assert 'heads_distillation' in state.params
+  others, _, _ = train(config, 12, teacher=(model, teacher), sizes=(2, 2, 2), num_microbatches=2)
+  np.testing.assert_allclose(others, losses, atol=2e-5, rtol=0)
+
+
+def test_what_is_read_is_counted_without_padding():
+  """A pair's second text too, whatever is learnt of it."""
+  batch = Batch(**features(0))
+  first, second = (np.sum(x > 0) for x in (batch.segment_ids, batch.encoder_segment_ids))
+  batch = batch.replace(loss_mask=jnp.zeros((16, 16)))
+  assert Objective().num_tokens(batch) == first
+  assert Objective().num_tokens(batch.replace(segment_ids=None)) == 16 * 16
+  assert make_objective(LossConfig(terms=('next_token', 'contrastive'))).num_tokens(batch) == first + second
 
 
 def test_a_class_is_told_from_tokens_that_came_before_alone():

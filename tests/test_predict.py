@@ -1,5 +1,6 @@
 """Runs that learn what whole documents are: trained, stopped, evaluated and asked as a user does."""
 
+import functools
 import json
 import random
 import shutil
@@ -65,8 +66,13 @@ def folder(tmp_path_factory):
   for name, (label, answer, task, term) in KINDS.items():
     path = str(folder / 'data.jsonl')
     (folder / f'{name}.py').write_text(CONFIG.format(path=path, label=label, answer=answer, task=task, term=term))
-  runs = [start(folder, 'main', f'--config={name}.py', f'--workdir={name}') for name in KINDS]
-  return folder, dict(zip(KINDS, map(finish, runs), strict=True))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def run(folder):
+  """run(kind): what training it prints; once."""
+  return functools.cache(lambda name: finish(start(folder, 'main', f'--config={name}.py', f'--workdir={name}')))
 
 
 def report_of(capsys):
@@ -80,11 +86,11 @@ def told(capsys, *flags):
   return [json.loads(line) for line in lines if line.startswith('{')]
 
 
-def test_a_classifier_is_evaluated_with_its_confusions(folder, capsys, tmp_path):
-  folder, output = folder
+def test_a_classifier_is_evaluated_with_its_confusions(folder, run, capsys, tmp_path):
+  output = run('classification')
   evaluate.main([f'--workdir={folder}/classification', f'--out={tmp_path}/result.json'])
   printed, written = report_of(capsys), json.loads((tmp_path / 'result.json').read_text())
-  assert printed['accuracy'] > 0.95 and printed['macro_f1'] > 0.95 and 'val/macro_f1' in output['classification']
+  assert printed['accuracy'] > 0.95 and printed['macro_f1'] > 0.95 and 'val/macro_f1' in output
   counts = np.array(written['confusion'])
   assert written['classes'] == ['all x', 'all y', 'all z'] and counts.shape == (3, 3)
   assert counts.sum() == written['documents'] and np.trace(counts) == round(written['accuracy'] * counts.sum())
@@ -93,9 +99,9 @@ def test_a_classifier_is_evaluated_with_its_confusions(folder, capsys, tmp_path)
   assert last['val/accuracy'] == pytest.approx(written['accuracy'])
 
 
-def test_labels_of_another_file_are_known_by_their_names(folder, capsys, tmp_path):
+def test_labels_of_another_file_are_known_by_their_names(folder, run, capsys, tmp_path):
   """Though it holds but two of the classes, which would be numbers 0 and 1 there."""
-  folder, _ = folder
+  run('classification')
   write(tmp_path / 'other.jsonl', seed=1, only='yz')
   evaluate.main([f'--workdir={folder}/classification', f'--data={tmp_path}/other.jsonl', f'--out={tmp_path}/r.json'])
   assert report_of(capsys)['accuracy'] > 0.95
@@ -104,30 +110,38 @@ def test_labels_of_another_file_are_known_by_their_names(folder, capsys, tmp_pat
     evaluate.main([f'--workdir={folder}/classification', f'--data={tmp_path}/odd.jsonl'])
 
 
-def test_texts_are_told_what_they_are(folder, capsys, monkeypatch):
-  folder, _ = folder
+def test_texts_are_told_what_they_are(folder, run, capsys):
+  run('classification')
   first, second = told(capsys, f'--workdir={folder}/classification', '--text=yyyya', '--text=zzc', '--top=2')
   assert [next(iter(x['classification'])) for x in (first, second)] == ['all y', 'all z']
   assert len(first['classification']) == 2 and first['text'] == 'yyyya'
+
+
+def test_numbers_are_learnt_and_told_in_their_own_units(folder, run, capsys, monkeypatch):
+  run('regression')
+  assert read_metrics(folder / 'regression' / 'metrics.jsonl')[-1]['val/r2'] > 0.7
   monkeypatch.setattr('sys.stdin', ['xxxxxxxxa\n', 'xxa\n'])
   [eight], [two] = (x['regression'] for x in told(capsys, f'--workdir={folder}/regression'))
-  assert eight > two + 2, 'numbers in the units of the labels'
+  assert eight > two + 2
+
+
+@pytest.mark.slow
+def test_pairs_are_learnt_compared_and_not_answered(folder, run, capsys, tmp_path):
+  run('contrastive')
+  assert read_metrics(folder / 'contrastive' / 'metrics.jsonl')[-1]['val/top5_accuracy'] > 0.5
+  evaluate.main([f'--workdir={folder}/contrastive', f'--out={tmp_path}/r.json'])
+  assert {'accuracy', 'mrr', 'loss'} <= report_of(capsys).keys()
+  assert not (tmp_path / 'answers.jsonl').exists()
   embeddings = np.array([x['contrastive'] for x in told(
       capsys, f'--workdir={folder}/contrastive', '--text=yyyya', '--text=ayy', '--text=cxx')])
   np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-3)
   assert embeddings[0] @ embeddings[1] > embeddings[0] @ embeddings[2]
 
 
-def test_numbers_and_pairs_are_learnt(folder):
-  folder, _ = folder
-  for name, metric, least in (('regression', 'val/r2', 0.7), ('contrastive', 'val/top5_accuracy', 0.5)):
-    assert read_metrics(folder / name / 'metrics.jsonl')[-1][metric] > least
-
-
 @pytest.mark.slow
-def test_a_classifier_goes_on_where_it_was_stopped(folder, tmp_path):
+def test_a_classifier_goes_on_where_it_was_stopped(folder, run):
   """Bitwise: the labels of batch n, the head and its optimizer state are the run's that was never stopped."""
-  folder, _ = folder
+  run('classification')
   flags = ('--config=classification.py', '--workdir=stopped')
   process = start(folder, 'main', *flags)
   signal_at(process, folder / 'stopped', 10, signal.SIGTERM)
@@ -138,9 +152,10 @@ def test_a_classifier_goes_on_where_it_was_stopped(folder, tmp_path):
       k: v for k, v in stopped.items() if 'per_' not in k and 'wait' not in k and 'mfu' not in k}
 
 
-def test_what_has_not_learnt_to_write_says_so(folder):
+def test_what_has_not_learnt_to_write_says_so(folder, run):
+  run('classification')
   with pytest.raises(ConfigError, match=r'has not learnt to write.*llm_jax\.predict'):
-    generate.main([f'--workdir={folder[0]}/classification'])
+    generate.main([f'--workdir={folder}/classification'])
 
 
 @pytest.mark.parametrize(('flags', 'words'), [
@@ -155,8 +170,9 @@ def test_what_has_not_learnt_to_write_says_so(folder):
     ((*TAUGHT, '--config.loss.distillation.teacher=regression', '--config.model.vocab_size=300'),
      ['loss.distillation.teacher', 'another vocabulary', '257']),
 ])
-def test_what_does_not_go_together_is_told(folder, tmp_path, monkeypatch, flags, words):
-  monkeypatch.chdir(folder[0])
+def test_what_does_not_go_together_is_told(folder, run, tmp_path, monkeypatch, flags, words):
+  run('regression')
+  monkeypatch.chdir(folder)
   with pytest.raises(ConfigError) as e:
     main.main(['--config=classification.py', f'--workdir={tmp_path}/run', *flags])
   assert all(word in str(e.value) for word in words), e.value
@@ -164,7 +180,7 @@ def test_what_does_not_go_together_is_told(folder, tmp_path, monkeypatch, flags,
 
 def test_a_model_that_reads_both_texts_cannot_compare_them(folder, tmp_path):
   """It would find the partner in what it has read."""
-  text = (folder[0] / 'contrastive.py').read_text().replace('config = base()', "config = base('encdec')")
+  text = (folder / 'contrastive.py').read_text().replace('config = base()', "config = base('encdec')")
   (tmp_path / 'both.py').write_text(text)
   with pytest.raises(ConfigError, match=r'encdec reads both texts.*decoder, byte_patch'):
     main.main([f'--config={tmp_path}/both.py', f'--workdir={tmp_path}/run'])
@@ -176,13 +192,14 @@ def test_a_class_that_training_never_saw_is_told(folder, tmp_path):
     with open(tmp_path / f'{name}.jsonl', 'a') as f:
       f.writelines(json.dumps({'text': f'{label}{i}', 'kind': label}) + '\n' for i in range(16))
   with pytest.raises(DataError, match=r'val part has class 2.*0 to 1.*num_classes to 3'):
-    main.main([f'--config={folder[0]}/classification.py', f'--workdir={tmp_path}/run',
+    main.main([f'--config={folder}/classification.py', f'--workdir={tmp_path}/run',
                f'--config.data.path={tmp_path}/train.jsonl', f'--config.data.val_path={tmp_path}/val.jsonl'])
 
 
-def test_a_run_from_before_losses_had_a_section_is_still_read(folder, capsys, tmp_path):
+def test_a_run_from_before_losses_had_a_section_is_still_read(folder, run, capsys, tmp_path):
+  run('regression')
   workdir = tmp_path / 'old'
-  shutil.copytree(folder[0] / 'regression', workdir)
+  shutil.copytree(folder / 'regression', workdir)
   values = json.loads((workdir / 'config.json').read_text())
   values |= {'z_loss': 0.5, 'label_smoothing': 0.0}
   values['data']['prefix_lm'] = {}
@@ -194,19 +211,14 @@ def test_a_run_from_before_losses_had_a_section_is_still_read(folder, capsys, tm
   assert report_of(capsys)['r2'] > 0.7
 
 
-def test_pairs_are_compared_and_not_answered(folder, capsys, tmp_path):
-  evaluate.main([f'--workdir={folder[0]}/contrastive', f'--out={tmp_path}/r.json'])
-  assert {'accuracy', 'mrr', 'loss'} <= report_of(capsys).keys()
-  assert not (tmp_path / 'answers.jsonl').exists()
-
-
 def test_rows_that_are_compared_are_held_at_once(folder, tmp_path):
   """16 rows of 12 tokens on 8 devices."""
   with pytest.raises(ConfigError, match=r'tokens_per_device: 12 cuts .* into 2.*terms=contrastive.*at once; set 24'):
-    main.main([f'--config={folder[0]}/contrastive.py', f'--workdir={tmp_path}/run', '--config.tokens_per_device=12'])
+    main.main([f'--config={folder}/contrastive.py', f'--workdir={tmp_path}/run', '--config.tokens_per_device=12'])
 
 
-def test_another_loss_is_refused_in_the_same_workdir(folder):
+def test_another_loss_is_refused_in_the_same_workdir(folder, run):
+  run('classification')
   with pytest.raises(ConfigError, match=r'config\.loss: the checkpoint learns classification .* next_token'):
-    main.main([f'--config={folder[0]}/classification.py', f'--workdir={folder[0]}/classification',
+    main.main([f'--config={folder}/classification.py', f'--workdir={folder}/classification',
                '--config.loss.terms=classification,next_token'])

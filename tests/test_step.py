@@ -27,7 +27,7 @@ from llm_jax.sharding import (
   num_batch_shards,
   put_batch,
 )
-from llm_jax.step import NEXT_TOKEN, eval_step, init_state, train_step
+from llm_jax.step import NEXT_TOKEN, eval_step, init_state, logical_axes, train_step
 from llm_jax.types import Batch
 
 CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, dtype='float32',
@@ -63,6 +63,25 @@ def test_losses_do_not_depend_on_the_mesh(alone, sizes, num_microbatches):
   np.testing.assert_allclose(losses, alone[0], atol=1e-5, rtol=0)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), jax.device_get(state.params),
                jax.device_get(alone[1].params))
+
+
+def test_a_long_chain_does_the_same_on_a_mesh():
+  """Whose states are partitioned, masked, averaged: each lies like its parameter."""
+  config = build(OptimConfig, {
+      'learning_rate': 1e-2, 'chain': ['clip_by_global_norm', 'grokfast_ema', 'muon', 'noise_adaptive',
+                                       'reduce_on_plateau', 'ema'],
+      'groups': {'norms': {'pattern': 'norm', 'frozen': True}, 'tables': {'pattern': 'embed', 'learning_rate': 2.0}}})
+  axes = logical_axes(Batch(*np.zeros((3, 1, 8), np.int32)), model=make_model(CFG))
+  tx, losses, averages = make_optimizer(config, 20, axes), [], []
+  for sizes in ((1, 1, 1), (2, 2, 2)):
+    history, state, shardings = train_on(sizes, make_model(CFG), tx, features, num_steps=8)
+    losses.append([metrics['loss'] for metrics in history])
+    averages.append(jax.device_get(tx.evaluated(state.opt_state, state.params)))
+  np.testing.assert_allclose(*losses, atol=1e-4, rtol=0)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), *averages)
+  assert losses[0][-1] < losses[0][0]
+  sharded = [s for s in jax.tree.leaves(shardings.opt_state) if s.spec != P()]
+  assert len(sharded) > 2 * sum(s.spec != P() for s in jax.tree.leaves(shardings.params)) - 8
 
 
 @pytest.mark.parametrize('count', [4])
@@ -108,10 +127,10 @@ def test_init_does_not_depend_on_the_mesh():
 def test_the_step_is_pure():
   """Called bare, twice, with the same state and batch: the same bits, dropout included; another seed differs."""
   model = make_model(DecoderConfig(vocab_size=32, max_len=16, num_layers=1, embed_dim=8, num_heads=2, dropout=0.2))
-  tx, schedule = make_optimizer(OPTIM, 20)
+  tx = make_optimizer(OPTIM, 20)
   batch = Batch(**features(0))
   state = jax.jit(partial(init_state, model=model, tx=tx))(jax.random.key(0), batch)
-  step = jax.jit(partial(train_step, model=model, tx=tx, schedule=schedule), static_argnames='seed')
+  step = jax.jit(partial(train_step, model=model, tx=tx), static_argnames='seed')
   first, second, other = step(state, batch, seed=1), step(state, batch, seed=1), step(state, batch, seed=2)
   jax.tree.map(np.testing.assert_array_equal, first, second)
   assert first[1]['loss'] != other[1]['loss']
@@ -135,10 +154,10 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, 1e30])
 def test_non_finite_gradients_never_reach_the_state(bad):
-  tx, schedule = make_optimizer(build(OptimConfig, {'chain': ('adamw',)}), 20)
+  tx = make_optimizer(build(OptimConfig, {'chain': ('adamw',)}), 20)
   ones = jnp.ones((2, 3), jnp.int32)
   state = init_state(jax.random.key(0), Batch(ones, ones, ones * 1.0), model=Odd(), tx=tx)
-  step = jax.jit(partial(train_step, model=Odd(), tx=tx, schedule=schedule, seed=0))
+  step = jax.jit(partial(train_step, model=Odd(), tx=tx, seed=0))
   good, metrics = step(state, Batch(ones, ones, ones * 1.0))
   assert metrics['skipped'] == 0 and good.params['w'] != state.params['w']
   mask = jnp.zeros((2, 3)).at[0, 0].set(bad).at[0, 1].set(-bad)  # of sum 0: the mean does not scale it away
@@ -150,11 +169,11 @@ def test_non_finite_gradients_never_reach_the_state(bad):
 
 @pytest.mark.parametrize('num_microbatches', [1, 2])
 def test_what_modules_sow_is_added_or_logged(num_microbatches):
-  tx, schedule = optax.sgd(0.1), optax.constant_schedule(0.1)
+  tx = make_optimizer(build(OptimConfig, {'chain': ('sgd',)}), 20)
   zeros = jnp.zeros((2, 3), jnp.int32)
   batch = Batch(zeros, zeros, jnp.ones((2, 3)))
   state = init_state(jax.random.key(0), batch, model=Odd(), tx=tx)
-  _, metrics = jax.jit(partial(train_step, model=Odd(), tx=tx, schedule=schedule, seed=0,
+  _, metrics = jax.jit(partial(train_step, model=Odd(), tx=tx, seed=0,
                                num_microbatches=num_microbatches))(state, batch)
   assert metrics['extra_loss'] == pytest.approx(3.0) and metrics['grad_norm'] == pytest.approx(3.0)
   assert metrics['loss'] == pytest.approx(np.log(2)) and metrics['weight'] == pytest.approx(1.0)

@@ -47,6 +47,11 @@ class Objective:
     """How often the model reads a batch."""
     return 1 + sum(type(term).other is not Term.other for _, term in self.terms)
 
+  def num_tokens(self, batch: Batch) -> jax.Array:
+    """Tokens that the model reads for a batch."""
+    others = [term.other(batch) for _, term in self.terms]
+    return batch.num_tokens + sum(other.num_tokens for other in others if other is not None)
+
   @property
   def tells(self) -> bool:
     """Whether `predict` has anything to tell."""

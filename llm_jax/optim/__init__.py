@@ -1,98 +1,57 @@
 """Optimizer and schedule from config: one Optax chain, in the order that the config states.
 
-Add a link with a function and a line in TRANSFORMS, a schedule with a function and a line in SCHEDULES. Both are
-given their own section of the config, a frozen dataclass, whose fields keep Optax's names.
+Add a link with a class and a line in TRANSFORMS (see link.py), a schedule with a class and a line in SCHEDULES. Both
+are sections of the config, frozen dataclasses, whose fields keep Optax's names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import NamedTuple
 
+import jax
+import numpy as np
 import optax
 
-from llm_jax.optim.masks import matrices
+from llm_jax.errors import ConfigError
+from llm_jax.optim import controls, filters, optimizers, schedules, soap
+from llm_jax.optim.groups import Group, with_groups
+from llm_jax.optim.link import Link
+from llm_jax.types import Metrics, Params
 
-
-@dataclasses.dataclass(frozen=True)
-class ClipByGlobalNorm:
-  """Scales gradients down to this norm (arXiv 1211.5063)."""
-
-  max_norm: float = 1.0
-
-  def __post_init__(self):
-    if self.max_norm <= 0:
-      raise ValueError(f'max_norm must be positive; got {self.max_norm}')
-
-  def make(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-    del schedule
-    return optax.clip_by_global_norm(self.max_norm)
-
-
-@dataclasses.dataclass(frozen=True)
-class AdamW:
-  """Adam with decoupled weight decay (arXiv 1711.05101), on matrices only: no norms, no biases."""
-
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1
-  mu_dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the first moment as it is kept
-
-  def __post_init__(self):
-    if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
-      raise ValueError(f'b1 and b2 must lie in [0, 1); got {self.b1}, {self.b2}')
-    if self.eps <= 0 or self.weight_decay < 0:
-      raise ValueError(f'eps must be positive and weight_decay not negative; got {self.eps}, {self.weight_decay}')
-
-  def make(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(schedule, self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype, weight_decay=self.weight_decay,
-                       mask=matrices)
-
-
-@dataclasses.dataclass(frozen=True)
-class WarmupCosine:
-  """Linear to the peak, then half a cosine (arXiv 1608.03983) down to `end_factor` of it at the last step."""
-
-  warmup_steps: int = 0
-  end_factor: float = 0.1
-
-  def __post_init__(self):
-    if self.warmup_steps < 0 or not 0 <= self.end_factor <= 1:
-      raise ValueError('warmup_steps must not be negative and end_factor must lie in [0, 1]; '
-                       f'got {self.warmup_steps}, {self.end_factor}')
-
-  def make(self, peak_value: float, num_steps: int) -> optax.Schedule:
-    return optax.warmup_cosine_decay_schedule(
-        init_value=peak_value / (self.warmup_steps + 1), peak_value=peak_value, warmup_steps=self.warmup_steps,
-        decay_steps=num_steps, end_value=self.end_factor * peak_value)
-
-
-@dataclasses.dataclass(frozen=True)
-class Constant:
-  """Linear to the peak, then constant."""
-
-  warmup_steps: int = 0
-
-  def __post_init__(self):
-    if self.warmup_steps < 0:
-      raise ValueError(f'warmup_steps must not be negative; got {self.warmup_steps}')
-
-  def make(self, peak_value: float, num_steps: int) -> optax.Schedule:
-    del num_steps
-    return optax.schedules.warmup_constant_schedule(peak_value / (self.warmup_steps + 1), peak_value, self.warmup_steps)
-
-
-TRANSFORMS: dict[str, type] = {
-    'clip_by_global_norm': ClipByGlobalNorm,
-    'adamw': AdamW,
+TRANSFORMS: dict[str, type[Link]] = {
+    'clip_by_global_norm': filters.ClipByGlobalNorm,
+    'grokfast_ema': filters.GrokfastEma,
+    'grokfast_ma': filters.GrokfastMa,
+    'adamw': optimizers.AdamW,
+    'adam': optimizers.Adam,
+    'sgd': optimizers.Sgd,
+    'lion': optimizers.Lion,
+    'adafactor': optimizers.Adafactor,
+    'muon': optimizers.Muon,
+    'ademamix': optimizers.AdEMAMix,
+    'prodigy': optimizers.Prodigy,
+    'schedule_free': optimizers.ScheduleFree,
+    'soap': soap.Soap,
+    'reduce_on_plateau': controls.ReduceOnPlateau,
+    'noise_adaptive': controls.NoiseAdaptive,
+    'ema': controls.Ema,
 }
-FILTERS = {'clip_by_global_norm'}  # links that hand gradients on, without a learning rate
-SCHEDULES: dict[str, Callable[..., Any]] = {
-    'warmup_cosine': WarmupCosine,
-    'constant': Constant,
+SCHEDULES: dict[str, type] = {
+    'warmup_cosine': schedules.WarmupCosine,
+    'warmup_linear': schedules.WarmupLinear,
+    'constant': schedules.Constant,
+    'inverse_sqrt': schedules.InverseSqrt,
+    'wsd': schedules.Wsd,
+    'one_cycle': schedules.OneCycle,
+    'cyclic': schedules.Cyclic,
+    'restarts': schedules.Restarts,
+    'polynomial': schedules.Polynomial,
+    'phases': schedules.Phases,
+    'composite': schedules.Composite,
 }
+PLACES = ('filter', 'optimizer', 'control')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +60,35 @@ class OptimConfig:
 
   learning_rate: float = 6e-4
   schedule: str = 'warmup_cosine'  # one of SCHEDULES
-  chain: tuple[str, ...] = ('clip_by_global_norm', 'adamw')  # of TRANSFORMS
-  warmup_cosine: WarmupCosine = WarmupCosine()
-  constant: Constant = Constant()
-  clip_by_global_norm: ClipByGlobalNorm = ClipByGlobalNorm()
-  adamw: AdamW = AdamW()
+  chain: tuple[str, ...] = ('clip_by_global_norm', 'adamw')  # of TRANSFORMS: filters, an optimizer, controls
+  groups: dict[str, Group] = dataclasses.field(default_factory=dict)
+  warmup_cosine: schedules.WarmupCosine = schedules.WarmupCosine()
+  warmup_linear: schedules.WarmupLinear = schedules.WarmupLinear()
+  constant: schedules.Constant = schedules.Constant()
+  inverse_sqrt: schedules.InverseSqrt = schedules.InverseSqrt()
+  wsd: schedules.Wsd = schedules.Wsd()
+  one_cycle: schedules.OneCycle = schedules.OneCycle()
+  cyclic: schedules.Cyclic = schedules.Cyclic()
+  restarts: schedules.Restarts = schedules.Restarts()
+  polynomial: schedules.Polynomial = schedules.Polynomial()
+  phases: schedules.Phases = schedules.Phases()
+  composite: schedules.Composite = schedules.Composite()
+  clip_by_global_norm: filters.ClipByGlobalNorm = filters.ClipByGlobalNorm()
+  grokfast_ema: filters.GrokfastEma = filters.GrokfastEma()
+  grokfast_ma: filters.GrokfastMa = filters.GrokfastMa()
+  adamw: optimizers.AdamW = optimizers.AdamW()
+  adam: optimizers.Adam = optimizers.Adam()
+  sgd: optimizers.Sgd = optimizers.Sgd()
+  lion: optimizers.Lion = optimizers.Lion()
+  adafactor: optimizers.Adafactor = optimizers.Adafactor()
+  muon: optimizers.Muon = optimizers.Muon()
+  ademamix: optimizers.AdEMAMix = optimizers.AdEMAMix()
+  prodigy: optimizers.Prodigy = optimizers.Prodigy()
+  schedule_free: optimizers.ScheduleFree = optimizers.ScheduleFree()
+  soap: soap.Soap = soap.Soap()
+  reduce_on_plateau: controls.ReduceOnPlateau = controls.ReduceOnPlateau()
+  noise_adaptive: controls.NoiseAdaptive = controls.NoiseAdaptive()
+  ema: controls.Ema = controls.Ema()
 
   def __post_init__(self):
     if not 0 < self.learning_rate < float('inf'):
@@ -113,17 +96,92 @@ class OptimConfig:
     for name in self.chain:
       if name not in TRANSFORMS:
         raise ValueError(f'chain names {name!r}, which is unknown; known: {", ".join(TRANSFORMS)}')
-    if all(name in FILTERS for name in self.chain):
-      raise ValueError(f'chain {self.chain} only filters gradients; add an optimizer: '
-                       f'{", ".join(name for name in TRANSFORMS if name not in FILTERS)}')
+    places = [TRANSFORMS[name].place for name in self.chain]
+    if places.count('optimizer') != 1 or places != sorted(places, key=PLACES.index):
+      raise ValueError(f'chain must be filters ({_at("filter")}), one optimizer ({_at("optimizer")}) and then controls '
+                       f'({_at("control")}); got {", ".join(self.chain) or "nothing"}')
+    if len(set(self.chain)) < len(self.chain):
+      raise ValueError(f'chain names a link twice: {", ".join(self.chain)}')
+    if sum(link.averages for link in self.links) > 1 or ('ema' in self.chain and self.chain[-1] != 'ema'):
+      raise ValueError('chain can average weights once, and ema at its end')
     if self.schedule not in SCHEDULES:
       raise ValueError(f'schedule {self.schedule!r} is unknown; known: {", ".join(SCHEDULES)}')
-    for name in (TRANSFORMS | SCHEDULES).keys() - {*self.chain, self.schedule}:
+    parts = self.composite.parts
+    known = [name for name in SCHEDULES if name != 'composite']
+    for name in parts:
+      if name not in known:
+        raise ValueError(f'composite.parts names {name!r}, which is unknown; known: {", ".join(known)}')
+    if self.schedule == 'composite' and not parts:
+      raise ValueError(f'composite.parts must name schedules: {", ".join(known)}')
+    for name in (TRANSFORMS | SCHEDULES).keys() - {*self.chain, self.schedule, *parts}:
       if getattr(self, name) != (TRANSFORMS | SCHEDULES)[name]():
         raise ValueError(f'{name} is set, but neither chain nor schedule names it: it would have no effect')
 
+  @property
+  def links(self) -> list[Link]:
+    return [getattr(self, name) for name in self.chain]
 
-def make_optimizer(config: OptimConfig, num_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The chain as one gradient transformation, and the schedule that it follows (for the log)."""
-  schedule = getattr(config, config.schedule).make(config.learning_rate, num_steps)
-  return optax.chain(*(getattr(config, name).make(schedule) for name in config.chain)), schedule
+  @property
+  def weight_decay(self) -> float:
+    """The optimizer's."""
+    return next(getattr(link, 'weight_decay', 0.0) for link in self.links if link.place == 'optimizer')
+
+  def schedule_parts(self, num_steps: int) -> list[tuple[str, int]]:
+    """(name, steps) of the schedules that follow each other."""
+    return self.composite.lengths(num_steps) if self.schedule == 'composite' else [(self.schedule, num_steps)]
+
+  def make_schedule(self, num_steps: int) -> optax.Schedule:
+    parts = self.schedule_parts(num_steps)
+    ends = np.cumsum([steps for _, steps in parts])
+    return optax.join_schedules([getattr(self, name).make(self.learning_rate, steps) for name, steps in parts],
+                                ends[:-1].tolist())
+
+
+def _at(place: str) -> str:
+  return ', '.join(name for name, cls in TRANSFORMS.items() if cls.place == place)
+
+
+class Optimizer(NamedTuple):
+  """A gradient transformation (init, update) with what its links tell of themselves."""
+
+  init: Callable[[Params], optax.OptState]
+  update: Callable[..., tuple[Params, optax.OptState]]
+  schedule: optax.Schedule
+  links: tuple[Link, ...] = ()
+
+  def report(self, opt_state: optax.OptState) -> Metrics:
+    """Scalars to log."""
+    reports = [link.report(state) for link, state in zip(self.links, opt_state, strict=False)]
+    return {name: value for report in reports for name, value in report.items()}
+
+  @property
+  def averages(self) -> bool:
+    """Whether other weights are evaluated than those that are trained."""
+    return any(link.averages for link in self.links)
+
+  def evaluated(self, opt_state: optax.OptState, params: Params) -> Params:
+    for link, state in zip(self.links, opt_state, strict=False):
+      params = link.evaluated(state, params)
+    return params
+
+  def hear(self, opt_state: optax.OptState, results: dict[str, float]) -> optax.OptState:
+    """The state after an evaluation. Raises ValueError where a link asks for a metric that is not there."""
+    heard = tuple(link.hear(state, results) if link.hears else state
+                  for link, state in zip(self.links, opt_state, strict=False))
+    return jax.tree.map(lambda new, old: old if new is old else jax.device_put(np.asarray(new), old.sharding),
+                        (*heard, *opt_state[len(heard):]), opt_state)
+
+
+def make_optimizer(config: OptimConfig, num_steps: int, axes: Params = None) -> Optimizer:
+  """The chain as one gradient transformation; `axes` is a tree of the parameters' logical axes, which
+  groups, muon and soap go by.
+
+  Raises ConfigError for groups that no parameter belongs to.
+  """
+  schedule = config.make_schedule(num_steps)
+  try:
+    links = with_groups(config.links, config.groups, config.weight_decay, axes)
+  except ValueError as e:
+    raise ConfigError(f'config.optim.{e}') from None
+  tx = optax.chain(*(optax.with_extra_args_support(link.make(schedule, axes)) for link in links))
+  return Optimizer(tx.init, tx.update, schedule, tuple(links))

@@ -1,0 +1,67 @@
+"""What a chain is made of: a Link, one section of the config."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import optax
+
+from llm_jax.types import Metrics, Params
+
+
+class Link:
+  """A gradient transformation and what it tells of itself. A new one is a subclass and a line in TRANSFORMS.
+
+  make(schedule, axes)    the transformation; `axes` is a tree of the parameters' logical axes
+  evaluated(state, params)  the weights that are evaluated and exported: averages, for one
+  report(state)           scalars to log
+  hear(state, results)    the state after an evaluation, whose results ('val/loss', ...) these are
+  """
+
+  place: ClassVar[Literal['filter', 'optimizer', 'control']] = 'optimizer'  # filters come before it, controls after
+
+  @property
+  def averages(self) -> bool:
+    """Whether `evaluated` gives other weights."""
+    return False
+
+  @property
+  def hears(self) -> bool:
+    """Whether `hear` does anything."""
+    return False
+
+  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+    raise NotImplementedError
+
+  def evaluated(self, state: Any, params: Params) -> Params:
+    del state
+    return params
+
+  def report(self, state: Any) -> Metrics:
+    del state
+    return {}
+
+  def hear(self, state: Any, results: dict[str, float]) -> Any:
+    del results
+    return state
+
+
+def at_least(least: float, **values: float) -> None:
+  """Raises ValueError naming the values below `least`."""
+  for name, value in values.items():
+    if not value >= least:
+      raise ValueError(f'{name} must be at least {least}; got {value}')
+
+
+def positive(**values: float) -> None:
+  """Raises ValueError naming the values that are not above 0."""
+  for name, value in values.items():
+    if not value > 0:
+      raise ValueError(f'{name} must be positive; got {value}')
+
+
+def rates(**values: float) -> None:
+  """Raises ValueError naming the values that are not in [0, 1), as rates of decaying averages are."""
+  for name, value in values.items():
+    if not 0 <= value < 1:
+      raise ValueError(f'{name} must lie in [0, 1); got {value}')

@@ -1,0 +1,55 @@
+"""What a run remembers of its evaluations: the best, how long ago it was, and what was mastered when."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from llm_jax.conditions import condition
+from llm_jax.config import EvalConfig
+from llm_jax.errors import ConfigError
+
+
+@dataclasses.dataclass
+class Record:
+  """Scores are the monitored metric, negated where it should grow: less is better."""
+
+  config: EvalConfig
+  saved: float = float('inf')  # the best score that a checkpoint was saved for
+  best: float = float('inf')  # of all evaluations
+  stale: int = 0  # evaluations since the best one
+  reached: dict[str, int] = dataclasses.field(default_factory=dict)  # capability: the first step that has it
+
+  @classmethod
+  def from_meta(cls, config: EvalConfig, meta: dict[str, Any]) -> Record:
+    """As a checkpoint keeps it; what it monitored before counts only if it is the same now."""
+    kept = meta.get('record') or {'monitor': ['val/loss', 'min'], 'saved': meta.get('best_val_loss'),
+                                  'best': meta.get('lowest') or meta.get('best_val_loss'),
+                                  'stale': meta.get('stale', 0), 'reached': {}}
+    if kept['monitor'] != [config.monitor, config.mode]:
+      return cls(config, reached=kept['reached'])
+    saved, best = (float('inf') if kept[name] is None else kept[name] for name in ('saved', 'best'))
+    return cls(config, saved, best, kept['stale'], kept['reached'])
+
+  def to_meta(self) -> dict[str, Any]:
+    saved, best = (None if value == float('inf') else value for value in (self.saved, self.best))
+    return {'monitor': [self.config.monitor, self.config.mode], 'saved': saved, 'best': best, 'stale': self.stale,
+            'reached': self.reached}
+
+  @property
+  def exhausted(self) -> bool:
+    return 0 < self.config.patience <= self.stale
+
+  def see(self, step: int, results: dict[str, float]) -> tuple[float, list[str]]:
+    """(score, capabilities reached for the first time). Raises ConfigError for a metric that is not there."""
+    try:
+      if self.config.monitor not in results:
+        raise ValueError(f'monitor {self.config.monitor!r} is no result of an evaluation; there are: '
+                         f'{", ".join(sorted(results))}')
+      new = [text for text in self.config.capabilities if text not in self.reached and condition(text).holds(results)]
+    except ValueError as e:
+      raise ConfigError(f'config.eval: {e}') from None
+    self.reached |= dict.fromkeys(new, step)
+    score = results[self.config.monitor] * (1 if self.config.mode == 'min' else -1)
+    self.best, self.stale = (score, 0) if score < self.best - self.config.min_delta else (self.best, self.stale + 1)
+    return score, new

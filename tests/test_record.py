@@ -1,0 +1,60 @@
+"""What a run remembers of its evaluations, whatever it monitors."""
+
+import json
+
+import pytest
+
+from llm_jax.conditions import condition
+from llm_jax.config import Config, EvalConfig, build
+from llm_jax.errors import ConfigError
+from llm_jax.record import Record
+
+
+def seen(config, values, metric='val/accuracy'):
+  record = Record(config)
+  for step, value in enumerate(values, 1):
+    record.see(step, {metric: value})
+  return record
+
+
+@pytest.mark.parametrize(('mode', 'values', 'stale'), [
+    ('max', [0.1, 0.5, 0.4, 0.5], 2), ('max', [0.1, 0.2, 0.3], 0), ('min', [0.1, 0.5, 0.4, 0.5], 3),
+    ('max', [0.5, 0.509], 1),  # by less than min_delta
+    ('min', [float('nan'), float('nan')], 2)])
+def test_patience_counts_evaluations_since_the_best(mode, values, stale):
+  config = EvalConfig(monitor='val/accuracy', mode=mode, patience=2, min_delta=0.01)
+  record = seen(config, values)
+  assert record.stale == stale and record.exhausted == (stale >= 2)
+
+
+def test_it_is_kept_through_a_checkpoint_unless_something_else_is_monitored():
+  config = EvalConfig(monitor='val/accuracy', mode='max', patience=3, capabilities=('val/accuracy > 0.3',))
+  record = seen(config, [0.2, 0.5, 0.4])
+  kept = json.loads(json.dumps(record.to_meta()))
+  assert Record.from_meta(config, kept and {'record': kept}) == record
+  other = Record.from_meta(EvalConfig(), {'record': kept})
+  assert (other.best, other.stale) == (float('inf'), 0) and other.reached == {'val/accuracy > 0.3': 2}
+  old = Record.from_meta(EvalConfig(), {'best_val_loss': 2.0, 'lowest': 1.5, 'stale': 4, 'val_loss': None})
+  assert (old.saved, old.best, old.stale) == (2.0, 1.5, 4)
+  assert Record.from_meta(EvalConfig(), {'best_val_loss': None, 'val_loss': None}).best == float('inf')
+
+
+def test_a_capability_is_told_once_with_the_first_step_that_has_it():
+  config = EvalConfig(monitor='val/accuracy', mode='max', capabilities=('val/accuracy > 0.5', 'val/accuracy >= 0.9'))
+  record = Record(config)
+  told = [record.see(step, {'val/accuracy': value})[1] for step, value in ((10, 0.4), (20, 0.6), (30, 0.4), (40, 0.9))]
+  assert told == [[], ['val/accuracy > 0.5'], [], ['val/accuracy >= 0.9']]
+  assert record.reached == {'val/accuracy > 0.5': 20, 'val/accuracy >= 0.9': 40}
+
+
+def test_a_metric_that_is_not_there_is_told_with_those_that_are():
+  for config in (EvalConfig(monitor='val/accuracy'), EvalConfig(capabilities=('val/accuracy > 0.5',))):
+    with pytest.raises(ConfigError, match=r'config\.eval: .*val/accuracy.*val/loss'):
+      Record(config).see(1, {'val/loss': 1.0})
+
+
+@pytest.mark.parametrize('text', ['val/accuracy', 'val/accuracy = 0.5', 'val/accuracy > much', '> 0.5', '1 > 2 > 3'])
+def test_what_is_no_condition_is_told(text):
+  with pytest.raises(ConfigError, match='is no condition'):
+    build(Config, {'eval': {'capabilities': [text]}})
+  assert condition('val/loss<=-1e-3') == ('val/loss', '<=', -1e-3)

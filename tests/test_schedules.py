@@ -1,0 +1,108 @@
+"""Learning rates by step against their papers' equations."""
+
+import math
+
+import numpy as np
+import pytest
+
+from llm_jax.config import Config, build
+from llm_jax.errors import ConfigError
+from llm_jax.optim import SCHEDULES, OptimConfig
+
+PEAK, STEPS = 0.5, 100
+
+
+def values(name, num_steps=STEPS, **sections):
+  config = build(OptimConfig, {'learning_rate': PEAK, 'schedule': name, **sections})
+  schedule = config.make_schedule(num_steps)
+  return np.array([float(schedule(step)) for step in range(num_steps + 1)])
+
+
+def climb(step, warmup):
+  return PEAK * (step + 1) / (warmup + 1)
+
+
+def cosine(x):
+  return (1 + math.cos(math.pi * x)) / 2
+
+
+def warm(warmup, after):
+  return lambda step: climb(step, warmup) if step < warmup else PEAK * after((step - warmup) / (STEPS - warmup))
+
+
+def triangle(step):
+  cycle = step // 20
+  return PEAK * (0.2 + 0.8 * (1 - abs(step / 10 - 2 * cycle - 1)) * 0.5**cycle)
+
+
+def restarts(step):
+  begin, length, peak = 0, 10, 1.0
+  while step >= begin + length and begin + length < STEPS:
+    begin, length, peak = begin + length, 2 * length, 0.5 * peak
+  return PEAK * (0.1 + (peak - 0.1) * cosine(min(1, (step - begin) / length)))
+
+
+@pytest.mark.parametrize(('name', 'settings', 'expected'), [
+    ('warmup_cosine', {'warmup_steps': 10, 'end_factor': 0.2}, warm(10, lambda x: 0.2 + 0.8 * cosine(x))),
+    ('warmup_linear', {'warmup_steps': 10, 'end_factor': 0.2}, warm(10, lambda x: 1 - 0.8 * x)),
+    ('polynomial', {'warmup_steps': 10, 'power': 3.0, 'end_factor': 0.2}, warm(10, lambda x: 0.2 + 0.8 * (1 - x)**3)),
+    ('constant', {'warmup_steps': 10}, warm(10, lambda x: 1)),
+    ('constant', {}, lambda step: PEAK),
+    ('inverse_sqrt', {'warmup_steps': 16}, lambda s: climb(s, 16) if s < 16 else PEAK * math.sqrt(16 / s)),
+    ('wsd', {'warmup_steps': 10, 'decay_steps': 20, 'shape': 'sqrt'},
+     lambda s: climb(s, 10) if s < 10 else PEAK * (1 - math.sqrt(max(0, s - 80) / 20))),
+    ('wsd', {'decay_steps': 50, 'shape': 'linear', 'end_factor': 0.5},
+     lambda s: PEAK * (1 - 0.5 * max(0, s - 50) / 50)),
+    ('wsd', {'decay_steps': 50, 'shape': 'cosine'}, lambda s: PEAK * cosine(max(0, s - 50) / 50)),
+    ('one_cycle', {'pct_start': 0.2, 'div_factor': 10.0, 'final_div_factor': 100.0},
+     lambda s: PEAK * (0.1 + 0.9 * (1 - cosine(s / 20)) if s < 20 else 0.001 + 0.999 * cosine((s - 20) / 80))),
+    ('cyclic', {'half_steps': 10, 'min_factor': 0.2, 'shrink': 0.5}, triangle),
+    ('restarts', {'period': 10, 'multiply': 2.0, 'shrink': 0.5, 'end_factor': 0.1}, restarts),
+    ('phases', {'warmup_steps': 10, 'factors': [1.0, 5.0, 0.2], 'boundaries': [20, 60]},
+     lambda s: climb(s, 10) if s < 10 else PEAK * (1 if s < 20 else 5 if s < 60 else 0.2)),
+])
+def test_schedules_are_their_equations(name, settings, expected):
+  np.testing.assert_allclose(values(name, **{name: settings}), [expected(s) for s in range(STEPS + 1)], rtol=1e-5,
+                             atol=1e-7)
+
+
+def test_parts_follow_each_other_each_over_its_own_steps():
+  got = values('composite', composite={'parts': ['constant', 'warmup_cosine', 'warmup_linear'], 'boundaries': [20, 60]},
+               constant={'warmup_steps': 4}, warmup_cosine={'end_factor': 0.0})
+  np.testing.assert_allclose(got[:20], values('constant', 20, constant={'warmup_steps': 4})[:20], rtol=1e-6)
+  np.testing.assert_allclose(got[20:60], values('warmup_cosine', 40, warmup_cosine={'end_factor': 0.0})[:40], rtol=1e-6)
+  np.testing.assert_allclose(got[60:], values('warmup_linear', 40), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize('name', [name for name in SCHEDULES if name != 'composite'])
+def test_every_step_has_a_finite_rate_not_above_what_was_asked_for(name):
+  rates = values(name, 3000)
+  assert np.isfinite(rates).all() and (rates >= 0).all()
+  assert rates.max() == pytest.approx(PEAK * (5 if name == 'phases' else 1), rel=0.01)
+
+
+@pytest.mark.parametrize(('given', 'words'), [
+    ({'schedule': 'composite'}, ['composite.parts', 'warmup_cosine']),
+    ({'schedule': 'composite', 'composite': {'parts': ['composite']}}, ["'composite'", 'unknown']),
+    ({'schedule': 'composite', 'composite': {'parts': ['constant', 'cyclic']}}, ['boundaries', '1 steps for 2 parts']),
+    ({'schedule': 'phases', 'phases': {'boundaries': [3, 2, 1]}}, ['boundaries must grow', '3, 2, 1']),
+    ({'schedule': 'wsd', 'wsd': {'shape': 'round'}}, ['shape', 'linear', 'sqrt', 'cosine']),
+    ({'schedule': 'one_cycle', 'one_cycle': {'pct_start': 1.0}}, ['pct_start', '1.0']),
+    ({'schedule': 'inverse_sqrt', 'inverse_sqrt': {'warmup_steps': 0}}, ['warmup_steps', 'positive']),
+    ({'schedule': 'warmup_linear', 'warmup_linear': {'end_factor': 2.0}}, ['end_factor', '[0, 1]', '2.0']),
+])
+def test_settings_that_cannot_be_are_told(given, words):
+  with pytest.raises(ConfigError) as e:
+    build(OptimConfig, given)
+  assert all(word in str(e.value) for word in words), e.value
+
+
+@pytest.mark.parametrize(('given', 'words'), [
+    ({'schedule': 'wsd', 'wsd': {'decay_steps': 1000}}, ['wsd.decay_steps 1000', 'num_steps 1000']),
+    ({'schedule': 'composite', 'composite': {'parts': ['constant', 'warmup_cosine'], 'boundaries': [900]},
+      'warmup_cosine': {'warmup_steps': 200}}, ['warmup_cosine.warmup_steps 200', 'the 100 steps']),
+])
+def test_what_does_not_fit_the_run_is_told(given, words):
+  with pytest.raises(ConfigError) as e:
+    build(Config, {'optim': given})
+  assert all(word in str(e.value) for word in words), e.value
