@@ -59,6 +59,19 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StartConfig:
+  """Where a run begins: at nothing, at another run's weights, or, as a branch of it, with all of its state."""
+
+  run: str = ''  # the other run's workdir; '': at nothing
+  checkpoint: str = 'latest'  # or best, or a step
+  whole: bool = False  # with the optimizer's state and the step, on the same data: a branch
+
+  def __post_init__(self):
+    if not self.run and (self.whole or self.checkpoint != 'latest'):
+      raise ValueError('run must name the workdir that the run begins from')
+
+
+@dataclasses.dataclass(frozen=True)
 class LogConfig:
   every: int = 10  # steps
 
@@ -77,6 +90,7 @@ class Config:
   # That one device works on at a time; None: as many as its memory holds.
   tokens_per_device: int | None = 16384
   model: Any = variant({name: config for name, (_, config) in MODELS.items()}, 'decoder')
+  start: StartConfig = StartConfig()
   data: DataConfig = DataConfig()
   loss: LossConfig = LossConfig()
   optim: OptimConfig = OptimConfig()

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llm_jax.layers.clock import at_step
 from llm_jax.losses import Objective
 from llm_jax.optim import Optimizer
 from llm_jax.sharding import check_divisible, constrain, logical_to_spec
@@ -96,13 +97,15 @@ def train_step(state: TrainState, batch: Batch, *, model: Any, tx: Optimizer, se
     return objective.train(module, microbatch, counts, frozen, share)
 
   def loss_fn(params: Params, microbatch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-    (value, metrics), sown = model.apply({'params': params}, microbatch, rngs={'dropout': key},
-                                         mutable=['losses', 'metrics'], method=objective_of)
+    with at_step(state.step):
+      (value, metrics), sown = model.apply({'params': params}, microbatch, rngs={'dropout': key},
+                                           mutable=['losses', 'metrics'], method=objective_of)
     each = share / objective.num_readouts
     sown_loss = each * sum(map(jnp.sum, jax.tree.leaves(sown.get('losses', {}))), jnp.zeros(()))
     logged: Metrics = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(sown.get('metrics', {})):
-      logged[_metric_name(path)] = logged.get(_metric_name(path), 0.0) + each * jnp.mean(leaf)
+      for name, value_of in _by_layer(path, leaf):
+        logged[name] = logged.get(name, 0.0) + each * value_of
     return value + sown_loss, metrics | {'extra_loss': metrics['extra_loss'] + sown_loss} | logged
 
   grads, metrics = accumulate(jax.grad(loss_fn, has_aux=True), state.params, batch, key, num_microbatches)
@@ -150,5 +153,7 @@ def eval_step(params: Params, batch: Batch, *, model: Any, token_bytes: jax.Arra
                      method=lambda module, batch: objective.score(module, batch, token_bytes))
 
 
-def _metric_name(path: Any) -> str:
-  return '/'.join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
+def _by_layer(path: Any, leaf: jax.Array) -> list[tuple[str, jax.Array]]:
+  """(name, scalar) of what a module sowed: NAME/00, NAME/01 of what has one value a layer."""
+  name = '/'.join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
+  return [(name, leaf)] if not leaf.ndim else [(f'{name}/{i:02}', x) for i, x in enumerate(leaf)]

@@ -32,27 +32,25 @@ from llm_jax.assemble import (
   samples,
 )
 from llm_jax.checkpoint import Checkpoints
-from llm_jax.config import Config, differences, renamed, to_dict
-from llm_jax.data import Data, check_fingerprint, data_fingerprint, open_data, pipeline
+from llm_jax.config import Config, to_dict
+from llm_jax.data import Data, data_fingerprint, open_data, pipeline
 from llm_jax.data.examples import Examples
 from llm_jax.data.fetch import shown
 from llm_jax.devices import peak_flops
 from llm_jax.errors import ConfigError, DivergedError, Interrupted, StorageError
 from llm_jax.layers.attention import describe_attention
-from llm_jax.losses import LossConfig, make_objective
+from llm_jax.losses import make_objective
 from llm_jax.memory import fit_memory
 from llm_jax.metrics import Console, Packed, Throughput, Writer, pack, unpack
 from llm_jax.optim import make_optimizer
 from llm_jax.profiling import Profiler
 from llm_jax.record import Record
 from llm_jax.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, put_batch
+from llm_jax.start import branch, check_resume, report_resume, with_weights_of
 from llm_jax.step import TrainState, abstract_state, init_state, logical_axes, state_shardings, train_step
 from llm_jax.stopping import StopSignal
 from llm_jax.types import Batch, Params, as_batch
 
-# Of the loss, what a run keeps: the shapes of its heads, the classes' order, the teacher's state.
-FIXED_LOSS = ('classification.num_classes', 'classification.classes', 'contrastive.embedding_dim',
-              'distillation.hidden', 'distillation.hidden_dim', 'distillation.checkpoint')
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
 
@@ -125,8 +123,14 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       validated = meta['validated'] if 'validated' in meta else meta['val_loss'] is not None
       stream_states = meta.get('stream_states')
       report_resume(config, meta)
+    elif config.start.whole:
+      state, meta = branch(config, abstract, partial(check_resume, config=config, fingerprint=fingerprint))
+      stream_states = meta.get('stream_states')
+      report_resume(config, meta)
     else:
       state = init(key, example_batch(config))
+      if config.start.run:
+        state = with_weights_of(config, data, state, tx, mesh)
     begin = int(state.step)
     write_run_files(config, data, workdir)
 
@@ -317,37 +321,6 @@ def text_metrics(split: str, loss: float | None, data: Data, task: str) -> dict[
     num_tokens, num_bytes = sum(len(s.tokens) for s in stores), sum(s.num_bytes for s in stores)
     values[f'{split}/bits_per_byte'] = loss / np.log(2) * num_tokens / num_bytes
   return values
-
-
-def check_resume(meta: dict, *, config: Config, fingerprint: dict) -> None:
-  """Raises ConfigError naming what differs when this checkpoint is of another model or other data."""
-  changed = {name: values for name, values in differences(meta['config']['model'], to_dict(config)['model']).items()
-             if name not in ('scan_unroll', 'remat', 'dropout', 'attention')}
-  if changed:
-    raise ConfigError('the checkpoint is of another model:\n  ' + '\n  '.join(
-        f'config.model.{name}: checkpoint {old}, now {new}' for name, (old, new) in changed.items())
-        + '\nPut it back, or start in another --workdir.')
-  learnt = to_dict(LossConfig()) | renamed(meta['config']).get('loss', {})
-  if (tuple(learnt['terms']), learnt['balance']) != (config.loss.terms, config.loss.balance):
-    raise ConfigError(f'config.loss: the checkpoint learns {", ".join(learnt["terms"])} (balance {learnt["balance"]}), '
-                      f'now it is {", ".join(config.loss.terms)} ({config.loss.balance}); put it back, or start in '
-                      'another --workdir')
-  for name, (old, new) in differences(learnt, to_dict(config)['loss']).items():
-    if name in FIXED_LOSS:
-      raise ConfigError(f'config.loss.{name}: the checkpoint has {old}, now it is {new}; put it back, or start in '
-                        'another --workdir')
-  chain = tuple(meta['config']['optim']['chain'])
-  if chain != config.optim.chain:
-    raise ConfigError(f'config.optim.chain: the checkpoint holds the state of {chain}, now it is {config.optim.chain}; '
-                      'put it back, or start in another --workdir')
-  check_fingerprint(meta['data'], fingerprint, meta['step'])
-
-
-def report_resume(config: Config, meta: dict) -> None:
-  if jax.process_index() == 0:
-    print(f'going on from step {meta["step"]}', flush=True)
-    for name, (old, new) in differences(meta['config'], to_dict(config)).items():
-      print(f'  changed since: config.{name}: {old} -> {new}', flush=True)
 
 
 def write_run_files(config: Config, data: Data, workdir: Path) -> None:

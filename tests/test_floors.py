@@ -14,14 +14,14 @@ FLOORS = [
     {'step', 'evaluation', 'sampling'},
     {'config', 'answers'},
     {'assemble'},
-    {'memory', 'record'},
+    {'memory', 'record', 'start'},
     {'train'},
     {'main', 'evaluate', 'generate', 'predict', 'plot', 'inspect', 'data.prepare', 'data.inspect', 'data.convert'},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SAME_FLOOR = {('builder', 'errors'), ('data.prepare', 'main'), ('data.inspect', 'main'), ('data.convert', 'main'),
-              ('losses', 'layers'), ('sharding', 'types'), ('sharding', 'errors'), ('stopping', 'errors'),
-              ('evaluate', 'main'), ('generate', 'main'),
+              ('losses', 'layers'), ('optim', 'layers'), ('sharding', 'types'), ('sharding', 'errors'),
+              ('stopping', 'errors'), ('evaluate', 'main'), ('generate', 'main'),
               ('predict', 'main'), ('plot', 'main'), ('inspect', 'main'),
               ('validators', 'errors')}
 

@@ -319,6 +319,22 @@ def test_a_phase_ends_when_something_is_mastered():
     tx.hear(tx.init({'w': jnp.ones(3)}), {'val/loss': 1.0})
 
 
+def test_decay_in_the_gradient_is_part_of_it():
+  got, _ = descend(optimizer('sgd', filters=['l2'], sgd={'momentum': 0.7}, l2={'weight_decay': 0.3}))
+
+  def one(path, p):
+    m = 0.0
+    for t in range(1, STEPS + 1):
+      g = tree(t)
+      for key in path:
+        g = g[key.key]
+      m = 0.7 * m + g + (0.3 * p if path[-1].key == 'w' else 0)
+      p = p - RATE * m
+    return p
+
+  close(got, jax.tree_util.tree_map_with_path(one, tree(0)))
+
+
 # Learning rates that follow what is seen.
 
 

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 
 from llm_jax.devices import has_fast_bf16
+from llm_jax.layers import EINSUMS
 from llm_jax.layers.attention import Attention, MultiHead, Visible
+from llm_jax.layers.bitnet import BitNet
 from llm_jax.layers.kernels import ATTENTION
-from llm_jax.layers.linear import Einsum, Embed, mixed_einsum, weight
+from llm_jax.layers.linear import Embed, mixed_einsum, weight
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.norm import LayerNorm, RMSNorm
 from llm_jax.layers.stack import REMAT, apply_stack, init_stack
@@ -44,6 +46,8 @@ class DecoderConfig:
   positions: Literal['learned', 'rope'] = 'learned'
   rope_base: float = 10000.0
   use_bias: bool = False  # on matrices and LayerNorms
+  einsum: str = 'full'  # one of EINSUMS: what the matrices between hidden states are
+  bitnet: BitNet = BitNet()
   qk_norm: bool = False
   attention: str = 'auto'  # one of ATTENTION; auto: the fastest that serves the device, dtype and shapes
   tie_embeddings: bool = True
@@ -83,9 +87,16 @@ class DecoderConfig:
       raise ValueError(f'logit_soft_cap must be positive, or 0 for none; got {self.logit_soft_cap}')
     if not 0 <= self.dropout < 1:
       raise ValueError(f'dropout must lie in [0, 1); got {self.dropout}')
-    for field, table in (('mlp', MLPS), ('remat', REMAT), ('attention', ('auto', *ATTENTION))):
+    for field, table in (('mlp', MLPS), ('remat', REMAT), ('attention', ('auto', *ATTENTION)), ('einsum', EINSUMS)):
       if getattr(self, field) not in table:
         raise ValueError(f'{field} {getattr(self, field)!r} is unknown; known: {", ".join(table)}')
+    if self.einsum == 'full' and self.bitnet != BitNet():
+      raise ValueError('bitnet is set, but einsum is full: it would have no effect')
+
+  @property
+  def random(self) -> bool:
+    """Whether training draws from a key."""
+    return self.dropout > 0 or (self.einsum == 'bitnet' and self.bitnet.rounding == 'stochastic')
 
   @property
   def K(self) -> int:
@@ -210,7 +221,7 @@ class Decoder(nn.Module):
     if cfg.positions == 'learned':
       x_BTD += self.positions.encode(positions_BT)
     x_BTD = constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
-    dropout_key = self.make_rng('dropout') if train and cfg.dropout else None
+    dropout_key = self.make_rng('dropout') if train and cfg.random else None
     if dropout_key is not None:
       key = jax.random.fold_in(dropout_key, cfg.num_layers)
       x_BTD = self.dropout(x_BTD, deterministic=False, rng=key)
@@ -256,4 +267,5 @@ def make_norm(cfg: Any):
 
 
 def make_einsum(cfg: Any):
-  return partial(Einsum, initializer=nn.initializers.normal(cfg.init_std), dtype=cfg.operand_dtype)
+  kind = EINSUMS[getattr(cfg, 'einsum', 'full')](cfg)
+  return partial(kind, initializer=nn.initializers.normal(cfg.init_std), dtype=cfg.operand_dtype)

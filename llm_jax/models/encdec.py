@@ -166,7 +166,7 @@ class EncDec(nn.Module):
   def _run(self, block, params, x_BTD, positions_BT, context: Any, windows, cache, train):
     cfg = self.cfg
     x_BTD = constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
-    dropout_key = self.make_rng('dropout') if train and cfg.dropout else None
+    dropout_key = self.make_rng('dropout') if train and cfg.random else None
     if dropout_key is not None:
       key = jax.random.fold_in(dropout_key, jax.tree.leaves(params)[0].shape[0])
       x_BTD = self.dropout(x_BTD, deterministic=False, rng=key)

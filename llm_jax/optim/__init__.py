@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from llm_jax.errors import ConfigError
-from llm_jax.optim import controls, filters, optimizers, schedules, soap
+from llm_jax.optim import controls, filters, flips, optimizers, schedules, soap
 from llm_jax.optim.groups import Group, with_groups
 from llm_jax.optim.link import Link
 from llm_jax.types import Metrics, Params
@@ -24,6 +24,7 @@ TRANSFORMS: dict[str, type[Link]] = {
     'clip_by_global_norm': filters.ClipByGlobalNorm,
     'grokfast_ema': filters.GrokfastEma,
     'grokfast_ma': filters.GrokfastMa,
+    'l2': filters.L2,
     'adamw': optimizers.AdamW,
     'adam': optimizers.Adam,
     'sgd': optimizers.Sgd,
@@ -36,6 +37,7 @@ TRANSFORMS: dict[str, type[Link]] = {
     'soap': soap.Soap,
     'reduce_on_plateau': controls.ReduceOnPlateau,
     'noise_adaptive': controls.NoiseAdaptive,
+    'bitnet_flips': flips.BitnetFlips,
     'ema': controls.Ema,
 }
 SCHEDULES: dict[str, type] = {
@@ -76,6 +78,7 @@ class OptimConfig:
   clip_by_global_norm: filters.ClipByGlobalNorm = filters.ClipByGlobalNorm()
   grokfast_ema: filters.GrokfastEma = filters.GrokfastEma()
   grokfast_ma: filters.GrokfastMa = filters.GrokfastMa()
+  l2: filters.L2 = filters.L2()
   adamw: optimizers.AdamW = optimizers.AdamW()
   adam: optimizers.Adam = optimizers.Adam()
   sgd: optimizers.Sgd = optimizers.Sgd()
@@ -88,6 +91,7 @@ class OptimConfig:
   soap: soap.Soap = soap.Soap()
   reduce_on_plateau: controls.ReduceOnPlateau = controls.ReduceOnPlateau()
   noise_adaptive: controls.NoiseAdaptive = controls.NoiseAdaptive()
+  bitnet_flips: flips.BitnetFlips = flips.BitnetFlips()
   ema: controls.Ema = controls.Ema()
 
   def __post_init__(self):

@@ -11,6 +11,7 @@ import optax
 
 from llm_jax.conditions import condition
 from llm_jax.optim.link import Link, at_least, positive, rates
+from llm_jax.optim.masks import matrices
 from llm_jax.types import Metrics, Params
 
 
@@ -26,6 +27,23 @@ class ClipByGlobalNorm(Link):
 
   def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
     return optax.clip_by_global_norm(self.max_norm)
+
+
+@dataclasses.dataclass(frozen=True)
+class L2(Link):
+  """Decay as part of the gradient, weight_decay * p, which the optimizer then scales like the rest of it.
+
+  With Adam that pulls hardest where gradients are small (arXiv 1711.05101, section 2): not what adamw does.
+  """
+
+  weight_decay: float = 0.01
+  place = 'filter'
+
+  def __post_init__(self):
+    positive(weight_decay=self.weight_decay)
+
+  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+    return optax.add_decayed_weights(self.weight_decay, matrices)
 
 
 class Phase(NamedTuple):

@@ -1,0 +1,171 @@
+"""BitNet: matrices of one bit (arXiv 2310.11453) or three values (b1.58, arXiv 2402.17764), activations of 8 bits.
+
+Training keeps float32 weights and quantizes them anew in every pass; gradients go straight through (arXiv 1308.3432).
+Dims: I inputs and O outputs of a matrix, flattened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from llm_jax.layers.clock import progress
+from llm_jax.layers.linear import Einsum, mixed_einsum, weight
+
+EPS = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class BitNet:
+  """How matrices are quantized; embeddings, norms and the readout stay as they are."""
+
+  weight_bits: Literal['1.58', '1'] = '1.58'
+  activation_bits: int = 8
+  rounding: Literal['nearest', 'stochastic'] = 'nearest'  # of activations and weights, while training
+  warmup_steps: int = 0  # over which quantization sets in, in a line; evaluation is always quantized
+  sub_norm: bool = True  # RMSNorm without a scale before every matrix
+  penalty: float = 0.0  # on the mean square of what rounding takes from the weights, in units of their scale
+  sparsity_target: float = 0.0  # share of zeros; 0: whatever comes
+  sparsity_weight: float = 1.0  # of its squared distance from the share there is
+  gradient_scale: float = 1.0  # of the weights' gradients
+
+  def __post_init__(self):
+    if not 2 <= self.activation_bits <= 8:
+      raise ValueError(f'activation_bits must lie in 2 to 8; got {self.activation_bits}')
+    if self.warmup_steps < 0 or self.penalty < 0 or self.sparsity_weight < 0:
+      raise ValueError('warmup_steps, penalty and sparsity_weight must not be negative')
+    if not 0 <= self.sparsity_target < 1:
+      raise ValueError(f'sparsity_target must lie in [0, 1); got {self.sparsity_target}')
+    if self.sparsity_target and self.weight_bits == '1':
+      raise ValueError('sparsity_target needs weight_bits 1.58: one bit has no zero')
+    if self.gradient_scale <= 0:
+      raise ValueError(f'gradient_scale must be positive; got {self.gradient_scale}')
+
+
+def rounded(x: jax.Array, key: jax.Array | None) -> jax.Array:
+  """To the nearest whole number, or, with a key, up or down with the chance that keeps the mean."""
+  return jnp.round(x) if key is None else jnp.floor(x + jax.random.uniform(key, x.shape))
+
+
+def weight_codes(w: jax.Array, bits: str, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """(codes, scale) of a matrix: -1, 0, 1 by the mean of |w|, or the signs of w - mean(w), which chance leaves alone."""
+  scale = jnp.mean(jnp.abs(w)) + EPS
+  if bits == '1':
+    return jnp.where(w >= jnp.mean(w), 1.0, -1.0), scale
+  return jnp.clip(rounded(w / scale, key), -1, 1), scale
+
+
+def activation_codes(x: jax.Array, bits: int, axes: tuple[int, ...],
+                     key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """(codes, scale): whole numbers up to 2^(bits - 1) - 1, by the largest |x| over `axes`."""
+  most = 2 ** (bits - 1) - 1
+  scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axes, keepdims=True), EPS) / most
+  return jnp.clip(rounded(x / scale, key), -most, most), scale
+
+
+def summed_axes(eqn: str) -> tuple[int, ...]:
+  """Axes of x that the product sums over."""
+  x_dims, w_dims = eqn.split('->')[0].split(',')
+  return tuple(i for i, name in enumerate(x_dims) if name in w_dims)
+
+
+def over_outputs(scale: jax.Array, axes: tuple[int, ...], y: jax.Array) -> jax.Array:
+  """The scale of each row of x, with `axes` of size 1, as it multiplies y."""
+  rows = jnp.squeeze(scale, axes)
+  return rows.reshape(rows.shape + (1,) * (y.ndim - rows.ndim))
+
+
+def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + EPS)
+
+
+def add_bias(module: Einsum, y: jax.Array) -> jax.Array:
+  if not module.bias_dims:
+    return y
+  b = weight(module, 'b', nn.initializers.zeros, module.shape[-module.bias_dims:], module.axes[-module.bias_dims:])
+  return y + b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
+
+
+class BitEinsum(Einsum):
+  """Einsum of quantized operands. Its parameters are those of Einsum, so that a run can be converted.
+
+  It sows `sparsity` and `quantization_error` into metrics, the penalties into losses. Products are of whole numbers,
+  which bfloat16 holds exactly, and are scaled afterwards.
+  """
+
+  bitnet: BitNet = BitNet()
+
+  @nn.compact
+  def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
+    cfg, axes = self.bitnet, summed_axes(eqn)
+    w = weight(self, 'w', self.initializer, self.shape, self.axes)
+    x = rms(x, axes) if cfg.sub_norm else x.astype(jnp.float32)
+    keys: tuple[jax.Array | None, jax.Array | None] = (None, None)
+    if cfg.rounding == 'stochastic' and self.has_rng('dropout'):
+      keys = tuple(jax.random.split(self.make_rng('dropout')))
+    still = jax.lax.stop_gradient
+    w_codes, w_scale = weight_codes(still(w), cfg.weight_bits, keys[0])
+    x_codes, x_scale = activation_codes(still(x), cfg.activation_bits, axes, keys[1])
+    w_units, x_units = w / w_scale, x / x_scale
+    self._tell(w_units, w_codes)
+    w_units = cfg.gradient_scale * w_units + still((1 - cfg.gradient_scale) * w_units)
+    strength = progress(cfg.warmup_steps)
+    y = mixed_einsum(eqn, self.dtype, x_units + strength * still(x_codes - x_units),
+                     w_units + strength * still(w_codes - w_units))
+    y = checkpoint_name(y, 'matmul') * (w_scale * over_outputs(x_scale, axes, y))
+    return add_bias(self, y)
+
+  def _tell(self, w_units: jax.Array, w_codes: jax.Array) -> None:
+    cfg = self.bitnet
+    off = w_units - w_codes
+    self.sow('metrics', 'sparsity', jnp.mean(w_codes == 0))
+    self.sow('metrics', 'quantization_error', jnp.sqrt(jnp.sum(off * off) / (jnp.sum(w_units * w_units) + EPS)))
+    loss = cfg.penalty * jnp.mean(off * off)
+    if cfg.sparsity_target:
+      zeros = jnp.mean(jax.nn.sigmoid(20 * (0.5 - jnp.abs(w_units))))  # a share with a slope
+      loss += cfg.sparsity_weight * (zeros - cfg.sparsity_target) ** 2
+    if cfg.penalty or cfg.sparsity_target:
+      self.sow('losses', 'bitnet', loss)
+
+
+SHIFTS_1K1 = np.arange(0, 8, 2, dtype=np.uint8)[None, :, None]
+
+
+def pack(codes_IO: jax.Array) -> jax.Array:
+  """uint8 [I / 4 (rounded up), O]: four codes -1, 0, 1 in each byte, two bits each, the first in the lowest."""
+  padded_IO = jnp.pad(codes_IO, ((0, -codes_IO.shape[0] % 4), (0, 0)))
+  bits_JKO = (padded_IO + 1).astype(jnp.uint8).reshape(-1, 4, codes_IO.shape[1])
+  return jnp.sum(bits_JKO << SHIFTS_1K1, axis=1, dtype=jnp.uint8)
+
+
+def unpack(packed_JO: jax.Array, num_inputs: int) -> jax.Array:
+  """int8 [I, O]: what `pack` was given."""
+  bits_JKO = (packed_JO[:, None] >> SHIFTS_1K1) & 3
+  return bits_JKO.reshape(-1, packed_JO.shape[1])[:num_inputs].astype(jnp.int8) - 1
+
+
+class PackedEinsum(Einsum):
+  """Computes from packed codes what BitEinsum computes from weights; for reading only. See export.py."""
+
+  bitnet: BitNet = BitNet()
+
+  @nn.compact
+  def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
+    axes = summed_axes(eqn)
+    num_inputs, num_outputs = math.prod(self.shape[:len(axes)]), math.prod(self.shape[len(axes):])
+    boxed = nn.with_logical_partitioning(lambda key, shape, dtype: jnp.zeros(shape, dtype), ('norm', 'norm'))
+    packed = cast(jax.Array, self.param('packed', boxed, (-(-num_inputs // 4), num_outputs), jnp.uint8))
+    scale = weight(self, 'scale', nn.initializers.ones, (), ())
+    x = rms(x, axes) if self.bitnet.sub_norm else x.astype(jnp.float32)
+    codes, x_scale = activation_codes(x, self.bitnet.activation_bits, axes)
+    w_codes = unpack(packed, num_inputs).reshape(self.shape)
+    y = mixed_einsum(eqn, self.dtype, codes, w_codes)
+    return add_bias(self, y * (scale * over_outputs(x_scale, axes, y)))

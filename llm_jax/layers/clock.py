@@ -1,0 +1,27 @@
+"""The step of training that a forward pass belongs to, for modules whose behaviour is scheduled."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+_STEP: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar('step', default=None)
+
+
+@contextlib.contextmanager
+def at_step(step: jax.Array) -> Iterator[None]:
+  """What is traced inside sees `step`, int32 []."""
+  token = _STEP.set(step)
+  try:
+    yield
+  finally:
+    _STEP.reset(token)
+
+
+def progress(num_steps: int) -> jax.Array | float:
+  """How much of a warm-up of `num_steps` is done, 0 to 1; 1 outside training."""
+  step = _STEP.get()
+  return 1.0 if step is None or not num_steps else jax.numpy.minimum(1.0, step / num_steps)

@@ -1,0 +1,108 @@
+"""How a run begins that does not begin at nothing: where it was, as a branch of another, or with another's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llm_jax.assemble import load_run
+from llm_jax.checkpoint import Checkpoints
+from llm_jax.config import Config, differences, renamed, to_dict
+from llm_jax.data import Data, check_fingerprint
+from llm_jax.errors import ConfigError, StorageError
+from llm_jax.losses import LossConfig
+from llm_jax.optim import Optimizer
+from llm_jax.step import TrainState
+from llm_jax.types import Params
+
+# Of the loss, what a run keeps: the shapes of its heads, the classes' order, the teacher's state.
+FIXED_LOSS = ('classification.num_classes', 'classification.classes', 'contrastive.embedding_dim',
+              'distillation.hidden', 'distillation.hidden_dim', 'distillation.checkpoint')
+
+
+def check_resume(meta: dict, *, config: Config, fingerprint: dict) -> None:
+  """Raises ConfigError naming what differs when this checkpoint is of another model or other data."""
+  changed = {name: values for name, values in differences(meta['config']['model'], to_dict(config)['model']).items()
+             if name not in ('scan_unroll', 'remat', 'dropout', 'attention')}
+  if changed:
+    raise ConfigError('the checkpoint is of another model:\n  ' + '\n  '.join(
+        f'config.model.{name}: checkpoint {old}, now {new}' for name, (old, new) in changed.items())
+        + '\nPut it back, or start in another --workdir.')
+  learnt = to_dict(LossConfig()) | renamed(meta['config']).get('loss', {})
+  if (tuple(learnt['terms']), learnt['balance']) != (config.loss.terms, config.loss.balance):
+    raise ConfigError(f'config.loss: the checkpoint learns {", ".join(learnt["terms"])} (balance {learnt["balance"]}), '
+                      f'now it is {", ".join(config.loss.terms)} ({config.loss.balance}); put it back, or start in '
+                      'another --workdir')
+  for name, (old, new) in differences(learnt, to_dict(config)['loss']).items():
+    if name in FIXED_LOSS:
+      raise ConfigError(f'config.loss.{name}: the checkpoint has {old}, now it is {new}; put it back, or start in '
+                        'another --workdir')
+  chain = tuple(meta['config']['optim']['chain'])
+  if chain != config.optim.chain:
+    raise ConfigError(f'config.optim.chain: the checkpoint holds the state of {chain}, now it is {config.optim.chain}; '
+                      'put it back, or start in another --workdir')
+  check_fingerprint(meta['data'], fingerprint, meta['step'])
+
+
+def report_resume(config: Config, meta: dict) -> None:
+  say(f'going on from step {meta["step"]}')
+  for name, (old, new) in differences(meta['config'], to_dict(config)).items():
+    say(f'  changed since: config.{name}: {old} -> {new}')
+
+
+def say(text: str) -> None:
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def branch(config: Config, abstract: TrainState, check: Callable[[dict], None]) -> tuple[TrainState, dict]:
+  """(state, meta) of the checkpoint that config.start names. `check(meta)` may refuse it. Raises UserErrors."""
+  folder = Path(config.start.run).expanduser() / 'checkpoints'
+  if not folder.is_dir():
+    raise ConfigError(f'config.start.run: {config.start.run} has no checkpoints')
+  with Checkpoints(folder, config.checkpoint, read_only=True) as checkpoints:
+    step = {'latest': None, 'best': checkpoints.best_step()}.get(config.start.checkpoint, config.start.checkpoint)
+    if step is not None and not (str(step).isdigit() and int(step) in checkpoints.steps()):
+      raise ConfigError(f'config.start.checkpoint: {config.start.checkpoint!r} is none of latest, best, or a step of '
+                        f'{checkpoints.steps()}')
+    params, (count, opt_state), meta = checkpoints.restore(
+        abstract.params, (abstract.step, abstract.opt_state), step=None if step is None else int(step), check=check)
+  return TrainState(count, params, opt_state), meta
+
+
+def with_weights_of(config: Config, data: Data, fresh: TrainState, tx: Optimizer, mesh: Mesh) -> TrainState:
+  """A fresh state with the other run's weights, where it has them. Raises ConfigError for those of other shapes."""
+  try:
+    run = load_run(Path(config.start.run).expanduser(), mesh, config.start.checkpoint)
+  except (StorageError, ConfigError) as e:
+    raise ConfigError(str(e).replace('--workdir', 'config.start.run')
+                      .replace('--checkpoint', 'config.start.checkpoint')) from None
+  ours, theirs = ([None if t is None else t.to_json() for t in (of.tokenizer, of.prompt_tokenizer)]
+                  for of in (data, run))
+  if ours != theirs:
+    raise ConfigError(f'config.start.run: {config.start.run} has another tokenizer; give config.data.tokenizer its '
+                      'tokenizer.json')
+  mine, other = (dict(jax.tree_util.tree_leaves_with_path(params)) for params in (fresh.params, run.params))
+  wrong = [path for path in mine.keys() & other.keys() if mine[path].shape != other[path].shape]
+  if wrong:
+    raise ConfigError(f'config.start.run: {config.start.run} is of another shape:\n  ' + '\n  '.join(
+        f'{_name(path)}: {other[path].shape}, here {mine[path].shape}' for path in sorted(wrong, key=_name)))
+  for what, paths in (('begin fresh', mine.keys() - other.keys()), ('are left out', other.keys() - mine.keys())):
+    if paths:
+      say(f'of {config.start.run}, {what}: {", ".join(sorted(map(_name, paths)))}')
+
+  def pick(path: Any, leaf: jax.Array) -> jax.Array:
+    return jax.device_put(other[path], leaf.sharding) if path in other else leaf
+
+  params: Params = jax.tree_util.tree_map_with_path(pick, fresh.params)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh.opt_state)
+  # What an optimizer keeps of the weights it keeps of these.
+  return TrainState(fresh.step, params, jax.jit(tx.init, out_shardings=shardings)(params))
+
+
+def _name(path: Any) -> str:
+  return '/'.join(str(key.key) for key in path)

@@ -1,0 +1,86 @@
+"""Runs that begin where another one is: branches of it, and fresh ones with its weights."""
+
+import json
+
+import numpy as np
+import pytest
+from program import write_config
+
+from llm_jax import evaluate, main
+from llm_jax.errors import ConfigError
+from llm_jax.metrics import read_metrics
+
+FLAGS = ('--config.eval.every=4', '--config.checkpoint.every=4', '--config.checkpoint.keep_last=9',
+         '--config.eval.sample_tokens=0', '--config.optim.schedule=wsd', '--config.optim.warmup_cosine.warmup_steps=0',
+         '--config.optim.chain=clip_by_global_norm,adamw,ema', '--config.optim.ema.decay=0.5')
+
+
+def train(folder, name, *flags):
+  main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/{name}', '--config.num_steps=12', *FLAGS, *flags])
+  return {line['step']: line for line in read_metrics(folder / name / 'metrics.jsonl')}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('start')
+  write_config(folder)
+  train(folder, 'first')
+  return folder
+
+
+def start(folder, **settings):
+  return [f'--config.start.{name}={value}' for name, value in {'run': folder / 'first', **settings}.items()]
+
+
+def test_a_branch_goes_on_as_its_trunk_did_and_may_cool_down(folder):
+  """From a checkpoint in the middle: the same bits; or with the learning rate falling to nothing."""
+  first = {line['step']: line for line in read_metrics(folder / 'first' / 'metrics.jsonl')}
+  same = train(folder, 'same', *start(folder, checkpoint=8, whole='true'))
+  assert sorted(same) == [9, 10, 11, 12]
+  assert all(same[n]['train/loss'] == first[n]['train/loss'] for n in same)
+  assert same[12]['val/loss'] == first[12]['val/loss']
+  cooled = train(folder, 'cooled', *start(folder, checkpoint=4, whole='true'), '--config.optim.wsd.decay_steps=8')
+  rates = [cooled[n]['train/learning_rate'] for n in sorted(cooled)]
+  assert sorted(cooled)[0] == 5 and rates == sorted(rates, reverse=True) and rates[-1] < 0.1 * rates[0]
+
+
+def test_weights_are_taken_over_and_the_count_begins_anew(folder, capsys):
+  """Those that are evaluated: the averages. What the average keeps begins there too."""
+  first = {line['step']: line for line in read_metrics(folder / 'first' / 'metrics.jsonl')}
+  tuned = train(folder, 'tuned', *start(folder), '--config.optim.learning_rate=1e-12', '--config.eval.every=1')
+  assert sorted(tuned) == list(range(1, 13))
+  assert tuned[1]['val/loss'] == pytest.approx(first[12]['val/loss'], abs=1e-5)
+  capsys.readouterr()
+  evaluate.main([f'--workdir={folder}/first'])
+  printed = capsys.readouterr().out
+  assert json.loads(printed[printed.index('{'):])['loss'] == pytest.approx(first[12]['val/loss'], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_full_precision_run_goes_on_as_bitnet(folder):
+  lines = train(folder, 'bits', *start(folder), '--config.model.einsum=bitnet', '--config.optim.learning_rate=1e-3')
+  losses = [lines[n]['train/loss'] for n in sorted(lines)]
+  assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+def test_what_is_missing_begins_fresh_and_is_named(folder, capsys):
+  train(folder, 'untied', *start(folder), '--config.model.tie_embeddings=false', '--config.num_steps=1')
+  assert 'begin fresh: head/w' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('settings', 'flags', 'words'), [
+    ({'run': 'nowhere'}, [], ['config.start.run', 'nowhere', 'holds no run']),
+    ({'run': 'nowhere', 'whole': 'true'}, [], ['config.start.run', 'nowhere', 'no checkpoints']),
+    ({'checkpoint': 7}, [], ['no checkpoint of step 7', '4, 8, 12']),
+    ({'checkpoint': 7, 'whole': 'true'}, [], ["config.start.checkpoint: '7'", '4, 8, 12']),
+    ({}, ['--config.model.num_layers=3'], ['another shape', 'blocks/attn/q/w', '(2, ', '(3, ']),
+    ({'whole': 'true'}, ['--config.model.num_layers=3'], ['another model', 'num_layers']),
+    ({'whole': 'true'}, ['--config.optim.chain=clip_by_global_norm,adamw'], ['optim.chain']),
+    ({}, ['--config.data.tokenizer=byte', '--config.model.vocab_size=none'], ['another tokenizer', 'tokenizer.json']),
+    ({'run': ''}, ['--config.start.whole=true'], ['start', 'run must name']),
+])
+def test_what_cannot_be_begun_from_is_told(folder, tmp_path, settings, flags, words):
+  with pytest.raises(ConfigError) as e:
+    train(folder, tmp_path / 'x', *start(folder, **settings), *flags,
+          *(['--config.optim.ema.decay=0.999'] if any('chain' in flag for flag in flags) else []))
+  assert all(word in str(e.value) for word in words), e.value
