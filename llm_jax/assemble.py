@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from llm_jax import sampling
+from llm_jax import packed, sampling
 from llm_jax.answers import Answer, answer, summarize_answers
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config, build, renamed
@@ -29,13 +29,15 @@ from llm_jax.losses import make_objective
 from llm_jax.models import make_model
 from llm_jax.optim import make_optimizer
 from llm_jax.sharding import local_rows, num_batch_shards, put_batch
-from llm_jax.step import abstract_state, eval_step, logical_axes, state_shardings
+from llm_jax.step import abstract_state, eval_step, logical_axes, param_shardings, state_shardings
 from llm_jax.types import Batch, Params
 from llm_jax.validators import make_validator
 
 
 def complete(config: Config, data: Data) -> Config:
   """The config with what data and device decide: vocabulary, longest rows, dtype. Raises ConfigError."""
+  if getattr(config.model, 'einsum', '') == 'packed':
+    raise ConfigError('config.model.einsum: packed is of exported models, for reading only; bitnet is trained')
   needed = data.vocab_size + task_of(config.data).num_sentinels
   vocab_size = config.model.vocab_size or needed
   if vocab_size < needed:
@@ -316,6 +318,10 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
     encoder_tokenizer = load_tokenizer(workdir / 'encoder_tokenizer.json')
   model = build_model(config)
   example = example_batch(config)
+  if (workdir / packed.FILE).is_file():  # an exported model
+    leaves, lies = param_shardings(example, mesh, model=model)
+    leaves = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), leaves, lies)
+    return Run(config, tokenizer, model, *packed.read_params(workdir / packed.FILE, leaves), encoder_tokenizer)
   tx = make_optimizer(config.optim, config.num_steps, logical_axes(example, model=model))
   shardings = state_shardings(example, mesh, model=model, tx=tx)
   abstract = abstract_state(example, shardings, model=model, tx=tx)

@@ -11,18 +11,19 @@ FLOORS = [
      'validators', 'conditions'},
     {'layers', 'losses', 'optim', 'data', 'checkpoint', 'metrics'},
     {'models'},
-    {'step', 'evaluation', 'sampling'},
+    {'step', 'evaluation', 'sampling', 'packed'},
     {'config', 'answers'},
     {'assemble'},
     {'memory', 'record', 'start'},
     {'train'},
-    {'main', 'evaluate', 'generate', 'predict', 'plot', 'inspect', 'data.prepare', 'data.inspect', 'data.convert'},
+    {'main', 'evaluate', 'generate', 'predict', 'plot', 'inspect', 'export',
+     'data.prepare', 'data.inspect', 'data.convert'},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SAME_FLOOR = {('builder', 'errors'), ('data.prepare', 'main'), ('data.inspect', 'main'), ('data.convert', 'main'),
               ('losses', 'layers'), ('optim', 'layers'), ('sharding', 'types'), ('sharding', 'errors'),
               ('stopping', 'errors'), ('evaluate', 'main'), ('generate', 'main'),
-              ('predict', 'main'), ('plot', 'main'), ('inspect', 'main'),
+              ('predict', 'main'), ('plot', 'main'), ('inspect', 'main'), ('export', 'main'),
               ('validators', 'errors')}
 
 

@@ -1,0 +1,85 @@
+"""Packs a run's matrices at two bits a weight: python -m llm_jax.export --workdir=runs/x --out=FOLDER
+
+What is written is read like a run: python -m llm_jax.generate --workdir=FOLDER, and evaluate. The model of a run that
+was trained with config.model.einsum=bitnet computes the same as before; one of full precision is rounded, and loses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_jax import runtime
+from llm_jax.errors import ConfigError, StorageError
+from llm_jax.main import run_as_program
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='python -m llm_jax.export', allow_abbrev=False, description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', type=Path, required=True)
+  parser.add_argument('--out', type=Path, required=True, help='a new folder')
+  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
+  parser.add_argument('--weight_bits', choices=('1.58', '1'), default='1.58', help='of a full-precision run')
+  runtime.add_flag(parser)
+  args = parser.parse_args(argv)
+  if args.out.exists() and any(args.out.iterdir() if args.out.is_dir() else [args.out]):
+    raise ConfigError(f'--out: {args.out} is there already; name a new folder')
+
+  runtime.prepare(args.tuning == 'on')
+  import jax
+
+  from llm_jax.assemble import example_batch, load_run
+  from llm_jax.config import to_dict
+  from llm_jax.packed import FILE, by_name, pack_params, packed_model, write_params
+  from llm_jax.sharding import MeshConfig, make_mesh
+  from llm_jax.step import logical_axes
+
+  mesh = make_mesh(MeshConfig())
+  with jax.set_mesh(mesh):
+    run = load_run(args.workdir, mesh, args.checkpoint)
+    if getattr(run.config.model, 'einsum', 'packed') == 'packed':
+      raise ConfigError(f'--workdir: {args.workdir} is a {run.config.model.name} of matrices that cannot be packed; '
+                        'of the models decoder and encdec can, once')
+    model = packed_model(run.config.model, args.weight_bits)
+    arrays = pack_params(run.params, logical_axes(example_batch(run.config), model=run.model),
+                         model.bitnet.weight_bits)
+  config = dataclasses.replace(run.config, model=model)
+  files = {'config.json': json.dumps(to_dict(config), indent=2)}
+  for name, tokenizer in (('tokenizer', run.tokenizer), ('encoder_tokenizer', run.encoder_tokenizer)):
+    if tokenizer is not None:
+      files[f'{name}.json'] = tokenizer.to_json()
+  try:
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+      (args.out / name).write_text(content)
+  except OSError as e:
+    raise StorageError(f'--out: {args.out} cannot be written: {e.strerror}') from None
+  write_params(args.out / FILE, arrays, run.meta)
+  for line in size_table(by_name(run.params), arrays):
+    print(line)
+  print(f'{args.out / FILE}: {(args.out / FILE).stat().st_size:,} bytes')
+
+
+def size_table(params: Any, arrays: dict[str, np.ndarray]) -> list[str]:
+  """Bytes of the matrices and of all else: as float32, as bfloat16 and as written."""
+  written = {'matrices': 0, 'all else': 0}
+  for name, x in arrays.items():
+    written['matrices' if name not in params else 'all else'] += x.nbytes
+  counts = {'matrices': sum(leaf.size for name, leaf in params.items() if name not in arrays),
+            'all else': sum(leaf.size for name, leaf in params.items() if name in arrays)}
+  lines = [f'{"":10} {"parameters":>14} {"float32":>14} {"bfloat16":>14} {"written":>14}  bytes']
+  for kind, count, size in [*((kind, counts[kind], written[kind]) for kind in counts),
+                            ('together', sum(counts.values()), sum(written.values()))]:
+    lines.append(f'{kind:10} {count:14,} {4 * count:14,} {2 * count:14,} {size:14,}  '
+                 f'{8 * size / max(1, count):.2f} bits each')
+  return lines
+
+
+if __name__ == '__main__':
+  run_as_program(main)

@@ -1,0 +1,67 @@
+"""Exported models: packed at two bits, read like a run, computing what was trained."""
+
+import json
+
+import numpy as np
+import pytest
+from program import write_config
+from safetensors.numpy import load_file
+
+from llm_jax import evaluate, export, generate, main
+from llm_jax.errors import ConfigError, StorageError
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('export')
+  write_config(folder)
+  for name in ('bitnet', 'full'):
+    main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/{name}', f'--config.model.einsum={name}',
+               '--config.num_steps=15', '--config.eval.every=15', '--config.eval.sample_tokens=0',
+               '--config.optim.warmup_cosine.warmup_steps=2'])
+    export.main([f'--workdir={folder}/{name}', f'--out={folder}/{name}_packed'])
+  return folder
+
+
+def loss(workdir, capsys):
+  capsys.readouterr()
+  evaluate.main([f'--workdir={workdir}'])
+  printed = capsys.readouterr().out
+  return json.loads(printed[printed.index('{\n'):])['loss']
+
+
+def test_what_is_exported_computes_what_was_trained(folder, capsys):
+  trained = loss(folder / 'bitnet', capsys)
+  assert loss(folder / 'bitnet_packed', capsys) == pytest.approx(trained, abs=1e-4)
+  generate.main([f'--workdir={folder}/bitnet_packed', '--prompt=def ', '--num_tokens=4', '--temperature=0'])
+  packed = capsys.readouterr().out
+  generate.main([f'--workdir={folder}/bitnet', '--prompt=def ', '--num_tokens=4', '--temperature=0'])
+  assert packed == capsys.readouterr().out
+
+
+def test_matrices_take_two_bits_a_weight(folder, capsys, tmp_path):
+  export.main([f'--workdir={folder}/bitnet', f'--out={tmp_path}/new'])
+  table = {line.split('  ')[0].strip(): line for line in capsys.readouterr().out.splitlines()}
+  arrays = load_file(tmp_path / 'new' / 'model.safetensors')
+  for name, x in load_file(folder / 'bitnet_packed' / 'model.safetensors').items():
+    np.testing.assert_array_equal(arrays[name], x)
+  packed = sum(x.size for name, x in arrays.items() if name.endswith('/packed'))
+  assert f'{4 * packed:,}' in table['matrices'] and '2.0' in table['matrices'].split('bits')[0]
+  assert 'together' in table and arrays['embed/w'].dtype == np.float32
+
+
+def test_a_full_precision_run_is_rounded_and_loses(folder, capsys):
+  assert loss(folder / 'full_packed', capsys) > loss(folder / 'full', capsys)
+
+
+def test_what_cannot_be_done_is_told(folder, tmp_path):
+  with pytest.raises(ConfigError, match=r'--out: .*bitnet is there already'):
+    export.main([f'--workdir={folder}/bitnet', f'--out={folder}/bitnet'])
+  with pytest.raises(ConfigError, match='cannot be packed'):
+    export.main([f'--workdir={folder}/bitnet_packed', f'--out={tmp_path}/x'])
+  with pytest.raises(ConfigError, match='packed is of exported models'):
+    main.main([f'--config={folder}/tiny.py', f'--workdir={tmp_path}/y', '--config.model.einsum=packed'])
+  path = folder / 'full_packed' / 'model.safetensors'
+  path.write_bytes(path.read_bytes()[:5000])
+  with pytest.raises(StorageError, match=r'model\.safetensors: damaged'):
+    evaluate.main([f'--workdir={folder}/full_packed'])
