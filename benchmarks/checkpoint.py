@@ -2,7 +2,7 @@
 
   python -m benchmarks.checkpoint [--saves=5]
 
-The real train.run, without validation. `gap_steps` is the longest time between two steps around a save, less the usual
+The real loop.run, without validation. `gap_steps` is the longest time between two steps around a save, less the usual
 one, in steps: what the loop is blocked for, the median and the worst save. `cost_steps` adds up what the steps from one
 save to the next take longer than the usual one: where the device is the CPU, writing competes with them.
 """
@@ -22,7 +22,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from llm_jax import metrics, runtime, train
+from llm_jax import loop, metrics, runtime
 from llm_jax.config import Config, base, build
 
 EVERY = 20  # steps
@@ -64,8 +64,8 @@ def main() -> None:
 
   with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
     config = make_config(Path(name), args.saves)
-    with mock.patch.object(train, 'unpack', unpack):
-      train.run(config, Path(name) / 'run')
+    with mock.patch.object(loop, 'unpack', unpack):
+      loop.run(config, Path(name) / 'run')
     last = Path(name) / 'run' / 'checkpoints' / str(config.num_steps)
     size = sum(path.stat().st_size for path in last.rglob('*') if path.is_file())
   gaps = np.diff(finished)  # gaps[i]: from the end of step i + 1 to that of step i + 2

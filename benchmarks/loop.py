@@ -2,7 +2,7 @@
 
   python -m benchmarks.loop [--rounds=8]
 
-The real train.run is halted after every window of steps, the device left idle, and the same compiled step is called
+The real loop.run is halted after every window of steps, the device left idle, and the same compiled step is called
 as often with one batch that is on the device already. Windows are timed in turn, round after round. `overhead` is the
 median over rounds of loop/bare - 1. `host_us` is the processor time of the loop's own thread a step, waiting left out;
 `bare_host_us` that of the bare calls, which jax's dispatch costs anyway; `cpu_us` what the whole process spends a step
@@ -26,7 +26,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from llm_jax import runtime, train
+from llm_jax import loop, runtime
 from llm_jax.assemble import example_batch
 from llm_jax.config import Config, base, build
 from llm_jax.data import pipeline
@@ -79,7 +79,7 @@ def bare_step(config: Config):
         jax.random.key(0), example_batch(config))
     batch = put_batch(features, local_rows(mesh, shape[0]), shape[0], mesh)
     _, num_microbatches = config.split_batch(num_batch_shards(mesh))
-    step = train.jit_step(config, mesh, shardings, None, num_microbatches, model=model, tx=tx)
+    step = loop.jit_step(config, mesh, shardings, None, num_microbatches, model=model, tx=tx)
 
   def run(n: int) -> None:
     nonlocal state
@@ -138,14 +138,14 @@ def measure(shape: str, rounds: int) -> dict:
       return Halted(open_batches(*args), bare, window, warmup, results)
 
     with mock.patch.object(pipeline, 'open_batches', halted), contextlib.redirect_stdout(io.StringIO()):
-      train.run(config, folder / 'run')
-  loop, bare_times = (np.array(times) / window for times in zip(*results, strict=True))
+      loop.run(config, folder / 'run')
+  loop_times, bare_times = (np.array(times) / window for times in zip(*results, strict=True))
   median = partial(np.median, axis=0)
   return {'shape': shape, 'rounds': len(results), 'bare_ms': round(1e3 * median(bare_times)[0], 2),
-          'loop_ms': round(1e3 * median(loop)[0], 2),
-          'overhead': round(statistics.median(loop[:, 0] / bare_times[:, 0]) - 1, 4),
-          'host_us': round(1e6 * median(loop)[1]), 'bare_host_us': round(1e6 * median(bare_times)[1]),
-          'cpu_us': round(1e6 * median(loop - bare_times)[2])}
+          'loop_ms': round(1e3 * median(loop_times)[0], 2),
+          'overhead': round(statistics.median(loop_times[:, 0] / bare_times[:, 0]) - 1, 4),
+          'host_us': round(1e6 * median(loop_times)[1]), 'bare_host_us': round(1e6 * median(bare_times)[1]),
+          'cpu_us': round(1e6 * median(loop_times - bare_times)[2])}
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def get_config():
   config.optim.grokfast_ema.lamb = 2.0
   config.optim.adam.b1 = 0.9
   config.optim.adam.b2 = 0.98
-  config.optim.l2.weight_decay = 0.005
+  config.optim.l2.weight_decay = 0.01
   config.eval.every = 50
   config.eval.capabilities = ('val/accuracy >= 0.5', 'val/accuracy >= 0.95')
   config.eval.monitor = 'val/accuracy'

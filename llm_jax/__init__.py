@@ -1,3 +1,18 @@
 """llm_jax: a pure-function training stack for language models in JAX."""
 
+from __future__ import annotations
+
+from typing import Any
+
 __version__ = '0.1.0'
+__all__ = ['load', 'load_config', 'train']
+
+
+def __getattr__(name: str) -> Any:
+  """load_config, train and load, once asked for: JAX is not started by an import."""
+  if name not in __all__:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  from llm_jax import runtime
+  runtime.prepare()
+  from llm_jax import api
+  return getattr(api, name)

@@ -28,6 +28,7 @@ from llm_jax.evaluation import evaluate
 from llm_jax.losses import make_objective
 from llm_jax.models import make_model
 from llm_jax.optim import make_optimizer
+from llm_jax.plan import at_step
 from llm_jax.sharding import local_rows, num_batch_shards, put_batch
 from llm_jax.step import abstract_state, eval_step, logical_axes, param_shardings, state_shardings
 from llm_jax.types import Batch, Params
@@ -340,4 +341,4 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
         step=None if step is None else int(step))
   if tx.averages:
     params = jax.jit(tx.evaluated, out_shardings=shardings.params)(kept[1], params)
-  return Run(config, tokenizer, model, params, meta, encoder_tokenizer)
+  return Run(at_step(config, meta['step']), tokenizer, model, params, meta, encoder_tokenizer)

@@ -125,8 +125,11 @@ def _parse_tuple(text: str) -> Any:
   return [Text(part.strip()) for part in text.split(',')] if isinstance(value, str) else value
 
 
-def override(values: dict, overrides: Mapping[str, str]) -> None:
-  """Puts {'model.num_layers': '4'} into nested dicts. Raises ConfigError where a path crosses a value or is a group."""
+def override(values: dict, overrides: Mapping[str, Any]) -> None:
+  """Puts {'model.num_layers': '4'} into nested dicts; text is parsed by the type of its field.
+
+  Raises ConfigError where a path crosses a value or is a group.
+  """
   problems = []
   for path, text in overrides.items():
     *groups, leaf = path.split('.')
@@ -138,7 +141,7 @@ def override(values: dict, overrides: Mapping[str, str]) -> None:
     elif isinstance(node.get(leaf), dict):
       problems.append(f'config.{path}: is a group of fields; set one of {", ".join(node[leaf])}')
     else:
-      node[leaf] = Text(text)
+      node[leaf] = Text(text) if isinstance(text, str) else text
   if problems:
     raise ConfigError('\n'.join(problems))
 

@@ -39,6 +39,12 @@ class CheckpointConfig:
         raise ValueError(f'{field} must be at least {least}; got {value}')
 
 
+def latest_step(workdir: Path) -> int:
+  """Of the checkpoints in a run's folder; -1 without any."""
+  paths = (workdir / 'checkpoints').glob('*')
+  return max((int(path.name) for path in paths if path.name.isdigit()), default=-1)
+
+
 class _Manager(ocp.CheckpointManager):
 
   def reached_preemption(self, step: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,6 +73,25 @@ class StartConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+  """What is different from step `begin` on: 'batch_tokens=16384', 'data.seq_len=512', 'data.sources.code.weight=2'."""
+
+  begin: int = 0
+  set: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if self.begin < 1:
+      raise ValueError(f'begin must be a step after the first; got {self.begin}')
+    for entry in self.set:
+      name = entry.partition('=')[0]
+      if '=' not in entry or name.split('.')[0] in FIXED_IN_STAGES:
+        raise ValueError(f'set holds {entry!r}; legal are FIELD=VALUE, of all but {", ".join(FIXED_IN_STAGES)}')
+
+
+FIXED_IN_STAGES = ('model', 'optim', 'loss', 'mesh', 'num_steps', 'num_epochs', 'seed', 'start', 'stages')
+
+
+@dataclasses.dataclass(frozen=True)
 class LogConfig:
   every: int = 10  # steps
 
@@ -85,12 +105,14 @@ class Config:
   """A whole run. Batches are counted in tokens; the number of microbatches follows."""
 
   num_steps: int = 1000
+  num_epochs: float = 0.0  # passes over the training part, which then make num_steps; 0: num_steps says
   seed: int = 0
   batch_tokens: int = 524288  # of one optimizer step, over all devices
   # That one device works on at a time; None: as many as its memory holds.
   tokens_per_device: int | None = 16384
   model: Any = variant({name: config for name, (_, config) in MODELS.items()}, 'decoder')
   start: StartConfig = StartConfig()
+  stages: dict[str, Stage] = dataclasses.field(default_factory=dict)  # by their names; see plan.py
   data: DataConfig = DataConfig()
   loss: LossConfig = LossConfig()
   optim: OptimConfig = OptimConfig()
@@ -104,6 +126,11 @@ class Config:
     seq_len, problems = self.data.seq_len, []
     if self.num_steps < 1:
       problems.append(f'num_steps must be at least 1; got {self.num_steps}')
+    if self.num_epochs < 0 or (self.num_epochs and (self.stages or self.data.streaming or self.data.sources)):
+      problems.append(f'num_epochs {self.num_epochs} must be positive, and goes with one source that is no stream, '
+                      'without stages')
+    if self.stages and self.data.streaming:
+      problems.append('stages do not go with data.streaming, whose place is not told by the step alone')
     if not 0 <= self.seed < 2**32:
       problems.append(f'seed must lie in [0, 2^32); got {self.seed}')
     if self.batch_tokens < 1 or self.batch_tokens % seq_len:
@@ -187,8 +214,9 @@ class Source:
   path: Path
   full: dict
   on_cpu: dict | None  # the same with the file's on_cpu applied; None: it has none
+  trials: tuple[dict[str, Any], ...] = ()  # overrides of each trial of its sweep(), if it has one
 
-  def resolve(self, overrides: Mapping[str, str], *, cpu_only: bool) -> Config:
+  def resolve(self, overrides: Mapping[str, Any], *, cpu_only: bool) -> Config:
     """The Config, `overrides` ('model.num_layers' -> '4') last. Raises ConfigError."""
     values = self.on_cpu if cpu_only and self.on_cpu is not None else self.full
     values = json.loads(json.dumps(values))
@@ -221,9 +249,17 @@ def load(path: str | Path) -> Source:
     if hasattr(module, 'on_cpu'):
       on_cpu = module.get_config()
       module.on_cpu(on_cpu)
-    return Source(path, full.to_dict(), on_cpu.to_dict() if on_cpu is not None else None)
+    trials = combinations(module.sweep()) if hasattr(module, 'sweep') else ()
+    return Source(path, full.to_dict(), on_cpu.to_dict() if on_cpu is not None else None, trials)
   except Exception as e:  # whatever a user's file may raise
     raise ConfigError(f'--config: {path}: {type(e).__name__}: {e}') from e
+
+
+def combinations(sweep: Any) -> tuple[dict[str, Any], ...]:
+  """{'seed': [0, 1], 'optim.learning_rate': [1e-3, 1e-2]} as every combination; a list of trials as it is."""
+  if isinstance(sweep, Mapping):
+    return tuple(dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values()))
+  return tuple(map(dict, sweep))
 
 
 def renamed(values: dict) -> dict:
@@ -234,6 +270,14 @@ def renamed(values: dict) -> dict:
     values.setdefault('loss', {}).setdefault('next_token', {}).update(moved)
   values.get('data', {}).pop('prefix_lm', None)  # it had no fields
   return values
+
+
+def replace(config: Config, **values: Any) -> Config:
+  """The config with other values. Raises ConfigError where they do not fit the rest."""
+  try:
+    return dataclasses.replace(config, **values)
+  except ValueError as e:
+    raise ConfigError('\n'.join(f'config: {line}' for line in str(e).splitlines())) from None
 
 
 def differences(old: Mapping, new: Mapping, path: str = '') -> dict[str, tuple[Any, Any]]:

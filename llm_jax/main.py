@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     raise ConfigError(f'--workdir: {args.workdir} is an address; mount it and name the folder')
   import jax
 
-  from llm_jax import train
+  from llm_jax import api
   if args.distributed:
     start_processes()
   if jax.process_index() == 0:
@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
   name = source.path.stem if source.path.suffix == '.py' else f'{source.path.absolute().parent.name}_again'
   workdir = Path(args.workdir or Path('runs') / name)
   try:
-    train.run(config, workdir)
+    for _ in api.train(config, workdir):
+      pass
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise

@@ -73,7 +73,7 @@ def fit_memory(config: Config, num_shards: int, workdir: Path, compile_step: Cal
     raise ConfigError('config.tokens_per_device: None goes by the memory of the device, which '
                       f'{jax.devices()[0].device_kind} does not tell; set a number')
   path = workdir / 'config.json'
-  before = json.loads(path.read_text())['tokens_per_device'] if path.exists() else 0
+  before = json.loads(path.read_text())['tokens_per_device'] or 0 if path.exists() else 0
   limit, before = min(gather([int(SHARE * min(known)), before]))  # one answer for all processes
   num_rows, _ = config.split_batch(num_shards)
   rows = most_rows(num_rows, lambda rows: needed(compile_step(num_rows // rows)), limit,

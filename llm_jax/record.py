@@ -37,6 +37,11 @@ class Record:
             'reached': self.reached}
 
   @property
+  def best_value(self) -> float | None:
+    """Of the monitored metric."""
+    return None if self.best == float('inf') else self.best * (1 if self.config.mode == 'min' else -1)
+
+  @property
   def exhausted(self) -> bool:
     return 0 < self.config.patience <= self.stale
 

@@ -24,8 +24,11 @@ FIXED_LOSS = ('classification.num_classes', 'classification.classes', 'contrasti
               'distillation.hidden', 'distillation.hidden_dim', 'distillation.checkpoint')
 
 
-def check_resume(meta: dict, *, config: Config, fingerprint: dict) -> None:
-  """Raises ConfigError naming what differs when this checkpoint is of another model or other data."""
+def check_resume(meta: dict, *, config: Config, fingerprint: dict, begin: int = 0) -> None:
+  """Raises ConfigError naming what differs when this checkpoint is of another model or other data.
+
+  At the step where a stage begins, `begin`, the data may be other data.
+  """
   changed = {name: values for name, values in differences(meta['config']['model'], to_dict(config)['model']).items()
              if name not in ('scan_unroll', 'remat', 'dropout', 'attention')}
   if changed:
@@ -45,7 +48,8 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict) -> None:
   if chain != config.optim.chain:
     raise ConfigError(f'config.optim.chain: the checkpoint holds the state of {chain}, now it is {config.optim.chain}; '
                       'put it back, or start in another --workdir')
-  check_fingerprint(meta['data'], fingerprint, meta['step'])
+  if not begin or meta['step'] != begin:
+    check_fingerprint(meta['data'], fingerprint, meta['step'])
 
 
 def report_resume(config: Config, meta: dict) -> None:

@@ -40,7 +40,7 @@ def write_config(folder: Path) -> Path:
   """A tiny config on a corpus of its own: three files of this project."""
   corpus = folder / 'corpus'
   corpus.mkdir()
-  for name in ('train.py', 'config.py', 'metrics.py'):
+  for name in ('loop.py', 'config.py', 'metrics.py'):
     (corpus / name).write_bytes((ROOT / 'llm_jax' / name).read_bytes())
   path = folder / 'tiny.py'
   path.write_text(TINY.format(corpus=str(corpus)))

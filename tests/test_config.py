@@ -186,6 +186,7 @@ PARAMETERS = {
     'my_data': (29_893_120, 2_551_200),
     'seq2seq_wgsl': (44_243_968, 965_888),
     'package': (689_026, 689_026),
+    'grokking': (426_242, 426_242),
     'duration': (250_176, 250_176),  # no head: it has as many outputs as the labels have numbers
     'search': (266_912, 266_912),
     'spans': (1_250_816, 1_250_816),

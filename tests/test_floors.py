@@ -13,10 +13,13 @@ FLOORS = [
     {'models'},
     {'step', 'evaluation', 'sampling', 'packed'},
     {'config', 'answers'},
+    {'plan'},
     {'assemble'},
-    {'memory', 'record', 'start'},
-    {'train'},
-    {'main', 'evaluate', 'generate', 'predict', 'plot', 'inspect', 'export',
+    {'memory', 'record', 'report', 'start', 'status'},
+    {'loop'},
+    {'api'},
+    {'main', 'evaluate', 'generate', 'predict', 'plot', 'inspect', 'export', 'check', 'schedules',
+     'sweep',
      'data.prepare', 'data.inspect', 'data.convert'},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -24,6 +27,7 @@ SAME_FLOOR = {('builder', 'errors'), ('data.prepare', 'main'), ('data.inspect', 
               ('losses', 'layers'), ('optim', 'layers'), ('sharding', 'types'), ('sharding', 'errors'),
               ('stopping', 'errors'), ('evaluate', 'main'), ('generate', 'main'),
               ('predict', 'main'), ('plot', 'main'), ('inspect', 'main'), ('export', 'main'),
+              ('check', 'main'), ('schedules', 'main'), ('sweep', 'main'), ('sweep', 'plot'),
               ('validators', 'errors')}
 
 

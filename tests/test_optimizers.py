@@ -315,7 +315,7 @@ def test_a_phase_ends_when_something_is_mastered():
     state = tx.hear(state, {'val/accuracy': accuracy})
     assert at(state) == phase
   assert at(tx.hear(tx.init({'w': jnp.ones(3)}), {'val/accuracy': 1.0})) == 2
-  with pytest.raises(ValueError, match=r'val/accuracy is no result.*val/loss'):
+  with pytest.raises(ConfigError, match=r'config.optim: val/accuracy is no result.*val/loss'):
     tx.hear(tx.init({'w': jnp.ones(3)}), {'val/loss': 1.0})
 
 

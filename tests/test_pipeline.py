@@ -236,7 +236,8 @@ def config_of(corpora, kind):
 
 def open_batches(corpora, kind, rows=range(ROWS), seed=3):
   config = config_of(corpora, kind)
-  return train_batches(train_examples(config, open_data(config), ROWS, seed), ROWS, np.asarray(rows))
+  examples = train_examples(config, open_data(config), lambda step: ROWS * step, seed)
+  return train_batches(examples, ROWS, np.asarray(rows))
 
 
 def digest(batch):
@@ -318,7 +319,7 @@ def test_an_epoch_of_batches_holds_every_target_once(corpora, packing):
   config = dataclasses.replace(config_of(corpora, 'next_token'), packing=packing)
   data = open_data(config)
   examples = open_examples(config, data, data.train['data'], train=True)
-  batches = train_batches(train_examples(config, data, 1, seed=5), 1, np.arange(1))
+  batches = train_batches(train_examples(config, data, lambda step: step, seed=5), 1, np.arange(1))
   rows = [{name: x[0] for name, x in batches[n].items()} for n in range(2 * len(examples))]
   for epoch in (rows[:len(examples)], rows[len(examples):]):
     assert sorted(real(epoch, 'targets')) == sorted(real(rows_of(examples), 'targets'))

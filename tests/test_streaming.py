@@ -76,7 +76,8 @@ def read(iterator, tokenizer, count):
 def opened(corpora, kind, host=0, num_hosts=1, begin=0, states=None, **overrides):
   config = config_of(corpora, kind, **overrides)
   rows = np.arange(ROWS).reshape(num_hosts, -1)[host]
-  return contextlib.closing(open_batches(config, open_data(config), ROWS, rows, 3, begin, states, host, num_hosts))
+  return contextlib.closing(open_batches(config, open_data(config), ROWS, rows, 3, begin, lambda step: ROWS * step,
+                                         states, host, num_hosts))
 
 
 def assert_equal(a, b):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import grain
@@ -27,21 +27,31 @@ def shuffled(examples: Examples, seed: int) -> grain.MapDataset:
   return indices.map(partial(examples.make, rng=np.random.default_rng(0)))  # which draws nothing
 
 
-def train_examples(config: DataConfig, data: Data, rows_per_batch: int, seed: int) -> grain.MapDataset:
-  """Example i of training: of the only source, or of a mixture whose weights change with the step."""
+def train_examples(config: DataConfig, data: Data, rows_at: Callable[[int], int], seed: int) -> grain.MapDataset:
+  """Example i of training: of the only source, or of a mixture whose weights change with the step.
+
+  `rows_at(step)` rows have been read when `step` steps are done.
+  """
   sources = [shuffled(open_examples(config, data, tokens, train=True), seed + i)
              for i, tokens in enumerate(data.train.values())]
   if len(sources) == 1:
     return sources[0]
   weights = zip(*(config.sources[name].weight for name in data.train), strict=True)
-  begins = [step * rows_per_batch for step in config.weights_from]
+  begins = [rows_at(step) for step in config.weights_from]
   return grain.MapDataset.select_from_datasets(sources, Mixture([list(w) for w in weights], begins))
 
 
-def train_batches(examples: grain.MapDataset, batch_size: int, rows: np.ndarray) -> grain.MapDataset:
-  """Element n is rows `rows` of batch n, which holds examples n * batch_size and on."""
+def rows_per_epoch(config: DataConfig, data: Data) -> float:
+  """Rows of one pass over the training part; of several sources or a stream there is no such pass: infinity."""
+  [*stores] = data.train.values()
+  return float('inf') if config.streaming or len(stores) != 1 else len(
+      open_examples(config, data, stores[0], train=True))
+
+
+def train_batches(examples: grain.MapDataset, batch_size: int, rows: np.ndarray, offset: int = 0) -> grain.MapDataset:
+  """Element n is rows `rows` of batch n, which holds examples offset + n * batch_size and on."""
   return grain.MapDataset.range(sys.maxsize // batch_size).map(
-      lambda n: stack([examples[int(n) * batch_size + int(row)] for row in rows]))
+      lambda n: stack([examples[offset + int(n) * batch_size + int(row)] for row in rows]))
 
 
 @dataclasses.dataclass
@@ -67,15 +77,19 @@ class Batches:
 
 
 def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray, seed: int, begin: int,
-                 states: list[dict] | None, process: int, num_processes: int) -> Batches:
+                 rows_at: Callable[[int], int], states: list[dict] | None, process: int,
+                 num_processes: int) -> Batches:
   """Rows `rows` of batches begin, begin + 1, ...; `states` are what a stream's processes kept at `begin`.
+
+  `rows_at(step)` is the first row of the batch after `step`; from `begin` on it grows by num_rows.
 
   Raises ConfigError where a stream was kept by another number of processes, or its config does not fit.
   """
   counters = Counters()
   if not config.streaming:
-    examples = train_examples(config, data, num_rows, seed)
-    return Batches(prefetched(train_batches(examples, num_rows, rows), begin, config.num_workers), False, counters)
+    examples = train_examples(config, data, rows_at, seed)
+    batches = train_batches(examples, num_rows, rows, rows_at(begin) - begin * num_rows)
+    return Batches(prefetched(batches, begin, config.num_workers), False, counters)
   weights = [source.weight[0] for source in config.named_sources.values()]
   iterator = train_stream(
       data.streams, weights, data.tokenizer, seq_len=config.seq_len, rows=rows, num_rows=num_rows, seed=seed,

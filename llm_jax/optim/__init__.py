@@ -169,9 +169,12 @@ class Optimizer(NamedTuple):
     return params
 
   def hear(self, opt_state: optax.OptState, results: dict[str, float]) -> optax.OptState:
-    """The state after an evaluation. Raises ValueError where a link asks for a metric that is not there."""
-    heard = tuple(link.hear(state, results) if link.hears else state
-                  for link, state in zip(self.links, opt_state, strict=False))
+    """The state after an evaluation. Raises ConfigError where a link asks for a metric that is not there."""
+    try:
+      heard = tuple(link.hear(state, results) if link.hears else state
+                    for link, state in zip(self.links, opt_state, strict=False))
+    except ValueError as e:
+      raise ConfigError(f'config.optim: {e}') from None
     return jax.tree.map(lambda new, old: old if new is old else jax.device_put(np.asarray(new), old.sharding),
                         (*heard, *opt_state[len(heard):]), opt_state)
 

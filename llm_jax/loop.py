@@ -7,10 +7,10 @@ import dataclasses
 import fcntl
 import functools
 import json
-import os
+import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,22 +31,23 @@ from llm_jax.assemble import (
   make_evaluator,
   samples,
 )
-from llm_jax.checkpoint import Checkpoints
-from llm_jax.config import Config, to_dict
-from llm_jax.data import Data, data_fingerprint, open_data, pipeline
+from llm_jax.checkpoint import Checkpoints, latest_step
+from llm_jax.config import Config, replace, to_dict
+from llm_jax.data import data_fingerprint, open_data, pipeline
 from llm_jax.data.examples import Examples
-from llm_jax.data.fetch import shown
 from llm_jax.devices import peak_flops
 from llm_jax.errors import ConfigError, DivergedError, Interrupted, StorageError
-from llm_jax.layers.attention import describe_attention
 from llm_jax.losses import make_objective
 from llm_jax.memory import fit_memory
 from llm_jax.metrics import Console, Packed, Throughput, Writer, pack, unpack
 from llm_jax.optim import make_optimizer
+from llm_jax.plan import Plan, plan
 from llm_jax.profiling import Profiler
 from llm_jax.record import Record
+from llm_jax.report import Epochs, describe, text_metrics, write_run_files
 from llm_jax.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, put_batch
 from llm_jax.start import branch, check_resume, report_resume, with_weights_of
+from llm_jax.status import Goodput, Status, system
 from llm_jax.step import TrainState, abstract_state, init_state, logical_axes, state_shardings, train_step
 from llm_jax.stopping import StopSignal
 from llm_jax.types import Batch, Params, as_batch
@@ -54,14 +55,42 @@ from llm_jax.types import Batch, Params, as_batch
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
 
+@dataclasses.dataclass(frozen=True)
+class Moment:
+  """A step of a run that was logged, and what can be asked of the run before it goes on."""
+
+  step: int
+  metrics: dict[str, float]  # 'train/loss', and 'val/loss' where it was validated
+  validate: Callable[[], dict[str, float]]
+  save: Callable[[], None]
+  read: Callable[[], Run]  # the model with the weights that it has now
+  status: dict[str, Any]
+
+
 def run(config: Config, workdir: Path) -> dict[str, float]:
   """Trains to `num_steps`, going on from what `workdir` holds; returns the last evaluation, 'val/loss' and so on.
 
   Raises Interrupted after a signal, and UserErrors (see errors.py).
   """
+  results = dict[str, float]()
+  for moment in moments(config, workdir):
+    results = {name: x for name, x in moment.metrics.items() if name.startswith('val/')} or results
+  return results
+
+
+def moments(config: Config, workdir: Path) -> Generator[Moment, None, None]:
+  """The same, yielding what is logged. Each stage is trained like a run that goes on with another config."""
+  for stage in (stages := plan(config)):
+    if stage is stages[-1] or latest_step(workdir) < stage.end:
+      yield from stage_moments(stage, workdir)
+
+
+def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
+  config = stage.config
   # 1. Folder and mesh. Everything below is traced under the mesh; one device is a 1x1x1 one.
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh), prepared(workdir), contextlib.ExitStack() as stack:
+    status, goodput = stack.enter_context(Status(workdir, config.num_steps)), Goodput()
     # 2. Data: made by process 0, opened by all.
     config.split_batch(num_batch_shards(mesh))  # an error is better told now
     data = None
@@ -76,6 +105,10 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
 
     # 3. Model, optimizer, shardings, compiled steps.
     config = complete(config, data)
+    epoch_steps = pipeline.rows_per_epoch(config.data, data) / num_rows
+    if config.num_epochs:
+      config = replace(config, num_steps=math.ceil(config.num_epochs * epoch_steps))
+      stage = dataclasses.replace(stage, config=config, end=config.num_steps)
     if len(set(gather(config.model.dtype))) > 1:
       raise ConfigError('config.model.dtype: auto means another dtype on each of these machines; set one')
     teacher = load_teacher(config, data, mesh)
@@ -109,30 +142,33 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     # 4. State: what the folder holds, else fresh.
     checkpoints = stack.enter_context(Checkpoints(workdir / 'checkpoints', config.checkpoint))
     fingerprint = data_fingerprint(config.data, data, num_rows, config.seed)
+    if stage.begin:
+      fingerprint['first_row'] = stage.rows_at(stage.begin)
     if any(theirs != json.loads(json.dumps(fingerprint)) for theirs in gather(fingerprint)):
       raise ConfigError('config.data: the processes do not see the same data; share a cache (config.data.cache_dir), '
                         'or give every host the same files and versions')
-    record, validated, stream_states = Record(config.eval), True, None
+    record, validated, stream_states, epoch_sums = Record(config.eval), True, None, dict[str, float]()
     if checkpoints.steps():
       params, (step, opt_state), meta = checkpoints.restore(
           abstract.params, (abstract.step, abstract.opt_state),
-          check=partial(check_resume, config=config, fingerprint=fingerprint))
+          check=partial(check_resume, config=config, fingerprint=fingerprint, begin=stage.begin))
       checkpoints.set_aside_after(meta['step'])
       state = TrainState(step, params, opt_state)
       record = Record.from_meta(config.eval, meta)
       validated = meta['validated'] if 'validated' in meta else meta['val_loss'] is not None
-      stream_states = meta.get('stream_states')
+      stream_states, epoch_sums = meta.get('stream_states'), meta.get('epoch', {})
       report_resume(config, meta)
     elif config.start.whole:
       state, meta = branch(config, abstract, partial(check_resume, config=config, fingerprint=fingerprint))
-      stream_states = meta.get('stream_states')
+      stream_states, epoch_sums = meta.get('stream_states'), meta.get('epoch', {})
       report_resume(config, meta)
     else:
       state = init(key, example_batch(config))
       if config.start.run:
         state = with_weights_of(config, data, state, tx, mesh)
     begin = int(state.step)
-    write_run_files(config, data, workdir)
+    of_all = replace(stage.run, model=config.model, loss=config.loss) if config.stages else config
+    write_run_files(of_all, data, workdir)
 
     # 5. Watchers.
     writer = Writer(workdir, begin)
@@ -147,13 +183,13 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       flops_per_token += teacher.config.model.flops_per_token(config.data.seq_len) / 3
     throughput = Throughput(flops_per_token, peak_flops(jax.devices()))
     batches = stack.enter_context(contextlib.closing(pipeline.open_batches(
-        config.data, data, num_rows, rows, config.seed, begin, stream_states, jax.process_index(),
+        config.data, data, num_rows, rows, config.seed, begin, stage.rows_at, stream_states, jax.process_index(),
         jax.process_count())))
     # In one process the step's dispatch puts NumPy rows itself, ten times as fast as arrays can be made here.
     put = as_batch if jax.process_count() == 1 else partial(put_batch, rows=rows, num_rows=num_rows, mesh=mesh)
     stop = stack.enter_context(StopSignal())
     profiler = stack.enter_context(Profiler(config.profile, workdir, begin, console.line))
-    skipped_in_a_row, results = 0, dict[str, float]()
+    epochs, skipped_in_a_row = Epochs(epoch_steps, epoch_sums), 0
 
     def fetch(step: int, metrics: Packed) -> dict[str, float]:
       """Waits for a step and returns what is to be logged of it: nothing, when it is not due."""
@@ -166,13 +202,21 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       if skipped_in_a_row >= MAX_SKIPPED:
         raise DivergedError(f'the gradients of steps {step - MAX_SKIPPED + 1} to {step} were not finite, so none was '
                             'applied; lower config.optim.learning_rate, or look at the data of these steps')
-      if step % config.log.every and step not in (1, config.num_steps):
+      epoch = epochs.add(step, values)
+      if step % config.log.every and step not in (1, stage.end) and not epoch:
         return {}
       logged = {f'train/{name}': value for name, value in (values | throughput.take()).items()}
       text_loss = values.get('next_token/loss', values['loss'] if config.loss.terms == ('next_token',) else None)
       logged |= text_metrics('train', text_loss, data, config.data.task) | batches.metrics()
+      logged |= system() | goodput.shares() | epoch
       console.step(step, logged, throughput.seconds_per_step)
+      tell(step, logged)
       return logged
+
+    def tell(step: int, logged: dict[str, float]) -> None:
+      status.update(state='training', step=step, monitor=config.eval.monitor, best=record.best_value,
+                    seconds_left=(config.num_steps - step) * throughput.seconds_per_step,
+                    metrics=(status.values.get('metrics') or {}) | logged)
 
     def validate(step: int) -> dict[str, float]:
       results, _ = evaluator(weights(), data.val, config.eval.max_tokens, lambda: stop.requested)
@@ -185,14 +229,33 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       return evaluated(state.opt_state, state.params)
 
     def due(step: int, every: int) -> bool:
-      return step % every == 0 or step == config.num_steps
+      return step % every == 0 or step == stage.end
+
+    def save(step: int, score: float | None, kept: Record) -> bool:
+      with goodput.of('save'):
+        # Together with the step, as Orbax refuses the empty state that some optimizers have.
+        return checkpoints.save(step, state.params, (state.step, state.opt_state), score=score, meta={
+            'config': to_dict(config), 'data': fingerprint, 'stream_states': gather(batches.state()),
+            'validated': score is not None, 'record': kept.to_meta(), 'epoch': epochs.sums,
+            'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
+
+    def moment(step: int, logged: dict[str, float]) -> Moment:
+      return Moment(step, logged, lambda: validate(int(state.step)), save_now, read, dict(status.values))
+
+    def save_now() -> None:
+      save(int(state.step), None, record)
+      checkpoints.wait()
+
+    def read() -> Run:
+      return Run(config, data.tokenizer, model, weights(), {'step': int(state.step), 'data': fingerprint},
+                 data.encoder_tokenizer)
 
     def settle(step: int, logged: dict[str, float], stopping: bool) -> bool:
       """Validates, logs, saves and samples what is due at a step; False if a signal cut the validation short."""
-      nonlocal state, record, results
+      nonlocal state, record
       score = None
       if due(step, config.eval.every):
-        with contextlib.suppress(Interrupted):
+        with contextlib.suppress(Interrupted), goodput.of('evaluation'):
           results = validate(step)
           score, mastered = record.see(step, results)
           logged |= results | {f'capability/{text}': step for text in mastered}
@@ -204,12 +267,7 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       writer.scalars(step, logged)  # on disk before the checkpoint is
       if stopping or stop.requested or record.exhausted or due(step, config.checkpoint.every) or (
           improved and config.checkpoint.keep_best):
-        # Together with the step, as Orbax refuses the empty state that some optimizers have.
-        saved = checkpoints.save(step, state.params, (state.step, state.opt_state), score=score, meta={
-            'config': to_dict(config), 'data': fingerprint, 'stream_states': gather(batches.state()),
-            'validated': score is not None, 'record': kept.to_meta(),
-            'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
-        record = kept if saved else record
+        record = kept if save(step, score, kept) else record
       if score is not None:
         for prompt, sample in samples(config, data, model, weights()):
           writer.text(step, f'sample/{prompt or "new document"}', sample)
@@ -223,17 +281,19 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
     if record.exhausted:
       console.line(f'{config.eval.monitor} has not improved for {record.stale} evaluations; for more, raise '
                    '--config.eval.patience')
-    elif begin >= config.num_steps:
+    elif begin >= stage.end:
       console.line(f'already at step {begin} of {config.num_steps}; for more, raise --config.num_steps')
     profiler.begin_after(begin)
-    for step in range(begin + 1, begin + 1 if record.exhausted else config.num_steps + 1):
+    for step in range(begin + 1, begin + 1 if record.exhausted else stage.end + 1):
       start = time.perf_counter()
       features = next(batches)
       throughput.waited(time.perf_counter() - start)
+      goodput.add('data', time.perf_counter() - start)
       with jax.profiler.StepTraceAnnotation('train', step_num=step):
         state, metrics = step_fn(state, put(features), frozen)
-      if pending is not None:
-        writer.scalars(pending[0], fetch(*pending))
+      if pending is not None and (logged := fetch(*pending)):
+        writer.scalars(pending[0], logged)
+        yield moment(pending[0], logged)
       pending = step, metrics
       stopping = stop.reached()
       first = step == begin + 1
@@ -245,8 +305,12 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       logged, pending = fetch(*pending), None
       profiler.end_after(step)
       if first:
+        goodput.started()
         console.line(f'first step after {time.perf_counter() - start:.1f} s of compiling and running')
       settled = settle(step, logged, stopping)
+      tell(step, logged)
+      if logged:
+        yield moment(step, logged)
       if not settled or ((stopping or stop.requested) and step < config.num_steps):
         checkpoints.wait()
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
@@ -259,7 +323,6 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
       throughput.restart()
     checkpoints.wait()
     barrier('end')
-    return results
 
 
 def jit_step(config: Config, mesh: jax.sharding.Mesh, shardings: TrainState, frozen: Params, num_microbatches: int,
@@ -309,54 +372,6 @@ def prepared(workdir: Path) -> Iterator[None]:
     if multihost.broadcast_one_to_all(taken):  # all processes leave, or none
       raise StorageError(f'--workdir: another run is training in {workdir}; name another one, or stop it')
     yield
-
-
-def text_metrics(split: str, loss: float | None, data: Data, task: str) -> dict[str, float]:
-  """Perplexity, and bits per byte by the split's mean bytes per token, of nats a token."""
-  if loss is None:
-    return {}
-  values = {f'{split}/perplexity': float(np.exp(min(loss, 700.0)))}
-  stores = data.train.values()
-  if task == 'next_token' and stores and all(store.num_bytes for store in stores):
-    num_tokens, num_bytes = sum(len(s.tokens) for s in stores), sum(s.num_bytes for s in stores)
-    values[f'{split}/bits_per_byte'] = loss / np.log(2) * num_tokens / num_bytes
-  return values
-
-
-def write_run_files(config: Config, data: Data, workdir: Path) -> None:
-  """config.json, which repeats the run, and its tokenizers, without which its tokens mean nothing."""
-  if jax.process_index() != 0:
-    return
-  files = {'config.json': json.dumps(to_dict(config), indent=2)}
-  for name, tokenizer in (('tokenizer', data.tokenizer), ('encoder_tokenizer', data.encoder_tokenizer)):
-    if tokenizer is not None:
-      files[f'{name}.json'] = tokenizer.to_json()
-  for name, content in files.items():
-    aside = workdir / f'{name}.partial'
-    aside.write_text(content)
-    os.replace(aside, workdir / name)
-
-
-def describe(config: Config, data: Data, state: TrainState, num_microbatches: int, held_rows: int, workdir: Path,
-             console: Console) -> None:
-  devices, seq_len = jax.devices(), config.data.seq_len
-  num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-  num_train, num_val = (sum(len(store.tokens) for store in side.values()) for side in (data.train, data.val))
-  amount = 'a stream' if config.data.streaming else f'{num_train / 1e6:.2f} M tokens'
-  epochs = config.num_steps * config.batch_tokens / max(1, num_train)
-  console.line(f'devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es), '
-               f'mesh {dict(jax.sharding.get_abstract_mesh().shape)}')
-  console.line(f'model: {config.model.name}, {num_params / 1e6:.2f} M parameters, {config.model.num_layers} layers, '
-               f'{config.model.embed_dim} wide, vocabulary {config.model.vocab_size}, {config.model.dtype}')
-  console.line('attention: ' + describe_attention(
-      config.model.attention, config.model.dtype, config.model.H, config.model.positions_of(seq_len),
-      segments=config.data.mask_documents, prefix=config.model.prefix_attention))
-  console.line(f'data: {", ".join(shown(s.path) for s in config.data.named_sources.values())}: {amount} to train '
-               f'on, {num_val / 1e6:.2f} M to validate with'
-               + (f'; {config.num_steps} steps are {epochs:.2f} epochs' if num_train else ''))
-  console.line(f'batch: {config.batch_tokens} tokens = {num_microbatches} microbatch(es) x {held_rows} row(s) '
-               f'x {seq_len} tokens on each of {config.rows_per_batch // num_microbatches // held_rows} device(s)')
-  console.line(f'workdir: {workdir}; watch it: tensorboard --logdir {workdir}')
 
 
 def barrier(name: str) -> None:

@@ -1,0 +1,105 @@
+"""How a run is doing, for those who look from outside: status.json, the machine's load, and where its time goes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import psutil
+
+from llm_jax.errors import Interrupted
+
+
+class Status:
+  """Keeps `workdir`/status.json, whole at any time: `state` is starting, training, finished, stopped or failed.
+
+  A context manager: how it is left is the last state. Only process 0 writes; a disk that is full costs the file alone.
+  """
+
+  def __init__(self, workdir: Path, num_steps: int):
+    self._path = workdir / 'status.json'
+    self.values: dict[str, Any] = {'state': 'starting', 'step': 0, 'num_steps': num_steps, 'process': os.getpid(),
+                                   'started': time.time()}
+
+  def update(self, **values: Any) -> None:
+    self.values |= {**values, 'updated': time.time()}
+    if jax.process_index() != 0:
+      return
+    with contextlib.suppress(OSError):
+      aside = self._path.with_suffix('.partial')
+      aside.write_text(json.dumps(self.values, indent=2))
+      os.replace(aside, self._path)
+
+  def __enter__(self) -> Status:
+    self.update()
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+               traceback: TracebackType | None) -> None:
+    if kind is None:
+      self.update(state='finished')
+    elif issubclass(kind, (Interrupted, GeneratorExit, KeyboardInterrupt)):
+      self.update(state='stopped')
+    else:
+      self.update(state='failed', error=f'{kind.__name__}: {error}')
+
+
+class Goodput:
+  """Shares of the time since a run began: steps, and what is none of them."""
+
+  def __init__(self) -> None:
+    self._begin = time.perf_counter()
+    self._seconds = dict.fromkeys(('start', 'data', 'evaluation', 'save'), 0.0)
+
+  def started(self) -> None:
+    """The first step is done: all until now was loading and compiling."""
+    self._seconds['start'] = time.perf_counter() - self._begin
+
+  def add(self, kind: str, seconds: float) -> None:
+    self._seconds[kind] += seconds
+
+  @contextlib.contextmanager
+  def of(self, kind: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    try:
+      yield
+    finally:
+      self.add(kind, time.perf_counter() - begin)
+
+  def shares(self) -> dict[str, float]:
+    total = time.perf_counter() - self._begin
+    shares = {f'goodput/{kind}': min(1.0, seconds / total) for kind, seconds in self._seconds.items()}
+    return {'goodput/step': max(0.0, 1 - sum(shares.values())), **shares}
+
+
+def system() -> dict[str, float]:
+  """What this host and its first device have in use: shares, and bytes of this process; a device only if it tells."""
+  values = {'system/host_cpu': psutil.cpu_percent() / 100, 'system/host_memory': psutil.virtual_memory().percent / 100,
+            'system/process_bytes': float(psutil.Process().memory_info().rss)}
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'bytes_in_use' in stats:
+    values['system/device_bytes'] = float(stats['bytes_in_use'])
+    values['system/device_peak_bytes'] = float(stats.get('peak_bytes_in_use', stats['bytes_in_use']))
+  if stats.get('bytes_limit'):
+    values['system/device_memory'] = stats['bytes_in_use'] / stats['bytes_limit']
+  utilization = device_utilization()
+  return values if utilization is None else {**values, 'system/device_utilization': utilization}
+
+
+def device_utilization() -> float | None:
+  """Share of the last second in which the first NVIDIA GPU computed; None without one, or without nvidia-ml-py."""
+  if jax.default_backend() != 'gpu':
+    return None
+  try:
+    import pynvml
+    pynvml.nvmlInit()
+    return pynvml.nvmlDeviceGetUtilizationRates(pynvml.nvmlDeviceGetHandleByIndex(0)).gpu / 100
+  except Exception:  # no library, no driver, or a GPU that does not tell: whichever, there is nothing to log
+    return None

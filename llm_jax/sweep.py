@@ -1,0 +1,131 @@
+"""Trains every trial of a config's sweep: python -m llm_jax.sweep --config=FILE [--workdir=...] [--processes=2]
+
+The config offers `sweep()`: {'optim.learning_rate': [1e-3, 3e-3], 'seed': [0, 1]} for every combination, or a list of
+such settings. Trials are runs below the workdir, each a process of its own; the same command again does those that are
+not finished. It writes sweep.md, sweep.json and sweep.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from llm_jax.builder import parse_overrides
+from llm_jax.config import load
+from llm_jax.errors import ConfigError, StorageError, UserError
+from llm_jax.main import run_as_program
+from llm_jax.metrics import duration, read_metrics
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='python -m llm_jax.sweep', allow_abbrev=False, description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--config', type=Path, required=True)
+  parser.add_argument('--workdir', type=Path, help='default: runs/<name of the config>_sweep')
+  parser.add_argument('--processes', type=int, default=1, help='trials at a time')
+  parser.add_argument('--metric', default='', help='to compare by (default: config.eval.monitor)')
+  args, rest = parser.parse_known_args(argv)
+  overrides = parse_overrides(rest, '--config.', '--config, --workdir, --processes, --metric, --config.FIELD')
+  source = load(args.config)
+  if not source.trials:
+    raise ConfigError(f"--config: {args.config} has no sweep(); one is: def sweep(): return {{'seed': [0, 1]}}")
+  if args.processes < 1:
+    raise ConfigError(f'--processes must be at least 1; got {args.processes}')
+  # A mistake in any of them is told before the first one runs.
+  configs = [source.resolve({**overrides, **trial}, cpu_only=True) for trial in source.trials]
+  metric, mode = args.metric or configs[0].eval.monitor, configs[0].eval.mode
+  workdir = args.workdir or Path('runs') / f'{args.config.stem}_sweep'
+  names = [name_of(i, trial) for i, trial in enumerate(source.trials)]
+  begin, done = time.monotonic(), 0
+
+  def train(name: str, trial: dict[str, Any]) -> None:
+    nonlocal done
+    folder = workdir / name
+    if status_of(folder).get('state') != 'finished':
+      folder.mkdir(parents=True, exist_ok=True)
+      flags = [f'--config.{field}={text_of(value)}' for field, value in {**overrides, **trial}.items()]
+      with open(folder / 'output.txt', 'a') as output:
+        subprocess.run([sys.executable, '-m', 'llm_jax.main', f'--config={args.config}', f'--workdir={folder}', *flags],
+                       stdout=output, stderr=subprocess.STDOUT, check=False)
+    done += 1
+    left = (time.monotonic() - begin) / done * (len(names) - done)
+    print(f'trial {done} of {len(names)}: {name}: {status_of(folder).get("state", "failed")}, {duration(left)} left',
+          flush=True)
+
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
+  with ThreadPoolExecutor(args.processes) as pool:
+    for future in [pool.submit(train, *pair) for pair in zip(names, source.trials, strict=True)]:
+      future.result()
+  rows = [row_of(workdir / name, name, trial, metric, mode)
+          for name, trial in zip(names, source.trials, strict=True)]
+  rows.sort(key=lambda row: (row['best'] is None, (row['best'] or 0) * (1 if mode == 'min' else -1)))
+  (workdir / 'sweep.json').write_text(json.dumps({'metric': metric, 'trials': rows}, indent=2))
+  (workdir / 'sweep.md').write_text('\n'.join(table(rows, metric)) + '\n')
+  print('\n'.join(table(rows, metric)))
+  draw(workdir, [row['name'] for row in rows], metric)
+  if failed := [row['name'] for row in rows if row['state'] != 'finished']:
+    raise UserError(f'not finished: {", ".join(failed)}; see output.txt in their folders below {workdir}')
+
+
+def name_of(number: int, trial: dict[str, Any]) -> str:
+  """'003_learning_rate=0.001,seed=1': the folder of a trial."""
+  settings = ','.join(f'{field.split(".")[-1]}={text_of(value)}' for field, value in trial.items())
+  return f'{number:03}_' + ''.join(c if c.isalnum() or c in '=,._-' else '_' for c in settings)[:80]
+
+
+def text_of(value: Any) -> str:
+  """A value as the command line takes it."""
+  return (','.join(map(text_of, value)) or '()') if isinstance(value, (list, tuple)) else str(value)
+
+
+def status_of(folder: Path) -> dict[str, Any]:
+  try:
+    return json.loads((folder / 'status.json').read_text())
+  except (OSError, ValueError):
+    return {}
+
+
+def row_of(folder: Path, name: str, trial: dict[str, Any], metric: str, mode: str) -> dict[str, Any]:
+  status = status_of(folder)
+  lines = read_metrics(folder / 'metrics.jsonl') if (folder / 'metrics.jsonl').is_file() else []
+  points = [(line[metric], line['step']) for line in lines if line.get(metric) is not None]
+  best = (min if mode == 'min' else max)(points, default=(None, None))
+  return {'name': name, 'settings': trial, 'state': status.get('state', 'failed'),
+          'best': best[0], 'best_step': best[1], 'last': points[-1][0] if points else None,
+          'minutes': round((status['updated'] - status['started']) / 60, 1) if 'updated' in status else None}
+
+
+def table(rows: list[dict[str, Any]], metric: str) -> list[str]:
+  """Markdown, the best trial first."""
+  fields = list(dict.fromkeys(field for row in rows for field in row['settings']))
+  lines = [[*fields, f'best {metric}', 'at step', 'last', 'minutes', 'state'],
+           ['---'] * (len(fields) + 5)]
+  for row in rows:
+    numbers = ['' if x is None else f'{x:.4f}' for x in (row['best'], row['last'])]
+    lines.append([*(text_of(row['settings'].get(field, '')) for field in fields), numbers[0], str(row['best_step']),
+                  numbers[1], str(row['minutes']), row['state']])
+  return ['| ' + ' | '.join(line) + ' |' for line in lines]
+
+
+def draw(workdir: Path, names: Iterable[str], metric: str) -> None:
+  """The metric's curve of every trial; nothing where matplotlib is not, or no trial has it."""
+  from llm_jax import plot
+  runs = [workdir / name for name in names if (workdir / name / 'metrics.jsonl').is_file()]
+  try:
+    plot.main(['--workdir', *map(str, runs), '--metric', metric, '--out', str(workdir / 'sweep.png')])
+  except (ConfigError, SystemExit) as e:
+    print(f'no picture: {e}')
+
+
+if __name__ == '__main__':
+  run_as_program(main)

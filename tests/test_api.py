@@ -1,0 +1,129 @@
+"""The package as a library: configs, trainings that are iterated over, runs that are loaded; and the notebook."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from program import ROOT, environment, write_config
+
+import llm_jax
+from llm_jax import main
+from llm_jax.errors import ConfigError
+from llm_jax.metrics import read_metrics
+
+SETTINGS = {'num_steps': 12, 'eval.every': 6, 'eval.sample_tokens': 0, 'checkpoint.every': 100, 'log.every': 2,
+            'optim.warmup_cosine.warmup_steps': 2}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('api')
+  write_config(folder)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def finished(folder):
+  """A training that was asked and saved on its way, and what it gave."""
+  training = llm_jax.train(llm_jax.load_config(folder / 'tiny.py', **SETTINGS), folder / 'run')
+  rounds, asked = [], {}
+  for metrics in training:
+    rounds.append(metrics)
+    if metrics['step'] == 4:
+      asked = {'validated': training.validate(), 'text': training.generate('def ', num_tokens=6, seed=1),
+               'status': training.status()}
+      training.save()
+      asked['saved'] = sorted(p.name for p in (folder / 'run' / 'checkpoints').iterdir() if p.name.isdigit())
+  return training, rounds, asked
+
+
+def test_a_round_is_a_step_that_is_logged(finished, folder):
+  _, rounds, _ = finished
+  lines = read_metrics(folder / 'run' / 'metrics.jsonl')
+  assert [r['step'] for r in rounds] == [line['step'] for line in lines] == [1, 2, 4, 6, 8, 10, 12]
+  assert all(r.items() >= line.items() for r, line in zip(rounds, lines, strict=True))
+  assert 'val/loss' in rounds[3] and 'val/loss' not in rounds[4]
+
+
+def test_between_two_rounds_it_can_be_asked(finished):
+  _, _, asked = finished
+  assert asked['validated']['val/loss'] > 0 and isinstance(asked['text'], str)
+  assert asked['status']['state'] == 'training' and asked['status']['step'] == 4
+  assert asked['status']['metrics']['train/tokens_per_second'] > 0 and asked['status']['seconds_left'] > 0
+  assert len(asked['saved']) == 1 and int(asked['saved'][0]) in (4, 5)
+
+
+def test_being_asked_changes_nothing(finished, folder):
+  """The same run by the command line: the same losses to the bit."""
+  _, rounds, _ = finished
+  main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/plain',
+             *(f'--config.{name}={value}' for name, value in SETTINGS.items())])
+  plain = read_metrics(folder / 'plain' / 'metrics.jsonl')
+  for name in ('train/loss', 'val/loss'):
+    assert [line.get(name) for line in plain] == [r.get(name) for r in rounds]
+
+
+def test_shares_of_time_and_the_load_of_the_machine_are_logged(finished):
+  _, rounds, _ = finished
+  shares = {name: x for name, x in rounds[-1].items() if name.startswith('goodput/')}
+  assert sum(shares.values()) == pytest.approx(1) and shares['goodput/start'] > 0.1 < shares['goodput/evaluation'] + 1
+  assert 0 <= rounds[-1]['system/host_memory'] <= 1 and rounds[-1]['system/process_bytes'] > 1e7
+
+
+def test_a_run_is_loaded_and_asked(finished, folder):
+  training, rounds, _ = finished
+  trained = llm_jax.load(folder / 'run')
+  assert trained.validate()['loss'] == pytest.approx(rounds[-1]['val/loss'], abs=1e-5)
+  assert trained.generate('def ', num_tokens=6, seed=3) == trained.generate('def ', num_tokens=6, seed=3)
+  assert trained.status()['state'] == training.status()['state'] == 'finished'
+  trained.export_results(folder / 'results.json')
+  results = json.loads((folder / 'results.json').read_text())
+  assert results['status']['best'] == min(r['val/loss'] for r in rounds if 'val/loss' in r)
+  assert results['config']['num_steps'] == 12 and results['metrics'][-1]['step'] == 12
+  assert list(llm_jax.train(training.config, folder / 'run')) == [], 'nothing is left to do'
+
+
+def test_a_training_that_is_left_goes_on_from_its_last_checkpoint(folder):
+  config = llm_jax.load_config(folder / 'tiny.py', **SETTINGS | {'checkpoint.every': 4, 'log.every': 1})
+  training = llm_jax.train(config, folder / 'left')
+  for metrics in training:
+    if metrics['step'] == 6:
+      break
+  assert training.status()['state'] == 'stopped'
+  steps = [metrics['step'] for metrics in training]
+  assert steps[0] in (5, 7) and steps[-1] == 12  # 6 was evaluated, so it may be the best and saved
+  assert training.status()['state'] == 'finished'
+
+
+def test_mistakes_are_told(folder, tmp_path):
+  with pytest.raises(ConfigError, match=r'did you mean config\.optim\.learning_rate'):
+    llm_jax.load_config(folder / 'tiny.py', **{'optim.learnin_rate': 1.0})
+  with pytest.raises(ConfigError, match=r"num_steps: expects a whole number, got '1\.5'"):
+    llm_jax.load_config(folder / 'tiny.py', num_steps=1.5)
+  training = llm_jax.train(llm_jax.load_config(folder / 'tiny.py', **{'data.path': 'nowhere'}), tmp_path)
+  assert training.status() == {'state': 'none'}
+  with pytest.raises(ConfigError, match='iterate over it first'):
+    training.validate()
+  with pytest.raises(Exception, match='nowhere'):
+    next(iter(training))
+  assert training.status()['state'] == 'failed' and 'nowhere' in training.status()['error']
+  with pytest.raises(AttributeError, match='no attribute'):
+    llm_jax.evaluat  # noqa: B018
+
+
+def test_the_notebook_runs(folder, monkeypatch):
+  """Its cells in their order, as they stand, in a process of its own."""
+  cells = [''.join(cell['source']) for cell in json.loads((ROOT / 'docs' / 'notebook.ipynb').read_text())['cells']
+           if cell['cell_type'] == 'code']
+  corpus = {'data.path': str(folder / 'corpus'), 'data.vocab_size': 300}
+  script = '\n'.join(cells).replace("'num_steps': 40", f"**{corpus!r}, 'num_steps': 40")  # not the large default corpus
+  script = script.replace("'configs/", f"'{ROOT}/configs/")
+  work = Path(folder / 'notebook')
+  work.mkdir()
+  done = subprocess.run([sys.executable, '-c', script + '\nprint(trained.config.num_steps)'], cwd=work, text=True,
+                        env=environment(folder) | {'MPLBACKEND': 'agg'}, capture_output=True, timeout=240)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert done.stdout.splitlines()[-1] == '40' and (work / 'runs' / 'notebook' / 'results.json').is_file()
+  assert 'finished 40' in done.stdout

@@ -1,0 +1,94 @@
+"""Commands beside training: schedules, check, sweep."""
+
+import json
+
+import matplotlib.image
+import pytest
+from program import finish, start, write_config
+
+from llm_jax import check, schedules, sweep
+from llm_jax.config import combinations
+from llm_jax.errors import ConfigError, DataError, UserError
+
+SWEEP = """
+from tiny import get_config as tiny
+
+def get_config():
+  config = tiny()
+  config.num_steps = 8
+  config.eval.every = 4
+  config.eval.sample_tokens = 0
+  return config
+
+def sweep():
+  return {'optim.learning_rate': [1e-5, 3e-3], 'optim.chain': [('adamw',)]}
+"""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('commands')
+  write_config(folder)
+  (folder / 'swept.py').write_text(f'import sys\nsys.path.insert(0, {str(folder)!r})\n' + SWEEP)
+  return folder
+
+
+def test_a_schedule_is_drawn_with_what_begins_when(folder, capsys):
+  schedules.main([f'--config={folder}/tiny.py', f'--config={folder}/swept.py', f'--out={folder}/x.png',
+                  '--config.optim.schedule=constant', '--config.optim.warmup_cosine.warmup_steps=0',
+                  '--config.optim.constant.warmup_steps=3'])
+  printed = capsys.readouterr().out.splitlines()
+  assert len(printed) == 2 and 'constant, 150 steps, at first 0.00075, at most 0.003, at the end 0.003' in printed[0]
+  assert min(matplotlib.image.imread(folder / 'x.png').shape[:2]) > 100
+
+
+def test_check_tells_what_there_is_and_whether_a_config_runs(folder, capsys):
+  check.main([])
+  printed = capsys.readouterr().out
+  for word in ('devices', 'cpu', 'memory', 'disk', 'jax ', 'safetensors', 'attention', 'dtype auto'):
+    assert word in printed
+  check.main([f'--config={folder}/tiny.py', '--config.num_steps=3', '--config.optim.warmup_cosine.warmup_steps=1'])
+  printed = capsys.readouterr().out
+  assert 'it runs: the loss of step 1 is' in printed and 'GiB are free' in printed
+  with pytest.raises(DataError, match='nowhere'):
+    check.main([f'--config={folder}/tiny.py', '--config.data.path=nowhere'])
+  assert 'would NOT run' in capsys.readouterr().out
+
+
+def test_a_sweep_trains_what_is_not_finished_and_compares(folder):
+  first = finish(start(folder, 'sweep', '--config=swept.py', '--workdir=sweep', '--processes=2'))
+  assert 'trial 2 of 2' in first
+  result = json.loads((folder / 'sweep' / 'sweep.json').read_text())
+  best, worst = result['trials']
+  assert result['metric'] == 'val/loss' and best['best'] < worst['best']
+  assert best['settings']['optim.learning_rate'] == 3e-3 and {best['state'], worst['state']} == {'finished'}
+  assert '| 0.003 | adamw | ' in (folder / 'sweep' / 'sweep.md').read_text()
+  assert (folder / 'sweep' / 'sweep.png').stat().st_size > 1000
+  written = {p: p.stat().st_mtime_ns for p in folder.glob('sweep/0*/metrics.jsonl')}
+  (folder / 'sweep' / best['name'] / 'status.json').unlink()
+  again = finish(start(folder, 'sweep', '--config=swept.py', '--workdir=sweep'))
+  assert 'already at step 8' in (folder / 'sweep' / best['name'] / 'output.txt').read_text() and 'trial 2 of 2' in again
+  other = folder / 'sweep' / worst['name'] / 'metrics.jsonl'
+  assert other.stat().st_mtime_ns == written[other], 'it was finished'
+
+
+def test_a_trial_that_fails_costs_no_other(folder):
+  text = (folder / 'swept.py').read_text().replace("{'optim.learning_rate': [1e-5, 3e-3], 'optim.chain': [('adamw',)]}",
+                                                   "[{'data.path': 'nowhere'}, {'seed': 3}]")
+  (folder / 'failing.py').write_text(text)
+  with pytest.raises(UserError, match=r'not finished: 000_path=nowhere; see output\.txt'):
+    sweep.main([f'--config={folder}/failing.py', f'--workdir={folder}/failing'])
+  assert [t['state'] for t in json.loads((folder / 'failing' / 'sweep.json').read_text())['trials']] == [
+      'finished', 'failed']
+
+
+def test_sweeps_that_cannot_be_are_told_before_a_trial_runs(folder, tmp_path):
+  with pytest.raises(ConfigError, match=r'has no sweep\(\)'):
+    sweep.main([f'--config={folder}/tiny.py'])
+  text = (folder / 'swept.py').read_text().replace('1e-5, 3e-3', '1e-3, -1.0')
+  (folder / 'wrong.py').write_text(text)
+  with pytest.raises(ConfigError, match='learning_rate must be positive'):
+    sweep.main([f'--config={folder}/wrong.py', f'--workdir={tmp_path}/x'])
+  assert not (tmp_path / 'x').exists()
+  assert combinations({'a': [1, 2], 'b': [3, 4]}) == ({'a': 1, 'b': 3}, {'a': 1, 'b': 4}, {'a': 2, 'b': 3},
+                                                      {'a': 2, 'b': 4})

@@ -1,0 +1,151 @@
+"""Stages: batches that grow read the rows in the same order; longer rows, other mixtures; epochs."""
+
+import json
+
+import numpy as np
+import pytest
+from program import write_config
+
+from llm_jax import loop, main
+from llm_jax.api import load_config
+from llm_jax.config import Config, build
+from llm_jax.data import pipeline
+from llm_jax.errors import ConfigError, Interrupted
+from llm_jax.metrics import read_metrics
+from llm_jax.plan import at_step, plan
+from llm_jax.report import Epochs
+from llm_jax.stopping import StopSignal
+
+
+def config(**stages):
+  return build(Config, {'num_steps': 100, 'batch_tokens': 64, 'tokens_per_device': 32, 'data': {'seq_len': 16},
+                        'optim': {'warmup_cosine': {'warmup_steps': 2}}, 'stages': stages})
+
+
+def test_a_plan_says_where_each_stage_begins_in_the_data():
+  stages = plan(config(more={'begin': 10, 'set': ['batch_tokens=128']},
+                       longer={'begin': 30, 'set': ['data.seq_len=32', 'eval.every=5']}))
+  assert [(s.begin, s.end, s.config.batch_tokens, s.config.data.seq_len) for s in stages] == [
+      (0, 10, 64, 16), (10, 30, 128, 16), (30, 100, 128, 32)]
+  assert [s.rows_at(s.begin) for s in stages] == [0, 10 * 4, (10 * 4 + 20 * 8) // 2]
+  assert stages[1].rows_at(12) == 40 + 2 * 8
+  assert {s.config.model.max_len for s in stages} == {32}, 'one model for all'
+  assert at_step(stages[0].run, 10).batch_tokens == 64 and at_step(stages[0].run, 11).batch_tokens == 128
+  assert at_step(stages[0].run, 200).data.seq_len == 32
+  [alone] = plan(config())
+  assert alone.config == config() and alone.rows_at(7) == 28
+
+
+@pytest.mark.parametrize(('stages', 'words'), [
+    ({'a': {'begin': 0}}, ['stages.a', 'begin', 'got 0']),
+    ({'a': {'begin': 100}}, ['before num_steps 100', 'got 100']),
+    ({'a': {'begin': 5}, 'b': {'begin': 5}}, ['different steps']),
+    ({'a': {'begin': 5, 'set': ['model.num_layers=3']}}, ['stages.a', 'model.num_layers=3', 'of all but model']),
+    ({'a': {'begin': 5, 'set': ['batch_tokens']}}, ['stages.a', 'FIELD=VALUE']),
+    ({'a': {'begin': 5, 'set': ['batch_token=128']}}, ['config.stages.a', 'did you mean config.batch_tokens']),
+    ({'a': {'begin': 5, 'set': ['batch_tokens=100']}}, ['config.stages.a', 'batch_tokens 100', '96, 112']),
+])
+def test_stages_that_cannot_be_are_told(stages, words):
+  with pytest.raises(ConfigError) as e:
+    plan(config(**stages))
+  assert all(word in str(e.value) for word in words), e.value
+
+
+STAGED = """
+def get_config():
+  import tiny
+  config = tiny.get_config()
+  config.num_steps = 9
+  config.batch_tokens = 512
+  config.tokens_per_device = None
+  config.eval.every = 100
+  config.eval.sample_tokens = 0
+  config.checkpoint.every = 100
+  config.optim.warmup_cosine.warmup_steps = 1
+  config.stages = {'more': {'begin': 3, 'set': ('batch_tokens=1024',)},
+                   'longer': {'begin': 6, 'set': ('data.seq_len=128', 'tokens_per_device=128')}}
+  return config
+"""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('plan')
+  write_config(folder)
+  (folder / 'staged.py').write_text(f'import sys\nsys.path.insert(0, {str(folder)!r})\n' + STAGED)
+  return folder
+
+
+def train(folder, name, *flags, config='staged'):
+  main.main([f'--config={folder}/{config}.py', f'--workdir={folder}/{name}', *flags])
+  return read_metrics(folder / name / 'metrics.jsonl')
+
+
+def test_a_staged_run_reads_what_its_plan_says_and_goes_on_after_a_stop(folder, monkeypatch):
+  """Each row of the two first stages once and in order; stopped within a stage and between two, the same bits."""
+  read = {}
+  original = pipeline.train_batches
+
+  def spy(examples, batch_size, rows, offset=0):
+    read[batch_size, len(examples[0]['tokens'])] = [offset + n * batch_size for n in range(10)]
+    return original(examples, batch_size, rows, offset)
+
+  monkeypatch.setattr(pipeline, 'train_batches', spy)
+  whole = train(folder, 'whole')
+  assert [line['step'] for line in whole] == list(range(1, 10))
+  assert read[16, 32][:4] == [0, 16, 32, 48] and read[32, 32][3] == 3 * 16, 'batch 3 begins where batch 2 ended'
+  assert read[8, 128][6] == 3 * (16 + 32) * 32 // 128
+  tokens = [line['train/num_tokens'] for line in whole]
+  assert tokens == [512] * 3 + [1024] * 6
+
+  for stop in (2, 6):
+    asked = iter(range(1, 10))
+    with monkeypatch.context() as patch:
+      patch.setattr(StopSignal, 'reached', lambda self: next(asked) == stop)  # noqa: B023
+      with pytest.raises(Interrupted):
+        train(folder, f'cut{stop}')
+    cut = train(folder, f'cut{stop}')
+    assert [line['train/loss'] for line in cut] == [line['train/loss'] for line in whole]
+    assert cut[-1]['val/loss'] == whole[-1]['val/loss']
+  kept = json.loads((folder / 'whole' / 'config.json').read_text())
+  assert kept['batch_tokens'] == 512 and kept['stages']['more']['begin'] == 3, 'config.json repeats the run'
+
+
+def test_an_epoch_is_every_row_once_and_has_its_means(folder):
+  lines = train(folder, 'epochs', '--config.num_epochs=2', '--config.batch_tokens=2048', '--config.eval.every=1000',
+                '--config.optim.warmup_cosine.warmup_steps=0', '--config.eval.sample_tokens=0', config='tiny')
+  ends = [line['step'] for line in lines if 'epoch/number' in line]
+  assert [line['epoch/number'] for line in lines if 'epoch/number' in line] == [1, 2]
+  assert lines[-1]['step'] == ends[-1] or lines[-1]['step'] == ends[-1] + 1
+  first = [line['train/loss'] for line in lines if line['step'] <= ends[0]]
+  assert lines[ends[0] - 1]['epoch/loss'] == pytest.approx(np.mean(first), rel=1e-5)
+
+
+def test_means_of_an_epoch_go_on_after_a_stop():
+  values = [{'loss': float(n), 'grad_norm': 1.0} for n in range(10)]
+  whole = Epochs(4.5, {})
+  told = [whole.add(step, v) for step, v in enumerate(values, 1)]
+  assert [step for step, t in enumerate(told, 1) if t] == [5, 9]
+  assert told[4] == {'epoch/number': 1, 'epoch/loss': 2.0, 'epoch/grad_norm': 1.0}
+  first = Epochs(4.5, {})
+  for step in (1, 2):
+    first.add(step, values[step - 1])
+  second = Epochs(4.5, json.loads(json.dumps(first.sums)))
+  assert [second.add(step, values[step - 1]) for step in range(3, 11)] == told[2:]
+  assert not any(Epochs(float('inf'), {}).add(step, values[0]) for step in range(1, 5))
+
+
+@pytest.mark.parametrize(('values', 'word'), [
+    ({'num_epochs': -1.0}, 'num_epochs -1'), ({'num_epochs': 1.0, 'stages': {'a': {'begin': 3}}}, 'without stages'),
+    ({'stages': {'a': {'begin': 3}}, 'data': {'streaming': True, 'split': 'count', 'val_documents': 1}}, 'streaming')])
+def test_what_does_not_go_together_is_told(values, word):
+  with pytest.raises(ConfigError, match=word):
+    build(Config, values)
+
+
+def test_what_is_yielded_is_what_is_logged(folder):
+  moments = list(loop.moments(load_config(folder / 'staged.py'), folder / 'yielded'))
+  assert [m.step for m in moments] == list(range(1, 10)) and 'val/loss' in moments[-1].metrics
+  assert moments[-1].status['step'] == 9 and moments[-1].status['state'] == 'training'
+  assert json.loads((folder / 'yielded' / 'status.json').read_text())['state'] == 'finished'
+
