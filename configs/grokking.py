@@ -1,6 +1,5 @@
 """Grokking: division modulo 97 is learnt by heart at once and understood much later, unless Grokfast helps.
 
-  python configs/data/make_modular.py
   python -m llm_jax.main --config=configs/grokking.py
 """
 
@@ -9,22 +8,21 @@ from llm_jax.config import base
 
 def get_config():
   config = base()
-  config.num_steps = 1500
-  config.batch_tokens = config.tokens_per_device = 512 * 5
+  config.num_steps = 3000
+  config.batch_tokens = config.tokens_per_device = 512 * 4
   config.model.num_layers = 2
   config.model.embed_dim = 128
   config.model.num_heads = 4
+  config.model.tie_embeddings = False
   config.model.scan_unroll = 2
-  config.model.attention = 'xla'  # rows of 5 tokens have no blocks to save
-  config.data.path = 'configs/data/modular.jsonl'
-  config.data.label_field = 'quotient'
-  config.data.task = 'classification'
+  config.model.attention = 'xla'  # rows of 4 tokens have no blocks to save
+  config.data.path = 'modular:97:div'
+  config.data.tokenizer = 'none'
+  config.data.split = 'count'
+  config.data.val_documents = 4656  # half of them
+  config.data.task = 'prompt_answer'
   config.data.packing = 'pad'
-  config.data.tokenizer = 'word'
-  config.data.pattern = r'\d+|/'  # a number is one word
-  config.data.val_fraction = 0.5
-  config.data.seq_len = 5  # bos, a, /, b, eos
-  config.loss.terms = ('classification',)
+  config.data.seq_len = 4  # a / b =
   config.optim.learning_rate = 1e-3
   config.optim.schedule = 'constant'
   config.optim.constant.warmup_steps = 10
@@ -34,10 +32,20 @@ def get_config():
   config.optim.adam.b1 = 0.9
   config.optim.adam.b2 = 0.98
   config.optim.l2.weight_decay = 0.01
-  config.eval.every = 50
+  config.eval.every = 10
   config.eval.capabilities = ('val/accuracy >= 0.5', 'val/accuracy >= 0.95')
+  config.eval.goal = 'val/accuracy >= 0.97'
   config.eval.monitor = 'val/accuracy'
   config.eval.mode = 'max'
+  config.eval.sample_tokens = 0
+  config.log.every = 100
   config.checkpoint.every = 1000
   config.checkpoint.keep_best = 0
   return config
+
+
+def sweep():
+  """Grokfast by both filters, and without: with the same decay, and with none, as the paper's baseline."""
+  chains = [('grokfast_ema,l2,adam', 3000), ('grokfast_ma,l2,adam', 3000), ('l2,adam', 30000), ('adam', 60000)]
+  return [{'optim.chain': chain, 'num_steps': num_steps, 'eval.every': 10 if num_steps == 3000 else 100, 'seed': seed}
+          for chain, num_steps in chains for seed in range(3)]

@@ -44,6 +44,7 @@ class EvalConfig:
   patience: int = 0  # evaluations in a row, none better by min_delta, after which the run ends; 0: it does not
   min_delta: float = 0.0
   capabilities: tuple[str, ...] = ()  # 'val/accuracy > 0.5': the first step that has it is logged and kept
+  goal: str = ''  # a capability with which the run ends
   answers: int = 0  # pairs of the validation part to answer, where the task has pairs
   num_beams: int = 1  # of an answer; 1: greedy
   validator: str = ''  # of answers: one of validators.VALIDATORS, or a command that reads one and exits with 0 if valid
@@ -51,7 +52,7 @@ class EvalConfig:
   def __post_init__(self):
     if min(self.sample_tokens, self.temperature, self.top_k, self.patience, self.min_delta, self.answers) < 0:
       raise ValueError('sample_tokens, temperature, top_k, patience, min_delta and answers must not be negative')
-    for text in self.capabilities:
+    for text in [*self.capabilities, *filter(None, [self.goal])]:
       condition(text)
     if self.every < 1 or self.num_beams < 1:
       raise ValueError(f'every and num_beams must be at least 1; got {self.every} and {self.num_beams}')

@@ -192,7 +192,7 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
     epochs, skipped_in_a_row = Epochs(epoch_steps, epoch_sums), 0
 
     def fetch(step: int, metrics: Packed) -> dict[str, float]:
-      """Waits for a step and returns what is to be logged of it: nothing, when it is not due."""
+      """Waits for a step and returns what is to be logged of it: nothing, when it is not due and ends no epoch."""
       nonlocal skipped_in_a_row
       values = unpack(metrics)
       throughput.step_done(values['num_tokens'])
@@ -203,8 +203,8 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
         raise DivergedError(f'the gradients of steps {step - MAX_SKIPPED + 1} to {step} were not finite, so none was '
                             'applied; lower config.optim.learning_rate, or look at the data of these steps')
       epoch = epochs.add(step, values)
-      if step % config.log.every and step not in (1, stage.end) and not epoch:
-        return {}
+      if step % config.log.every and step not in (1, stage.end):
+        return epoch
       logged = {f'train/{name}': value for name, value in (values | throughput.take()).items()}
       text_loss = values.get('next_token/loss', values['loss'] if config.loss.terms == ('next_token',) else None)
       logged |= text_metrics('train', text_loss, data, config.data.task) | batches.metrics()
@@ -265,7 +265,7 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
       improved = score is not None and score < record.saved
       kept = dataclasses.replace(record, saved=score if improved and score is not None else record.saved)
       writer.scalars(step, logged)  # on disk before the checkpoint is
-      if stopping or stop.requested or record.exhausted or due(step, config.checkpoint.every) or (
+      if stopping or stop.requested or record.over or due(step, config.checkpoint.every) or (
           improved and config.checkpoint.keep_best):
         record = kept if save(step, score, kept) else record
       if score is not None:
@@ -278,13 +278,12 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
     pending: tuple[int, Packed] | None = None
     if begin and due(begin, config.eval.every) and not validated:
       settle(begin, {}, stopping=False)
-    if record.exhausted:
-      console.line(f'{config.eval.monitor} has not improved for {record.stale} evaluations; for more, raise '
-                   '--config.eval.patience')
+    if record.over:
+      console.line(f'{record.over}: the run is over')
     elif begin >= stage.end:
       console.line(f'already at step {begin} of {config.num_steps}; for more, raise --config.num_steps')
     profiler.begin_after(begin)
-    for step in range(begin + 1, begin + 1 if record.exhausted else stage.end + 1):
+    for step in range(begin + 1, begin + 1 if record.over else stage.end + 1):
       start = time.perf_counter()
       features = next(batches)
       throughput.waited(time.perf_counter() - start)
@@ -293,7 +292,8 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
         state, metrics = step_fn(state, put(features), frozen)
       if pending is not None and (logged := fetch(*pending)):
         writer.scalars(pending[0], logged)
-        yield moment(pending[0], logged)
+        if 'train/loss' in logged:
+          yield moment(pending[0], logged)
       pending = step, metrics
       stopping = stop.reached()
       first = step == begin + 1
@@ -309,15 +309,14 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
         console.line(f'first step after {time.perf_counter() - start:.1f} s of compiling and running')
       settled = settle(step, logged, stopping)
       tell(step, logged)
-      if logged:
+      if 'train/loss' in logged:
         yield moment(step, logged)
       if not settled or ((stopping or stop.requested) and step < config.num_steps):
         checkpoints.wait()
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
                           'the same command goes on from there')
-      if record.exhausted:
-        console.line(f'step {step}: {config.eval.monitor} has not improved for {record.stale} evaluations: the run '
-                     'ends (config.eval.patience)')
+      if record.over:
+        console.line(f'step {step}: {record.over}: the run ends')
         break
       profiler.begin_after(step)
       throughput.restart()

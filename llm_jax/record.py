@@ -42,8 +42,13 @@ class Record:
     return None if self.best == float('inf') else self.best * (1 if self.config.mode == 'min' else -1)
 
   @property
-  def exhausted(self) -> bool:
-    return 0 < self.config.patience <= self.stale
+  def over(self) -> str:
+    """Why the run ends before its last step; '' if it does not."""
+    if self.config.goal in self.reached:
+      return f'{self.config.goal} since step {self.reached[self.config.goal]} (config.eval.goal)'
+    if 0 < self.config.patience <= self.stale:
+      return f'{self.config.monitor} has not improved for {self.stale} evaluations (config.eval.patience)'
+    return ''
 
   def see(self, step: int, results: dict[str, float]) -> tuple[float, list[str]]:
     """(score, capabilities reached for the first time). Raises ConfigError for a metric that is not there."""
@@ -51,7 +56,8 @@ class Record:
       if self.config.monitor not in results:
         raise ValueError(f'monitor {self.config.monitor!r} is no result of an evaluation; there are: '
                          f'{", ".join(sorted(results))}')
-      new = [text for text in self.config.capabilities if text not in self.reached and condition(text).holds(results)]
+      asked = dict.fromkeys([*self.config.capabilities, *filter(None, [self.config.goal])])
+      new = [text for text in asked if text not in self.reached and condition(text).holds(results)]
     except ValueError as e:
       raise ConfigError(f'config.eval: {e}') from None
     self.reached |= dict.fromkeys(new, step)

@@ -24,7 +24,7 @@ def seen(config, values, metric='val/accuracy'):
 def test_patience_counts_evaluations_since_the_best(mode, values, stale):
   config = EvalConfig(monitor='val/accuracy', mode=mode, patience=2, min_delta=0.01)
   record = seen(config, values)
-  assert record.stale == stale and record.exhausted == (stale >= 2)
+  assert record.stale == stale and bool(record.over) == (stale >= 2)
 
 
 def test_it_is_kept_through_a_checkpoint_unless_something_else_is_monitored():
@@ -45,6 +45,14 @@ def test_a_capability_is_told_once_with_the_first_step_that_has_it():
   told = [record.see(step, {'val/accuracy': value})[1] for step, value in ((10, 0.4), (20, 0.6), (30, 0.4), (40, 0.9))]
   assert told == [[], ['val/accuracy > 0.5'], [], ['val/accuracy >= 0.9']]
   assert record.reached == {'val/accuracy > 0.5': 20, 'val/accuracy >= 0.9': 40}
+
+
+def test_a_goal_ends_the_run_whatever_comes_after():
+  record = Record(EvalConfig(monitor='val/accuracy', mode='max', goal='val/accuracy >= 0.9'))
+  for step, value in ((10, 0.5), (20, 0.95), (30, 0.1)):
+    record.see(step, {'val/accuracy': value})
+    assert bool(record.over) == (step > 10)
+  assert record.over == 'val/accuracy >= 0.9 since step 20 (config.eval.goal)'
 
 
 def test_a_metric_that_is_not_there_is_told_with_those_that_are():

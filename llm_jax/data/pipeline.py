@@ -18,13 +18,32 @@ from llm_jax.data.streaming import Counters, train_stream, with_tuples
 from llm_jax.data.tasks import Features
 from llm_jax.errors import ConfigError
 
+KEPT_BYTES = 256 << 20  # of rows kept in memory, instead of being made again in every epoch
+
 
 def shuffled(examples: Examples, seed: int) -> grain.MapDataset:
   """Endless examples: epoch after epoch, each a new permutation of all rows; chance is seeded by (seed, position)."""
   indices = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat(None)
   if examples.random:
     return indices.random_map(examples.make)
-  return indices.map(partial(examples.make, rng=np.random.default_rng(0)))  # which draws nothing
+  return indices.map(Kept(examples))
+
+
+class Kept:
+  """Rows of examples that draw nothing from chance, made once where all of them fit into KEPT_BYTES."""
+
+  def __init__(self, examples: Examples):
+    self._make = partial(examples.make, rng=np.random.default_rng(0))  # which draws nothing
+    size = len(examples) * sum(x.nbytes for x in self._make(0).values())
+    self._rows: dict[int, Features] | None = {} if size <= KEPT_BYTES else None
+
+  def __call__(self, index: int) -> Features:
+    if self._rows is None:
+      return self._make(index)
+    row = self._rows.get(index)
+    if row is None:
+      row = self._rows[index] = self._make(index)
+    return row
 
 
 def train_examples(config: DataConfig, data: Data, rows_at: Callable[[int], int], seed: int) -> grain.MapDataset:
