@@ -33,6 +33,7 @@ OPTIONAL = {  # module: what it is for, the extra that has it
     'sentencepiece': ('SentencePiece tokenizers', 'data'),
     'fsspec': ('addresses of object stores', 'data'),
     'tree_sitter_wgsl_bevy': ('the WGSL validator', 'wgsl'),
+    'qwix': ('matrices of 8 bits: config.model.einsum=int8, fp8', 'quant'),
     'pynvml': ('utilisation of NVIDIA GPUs (nvidia-ml-py)', None),
 }
 

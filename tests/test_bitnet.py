@@ -187,5 +187,5 @@ def test_settings_that_cannot_be_are_told(values, word):
     BitNet(**values)
   with pytest.raises(ValueError, match='no effect'):
     DecoderConfig(bitnet=BitNet(penalty=1.0))
-  with pytest.raises(ValueError, match='full, bitnet, packed'):
+  with pytest.raises(ValueError, match='full, bitnet, int8, fp8, packed'):
     DecoderConfig(einsum='ternary')

@@ -17,7 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.layers.clock import progress
-from llm_jax.layers.linear import Einsum, mixed_einsum, weight
+from llm_jax.layers.linear import Einsum, add_bias, mixed_einsum, weight
 
 EPS = 1e-5
 
@@ -85,13 +85,6 @@ def over_outputs(scale: jax.Array, axes: tuple[int, ...], y: jax.Array) -> jax.A
 def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   x = x.astype(jnp.float32)
   return x * jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + EPS)
-
-
-def add_bias(module: Einsum, y: jax.Array) -> jax.Array:
-  if not module.bias_dims:
-    return y
-  b = weight(module, 'b', nn.initializers.zeros, module.shape[-module.bias_dims:], module.axes[-module.bias_dims:])
-  return y + b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
 
 
 class BitEinsum(Einsum):

@@ -67,12 +67,15 @@ class Einsum(nn.Module):
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
     w = weight(self, 'w', self.initializer, self.shape, self.axes)
     copy: jax.Array | None = self.get_variable('copies', 'w')  # see stack.py
-    y = checkpoint_name(mixed_einsum(eqn, self.dtype, x, w, copy), 'matmul')
-    if self.bias_dims:
-      shape, axes = self.shape[-self.bias_dims:], self.axes[-self.bias_dims:]
-      b = weight(self, 'b', nn.initializers.zeros, shape, axes)
-      y += b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
+    return add_bias(self, checkpoint_name(mixed_einsum(eqn, self.dtype, x, w, copy), 'matmul'))
+
+
+def add_bias(module: Einsum, y: jax.Array) -> jax.Array:
+  """y + b, where the module has a bias."""
+  if not module.bias_dims:
     return y
+  b = weight(module, 'b', nn.initializers.zeros, module.shape[-module.bias_dims:], module.axes[-module.bias_dims:])
+  return y + b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
 
 
 class Embed(nn.Module):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -90,8 +91,10 @@ class DecoderConfig:
     for field, table in (('mlp', MLPS), ('remat', REMAT), ('attention', ('auto', *ATTENTION)), ('einsum', EINSUMS)):
       if getattr(self, field) not in table:
         raise ValueError(f'{field} {getattr(self, field)!r} is unknown; known: {", ".join(table)}')
-    if self.einsum == 'full' and self.bitnet != BitNet():
-      raise ValueError('bitnet is set, but einsum is full: it would have no effect')
+    if self.einsum not in ('bitnet', 'packed') and self.bitnet != BitNet():
+      raise ValueError(f'bitnet is set, but einsum is {self.einsum}: it would have no effect')
+    if self.einsum in ('int8', 'fp8') and find_spec('qwix') is None:
+      raise ValueError(f"einsum {self.einsum} needs qwix: pip install 'llm_jax[quant]'")
 
   @property
   def random(self) -> bool:
