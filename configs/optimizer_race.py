@@ -1,0 +1,56 @@
+"""Which optimizer learns the default corpus fastest? Each with the same budget: four learning rates.
+
+  python -m llm_jax.sweep --config=configs/optimizer_race.py --workdir=runs/race
+  python -m benchmarks.race --workdir=runs/race
+"""
+
+from llm_jax.config import base
+
+# Each at four learning rates around what its authors advise beside AdamW's.
+RATES = {
+    'adamw': (1e-3, 3e-3, 6e-3, 1.2e-2),
+    'muon': (1e-3, 3e-3, 6e-3, 1.2e-2),
+    'soap': (1e-3, 3e-3, 6e-3, 1.2e-2),
+    'ademamix': (1e-3, 3e-3, 6e-3, 1.2e-2),
+    'schedule_free': (3e-3, 6e-3, 1.2e-2, 2.4e-2),
+    'lion': (1e-4, 3e-4, 6e-4, 1.2e-3),
+    'adafactor': (3e-3, 1e-2, 3e-2, 1e-1),
+    'prodigy': (0.5, 1.0, 2.0, 4.0),
+    'sgd': (0.03, 0.1, 0.3, 1.0),
+}
+
+
+def get_config():
+  config = base()
+  config.num_steps = 300
+  config.batch_tokens = config.tokens_per_device = 2048
+  config.model.num_layers = 2
+  config.model.embed_dim = 128
+  config.model.num_heads = 4
+  config.model.positions = 'rope'
+  config.model.norm = 'rms_norm'
+  config.model.mlp = 'swiglu'
+  config.model.mlp_dim = 384
+  config.model.scan_unroll = 2
+  config.data.seq_len = 128
+  config.data.vocab_size = 4096
+  config.optim.warmup_cosine.warmup_steps = 20
+  config.optim.warmup_cosine.end_factor = 0.0
+  config.eval.every = 20
+  config.eval.max_tokens = 32_768
+  config.eval.sample_tokens = 0
+  config.checkpoint.every = 300
+  config.checkpoint.keep_best = 0
+  return config
+
+
+def sweep():
+  trials = []
+  for name, rates in RATES.items():
+    # An average of the weights takes the place of a falling learning rate.
+    schedule = ({'optim.schedule': 'constant', 'optim.constant.warmup_steps': 20,
+                 'optim.warmup_cosine.warmup_steps': 0, 'optim.warmup_cosine.end_factor': 0.1}
+                if name == 'schedule_free' else {})
+    trials += [{'optim.chain': f'clip_by_global_norm,{name}', 'optim.learning_rate': rate, **schedule}
+               for rate in rates]
+  return trials
