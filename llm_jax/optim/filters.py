@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax.conditions import condition
-from llm_jax.optim.link import Link, at_least, positive, rates
-from llm_jax.optim.masks import matrices
+from llm_jax.optim.link import Link, at_least, positive, rates, regular
+from llm_jax.optim.masks import matching
 from llm_jax.types import Metrics, Params
 
 
@@ -37,13 +37,15 @@ class L2(Link):
   """
 
   weight_decay: float = 0.01
+  pattern: str = '/w$'  # of the paths that it is meant for; '^blocks.*/w$' leaves out tables
   place = 'filter'
 
   def __post_init__(self):
     positive(weight_decay=self.weight_decay)
+    regular(self.pattern)
 
   def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
-    return optax.add_decayed_weights(self.weight_decay, matrices)
+    return optax.add_decayed_weights(self.weight_decay, lambda params: matching(self.pattern, params))
 
 
 class Phase(NamedTuple):
@@ -164,8 +166,10 @@ class GrokfastMa(Phased):
 
     def update(grads: Params, state: MaState, params: Params = None) -> tuple[Params, MaState]:
       place = state.phase.step % size
-      total = jax.tree.map(lambda t, ring, g: jnp.where(place == 0, ring[1:].sum(0), t - ring[place]) + g,
-                           state.total, state.last, grads)  # summed anew once a round: no error piles up
+      # Summed anew once a round, so that no error piles up.
+      total = jax.tree.map(lambda t, ring, g: g + jax.lax.cond(
+          place == 0, lambda t, ring: ring[1:].sum(0), lambda t, ring: t - ring[place], t, ring),
+          state.total, state.last, grads)
       last = jax.tree.map(lambda ring, g: ring.at[place].set(g), state.last, grads)
       lamb, phase = self.next(state.phase)
       scale = jnp.where(phase.step >= size, lamb / size, 0.0)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from llm_jax.optim.link import Link, at_least
+from llm_jax.optim.link import Link, at_least, regular
 from llm_jax.optim.masks import is_axes, matrices, path_of
 from llm_jax.types import Metrics, Params
 
@@ -24,10 +24,7 @@ class Group:
   frozen: bool = False  # they keep their first values, and have no optimizer state
 
   def __post_init__(self):
-    try:
-      re.compile(self.pattern)
-    except re.error as e:
-      raise ValueError(f'pattern {self.pattern!r} is no regular expression: {e}') from None
+    regular(self.pattern)
     if not self.pattern:
       raise ValueError('pattern must say which parameters; for example blocks/.*/w$')
     at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, Literal
 
 import optax
@@ -58,6 +59,14 @@ def positive(**values: float) -> None:
   for name, value in values.items():
     if not value > 0:
       raise ValueError(f'{name} must be positive; got {value}')
+
+
+def regular(pattern: str) -> None:
+  """Raises ValueError for what is no regular expression."""
+  try:
+    re.compile(pattern)
+  except re.error as e:
+    raise ValueError(f'pattern {pattern!r} is no regular expression: {e}') from None
 
 
 def rates(**values: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -22,6 +23,11 @@ def matrices(params: Params) -> Params:
 def path_of(path: tuple) -> str:
   """'blocks/attention/q/w'."""
   return '/'.join(str(key.key) for key in path)
+
+
+def matching(pattern: str, params: Params) -> Params:
+  """True where the regular expression is found in the parameter's path."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: re.search(pattern, path_of(path)) is not None, params)
 
 
 def is_axes(x: Any) -> bool:
