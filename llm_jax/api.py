@@ -20,9 +20,8 @@ import numpy as np
 
 from llm_jax import config as config_lib
 from llm_jax import loop, sampling
-from llm_jax.assemble import Run, load_run, make_evaluator, prompt_ids
+from llm_jax.assemble import Run, load_run, make_evaluator, own_data, prompt_ids
 from llm_jax.config import Config
-from llm_jax.data import open_data
 from llm_jax.data.tokenizers import decode
 from llm_jax.errors import ConfigError, StorageError
 from llm_jax.metrics import read_metrics
@@ -49,12 +48,15 @@ class Training:
     self._moment: loop.Moment | None = None
 
   def __iter__(self) -> Iterator[dict[str, float]]:
-    for moment in loop.moments(self.config, self.workdir):
-      self._moment = moment
-      yield {'step': moment.step, **moment.metrics}
+    try:
+      for moment in loop.moments(self.config, self.workdir):
+        self._moment = moment
+        yield {'step': moment.step, **moment.metrics}
+    finally:  # what it could be asked with is closed
+      self._moment = None
 
   def validate(self) -> dict[str, float]:
-    """'val/loss' and so on, with the weights that it has now. Raises ConfigError before the first step."""
+    """'val/loss' and so on, with the weights that it has now. Raises ConfigError if it is not under way."""
     return self._now().validate()
 
   def save(self) -> None:
@@ -62,8 +64,9 @@ class Training:
     self._now().save()
 
   def generate(self, prompt: str = '', **options: Any) -> str:
-    """See Trained.generate."""
-    return Trained(self._now().read(), self.workdir).generate(prompt, **options)
+    """See Trained.generate; by the last checkpoint, if it is not under way."""
+    trained = load(self.workdir) if self._moment is None else Trained(self._moment.read(), self.workdir)
+    return trained.generate(prompt, **options)
 
   def status(self) -> dict[str, Any]:
     """What status.json says: state, step, best, metrics (throughput, memory, ...), seconds_left, ..."""
@@ -75,7 +78,7 @@ class Training:
 
   def _now(self) -> loop.Moment:
     if self._moment is None:
-      raise ConfigError('the training has not begun: iterate over it first')
+      raise ConfigError('the training is not under way: ask between two rounds, or llm_jax.load(...) what is finished')
     return self._moment
 
 
@@ -89,7 +92,7 @@ class Trained:
     """The losses and metrics of a part of the run's data, all of it."""
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-      data = open_data(self.config.data)
+      data = own_data(self.run)
       stores = data.splits.get(split)
       if not stores:
         raise ConfigError(f'split: the run has no {split} part; it has {", ".join(data.splits)}')

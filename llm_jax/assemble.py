@@ -19,7 +19,7 @@ from llm_jax import packed, sampling
 from llm_jax.answers import Answer, answer, summarize_answers
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config, build, renamed
-from llm_jax.data import Data, pipeline, task_of
+from llm_jax.data import Data, data_fingerprint, open_data, pipeline, task_of
 from llm_jax.data.examples import Examples
 from llm_jax.data.store import TokenStore
 from llm_jax.data.tokenizers import Tokenizer, decode, load_tokenizer
@@ -304,6 +304,16 @@ class Run:
     return self.tokenizer if self.encoder_tokenizer is None else self.encoder_tokenizer
 
 
+def own_data(run: Run) -> Data:
+  """The data of a run. Raises DataError if it is no longer what it was trained on."""
+  data = open_data(run.config.data)
+  fingerprint = data_fingerprint(run.config.data, data, 0, 0)
+  if any(fingerprint.get(name) != run.meta['data'].get(name) for name in ('train_tokens', 'encoder_tokenizer')):
+    raise DataError(f'config.data.path: {run.config.data.path} is no longer what the run was trained on, so its '
+                    'validation part cannot be told; name a file: --data=FILE')
+  return data
+
+
 def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
   """The run in `workdir` at 'latest', 'best' or a step. Nothing there is executed. Raises UserErrors."""
   path = workdir / 'config.json'
@@ -331,14 +341,10 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
   with Checkpoints(workdir / 'checkpoints', config.checkpoint, read_only=True) as checkpoints:
     if not checkpoints.steps():
       raise StorageError(f'--workdir: {workdir} has no checkpoints yet')
-    if checkpoint == 'best' and checkpoints.best_step() is None:
-      raise ConfigError(f'--checkpoint: no checkpoint of {workdir} was validated, so none is the best')
-    step = {'latest': None, 'best': checkpoints.best_step()}.get(checkpoint, checkpoint)
-    if step is not None and not str(step).isdigit():
-      raise ConfigError(f"--checkpoint: {checkpoint!r} is none of latest, best, or a step of {checkpoints.steps()}")
+    step = checkpoints.named(checkpoint, '--checkpoint')
     params, kept, meta = checkpoints.restore(
         abstract.params, (abstract.step, abstract.opt_state) if tx.averages else None,
-        step=None if step is None else int(step))
+        step=step)
   if tx.averages:
     params = jax.jit(tx.evaluated, out_shardings=shardings.params)(kept[1], params)
   return Run(at_step(config, meta['step']), tokenizer, model, params, meta, encoder_tokenizer)

@@ -1,7 +1,7 @@
 """Says what this machine has and lacks, and whether a config would run: python -m llm_jax.check [--config=FILE]
 
-With a config it goes as far as training does before its first step: data, model, optimizer, the compiled step and the
-memory that it takes. Exit code 0 if all is well, else that of the first thing that is not.
+With a config it trains its first steps, in a folder that goes away: data, model, optimizer, the compiled step, and what
+memory the state takes. Exit code 0 if all is well, else that of the first thing that is not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from llm_jax import __version__, runtime
 from llm_jax.builder import parse_overrides
 from llm_jax.errors import UserError
-from llm_jax.main import run_as_program
+from llm_jax.main import out_of_memory_told, run_as_program
 
 CORE = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-collections', 'numpy', 'tensorboard',
         'tokenizers', 'tiktoken', 'safetensors', 'psutil')
@@ -52,19 +52,25 @@ def main(argv: list[str]) -> None:
     print(line)
   if args.config is None:
     return
-  from llm_jax import api, loop
+  from llm_jax import config as config_lib
+  from llm_jax import loop
   cpu_only = all(device.platform == 'cpu' for device in jax.devices()) and not args.full_size
-  config = api.config_lib.load(args.config).resolve(overrides, cpu_only=cpu_only)
+  config = config_lib.load(args.config).resolve(overrides, cpu_only=cpu_only)
   print(f'config       {args.config}: fields and values are legal')
   try:
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(loop.moments(config, Path(folder))) as moments:
-      first = next(moments)
-      state = sum(leaf.nbytes for leaf in jax.tree.leaves(first.read().params))
+    with (out_of_memory_told(config.tokens_per_device), tempfile.TemporaryDirectory() as folder,
+          contextlib.closing(loop.moments(config, Path(folder))) as moments):
+      first = next(moments, None)
   except UserError:
     print(f'config       {args.config}: would NOT run', flush=True)
     raise
+  if first is None:
+    print('config       nothing is left to do: it starts from a run that is as far as num_steps')
+    return
   kept, free = config.checkpoint.keep_last + config.checkpoint.keep_best, shutil.disk_usage('.').free / 2**30
-  print(f'checkpoints  {kept} of about {3 * state / 2**30:.2f} GiB (weights, two moments); {free:.1f} GiB are free')
+  size = first.status['state_bytes'] / 2**30
+  print(f'memory       weights and what the optimizer keeps take {size:.2f} GiB, over all devices')
+  print(f'checkpoints  {kept} of {size:.2f} GiB are kept, and {free:.1f} GiB are free here')
   print(f'config       it runs: the loss of step {first.step} is {first.metrics["train/loss"]:.3f}')
 
 

@@ -83,6 +83,16 @@ class Checkpoints:
     """The step with the least score."""
     return self._manager.best_step()
 
+  def named(self, name: str, flag: str) -> int | None:
+    """The step that 'latest' (None), 'best' or a number means. Raises ConfigError naming the `flag`."""
+    if name == 'latest':
+      return None
+    if name == 'best' and self.best_step() is None:
+      raise ConfigError(f'{flag}: no checkpoint of {self._manager.directory.parent} was validated, so none is the best')
+    if name != 'best' and not (name.isdigit() and int(name) in self.steps()):
+      raise ConfigError(f'{flag}: {name!r} is none of latest, best, or a step of {self.steps()}')
+    return self.best_step() if name == 'best' else int(name)
+
   def save(self, step: int, params: Params, opt_state: Any, meta: dict, score: float | None = None) -> bool:
     """Starts a save and returns once the arrays are copied; False if this step is saved already.
 

@@ -147,12 +147,15 @@ class Config:
         problems.append(f'model.{longest} {most} is less than data.{length} {needed}')
     if self.profile.start > self.num_steps:
       problems.append(f'profile.start {self.profile.start} is beyond num_steps {self.num_steps}')
-    for name, steps in self.optim.schedule_parts(self.num_steps):
-      section = getattr(self.optim, name)
-      for field in ('warmup_steps', 'decay_steps'):
-        if getattr(section, field, 0) >= max(1, steps):
-          problems.append(f'optim.{name}.{field} {getattr(section, field)} must be less than the {steps} steps that it '
-                          f'has (num_steps {self.num_steps})')
+    if not self.num_epochs:  # with which num_steps is not known yet
+      problems += self.optim.misfits(self.num_steps)
+    if self.start.whole and self.stages:
+      problems.append('start.whole does not go with stages: a branch reads what its trunk read')
+    einsum, bitnet = getattr(self.model, 'einsum', 'full'), getattr(self.model, 'bitnet', None)
+    if 'bitnet_flips' in self.optim.chain and (
+        einsum != 'bitnet' or bitnet is None or bitnet.weight_bits != self.optim.bitnet_flips.weight_bits):
+      problems.append('optim.bitnet_flips counts codes of model.einsum bitnet with the same weight_bits; the model has '
+                      f'{einsum}')
     for name in self.loss.terms:
       tasks = getattr(self.loss, name).tasks
       if tasks and self.data.task not in tasks:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from llm_jax import runtime
-from llm_jax.errors import ConfigError, DataError, StorageError
+from llm_jax.errors import ConfigError, StorageError
 from llm_jax.main import run_as_program
 from llm_jax.validators import make_validator
 
@@ -41,8 +41,8 @@ def main(argv: list[str]) -> None:
   import jax
 
   from llm_jax.answers import summarize_answers
-  from llm_jax.assemble import answer_stores, check_classes, load_run, make_evaluator, renamed_labels
-  from llm_jax.data import data_fingerprint, open_data, tokenize
+  from llm_jax.assemble import answer_stores, check_classes, load_run, make_evaluator, own_data, renamed_labels
+  from llm_jax.data import tokenize
   from llm_jax.sharding import MeshConfig, make_mesh
 
   mesh = make_mesh(MeshConfig())
@@ -53,11 +53,7 @@ def main(argv: list[str]) -> None:
       data = renamed_labels(data, run.config.loss.classification.classes)
       check_classes(run.config, data)
     else:
-      data = open_data(run.config.data)
-      fingerprint = data_fingerprint(run.config.data, data, 0, 0)
-      if any(fingerprint.get(name) != run.meta['data'].get(name) for name in ('train_tokens', 'encoder_tokenizer')):
-        raise DataError(f'config.data.path: {run.config.data.path} is no longer what the run was trained on, so its '
-                        'validation part cannot be told; name a file: --data=FILE')
+      data = own_data(run)
     if data.vocab_size > run.config.model.vocab_size:
       raise ConfigError(f'--data: token {data.vocab_size - 1} is outside the model\'s vocabulary of '
                         f'{run.config.model.vocab_size}')

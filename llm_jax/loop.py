@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import multihost
 
@@ -34,6 +35,7 @@ from llm_jax.assemble import (
 from llm_jax.checkpoint import Checkpoints, latest_step
 from llm_jax.config import Config, replace, to_dict
 from llm_jax.data import data_fingerprint, open_data, pipeline
+from llm_jax.data.corpus import key_of
 from llm_jax.data.examples import Examples
 from llm_jax.devices import peak_flops
 from llm_jax.errors import ConfigError, DivergedError, Interrupted, StorageError
@@ -80,17 +82,20 @@ def run(config: Config, workdir: Path) -> dict[str, float]:
 
 def moments(config: Config, workdir: Path) -> Generator[Moment, None, None]:
   """The same, yielding what is logged. Each stage is trained like a run that goes on with another config."""
-  for stage in (stages := plan(config)):
-    if stage is stages[-1] or latest_step(workdir) < stage.end:
-      yield from stage_moments(stage, workdir)
+  with prepared(workdir), Status(workdir, config.num_steps) as status:
+    for stage in (stages := plan(config)):
+      done = stage is not stages[-1] and latest_step(workdir) >= stage.end
+      if not done and (yield from stage_moments(stage, workdir, status)):
+        break
 
 
-def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
+def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Moment, None, str]:
+  """Of one stage; returns why the run is over, if it is."""
   config = stage.config
   # 1. Folder and mesh. Everything below is traced under the mesh; one device is a 1x1x1 one.
   mesh = make_mesh(config.mesh)
-  with jax.set_mesh(mesh), prepared(workdir), contextlib.ExitStack() as stack:
-    status, goodput = stack.enter_context(Status(workdir, config.num_steps)), Goodput()
+  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    goodput = Goodput()
     # 2. Data: made by process 0, opened by all.
     config.split_batch(num_batch_shards(mesh))  # an error is better told now
     data = None
@@ -105,9 +110,9 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
 
     # 3. Model, optimizer, shardings, compiled steps.
     config = complete(config, data)
-    epoch_steps = pipeline.rows_per_epoch(config.data, data) / num_rows
+    epoch_rows = pipeline.rows_per_epoch(config.data, data)
     if config.num_epochs:
-      config = replace(config, num_steps=math.ceil(config.num_epochs * epoch_steps))
+      config = replace(config, num_steps=math.ceil(config.num_epochs * epoch_rows / num_rows), num_epochs=0.0)
       stage = dataclasses.replace(stage, config=config, end=config.num_steps)
     if len(set(gather(config.model.dtype))) > 1:
       raise ConfigError('config.model.dtype: auto means another dtype on each of these machines; set one')
@@ -123,6 +128,8 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
     init = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)
     key = jax.random.key(config.seed)
     abstract = abstract_state(example_batch(config), shardings, model=model, tx=tx)
+    state_key = key_of([[jax.tree_util.keystr(path), leaf.shape] for path, leaf
+                        in jax.tree_util.tree_leaves_with_path(abstract.opt_state)])
     # Cached, so that a step compiled to see what it needs is not compiled again to run.
     make_step = functools.cache(partial(jit_step, config, mesh, shardings, frozen, model=model, tx=tx,
                                         objective=objective))
@@ -137,7 +144,7 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
                         f'{num_rows // num_batch_shards(mesh) * config.data.seq_len} or smaller batches')
     step_fn = make_step(num_microbatches)
     evaluator = make_evaluator(config, data, model, mesh)
-    evaluated = jax.jit(tx.evaluated, out_shardings=shardings.params)
+    evaluated = jax.jit(tx.evaluated, out_shardings=shardings.params) if tx.averages else lambda _, params: params
 
     # 4. State: what the folder holds, else fresh.
     checkpoints = stack.enter_context(Checkpoints(workdir / 'checkpoints', config.checkpoint))
@@ -151,7 +158,7 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
     if checkpoints.steps():
       params, (step, opt_state), meta = checkpoints.restore(
           abstract.params, (abstract.step, abstract.opt_state),
-          check=partial(check_resume, config=config, fingerprint=fingerprint, begin=stage.begin))
+          check=partial(check_resume, config=config, fingerprint=fingerprint, state_key=state_key, begin=stage.begin))
       checkpoints.set_aside_after(meta['step'])
       state = TrainState(step, params, opt_state)
       record = Record.from_meta(config.eval, meta)
@@ -159,7 +166,8 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
       stream_states, epoch_sums = meta.get('stream_states'), meta.get('epoch', {})
       report_resume(config, meta)
     elif config.start.whole:
-      state, meta = branch(config, abstract, partial(check_resume, config=config, fingerprint=fingerprint))
+      state, meta = branch(config, abstract, partial(check_resume, config=config, fingerprint=fingerprint,
+                                                     state_key=state_key))
       stream_states, epoch_sums = meta.get('stream_states'), meta.get('epoch', {})
       report_resume(config, meta)
     else:
@@ -167,6 +175,9 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
       if config.start.run:
         state = with_weights_of(config, data, state, tx, mesh)
     begin = int(state.step)
+    validated_at = begin if validated else -1
+    status.update(state='training', step=begin, num_steps=config.num_steps, monitor=config.eval.monitor,
+                  best=record.best_value, state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
     of_all = replace(stage.run, model=config.model, loss=config.loss) if config.stages else config
     write_run_files(of_all, data, workdir)
 
@@ -189,7 +200,9 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
     put = as_batch if jax.process_count() == 1 else partial(put_batch, rows=rows, num_rows=num_rows, mesh=mesh)
     stop = stack.enter_context(StopSignal())
     profiler = stack.enter_context(Profiler(config.profile, workdir, begin, console.line))
-    epochs, skipped_in_a_row = Epochs(epoch_steps, epoch_sums), 0
+    epochs = Epochs(lambda step: int(stage.rows_at(step) // epoch_rows), epoch_sums)
+    skipped_in_a_row = 0
+    pending: tuple[int, Packed] | None = None  # a step whose metrics are not fetched yet
 
     def fetch(step: int, metrics: Packed) -> dict[str, float]:
       """Waits for a step and returns what is to be logged of it: nothing, when it is not due and ends no epoch."""
@@ -214,7 +227,7 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
       return logged
 
     def tell(step: int, logged: dict[str, float]) -> None:
-      status.update(state='training', step=step, monitor=config.eval.monitor, best=record.best_value,
+      status.update(step=step, best=record.best_value,
                     seconds_left=(config.num_steps - step) * throughput.seconds_per_step,
                     metrics=(status.values.get('metrics') or {}) | logged)
 
@@ -236,28 +249,35 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
         # Together with the step, as Orbax refuses the empty state that some optimizers have.
         return checkpoints.save(step, state.params, (state.step, state.opt_state), score=score, meta={
             'config': to_dict(config), 'data': fingerprint, 'stream_states': gather(batches.state()),
-            'validated': score is not None, 'record': kept.to_meta(), 'epoch': epochs.sums,
+            'validated': validated_at == step, 'record': kept.to_meta(), 'epoch': epochs.sums,
+            'state_key': state_key,
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
 
     def moment(step: int, logged: dict[str, float]) -> Moment:
       return Moment(step, logged, lambda: validate(int(state.step)), save_now, read, dict(status.values))
 
     def save_now() -> None:
+      nonlocal pending
+      if pending is not None:  # of the step that the state is of
+        late, pending = pending, None
+        writer.scalars(late[0], fetch(*late))
       save(int(state.step), None, record)
       checkpoints.wait()
 
     def read() -> Run:
-      return Run(config, data.tokenizer, model, weights(), {'step': int(state.step), 'data': fingerprint},
+      params = jax.tree.map(jnp.copy, weights())  # as the next step overwrites what it has
+      return Run(config, data.tokenizer, model, params, {'step': int(state.step), 'data': fingerprint},
                  data.encoder_tokenizer)
 
     def settle(step: int, logged: dict[str, float], stopping: bool) -> bool:
       """Validates, logs, saves and samples what is due at a step; False if a signal cut the validation short."""
-      nonlocal state, record
+      nonlocal state, record, validated_at
       score = None
       if due(step, config.eval.every):
         with contextlib.suppress(Interrupted), goodput.of('evaluation'):
           results = validate(step)
           score, mastered = record.see(step, results)
+          validated_at = step
           logged |= results | {f'capability/{text}': step for text in mastered}
           state = TrainState(state.step, state.params, tx.hear(state.opt_state, results))
           for text in mastered:
@@ -275,7 +295,6 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
       return score is not None or not due(step, config.eval.every)
 
     # 6. The loop. Metrics are fetched one step late: a step and its batch go to the device while the one before runs.
-    pending: tuple[int, Packed] | None = None
     if begin and due(begin, config.eval.every) and not validated:
       settle(begin, {}, stopping=False)
     if record.over:
@@ -290,11 +309,11 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
       goodput.add('data', time.perf_counter() - start)
       with jax.profiler.StepTraceAnnotation('train', step_num=step):
         state, metrics = step_fn(state, put(features), frozen)
-      if pending is not None and (logged := fetch(*pending)):
-        writer.scalars(pending[0], logged)
+      before, pending = pending, (step, metrics)
+      if before is not None and (logged := fetch(*before)):
+        writer.scalars(before[0], logged)
         if 'train/loss' in logged:
-          yield moment(pending[0], logged)
-      pending = step, metrics
+          yield moment(before[0], logged)
       stopping = stop.reached()
       first = step == begin + 1
       if not (stopping or first or profiler.due(step) or due(step, config.eval.every)
@@ -302,10 +321,11 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
         continue
 
       # Something comes before the next step: first this one is finished.
-      logged, pending = fetch(*pending), None
-      profiler.end_after(step)
       if first:
         goodput.started()
+      logged, pending = {} if pending is None else fetch(*pending), None
+      profiler.end_after(step)
+      if first:
         console.line(f'first step after {time.perf_counter() - start:.1f} s of compiling and running')
       settled = settle(step, logged, stopping)
       tell(step, logged)
@@ -322,6 +342,7 @@ def stage_moments(stage: Plan, workdir: Path) -> Generator[Moment, None, None]:
       throughput.restart()
     checkpoints.wait()
     barrier('end')
+    return record.over
 
 
 def jit_step(config: Config, mesh: jax.sharding.Mesh, shardings: TrainState, frozen: Params, num_microbatches: int,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llm_jax import runtime
@@ -63,14 +64,22 @@ def main(argv: list[str]) -> None:
     sys.stdout.flush()
   name = source.path.stem if source.path.suffix == '.py' else f'{source.path.absolute().parent.name}_again'
   workdir = Path(args.workdir or Path('runs') / name)
-  try:
+  with out_of_memory_told(config.tokens_per_device):
     for _ in api.train(config, workdir):
       pass
+
+
+@contextlib.contextmanager
+def out_of_memory_told(tokens_per_device: int | None) -> Iterator[None]:
+  """Makes a ConfigError of a device that has no memory left."""
+  import jax
+  try:
+    yield
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     raise ConfigError(f'the device memory does not hold this: set a lower --config.tokens_per_device '
-                      f'(it was {config.tokens_per_device}), set --config.model.remat=full, or shard over more devices '
+                      f'(it was {tokens_per_device}), set --config.model.remat=full, or shard over more devices '
                       f'(--config.mesh.fsdp)\n{str(e).splitlines()[0]}') from None
 
 

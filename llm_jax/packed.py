@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from llm_jax.errors import StorageError
 from llm_jax.layers.bitnet import BitNet, pack, weight_codes
-from llm_jax.optim.masks import Dims, as_matrices, matrix_dims
+from llm_jax.optim.masks import Dims, as_matrices, matrix_dims, path_of
 from llm_jax.types import Params
 
 FILE = 'model.safetensors'
@@ -32,13 +32,13 @@ def packed_model(cfg: Any, weight_bits: str) -> Any:
 
 def by_name(params: Params) -> dict[str, Any]:
   """{'blocks/attn/q/w': ...}."""
-  return {'/'.join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def pack_params(params: Params, axes: Params, weight_bits: str) -> dict[str, np.ndarray]:
   """{'blocks/attn/q/packed': ..., 'embed/w': ...} of trained parameters."""
   paths = jax.tree_util.tree_leaves_with_path(matrix_dims(axes), is_leaf=lambda x: isinstance(x, Dims))
-  dims = {'/'.join(key.key for key in path): d for path, d in paths}
+  dims = {path_of(path): d for path, d in paths}
 
   def packed(m_IO: jax.Array) -> tuple[jax.Array, jax.Array]:
     codes_IO, scale = weight_codes(m_IO, weight_bits)
@@ -68,7 +68,7 @@ def read_params(path: Path, abstract: Params) -> tuple[Params, dict]:
   try:
     with safe_open(path, 'numpy') as f:
       def read(place: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        x = f.get_tensor('/'.join(key.key for key in place))
+        x = f.get_tensor(path_of(place))
         if (x.shape, x.dtype) != (leaf.shape, leaf.dtype):
           raise StorageError(f'{path}: {place} is {x.dtype} {x.shape}, and the config asks for {leaf.shape}')
         return jax.device_put(x, leaf.sharding)

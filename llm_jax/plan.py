@@ -21,11 +21,14 @@ class Plan:
   config: Config
   begin: int  # steps done before it
   end: int
-  tokens_before: int  # that were read before it
+  sizes: tuple[tuple[int, int], ...]  # (begin, tokens of a batch) of each stage up to this one
 
   def rows_at(self, step: int) -> int:
-    """Rows of this stage's length that have been read when `step` steps are done."""
-    return self.tokens_before // self.config.data.seq_len + (step - self.begin) * self.config.rows_per_batch
+    """Rows of this stage's length that have been read when `step` steps are done, in this stage and before it."""
+    ends = [begin for begin, _ in self.sizes[1:]] + [step]
+    tokens = sum(max(0, min(step, end) - begin) * size
+                 for (begin, size), end in zip(self.sizes, ends, strict=True) if begin < self.begin)
+    return tokens // self.config.data.seq_len + max(0, step - self.begin) * self.config.rows_per_batch
 
 
 def plan(config: Config) -> list[Plan]:
@@ -47,13 +50,13 @@ def plan(config: Config) -> list[Plan]:
     raise ConfigError('\n'.join(problems))
   longest = {'max_len': max(c.data.seq_len for c in configs), 'encoder_len': max(c.data.encoder_len for c in configs)}
   left_open = {name: size for name, size in longest.items() if getattr(config.model, name, 0) is None}
-  plans, tokens = [], 0
+  plans, sizes = [], tuple[tuple[int, int], ...]()
   for i, (begin, each) in enumerate(zip(begins, configs, strict=True)):
     end = [*begins, config.num_steps][i + 1]
     if len(configs) > 1:
       each = dataclasses.replace(each, model=dataclasses.replace(each.model, **left_open))
-    plans.append(Plan(config, each, begin, end, tokens))
-    tokens += (end - begin) * each.batch_tokens
+    sizes += ((begin, each.batch_tokens),)
+    plans.append(Plan(config, each, begin, end, sizes))
   return plans
 
 

@@ -40,6 +40,9 @@ def main(argv: list[str]) -> None:
   figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
   for path in args.config:
     config = config_lib.load(path).resolve(overrides, cpu_only=cpu_only)
+    if config.num_epochs:
+      raise ConfigError(f'config.num_epochs: only the data tells how many steps {config.num_epochs:g} epochs are; draw '
+                        'it with --config.num_epochs=0 --config.num_steps=...')
     steps, rates = curve(config)
     [line] = axes.plot(steps, rates, label=f'{path.stem}: {config.optim.schedule}')
     for step, name in marks(config):

@@ -16,6 +16,7 @@ from llm_jax.data import Data, check_fingerprint
 from llm_jax.errors import ConfigError, StorageError
 from llm_jax.losses import LossConfig
 from llm_jax.optim import Optimizer
+from llm_jax.optim.masks import path_of
 from llm_jax.step import TrainState
 from llm_jax.types import Params
 
@@ -24,12 +25,13 @@ FIXED_LOSS = ('classification.num_classes', 'classification.classes', 'contrasti
               'distillation.hidden', 'distillation.hidden_dim', 'distillation.checkpoint')
 
 
-def check_resume(meta: dict, *, config: Config, fingerprint: dict, begin: int = 0) -> None:
+def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: str, begin: int = 0) -> None:
   """Raises ConfigError naming what differs when this checkpoint is of another model or other data.
 
   At the step where a stage begins, `begin`, the data may be other data.
   """
-  changed = {name: values for name, values in differences(meta['config']['model'], to_dict(config)['model']).items()
+  model = to_dict(type(config.model)()) | meta['config']['model']  # what it did not know had its default
+  changed = {name: values for name, values in differences(model, to_dict(config)['model']).items()
              if name not in ('scan_unroll', 'remat', 'dropout', 'attention')}
   if changed:
     raise ConfigError('the checkpoint is of another model:\n  ' + '\n  '.join(
@@ -48,6 +50,15 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict, begin: int = 
   if chain != config.optim.chain:
     raise ConfigError(f'config.optim.chain: the checkpoint holds the state of {chain}, now it is {config.optim.chain}; '
                       'put it back, or start in another --workdir')
+  if meta.get('state_key', state_key) != state_key:
+    settings = differences(meta['config']['optim'], to_dict(config)['optim'])
+    raise ConfigError(
+        'config.optim: the optimizer would keep other arrays than the checkpoint holds; put back what was changed, or '
+        'start in another --workdir:\n  ' + '\n  '.join(
+            f'config.optim.{name}: checkpoint {old}, now {new}' for name, (old, new) in settings.items()))
+  if meta['step'] < begin:
+    raise ConfigError(f'config.stages: a stage begins at step {begin}, and the newest checkpoint that can be read is '
+                      f'of step {meta["step"]}; move the newer ones out of checkpoints/ to go on from there')
   if not begin or meta['step'] != begin:
     check_fingerprint(meta['data'], fingerprint, meta['step'])
 
@@ -69,12 +80,9 @@ def branch(config: Config, abstract: TrainState, check: Callable[[dict], None]) 
   if not folder.is_dir():
     raise ConfigError(f'config.start.run: {config.start.run} has no checkpoints')
   with Checkpoints(folder, config.checkpoint, read_only=True) as checkpoints:
-    step = {'latest': None, 'best': checkpoints.best_step()}.get(config.start.checkpoint, config.start.checkpoint)
-    if step is not None and not (str(step).isdigit() and int(step) in checkpoints.steps()):
-      raise ConfigError(f'config.start.checkpoint: {config.start.checkpoint!r} is none of latest, best, or a step of '
-                        f'{checkpoints.steps()}')
+    step = checkpoints.named(config.start.checkpoint, 'config.start.checkpoint')
     params, (count, opt_state), meta = checkpoints.restore(
-        abstract.params, (abstract.step, abstract.opt_state), step=None if step is None else int(step), check=check)
+        abstract.params, (abstract.step, abstract.opt_state), step=step, check=check)
   return TrainState(count, params, opt_state), meta
 
 
@@ -94,10 +102,10 @@ def with_weights_of(config: Config, data: Data, fresh: TrainState, tx: Optimizer
   wrong = [path for path in mine.keys() & other.keys() if mine[path].shape != other[path].shape]
   if wrong:
     raise ConfigError(f'config.start.run: {config.start.run} is of another shape:\n  ' + '\n  '.join(
-        f'{_name(path)}: {other[path].shape}, here {mine[path].shape}' for path in sorted(wrong, key=_name)))
+        f'{path_of(path)}: {other[path].shape}, here {mine[path].shape}' for path in sorted(wrong, key=path_of)))
   for what, paths in (('begin fresh', mine.keys() - other.keys()), ('are left out', other.keys() - mine.keys())):
     if paths:
-      say(f'of {config.start.run}, {what}: {", ".join(sorted(map(_name, paths)))}')
+      say(f'of {config.start.run}, {what}: {", ".join(sorted(map(path_of, paths)))}')
 
   def pick(path: Any, leaf: jax.Array) -> jax.Array:
     return jax.device_put(other[path], leaf.sharding) if path in other else leaf
@@ -106,7 +114,3 @@ def with_weights_of(config: Config, data: Data, fresh: TrainState, tx: Optimizer
   shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh.opt_state)
   # What an optimizer keeps of the weights it keeps of these.
   return TrainState(fresh.step, params, jax.jit(tx.init, out_shardings=shardings)(params))
-
-
-def _name(path: Any) -> str:
-  return '/'.join(str(key.key) for key in path)

@@ -25,8 +25,11 @@ class Status:
 
   def __init__(self, workdir: Path, num_steps: int):
     self._path = workdir / 'status.json'
-    self.values: dict[str, Any] = {'state': 'starting', 'step': 0, 'num_steps': num_steps, 'process': os.getpid(),
-                                   'started': time.time()}
+    known = {}
+    with contextlib.suppress(OSError, ValueError):  # of a run that goes on
+      known = {name: x for name, x in json.loads(self._path.read_text()).items() if name in ('step', 'best', 'metrics')}
+    self.values: dict[str, Any] = {'state': 'starting', 'step': 0, **known, 'num_steps': num_steps,
+                                   'process': os.getpid(), 'started': time.time()}
 
   def update(self, **values: Any) -> None:
     self.values |= {**values, 'updated': time.time()}
@@ -60,7 +63,7 @@ class Goodput:
 
   def started(self) -> None:
     """The first step is done: all until now was loading and compiling."""
-    self._seconds['start'] = time.perf_counter() - self._begin
+    self._seconds['start'] = time.perf_counter() - self._begin - self._seconds['data']
 
   def add(self, kind: str, seconds: float) -> None:
     self._seconds[kind] += seconds

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llm_jax.layers.clock import at_step
+from llm_jax.layers.clock import clock_at
 from llm_jax.losses import Objective
 from llm_jax.optim import Optimizer
 from llm_jax.sharding import check_divisible, constrain, logical_to_spec
@@ -68,6 +68,8 @@ def state_shardings(example: Batch, mesh: Mesh, *, model: Any, tx: Optimizer) ->
     # transformations that were told each parameter's role.)
     names = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
     shape, sharding = by_path.get(tuple(names)[::-1], (None, replicated))
+    if shape == leaf.shape[1:]:  # several of them, as a moving average keeps
+      return NamedSharding(mesh, P(None, *sharding.spec))
     return sharding if shape == leaf.shape else replicated
 
   opt_state = jax.tree_util.tree_map_with_path(sharding_of, jax.eval_shape(tx.init, abstract))
@@ -97,7 +99,7 @@ def train_step(state: TrainState, batch: Batch, *, model: Any, tx: Optimizer, se
     return objective.train(module, microbatch, counts, frozen, share)
 
   def loss_fn(params: Params, microbatch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-    with at_step(state.step):
+    with clock_at(state.step):
       (value, metrics), sown = model.apply({'params': params}, microbatch, rngs={'dropout': key},
                                            mutable=['losses', 'metrics'], method=objective_of)
     each = share / objective.num_readouts

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
+import threading
 
 import jax
 from jax.experimental import multihost_utils
+
+_QUESTIONS = itertools.count(1)  # of a process, whatever runs or stages it does
 
 
 class StopSignal:
@@ -20,10 +24,10 @@ class StopSignal:
   def __init__(self):
     self.requested = False
     self._alone = not jax.distributed.is_initialized()
-    self._num_asked = 0
 
   def __enter__(self) -> StopSignal:
-    handled = (signal.SIGINT, signal.SIGTERM) if self._alone else ()
+    main = threading.current_thread() is threading.main_thread()  # no other one may handle signals
+    handled = (signal.SIGINT, signal.SIGTERM) if self._alone and main else ()
     self._before = {number: signal.signal(number, self._handle) for number in handled}
     return self
 
@@ -41,8 +45,8 @@ class StopSignal:
     """Whether to stop after this step. With several processes every one must ask at every step."""
     # jax counts from 0 and stops at the next count: asked by step number, a run that goes on from step 100 would never
     # hear of a signal that came before its first step.
-    self._num_asked += 1
-    return self.requested if self._alone else multihost_utils.reached_preemption_sync_point(self._num_asked)
+    number = next(_QUESTIONS)
+    return self.requested if self._alone else multihost_utils.reached_preemption_sync_point(number)
 
 
 def interrupt_all(number: int, frame: object) -> None:

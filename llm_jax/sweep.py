@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax.builder import parse_overrides
-from llm_jax.config import load
+from llm_jax.config import load, to_dict
 from llm_jax.errors import ConfigError, StorageError, UserError
 from llm_jax.main import run_as_program
 from llm_jax.metrics import duration, read_metrics
@@ -31,25 +32,32 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--workdir', type=Path, help='default: runs/<name of the config>_sweep')
   parser.add_argument('--processes', type=int, default=1, help='trials at a time')
   parser.add_argument('--metric', default='', help='to compare by (default: config.eval.monitor)')
+  parser.add_argument('--mode', choices=('min', 'max'), help='which is better (default: config.eval.mode)')
   args, rest = parser.parse_known_args(argv)
-  overrides = parse_overrides(rest, '--config.', '--config, --workdir, --processes, --metric, --config.FIELD')
+  overrides = parse_overrides(rest, '--config.', '--config, --workdir, --processes, --metric, --mode, --config.FIELD')
   source = load(args.config)
   if not source.trials:
     raise ConfigError(f"--config: {args.config} has no sweep(); one is: def sweep(): return {{'seed': [0, 1]}}")
   if args.processes < 1:
     raise ConfigError(f'--processes must be at least 1; got {args.processes}')
-  # A mistake in any of them is told before the first one runs.
-  configs = [source.resolve({**overrides, **trial}, cpu_only=True) for trial in source.trials]
-  metric, mode = args.metric or configs[0].eval.monitor, configs[0].eval.mode
+  # A mistake in any of them is told before the first one runs; which of the two a trial takes, its machine decides.
+  resolved = [[to_dict(source.resolve({**overrides, **trial}, cpu_only=cpu_only)) for cpu_only in (True, False)]
+              for trial in source.trials]
+  if args.metric and not args.mode:
+    raise ConfigError(f'--mode: say whether the least {args.metric} is the best (min) or the greatest (max)')
+  evaluation = resolved[0][0]['eval']
+  metric, mode = args.metric or evaluation['monitor'], args.mode or evaluation['mode']
   workdir = args.workdir or Path('runs') / f'{args.config.stem}_sweep'
   names = [name_of(i, trial) for i, trial in enumerate(source.trials)]
   begin, done = time.monotonic(), 0
 
-  def train(name: str, trial: dict[str, Any]) -> None:
+  def train(name: str, trial: dict[str, Any], configs: list[dict]) -> None:
     nonlocal done
     folder = workdir / name
-    if status_of(folder).get('state') != 'finished':
+    asked = json.dumps(configs, indent=2)
+    if status_of(folder).get('state') != 'finished' or read(folder / 'trial.json') != asked:
       folder.mkdir(parents=True, exist_ok=True)
+      (folder / 'trial.json').write_text(asked)
       flags = [f'--config.{field}={text_of(value)}' for field, value in {**overrides, **trial}.items()]
       with open(folder / 'output.txt', 'a') as output:
         subprocess.run([sys.executable, '-m', 'llm_jax.main', f'--config={args.config}', f'--workdir={folder}', *flags],
@@ -64,7 +72,7 @@ def main(argv: list[str]) -> None:
   except OSError as e:
     raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
   with ThreadPoolExecutor(args.processes) as pool:
-    for future in [pool.submit(train, *pair) for pair in zip(names, source.trials, strict=True)]:
+    for future in [pool.submit(train, *pair) for pair in zip(names, source.trials, resolved, strict=True)]:
       future.result()
   rows = [row_of(workdir / name, name, trial, metric, mode)
           for name, trial in zip(names, source.trials, strict=True)]
@@ -77,15 +85,23 @@ def main(argv: list[str]) -> None:
     raise UserError(f'not finished: {", ".join(failed)}; see output.txt in their folders below {workdir}')
 
 
+def read(path: Path) -> str:
+  return path.read_text() if path.is_file() else ''
+
+
 def name_of(number: int, trial: dict[str, Any]) -> str:
   """'003_learning_rate=0.001,seed=1': the folder of a trial."""
-  settings = ','.join(f'{field.split(".")[-1]}={text_of(value)}' for field, value in trial.items())
+  settings = ','.join(f'{field.split(".")[-1]}={plain(value)}' for field, value in trial.items())
   return f'{number:03}_' + ''.join(c if c.isalnum() or c in '=,._-' else '_' for c in settings)[:80]
 
 
 def text_of(value: Any) -> str:
   """A value as the command line takes it."""
-  return (','.join(map(text_of, value)) or '()') if isinstance(value, (list, tuple)) else str(value)
+  return repr(tuple(value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def plain(value: Any) -> str:
+  return ' '.join(map(plain, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def status_of(folder: Path) -> dict[str, Any]:
@@ -98,7 +114,7 @@ def status_of(folder: Path) -> dict[str, Any]:
 def row_of(folder: Path, name: str, trial: dict[str, Any], metric: str, mode: str) -> dict[str, Any]:
   status = status_of(folder)
   lines = read_metrics(folder / 'metrics.jsonl') if (folder / 'metrics.jsonl').is_file() else []
-  points = [(line[metric], line['step']) for line in lines if line.get(metric) is not None]
+  points = [(line[metric], line['step']) for line in lines if math.isfinite(line.get(metric, math.nan))]
   best = (min if mode == 'min' else max)(points, default=(None, None))
   return {'name': name, 'settings': trial, 'state': status.get('state', 'failed'),
           'best': best[0], 'best_step': best[1], 'last': points[-1][0] if points else None,
@@ -112,7 +128,7 @@ def table(rows: list[dict[str, Any]], metric: str) -> list[str]:
            ['---'] * (len(fields) + 5)]
   for row in rows:
     numbers = ['' if x is None else f'{x:.4f}' for x in (row['best'], row['last'])]
-    lines.append([*(text_of(row['settings'].get(field, '')) for field in fields), numbers[0], str(row['best_step']),
+    lines.append([*(plain(row['settings'].get(field, '')) for field in fields), numbers[0], str(row['best_step']),
                   numbers[1], str(row['minutes']), row['state']])
   return ['| ' + ' | '.join(line) + ' |' for line in lines]
 

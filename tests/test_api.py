@@ -68,7 +68,8 @@ def test_being_asked_changes_nothing(finished, folder):
 def test_shares_of_time_and_the_load_of_the_machine_are_logged(finished):
   _, rounds, _ = finished
   shares = {name: x for name, x in rounds[-1].items() if name.startswith('goodput/')}
-  assert sum(shares.values()) == pytest.approx(1) and shares['goodput/start'] > 0.1 < shares['goodput/evaluation'] + 1
+  assert sum(shares.values()) == pytest.approx(1)
+  assert all(shares[f'goodput/{kind}'] > 0 for kind in ('step', 'start', 'data', 'evaluation', 'save'))
   assert 0 <= rounds[-1]['system/host_memory'] <= 1 and rounds[-1]['system/process_bytes'] > 1e7
 
 
@@ -92,6 +93,8 @@ def test_a_training_that_is_left_goes_on_from_its_last_checkpoint(folder):
     if metrics['step'] == 6:
       break
   assert training.status()['state'] == 'stopped'
+  with pytest.raises(ConfigError, match='not under way'):
+    training.save()
   steps = [metrics['step'] for metrics in training]
   assert steps[0] in (5, 7) and steps[-1] == 12  # 6 was evaluated, so it may be the best and saved
   assert training.status()['state'] == 'finished'
@@ -104,7 +107,7 @@ def test_mistakes_are_told(folder, tmp_path):
     llm_jax.load_config(folder / 'tiny.py', num_steps=1.5)
   training = llm_jax.train(llm_jax.load_config(folder / 'tiny.py', **{'data.path': 'nowhere'}), tmp_path)
   assert training.status() == {'state': 'none'}
-  with pytest.raises(ConfigError, match='iterate over it first'):
+  with pytest.raises(ConfigError, match='not under way'):
     training.validate()
   with pytest.raises(Exception, match='nowhere'):
     next(iter(training))

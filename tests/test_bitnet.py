@@ -13,7 +13,7 @@ from test_step import OPTIM, features
 
 from llm_jax.config import build
 from llm_jax.layers.bitnet import BitEinsum, BitNet, PackedEinsum, pack, unpack, weight_codes
-from llm_jax.layers.clock import at_step, progress
+from llm_jax.layers.clock import clock_at, progress
 from llm_jax.models import make_model
 from llm_jax.models.decoder import DecoderConfig
 from llm_jax.optim import OptimConfig, make_optimizer
@@ -72,7 +72,7 @@ def test_quantization_sets_in_with_the_steps_and_is_whole_in_evaluation():
   full = run(X, W, sub_norm=False)
 
   def at(step):
-    with at_step(jnp.int32(step)):
+    with clock_at(jnp.int32(step)):
       return run(X, W, sub_norm=False, warmup_steps=10)
 
   np.testing.assert_allclose(at(0), exact, rtol=1e-4, atol=1e-4)

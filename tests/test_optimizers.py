@@ -17,7 +17,7 @@ RATE, STEPS = 0.05, 7
 AXES = {'blocks': {'q': {'w': ('layers', 'embed', 'heads', 'head_dim'), 'b': ('layers', 'heads', 'head_dim')},
                    'out': {'w': ('layers', 'heads', 'head_dim', 'embed')}},
         'embed': {'w': ('vocab', 'embed')}}
-SHAPES = {'blocks': {'q': {'w': (2, 6, 2, 3), 'b': (2, 2, 3)}, 'out': {'w': (2, 2, 3, 6)}}, 'embed': {'w': (5, 6)}}
+SHAPES = {'blocks': {'q': {'w': (2, 6, 2, 4), 'b': (2, 2, 4)}, 'out': {'w': (2, 2, 4, 6)}}, 'embed': {'w': (5, 6)}}
 
 
 def tree(seed):
@@ -170,13 +170,13 @@ def test_muon_orthogonalises_each_layers_matrix_alone_and_leaves_the_rest_to_ada
     return adam(0.9, 0.95)(memory, g, t)
 
   expected = by_equation(rule, decay=0.2)
-  for name, shape in (('q', (6, 6)), ('out', (6, 6))):
+  for name, shape in (('q', (6, 8)), ('out', (8, 6))):
     for layer in range(2):
       p, m = tree(0)['blocks'][name]['w'][layer], 0.0
       for t in range(1, STEPS + 1):
         m = 0.9 * m + 0.1 * tree(t)['blocks'][name]['w'][layer]
         o = newton_schulz((m / (1 - 0.9**t)).reshape(shape)).reshape(p.shape)
-        p = p - RATE * (0.2 * np.sqrt(6) * o + 0.2 * p)
+        p = p - RATE * (0.2 * np.sqrt(8) * o + 0.2 * p)
       expected['blocks'][name]['w'][layer] = p
   close(got, expected, rtol=2e-4)  # the polynomial magnifies the float32 moments' rounding
 
@@ -184,9 +184,9 @@ def test_muon_orthogonalises_each_layers_matrix_alone_and_leaves_the_rest_to_ada
 def test_a_matrix_has_its_inputs_first_whatever_its_axes():
   dims = matrix_dims(AXES)
   assert dims['embed']['w'] is None and dims['blocks']['q']['b'] is None
-  x = jnp.arange(72.0).reshape(2, 2, 3, 6)
+  x = jnp.arange(96.0).reshape(2, 2, 4, 6)
   m = as_matrices(x, dims['blocks']['out']['w'])
-  np.testing.assert_array_equal(m, x.reshape(2, 6, 6))
+  np.testing.assert_array_equal(m, x.reshape(2, 8, 6))
   for name in ('q', 'out'):
     x = jnp.asarray(tree(0)['blocks'][name]['w'])
     d = dims['blocks'][name]['w']
@@ -197,16 +197,21 @@ def test_a_matrix_has_its_inputs_first_whatever_its_axes():
 def test_soap_is_adam_in_the_eigenbasis():
   """Algorithm 3 of arXiv 2409.11321 on each layer's matrix; sign and order of eigenvectors do not matter."""
   b1, b2, every = 0.9, 0.8, 2
-  got, _ = descend(optimizer('soap', soap={'b1': b1, 'b2': b2, 'weight_decay': 0.2, 'precondition_every': every}))
+  tx = optimizer('soap', soap={'b1': b1, 'b2': b2, 'weight_decay': 0.2, 'precondition_every': every})
+  (got, _), (_, first) = descend(tx), descend(tx, 1)
   expected = by_equation(adam(b1, b2), decay=0.2)
-  for name in ('q', 'out'):
+  for name, shape in (('q', (6, 8)), ('out', (8, 6))):
     for layer in range(2):
-      p, m, v, left, right = tree(0)['blocks'][name]['w'][layer].reshape(6, 6), 0.0, 0.0, 0.0, 0.0
+      p, m, v, left, right = tree(0)['blocks'][name]['w'][layer].reshape(shape), 0.0, 0.0, 0.0, 0.0
       for t in range(1, STEPS + 1):
-        g = tree(t)['blocks'][name]['w'][layer].reshape(6, 6)
+        g = tree(t)['blocks'][name]['w'][layer].reshape(shape)
         left, right = b2 * left + (1 - b2) * g @ g.T, b2 * right + (1 - b2) * g.T @ g
         if t == 1:
-          ql, qr = np.linalg.eigh(left)[1], np.linalg.eigh(right)[1]
+          # Of one gradient's null space any basis will do: it is the one that was taken.
+          basis = first[0].inner_states['soap'].inner_state.bases['blocks'][name]['w']
+          ql, qr = np.asarray(basis.q_SMA[layer]), np.asarray(basis.q_SNC[layer])
+          for q, side in ((ql, left), (qr, right)):
+            np.testing.assert_allclose(q.T @ side @ q, np.diag(np.linalg.eigvalsh(side)), atol=1e-6)
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * (ql.T @ g @ qr) ** 2
         n = (ql.T @ m @ qr) / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + 1e-8)
@@ -235,6 +240,21 @@ def test_prodigy_is_its_equations():
     d = step
   np.testing.assert_allclose(np.concatenate([p.ravel() for p in jax.tree.leaves(got)]), x, rtol=1e-5)
   assert state[0].estim_lr == pytest.approx(d, rel=1e-5)
+
+
+def test_prodigy_decays_matrices_alone_and_outlives_a_gradient_of_zero():
+  decayed, _ = descend(optimizer('prodigy', learning_rate=1.0, prodigy={'weight_decay': 0.5, 'estim_lr0': 1e-3}), 1)
+  plain, _ = descend(optimizer('prodigy', learning_rate=1.0, prodigy={'estim_lr0': 1e-3}), 1)
+  np.testing.assert_array_equal(decayed['blocks']['q']['b'], plain['blocks']['q']['b'])
+  np.testing.assert_allclose(decayed['embed']['w'], plain['embed']['w'] - 5e-4 * tree(0)['embed']['w'], rtol=1e-6)
+  tx, params = optimizer('prodigy', learning_rate=1.0), {'w': jnp.ones(3)}
+  state = tx.init(params)
+  for g in (0.0, 0.0, 1.0, 1.0):
+    grads = {'w': jnp.full(3, g)}
+    updates, state = tx.update(grads, state, params, value=1.0, grad=grads)
+    params = optax.apply_updates(params, updates)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((params, state)))
+  assert (params['w'] < 1).all()
 
 
 def test_schedule_free_trains_one_point_and_evaluates_another():
@@ -350,6 +370,15 @@ def test_updates_shrink_when_a_metric_has_stopped_falling():
   np.testing.assert_allclose(sizes, [1, 1, 1, 0.5, 0.5, 0.5, 0.25], rtol=1e-6)
 
 
+def test_a_metric_that_grows_below_zero_is_no_plateau():
+  tx = optimizer('sgd', controls=['reduce_on_plateau'],
+                 reduce_on_plateau={'metric': 'val/r2', 'mode': 'max', 'patience': 1})
+  state = tx.init({'w': jnp.zeros(3)})
+  for value, scale in ((-3.0, 1.0), (-2.0, 1.0), (-1.0, 1.0), (-1.0, 0.5)):
+    state = tx.hear(state, {'val/r2': value})
+    assert tx.report(state)['plateau_scale'] == scale
+
+
 def test_updates_shrink_with_the_loss_of_training():
   tx = optimizer('sgd', controls=['reduce_on_plateau'], sgd={'momentum': 0.0},
                  reduce_on_plateau={'metric': 'train/loss', 'factor': 0.1, 'patience': 1, 'accumulation_size': 2})
@@ -359,7 +388,7 @@ def test_updates_shrink_with_the_loss_of_training():
     _, state = tx.update({'w': jnp.ones(3)}, state, params, value=loss, grad=None)
     scales.append(float(tx.report(state)['plateau_scale']))
   np.testing.assert_allclose(scales, [1, 1, 1, 1, 1, 0.1], rtol=1e-6)
-  assert tx.hear(state, {}) is not None  # asks for nothing
+  jax.tree.map(np.testing.assert_array_equal, tx.hear(state, {}), state)  # asks for nothing
 
 
 def test_noise_lowers_updates_and_a_steady_gradient_does_not():
@@ -386,8 +415,8 @@ def test_groups_have_their_own_rate_and_decay_and_frozen_ones_stay():
   groups = {'tables': {'pattern': 'embed', 'learning_rate': 0.1, 'weight_decay': 3.0},
             'outs': {'pattern': r'out/w$', 'frozen': True}, 'biases': {'pattern': '/b$', 'learning_rate': 2.0}}
   for name, settings in (('adamw', {'weight_decay': 0.3}), ('sgd', {'momentum': 0.7, 'weight_decay': 0.3}),
-                         ('muon', {}), ('soap', {}), ('schedule_free', {})):
-    tx = optimizer(name, groups=groups, controls=[] if name == 'schedule_free' else ['ema'], **{name: settings})
+                         ('muon', {}), ('soap', {})):
+    tx = optimizer(name, groups=groups, controls=['ema'], **{name: settings})
     got, state = descend(tx)
     np.testing.assert_array_equal(got['blocks']['out']['w'], tree(0)['blocks']['out']['w'])
     assert np.abs(got['blocks']['q']['w'] - tree(0)['blocks']['q']['w']).min() > 0
@@ -403,6 +432,17 @@ def test_groups_have_their_own_rate_and_decay_and_frozen_ones_stay():
       np.testing.assert_allclose(got['embed']['w'], moved['embed']['w'], rtol=1e-5)
       moved = by_equation(lambda memory, g, t: 2 * momentum(0.7, False)(memory, g, t))
       np.testing.assert_allclose(got['blocks']['q']['b'], moved['blocks']['q']['b'], rtol=1e-5)
+
+
+def test_averaged_steps_of_frozen_groups_leave_them_alone():
+  tx = optimizer('schedule_free', groups={'outs': {'pattern': r'out/w$', 'frozen': True}})
+  got, state = descend(tx)
+  with jax.enable_x64(True):
+    evaluated = tx.evaluated(state, jax.tree.map(jnp.asarray, got))
+  free, _ = descend(optimizer('schedule_free'))
+  for params in (got, evaluated):
+    np.testing.assert_array_equal(params['blocks']['out']['w'], tree(0)['blocks']['out']['w'])
+  np.testing.assert_allclose(got['embed']['w'], free['embed']['w'], rtol=1e-6)
 
 
 def test_a_group_without_parameters_is_told_with_those_there_are():
@@ -435,6 +475,11 @@ def test_moments_can_be_kept_in_bfloat16(name):
      ["'soon' is no condition", 'val/accuracy > 0.5']),
     ({'chain': ['sgd'], 'sgd': {'nesterov': True, 'momentum': 0.0}}, ['nesterov']),
     ({'chain': ['adamw', 'reduce_on_plateau'], 'reduce_on_plateau': {'factor': 1.0}}, ['factor', '1.0']),
+    ({'chain': ['schedule_free']}, ['schedule must be constant']),
+    ({'chain': ['schedule_free', 'noise_adaptive'], 'schedule': 'constant'}, ['nothing may scale']),
+    ({'chain': ['prodigy']}, ['learning_rate multiplies it', '0.0006']),
+    ({'chain': ['prodigy'], 'learning_rate': 1.0, 'groups': {'x': {'pattern': 'b', 'weight_decay': 0.0}}}, ['groups']),
+    ({'chain': ['adam'], 'groups': {'x': {'pattern': 'b', 'weight_decay': 0.0}}}, ['x.weight_decay', 'no effect']),
 ])
 def test_settings_that_cannot_be_are_told(values, words):
   with pytest.raises(ConfigError) as e:

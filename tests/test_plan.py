@@ -36,6 +36,13 @@ def test_a_plan_says_where_each_stage_begins_in_the_data():
   assert alone.config == config() and alone.rows_at(7) == 28
 
 
+def test_rows_of_earlier_stages_are_counted_as_they_were_read():
+  """What a mixture's weights from step 5 on begin with, asked in the second stage."""
+  first, second = plan(config(more={'begin': 10, 'set': ['batch_tokens=128']}))
+  assert [first.rows_at(n) for n in (0, 5, 10)] == [second.rows_at(n) for n in (0, 5, 10)] == [0, 20, 40]
+  assert second.rows_at(11) == 48
+
+
 @pytest.mark.parametrize(('stages', 'words'), [
     ({'a': {'begin': 0}}, ['stages.a', 'begin', 'got 0']),
     ({'a': {'begin': 100}}, ['before num_steps 100', 'got 100']),
@@ -111,6 +118,14 @@ def test_a_staged_run_reads_what_its_plan_says_and_goes_on_after_a_stop(folder, 
   assert kept['batch_tokens'] == 512 and kept['stages']['more']['begin'] == 3, 'config.json repeats the run'
 
 
+def test_a_goal_reached_in_a_stage_ends_the_run_and_stays_reached(folder):
+  flags = ['--config.eval.every=2', '--config.eval.goal=val/loss < 100']
+  assert [line['step'] for line in train(folder, 'goal', *flags)] == [1, 2]
+  assert [line['step'] for line in train(folder, 'goal', *flags)] == [1, 2]
+  status = json.loads((folder / 'goal' / 'status.json').read_text())
+  assert status['state'] == 'finished' and status['step'] == 2 and status['best'] > 0
+
+
 def test_an_epoch_is_every_row_once_and_has_its_means(folder):
   lines = train(folder, 'epochs', '--config.num_epochs=2', '--config.batch_tokens=2048', '--config.eval.every=1000',
                 '--config.optim.warmup_cosine.warmup_steps=0', '--config.eval.sample_tokens=0', config='tiny')
@@ -123,16 +138,17 @@ def test_an_epoch_is_every_row_once_and_has_its_means(folder):
 
 def test_means_of_an_epoch_go_on_after_a_stop():
   values = [{'loss': float(n), 'grad_norm': 1.0} for n in range(10)]
-  whole = Epochs(4.5, {})
+  at = lambda step: int(step // 4.5)  # noqa: E731
+  whole = Epochs(at, {})
   told = [whole.add(step, v) for step, v in enumerate(values, 1)]
   assert [step for step, t in enumerate(told, 1) if t] == [5, 9]
   assert told[4] == {'epoch/number': 1, 'epoch/loss': 2.0, 'epoch/grad_norm': 1.0}
-  first = Epochs(4.5, {})
+  first = Epochs(at, {})
   for step in (1, 2):
     first.add(step, values[step - 1])
-  second = Epochs(4.5, json.loads(json.dumps(first.sums)))
+  second = Epochs(at, json.loads(json.dumps(first.sums)))
   assert [second.add(step, values[step - 1]) for step in range(3, 11)] == told[2:]
-  assert not any(Epochs(float('inf'), {}).add(step, values[0]) for step in range(1, 5))
+  assert not any(Epochs(lambda step: 0, {}).add(step, values[0]) for step in range(1, 5))
 
 
 @pytest.mark.parametrize(('values', 'word'), [

@@ -101,6 +101,11 @@ def test_settings_that_cannot_be_are_told(given, words):
     ({'schedule': 'wsd', 'wsd': {'decay_steps': 1000}}, ['wsd.decay_steps 1000', 'num_steps 1000']),
     ({'schedule': 'composite', 'composite': {'parts': ['constant', 'warmup_cosine'], 'boundaries': [900]},
       'warmup_cosine': {'warmup_steps': 200}}, ['warmup_cosine.warmup_steps 200', 'the 100 steps']),
+    ({'schedule': 'composite', 'composite': {'parts': ['constant', 'warmup_cosine'], 'boundaries': [2000]}},
+     ['composite.boundaries', 'no steps', '1000']),
+    ({'schedule': 'wsd', 'wsd': {'warmup_steps': 600, 'decay_steps': 500}}, ['600 + decay_steps 500', '1000 steps']),
+    ({'schedule': 'phases'}, ['phases.boundaries 1000, 6000, 8000', 'num_steps 1000']),
+    ({'schedule': 'phases', 'phases': {'warmup_steps': 50, 'factors': [1.0, 2.0], 'boundaries': [20]}}, ['20', '50']),
 ])
 def test_what_does_not_fit_the_run_is_told(given, words):
   with pytest.raises(ConfigError) as e:

@@ -1,6 +1,7 @@
 """Runs that begin where another one is: branches of it, and fresh ones with its weights."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ FLAGS = ('--config.eval.every=4', '--config.checkpoint.every=4', '--config.check
 
 
 def train(folder, name, *flags):
-  main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/{name}', '--config.num_steps=12', *FLAGS, *flags])
+  main.main([f'--config={folder}/tiny.py', f'--workdir={folder / name}', '--config.num_steps=12', *FLAGS, *flags])
   return {line['step']: line for line in read_metrics(folder / name / 'metrics.jsonl')}
 
 
@@ -68,15 +69,29 @@ def test_what_is_missing_begins_fresh_and_is_named(folder, capsys):
   assert 'begin fresh: head/w' in capsys.readouterr().out
 
 
+def test_a_checkpoint_from_before_a_field_was_there_is_still_gone_on_with(folder, tmp_path):
+  shutil.copytree(folder / 'first', tmp_path / 'old')
+  for path in (tmp_path / 'old' / 'checkpoints').glob('*/meta/metadata'):
+    meta = json.loads(path.read_text())
+    for name in ('einsum', 'bitnet'):
+      del meta['config']['model'][name]
+    for name in ('record', 'validated', 'epoch', 'state_key'):
+      del meta[name]
+    path.write_text(json.dumps(meta | {'val_loss': 5.0, 'best_val_loss': 5.0}))
+  assert sorted(train(folder, tmp_path / 'old', '--config.num_steps=14'))[-1] == 14
+
+
 @pytest.mark.parametrize(('settings', 'flags', 'words'), [
     ({'run': 'nowhere'}, [], ['config.start.run', 'nowhere', 'holds no run']),
     ({'run': 'nowhere', 'whole': 'true'}, [], ['config.start.run', 'nowhere', 'no checkpoints']),
-    ({'checkpoint': 7}, [], ['no checkpoint of step 7', '4, 8, 12']),
+    ({'checkpoint': 7}, [], ["config.start.checkpoint: '7'", '4, 8, 12']),
     ({'checkpoint': 7, 'whole': 'true'}, [], ["config.start.checkpoint: '7'", '4, 8, 12']),
     ({}, ['--config.model.num_layers=3'], ['another shape', 'blocks/attn/q/w', '(2, ', '(3, ']),
     ({'whole': 'true'}, ['--config.model.num_layers=3'], ['another model', 'num_layers']),
     ({'whole': 'true'}, ['--config.optim.chain=clip_by_global_norm,adamw'], ['optim.chain']),
     ({}, ['--config.data.tokenizer=byte', '--config.model.vocab_size=none'], ['another tokenizer', 'tokenizer.json']),
+    ({'whole': 'true', 'checkpoint': 'best'}, ['--config.optim.ema.decay=0.4', '--config.optim.adamw.mu_dtype=bfloat16',
+                                               '--config.model.num_heads=4'], ['another model', 'num_heads']),
     ({'run': ''}, ['--config.start.whole=true'], ['start', 'run must name']),
 ])
 def test_what_cannot_be_begun_from_is_told(folder, tmp_path, settings, flags, words):

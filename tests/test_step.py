@@ -68,8 +68,9 @@ def test_losses_do_not_depend_on_the_mesh(alone, sizes, num_microbatches):
 def test_a_long_chain_does_the_same_on_a_mesh():
   """Whose states are partitioned, masked, averaged: each lies like its parameter."""
   config = build(OptimConfig, {
-      'learning_rate': 1e-2, 'chain': ['clip_by_global_norm', 'grokfast_ema', 'muon', 'noise_adaptive',
+      'learning_rate': 1e-2, 'chain': ['clip_by_global_norm', 'grokfast_ema', 'grokfast_ma', 'muon', 'noise_adaptive',
                                        'reduce_on_plateau', 'ema'],
+      'grokfast_ma': {'window': 3},
       'groups': {'norms': {'pattern': 'norm', 'frozen': True}, 'tables': {'pattern': 'embed', 'learning_rate': 2.0}}})
   axes = logical_axes(Batch(*np.zeros((3, 1, 8), np.int32)), model=make_model(CFG))
   tx, losses, averages = make_optimizer(config, 20, axes), [], []

@@ -43,6 +43,8 @@ class BitNet:
       raise ValueError('warmup_steps, penalty and sparsity_weight must not be negative')
     if not 0 <= self.sparsity_target < 1:
       raise ValueError(f'sparsity_target must lie in [0, 1); got {self.sparsity_target}')
+    if not self.sparsity_target and self.sparsity_weight != 1:
+      raise ValueError(f'sparsity_weight {self.sparsity_weight} has no effect without a sparsity_target')
     if self.sparsity_target and self.weight_bits == '1':
       raise ValueError('sparsity_target needs weight_bits 1.58: one bit has no zero')
     if self.gradient_scale <= 0:

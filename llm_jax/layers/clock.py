@@ -12,8 +12,8 @@ _STEP: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar('step',
 
 
 @contextlib.contextmanager
-def at_step(step: jax.Array) -> Iterator[None]:
-  """What is traced inside sees `step`, int32 []."""
+def clock_at(step: jax.Array | None) -> Iterator[None]:
+  """What is traced inside sees `step`, int32 []; None is outside training."""
   token = _STEP.set(step)
   try:
     yield

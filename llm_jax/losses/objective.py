@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.layers.clock import clock_at
 from llm_jax.losses.balance import Fixed
 from llm_jax.losses.next_token import Distillation, NextToken
 from llm_jax.losses.readout import Readout
@@ -126,7 +127,8 @@ class Objective:
     readout = module.readout(batch, train=train)
     taught = None
     if self.teacher is not None:
-      taught = jax.lax.stop_gradient(self.teacher.apply({'params': frozen}, batch, method='readout'))
+      with clock_at(None):  # a teacher is not in training
+        taught = jax.lax.stop_gradient(self.teacher.apply({'params': frozen}, batch, method='readout'))
     looks = []
     for name, term in self.terms:
       other = term.other(batch)

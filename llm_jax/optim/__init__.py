@@ -108,6 +108,18 @@ class OptimConfig:
       raise ValueError(f'chain names a link twice: {", ".join(self.chain)}')
     if sum(link.averages for link in self.links) > 1 or ('ema' in self.chain and self.chain[-1] != 'ema'):
       raise ValueError('chain can average weights once, and ema at its end')
+    scaling = {'reduce_on_plateau', 'noise_adaptive'} & set(self.chain)
+    factors = {name for name, group in self.groups.items() if not group.frozen and group.learning_rate != 1}
+    decays = {name for name, group in self.groups.items() if not group.frozen and group.weight_decay != 1}
+    if 'schedule_free' in self.chain and (scaling or factors or decays or self.schedule != 'constant'):
+      raise ValueError('schedule_free averages its own steps, which nothing may scale: schedule must be constant, '
+                       'without reduce_on_plateau, noise_adaptive and factors of groups')
+    if 'prodigy' in self.chain and (decays or self.learning_rate < 0.1):
+      raise ValueError('prodigy finds its learning rate: learning_rate multiplies it and should be 1 or near it; got '
+                       f'{self.learning_rate}; groups have no weight_decay of their own')
+    if decays and not self.weight_decay:
+      raise ValueError(f'groups.{min(decays)}.weight_decay is set, but the optimizer has no weight_decay: it would '
+                       'have no effect')
     if self.schedule not in SCHEDULES:
       raise ValueError(f'schedule {self.schedule!r} is unknown; known: {", ".join(SCHEDULES)}')
     parts = self.composite.parts
@@ -134,6 +146,24 @@ class OptimConfig:
     """(name, steps) of the schedules that follow each other."""
     return self.composite.lengths(num_steps) if self.schedule == 'composite' else [(self.schedule, num_steps)]
 
+  def misfits(self, num_steps: int) -> list[str]:
+    """What of the schedule does not fit into a run of so many steps."""
+    problems = []
+    for name, steps in self.schedule_parts(num_steps):
+      section = getattr(self, name)
+      warmup, decay = getattr(section, 'warmup_steps', 0), getattr(section, 'decay_steps', 0)
+      boundaries = getattr(section, 'boundaries', ())
+      if steps < 1:
+        problems.append(f'optim.composite.boundaries leave {name} no steps (num_steps {num_steps})')
+      elif warmup + decay >= steps:
+        given = ' + '.join(f'{field} {value}' for field, value in (('warmup_steps', warmup), ('decay_steps', decay))
+                           if value)
+        problems.append(f'optim.{name}.{given} must be less than the {steps} steps that it has (num_steps {num_steps})')
+      elif boundaries and not warmup <= boundaries[0] <= boundaries[-1] < steps:
+        problems.append(f'optim.{name}.boundaries {", ".join(map(str, boundaries))} must lie between warmup_steps '
+                        f'{warmup} and num_steps {num_steps}')
+    return problems
+
   def make_schedule(self, num_steps: int) -> optax.Schedule:
     parts = self.schedule_parts(num_steps)
     ends = np.cumsum([steps for _, steps in parts])
@@ -155,7 +185,7 @@ class Optimizer(NamedTuple):
 
   def report(self, opt_state: optax.OptState) -> Metrics:
     """Scalars to log."""
-    reports = [link.report(state) for link, state in zip(self.links, opt_state, strict=False)]
+    reports = [link.report(state) for link, state in zip(self.links, opt_state, strict=True)]
     return {name: value for report in reports for name, value in report.items()}
 
   @property
@@ -164,7 +194,7 @@ class Optimizer(NamedTuple):
     return any(link.averages for link in self.links)
 
   def evaluated(self, opt_state: optax.OptState, params: Params) -> Params:
-    for link, state in zip(self.links, opt_state, strict=False):
+    for link, state in zip(self.links, opt_state, strict=True):
       params = link.evaluated(state, params)
     return params
 
@@ -172,11 +202,11 @@ class Optimizer(NamedTuple):
     """The state after an evaluation. Raises ConfigError where a link asks for a metric that is not there."""
     try:
       heard = tuple(link.hear(state, results) if link.hears else state
-                    for link, state in zip(self.links, opt_state, strict=False))
+                    for link, state in zip(self.links, opt_state, strict=True))
     except ValueError as e:
       raise ConfigError(f'config.optim: {e}') from None
     return jax.tree.map(lambda new, old: old if new is old else jax.device_put(np.asarray(new), old.sharding),
-                        (*heard, *opt_state[len(heard):]), opt_state)
+                        heard, opt_state)
 
 
 def make_optimizer(config: OptimConfig, num_steps: int, axes: Params = None) -> Optimizer:

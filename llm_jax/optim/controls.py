@@ -55,21 +55,22 @@ class Ema(Link):
 class ReduceOnPlateau(Link):
   """Multiplies updates by `factor` each time `metric` has not improved for `patience` evaluations.
 
-  Of train/loss each is the mean of `accumulation_size` steps. Of a metric that grows, mode is max.
+  Better is what is so by more than `min_delta`; of a metric that grows, mode is max. Of train/loss an evaluation is the
+  mean of `accumulation_size` steps.
   """
 
   metric: str = 'val/loss'
   mode: Literal['min', 'max'] = 'min'
   factor: float = 0.5
   patience: int = 2
-  rtol: float = 1e-4
+  min_delta: float = 1e-4
   cooldown: int = 0
   accumulation_size: int = 100
   min_scale: float = 0.0
   place = 'control'
 
   def __post_init__(self):
-    positive(patience=self.patience, accumulation_size=self.accumulation_size, rtol=self.rtol)
+    positive(patience=self.patience, accumulation_size=self.accumulation_size, min_delta=self.min_delta)
     at_least(0, cooldown=self.cooldown, min_scale=self.min_scale)
     if not 0 < self.factor < 1:
       raise ValueError(f'factor must lie in (0, 1); got {self.factor}')
@@ -81,7 +82,7 @@ class ReduceOnPlateau(Link):
     return self.metric != 'train/loss'
 
   def _optax(self) -> optax.GradientTransformationExtraArgs:
-    return contrib.reduce_on_plateau(self.factor, self.patience, self.rtol, cooldown=self.cooldown,
+    return contrib.reduce_on_plateau(self.factor, self.patience, 0.0, self.min_delta, cooldown=self.cooldown,
                                      min_scale=self.min_scale,
                                      accumulation_size=1 if self.hears else self.accumulation_size)
 
@@ -95,8 +96,7 @@ class ReduceOnPlateau(Link):
   def hear(self, state: Any, results: dict[str, float]) -> Any:
     if self.metric not in results:
       raise ValueError(f'{self.metric} is no result of an evaluation; there are: {", ".join(sorted(results))}')
-    # Optax asks whether a value fell by a share of the best, which is infinite at first.
-    value = results[self.metric] if self.mode == 'min' else 1 / max(results[self.metric], 1e-9)
+    value = results[self.metric] * (1 if self.mode == 'min' else -1)
     return self._optax().update({}, state, value=value)[1]
 
   def report(self, state: Any) -> Metrics:

@@ -10,6 +10,7 @@ import math
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -105,7 +106,10 @@ class Lion(Link):
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor(Link):
-  """Second moments factored into rows and columns (arXiv 1804.04235): memory of a sum, not a product, of sides."""
+  """Second moments by rows and columns (arXiv 1804.04235) of each array's two largest sides, where both are large.
+
+  Clipping, and scaling by the parameter, are of a whole array, which of a stack holds all layers.
+  """
 
   decay_rate: float = 0.8
   min_dim_size_to_factor: int = 128
@@ -208,8 +212,18 @@ class Prodigy(Link):
     at_least(0, weight_decay=self.weight_decay)
 
   def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
-    return contrib.prodigy(schedule, (self.b1, self.b2), estim_lr0=self.estim_lr0, estim_lr_coef=self.estim_lr_coef,
-                           weight_decay=self.weight_decay, safeguard_warmup=self.safeguard_warmup)
+    inner = contrib.prodigy(schedule, (self.b1, self.b2), estim_lr0=self.estim_lr0, estim_lr_coef=self.estim_lr_coef,
+                            safeguard_warmup=self.safeguard_warmup)
+
+    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
+      updates, new = inner.update(grads, state, params)
+      rate = self.weight_decay * state.estim_lr * schedule(state.count)  # Optax's decays biases as well
+      updates = jax.tree.map(lambda u, p, m: u - rate * p if m else u, updates, params, matrices(params))
+      # As long as all gradients have been zero it divides zero by zero.
+      finite = jnp.isfinite(new.estim_lr)
+      return jax.tree.map(lambda u: jnp.where(finite, u, 0), updates), optax.tree.where(finite, new, state)
+
+    return optax.GradientTransformation(inner.init, update)
 
   def report(self, state: Any) -> dict[str, jax.Array]:
     return {'estimated_learning_rate': state.estim_lr}
