@@ -298,7 +298,7 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
     if begin and due(begin, config.eval.every) and not validated:
       settle(begin, {}, stopping=False)
     if record.over:
-      console.line(f'{record.over}: the run is over')
+      console.line(f'{record.over}: the run is over; for more, raise what ended it')
     elif begin >= stage.end:
       console.line(f'already at step {begin} of {config.num_steps}; for more, raise --config.num_steps')
     profiler.begin_after(begin)

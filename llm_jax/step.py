@@ -158,4 +158,4 @@ def eval_step(params: Params, batch: Batch, *, model: Any, token_bytes: jax.Arra
 def _by_layer(path: Any, leaf: jax.Array) -> list[tuple[str, jax.Array]]:
   """(name, scalar) of what a module sowed: NAME/00, NAME/01 of what has one value a layer."""
   name = '/'.join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
-  return [(name, leaf)] if not leaf.ndim else [(f'{name}/{i:02}', x) for i, x in enumerate(leaf)]
+  return [(f'{name}/{i:02}', x) for i, x in enumerate(leaf)] if leaf.ndim == 1 else [(name, jnp.mean(leaf))]

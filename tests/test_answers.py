@@ -78,7 +78,7 @@ def test_a_run_ends_when_its_loss_has_stopped_falling_and_says_so(run):
   assert steps == {last}, 'no checkpoint is needed to know the best'
   assert {'val/exact_match', 'val/answer_accuracy', 'val/valid'} <= lines[-1].keys()
   again = finish(start(folder, 'main', '--config=backwards.py', '--workdir=run'))
-  assert 'for more, raise --config.eval.patience' in again
+  assert '(config.eval.patience): the run is over; for more, raise what ended it' in again
 
 
 def test_the_test_part_is_evaluated_and_its_answers_are_written_down(run, capsys, tmp_path):

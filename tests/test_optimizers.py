@@ -208,7 +208,7 @@ def test_soap_is_adam_in_the_eigenbasis():
         left, right = b2 * left + (1 - b2) * g @ g.T, b2 * right + (1 - b2) * g.T @ g
         if t == 1:
           # Of one gradient's null space any basis will do: it is the one that was taken.
-          basis = first[0].inner_states['soap'].inner_state.bases['blocks'][name]['w']
+          basis = first[0][0].inner_states['soap'].inner_state.bases['blocks'][name]['w']
           ql, qr = np.asarray(basis.q_SMA[layer]), np.asarray(basis.q_SNC[layer])
           for q, side in ((ql, left), (qr, right)):
             np.testing.assert_allclose(q.T @ side @ q, np.diag(np.linalg.eigvalsh(side)), atol=1e-6)
