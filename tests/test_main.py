@@ -306,7 +306,7 @@ def test_the_programs_refuse_what_they_cannot_use(whole, folder):
       (generate, ['--workdir', str(whole[0]), '--top_p=0'], ConfigError, '--top_p'),
       (generate, ['--workdir', str(whole[0]), '--prompt=' + 'x ' * 99], ConfigError, '31 are the most'),
       (generate, ['--workdir', str(whole[0]), '--checkpoint=last'], ConfigError, 'latest, best, or a step'),
-      (generate, ['--workdir', str(whole[0]), '--checkpoint=7'], ConfigError, "'7' is none of latest, best, or a step of"),
+      (generate, ['--workdir', str(whole[0]), '--checkpoint=7'], ConfigError, "'7' is none of latest, best"),
       (evaluate, ['--workdir', str(whole[0]), '--data=nowhere'], DataError, 'nowhere')]:
     with pytest.raises(error) as e:
       program.main(flags)
