@@ -31,7 +31,7 @@ from llm_jax.optim import make_optimizer
 from llm_jax.plan import at_step
 from llm_jax.sharding import local_rows, num_batch_shards, put_batch
 from llm_jax.step import abstract_state, eval_step, logical_axes, param_shardings, state_shardings
-from llm_jax.types import Batch, Params
+from llm_jax.types import Batch, Params, as_batch
 from llm_jax.validators import make_validator
 
 
@@ -170,6 +170,12 @@ def example_batch(config: Config) -> Batch:
   return Batch(tokens=blank, targets=blank, loss_mask=blank.astype(jnp.float32), encoder_tokens=read)
 
 
+def abstract_batch(examples: Examples, num_rows: int) -> Batch:
+  """A Batch of `num_rows` rows of the examples' shapes and types."""
+  row = examples.make(0, np.random.default_rng(0))
+  return as_batch({name: jax.ShapeDtypeStruct((num_rows, *x.shape), x.dtype) for name, x in row.items()})
+
+
 def check_features(config: Config, model: Any, examples: Examples) -> None:
   """Raises ConfigError when the task gives what neither model nor losses look at, or not what they need."""
   given = examples.make(0, np.random.default_rng(0)).keys()
@@ -228,6 +234,20 @@ def make_evaluator(config: Config, data: Data, model: Any, mesh: Mesh) -> Callab
     return results, judge.tables(whole)
 
   return evaluator
+
+
+def check_results(config: Config, data: Data, model: Any, params: Params, batch: Batch, asked: tuple[str, ...]) -> None:
+  """Raises ConfigError for a metric that no evaluation will give; params and batch are abstract."""
+  if config.eval.answers:  # whose metrics the validator decides
+    return
+  judge, size = make_objective(config.loss).judge(), jnp.zeros(model.cfg.vocab_size, jnp.int32)
+  sums = jax.eval_shape(partial(eval_step, model=model, token_bytes=size, objective=judge), params, batch)
+  results = judge.summarize({name: np.ones(x.shape) for name, x in sums.items()})
+  known = {f'val/{name}' for name in results}
+  known |= {f'val/{name}/{key}' for name in data.val if len(data.val) > 1 for key in ('loss', 'bits_per_byte')}
+  if missing := sorted(set(asked) - known):
+    raise ConfigError(f'{", ".join(missing)} is no result of an evaluation of this run (config.eval.monitor, '
+                      f'capabilities and goal, config.optim); there are: {", ".join(sorted(known))}')
 
 
 def num_eval_rows(config: Config, num_shards: int) -> int:

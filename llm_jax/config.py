@@ -60,6 +60,12 @@ class EvalConfig:
       raise ValueError(f'max_tokens must be at least 1, or None for all; got {self.max_tokens}')
 
 
+  @property
+  def asks(self) -> tuple[str, ...]:
+    """The results that are looked at, besides being logged."""
+    return (self.monitor, *(condition(text).metric for text in [*self.capabilities, *filter(None, [self.goal])]))
+
+
 @dataclasses.dataclass(frozen=True)
 class StartConfig:
   """Where a run begins: at nothing, at another run's weights, or, as a branch of it, with all of its state."""

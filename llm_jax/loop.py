@@ -17,14 +17,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from orbax.checkpoint import multihost
 
 from llm_jax import __version__
 from llm_jax.assemble import (
   Run,
+  abstract_batch,
   build_model,
   check_features,
+  check_results,
   complete,
   example_batch,
   gather,
@@ -36,7 +37,6 @@ from llm_jax.checkpoint import Checkpoints, latest_step
 from llm_jax.config import Config, replace, to_dict
 from llm_jax.data import data_fingerprint, open_data, pipeline
 from llm_jax.data.corpus import key_of
-from llm_jax.data.examples import Examples
 from llm_jax.devices import peak_flops
 from llm_jax.errors import ConfigError, DivergedError, Interrupted, StorageError
 from llm_jax.losses import make_objective
@@ -134,6 +134,7 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
     make_step = functools.cache(partial(jit_step, config, mesh, shardings, frozen, model=model, tx=tx,
                                         objective=objective))
     shapes = abstract, abstract_batch(examples, num_rows), frozen
+    check_results(config, data, model, abstract.params, shapes[1], (*config.eval.asks, *tx.asks))
     config = fit_memory(config, num_batch_shards(mesh), workdir,
                         compile_step=lambda num_microbatches: make_step(num_microbatches).lower(*shapes).compile())
     held_rows, num_microbatches = config.split_batch(num_batch_shards(mesh))
@@ -364,12 +365,6 @@ def with_teacher(config: Config, teacher: Run | None) -> Config:
   learns = dataclasses.replace(config.loss.distillation, hidden_dim=teacher.config.model.embed_dim,
                                checkpoint=str(teacher.meta['step']))
   return dataclasses.replace(config, loss=dataclasses.replace(config.loss, distillation=learns))
-
-
-def abstract_batch(examples: Examples, num_rows: int) -> Batch:
-  """A Batch of `num_rows` rows of the examples' shapes and types."""
-  row = examples.make(0, np.random.default_rng(0))
-  return as_batch({name: jax.ShapeDtypeStruct((num_rows, *x.shape), x.dtype) for name, x in row.items()})
 
 
 @contextlib.contextmanager

@@ -86,6 +86,7 @@ def test_a_run_is_loaded_and_asked(finished, folder):
   assert list(llm_jax.train(training.config, folder / 'run')) == [], 'nothing is left to do'
 
 
+@pytest.mark.slow
 def test_a_training_that_is_left_goes_on_from_its_last_checkpoint(folder):
   config = llm_jax.load_config(folder / 'tiny.py', **SETTINGS | {'checkpoint.every': 4, 'log.every': 1})
   training = llm_jax.train(config, folder / 'left')

@@ -72,6 +72,7 @@ def test_a_sweep_trains_what_is_not_finished_and_compares(folder):
   assert other.stat().st_mtime_ns == written[other], 'it was finished'
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_costs_no_other(folder):
   text = (folder / 'swept.py').read_text().replace("{'optim.learning_rate': [1e-5, 3e-3], 'optim.chain': [('adamw',)]}",
                                                    "[{'data.path': 'nowhere'}, {'seed': 3}]")

@@ -35,10 +35,10 @@ def descend(tx, steps=STEPS, extra=lambda t, g: {}):
   """Parameters after `steps` steps of gradients tree(1), tree(2), ..., and the state."""
   with jax.enable_x64(True):
     params = jax.tree.map(jnp.asarray, tree(0))
-    state, update = tx.init(params), jax.jit(tx.update)
+    state = tx.init(params)
     for t in range(1, steps + 1):
       grads = jax.tree.map(jnp.asarray, tree(t))
-      updates, state = update(grads, state, params, value=1.0, grad=grads)
+      updates, state = tx.update(grads, state, params, value=1.0, grad=grads)
       params = optax.apply_updates(params, updates)
     return jax.device_get(params), state
 

@@ -84,12 +84,13 @@ def folder(tmp_path_factory):
 
 
 def train(folder, name, *flags, config='staged'):
-  main.main([f'--config={folder}/{config}.py', f'--workdir={folder}/{name}', *flags])
+  main.main([f'--config={folder}/{config}.py', f'--workdir={folder / name}', *flags])
   return read_metrics(folder / name / 'metrics.jsonl')
 
 
-def test_a_staged_run_reads_what_its_plan_says_and_goes_on_after_a_stop(folder, monkeypatch):
-  """Each row of the two first stages once and in order; stopped within a stage and between two, the same bits."""
+@pytest.mark.parametrize('stop', [pytest.param(2, marks=pytest.mark.slow), 6])
+def test_a_staged_run_reads_what_its_plan_says_and_goes_on_after_a_stop(folder, monkeypatch, stop):
+  """Each row of the two first stages once and in order; stopped within a stage or between two, the same bits."""
   read = {}
   original = pipeline.train_batches
 
@@ -98,23 +99,21 @@ def test_a_staged_run_reads_what_its_plan_says_and_goes_on_after_a_stop(folder, 
     return original(examples, batch_size, rows, offset)
 
   monkeypatch.setattr(pipeline, 'train_batches', spy)
-  whole = train(folder, 'whole')
+  whole = train(folder, f'whole{stop}')
   assert [line['step'] for line in whole] == list(range(1, 10))
   assert read[16, 32][:4] == [0, 16, 32, 48] and read[32, 32][3] == 3 * 16, 'batch 3 begins where batch 2 ended'
   assert read[8, 128][6] == 3 * (16 + 32) * 32 // 128
-  tokens = [line['train/num_tokens'] for line in whole]
-  assert tokens == [512] * 3 + [1024] * 6
+  assert [line['train/num_tokens'] for line in whole] == [512] * 3 + [1024] * 6
 
-  for stop in (2, 6):
-    asked = iter(range(1, 10))
-    with monkeypatch.context() as patch:
-      patch.setattr(StopSignal, 'reached', lambda self: next(asked) == stop)  # noqa: B023
-      with pytest.raises(Interrupted):
-        train(folder, f'cut{stop}')
-    cut = train(folder, f'cut{stop}')
-    assert [line['train/loss'] for line in cut] == [line['train/loss'] for line in whole]
-    assert cut[-1]['val/loss'] == whole[-1]['val/loss']
-  kept = json.loads((folder / 'whole' / 'config.json').read_text())
+  asked = iter(range(1, 10))
+  with monkeypatch.context() as patch:
+    patch.setattr(StopSignal, 'reached', lambda self: next(asked) == stop)
+    with pytest.raises(Interrupted):
+      train(folder, f'cut{stop}')
+  cut = train(folder, f'cut{stop}')
+  assert [line['train/loss'] for line in cut] == [line['train/loss'] for line in whole]
+  assert cut[-1]['val/loss'] == whole[-1]['val/loss']
+  kept = json.loads((folder / f'whole{stop}' / 'config.json').read_text())
   assert kept['batch_tokens'] == 512 and kept['stages']['more']['begin'] == 3, 'config.json repeats the run'
 
 
@@ -124,6 +123,15 @@ def test_a_goal_reached_in_a_stage_ends_the_run_and_stays_reached(folder):
   assert [line['step'] for line in train(folder, 'goal', *flags)] == [1, 2]
   status = json.loads((folder / 'goal' / 'status.json').read_text())
   assert status['state'] == 'finished' and status['step'] == 2 and status['best'] > 0
+
+
+@pytest.mark.parametrize('flag', [pytest.param('eval.monitor=val/acuracy', marks=pytest.mark.slow),
+                                  pytest.param('eval.goal=val/acuracy > 1', marks=pytest.mark.slow),
+                                  'optim.reduce_on_plateau.metric=val/acuracy'])
+def test_a_result_that_will_never_come_is_told_before_the_first_step(folder, tmp_path, flag):
+  chain = ['--config.optim.chain=adamw,reduce_on_plateau'] if 'plateau' in flag else []
+  with pytest.raises(ConfigError, match=r'val/acuracy is no result .*there are: val/accuracy'):
+    train(folder, tmp_path / 'x', f'--config.{flag}', *chain, config='tiny')
 
 
 def test_an_epoch_is_every_row_once_and_has_its_means(folder):
@@ -159,6 +167,7 @@ def test_what_does_not_go_together_is_told(values, word):
     build(Config, values)
 
 
+@pytest.mark.slow
 def test_what_is_yielded_is_what_is_logged(folder):
   moments = list(loop.moments(load_config(folder / 'staged.py'), folder / 'yielded'))
   assert [m.step for m in moments] == list(range(1, 10)) and 'val/loss' in moments[-1].metrics

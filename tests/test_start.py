@@ -64,11 +64,13 @@ def test_a_full_precision_run_goes_on_as_bitnet(folder):
   assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_what_is_missing_begins_fresh_and_is_named(folder, capsys):
   train(folder, 'untied', *start(folder), '--config.model.tie_embeddings=false', '--config.num_steps=1')
   assert 'begin fresh: head/w' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_a_field_was_there_is_still_gone_on_with(folder, tmp_path):
   shutil.copytree(folder / 'first', tmp_path / 'old')
   for path in (tmp_path / 'old' / 'checkpoints').glob('*/meta/metadata'):
@@ -82,9 +84,9 @@ def test_a_checkpoint_from_before_a_field_was_there_is_still_gone_on_with(folder
 
 
 @pytest.mark.parametrize(('settings', 'flags', 'words'), [
-    ({'run': 'nowhere'}, [], ['config.start.run', 'nowhere', 'holds no run']),
+    pytest.param({'run': 'nowhere'}, [], ['config.start.run', 'nowhere', 'holds no run'], marks=pytest.mark.slow),
     ({'run': 'nowhere', 'whole': 'true'}, [], ['config.start.run', 'nowhere', 'no checkpoints']),
-    ({'checkpoint': 7}, [], ["config.start.checkpoint: '7'", '4, 8, 12']),
+    pytest.param({'checkpoint': 7}, [], ["config.start.checkpoint: '7'", '4, 8, 12'], marks=pytest.mark.slow),
     ({'checkpoint': 7, 'whole': 'true'}, [], ["config.start.checkpoint: '7'", '4, 8, 12']),
     ({}, ['--config.model.num_layers=3'], ['another shape', 'blocks/attn/q/w', '(2, ', '(3, ']),
     ({'whole': 'true'}, ['--config.model.num_layers=3'], ['another model', 'num_layers']),

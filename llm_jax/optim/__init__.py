@@ -193,6 +193,11 @@ class Optimizer(NamedTuple):
     """Whether other weights are evaluated than those that are trained."""
     return any(link.averages for link in self.links)
 
+  @property
+  def asks(self) -> tuple[str, ...]:
+    """The results of evaluations that it looks at."""
+    return tuple(name for link in self.links for name in link.asks)
+
   def evaluated(self, opt_state: optax.OptState, params: Params) -> Params:
     for link, state in zip(self.links, opt_state, strict=True):
       params = link.evaluated(state, params)
@@ -201,7 +206,7 @@ class Optimizer(NamedTuple):
   def hear(self, opt_state: optax.OptState, results: dict[str, float]) -> optax.OptState:
     """The state after an evaluation. Raises ConfigError where a link asks for a metric that is not there."""
     try:
-      heard = tuple(link.hear(state, results) if link.hears else state
+      heard = tuple(link.hear(state, results) if link.asks else state
                     for link, state in zip(self.links, opt_state, strict=True))
     except ValueError as e:
       raise ConfigError(f'config.optim: {e}') from None

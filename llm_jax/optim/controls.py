@@ -78,17 +78,17 @@ class ReduceOnPlateau(Link):
       raise ValueError('mode of train/loss is min')
 
   @property
-  def hears(self) -> bool:
-    return self.metric != 'train/loss'
+  def asks(self) -> tuple[str, ...]:
+    return () if self.metric == 'train/loss' else (self.metric,)
 
   def _optax(self) -> optax.GradientTransformationExtraArgs:
     return contrib.reduce_on_plateau(self.factor, self.patience, 0.0, self.min_delta, cooldown=self.cooldown,
                                      min_scale=self.min_scale,
-                                     accumulation_size=1 if self.hears else self.accumulation_size)
+                                     accumulation_size=1 if self.asks else self.accumulation_size)
 
   def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
     tx = self._optax()
-    if not self.hears:
+    if not self.asks:
       return tx
     return optax.GradientTransformation(
         tx.init, lambda updates, state, params=None: (optax.tree.scale(state.scale, updates), state))

@@ -81,8 +81,8 @@ class Phased(Link):
         condition(text)
 
   @property
-  def hears(self) -> bool:
-    return any(not text.strip().isdigit() for text in self.until)
+  def asks(self) -> tuple[str, ...]:
+    return tuple(condition(text).metric for text in self.until if not text.strip().isdigit())
 
   def first(self) -> Phase:
     return Phase(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))

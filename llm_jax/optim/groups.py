@@ -100,8 +100,8 @@ class Trainable(Link):
     return self.link.averages
 
   @property
-  def hears(self) -> bool:
-    return self.link.hears
+  def asks(self) -> tuple[str, ...]:
+    return self.link.asks
 
 
 @dataclasses.dataclass(frozen=True)

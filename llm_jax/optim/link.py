@@ -27,9 +27,9 @@ class Link:
     return False
 
   @property
-  def hears(self) -> bool:
-    """Whether `hear` does anything."""
-    return False
+  def asks(self) -> tuple[str, ...]:
+    """The results that `hear` looks at; without any it is not called."""
+    return ()
 
   def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
     raise NotImplementedError
