@@ -117,6 +117,7 @@ def test_mistakes_are_told(folder, tmp_path):
     llm_jax.evaluat  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(folder, monkeypatch):
   """Its cells in their order, as they stand, in a process of its own."""
   cells = [''.join(cell['source']) for cell in json.loads((ROOT / 'docs' / 'notebook.ipynb').read_text())['cells']

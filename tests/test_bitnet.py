@@ -159,6 +159,7 @@ def test_its_losses_do_not_depend_on_the_mesh_nor_on_microbatches():
   np.testing.assert_allclose([m['loss'] for m in sharded], [m['loss'] for m in alone], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_sparsity_that_is_asked_for_comes():
   target = dataclasses.replace(CFG, bitnet=BitNet(sparsity_target=0.8, sparsity_weight=100.0))
   share = [trained(cfg, 15)[0][-1]['blocks/mlp/up/sparsity/00'] for cfg in (CFG, target)]

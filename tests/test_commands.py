@@ -55,6 +55,7 @@ def test_check_tells_what_there_is_and_whether_a_config_runs(folder, capsys):
   assert 'would NOT run' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_what_is_not_finished_and_compares(folder):
   first = finish(start(folder, 'sweep', '--config=swept.py', '--workdir=sweep', '--processes=2'))
   assert 'trial 2 of 2' in first

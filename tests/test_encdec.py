@@ -155,6 +155,7 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_answers():
     assert tuple(found) == best + (eos,) * (length - len(best))
 
 
+@pytest.mark.slow
 def test_one_beam_is_greedy_decoding_and_rows_do_not_mix():
   model, params = init(SHAPES['t5'])
   prompts, options = [[3, 4, 8], [5, 6, 7, 2]], {'max_len': 12, 'num_tokens': 6}

@@ -41,7 +41,7 @@ def test_products_and_gradients_are_near_the_exact_ones(kind):
   assert f'{name}[2,8,16]' in program and f'{name}[16,4,6]' in program
 
 
-@pytest.mark.parametrize('kind', ['int8', pytest.param('fp8', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kind', [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 def test_a_model_of_them_learns_as_well(kind):
   losses = {}
   for einsum in ('full', kind):

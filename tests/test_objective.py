@@ -253,7 +253,8 @@ def train(config, num_steps=12, *, cfg=CFG, sizes=(1, 1, 1), num_microbatches=1,
 
 @pytest.mark.parametrize('config', [
     pytest.param(BOTH, marks=pytest.mark.slow, id='next token and class'),
-    pytest.param(LossConfig(terms=('contrastive',), contrastive=Contrastive(embedding_dim=8)), id='contrastive')])
+    pytest.param(LossConfig(terms=('contrastive',), contrastive=Contrastive(embedding_dim=8)), marks=pytest.mark.slow,
+                 id='contrastive')])
 def test_losses_do_not_depend_on_the_mesh(config):
   """Contrastive: the rows of all devices are each other's negatives."""
   alone, sharded = train(config)[0], train(config, sizes=(2, 2, 2))[0]
@@ -307,7 +308,7 @@ def test_heads_beside_a_model_leave_its_parameters_where_they_are():
     pytest.param(EncDecConfig(vocab_size=32, max_len=16, encoder_len=16, num_layers=1, embed_dim=16, num_heads=2),
                  id='encdec'),
     pytest.param(BytePatchConfig(vocab_size=32, max_len=16, num_layers=1, embed_dim=16, num_heads=2, window=8,
-                                 thinking_steps=1), id='byte_patch')])
+                                 thinking_steps=1), marks=pytest.mark.slow, id='byte_patch')])
 def test_heads_beside_other_models_learn_in_bfloat16(cfg):
   losses, state, metrics = train(BOTH, 12, cfg=dataclasses.replace(cfg, dtype='bfloat16'))
   assert losses[-1, 0] < losses[0, 0] and metrics['skipped'] == 0

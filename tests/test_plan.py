@@ -88,7 +88,8 @@ def train(folder, name, *flags, config='staged'):
   return read_metrics(folder / name / 'metrics.jsonl')
 
 
-@pytest.mark.parametrize('stop', [pytest.param(2, marks=pytest.mark.slow), 6])
+@pytest.mark.slow
+@pytest.mark.parametrize('stop', [2, 6])
 def test_a_staged_run_reads_what_its_plan_says_and_goes_on_after_a_stop(folder, monkeypatch, stop):
   """Each row of the two first stages once and in order; stopped within a stage or between two, the same bits."""
   read = {}
@@ -134,6 +135,7 @@ def test_a_result_that_will_never_come_is_told_before_the_first_step(folder, tmp
     train(folder, tmp_path / 'x', f'--config.{flag}', *chain, config='tiny')
 
 
+@pytest.mark.slow
 def test_an_epoch_is_every_row_once_and_has_its_means(folder):
   lines = train(folder, 'epochs', '--config.num_epochs=2', '--config.batch_tokens=2048', '--config.eval.every=1000',
                 '--config.optim.warmup_cosine.warmup_steps=0', '--config.eval.sample_tokens=0', config='tiny')

@@ -45,6 +45,7 @@ def test_a_branch_goes_on_as_its_trunk_did_and_may_cool_down(folder):
   assert sorted(cooled)[0] == 5 and rates == sorted(rates, reverse=True) and rates[-1] < 0.1 * rates[0]
 
 
+@pytest.mark.slow
 def test_weights_are_taken_over_and_the_count_begins_anew(folder, capsys):
   """Those that are evaluated: the averages. What the average keeps begins there too."""
   first = {line['step']: line for line in read_metrics(folder / 'first' / 'metrics.jsonl')}
