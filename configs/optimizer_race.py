@@ -2,6 +2,8 @@
 
   python -m llm_jax.sweep --config=configs/optimizer_race.py --workdir=runs/race
   python -m benchmarks.race --workdir=runs/race
+
+The 36 trials have not been run yet; each is a minute or two on two cores.
 """
 
 from llm_jax.config import base
