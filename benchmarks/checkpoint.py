@@ -2,7 +2,7 @@
 
   python -m benchmarks.checkpoint [--saves=5]
 
-The real loop.run, without validation. `gap_steps` is the longest time between two steps around a save, less the usual
+The real loop, without validation. `gap_steps` is the longest time between two steps around a save, less the usual
 one, in steps: what the loop is blocked for, the median and the worst save. `cost_steps` adds up what the steps from one
 save to the next take longer than the usual one: where the device is the CPU, writing competes with them.
 """
@@ -10,6 +10,7 @@ save to the next take longer than the usual one: where the device is the CPU, wr
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import io
 import json
@@ -65,7 +66,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
     config = make_config(Path(name), args.saves)
     with mock.patch.object(loop, 'unpack', unpack):
-      loop.run(config, Path(name) / 'run')
+      collections.deque(loop.moments(config, Path(name) / 'run'), maxlen=0)
     last = Path(name) / 'run' / 'checkpoints' / str(config.num_steps)
     size = sum(path.stat().st_size for path in last.rglob('*') if path.is_file())
   gaps = np.diff(finished)  # gaps[i]: from the end of step i + 1 to that of step i + 2

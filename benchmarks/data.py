@@ -47,7 +47,7 @@ def feed(folder: Path, gigabytes: float, rounds: int) -> None:
     config = DataConfig(path=str(path), seq_len=SEQ_LEN, tokenizer='none', mask_documents=eot_id is not None,
                         eot_id=eot_id, cache_dir=str(folder / 'cache'))
     data = open_data(config)
-    examples = pipeline.train_examples(config, data, lambda step: ROWS * step, 0)
+    examples = pipeline.mixed(config, pipeline.train_sources(config, data), lambda step: ROWS * step, 0)
     batches = pipeline.train_batches(examples, ROWS, np.arange(ROWS))
     variants[name] = batches.__getitem__
   num_windows = (len(raw) - 1) // SEQ_LEN

@@ -2,7 +2,7 @@
 
   python -m benchmarks.loop [--rounds=8]
 
-The real loop.run is halted after every window of steps, the device left idle, and the same compiled step is called
+The real loop.moments is halted after every window of steps, the device left idle, and the same compiled step is called
 as often with one batch that is on the device already. Windows are timed in turn, round after round. `overhead` is the
 median over rounds of loop/bare - 1. `host_us` is the processor time of the loop's own thread a step, waiting left out;
 `bare_host_us` that of the bare calls, which jax's dispatch costs anyway; `cpu_us` what the whole process spends a step
@@ -12,6 +12,7 @@ beyond the bare calls, its data and TensorBoard threads included.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import io
@@ -138,7 +139,7 @@ def measure(shape: str, rounds: int) -> dict:
       return Halted(open_batches(*args), bare, window, warmup, results)
 
     with mock.patch.object(pipeline, 'open_batches', halted), contextlib.redirect_stdout(io.StringIO()):
-      loop.run(config, folder / 'run')
+      collections.deque(loop.moments(config, folder / 'run'), maxlen=0)
   loop_times, bare_times = (np.array(times) / window for times in zip(*results, strict=True))
   median = partial(np.median, axis=0)
   return {'shape': shape, 'rounds': len(results), 'bare_ms': round(1e3 * median(bare_times)[0], 2),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llm_jax.data.examples import Examples
-from llm_jax.data.tokenizers import Tokenizer, decode
+from llm_jax.data.tokenizers import Tokenizer, before_eos, decode
 from llm_jax.errors import Interrupted
 from llm_jax.sampling import beam_search
 from llm_jax.types import Params
@@ -63,7 +63,7 @@ def answer(model: Any, params: Params, examples: Examples, tokenizer: Tokenizer,
     for (prompt, expected), row in zip(part, rows.tolist(), strict=False):
       if interrupted():
         raise Interrupted
-      given = row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+      given = before_eos(tokenizer, row)
       same = sum(a == b for a, b in zip(given, expected, strict=False))
       exact = given == expected and all(tokenizer.token_bytes[token] for token in expected)  # <unk> is no word
       text = decode(tokenizer, given)

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +21,12 @@ from llm_jax import config as config_lib
 from llm_jax import loop, sampling
 from llm_jax.assemble import Run, load_run, make_evaluator, own_data, prompt_ids
 from llm_jax.config import Config
-from llm_jax.data.tokenizers import decode
+from llm_jax.data.tokenizers import before_eos, decode
+from llm_jax.devices import only_cpus
 from llm_jax.errors import ConfigError, StorageError
 from llm_jax.metrics import read_metrics
 from llm_jax.sharding import MeshConfig, make_mesh
+from llm_jax.status import read_status
 
 
 def load_config(path: str | Path, *, full_size: bool = False, **overrides: Any) -> Config:
@@ -33,8 +34,7 @@ def load_config(path: str | Path, *, full_size: bool = False, **overrides: Any) 
 
   Without an accelerator it is what the file has for CPUs, unless `full_size`. Raises ConfigError, all problems at once.
   """
-  cpu_only = not full_size and all(device.platform == 'cpu' for device in jax.devices())
-  return config_lib.load(path).resolve(overrides, cpu_only=cpu_only)
+  return config_lib.load(path).resolve(overrides, cpu_only=only_cpus() and not full_size)
 
 
 class Training:
@@ -111,7 +111,7 @@ class Trained:
         run.model, run.params, [ids], max_len=run.config.model.max_len, num_tokens=num_tokens, seed=seed,
         temperature=temperature, top_k=top_k, top_p=top_p, num_ids=len(run.tokenizer.token_bytes))
     row = [int(column[0]) for column in columns]
-    return decode(run.tokenizer, row[:row.index(run.tokenizer.eos_id)] if run.tokenizer.eos_id in row else row)
+    return decode(run.tokenizer, before_eos(run.tokenizer, row))
 
   def status(self) -> dict[str, Any]:
     return read_status(self.workdir)
@@ -131,13 +131,6 @@ def load(workdir: str | Path, checkpoint: str = 'latest') -> Trained:
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     return Trained(load_run(Path(workdir), mesh, checkpoint), Path(workdir))
-
-
-def read_status(workdir: Path) -> dict[str, Any]:
-  """status.json; {'state': 'none'} where nothing has begun."""
-  with contextlib.suppress(FileNotFoundError):
-    return json.loads((workdir / 'status.json').read_text())
-  return {'state': 'none'}
 
 
 def export_results(workdir: Path, path: Path) -> None:

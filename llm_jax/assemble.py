@@ -22,7 +22,7 @@ from llm_jax.config import Config, build, renamed
 from llm_jax.data import Data, data_fingerprint, open_data, pipeline, task_of
 from llm_jax.data.examples import Examples
 from llm_jax.data.store import TokenStore
-from llm_jax.data.tokenizers import Tokenizer, decode, load_tokenizer
+from llm_jax.data.tokenizers import Tokenizer, before_eos, decode, load_tokenizer
 from llm_jax.errors import ConfigError, DataError, Interrupted, StorageError
 from llm_jax.evaluation import evaluate
 from llm_jax.losses import make_objective
@@ -139,8 +139,7 @@ def load_teacher(config: Config, data: Data, mesh: Mesh) -> Run | None:
     raise ConfigError(str(e).replace('--workdir', path)) from None
   except ConfigError as e:
     raise ConfigError(str(e).replace('--checkpoint', 'config.loss.distillation.checkpoint')) from None
-  ours, theirs = ([None if t is None else t.to_json() for t in (of.tokenizer, of.prompt_tokenizer)]
-                  for of in (data, teacher))
+  ours, theirs = tokenizers_of(data), tokenizers_of(teacher)
   if ours != theirs or (config.model.vocab_size != teacher.config.model.vocab_size):
     with_encoder = ' (and encoder_tokenizer its encoder_tokenizer.json)' if ours[1:] != theirs[1:] else ''
     raise ConfigError(f'{path}: {settings.teacher} was trained with another tokenizer, or another vocabulary; give '
@@ -153,6 +152,11 @@ def load_teacher(config: Config, data: Data, mesh: Mesh) -> Run | None:
     raise ConfigError(f'{path}: {settings.teacher} reads rows of {teacher.config.model.max_len} tokens at most, and '
                       f'config.data.seq_len is {config.data.seq_len}')
   return teacher
+
+
+def tokenizers_of(source: Data | Run) -> list[str | None]:
+  """Its tokenizer and that of its prompts, as they are compared."""
+  return [None if t is None else t.to_json() for t in (source.tokenizer, source.prompt_tokenizer)]
 
 
 def gather(value: Any) -> list:
@@ -303,7 +307,7 @@ def samples(config: Config, data: Data, model: Any, params: Params) -> list[tupl
       num_ids=len(tokenizer.token_bytes))
   texts = []
   for row in np.stack(list(columns), axis=1).tolist():
-    texts.append(decode(tokenizer, row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row))
+    texts.append(decode(tokenizer, before_eos(tokenizer, row)))
   between = '' if model.prompt_in_row else '\n'
   return [(prompt, prompt + between + text) for prompt, text in zip(config.eval.prompts, texts, strict=True)]
 

@@ -47,15 +47,12 @@ def main(argv: list[str]) -> None:
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, '--config.', '--config, --full_size, --tuning, --config.FIELD')
   was_set = runtime.prepare(args.tuning == 'on')
-  import jax
   for line in [*machine(), f'runtime      {was_set}', *packages()]:
     print(line)
   if args.config is None:
     return
-  from llm_jax import config as config_lib
-  from llm_jax import loop
-  cpu_only = all(device.platform == 'cpu' for device in jax.devices()) and not args.full_size
-  config = config_lib.load(args.config).resolve(overrides, cpu_only=cpu_only)
+  from llm_jax import api, loop
+  config = api.load_config(args.config, full_size=args.full_size, **overrides)
   print(f'config       {args.config}: fields and values are legal')
   try:
     with (out_of_memory_told(config.tokens_per_device), tempfile.TemporaryDirectory() as folder,

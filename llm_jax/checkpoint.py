@@ -178,7 +178,7 @@ def _manager(directory: Path, **options: Any) -> _Manager:
 
 
 def _score(metrics: dict[str, float]) -> float:
-  return metrics['score'] if 'score' in metrics else metrics['val_loss']  # its name until there were others
+  return metrics['score'] if 'score' in metrics else metrics['val_loss']  # where the score can only be that
 
 
 def _first_line(error: BaseException) -> str:

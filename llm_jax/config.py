@@ -52,18 +52,22 @@ class EvalConfig:
   def __post_init__(self):
     if min(self.sample_tokens, self.temperature, self.top_k, self.patience, self.min_delta, self.answers) < 0:
       raise ValueError('sample_tokens, temperature, top_k, patience, min_delta and answers must not be negative')
-    for text in [*self.capabilities, *filter(None, [self.goal])]:
+    for text in self.conditions:
       condition(text)
     if self.every < 1 or self.num_beams < 1:
       raise ValueError(f'every and num_beams must be at least 1; got {self.every} and {self.num_beams}')
     if self.max_tokens is not None and self.max_tokens < 1:
       raise ValueError(f'max_tokens must be at least 1, or None for all; got {self.max_tokens}')
 
+  @property
+  def conditions(self) -> tuple[str, ...]:
+    """What a run should reach."""
+    return tuple(dict.fromkeys([*self.capabilities, *([self.goal] if self.goal else [])]))
 
   @property
   def asks(self) -> tuple[str, ...]:
     """The results that are looked at, besides being logged."""
-    return (self.monitor, *(condition(text).metric for text in [*self.capabilities, *filter(None, [self.goal])]))
+    return (self.monitor, *(condition(text).metric for text in self.conditions))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,11 @@ PEAK_FLOPS = {
 VARIANT = r'(?!\w| ?(Ti|D|SUPER|Laptop|Max-Q|Mobile|lite)\b)'
 
 
+def only_cpus() -> bool:
+  """Whether no device is an accelerator."""
+  return all(device.platform == 'cpu' for device in jax.devices())
+
+
 def peak_flops(devices: list[jax.Device]) -> float | None:
   """Of all devices together; None where the kind is not in the table (a CPU has no such figure)."""
   kind = devices[0].device_kind

@@ -41,12 +41,12 @@ from llm_jax.devices import peak_flops
 from llm_jax.errors import ConfigError, DivergedError, Interrupted, StorageError
 from llm_jax.losses import make_objective
 from llm_jax.memory import fit_memory
-from llm_jax.metrics import Console, Packed, Throughput, Writer, pack, unpack
+from llm_jax.metrics import Console, Epochs, Packed, Throughput, Writer, pack, unpack
 from llm_jax.optim import make_optimizer
 from llm_jax.plan import Plan, plan
 from llm_jax.profiling import Profiler
 from llm_jax.record import Record
-from llm_jax.report import Epochs, describe, text_metrics, write_run_files
+from llm_jax.report import describe, text_metrics, write_run_files
 from llm_jax.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, put_batch
 from llm_jax.start import branch, check_resume, report_resume, with_weights_of
 from llm_jax.status import Goodput, Status, system
@@ -69,19 +69,12 @@ class Moment:
   status: dict[str, Any]
 
 
-def run(config: Config, workdir: Path) -> dict[str, float]:
-  """Trains to `num_steps`, going on from what `workdir` holds; returns the last evaluation, 'val/loss' and so on.
-
-  Raises Interrupted after a signal, and UserErrors (see errors.py).
-  """
-  results = dict[str, float]()
-  for moment in moments(config, workdir):
-    results = {name: x for name, x in moment.metrics.items() if name.startswith('val/')} or results
-  return results
-
-
 def moments(config: Config, workdir: Path) -> Generator[Moment, None, None]:
-  """The same, yielding what is logged. Each stage is trained like a run that goes on with another config."""
+  """Trains to `num_steps`, going on from what `workdir` holds, and yields what is logged.
+
+  Each stage is trained like a run that goes on with another config. Raises Interrupted after a signal, and UserErrors
+  (see errors.py).
+  """
   with prepared(workdir), Status(workdir, config.num_steps) as status:
     for stage in (stages := plan(config)):
       done = stage is not stages[-1] and latest_step(workdir) >= stage.end
@@ -92,7 +85,7 @@ def moments(config: Config, workdir: Path) -> Generator[Moment, None, None]:
 def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Moment, None, str]:
   """Of one stage; returns why the run is over, if it is."""
   config = stage.config
-  # 1. Folder and mesh. Everything below is traced under the mesh; one device is a 1x1x1 one.
+  # 1. Mesh. Everything below is traced under the mesh; one device is a 1x1x1 one.
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
     goodput = Goodput()
@@ -110,9 +103,9 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
 
     # 3. Model, optimizer, shardings, compiled steps.
     config = complete(config, data)
-    epoch_rows = pipeline.rows_per_epoch(config.data, data)
     if config.num_epochs:
-      config = replace(config, num_steps=math.ceil(config.num_epochs * epoch_rows / num_rows), num_epochs=0.0)
+      [rows_of_all] = map(len, pipeline.train_sources(config.data, data).values())
+      config = replace(config, num_steps=math.ceil(config.num_epochs * rows_of_all / num_rows), num_epochs=0.0)
       stage = dataclasses.replace(stage, config=config, end=config.num_steps)
     if len(set(gather(config.model.dtype))) > 1:
       raise ConfigError('config.model.dtype: auto means another dtype on each of these machines; set one')
@@ -201,7 +194,7 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
     put = as_batch if jax.process_count() == 1 else partial(put_batch, rows=rows, num_rows=num_rows, mesh=mesh)
     stop = stack.enter_context(StopSignal())
     profiler = stack.enter_context(Profiler(config.profile, workdir, begin, console.line))
-    epochs = Epochs(lambda step: int(stage.rows_at(step) // epoch_rows), epoch_sums)
+    epochs = Epochs(lambda step: int(stage.rows_at(step) // batches.rows_per_epoch), epoch_sums)
     skipped_in_a_row = 0
     pending: tuple[int, Packed] | None = None  # a step whose metrics are not fetched yet
 

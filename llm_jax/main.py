@@ -50,11 +50,12 @@ def main(argv: list[str]) -> None:
   import jax
 
   from llm_jax import api
+  from llm_jax.devices import only_cpus
   if args.distributed:
     start_processes()
   if jax.process_index() == 0:
     print(f'runtime: {was_set}', flush=True)
-  cpu_only = all(device.platform == 'cpu' for device in jax.devices()) and not args.full_size
+  cpu_only = only_cpus() and not args.full_size
   config = source.resolve(overrides, cpu_only=cpu_only)
   if cpu_only and source.on_cpu is not None and jax.process_index() == 0:
     print(f'Only CPUs here: {args.config} shrinks itself for them (its on_cpu). For the full size: --full_size')

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard (without TensorFlow) and the screen; and what throughput they make."""
+"""Where numbers go: metrics.jsonl, TensorBoard (without TensorFlow), the screen; throughput and means by epoch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,26 @@ class Throughput:
     self._tokens = self._seconds = self._waited = 0.0
     self._steps = 0
     return values
+
+
+class Epochs:
+  """Means of each epoch's steps, logged with its last one; `sums` are kept in checkpoints."""
+
+  def __init__(self, epoch_at: Callable[[int], int], sums: dict[str, float]):
+    """`epoch_at(step)` epochs are over when `step` steps are done."""
+    self._epoch_at, self.sums = epoch_at, dict(sums)
+
+  def add(self, step: int, values: dict[str, float]) -> dict[str, float]:
+    """{'epoch/loss': ..., 'epoch/number': 3} after an epoch's last step, else nothing."""
+    for name, value in (('steps', 1.0), ('loss', values['loss']), ('grad_norm', values['grad_norm'])):
+      self.sums[name] = self.sums.get(name, 0.0) + value
+    number = self._epoch_at(step)
+    if number == self._epoch_at(step - 1):
+      return {}
+    steps = self.sums.pop('steps')
+    means = {f'epoch/{name}': total / steps for name, total in self.sums.items()}
+    self.sums = {}
+    return {'epoch/number': float(number), **means}
 
 
 class Console:

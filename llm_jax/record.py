@@ -56,8 +56,7 @@ class Record:
       if self.config.monitor not in results:
         raise ValueError(f'monitor {self.config.monitor!r} is no result of an evaluation; there are: '
                          f'{", ".join(sorted(results))}')
-      asked = dict.fromkeys([*self.config.capabilities, *filter(None, [self.config.goal])])
-      new = [text for text in asked if text not in self.reached and condition(text).holds(results)]
+      new = [text for text in self.config.conditions if text not in self.reached and condition(text).holds(results)]
     except ValueError as e:
       raise ConfigError(f'config.eval: {e}') from None
     self.reached |= dict.fromkeys(new, step)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -16,26 +15,6 @@ from llm_jax.data.fetch import shown
 from llm_jax.layers.attention import describe_attention
 from llm_jax.metrics import Console
 from llm_jax.step import TrainState
-
-
-class Epochs:
-  """Means of each epoch's steps, logged with its last one; `sums` are kept in checkpoints."""
-
-  def __init__(self, epoch_at: Callable[[int], int], sums: dict[str, float]):
-    """`epoch_at(step)` epochs are over when `step` steps are done."""
-    self._epoch_at, self.sums = epoch_at, dict(sums)
-
-  def add(self, step: int, values: dict[str, float]) -> dict[str, float]:
-    """{'epoch/loss': ..., 'epoch/number': 3} after an epoch's last step, else nothing."""
-    for name, value in (('steps', 1.0), ('loss', values['loss']), ('grad_norm', values['grad_norm'])):
-      self.sums[name] = self.sums.get(name, 0.0) + value
-    number = self._epoch_at(step)
-    if number == self._epoch_at(step - 1):
-      return {}
-    steps = self.sums.pop('steps')
-    means = {f'epoch/{name}': total / steps for name, total in self.sums.items()}
-    self.sums = {}
-    return {'epoch/number': float(number), **means}
 
 
 def text_metrics(split: str, loss: float | None, data: Data, task: str) -> dict[str, float]:

@@ -32,14 +32,12 @@ def main(argv: list[str]) -> None:
   except ImportError:
     raise ConfigError("pictures need matplotlib: pip install 'llm_jax[plot]'") from None
   matplotlib.use('Agg')
-  import jax
   from matplotlib import pyplot as plt
 
-  from llm_jax import config as config_lib
-  cpu_only = not args.full_size and all(device.platform == 'cpu' for device in jax.devices())
+  from llm_jax import api
   figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
   for path in args.config:
-    config = config_lib.load(path).resolve(overrides, cpu_only=cpu_only)
+    config = api.load_config(path, full_size=args.full_size, **overrides)
     if config.num_epochs:
       raise ConfigError(f'config.num_epochs: only the data tells how many steps {config.num_epochs:g} epochs are; draw '
                         'it with --config.num_epochs=0 --config.num_steps=...')
@@ -72,8 +70,8 @@ def marks(config: Any) -> list[tuple[int, str]]:
   found = [(stage.begin, name) for name, stage in config.stages.items()]
   for name in {'grokfast_ema', 'grokfast_ma'} & set(config.optim.chain):
     link = getattr(config.optim, name)
-    found += [(int(text), f'{name} x {link.lamb * factor:g}') for text, factor in
-              zip(link.until, link.phases[1:], strict=True) if text.strip().isdigit()]
+    found += [(end, f'{name} x {link.lamb * factor:g}') for end, factor in zip(link.ends, link.phases[1:], strict=False)
+              if isinstance(end, int)]
   return found
 
 

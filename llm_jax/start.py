@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llm_jax.assemble import load_run
+from llm_jax.assemble import load_run, tokenizers_of
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config, differences, renamed, to_dict
 from llm_jax.data import Data, check_fingerprint
@@ -93,9 +93,7 @@ def with_weights_of(config: Config, data: Data, fresh: TrainState, tx: Optimizer
   except (StorageError, ConfigError) as e:
     raise ConfigError(str(e).replace('--workdir', 'config.start.run')
                       .replace('--checkpoint', 'config.start.checkpoint')) from None
-  ours, theirs = ([None if t is None else t.to_json() for t in (of.tokenizer, of.prompt_tokenizer)]
-                  for of in (data, run))
-  if ours != theirs:
+  if tokenizers_of(data) != tokenizers_of(run):
     raise ConfigError(f'config.start.run: {config.start.run} has another tokenizer; give config.data.tokenizer its '
                       'tokenizer.json')
   mine, other = (dict(jax.tree_util.tree_leaves_with_path(params)) for params in (fresh.params, run.params))

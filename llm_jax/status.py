@@ -25,9 +25,7 @@ class Status:
 
   def __init__(self, workdir: Path, num_steps: int):
     self._path = workdir / 'status.json'
-    known = {}
-    with contextlib.suppress(OSError, ValueError):  # of a run that goes on
-      known = {name: x for name, x in json.loads(self._path.read_text()).items() if name in ('step', 'best', 'metrics')}
+    known = {name: x for name, x in read_status(workdir).items() if name in ('step', 'best', 'metrics')}
     self.values: dict[str, Any] = {'state': 'starting', 'step': 0, **known, 'num_steps': num_steps,
                                    'process': os.getpid(), 'started': time.time()}
 
@@ -52,6 +50,13 @@ class Status:
       self.update(state='stopped')
     else:
       self.update(state='failed', error=f'{kind.__name__}: {error}')
+
+
+def read_status(workdir: Path) -> dict[str, Any]:
+  """status.json; {'state': 'none'} where nothing has begun."""
+  with contextlib.suppress(OSError, ValueError):
+    return json.loads((workdir / 'status.json').read_text())
+  return {'state': 'none'}
 
 
 class Goodput:

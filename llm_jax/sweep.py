@@ -23,6 +23,7 @@ from llm_jax.config import load, to_dict
 from llm_jax.errors import ConfigError, StorageError, UserError
 from llm_jax.main import run_as_program
 from llm_jax.metrics import duration, read_metrics
+from llm_jax.status import read_status
 
 
 def main(argv: list[str]) -> None:
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     nonlocal done
     folder = workdir / name
     asked = json.dumps(configs, indent=2)
-    if status_of(folder).get('state') != 'finished' or read(folder / 'trial.json') != asked:
+    if read_status(folder)['state'] != 'finished' or read(folder / 'trial.json') != asked:
       folder.mkdir(parents=True, exist_ok=True)
       (folder / 'trial.json').write_text(asked)
       flags = [f'--config.{field}={text_of(value)}' for field, value in {**overrides, **trial}.items()]
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
                        stdout=output, stderr=subprocess.STDOUT, check=False)
     done += 1
     left = (time.monotonic() - begin) / done * (len(names) - done)
-    print(f'trial {done} of {len(names)}: {name}: {status_of(folder).get("state", "failed")}, {duration(left)} left',
+    print(f'trial {done} of {len(names)}: {name}: {read_status(folder)["state"]}, {duration(left)} left',
           flush=True)
 
   try:
@@ -104,19 +105,12 @@ def plain(value: Any) -> str:
   return ' '.join(map(plain, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def status_of(folder: Path) -> dict[str, Any]:
-  try:
-    return json.loads((folder / 'status.json').read_text())
-  except (OSError, ValueError):
-    return {}
-
-
 def row_of(folder: Path, name: str, trial: dict[str, Any], metric: str, mode: str) -> dict[str, Any]:
-  status = status_of(folder)
+  status = read_status(folder)
   lines = read_metrics(folder / 'metrics.jsonl') if (folder / 'metrics.jsonl').is_file() else []
   points = [(line[metric], line['step']) for line in lines if math.isfinite(line.get(metric, math.nan))]
   best = (min if mode == 'min' else max)(points, default=(None, None))
-  return {'name': name, 'settings': trial, 'state': status.get('state', 'failed'),
+  return {'name': name, 'settings': trial, 'state': status['state'],
           'best': best[0], 'best_step': best[1], 'last': points[-1][0] if points else None,
           'minutes': round((status['updated'] - status['started']) / 60, 1) if 'updated' in status else None}
 

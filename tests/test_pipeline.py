@@ -14,7 +14,7 @@ from llm_jax.data import DataConfig, open_data, open_examples
 from llm_jax.data.augment import Augment
 from llm_jax.data.documents import SourceConfig
 from llm_jax.data.examples import make_examples
-from llm_jax.data.pipeline import eval_batches, prefetched, shuffled, train_batches, train_examples
+from llm_jax.data.pipeline import eval_batches, mixed, prefetched, shuffled, train_batches, train_sources
 from llm_jax.data.store import TokenStore
 from llm_jax.data.tasks import NextToken
 
@@ -236,7 +236,7 @@ def config_of(corpora, kind):
 
 def open_batches(corpora, kind, rows=range(ROWS), seed=3):
   config = config_of(corpora, kind)
-  examples = train_examples(config, open_data(config), lambda step: ROWS * step, seed)
+  examples = mixed(config, train_sources(config, open_data(config)), lambda step: ROWS * step, seed)
   return train_batches(examples, ROWS, np.asarray(rows))
 
 
@@ -319,7 +319,7 @@ def test_an_epoch_of_batches_holds_every_target_once(corpora, packing):
   config = dataclasses.replace(config_of(corpora, 'next_token'), packing=packing)
   data = open_data(config)
   examples = open_examples(config, data, data.train['data'], train=True)
-  batches = train_batches(train_examples(config, data, lambda step: step, seed=5), 1, np.arange(1))
+  batches = train_batches(mixed(config, train_sources(config, data), lambda step: step, seed=5), 1, np.arange(1))
   rows = [{name: x[0] for name, x in batches[n].items()} for n in range(2 * len(examples))]
   for epoch in (rows[:len(examples)], rows[len(examples):]):
     assert sorted(real(epoch, 'targets')) == sorted(real(rows_of(examples), 'targets'))

@@ -11,9 +11,8 @@ from llm_jax.api import load_config
 from llm_jax.config import Config, build
 from llm_jax.data import pipeline
 from llm_jax.errors import ConfigError, Interrupted
-from llm_jax.metrics import read_metrics
+from llm_jax.metrics import Epochs, read_metrics
 from llm_jax.plan import at_step, plan
-from llm_jax.report import Epochs
 from llm_jax.stopping import StopSignal
 
 

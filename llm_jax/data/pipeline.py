@@ -46,25 +46,23 @@ class Kept:
     return row
 
 
-def train_examples(config: DataConfig, data: Data, rows_at: Callable[[int], int], seed: int) -> grain.MapDataset:
+def train_sources(config: DataConfig, data: Data) -> dict[str, Examples]:
+  """The rows of each source's training part."""
+  return {name: open_examples(config, data, store, train=True) for name, store in data.train.items()}
+
+
+def mixed(config: DataConfig, sources: dict[str, Examples], rows_at: Callable[[int], int],
+          seed: int) -> grain.MapDataset:
   """Example i of training: of the only source, or of a mixture whose weights change with the step.
 
   `rows_at(step)` rows have been read when `step` steps are done.
   """
-  sources = [shuffled(open_examples(config, data, tokens, train=True), seed + i)
-             for i, tokens in enumerate(data.train.values())]
-  if len(sources) == 1:
-    return sources[0]
-  weights = zip(*(config.sources[name].weight for name in data.train), strict=True)
+  endless = [shuffled(examples, seed + i) for i, examples in enumerate(sources.values())]
+  if len(endless) == 1:
+    return endless[0]
+  weights = zip(*(config.sources[name].weight for name in sources), strict=True)
   begins = [rows_at(step) for step in config.weights_from]
-  return grain.MapDataset.select_from_datasets(sources, Mixture([list(w) for w in weights], begins))
-
-
-def rows_per_epoch(config: DataConfig, data: Data) -> float:
-  """Rows of one pass over the training part; of several sources or a stream there is no such pass: infinity."""
-  [*stores] = data.train.values()
-  return float('inf') if config.streaming or len(stores) != 1 else len(
-      open_examples(config, data, stores[0], train=True))
+  return grain.MapDataset.select_from_datasets(endless, Mixture([list(w) for w in weights], begins))
 
 
 def train_batches(examples: grain.MapDataset, batch_size: int, rows: np.ndarray, offset: int = 0) -> grain.MapDataset:
@@ -80,6 +78,7 @@ class Batches:
   iterator: grain.DatasetIterator
   streaming: bool
   counters: Counters
+  rows_per_epoch: float = float('inf')  # of several sources or a stream there is no pass over all
 
   def __next__(self) -> Features:
     return next(self.iterator)
@@ -106,9 +105,11 @@ def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray
   """
   counters = Counters()
   if not config.streaming:
-    examples = train_examples(config, data, rows_at, seed)
-    batches = train_batches(examples, num_rows, rows, rows_at(begin) - begin * num_rows)
-    return Batches(prefetched(batches, begin, config.num_workers), False, counters)
+    sources = train_sources(config, data)
+    batches = train_batches(mixed(config, sources, rows_at, seed), num_rows, rows, rows_at(begin) - begin * num_rows)
+    lengths = [len(examples) for examples in sources.values()]
+    return Batches(prefetched(batches, begin, config.num_workers), False, counters,
+                   lengths[0] if len(lengths) == 1 else float('inf'))
   weights = [source.weight[0] for source in config.named_sources.values()]
   iterator = train_stream(
       data.streams, weights, data.tokenizer, seq_len=config.seq_len, rows=rows, num_rows=num_rows, seed=seed,

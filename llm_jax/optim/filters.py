@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llm_jax.conditions import condition
+from llm_jax.conditions import Condition, condition
 from llm_jax.optim.link import Link, at_least, positive, rates, regular
 from llm_jax.optim.masks import matching
 from llm_jax.types import Metrics, Params
@@ -73,16 +73,18 @@ class Phased(Link):
     if len(self.until) != max(0, len(self.phases) - 1):
       raise ValueError(f'until must have an entry for each phase but the last: {max(0, len(self.phases) - 1)}; got '
                        f'{len(self.until)}')
-    steps = [int(text) for text in self.until if text.strip().isdigit()]
+    steps = [end for end in self.ends if isinstance(end, int)]
     if steps != sorted(set(steps)):
       raise ValueError(f'until names steps that do not grow: {steps}')
-    for text in self.until:
-      if not text.strip().isdigit():
-        condition(text)
+
+  @property
+  def ends(self) -> list[int | Condition]:
+    """Of each phase but the last: a step, or what has to hold."""
+    return [int(text) if text.strip().isdigit() else condition(text) for text in self.until]
 
   @property
   def asks(self) -> tuple[str, ...]:
-    return tuple(condition(text).metric for text in self.until if not text.strip().isdigit())
+    return tuple(end.metric for end in self.ends if isinstance(end, Condition))
 
   def first(self) -> Phase:
     return Phase(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
@@ -90,15 +92,14 @@ class Phased(Link):
   def next(self, phase: Phase) -> tuple[jax.Array, Phase]:
     """(the amplification of this update, where the next one stands)."""
     never = jnp.iinfo(jnp.int32).max
-    ends = jnp.array([int(text) if text.strip().isdigit() else never for text in self.until] + [never])
-    number = phase.number + (phase.step >= ends[phase.number])
+    steps = jnp.array([end if isinstance(end, int) else never for end in self.ends] + [never])
+    number = phase.number + (phase.step >= steps[phase.number])
     factors = jnp.array(self.phases or (1.0,))
     return self.lamb * factors[number], Phase(optax.safe_increment(phase.step), number)
 
   def hear(self, state: Any, results: dict[str, float]) -> Any:
-    number = int(state.phase.number)
-    while number < len(self.until) and not self.until[number].strip().isdigit() and condition(
-        self.until[number]).holds(results):
+    number, ends = int(state.phase.number), self.ends
+    while number < len(ends) and isinstance(end := ends[number], Condition) and end.holds(results):
       number += 1
     return state._replace(phase=state.phase._replace(number=jnp.full_like(state.phase.number, number)))
 
@@ -138,7 +139,7 @@ class GrokfastEma(Phased):
 
 
 class MaState(NamedTuple):
-  last: Params  # leaves [window, ...]: a ring, written at count % window
+  last: Params  # leaves [window, ...]: a ring, written at step % window
   total: Params  # its sum
   phase: Phase
 

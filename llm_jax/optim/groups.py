@@ -57,7 +57,6 @@ class Factors(Link):
 
   assigned: Params
   weight_decay: float  # the optimizer's, which is in the updates already
-  place = 'control'
 
   def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
     links = []
@@ -109,7 +108,6 @@ class Frozen(Link):
   """Updates of zero where `mask` is False."""
 
   mask: Params
-  place = 'control'
 
   def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
     return optax.masked(optax.set_to_zero(), jax.tree.map(lambda trained: not trained, self.mask))

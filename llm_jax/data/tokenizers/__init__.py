@@ -174,6 +174,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
                     'was made') from None
 
 
+def before_eos(tokenizer: Tokenizer, row: list[int]) -> list[int]:
+  """What was written before the document ended."""
+  return row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+
+
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
   """Text of the ids; a sequence cut inside a character ends in U+FFFD. Raises DataError."""
   ids = [int(i) for i in ids]

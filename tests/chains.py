@@ -1,0 +1,67 @@
+"""A small tree of stacked parameters, chains over it, and plain NumPy descent to compare them with."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llm_jax.config import build
+from llm_jax.optim import OptimConfig, make_optimizer
+
+RATE, STEPS = 0.05, 7
+AXES = {'blocks': {'q': {'w': ('layers', 'embed', 'heads', 'head_dim'), 'b': ('layers', 'heads', 'head_dim')},
+                   'out': {'w': ('layers', 'heads', 'head_dim', 'embed')}},
+        'embed': {'w': ('vocab', 'embed')}}
+SHAPES = {'blocks': {'q': {'w': (2, 6, 2, 4), 'b': (2, 2, 4)}, 'out': {'w': (2, 2, 4, 6)}}, 'embed': {'w': (5, 6)}}
+
+
+def tree(seed):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda shape: rng.standard_normal(shape), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def optimizer(name, filters=(), controls=(), groups=None, learning_rate=RATE, **settings):
+  return make_optimizer(build(OptimConfig, {
+      'learning_rate': learning_rate, 'schedule': 'constant', 'chain': [*filters, name, *controls],
+      'groups': groups or {}, **{link: values for link, values in settings.items()}}), 100, AXES)
+
+
+def descend(tx, steps=STEPS, extra=lambda t, g: {}):
+  """Parameters after `steps` steps of gradients tree(1), tree(2), ..., and the state."""
+  with jax.enable_x64(True):
+    params = jax.tree.map(jnp.asarray, tree(0))
+    state = tx.init(params)
+    for t in range(1, steps + 1):
+      grads = jax.tree.map(jnp.asarray, tree(t))
+      updates, state = tx.update(grads, state, params, value=1.0, grad=grads)
+      params = optax.apply_updates(params, updates)
+    return jax.device_get(params), state
+
+
+def by_equation(rule, steps=STEPS, decay=0.0):
+  """The same by `rule(memory, g, t) -> direction`, of each array alone; decay on matrices and tables, not biases."""
+  def one(path, p):
+    memory = {}
+    for t in range(1, steps + 1):
+      g = tree(t)
+      for key in path:
+        g = g[key.key]
+      p = p - RATE * (rule(memory, g, t) + (decay * p if path[-1].key == 'w' else 0))
+    return p
+  return jax.tree_util.tree_map_with_path(one, tree(0))
+
+
+def close(got, expected, rtol=1e-6):
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol), got, expected)
+
+
+def mean(memory, name, value, decay):
+  memory[name] = decay * memory.get(name, 0.0) + (1 - decay) * value
+  return memory[name]
+
+
+def momentum(beta, nesterov):
+  def rule(memory, g, t):
+    memory['m'] = beta * memory.get('m', 0.0) + g
+    return g + beta * memory['m'] if nesterov else memory['m']
+  return rule

@@ -1,0 +1,186 @@
+"""Several losses at once, and heads beside models: trained, over meshes and microbatches, and evaluated."""
+
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshes import train_on
+from test_step import OPTIM
+
+from llm_jax.evaluation import evaluate
+from llm_jax.losses import LossConfig, Objective, make_objective
+from llm_jax.losses.contrastive import Contrastive
+from llm_jax.losses.labels import Classification
+from llm_jax.losses.next_token import Distillation
+from llm_jax.models import make_model
+from llm_jax.models.byte_patch import BytePatchConfig
+from llm_jax.models.decoder import DecoderConfig
+from llm_jax.models.encdec import EncDecConfig
+from llm_jax.optim import make_optimizer
+from llm_jax.step import eval_step
+from llm_jax.types import Batch
+
+CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, dtype='float32',
+                    positions='rope', norm='rms_norm', mlp='swiglu')
+BOTH = LossConfig(terms=('next_token', 'classification'), classification=Classification(weight=0.5, num_classes=4))
+
+
+def features(n, num_rows=16):
+  """Documents that count up by 1, 2, 3 or 4, which is their class; and a second one of the same kind."""
+  rng = np.random.default_rng(n)
+  kinds = rng.integers(0, 4, num_rows)
+
+  def texts():
+    lengths = rng.integers(4, 17, (num_rows, 1))
+    real = np.arange(16)[None] < lengths
+    ids = (rng.integers(0, 32, (num_rows, 1)) + np.arange(17) * (kinds[:, None] + 1)) % 32
+    return ids.astype(np.int32), real.astype(np.int32)
+
+  (ids, real), (other, other_real) = texts(), texts()
+  return {'tokens': ids[:, :16] * real, 'targets': ids[:, 1:] * real, 'loss_mask': real.astype(np.float32),
+          'segment_ids': real, 'labels': kinds.astype(np.int32), 'encoder_tokens': other[:, :16] * other_real,
+          'encoder_segment_ids': other_real}
+
+
+def train(config, num_steps=12, *, cfg=CFG, sizes=(1, 1, 1), num_microbatches=1, teacher=(None, None)):
+  """([loss, extra_loss] of each step, state, metrics of the last one) on a mesh of virtual devices."""
+  objective = make_objective(config, teacher[0])
+  model = make_model(cfg, objective.heads, objective.num_weights)
+  history, state, _ = train_on(sizes, model, make_optimizer(OPTIM, 20), features, num_steps=num_steps,
+                               objective=objective, frozen=teacher[1], num_microbatches=num_microbatches)
+  return np.array([[m['loss'], m['extra_loss']] for m in history]), state, history[-1]
+
+
+@pytest.mark.parametrize('config', [
+    pytest.param(BOTH, marks=pytest.mark.slow, id='next token and class'),
+    pytest.param(LossConfig(terms=('contrastive',), contrastive=Contrastive(embedding_dim=8)), marks=pytest.mark.slow,
+                 id='contrastive')])
+def test_losses_do_not_depend_on_the_mesh(config):
+  """Contrastive: the rows of all devices are each other's negatives."""
+  alone, sharded = train(config)[0], train(config, sizes=(2, 2, 2))[0]
+  np.testing.assert_allclose(sharded, alone, atol=2e-5, rtol=0)
+  assert alone[-1, 0] < alone[0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('balance', ['fixed', 'uncertainty'])
+def test_losses_do_not_depend_on_the_number_of_microbatches(balance):
+  config = LossConfig(terms=BOTH.terms, classification=BOTH.classification, balance=balance)
+  alone, cut = train(config), train(config, num_microbatches=4)
+  np.testing.assert_allclose(cut[0], alone[0], atol=1e-5, rtol=0)
+  assert cut[2] == pytest.approx(alone[2], abs=1e-3)
+
+
+def test_several_losses_are_told_apart_and_added_by_their_weights():
+  _, state, metrics = train(BOTH, 3)
+  both = metrics['next_token/loss'] + 0.5 * metrics['classification/loss']
+  assert metrics['loss'] == pytest.approx(both, rel=1e-5) and metrics['extra_loss'] == pytest.approx(0, abs=1e-5)
+  assert state.params.keys() == {'embed', 'blocks', 'final_norm', 'heads_classification'}
+
+
+@pytest.mark.parametrize('balance', [pytest.param('uncertainty', marks=pytest.mark.slow), 'grad_norm'])
+def test_learnt_weights_move_and_are_logged(balance):
+  config = LossConfig(terms=BOTH.terms, classification=Classification(num_classes=4), balance=balance)
+  losses, state, metrics = train(config, 12)
+  weights = np.array([metrics['next_token/weight'], metrics['classification/weight']])
+  s = np.asarray(state.params['loss_weights'])
+  assert losses[-1, 0] < losses[0, 0] and np.abs(s).min() > 0.01
+  after = np.exp(-s) if balance == 'uncertainty' else 2 * jax.nn.softmax(s)
+  np.testing.assert_allclose(weights, after, rtol=0.05)  # what is logged is from before the step
+
+
+def test_grad_norm_needs_the_whole_batch():
+  """Norms of parts do not add up to the whole's."""
+  assert make_objective(BOTH).row_wise
+  assert not make_objective(LossConfig(terms=BOTH.terms, balance='grad_norm')).row_wise
+
+
+def test_heads_beside_a_model_leave_its_parameters_where_they_are():
+  plain = nn.unbox(jax.jit(make_model(CFG).init)(jax.random.key(0), Batch(**features(0)))['params'])
+  model = make_model(CFG, (('classification', 4),))
+  headed = nn.unbox(jax.jit(model.init)(jax.random.key(0), Batch(**features(0)))['params'])
+  assert jax.tree.map(jnp.shape, {k: headed[k] for k in plain}) == jax.tree.map(jnp.shape, plain)
+  same = model.apply({'params': {**headed, **plain}}, Batch(**features(0)))
+  np.testing.assert_array_equal(same, make_model(CFG).apply({'params': plain}, Batch(**features(0))))
+
+
+@pytest.mark.parametrize('cfg', [
+    pytest.param(EncDecConfig(vocab_size=32, max_len=16, encoder_len=16, num_layers=1, embed_dim=16, num_heads=2),
+                 id='encdec'),
+    pytest.param(BytePatchConfig(vocab_size=32, max_len=16, num_layers=1, embed_dim=16, num_heads=2, window=8,
+                                 thinking_steps=1), marks=pytest.mark.slow, id='byte_patch')])
+def test_heads_beside_other_models_learn_in_bfloat16(cfg):
+  losses, state, metrics = train(BOTH, 12, cfg=dataclasses.replace(cfg, dtype='bfloat16'))
+  assert losses[-1, 0] < losses[0, 0] and metrics['skipped'] == 0
+  assert np.abs(state.params['heads_classification']['b']).min() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_student_comes_closer_to_its_teacher():
+  """The same on a mesh, and in microbatches."""
+  teacher = jax.device_get(train(LossConfig(), 12)[1].params)
+  config = LossConfig(terms=('distillation',), distillation=Distillation(teacher='x', hidden=1.0, hidden_dim=16))
+  model = make_model(CFG)
+  losses, state, _ = train(config, 12, teacher=(model, teacher))
+  assert losses[-1, 0] < 0.7 * losses[0, 0]
+  assert 'heads_distillation' in state.params
+  others, _, _ = train(config, 12, teacher=(model, teacher), sizes=(2, 2, 2), num_microbatches=2)
+  np.testing.assert_allclose(others, losses, atol=2e-5, rtol=0)
+
+
+def test_what_is_read_is_counted_without_padding():
+  """A pair's second text too, whatever is learnt of it."""
+  batch = Batch(**features(0))
+  first, second = (np.sum(x > 0) for x in (batch.segment_ids, batch.encoder_segment_ids))
+  batch = batch.replace(loss_mask=jnp.zeros((16, 16)))
+  assert Objective().num_tokens(batch) == first
+  assert Objective().num_tokens(batch.replace(segment_ids=None)) == 16 * 16
+  assert make_objective(LossConfig(terms=('next_token', 'contrastive'))).num_tokens(batch) == first + second
+
+
+def test_a_class_is_told_from_tokens_that_came_before_alone():
+  """The counterpart of causality: padding behind a document, and other rows, change nothing of its logits."""
+  objective = make_objective(LossConfig(terms=('classification',), classification=Classification(num_classes=4)))
+  model, batch = make_model(CFG, objective.heads), Batch(**features(0))
+  params = jax.jit(model.init)(jax.random.key(0), batch)['params']
+
+  def logits(module, batch):
+    [given] = objective._looks(module, batch, None, train=False)
+    return objective.terms[0][1].logits(given)
+
+  run = jax.jit(partial(model.apply, method=logits))
+  before = run({'params': params}, batch)
+  padded = batch.replace(tokens=jnp.where(batch.segment_ids > 0, batch.tokens, 7))
+  np.testing.assert_allclose(run({'params': params}, padded), before, atol=1e-6)
+  other = batch.replace(tokens=np.concatenate([batch.tokens[:1], np.full_like(batch.tokens[1:], 3)]))
+  np.testing.assert_allclose(run({'params': params}, other)[0], before[0], atol=1e-6)
+  changed = batch.replace(tokens=(batch.tokens + 1) % 32 * batch.segment_ids)
+  assert np.abs(run({'params': params}, changed) - before).min(-1).max() > 1e-3
+
+
+def test_evaluation_of_several_losses_adds_up_over_ragged_batches():
+  objective = make_objective(BOTH)
+  model, data = make_model(CFG, objective.heads), features(0, 12)
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), Batch(**data))['params'])
+  fn = jax.jit(partial(eval_step, model=model, objective=objective, token_bytes=jnp.ones(32, jnp.int32)))
+
+  def padded(rows, size):
+    cut = {k: v[rows] for k, v in data.items()}
+    return Batch(**{k: np.pad(v, ((0, size - len(v)),) + ((0, 0),) * (v.ndim - 1)) for k, v in cut.items()})
+
+  whole = evaluate(fn, params, [Batch(**data)])
+  ragged = evaluate(fn, params, [padded(slice(i, i + 5), 5) for i in range(0, 12, 5)])
+  assert objective.summarize(ragged) == pytest.approx(objective.summarize(whole), rel=1e-6)
+  np.testing.assert_array_equal(objective.tables(ragged)['classification'], objective.tables(whole)['classification'])
+  results = objective.summarize(whole)
+  assert results['loss'] == pytest.approx(results['next_token/loss'] + 0.5 * results['classification/loss'])
+  assert objective.tables(whole)['classification'].sum() == 12
+
+
+def test_an_evaluation_of_a_pupil_asks_for_the_next_token():
+  config = LossConfig(terms=('distillation',), distillation=Distillation(teacher='x'))
+  assert make_objective(config).judge() == Objective()
