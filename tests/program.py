@@ -48,7 +48,7 @@ def write_config(folder: Path) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-  kept = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'JAX_NUM_CPU_DEVICES')}
+  kept = {k: v for k, v in os.environ.items() if k != 'JAX_NUM_CPU_DEVICES'}
   return kept | {
       'JAX_PLATFORMS': 'cpu', 'LLM_JAX_CACHE': str(folder / 'cache'), 'PYTHONPATH': str(ROOT),
       # The same small programs are compiled again and again: once is enough.

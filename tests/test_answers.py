@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from program import finish, start
+from program import environment, finish, start
 
 from llm_jax import evaluate, main
 from llm_jax.answers import Answer, answer, pairs, summarize_answers
@@ -67,7 +67,7 @@ def run(tmp_path_factory):
   return folder, output
 
 
-def test_a_run_ends_when_its_loss_has_stopped_falling_and_says_so(run):
+def test_a_run_ends_when_its_loss_has_stopped_falling_and_says_so(run, monkeypatch, capsys):
   folder, output = run
   lines = [line for line in read_metrics(folder / 'run' / 'metrics.jsonl') if 'val/loss' in line]
   losses, last = [line['val/loss'] for line in lines], lines[-1]['step']
@@ -77,8 +77,9 @@ def test_a_run_ends_when_its_loss_has_stopped_falling_and_says_so(run):
   steps = {int(path.name) for path in (folder / 'run' / 'checkpoints').iterdir() if path.name.isdigit()}
   assert steps == {last}, 'no checkpoint is needed to know the best'
   assert {'val/exact_match', 'val/answer_accuracy', 'val/valid'} <= lines[-1].keys()
-  again = finish(start(folder, 'main', '--config=backwards.py', '--workdir=run'))
-  assert '(config.eval.patience): the run is over; for more, raise what ended it' in again
+  monkeypatch.setenv('LLM_JAX_CACHE', environment(folder)['LLM_JAX_CACHE'])
+  main.main([f'--config={folder}/backwards.py', f'--workdir={folder}/run'])
+  assert '(config.eval.patience): the run is over; for more, raise what ended it' in capsys.readouterr().out
 
 
 def test_the_test_part_is_evaluated_and_its_answers_are_written_down(run, capsys, tmp_path):

@@ -1,6 +1,7 @@
 """Exported models: packed at two bits, read like a run, computing what was trained."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ from llm_jax.errors import ConfigError, StorageError
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('export')
   write_config(folder)
-  for name in ('bitnet', 'full'):
-    main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/{name}', f'--config.model.einsum={name}',
-               '--config.num_steps=15', '--config.eval.every=15', '--config.eval.sample_tokens=0',
-               '--config.optim.warmup_cosine.warmup_steps=2'])
-    export.main([f'--workdir={folder}/{name}', f'--out={folder}/{name}_packed'])
+  train(folder, 'bitnet')
   return folder
+
+
+def train(folder, einsum):
+  main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/{einsum}', f'--config.model.einsum={einsum}',
+             '--config.num_steps=15', '--config.eval.every=15', '--config.eval.sample_tokens=0',
+             '--config.optim.warmup_cosine.warmup_steps=2', '--config.model.num_layers=1'])
+  export.main([f'--workdir={folder}/{einsum}', f'--out={folder}/{einsum}_packed'])
 
 
 def loss(workdir, capsys):
@@ -50,7 +54,9 @@ def test_matrices_take_two_bits_a_weight(folder, capsys, tmp_path):
   assert 'together' in table and arrays['embed/w'].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_a_full_precision_run_is_rounded_and_loses(folder, capsys):
+  train(folder, 'full')
   assert loss(folder / 'full_packed', capsys) > loss(folder / 'full', capsys)
 
 
@@ -61,7 +67,8 @@ def test_what_cannot_be_done_is_told(folder, tmp_path):
     export.main([f'--workdir={folder}/bitnet_packed', f'--out={tmp_path}/x'])
   with pytest.raises(ConfigError, match='packed is of exported models'):
     main.main([f'--config={folder}/tiny.py', f'--workdir={tmp_path}/y', '--config.model.einsum=packed'])
-  path = folder / 'full_packed' / 'model.safetensors'
+  shutil.copytree(folder / 'bitnet_packed', tmp_path / 'damaged')
+  path = tmp_path / 'damaged' / 'model.safetensors'
   path.write_bytes(path.read_bytes()[:5000])
   with pytest.raises(StorageError, match=r'model\.safetensors: damaged'):
-    evaluate.main([f'--workdir={folder}/full_packed'])
+    evaluate.main([f'--workdir={tmp_path}/damaged'])

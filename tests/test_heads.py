@@ -110,7 +110,7 @@ def test_heads_beside_a_model_leave_its_parameters_where_they_are():
 
 @pytest.mark.parametrize('cfg', [
     pytest.param(EncDecConfig(vocab_size=32, max_len=16, encoder_len=16, num_layers=1, embed_dim=16, num_heads=2),
-                 id='encdec'),
+                 marks=pytest.mark.slow, id='encdec'),
     pytest.param(BytePatchConfig(vocab_size=32, max_len=16, num_layers=1, embed_dim=16, num_heads=2, window=8,
                                  thinking_steps=1), marks=pytest.mark.slow, id='byte_patch')])
 def test_heads_beside_other_models_learn_in_bfloat16(cfg):

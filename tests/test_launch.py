@@ -145,6 +145,43 @@ def test_any_mesh_over_two_processes_trains_what_one_process_trains(folder, mesh
   assert_same_losses(folder / mesh, folder / f'{mesh}_one_process', 10)
 
 
+STAGED = """
+from llm_jax.config import ConfigDict
+
+import tiny
+
+def get_config():
+  config = tiny.get_config()
+  path = config.data.path
+  config.data.path = ''
+  config.data.sources = ConfigDict({name: {'path': path, 'weight': weight}
+                                    for name, weight in (('a', (3.0, 1.0)), ('b', (1.0, 1.0)))})
+  config.data.weights_from = (0, 4)
+  config.model.dropout = 0.0
+  config.model.vocab_size = 260
+  config.num_steps = 14
+  config.stages = {'more': {'begin': 7, 'set': ('batch_tokens=1024', 'data.weights_from=0,4')}}
+  return config
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stop', [5, 9])
+def test_a_staged_mixture_goes_on_in_one_process(folder, stop, monkeypatch):
+  """Weights change at step 4, the batch at step 7; stopped between the two, and after both."""
+  (folder / 'staged.py').write_text(STAGED)
+  monkeypatch.syspath_prepend(folder)
+  run = f'staged{stop}'
+  process = launch(folder, f'--workdir={run}', '--config=staged.py', '--config.checkpoint.every=1')
+  output, _ = first_lines(process, f'step {stop}/')
+  process.send_signal(signal.SIGTERM)
+  step = stopped_step(output + finish(process, code=75))
+  assert stop <= step < 14
+  for workdir in (run, 'staged_whole'):
+    main.main([f'--config={folder}/staged.py', f'--workdir={folder}/{workdir}'])
+  assert_same_losses(folder / run, folder / 'staged_whole', 14)
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(folder):
   process = launch(folder, '--workdir=killed', '--config.checkpoint.every=5')

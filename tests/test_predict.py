@@ -117,6 +117,7 @@ def test_texts_are_told_what_they_are(folder, run, capsys):
   assert len(first['classification']) == 2 and first['text'] == 'yyyya'
 
 
+@pytest.mark.slow
 def test_numbers_are_learnt_and_told_in_their_own_units(folder, run, capsys, monkeypatch):
   run('regression')
   assert read_metrics(folder / 'regression' / 'metrics.jsonl')[-1]['val/r2'] > 0.7
