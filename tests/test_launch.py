@@ -146,16 +146,12 @@ def test_any_mesh_over_two_processes_trains_what_one_process_trains(folder, mesh
 
 
 STAGED = """
-from llm_jax.config import ConfigDict
-
 import tiny
 
 def get_config():
   config = tiny.get_config()
   path = config.data.path
-  config.data.path = ''
-  config.data.sources = ConfigDict({name: {'path': path, 'weight': weight}
-                                    for name, weight in (('a', (3.0, 1.0)), ('b', (1.0, 1.0)))})
+  config.data.sources = {'a': {'path': path, 'weight': (3.0, 1.0)}, 'b': {'path': path, 'weight': (1.0, 1.0)}}
   config.data.weights_from = (0, 4)
   config.model.dropout = 0.0
   config.model.vocab_size = 260
