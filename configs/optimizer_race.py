@@ -50,9 +50,7 @@ def sweep():
   trials = []
   for name, rates in RATES.items():
     # An average of the weights takes the place of a falling learning rate.
-    schedule = ({'optim.schedule': 'constant', 'optim.constant.warmup_steps': 20,
-                 'optim.warmup_cosine.warmup_steps': 0, 'optim.warmup_cosine.end_factor': 0.1}
-                if name == 'schedule_free' else {})
+    schedule = ({'optim.schedule': 'constant', 'optim.constant.warmup_steps': 20} if name == 'schedule_free' else {})
     trials += [{'optim.chain': f'clip_by_global_norm,{name}', 'optim.learning_rate': rate, **schedule}
                for rate in rates]
   return trials

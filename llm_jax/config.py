@@ -24,7 +24,7 @@ from llm_jax.data import DataConfig, task_of
 from llm_jax.errors import ConfigError
 from llm_jax.losses import LossConfig
 from llm_jax.models import MODELS
-from llm_jax.optim import OptimConfig
+from llm_jax.optim import OptimConfig, without_replaced
 from llm_jax.profiling import ProfileConfig
 from llm_jax.sharding import MeshConfig
 
@@ -234,6 +234,8 @@ class Source:
     """The Config, `overrides` ('model.num_layers' -> '4') last. Raises ConfigError."""
     values = self.on_cpu if cpu_only and self.on_cpu is not None else self.full
     values = json.loads(json.dumps(values))
+    if {'optim.chain', 'optim.schedule'} & overrides.keys():
+      values['optim'] = without_replaced(values.get('optim', {}), overrides)
     override(values, overrides)
     return build(Config, values)
 

@@ -26,7 +26,7 @@ FILE = 'model.safetensors'
 
 def packed_model(cfg: Any, weight_bits: str) -> Any:
   """The config of the model that computes from packed matrices. A full-precision one has had no norms before them."""
-  bitnet = cfg.bitnet if cfg.einsum == 'bitnet' else BitNet(weight_bits=weight_bits, sub_norm=False)  # type: ignore
+  bitnet = cfg.bitnet if cfg.einsum == 'bitnet' else BitNet(weight_bits=weight_bits)  # type: ignore
   return dataclasses.replace(cfg, einsum='packed', bitnet=bitnet)
 
 

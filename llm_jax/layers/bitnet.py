@@ -30,7 +30,7 @@ class BitNet:
   activation_bits: int = 8
   rounding: Literal['nearest', 'stochastic'] = 'nearest'  # of activations and weights, while training
   warmup_steps: int = 0  # over which quantization sets in, in a line; evaluation is always quantized
-  sub_norm: bool = True  # RMSNorm without a scale before every matrix
+  sub_norm: bool = False  # RMSNorm without a scale before every matrix, beside the model's own norms
   penalty: float = 0.0  # on the mean square of what rounding takes from the weights, in units of their scale
   sparsity_target: float = 0.0  # share of zeros; 0: whatever comes
   sparsity_weight: float = 1.0  # of its squared distance from the share there is

@@ -7,8 +7,9 @@ are sections of the config, frozen dataclasses, whose fields keep Optax's names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -169,6 +170,14 @@ class OptimConfig:
     ends = np.cumsum([steps for _, steps in parts])
     return optax.join_schedules([getattr(self, name).make(self.learning_rate, steps) for name, steps in parts],
                                 ends[:-1].tolist())
+
+
+def without_replaced(optim: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+  """The section of a config file without what it says of links and schedules that `overrides` no longer name."""
+  named = [overrides.get(f'optim.{field}', optim.get(field, '')) for field in ('chain', 'schedule')]
+  parts = overrides.get('optim.composite.parts', optim.get('composite', {}).get('parts', ''))
+  kept = set(re.findall(r'\w+', f'{named} {parts}'))
+  return {name: {} if name in TRANSFORMS | SCHEDULES and name not in kept else value for name, value in optim.items()}
 
 
 def _at(place: str) -> str:
