@@ -1,7 +1,8 @@
-"""Packs a run's matrices at two bits a weight: python -m llm_jax.export --workdir=runs/x --out=FOLDER
+"""Writes a run's model as safetensors, config and tokenizer: python -m llm_jax.export --workdir=runs/x --out=FOLDER
 
-What is written is read like a run: python -m llm_jax.generate --workdir=FOLDER, and evaluate. The model of a run that
-was trained with config.model.einsum=bitnet computes the same as before; one of full precision is rounded, and loses.
+What is written is read like a run: python -m llm_jax.generate --workdir=FOLDER, and evaluate; `hf upload NAME FOLDER`
+shares it. Matrices are packed at two bits a weight: the model of a run that was trained with config.model.einsum=bitnet
+computes the same as before, one of full precision is rounded, and loses. With --weight_bits=32 nothing is rounded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--workdir', type=Path, required=True)
   parser.add_argument('--out', type=Path, required=True, help='a new folder')
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
-  parser.add_argument('--weight_bits', choices=('1.58', '1'), default='1.58', help='of a full-precision run')
+  parser.add_argument('--weight_bits', choices=('1.58', '1', '32'), default='1.58', help='32: as they are')
   runtime.add_flag(parser)
   args = parser.parse_args(argv)
   if args.out.exists() and any(args.out.iterdir() if args.out.is_dir() else [args.out]):
@@ -43,12 +44,15 @@ def main(argv: list[str]) -> None:
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     run = load_run(args.workdir, mesh, args.checkpoint)
-    if getattr(run.config.model, 'einsum', 'packed') == 'packed':
+    if args.weight_bits == '32':
+      model, arrays = run.config.model, {name: np.asarray(x) for name, x in by_name(run.params).items()}
+    elif getattr(run.config.model, 'einsum', 'packed') == 'packed':
       raise ConfigError(f'--workdir: {args.workdir} is a {run.config.model.name} of matrices that cannot be packed; '
-                        'of the models decoder and encdec can, once')
-    model = packed_model(run.config.model, args.weight_bits)
-    arrays = pack_params(run.params, logical_axes(example_batch(run.config), model=run.model),
-                         model.bitnet.weight_bits)
+                        'of the models decoder and encdec can, once; --weight_bits=32 writes any as it is')
+    else:
+      model = packed_model(run.config.model, args.weight_bits)
+      arrays = pack_params(run.params, logical_axes(example_batch(run.config), model=run.model),
+                           model.bitnet.weight_bits)
   config = dataclasses.replace(run.config, model=model)
   files = {'config.json': json.dumps(to_dict(config), indent=2)}
   for name, tokenizer in (('tokenizer', run.tokenizer), ('encoder_tokenizer', run.encoder_tokenizer)):

@@ -54,6 +54,12 @@ def test_matrices_take_two_bits_a_weight(folder, capsys, tmp_path):
   assert 'together' in table and arrays['embed/w'].dtype == np.float32
 
 
+def test_what_is_written_as_it_is_is_the_run(folder, capsys):
+  export.main([f'--workdir={folder}/bitnet', f'--out={folder}/whole', '--weight_bits=32'])
+  assert '32.00 bits each' in capsys.readouterr().out.splitlines()[-2]
+  assert loss(folder / 'whole', capsys) == loss(folder / 'bitnet', capsys)
+
+
 @pytest.mark.slow
 def test_a_full_precision_run_is_rounded_and_loses(folder, capsys):
   train(folder, 'full')
