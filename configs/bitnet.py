@@ -4,8 +4,8 @@
   python -m llm_jax.sweep --config=configs/bitnet.py        # three sizes beside full precision
   python -m llm_jax.export --workdir=runs/bitnet --out=runs/bitnet_packed        # two bits a weight
 
-val/loss 4.719 after 400 steps (5 minutes on two cores of a 2.5 GHz Xeon), full precision 4.722; the table of sizes is in
-docs/seeds.md.
+val/loss 4.719 after 400 steps (5 minutes on two cores of a 2.5 GHz Xeon), full precision 4.722; docs/seeds.md
+has the table of sizes.
 """
 
 from llm_jax.config import base
