@@ -43,7 +43,8 @@ def serve_ours(path: str) -> None:
   import jax.numpy as jnp
 
   from benchmarks.loop import bare_step
-  from llm_jax.assemble import complete, example_batch
+  from llm_jax.assemble import example_batch
+  from llm_jax.completion import complete
   from llm_jax.config import load
   from llm_jax.data import Data
   from llm_jax.data.tokenizers import ByteTokenizer

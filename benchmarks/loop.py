@@ -27,7 +27,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from llm_jax import loop, runtime
+from llm_jax import loop, parts, runtime
 from llm_jax.assemble import example_batch
 from llm_jax.config import Config, base, build
 from llm_jax.data import pipeline
@@ -80,7 +80,7 @@ def bare_step(config: Config):
         jax.random.key(0), example_batch(config))
     batch = put_batch(features, local_rows(mesh, shape[0]), shape[0], mesh)
     _, num_microbatches = config.split_batch(num_batch_shards(mesh))
-    step = loop.jit_step(config, mesh, shardings, None, num_microbatches, model=model, tx=tx)
+    step = parts.jit_step(config, mesh, shardings, None, num_microbatches, model=model, tx=tx)
 
   def run(n: int) -> None:
     nonlocal state

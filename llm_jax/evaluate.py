@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
   import jax
 
   from llm_jax.answers import summarize_answers
-  from llm_jax.assemble import answer_stores, check_classes, load_run, make_evaluator, own_data, renamed_labels
+  from llm_jax.assemble import answer_stores, load_run, make_evaluator, own_data, renamed_labels
+  from llm_jax.completion import check_classes
   from llm_jax.data import tokenize
   from llm_jax.sharding import MeshConfig, make_mesh
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -20,39 +18,24 @@ import jax.numpy as jnp
 from orbax.checkpoint import multihost
 
 from llm_jax import __version__
-from llm_jax.assemble import (
-  Run,
-  abstract_batch,
-  build_model,
-  check_features,
-  check_results,
-  complete,
-  example_batch,
-  gather,
-  load_teacher,
-  make_evaluator,
-  samples,
-)
+from llm_jax.assemble import Run, gather, samples
 from llm_jax.checkpoint import Checkpoints, latest_step
 from llm_jax.config import Config, replace, to_dict
-from llm_jax.data import data_fingerprint, open_data, pipeline
-from llm_jax.data.corpus import key_of
+from llm_jax.data import pipeline
 from llm_jax.devices import peak_flops
-from llm_jax.errors import ConfigError, DivergedError, Interrupted, StorageError
-from llm_jax.losses import make_objective
-from llm_jax.memory import fit_memory
-from llm_jax.metrics import Console, Epochs, Packed, Throughput, Writer, pack, unpack
-from llm_jax.optim import make_optimizer
+from llm_jax.errors import DivergedError, Interrupted, StorageError
+from llm_jax.metrics import Console, Epochs, Packed, Throughput, Writer, unpack
+from llm_jax.parts import barrier, make_parts
 from llm_jax.plan import Plan, plan
 from llm_jax.profiling import Profiler
 from llm_jax.record import Record
 from llm_jax.report import describe, text_metrics, write_run_files
-from llm_jax.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, put_batch
-from llm_jax.start import branch, check_resume, report_resume, with_weights_of
+from llm_jax.sharding import make_mesh, put_batch
+from llm_jax.start import first_state
 from llm_jax.status import Goodput, Status, system
-from llm_jax.step import TrainState, abstract_state, init_state, logical_axes, state_shardings, train_step
+from llm_jax.step import TrainState
 from llm_jax.stopping import StopSignal
-from llm_jax.types import Batch, Params, as_batch
+from llm_jax.types import Params, as_batch
 
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
@@ -84,90 +67,17 @@ def moments(config: Config, workdir: Path) -> Generator[Moment, None, None]:
 
 def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Moment, None, str]:
   """Of one stage; returns why the run is over, if it is."""
-  config = stage.config
-  # 1. Mesh. Everything below is traced under the mesh; one device is a 1x1x1 one.
-  mesh = make_mesh(config.mesh)
-  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+  mesh = make_mesh(stage.config.mesh)
+  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:  # everything is traced under it; one device is 1x1x1
     goodput = Goodput()
-    # 2. Data: made by process 0, opened by all.
-    config.split_batch(num_batch_shards(mesh))  # an error is better told now
-    data = None
-    try:
-      if jax.process_index() == 0:
-        data = open_data(config.data)
-    finally:  # also after an error, which the others then meet themselves instead of waiting
-      barrier('data')
-    data = data or open_data(config.data)
-    num_rows = config.rows_per_batch
-    rows = local_rows(mesh, num_rows)
 
-    # 3. Model, optimizer, shardings, compiled steps.
-    config = complete(config, data)
-    if config.num_epochs:
-      [rows_of_all] = map(len, pipeline.train_sources(config.data, data).values())
-      config = replace(config, num_steps=math.ceil(config.num_epochs * rows_of_all / num_rows), num_epochs=0.0)
-      stage = dataclasses.replace(stage, config=config, end=config.num_steps)
-    if len(set(gather(config.model.dtype))) > 1:
-      raise ConfigError('config.model.dtype: auto means another dtype on each of these machines; set one')
-    teacher = load_teacher(config, data, mesh)
-    config = with_teacher(config, teacher)
-    objective = make_objective(config.loss, teacher and teacher.model)
-    frozen = teacher and teacher.params
-    model = build_model(config)
-    examples = pipeline.open_examples(config.data, data, next(iter(data.val.values())), train=False)
-    check_features(config, model, examples)
-    tx = make_optimizer(config.optim, config.num_steps, logical_axes(example_batch(config), model=model))
-    shardings = state_shardings(example_batch(config), mesh, model=model, tx=tx)
-    init = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)
-    key = jax.random.key(config.seed)
-    abstract = abstract_state(example_batch(config), shardings, model=model, tx=tx)
-    state_key = key_of([[jax.tree_util.keystr(path), leaf.shape] for path, leaf
-                        in jax.tree_util.tree_leaves_with_path(abstract.opt_state)])
-    # Cached, so that a step compiled to see what it needs is not compiled again to run.
-    make_step = functools.cache(partial(jit_step, config, mesh, shardings, frozen, model=model, tx=tx,
-                                        objective=objective))
-    shapes = abstract, abstract_batch(examples, num_rows), frozen
-    check_results(config, data, model, abstract.params, shapes[1], (*config.eval.asks, *tx.asks))
-    config = fit_memory(config, num_batch_shards(mesh), workdir,
-                        compile_step=lambda num_microbatches: make_step(num_microbatches).lower(*shapes).compile())
-    held_rows, num_microbatches = config.split_batch(num_batch_shards(mesh))
-    if num_microbatches > 1 and not objective.row_wise:
-      raise ConfigError(f'config.tokens_per_device: {config.tokens_per_device} cuts a batch into {num_microbatches}, '
-                        f'and config.loss (terms={", ".join(config.loss.terms)}, balance={config.loss.balance}) needs '
-                        'all of its rows at once; set '
-                        f'{num_rows // num_batch_shards(mesh) * config.data.seq_len} or smaller batches')
-    step_fn = make_step(num_microbatches)
-    evaluator = make_evaluator(config, data, model, mesh)
-    evaluated = jax.jit(tx.evaluated, out_shardings=shardings.params) if tx.averages else lambda _, params: params
-
-    # 4. State: what the folder holds, else fresh.
+    # 1. Parts, and the state: what the folder holds, else fresh.
+    parts = make_parts(stage, workdir, mesh)
+    stage, config, data, model, tx = parts.stage, parts.config, parts.data, parts.model, parts.tx
     checkpoints = stack.enter_context(Checkpoints(workdir / 'checkpoints', config.checkpoint))
-    fingerprint = data_fingerprint(config.data, data, num_rows, config.seed)
-    if stage.begin:
-      fingerprint['first_row'] = stage.rows_at(stage.begin)
-    if any(theirs != json.loads(json.dumps(fingerprint)) for theirs in gather(fingerprint)):
-      raise ConfigError('config.data: the processes do not see the same data; share a cache (config.data.cache_dir), '
-                        'or give every host the same files and versions')
-    record, validated, stream_states, epoch_sums = Record(config.eval), True, None, dict[str, float]()
-    if checkpoints.steps():
-      params, (step, opt_state), meta = checkpoints.restore(
-          abstract.params, (abstract.step, abstract.opt_state),
-          check=partial(check_resume, config=config, fingerprint=fingerprint, state_key=state_key, begin=stage.begin))
-      checkpoints.set_aside_after(meta['step'])
-      state = TrainState(step, params, opt_state)
-      record = Record.from_meta(config.eval, meta)
-      validated = meta['validated'] if 'validated' in meta else meta['val_loss'] is not None
-      stream_states, epoch_sums = meta.get('stream_states'), meta.get('epoch', {})
-      report_resume(config, meta)
-    elif config.start.whole:
-      state, meta = branch(config, abstract, partial(check_resume, config=config, fingerprint=fingerprint,
-                                                     state_key=state_key))
-      stream_states, epoch_sums = meta.get('stream_states'), meta.get('epoch', {})
-      report_resume(config, meta)
-    else:
-      state = init(key, example_batch(config))
-      if config.start.run:
-        state = with_weights_of(config, data, state, tx, mesh)
+    state, meta = first_state(parts, checkpoints, mesh)
+    record = Record.from_meta(config.eval, meta)
+    validated = meta.get('validated', meta.get('val_loss', 0.0) is not None)
     begin = int(state.step)
     validated_at = begin if validated else -1
     status.update(state='training', step=begin, num_steps=config.num_steps, monitor=config.eval.monitor,
@@ -175,26 +85,27 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
     of_all = replace(stage.run, model=config.model, loss=config.loss) if config.stages else config
     write_run_files(of_all, data, workdir)
 
-    # 5. Watchers.
+    # 2. Watchers.
     writer = Writer(workdir, begin)
     stack.callback(writer.close)
     console = Console(config.num_steps, begin)
     stack.callback(console.close)
-    describe(config, data, state, num_microbatches, held_rows, workdir, console)
+    describe(config, data, state, parts.num_microbatches, parts.held_rows, workdir, console)
     if begin == 0:
       writer.text(0, 'config', json.dumps(to_dict(config), indent=2))
     flops_per_token = config.model.flops_per_token(config.data.seq_len)
-    if teacher is not None:  # reads the same tokens, and has no backward pass
-      flops_per_token += teacher.config.model.flops_per_token(config.data.seq_len) / 3
+    if parts.teacher is not None:  # reads the same tokens, and has no backward pass
+      flops_per_token += parts.teacher.config.model.flops_per_token(config.data.seq_len) / 3
     throughput = Throughput(flops_per_token, peak_flops(jax.devices()))
     batches = stack.enter_context(contextlib.closing(pipeline.open_batches(
-        config.data, data, num_rows, rows, config.seed, begin, stage.rows_at, stream_states, jax.process_index(),
-        jax.process_count())))
+        config.data, data, config.rows_per_batch, parts.rows, config.seed, begin, stage.rows_at,
+        meta.get('stream_states'), jax.process_index(), jax.process_count())))
     # In one process the step's dispatch puts NumPy rows itself, ten times as fast as arrays can be made here.
-    put = as_batch if jax.process_count() == 1 else partial(put_batch, rows=rows, num_rows=num_rows, mesh=mesh)
+    put = as_batch if jax.process_count() == 1 else partial(
+        put_batch, rows=parts.rows, num_rows=config.rows_per_batch, mesh=mesh)
     stop = stack.enter_context(StopSignal())
     profiler = stack.enter_context(Profiler(config.profile, workdir, begin, console.line))
-    epochs = Epochs(lambda step: int(stage.rows_at(step) // batches.rows_per_epoch), epoch_sums)
+    epochs = Epochs(lambda step: int(stage.rows_at(step) // batches.rows_per_epoch), meta.get('epoch') or {})
     skipped_in_a_row = 0
     pending: tuple[int, Packed] | None = None  # a step whose metrics are not fetched yet
 
@@ -226,14 +137,14 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
                     metrics=(status.values.get('metrics') or {}) | logged)
 
     def validate(step: int) -> dict[str, float]:
-      results, _ = evaluator(weights(), data.val, config.eval.max_tokens, lambda: stop.requested)
+      results, _ = parts.evaluator(weights(), data.val, config.eval.max_tokens, lambda: stop.requested)
       results = {f'val/{name}': value for name, value in results.items()}
       console.line(f'step {step}: ' + '  '.join(f'{name} {value:.4f}' for name, value in results.items()
                                                  if name != 'val/tokens'))
       return results
 
     def weights() -> Params:
-      return evaluated(state.opt_state, state.params)
+      return parts.evaluated(state.opt_state, state.params)
 
     def due(step: int, every: int) -> bool:
       return step % every == 0 or step == stage.end
@@ -242,9 +153,9 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
       with goodput.of('save'):
         # Together with the step, as Orbax refuses the empty state that some optimizers have.
         return checkpoints.save(step, state.params, (state.step, state.opt_state), score=score, meta={
-            'config': to_dict(config), 'data': fingerprint, 'stream_states': gather(batches.state()),
+            'config': to_dict(config), 'data': parts.fingerprint, 'stream_states': gather(batches.state()),
             'validated': validated_at == step, 'record': kept.to_meta(), 'epoch': epochs.sums,
-            'state_key': state_key,
+            'state_key': parts.state_key,
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
 
     def moment(step: int, logged: dict[str, float]) -> Moment:
@@ -260,7 +171,7 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
 
     def read() -> Run:
       params = jax.tree.map(jnp.copy, weights())  # as the next step overwrites what it has
-      return Run(config, data.tokenizer, model, params, {'step': int(state.step), 'data': fingerprint},
+      return Run(config, data.tokenizer, model, params, {'step': int(state.step), 'data': parts.fingerprint},
                  data.encoder_tokenizer)
 
     def settle(step: int, logged: dict[str, float], stopping: bool) -> bool:
@@ -288,7 +199,7 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
           console.line('\n'.join('  | ' + line for line in sample.splitlines()))
       return score is not None or not due(step, config.eval.every)
 
-    # 6. The loop. Metrics are fetched one step late: a step and its batch go to the device while the one before runs.
+    # 3. The loop. Metrics are fetched one step late: a step and its batch go to the device while the one before runs.
     if begin and due(begin, config.eval.every) and not validated:
       settle(begin, {}, stopping=False)
     if record.over:
@@ -302,7 +213,7 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
       throughput.waited(time.perf_counter() - start)
       goodput.add('data', time.perf_counter() - start)
       with jax.profiler.StepTraceAnnotation('train', step_num=step):
-        state, metrics = step_fn(state, put(features), frozen)
+        state, metrics = parts.step(state, put(features), parts.frozen)
       before, pending = pending, (step, metrics)
       if before is not None and (logged := fetch(*before)):
         writer.scalars(before[0], logged)
@@ -339,27 +250,6 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
     return record.over
 
 
-def jit_step(config: Config, mesh: jax.sharding.Mesh, shardings: TrainState, frozen: Params, num_microbatches: int,
-             **parts: Any) -> Any:
-  """The jitted (state, batch, frozen) -> (state, Packed metrics); the state is donated."""
-  def step(state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, Packed]:
-    state, metrics = train_step(state, batch, seed=config.seed, num_microbatches=num_microbatches, frozen=frozen,
-                                **parts)
-    return state, pack(metrics)
-  lies = jax.tree.map(lambda x: x.sharding, frozen)
-  return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), lies),
-                 out_shardings=(shardings, shardings.step), donate_argnums=0)
-
-
-def with_teacher(config: Config, teacher: Run | None) -> Config:
-  """The config with the width of the teacher's hidden states, and the step that it stands at."""
-  if teacher is None:
-    return config
-  learns = dataclasses.replace(config.loss.distillation, hidden_dim=teacher.config.model.embed_dim,
-                               checkpoint=str(teacher.meta['step']))
-  return dataclasses.replace(config, loss=dataclasses.replace(config.loss, distillation=learns))
-
-
 @contextlib.contextmanager
 def prepared(workdir: Path) -> Iterator[None]:
   """Makes the folder and holds its lock, one run at a time. Raises StorageError."""
@@ -380,8 +270,3 @@ def prepared(workdir: Path) -> Iterator[None]:
     if multihost.broadcast_one_to_all(taken):  # all processes leave, or none
       raise StorageError(f'--workdir: another run is training in {workdir}; name another one, or stop it')
     yield
-
-
-def barrier(name: str) -> None:
-  """Waits for every process, however long: by the coordinator, as a collective may give up after 30 seconds."""
-  multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 60 * 60 * 1000)

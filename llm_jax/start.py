@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from llm_jax.errors import ConfigError, StorageError
 from llm_jax.losses import LossConfig
 from llm_jax.optim import Optimizer
 from llm_jax.optim.masks import path_of
+from llm_jax.parts import Parts
 from llm_jax.step import TrainState
 from llm_jax.types import Params
 
@@ -74,16 +75,30 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def branch(config: Config, abstract: TrainState, check: Callable[[dict], None]) -> tuple[TrainState, dict]:
-  """(state, meta) of the checkpoint that config.start names. `check(meta)` may refuse it. Raises UserErrors."""
-  folder = Path(config.start.run).expanduser() / 'checkpoints'
-  if not folder.is_dir():
-    raise ConfigError(f'config.start.run: {config.start.run} has no checkpoints')
-  with Checkpoints(folder, config.checkpoint, read_only=True) as checkpoints:
-    step = checkpoints.named(config.start.checkpoint, 'config.start.checkpoint')
-    params, (count, opt_state), meta = checkpoints.restore(
-        abstract.params, (abstract.step, abstract.opt_state), step=step, check=check)
-  return TrainState(count, params, opt_state), meta
+def first_state(parts: Parts, checkpoints: Checkpoints, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
+  """(state, what its checkpoint says of it): the newest of the run's own, else a branch's, else fresh ones with {}.
+
+  A branch is another run as far as its record goes. Raises UserErrors.
+  """
+  config, abstract = parts.config, parts.abstract
+  shapes = abstract.params, (abstract.step, abstract.opt_state)
+  check = partial(check_resume, config=config, fingerprint=parts.fingerprint, state_key=parts.state_key)
+  if checkpoints.steps():
+    params, (step, opt_state), meta = checkpoints.restore(*shapes, check=partial(check, begin=parts.stage.begin))
+    checkpoints.set_aside_after(meta['step'])
+    report_resume(config, meta)
+    return TrainState(step, params, opt_state), meta
+  if config.start.whole:
+    folder = Path(config.start.run).expanduser() / 'checkpoints'
+    if not folder.is_dir():
+      raise ConfigError(f'config.start.run: {config.start.run} has no checkpoints')
+    with Checkpoints(folder, config.checkpoint, read_only=True) as theirs:
+      params, (step, opt_state), meta = theirs.restore(
+          *shapes, check=check, step=theirs.named(config.start.checkpoint, 'config.start.checkpoint'))
+    report_resume(config, meta)
+    return TrainState(step, params, opt_state), {name: meta.get(name) for name in ('stream_states', 'epoch')}
+  state = parts.init()
+  return (with_weights_of(config, parts.data, state, parts.tx, mesh) if config.start.run else state), {}
 
 
 def with_weights_of(config: Config, data: Data, fresh: TrainState, tx: Optimizer, mesh: Mesh) -> TrainState:

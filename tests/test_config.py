@@ -8,8 +8,9 @@ import jax
 import pytest
 
 from llm_jax import config as config_lib
-from llm_jax.assemble import build_model, complete, example_batch
+from llm_jax.assemble import build_model, example_batch
 from llm_jax.builder import parse_overrides
+from llm_jax.completion import complete
 from llm_jax.config import Config, base, build, load, to_dict
 from llm_jax.data import Data
 from llm_jax.errors import ConfigError

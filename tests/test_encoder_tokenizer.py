@@ -11,7 +11,7 @@ from program import finish, start
 from test_store import files_of
 
 from llm_jax import evaluate, generate
-from llm_jax.assemble import complete
+from llm_jax.completion import complete
 from llm_jax.config import Config
 from llm_jax.data import (
   Data,

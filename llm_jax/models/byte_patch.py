@@ -102,7 +102,7 @@ class BytePatchConfig:
 
   @property
   def V(self) -> int:
-    assert self.vocab_size is not None, 'assemble.complete fills it in'
+    assert self.vocab_size is not None, 'complete fills it in'
     return self.vocab_size
 
   @property

@@ -115,7 +115,7 @@ class DecoderConfig:
 
   @property
   def V(self) -> int:
-    assert self.vocab_size is not None, 'assemble.complete fills it in'
+    assert self.vocab_size is not None, 'complete fills it in'
     return self.vocab_size
 
   @property

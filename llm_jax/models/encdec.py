@@ -49,7 +49,7 @@ class EncDecConfig(DecoderConfig):
 
   @property
   def S(self) -> int:
-    assert self.encoder_len is not None, 'assemble.complete fills it in'
+    assert self.encoder_len is not None, 'complete fills it in'
     return self.encoder_len
 
   @property
@@ -132,7 +132,7 @@ class EncDec(nn.Module):
     return self.readout(batch, train=train).logits()
 
   def readout(self, batch: Batch, *, train: bool = False) -> Readout:
-    assert batch.encoder_tokens is not None, 'assemble.check_features refuses tasks without'
+    assert batch.encoder_tokens is not None, 'check_features refuses tasks without'
     segments_BT, segments_BS = batch.segment_ids, batch.encoder_segment_ids
     segments_BT = jnp.ones_like(batch.tokens) if segments_BT is None else segments_BT
     segments_BS = jnp.ones_like(batch.encoder_tokens) if segments_BS is None else segments_BS
@@ -195,7 +195,7 @@ class EncDec(nn.Module):
     encoded_BSD = self.encode(tokens_BT, real_BS.astype(jnp.int32))
     encoded_BSD = jnp.pad(encoded_BSD, ((0, 0), (0, missing), (0, 0)))
     cache = cache | {'read_BS': jnp.pad(real_BS, ((0, 0), (0, missing)))}
-    assert self.cfg.start_id is not None, 'assemble.complete fills it in'
+    assert self.cfg.start_id is not None, 'complete fills it in'
     start_B = jnp.full(tokens_BT.shape[0], self.cfg.start_id, jnp.int32)
     return self._decode(start_B, cache, encoded_BSD)
 
