@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
   args = parser.parse_args(argv)
   best: dict[str, dict] = {}
   for trial in json.loads((args.workdir / 'sweep.json').read_text())['trials']:
-    name = trial['settings']['optim.chain'].split(',')[-1]
+    name = trial['settings']['optim.chain'].removeprefix('clip_by_global_norm,')
     if trial['best'] is not None and trial['best'] < best.get(name, {'best': float('inf')})['best']:
       best[name] = trial
   target = args.target or best['adamw']['best']

@@ -24,6 +24,7 @@ def get_config():
   config.data.seq_len = 128
   config.optim.learning_rate = 3e-3
   config.optim.warmup_cosine.warmup_steps = 60
+  config.optim.chain = ('clip_by_global_norm', 'adamw', 'bitnet_flips')
   config.optim.adamw.b2 = 0.95
   config.optim.adamw.weight_decay = 0.1
   config.eval.every = 100
@@ -38,4 +39,5 @@ def sweep():
   """Three sizes, each beside full precision with the same data, steps and rates."""
   sizes = [(2, 96, 3), (4, 192, 6), (6, 288, 9)]
   return [{'model.num_layers': layers, 'model.scan_unroll': layers, 'model.embed_dim': width, 'model.num_heads': heads,
-           'model.einsum': einsum} for layers, width, heads in sizes for einsum in ('full', 'bitnet')]
+           'model.einsum': einsum, 'optim.chain': f'clip_by_global_norm,adamw{flips}'} for layers, width, heads in sizes
+          for einsum, flips in (('full', ''), ('bitnet', ',bitnet_flips'))]

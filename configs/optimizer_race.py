@@ -19,12 +19,13 @@ RATES = {
     'adafactor': (3e-3, 1e-2, 3e-2, 1e-1),
     'prodigy': (0.5, 1.0, 2.0, 4.0),
     'sgd': (0.03, 0.1, 0.3, 1.0),
+    'grokfast_ema,adamw': (1e-3, 3e-3, 6e-3, 1.2e-2),
 }
 
 
 def get_config():
   config = base()
-  config.num_steps = 300
+  config.num_steps = 200
   config.batch_tokens = config.tokens_per_device = 2048
   config.model.num_layers = 2
   config.model.embed_dim = 128
@@ -41,7 +42,7 @@ def get_config():
   config.eval.every = 20
   config.eval.max_tokens = 32_768
   config.eval.sample_tokens = 0
-  config.checkpoint.every = 300
+  config.checkpoint.every = 200
   config.checkpoint.keep_best = 0
   return config
 

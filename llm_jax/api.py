@@ -9,24 +9,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from llm_jax import config as config_lib
 from llm_jax import loop, sampling
-from llm_jax.assemble import Run, load_run, make_evaluator, own_data, prompt_ids
+from llm_jax.answers import Answer, summarize_answers
+from llm_jax.assemble import Run, answer_stores, load_run, make_evaluator, own_data, prompt_ids, renamed_labels
+from llm_jax.completion import check_classes
 from llm_jax.config import Config
+from llm_jax.data import tokenize
 from llm_jax.data.tokenizers import before_eos, decode
 from llm_jax.devices import only_cpus
 from llm_jax.errors import ConfigError, StorageError
 from llm_jax.metrics import read_metrics
 from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.status import read_status
+from llm_jax.validators import make_validator
 
 
 def load_config(path: str | Path, *, full_size: bool = False, **overrides: Any) -> Config:
@@ -82,6 +87,14 @@ class Training:
     return self._moment
 
 
+class Evaluation(NamedTuple):
+  """What an evaluation finds: {'loss': ...}, counts of what was taken for what, and the answers to prompts."""
+
+  results: dict[str, float]
+  tables: dict[str, np.ndarray]
+  answers: list[Answer]
+
+
 class Trained:
   """A trained run, read from its workdir."""
 
@@ -90,28 +103,80 @@ class Trained:
 
   def validate(self, split: str = 'val') -> dict[str, float]:
     """The losses and metrics of a part of the run's data, all of it."""
+    return self.evaluate(split, num_answers=0).results
+
+  def evaluate(self, split: str = 'val', data: str | None = None, *, num_answers: int | None = None,
+               num_beams: int | None = None, validator: str | None = None) -> Evaluation:
+    """Of a part of the run's data, or of all that `data` names (file, folder, glob, .bin); None: as in its config.
+
+    Where it learnt answers it gives `num_answers`, or all. Raises ConfigError, DataError.
+    """
+    run, own = self.run, self.config.eval
+    if split not in ('train', 'val', 'test'):
+      raise ConfigError(f'--split: {split!r} is none of train, val, test')
+    validator = own.validator if validator is None else validator
+    num_beams = own.num_beams if num_beams is None else num_beams
+    if (num_answers or 0) < 0 or num_beams < 1:
+      raise ConfigError(f'--answers must not be negative, --num_beams at least 1; got {num_answers}, {num_beams}')
+    make_validator(validator)  # told now, not after the whole loss
+    config = dataclasses.replace(
+        self.config, eval=dataclasses.replace(own, answers=0, validator=validator, num_beams=num_beams))
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-      data = own_data(self.run)
-      stores = data.splits.get(split)
+      opened = own_data(run) if data is None else renamed_labels(
+          tokenize(data, config.data, run.tokenizer, run.encoder_tokenizer), config.loss.classification.classes)
+      check_classes(config, opened)
+      if opened.vocab_size > config.model.vocab_size:
+        raise ConfigError(f"--data: token {opened.vocab_size - 1} is outside the model's vocabulary of "
+                          f'{config.model.vocab_size}')
+      stores = opened.splits.get(split if data is None else 'val')
       if not stores:
-        raise ConfigError(f'split: the run has no {split} part; it has {", ".join(data.splits)}')
-      return make_evaluator(self.config, data, self.run.model, mesh)(self.run.params, stores, None)[0]
+        raise ConfigError(f'--split: the run has no {split} part; it is set by config.data.{split}_fraction, '
+                          f'{split}_documents or {split}_path')
+      results, tables = make_evaluator(config, opened, run.model, mesh)(run.params, stores, None)
+      if not config.answers or run.tokenizer is None or num_answers == 0:
+        return Evaluation(results, tables, [])
+      answers = answer_stores(config, opened, run.model, run.params, stores, num_answers)
+      return Evaluation(results | summarize_answers(answers), tables, answers)
 
-  def generate(self, prompt: str = '', *, num_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
-               top_p: float = 1.0, seed: int = 0) -> str:
-    """What follows the prompt. Raises ConfigError where the run knows no text or the prompt is too long."""
-    run = self.run
-    if run.tokenizer is None or run.prompt_tokenizer is None or not run.config.writes:
-      raise ConfigError(f'{self.workdir} has not learnt to write text')
-    [ids] = prompt_ids(run.config, run.prompt_tokenizer, [prompt])
-    if len(ids) > run.config.model.longest_prompt:
-      raise ConfigError(f'prompt: {len(ids)} tokens, and {run.config.model.longest_prompt} are the most')
-    columns = sampling.generate(
-        run.model, run.params, [ids], max_len=run.config.model.max_len, num_tokens=num_tokens, seed=seed,
-        temperature=temperature, top_k=top_k, top_p=top_p, num_ids=len(run.tokenizer.token_bytes))
-    row = [int(column[0]) for column in columns]
-    return decode(run.tokenizer, before_eos(run.tokenizer, row))
+  def generate(self, prompt: str = '', *, num_tokens: int = 128, **options: Any) -> str:
+    """What follows the prompt; `options` are those of `tokens`. Raises ConfigError."""
+    columns, tokenizer = self.tokens(prompt, num_tokens=num_tokens, **options), self.run.tokenizer
+    assert tokenizer is not None  # `tokens` has asked for one
+    return decode(tokenizer, before_eos(tokenizer, [int(column[0]) for column in columns]))
+
+  def tokens(self, prompt: str = '', *, num_samples: int = 1, num_tokens: int = 128, temperature: float = 1.0,
+             top_k: int = 0, top_p: float = 1.0, num_beams: int = 0, seed: int = 0) -> Iterable[np.ndarray]:
+    """int32 [num_samples]: the next token of each sample, one after the other; of a beam search the best alone.
+
+    Raises ConfigError where the run knows no text, the prompt is too long, or an option cannot be.
+    """
+    for bad, message in ((num_samples < 1, f'--num_samples must be at least 1; got {num_samples}'),
+                         (num_tokens < 1, f'--num_tokens must be at least 1; got {num_tokens}'),
+                         (temperature < 0, f'--temperature must not be negative; got {temperature}'),
+                         (num_beams < 0, f'--num_beams must not be negative; got {num_beams}'),
+                         (num_beams and num_samples > 1, '--num_beams finds one text; leave out --num_samples'),
+                         (top_k < 0, f'--top_k must not be negative; got {top_k}'),
+                         (not 0 < top_p <= 1, f'--top_p must lie in (0, 1]; got {top_p}')):
+      if bad:
+        raise ConfigError(message)
+    run, config = self.run, self.config
+    if run.tokenizer is None or run.prompt_tokenizer is None:
+      raise ConfigError(f'--workdir: {self.workdir} was trained on ids without a tokenizer, so there is no text to '
+                        'read or write')
+    if not config.writes:
+      raise ConfigError(f'--workdir: {self.workdir} has not learnt to write (config.data.task={config.data.task}, '
+                        f'config.loss.terms={", ".join(config.loss.terms)}); see python -m llm_jax.predict')
+    [ids] = prompt_ids(config, run.prompt_tokenizer, [prompt])
+    if len(ids) > config.model.longest_prompt:
+      raise ConfigError(f'--prompt: {len(ids)} tokens, and {config.model.longest_prompt} are the most that the model '
+                        'was made for; shorten it')
+    options = {'max_len': config.model.max_len, 'num_tokens': num_tokens, 'num_ids': len(run.tokenizer.token_bytes)}
+    if num_beams:
+      return sampling.beam_search(run.model, run.params, [ids], eos_id=run.tokenizer.eos_id, num_beams=num_beams,
+                                  **options).T
+    return sampling.generate(run.model, run.params, [ids] * num_samples, seed=seed, temperature=temperature,
+                             top_k=top_k, top_p=top_p, **options)
 
   def status(self) -> dict[str, Any]:
     return read_status(self.workdir)
@@ -126,11 +191,11 @@ def train(config: Config, workdir: str | Path = 'runs/run') -> Training:
   return Training(config, workdir)
 
 
-def load(workdir: str | Path, checkpoint: str = 'latest') -> Trained:
+def load(workdir: str | Path, checkpoint: str | int = 'latest') -> Trained:
   """The run in `workdir` at 'latest', 'best' or a step. Raises UserErrors (see errors.py)."""
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    return Trained(load_run(Path(workdir), mesh, checkpoint), Path(workdir))
+    return Trained(load_run(Path(workdir), mesh, str(checkpoint)), Path(workdir))
 
 
 def export_results(workdir: Path, path: Path) -> None:

@@ -78,7 +78,7 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     return _convert(next(a for a in args if a is not type(None)), value, path, problems)
   if origin is tuple:
     if isinstance(value, Text):
-      value = _parse_tuple(value) if value or args[0] is str else ()
+      value = _parse_tuple(value, args[0])
     if not isinstance(value, (list, tuple)):
       value = (value,)
     return tuple(_convert(args[0], item, f'{path}[{i}]', problems) for i, item in enumerate(value))
@@ -97,8 +97,8 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
 
 
 def _scalar(hint: type, value: Any, path: str, problems: list[str]) -> Any:
-  if hint is str and isinstance(value, str):
-    return str(value)
+  if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    return str(value)  # a number too, such as the step of a checkpoint
   parsed = _parse(value) if isinstance(value, Text) else value
   if hint is float and isinstance(parsed, int) and not isinstance(parsed, bool):
     parsed = float(parsed)
@@ -119,10 +119,12 @@ def _parse(text: str) -> Any:
     return text
 
 
-def _parse_tuple(text: str) -> Any:
-  """(1,2) or 1,2 or a,b or ()."""
-  value = _parse(text)
-  return [Text(part.strip()) for part in text.split(',')] if isinstance(value, str) else value
+def _parse_tuple(text: str, kind: type) -> Any:
+  """(1,2) or 1,2 or a,b or 'a,b' or (); in no text there is one text, and no number."""
+  value = text if kind is str and text.lstrip()[:1] not in ('(', '[', '"', "'") else _parse(text)
+  if value is not text:
+    return value
+  return [Text(part.strip()) for part in text.split(',')] if text or kind is str else ()
 
 
 def override(values: dict, overrides: Mapping[str, Any]) -> None:

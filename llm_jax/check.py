@@ -18,7 +18,7 @@ from pathlib import Path
 
 from llm_jax import __version__, runtime
 from llm_jax.builder import parse_overrides
-from llm_jax.errors import UserError
+from llm_jax.errors import ConfigError, UserError
 from llm_jax.main import out_of_memory_told, run_as_program
 
 CORE = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-collections', 'numpy', 'tensorboard',
@@ -46,8 +46,12 @@ def main(argv: list[str]) -> None:
   runtime.add_flag(parser)
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, '--config.', '--config, --full_size, --tuning, --config.FIELD')
+  lines, missing = packages()
+  print('\n'.join(lines), flush=True)
+  if missing:
+    raise ConfigError(f'{", ".join(missing)}: needed, and not installed; pip install llm_jax')
   was_set = runtime.prepare(args.tuning == 'on')
-  for line in [*machine(), f'runtime      {was_set}', *packages()]:
+  for line in [*machine(), f'runtime      {was_set}']:
     print(line)
   if args.config is None:
     return
@@ -98,20 +102,21 @@ def machine() -> list[str]:
   ]
 
 
-def packages() -> list[str]:
-  """Versions of what is needed, and what is missing for what."""
-  versions = []
+def packages() -> tuple[list[str], list[str]]:
+  """(versions of what is needed and what is missing for what, the needed ones that are missing)."""
+  versions, missing = [], []
   for name in CORE:
     try:
       versions.append(f'{name} {importlib.metadata.version(name)}')
     except importlib.metadata.PackageNotFoundError:
       versions.append(f'{name} MISSING')
+      missing.append(name)
   lines = [f'packages     {", ".join(versions)}']
   for name, (use, extra) in OPTIONAL.items():
     if importlib.util.find_spec(name) is None:
       how = f"pip install 'llm_jax[{extra}]'" if extra else 'pip install nvidia-ml-py'
       lines.append(f'missing      {name}, for {use}: {how}')
-  return lines
+  return lines, missing
 
 
 if __name__ == '__main__':

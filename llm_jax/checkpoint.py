@@ -6,6 +6,7 @@ Each holds three items: `params`, `opt_state` (trees of arrays) and `meta` (JSON
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import sys
 import time
@@ -21,6 +22,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from llm_jax.errors import ConfigError, StorageError
 from llm_jax.types import Params
+
+# Orbax warns of what is meant, such as a save without metrics.
+logging.getLogger('absl').addFilter(lambda record: record.levelno >= logging.ERROR or 'orbax' not in record.pathname)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +97,17 @@ class Checkpoints:
       raise ConfigError(f'{flag}: {name!r} is none of latest, best, or a step of {self.steps()}')
     return self.best_step() if name == 'best' else int(name)
 
-  def save(self, step: int, params: Params, opt_state: Any, meta: dict, score: float | None = None) -> bool:
+  def save(self, step: int, params: Params, opt_state: Any, meta: dict, score: float | None = None,
+           since: int = 0) -> bool:
     """Starts a save and returns once the arrays are copied; False if this step is saved already.
 
-    Of all steps with a `score`, the best is the one with the least.
+    Of all steps with a `score`, the best is the one with the least, of those with the latest `since`.
 
     Raises StorageError, also for a save that failed before.
     """
     if step in self._manager.all_steps():
       return False
-    metrics = {'score': score} if score is not None and math.isfinite(score) else None
+    metrics = {'since': since, 'score': score} if score is not None and math.isfinite(score) else None
     try:
       saved = self._manager.save(step, args=ocp.args.Composite(
           params=ocp.args.StandardSave(params), opt_state=ocp.args.StandardSave(opt_state),
@@ -177,8 +182,10 @@ def _manager(directory: Path, **options: Any) -> _Manager:
       options=ocp.CheckpointManagerOptions(**options))
 
 
-def _score(metrics: dict[str, float]) -> float:
-  return metrics['score'] if 'score' in metrics else metrics['val_loss']  # where the score can only be that
+def _score(metrics: dict[str, float]) -> Any:
+  """What the best has least of."""
+  score = metrics['score'] if 'score' in metrics else metrics['val_loss']  # where the score can only be that
+  return -metrics.get('since', 0), score
 
 
 def _first_line(error: BaseException) -> str:

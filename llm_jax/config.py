@@ -155,10 +155,10 @@ class Config:
       most, needed = getattr(self.model, longest, None), getattr(self.data, length)
       if most is not None and most < needed:
         problems.append(f'model.{longest} {most} is less than data.{length} {needed}')
-    if self.profile.start > self.num_steps:
-      problems.append(f'profile.start {self.profile.start} is beyond num_steps {self.num_steps}')
     if not self.num_epochs:  # with which num_steps is not known yet
       problems += self.optim.misfits(self.num_steps)
+      if self.profile.start > self.num_steps:
+        problems.append(f'profile.start {self.profile.start} is beyond num_steps {self.num_steps}')
     if self.start.whole and self.stages:
       problems.append('start.whole does not go with stages: a branch reads what its trunk read')
     einsum, bitnet = getattr(self.model, 'einsum', 'full'), getattr(self.model, 'bitnet', None)

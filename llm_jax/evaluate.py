@@ -7,16 +7,14 @@ of one that learnt classes what was taken for what, as numbers and as a picture.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 
 from llm_jax import runtime
-from llm_jax.errors import ConfigError, StorageError
+from llm_jax.errors import StorageError
 from llm_jax.main import run_as_program
-from llm_jax.validators import make_validator
 
 
 def main(argv: list[str]) -> None:
@@ -33,49 +31,17 @@ def main(argv: list[str]) -> None:
   runtime.add_flag(parser)
   args = parser.parse_args(argv)
 
-  if (args.answers or 0) < 0 or (1 if args.num_beams is None else args.num_beams) < 1:
-    raise ConfigError(f'--answers must not be negative, --num_beams at least 1; got {args.answers}, {args.num_beams}')
-  make_validator(args.validator or '')  # told now, not after the whole loss
-
   runtime.prepare(args.tuning == 'on')
-  import jax
-
-  from llm_jax.answers import summarize_answers
-  from llm_jax.assemble import answer_stores, load_run, make_evaluator, own_data, renamed_labels
-  from llm_jax.completion import check_classes
-  from llm_jax.data import tokenize
-  from llm_jax.sharding import MeshConfig, make_mesh
-
-  mesh = make_mesh(MeshConfig())
-  with jax.set_mesh(mesh):
-    run = load_run(args.workdir, mesh, args.checkpoint)
-    if args.data is not None:
-      data = tokenize(args.data, run.config.data, run.tokenizer, run.encoder_tokenizer)
-      data = renamed_labels(data, run.config.loss.classification.classes)
-      check_classes(run.config, data)
-    else:
-      data = own_data(run)
-    if data.vocab_size > run.config.model.vocab_size:
-      raise ConfigError(f'--data: token {data.vocab_size - 1} is outside the model\'s vocabulary of '
-                        f'{run.config.model.vocab_size}')
-    stores = data.splits[args.split if args.data is None else 'val']
-    if not stores:
-      raise ConfigError(f'--split: the run has no {args.split} part; it is set by config.data.{args.split}_fraction, '
-                        f'{args.split}_documents or {args.split}_path')
-    own = run.config.eval
-    config = dataclasses.replace(run.config, eval=dataclasses.replace(
-        own, answers=0, validator=own.validator if args.validator is None else args.validator,
-        num_beams=own.num_beams if args.num_beams is None else args.num_beams))
-    (results, tables), answers = make_evaluator(config, data, run.model, mesh)(run.params, stores, None), []
-    if config.answers and data.tokenizer is not None and args.answers != 0:
-      answers = answer_stores(config, data, run.model, run.params, stores, args.answers)
-      results |= summarize_answers(answers)
-  report = {'workdir': str(args.workdir), 'step': run.meta['step'],
+  from llm_jax import api
+  trained = api.load(args.workdir, args.checkpoint)
+  results, tables, answers = trained.evaluate(args.split, args.data, num_answers=args.answers, num_beams=args.num_beams,
+                                              validator=args.validator)
+  report = {'workdir': str(args.workdir), 'step': trained.run.meta['step'],
             'data': args.data or {'val': 'validation part', 'test': 'test part'}[args.split], **results}
   print(json.dumps(report, indent=2))
   out = args.out or args.workdir / 'evaluation.json'
   for counts in tables.values():
-    classes = run.config.loss.classification.classes or tuple(map(str, range(len(counts))))
+    classes = trained.config.loss.classification.classes or tuple(map(str, range(len(counts))))
     report |= {'confusion': counts.astype(int).tolist(), 'classes': classes}
   files = {out: json.dumps(report, indent=2) + '\n'}
   if answers:

@@ -26,7 +26,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--workdir', type=Path, required=True)
   parser.add_argument('--out', type=Path, required=True, help='a new folder')
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
-  parser.add_argument('--weight_bits', choices=('1.58', '1', '32'), default='1.58', help='32: as they are')
+  parser.add_argument('--weight_bits', choices=('1.58', '1', '32'),
+                      help='32: as they are (default: as they were trained, else 1.58)')
   runtime.add_flag(parser)
   args = parser.parse_args(argv)
   if args.out.exists() and any(args.out.iterdir() if args.out.is_dir() else [args.out]):
@@ -50,7 +51,11 @@ def main(argv: list[str]) -> None:
       raise ConfigError(f'--workdir: {args.workdir} is a {run.config.model.name} of matrices that cannot be packed; '
                         'of the models decoder and encdec can, once; --weight_bits=32 writes any as it is')
     else:
-      model = packed_model(run.config.model, args.weight_bits)
+      trained = run.config.model.bitnet.weight_bits if run.config.model.einsum == 'bitnet' else None
+      if args.weight_bits and trained not in (None, args.weight_bits):
+        raise ConfigError(f'--weight_bits: {args.weight_bits}, and {args.workdir} was trained with {trained}; leave it '
+                          'out')
+      model = packed_model(run.config.model, args.weight_bits or trained or '1.58')
       arrays = pack_params(run.params, logical_axes(example_batch(run.config), model=run.model),
                            model.bitnet.weight_bits)
   config = dataclasses.replace(run.config, model=model)

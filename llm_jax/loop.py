@@ -58,27 +58,29 @@ def moments(config: Config, workdir: Path) -> Generator[Moment, None, None]:
   Each stage is trained like a run that goes on with another config. Raises Interrupted after a signal, and UserErrors
   (see errors.py).
   """
+  goodput = Goodput()
   with prepared(workdir), Status(workdir, config.num_steps) as status:
     for stage in (stages := plan(config)):
       done = stage is not stages[-1] and latest_step(workdir) >= stage.end
-      if not done and (yield from stage_moments(stage, workdir, status)):
+      if not done and (yield from stage_moments(stage, workdir, status, goodput)):
         break
 
 
-def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Moment, None, str]:
+def stage_moments(stage: Plan, workdir: Path, status: Status, goodput: Goodput) -> Generator[Moment, None, str]:
   """Of one stage; returns why the run is over, if it is."""
   mesh = make_mesh(stage.config.mesh)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:  # everything is traced under it; one device is 1x1x1
-    goodput = Goodput()
+    goodput.starting()
 
     # 1. Parts, and the state: what the folder holds, else fresh.
     parts = make_parts(stage, workdir, mesh)
     stage, config, data, model, tx = parts.stage, parts.config, parts.data, parts.model, parts.tx
     checkpoints = stack.enter_context(Checkpoints(workdir / 'checkpoints', config.checkpoint))
     state, meta = first_state(parts, checkpoints, mesh)
-    record = Record.from_meta(config.eval, meta)
-    validated = meta.get('validated', meta.get('val_loss', 0.0) is not None)
     begin = int(state.step)
+    other_data = begin == stage.begin > 0 and meta['config']['data'] != to_dict(config)['data']
+    record = Record.from_meta(config.eval, meta, other_data)
+    validated = meta.get('validated', meta.get('val_loss', 0.0) is not None)
     validated_at = begin if validated else -1
     status.update(state='training', step=begin, num_steps=config.num_steps, monitor=config.eval.monitor,
                   best=record.best_value, state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
@@ -108,6 +110,7 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
     epochs = Epochs(lambda step: int(stage.rows_at(step) // batches.rows_per_epoch), meta.get('epoch') or {})
     skipped_in_a_row = 0
     pending: tuple[int, Packed] | None = None  # a step whose metrics are not fetched yet
+    early: dict[str, float] = {}  # those of it that the caller's `save` has fetched, and written
 
     def fetch(step: int, metrics: Packed) -> dict[str, float]:
       """Waits for a step and returns what is to be logged of it: nothing, when it is not due and ends no epoch."""
@@ -132,8 +135,9 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
       return logged
 
     def tell(step: int, logged: dict[str, float]) -> None:
-      status.update(step=step, best=record.best_value,
-                    seconds_left=(config.num_steps - step) * throughput.seconds_per_step,
+      left = 0 if record.over else config.num_steps - step
+      seconds_left = None if throughput.seconds_per_step is None else left * throughput.seconds_per_step
+      status.update(step=step, best=record.best_value, seconds_left=seconds_left,
                     metrics=(status.values.get('metrics') or {}) | logged)
 
     def validate(step: int) -> dict[str, float]:
@@ -147,25 +151,30 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
       return parts.evaluated(state.opt_state, state.params)
 
     def due(step: int, every: int) -> bool:
-      return step % every == 0 or step == stage.end
+      return step % every == 0 or step == config.num_steps
 
     def save(step: int, score: float | None, kept: Record) -> bool:
-      with goodput.of('save'):
-        # Together with the step, as Orbax refuses the empty state that some optimizers have.
-        return checkpoints.save(step, state.params, (state.step, state.opt_state), score=score, meta={
-            'config': to_dict(config), 'data': parts.fingerprint, 'stream_states': gather(batches.state()),
-            'validated': validated_at == step, 'record': kept.to_meta(), 'epoch': epochs.sums,
-            'state_key': parts.state_key,
-            'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
+      # Together with the step, as Orbax refuses the empty state that some optimizers have.
+      return checkpoints.save(step, state.params, (state.step, state.opt_state), score=score, since=kept.since, meta={
+          'config': to_dict(config), 'data': parts.fingerprint, 'stream_states': gather(batches.state()),
+          'validated': validated_at == step, 'record': kept.to_meta(), 'epoch': epochs.sums,
+          'state_key': parts.state_key,
+          'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
 
-    def moment(step: int, logged: dict[str, float]) -> Moment:
-      return Moment(step, logged, lambda: validate(int(state.step)), save_now, read, dict(status.values))
+    def moment(step: int, logged: dict[str, float]) -> Iterator[Moment]:
+      """Gives a step that was logged to the caller, who may take his time."""
+      begin = time.perf_counter()
+      if 'train/loss' in logged:
+        yield Moment(step, logged, lambda: validate(int(state.step)), save_now, read, dict(status.values))
+      throughput.away(time.perf_counter() - begin)
+      goodput.add('caller', time.perf_counter() - begin)
 
     def save_now() -> None:
-      nonlocal pending
+      nonlocal pending, early
       if pending is not None:  # of the step that the state is of
-        late, pending = pending, None
-        writer.scalars(late[0], fetch(*late))
+        (late, metrics), pending = pending, None
+        early = fetch(late, metrics)
+        writer.scalars(late, early)
       save(int(state.step), None, record)
       checkpoints.wait()
 
@@ -190,9 +199,10 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
       improved = score is not None and score < record.saved
       kept = dataclasses.replace(record, saved=score if improved and score is not None else record.saved)
       writer.scalars(step, logged)  # on disk before the checkpoint is
-      if stopping or stop.requested or record.over or due(step, config.checkpoint.every) or (
-          improved and config.checkpoint.keep_best):
-        record = kept if save(step, score, kept) else record
+      if (stopping or stop.requested or record.over or step == stage.end or due(step, config.checkpoint.every)
+          or (improved and config.checkpoint.keep_best)):
+        with goodput.of('save'):
+          record = kept if save(step, score, kept) else record
       if score is not None:
         for prompt, sample in samples(config, data, model, weights()):
           writer.text(step, f'sample/{prompt or "new document"}', sample)
@@ -214,15 +224,15 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
       goodput.add('data', time.perf_counter() - start)
       with jax.profiler.StepTraceAnnotation('train', step_num=step):
         state, metrics = parts.step(state, put(features), parts.frozen)
-      before, pending = pending, (step, metrics)
+      before, pending, early = pending, (step, metrics), {}
       if before is not None and (logged := fetch(*before)):
         writer.scalars(before[0], logged)
-        if 'train/loss' in logged:
-          yield moment(before[0], logged)
+        yield from moment(before[0], logged)
       stopping = stop.reached()
       first = step == begin + 1
       if not (stopping or first or profiler.due(step) or due(step, config.eval.every)
-              or due(step, config.checkpoint.every)):
+              or due(step, config.checkpoint.every) or step == stage.end):
+        yield from moment(step, early)
         continue
 
       # Something comes before the next step: first this one is finished.
@@ -234,8 +244,7 @@ def stage_moments(stage: Plan, workdir: Path, status: Status) -> Generator[Momen
         console.line(f'first step after {time.perf_counter() - start:.1f} s of compiling and running')
       settled = settle(step, logged, stopping)
       tell(step, logged)
-      if 'train/loss' in logged:
-        yield moment(step, logged)
+      yield from moment(step, early | logged)
       if not settled or ((stopping or stop.requested) and step < config.num_steps):
         checkpoints.wait()
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import io
 import json
-import logging
 import os
 import signal
 import sys
@@ -99,7 +98,6 @@ def start_processes() -> None:
 
 def run_as_program(main: Callable[[list[str]], None]) -> None:
   """Runs main(argv); a UserError becomes one message and its exit code."""
-  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns about what is meant, such as a save without metrics
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')  # a file's name may hold what the terminal cannot show
   signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a program without a traceback; training handles it itself

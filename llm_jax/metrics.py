@@ -114,10 +114,10 @@ class Throughput:
 
   def __init__(self, flops_per_token: float, peak: float | None):
     self._flops_per_token, self._peak = flops_per_token, peak
-    self._tokens = self._seconds = self._waited = 0.0
+    self._tokens = self._seconds = self._waited = self._away = 0.0
     self._steps = 0
     self._start: float | None = None
-    self.seconds_per_step = 0.0
+    self.seconds_per_step: float | None = None  # until steps were timed
 
   def restart(self) -> None:
     """Begins the next step's time now: after compiling, evaluation or a save."""
@@ -126,13 +126,20 @@ class Throughput:
   def waited(self, seconds: float) -> None:
     self._waited += seconds
 
+  def away(self, seconds: float) -> None:
+    """For so long a caller had the loop, while a step was under way."""
+    self._away += seconds
+
   def step_done(self, num_tokens: float) -> None:
     now = time.perf_counter()
     if self._start is None:  # the first step compiles: told apart, not averaged in
       self._waited = 0.0
       return
-    self._seconds += now - self._start
-    self._start = now
+    seconds, away = now - self._start, self._away
+    self._start, self._away = now, 0.0
+    if away > 0.1 * seconds:  # nobody knows when it was done
+      return
+    self._seconds += seconds
     self._tokens += num_tokens
     self._steps += 1
 
@@ -178,7 +185,7 @@ class Console:
     self._num_steps = num_steps
     self._bar = progress('training', num_steps, 'step', step) if self._enabled and sys.stderr.isatty() else None
 
-  def step(self, step: int, values: dict[str, float], seconds_per_step: float) -> None:
+  def step(self, step: int, values: dict[str, float], seconds_per_step: float | None) -> None:
     """One line: step, loss, tokens/s, MFU where known, time left."""
     if not self._enabled:
       return

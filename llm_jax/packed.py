@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llm_jax.errors import StorageError
-from llm_jax.layers.bitnet import BitNet, pack, weight_codes
-from llm_jax.optim.masks import Dims, as_matrices, matrix_dims, path_of
+from llm_jax.layers.bitnet import BitNet, pack, unpack, weight_codes
+from llm_jax.optim.masks import Dims, as_matrices, from_matrices, matrix_dims, path_of
 from llm_jax.types import Params
 
 FILE = 'model.safetensors'
@@ -52,6 +54,25 @@ def pack_params(params: Params, axes: Params, weight_bits: str) -> dict[str, np.
     stacked = leaf.ndim > len(dims[name].reduction_axis) + len(dims[name].output_axis)
     for part, x in zip(('packed', 'scale'), jax.jit(jax.vmap(packed))(as_matrices(leaf, dims[name])), strict=True):
       arrays[f'{name.removesuffix("w")}{part}'] = np.asarray(x if stacked else x[0])
+  return arrays
+
+
+def unpacked(params: Params, like: Params, axes: Params, trained_on: bool) -> dict[str, Any]:
+  """{'blocks/attn/q/w': ...} of an exported model's parameters, as those of `like` lie; others are as they were.
+
+  `trained_on` as BitNet a matrix has the mean of |w| that it was packed with, else the values that it computes with.
+  """
+  arrays, leaves = by_name(params), by_name(like)
+  for path, dims in jax.tree_util.tree_leaves_with_path(matrix_dims(axes), is_leaf=lambda x: isinstance(x, Dims)):
+    stem = path_of(path).removesuffix('w')
+    if f'{stem}packed' not in arrays:
+      continue
+    packed, scale, leaf = arrays.pop(f'{stem}packed'), arrays.pop(f'{stem}scale'), leaves[f'{stem}w']
+    num_inputs = math.prod(leaf.shape[i] for i in dims.reduction_axis)
+    codes_SIO = jax.vmap(lambda x: unpack(x, num_inputs))(packed.reshape(-1, *packed.shape[-2:]))  # noqa: B023
+    if trained_on:
+      scale = scale / jnp.mean(jnp.abs(codes_SIO), axis=(1, 2)).reshape(scale.shape)
+    arrays[f'{stem}w'] = from_matrices(codes_SIO * scale.reshape(-1, 1, 1), leaf, dims)
   return arrays
 
 

@@ -15,26 +15,27 @@ class Record:
   """Scores are the monitored metric, negated where it should grow: less is better."""
 
   config: EvalConfig
+  since: int = 0  # the step from which on scores are of the same metric on the same data
   saved: float = float('inf')  # the best score that a checkpoint was saved for
   best: float = float('inf')  # of all evaluations
   stale: int = 0  # evaluations since the best one
   reached: dict[str, int] = dataclasses.field(default_factory=dict)  # capability: the first step that has it
 
   @classmethod
-  def from_meta(cls, config: EvalConfig, meta: dict[str, Any]) -> Record:
-    """As a checkpoint keeps it; what it monitored before counts only if it is the same now."""
+  def from_meta(cls, config: EvalConfig, meta: dict[str, Any], other_data: bool = False) -> Record:
+    """As a checkpoint keeps it. Scores of another metric, or of other data, count no more."""
     kept = meta.get('record') or {'monitor': ['val/loss', 'min'], 'saved': meta.get('best_val_loss'),
                                   'best': meta.get('lowest') or meta.get('best_val_loss'),
                                   'stale': meta.get('stale', 0), 'reached': {}}
-    if kept['monitor'] != [config.monitor, config.mode]:
-      return cls(config, reached=kept['reached'])
+    if other_data or kept['monitor'] != [config.monitor, config.mode]:
+      return cls(config, meta.get('step', 0), reached=kept['reached'])
     saved, best = (float('inf') if kept[name] is None else kept[name] for name in ('saved', 'best'))
-    return cls(config, saved, best, kept['stale'], kept['reached'])
+    return cls(config, kept.get('since', 0), saved, best, kept['stale'], kept['reached'])
 
   def to_meta(self) -> dict[str, Any]:
     saved, best = (None if value == float('inf') else value for value in (self.saved, self.best))
-    return {'monitor': [self.config.monitor, self.config.mode], 'saved': saved, 'best': best, 'stale': self.stale,
-            'reached': self.reached}
+    return {'monitor': [self.config.monitor, self.config.mode], 'since': self.since, 'saved': saved, 'best': best,
+            'stale': self.stale, 'reached': self.reached}
 
   @property
   def best_value(self) -> float | None:

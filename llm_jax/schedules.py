@@ -61,8 +61,9 @@ def main(argv: list[str]) -> None:
 def curve(config: Any) -> tuple[np.ndarray, np.ndarray]:
   """(steps, learning rates) at the first and last step and evenly between them."""
   steps = np.unique(np.linspace(0, config.num_steps - 1, POINTS).astype(int))
+  import jax
   schedule = config.optim.make_schedule(config.num_steps)
-  return steps, np.array([float(schedule(step)) for step in steps])
+  return steps, np.asarray(jax.jit(jax.vmap(schedule))(steps))
 
 
 def marks(config: Any) -> list[tuple[int, str]]:

@@ -9,16 +9,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llm_jax.assemble import load_run, tokenizers_of
+from llm_jax.assemble import example_batch, load_run, tokenizers_of
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config, differences, renamed, to_dict
-from llm_jax.data import Data, check_fingerprint
+from llm_jax.data import check_fingerprint
 from llm_jax.errors import ConfigError, StorageError
 from llm_jax.losses import LossConfig
-from llm_jax.optim import Optimizer
 from llm_jax.optim.masks import path_of
+from llm_jax.packed import by_name, unpacked
 from llm_jax.parts import Parts
-from llm_jax.step import TrainState
+from llm_jax.step import TrainState, logical_axes
 from llm_jax.types import Params
 
 # Of the loss, what a run keeps: the shapes of its heads, the classes' order, the teacher's state.
@@ -97,33 +97,34 @@ def first_state(parts: Parts, checkpoints: Checkpoints, mesh: Mesh) -> tuple[Tra
           *shapes, check=check, step=theirs.named(config.start.checkpoint, 'config.start.checkpoint'))
     report_resume(config, meta)
     return TrainState(step, params, opt_state), {name: meta.get(name) for name in ('stream_states', 'epoch')}
-  state = parts.init()
-  return (with_weights_of(config, parts.data, state, parts.tx, mesh) if config.start.run else state), {}
+  return (with_weights_of(parts, mesh) if config.start.run else parts.init()), {}
 
 
-def with_weights_of(config: Config, data: Data, fresh: TrainState, tx: Optimizer, mesh: Mesh) -> TrainState:
+def with_weights_of(parts: Parts, mesh: Mesh) -> TrainState:
   """A fresh state with the other run's weights, where it has them. Raises ConfigError for those of other shapes."""
+  config, fresh = parts.config, parts.init()
   try:
     run = load_run(Path(config.start.run).expanduser(), mesh, config.start.checkpoint)
   except (StorageError, ConfigError) as e:
     raise ConfigError(str(e).replace('--workdir', 'config.start.run')
                       .replace('--checkpoint', 'config.start.checkpoint')) from None
-  if tokenizers_of(data) != tokenizers_of(run):
+  if tokenizers_of(parts.data) != tokenizers_of(run):
     raise ConfigError(f'config.start.run: {config.start.run} has another tokenizer; give config.data.tokenizer its '
                       'tokenizer.json')
-  mine, other = (dict(jax.tree_util.tree_leaves_with_path(params)) for params in (fresh.params, run.params))
-  wrong = [path for path in mine.keys() & other.keys() if mine[path].shape != other[path].shape]
+  mine, axes = by_name(fresh.params), logical_axes(example_batch(config), model=parts.model)
+  other = unpacked(run.params, fresh.params, axes, getattr(config.model, 'einsum', '') == 'bitnet')
+  wrong = [name for name in mine.keys() & other.keys() if mine[name].shape != other[name].shape]
   if wrong:
     raise ConfigError(f'config.start.run: {config.start.run} is of another shape:\n  ' + '\n  '.join(
-        f'{path_of(path)}: {other[path].shape}, here {mine[path].shape}' for path in sorted(wrong, key=path_of)))
-  for what, paths in (('begin fresh', mine.keys() - other.keys()), ('are left out', other.keys() - mine.keys())):
-    if paths:
-      say(f'of {config.start.run}, {what}: {", ".join(sorted(map(path_of, paths)))}')
+        f'{name}: {other[name].shape}, here {mine[name].shape}' for name in sorted(wrong)))
+  for what, names in (('begin fresh', mine.keys() - other.keys()), ('are left out', other.keys() - mine.keys())):
+    if names:
+      say(f'of {config.start.run}, {what}: {", ".join(sorted(names))}')
 
   def pick(path: Any, leaf: jax.Array) -> jax.Array:
-    return jax.device_put(other[path], leaf.sharding) if path in other else leaf
+    return jax.device_put(other.get(path_of(path), leaf), leaf.sharding)
 
   params: Params = jax.tree_util.tree_map_with_path(pick, fresh.params)
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh.opt_state)
-  # What an optimizer keeps of the weights it keeps of these.
-  return TrainState(fresh.step, params, jax.jit(tx.init, out_shardings=shardings)(params))
+  # What an optimizer keeps of the weights it keeps of the new ones.
+  opt_state = jax.jit(parts.tx.init, out_shardings=parts.shardings.opt_state)(params)
+  return TrainState(fresh.step, params, opt_state)

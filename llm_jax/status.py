@@ -20,17 +20,21 @@ from llm_jax.errors import Interrupted
 class Status:
   """Keeps `workdir`/status.json, whole at any time: `state` is starting, training, finished, stopped or failed.
 
-  A context manager: how it is left is the last state. Only process 0 writes; a disk that is full costs the file alone.
+  A context manager: how it is left is the last state. `seconds` are of all times that the run was under way. Only
+  process 0 writes; a disk that is full costs the file alone.
   """
 
   def __init__(self, workdir: Path, num_steps: int):
     self._path = workdir / 'status.json'
-    known = {name: x for name, x in read_status(workdir).items() if name in ('step', 'best', 'metrics')}
+    before = read_status(workdir)
+    known = {name: x for name, x in before.items() if name in ('step', 'best', 'metrics')}
+    self._seconds = before.get('seconds', 0.0)
     self.values: dict[str, Any] = {'state': 'starting', 'step': 0, **known, 'num_steps': num_steps,
                                    'process': os.getpid(), 'started': time.time()}
 
   def update(self, **values: Any) -> None:
-    self.values |= {**values, 'updated': time.time()}
+    now = time.time()
+    self.values |= {**values, 'updated': now, 'seconds': self._seconds + now - self.values['started']}
     if jax.process_index() != 0:
       return
     with contextlib.suppress(OSError):
@@ -39,6 +43,7 @@ class Status:
       os.replace(aside, self._path)
 
   def __enter__(self) -> Status:
+    psutil.cpu_percent()  # counts from the call before, and this is the first
     self.update()
     return self
 
@@ -60,15 +65,19 @@ def read_status(workdir: Path) -> dict[str, Any]:
 
 
 class Goodput:
-  """Shares of the time since a run began: steps, and what is none of them."""
+  """Shares of the time since a run began: steps, and what is none of them; `caller` is who iterates over the run."""
 
   def __init__(self) -> None:
     self._begin = time.perf_counter()
-    self._seconds = dict.fromkeys(('start', 'data', 'evaluation', 'save'), 0.0)
+    self._seconds = dict.fromkeys(('start', 'data', 'evaluation', 'save', 'caller'), 0.0)
+
+  def starting(self) -> None:
+    """A stage begins: all until its first step is done is loading and compiling."""
+    self._stage, self._before = time.perf_counter(), sum(self._seconds.values())
 
   def started(self) -> None:
-    """The first step is done: all until now was loading and compiling."""
-    self._seconds['start'] = time.perf_counter() - self._begin - self._seconds['data']
+    others = sum(self._seconds.values()) - self._before
+    self.add('start', time.perf_counter() - self._stage - others)
 
   def add(self, kind: str, seconds: float) -> None:
     self._seconds[kind] += seconds
@@ -102,12 +111,15 @@ def system() -> dict[str, float]:
 
 
 def device_utilization() -> float | None:
-  """Share of the last second in which the first NVIDIA GPU computed; None without one, or without nvidia-ml-py."""
+  """Share of the last second in which the first GPU of NVIDIA's that this process sees computed; None if none tells."""
   if jax.default_backend() != 'gpu':
     return None
   try:
     import pynvml
     pynvml.nvmlInit()
-    return pynvml.nvmlDeviceGetUtilizationRates(pynvml.nvmlDeviceGetHandleByIndex(0)).gpu / 100
+    first = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')[0]
+    device = (pynvml.nvmlDeviceGetHandleByUUID(first) if first.startswith('GPU-')
+              else pynvml.nvmlDeviceGetHandleByIndex(int(first or 0)))
+    return pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100
   except Exception:  # no library, no driver, or a GPU that does not tell: whichever, there is nothing to log
     return None

@@ -2,7 +2,7 @@
 
 The config offers `sweep()`: {'optim.learning_rate': [1e-3, 3e-3], 'seed': [0, 1]} for every combination, or a list of
 such settings. Trials are runs below the workdir, each a process of its own; the same command again does those that are
-not finished. It writes sweep.md, sweep.json and sweep.png.
+not finished, and another config needs another workdir. It writes sweep.md, sweep.json and sweep.png, of the ten best.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax.builder import parse_overrides
-from llm_jax.config import load, to_dict
+from llm_jax.config import differences, load, to_dict
 from llm_jax.errors import ConfigError, StorageError, UserError
 from llm_jax.main import run_as_program
 from llm_jax.metrics import duration, read_metrics
@@ -50,15 +50,16 @@ def main(argv: list[str]) -> None:
   metric, mode = args.metric or evaluation['monitor'], args.mode or evaluation['mode']
   workdir = args.workdir or Path('runs') / f'{args.config.stem}_sweep'
   names = [name_of(i, trial) for i, trial in enumerate(source.trials)]
+  for name, configs in zip(names, resolved, strict=True):
+    check_unchanged(workdir / name, configs)
   begin, done = time.monotonic(), 0
 
   def train(name: str, trial: dict[str, Any], configs: list[dict]) -> None:
     nonlocal done
     folder = workdir / name
-    asked = json.dumps(configs, indent=2)
-    if read_status(folder)['state'] != 'finished' or read(folder / 'trial.json') != asked:
+    if read_status(folder)['state'] != 'finished':
       folder.mkdir(parents=True, exist_ok=True)
-      (folder / 'trial.json').write_text(asked)
+      (folder / 'trial.json').write_text(json.dumps(configs, indent=2))
       flags = [f'--config.{field}={text_of(value)}' for field, value in {**overrides, **trial}.items()]
       with open(folder / 'output.txt', 'a') as output:
         subprocess.run([sys.executable, '-m', 'llm_jax.main', f'--config={args.config}', f'--workdir={folder}', *flags],
@@ -81,13 +82,24 @@ def main(argv: list[str]) -> None:
   (workdir / 'sweep.json').write_text(json.dumps({'metric': metric, 'trials': rows}, indent=2))
   (workdir / 'sweep.md').write_text('\n'.join(table(rows, metric)) + '\n')
   print('\n'.join(table(rows, metric)))
-  draw(workdir, [row['name'] for row in rows], metric)
+  draw(workdir, [row['name'] for row in rows[:10]], metric)
   if failed := [row['name'] for row in rows if row['state'] != 'finished']:
     raise UserError(f'not finished: {", ".join(failed)}; see output.txt in their folders below {workdir}')
 
 
-def read(path: Path) -> str:
-  return path.read_text() if path.is_file() else ''
+def check_unchanged(folder: Path, configs: list[dict]) -> None:
+  """Raises ConfigError for a trial that was begun with other settings, whose result is not what is asked for now."""
+  path, changed = folder / 'trial.json', dict[str, tuple[Any, Any]]()
+  if not (folder / 'metrics.jsonl').is_file():  # nothing was trained yet
+    return
+  try:
+    for old, new in zip(json.loads(path.read_text()), configs, strict=True):
+      changed |= differences(old, new)
+  except (OSError, ValueError) as e:
+    raise StorageError(f'{path}: damaged: {e}') from None
+  if changed:
+    raise ConfigError(f'--workdir: {folder} was trained with other settings; name another --workdir:\n  ' + '\n  '.join(
+        f'config.{name}: it has {old}, now {new}' for name, (old, new) in changed.items()))
 
 
 def name_of(number: int, trial: dict[str, Any]) -> str:
@@ -112,7 +124,7 @@ def row_of(folder: Path, name: str, trial: dict[str, Any], metric: str, mode: st
   best = (min if mode == 'min' else max)(points, default=(None, None))
   return {'name': name, 'settings': trial, 'state': status['state'],
           'best': best[0], 'best_step': best[1], 'last': points[-1][0] if points else None,
-          'minutes': round((status['updated'] - status['started']) / 60, 1) if 'updated' in status else None}
+          'minutes': round(status['seconds'] / 60, 1) if 'seconds' in status else None}
 
 
 def table(rows: list[dict[str, Any]], metric: str) -> list[str]:

@@ -35,6 +35,14 @@ def test_the_last_the_best_and_milestones_are_kept(tmp_path):
   assert (kept, best) == ([2, 5, 6, 7], 2)
 
 
+def test_a_score_counts_no_more_where_later_ones_are_of_something_else(tmp_path):
+  with Checkpoints(tmp_path, CheckpointConfig(keep_last=1)) as checkpoints:
+    for step, score, since in ((1, 1.0, 0), (2, 5.0, 2), (3, 4.0, 2), (4, 6.0, 2)):
+      checkpoints.save(step, arrays(step), (arrays(step), ()), {}, score=score, since=since)
+  with Checkpoints(tmp_path, CheckpointConfig(keep_last=1)) as checkpoints:
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([3, 4], 3)
+
+
 def test_the_latest_is_kept_though_another_is_best(tmp_path):
   assert save_all(tmp_path, {1: 1.0, 2: 2.0, 3: 3.0}, keep_last=1, keep_best=1) == ([1, 3], 1)
 

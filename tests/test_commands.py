@@ -7,7 +7,7 @@ import pytest
 from program import finish, start, write_config
 
 from llm_jax import check, schedules, sweep
-from llm_jax.config import combinations
+from llm_jax.config import combinations, load, to_dict
 from llm_jax.errors import ConfigError, DataError, UserError
 
 SWEEP = """
@@ -38,8 +38,15 @@ def test_a_schedule_is_drawn_with_what_begins_when(folder, capsys):
                   '--config.optim.schedule=constant', '--config.optim.warmup_cosine.warmup_steps=0',
                   '--config.optim.constant.warmup_steps=3'])
   printed = capsys.readouterr().out.splitlines()
-  assert len(printed) == 2 and 'constant, 150 steps, at first 0.00075, at most 0.003, at the end 0.003' in printed[0]
+  assert len(printed) == 2 and 'constant, 150 steps, at first 0, at most 0.003, at the end 0.003' in printed[0]
   assert min(matplotlib.image.imread(folder / 'x.png').shape[:2]) > 100
+
+
+def test_check_tells_what_is_missing_before_it_is_needed(monkeypatch, capsys):
+  monkeypatch.setattr(check, 'CORE', (*check.CORE, 'no-such-package'))
+  with pytest.raises(ConfigError, match='no-such-package: needed, and not installed'):
+    check.main([])
+  assert 'no-such-package MISSING' in capsys.readouterr().out
 
 
 def test_check_tells_what_there_is_and_whether_a_config_runs(folder, capsys):
@@ -92,5 +99,15 @@ def test_sweeps_that_cannot_be_are_told_before_a_trial_runs(folder, tmp_path):
   with pytest.raises(ConfigError, match='learning_rate must be positive'):
     sweep.main([f'--config={folder}/wrong.py', f'--workdir={tmp_path}/x'])
   assert not (tmp_path / 'x').exists()
+  text = (folder / 'swept.py').read_text().replace("[('adamw',)]", "[('adam',)]")
+  (folder / 'other.py').write_text(text)
+  trial = tmp_path / 'x' / '001_learning_rate=0.003,chain=adam'
+  trial.mkdir(parents=True)
+  (trial / 'metrics.jsonl').touch()
+  source = load(folder / 'other.py')
+  configs = [to_dict(source.resolve(source.trials[1] | {'seed': 5}, cpu_only=cpu_only)) for cpu_only in (True, False)]
+  (trial / 'trial.json').write_text(json.dumps(configs))
+  with pytest.raises(ConfigError, match=r'other settings; name another --workdir:\n  config.seed: it has 5, now 0$'):
+    sweep.main([f'--config={folder}/other.py', f'--workdir={tmp_path}/x'])
   assert combinations({'a': [1, 2], 'b': [3, 4]}) == ({'a': 1, 'b': 3}, {'a': 1, 'b': 4}, {'a': 2, 'b': 3},
                                                       {'a': 2, 'b': 4})

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from chains import RATE, STEPS, by_equation, close, descend, momentum, optimizer, tree
+from program import ROOT
 
+from llm_jax.api import load_config
 from llm_jax.config import build
 from llm_jax.errors import ConfigError
 from llm_jax.optim import TRANSFORMS, OptimConfig
@@ -123,6 +125,13 @@ def test_noise_lowers_updates_and_a_steady_gradient_does_not():
 # Groups of parameters.
 
 
+@pytest.mark.parametrize('given', ['100,200', '(100,200)', "('100','200')", (100, 200), ['100', '200']])
+def test_phases_end_at_steps_however_they_are_written(given):
+  settings = {'optim.grokfast_ma.phases': (1, 2, 3), 'optim.grokfast_ma.until': given}
+  config = load_config(ROOT / 'configs' / 'grokking.py', **settings)
+  assert config.optim.grokfast_ma.ends == [100, 200]
+
+
 def test_groups_have_their_own_rate_and_decay_and_frozen_ones_stay():
   groups = {'tables': {'pattern': 'embed', 'learning_rate': 0.1, 'weight_decay': 3.0},
             'outs': {'pattern': r'out/w$', 'frozen': True}, 'biases': {'pattern': '/b$', 'learning_rate': 2.0}}
@@ -166,8 +175,10 @@ def test_a_group_without_parameters_is_told_with_those_there_are():
     field.name in ('mu_dtype', 'accumulator_dtype') for field in dataclasses.fields(cls))])
 def test_moments_can_be_kept_in_bfloat16(name):
   field = 'accumulator_dtype' if name == 'sgd' else 'mu_dtype'
+  momentum = {'momentum': 0.9} if name == 'adafactor' else {}
   def sizes(dtype):
-    state = jax.eval_shape(optimizer(name, **{name: {field: dtype}}).init, jax.tree.map(jnp.float32, tree(0)))
+    tx = optimizer(name, **{name: {field: dtype, **momentum}})
+    state = jax.eval_shape(tx.init, jax.tree.map(jnp.float32, tree(0)))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
   num_params = sum(x.size for x in jax.tree.leaves(tree(0)))
   assert sizes('float32') - sizes('bfloat16') >= 2 * num_params - 200

@@ -213,6 +213,16 @@ def test_throughput_leaves_out_the_first_step():
   assert throughput.take() == {}
 
 
+def test_throughput_leaves_out_a_step_that_somebody_held_up():
+  throughput = Throughput(flops_per_token=1.0, peak=None)
+  throughput.restart()
+  for away in (0.0, 0.05, 1e-5):
+    time.sleep(0.01 + away)
+    throughput.away(away)
+    throughput.step_done(100)
+  assert 0.01 <= throughput.take()['seconds_per_step'] < 0.03, 'of the first and the third'
+
+
 def test_throughput_leaves_out_what_comes_between_steps():
   throughput = Throughput(flops_per_token=1.0, peak=None)
   throughput.step_done(1)

@@ -20,16 +20,17 @@ def tree(seed, scale=1.0):
 
 def warmup_cosine(step, peak, warmup, total, factor):
   if step < warmup:
-    return peak * (1 + step) / (warmup + 1)
-  return peak * (factor + (1 - factor) * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (total - warmup))))
+    return peak * step / warmup
+  progress, least = (step - warmup) / (total - warmup), factor * peak
+  return least + 0.5 * (peak - least) * (1 + np.cos(np.pi * progress))
 
 
 def test_warmup_cosine_is_its_equation():
   config = build(OptimConfig, {'learning_rate': 0.3, 'warmup_cosine': {'warmup_steps': 10, 'end_factor': 0.2}})
   schedule = make_optimizer(config, 50).schedule
   got = [float(schedule(step)) for step in range(51)]
-  np.testing.assert_allclose(got, [warmup_cosine(step, 0.3, 10, 50, 0.2) for step in range(51)], rtol=1e-5)
-  assert max(got) == pytest.approx(0.3) and got[10] == max(got) and got[50] == pytest.approx(0.06) and got[0] > 0
+  np.testing.assert_allclose(got, [warmup_cosine(step, 0.3, 10, 50, 0.2) for step in range(51)], rtol=1e-6)
+  assert max(got) == pytest.approx(0.3) and got[10] == max(got) and got[50] == pytest.approx(0.06) and got[0] == 0
 
 
 @pytest.mark.parametrize('name', TRANSFORMS)
@@ -51,35 +52,35 @@ def test_what_is_finite_in_the_square_leaves_the_state_finite(name):
 def test_constant_warms_up_and_stays():
   config = build(OptimConfig, {'learning_rate': 0.3, 'schedule': 'constant', 'constant': {'warmup_steps': 4}})
   schedule = make_optimizer(config, 50).schedule
-  np.testing.assert_allclose([schedule(s) for s in (0, 2, 4, 30)], [0.06, 0.18, 0.3, 0.3], rtol=1e-6)
+  np.testing.assert_allclose([schedule(s) for s in (0, 2, 4, 30)], [0, 0.15, 0.3, 0.3], rtol=1e-6)
 
 
 def test_the_chain_is_clipping_then_adamw_with_decay_on_matrices_only():
-  """Ten steps in float64 NumPy, from the papers' equations."""
+  """Twenty steps in float64 NumPy, from the papers' equations: within 1e-6 at a usual learning rate."""
   config = build(OptimConfig, {
-      'learning_rate': 0.1, 'adamw': {'b1': 0.8, 'b2': 0.9, 'weight_decay': 0.3},
+      'learning_rate': 0.003, 'adamw': {'b1': 0.8, 'b2': 0.9, 'weight_decay': 0.3},
       'clip_by_global_norm': {'max_norm': 2.0}, 'warmup_cosine': {'warmup_steps': 3, 'end_factor': 0.1}})
   tx = make_optimizer(config, 20)
   params = jax.tree.map(jnp.float32, tree(0))
-  state = tx.init(params)
+  state, update = tx.init(params), jax.jit(tx.update)
   expected, m, v = tree(0), tree(0, 0.0), tree(0, 0.0)
   decay = {'blocks': {'q': {'w': 0.3, 'b': 0.0}, 'norm': {'scale': 0.0}}, 'embed': {'w': 0.3}}
   norms = []
-  for t in range(10):
+  for t in range(20):
     grads = tree(t + 1, 10.0 if t % 2 else 0.1)
-    updates, state = tx.update(jax.tree.map(jnp.float32, grads), state, params)
+    updates, state = update(jax.tree.map(jnp.float32, grads), state, params)
     params = optax.apply_updates(params, updates)
     norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
     norms.append(norm)
     grads = jax.tree.map(lambda g: g * min(1, 2 / norm), grads)  # noqa: B023
     m = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, m, grads)
     v = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * g * g, v, grads)
-    rate = warmup_cosine(t, 0.1, 3, 20, 0.1)
+    rate = warmup_cosine(t, 0.003, 3, 20, 0.1)
     expected = jax.tree.map(
         lambda p, m, v, d: p - rate * (m / (1 - 0.8**(t + 1)) / (np.sqrt(v / (1 - 0.9**(t + 1))) + 1e-8) + d * p),  # noqa: B023
         expected, m, v, decay)
   assert min(norms) < 2 < max(norms)
-  jax.tree.map(lambda p, e: np.testing.assert_allclose(p, e, rtol=2e-5, atol=2e-6), params, expected)
+  jax.tree.map(lambda p, e: np.testing.assert_allclose(p, e, rtol=0, atol=1e-6), params, expected)
 
 
 def test_matrices_are_told_from_norms_and_biases_stacked_or_not():

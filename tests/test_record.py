@@ -34,6 +34,8 @@ def test_it_is_kept_through_a_checkpoint_unless_something_else_is_monitored():
   assert Record.from_meta(config, kept and {'record': kept}) == record
   other = Record.from_meta(EvalConfig(), {'record': kept})
   assert (other.best, other.stale) == (float('inf'), 0) and other.reached == {'val/accuracy > 0.3': 2}
+  elsewhere = Record.from_meta(config, {'record': kept, 'step': 7}, other_data=True)
+  assert elsewhere == Record(config, since=7, reached=other.reached)
   old = Record.from_meta(EvalConfig(), {'best_val_loss': 2.0, 'lowest': 1.5, 'stale': 4, 'val_loss': None})
   assert (old.saved, old.best, old.stale) == (2.0, 1.5, 4)
   assert Record.from_meta(EvalConfig(), {'best_val_loss': None, 'val_loss': None}).best == float('inf')

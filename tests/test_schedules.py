@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,11 +16,11 @@ PEAK, STEPS = 0.5, 100
 def values(name, num_steps=STEPS, **sections):
   config = build(OptimConfig, {'learning_rate': PEAK, 'schedule': name, **sections})
   schedule = config.make_schedule(num_steps)
-  return np.array([float(schedule(step)) for step in range(num_steps + 1)])
+  return np.asarray(jax.vmap(schedule)(np.arange(num_steps + 1)))
 
 
 def climb(step, warmup):
-  return PEAK * (step + 1) / (warmup + 1)
+  return PEAK * step / warmup
 
 
 def cosine(x):
@@ -39,7 +40,7 @@ def restarts(step):
   begin, length, peak = 0, 10, 1.0
   while step >= begin + length and begin + length < STEPS:
     begin, length, peak = begin + length, 2 * length, 0.5 * peak
-  return PEAK * (0.1 + (peak - 0.1) * cosine(min(1, (step - begin) / length)))
+  return PEAK * peak * (0.1 + 0.9 * cosine(min(1, (step - begin) / length)))
 
 
 @pytest.mark.parametrize(('name', 'settings', 'expected'), [
@@ -62,8 +63,15 @@ def restarts(step):
      lambda s: climb(s, 10) if s < 10 else PEAK * (1 if s < 20 else 5 if s < 60 else 0.2)),
 ])
 def test_schedules_are_their_equations(name, settings, expected):
-  np.testing.assert_allclose(values(name, **{name: settings}), [expected(s) for s in range(STEPS + 1)], rtol=1e-5,
-                             atol=1e-7)
+  np.testing.assert_allclose(values(name, **{name: settings}), [expected(s) for s in range(STEPS + 1)], rtol=1e-6,
+                             atol=1e-6 * PEAK)
+
+
+def test_a_restarted_cosine_only_falls_between_restarts():
+  got = values('restarts', restarts={'period': 10, 'multiply': 1.0, 'shrink': 0.5, 'end_factor': 0.1})[:STEPS]
+  cycles = got.reshape(-1, 10)
+  assert (np.diff(cycles) < 0).all() and (np.diff(cycles[:, 0]) < 0).all()
+  np.testing.assert_allclose(cycles, PEAK * 0.5 ** np.arange(10)[:, None] * (cycles[0] / PEAK), rtol=1e-5)
 
 
 def test_parts_follow_each_other_each_over_its_own_steps():
@@ -86,6 +94,7 @@ def test_every_step_has_a_finite_rate_not_above_what_was_asked_for(name):
     ({'schedule': 'composite'}, ['composite.parts', 'warmup_cosine']),
     ({'schedule': 'composite', 'composite': {'parts': ['composite']}}, ["'composite'", 'unknown']),
     ({'schedule': 'composite', 'composite': {'parts': ['constant', 'cyclic']}}, ['boundaries', '1 steps for 2 parts']),
+    ({'schedule': 'phases', 'phases': {'factors': [], 'boundaries': []}}, ['phases', 'factors', 'at least one']),
     ({'schedule': 'phases', 'phases': {'boundaries': [3, 2, 1]}}, ['boundaries must grow', '3, 2, 1']),
     ({'schedule': 'wsd', 'wsd': {'shape': 'round'}}, ['shape', 'linear', 'sqrt', 'cosine']),
     ({'schedule': 'one_cycle', 'one_cycle': {'pct_start': 1.0}}, ['pct_start', '1.0']),

@@ -80,7 +80,7 @@ class Phased(Link):
   @property
   def ends(self) -> list[int | Condition]:
     """Of each phase but the last: a step, or what has to hold."""
-    return [int(text) if text.strip().isdigit() else condition(text) for text in self.until]
+    return [int(text) if text.strip().isdecimal() else condition(text) for text in self.until]
 
   @property
   def asks(self) -> tuple[str, ...]:

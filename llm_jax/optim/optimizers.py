@@ -117,6 +117,7 @@ class Adafactor(Link):
   clipping_threshold: float = 1.0
   momentum: float = 0.0
   weight_decay: float = 0.0
+  mu_dtype: MuDtype = 'float32'  # of the momentum
 
   def __post_init__(self):
     rates(decay_rate=self.decay_rate, momentum=self.momentum)
@@ -127,7 +128,7 @@ class Adafactor(Link):
     return decayed(optax.adafactor(
         schedule, self.min_dim_size_to_factor, self.decay_rate,
         multiply_by_parameter_scale=self.multiply_by_parameter_scale, clipping_threshold=self.clipping_threshold,
-        momentum=self.momentum or None), schedule, self.weight_decay)
+        momentum=self.momentum or None, dtype_momentum=self.mu_dtype), schedule, self.weight_decay)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +239,6 @@ class ScheduleFree(Link):
   eps: float = 1e-8
   weight_decay: float = 0.1
   weight_lr_power: float = 2.0
-
 
   def __post_init__(self):
     rates(b1=self.b1, b2=self.b2)

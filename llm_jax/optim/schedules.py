@@ -1,4 +1,4 @@
-"""Learning rates by step, each a frozen section of the config. `warmup_steps` climb in a line to the peak.
+"""Learning rates by step, each a frozen section of the config. `warmup_steps` climb in a line from 0 to the peak.
 
 Factors are shares of the peak, which is config.optim.learning_rate. Where a schedule takes all of training, its last
 step is config.num_steps.
@@ -32,7 +32,7 @@ class Warmup:
     after = self.after(peak_value, num_steps - self.warmup_steps)
     if not self.warmup_steps:
       return after
-    climb = optax.linear_schedule(peak_value / (self.warmup_steps + 1), peak_value, self.warmup_steps)
+    climb = optax.linear_schedule(0.0, peak_value, self.warmup_steps)
     return optax.join_schedules([climb, after], [self.warmup_steps])
 
   def after(self, peak_value: float, num_steps: int) -> optax.Schedule:
@@ -175,7 +175,7 @@ class Cyclic:
 class Restarts(Warmup):
   """Cosines with warm restarts (SGDR, arXiv 1608.03983): each `multiply` as long as the one before.
 
-  `shrink` multiplies the peak of each after the first.
+  `shrink` multiplies the peak of each after the first; `end_factor` is a share of its own peak.
   """
 
   period: int = 1000
@@ -189,12 +189,18 @@ class Restarts(Warmup):
     at_least(1, multiply=self.multiply)
 
   def after(self, peak_value: float, num_steps: int) -> optax.Schedule:
-    cosines, ends, end, length, peak = [], [], 0, self.period, peak_value
-    while end < num_steps:
-      cosines.append(optax.cosine_decay_schedule(peak, length, self.end_factor * peak_value / peak))
-      ends.append(end := end + length)
-      length, peak = round(length * self.multiply), peak * self.shrink
-    return optax.join_schedules(cosines, ends[:-1])
+    lengths, begins = [self.period], [0]
+    while begins[-1] + lengths[-1] < num_steps:
+      begins.append(begins[-1] + lengths[-1])
+      lengths.append(round(lengths[-1] * self.multiply))
+
+    def schedule(step: Any) -> Any:
+      cycle = jnp.searchsorted(jnp.array(begins[1:]), step, side='right')
+      progress = jnp.clip((step - jnp.array(begins)[cycle]) / jnp.array(lengths)[cycle], 0, 1)
+      cosine = self.end_factor + (1 - self.end_factor) * SHAPES['cosine'](progress)
+      return peak_value * self.shrink ** cycle * cosine
+
+    return schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +244,8 @@ class Composite:
 
 
 def _check_boundaries(boundaries: tuple[int, ...], what: str, count: int) -> None:
+  if not count:
+    raise ValueError(f'{what} must have at least one entry')
   if len(boundaries) != count - 1:
     raise ValueError(f'boundaries must be {count - 1} steps for {count} {what}; got {len(boundaries)}')
   if any(b >= c for b, c in zip((0, *boundaries), boundaries, strict=False)):
