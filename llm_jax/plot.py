@@ -13,6 +13,7 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(prog='python -m llm_jax.plot', allow_abbrev=False, description=__doc__)
   parser.add_argument('--workdir', type=Path, nargs='+', required=True, help='one run, or several to compare')
   parser.add_argument('--metric', nargs='+', default=['train/loss', 'val/loss'])
+  parser.add_argument('--log_x', action='store_true', help='steps by their powers of ten')
   parser.add_argument('--out', type=Path, default=Path('loss.png'))
   args = parser.parse_args(argv)
   try:
@@ -35,12 +36,14 @@ def main(argv: list[str]) -> None:
     for name in args.metric:
       points = [(line['step'], line[name]) for line in lines if name in line]
       if points:
-        label = name if len(args.workdir) == 1 else f'{workdir.name}: {name}'
+        label = name if len(args.workdir) == 1 else workdir.name if len(args.metric) == 1 else f'{workdir.name}: {name}'
         axes.plot(*zip(*points, strict=True), label=label, marker='o' if len(points) < 30 else None, markersize=4)
   if not axes.lines:
     raise ConfigError(f'--metric: none of {", ".join(args.metric)} is there; there are: {", ".join(sorted(known))}')
   axes.set(xlabel='step', ylabel=args.metric[0] if len(args.metric) == 1 else 'nats per token'
            if all(name.endswith('/loss') for name in args.metric) else '')
+  if args.log_x:
+    axes.set_xscale('log')
   axes.grid(alpha=0.3)
   axes.legend()
   try:

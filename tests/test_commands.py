@@ -6,7 +6,7 @@ import matplotlib.image
 import pytest
 from program import finish, start, write_config
 
-from llm_jax import check, schedules, sweep
+from llm_jax import check, plot, schedules, sweep
 from llm_jax.config import combinations, load, to_dict
 from llm_jax.errors import ConfigError, DataError, UserError
 
@@ -40,6 +40,21 @@ def test_a_schedule_is_drawn_with_what_begins_when(folder, capsys):
   printed = capsys.readouterr().out.splitlines()
   assert len(printed) == 2 and 'constant, 150 steps, at first 0, at most 0.003, at the end 0.003' in printed[0]
   assert min(matplotlib.image.imread(folder / 'x.png').shape[:2]) > 100
+
+
+def test_curves_of_several_runs_are_drawn(tmp_path, capsys):
+  for name, steps in (('a', 200), ('b', 20)):
+    (tmp_path / name).mkdir()
+    lines = [{'step': step, 'val/accuracy': 1 - 1 / step} for step in range(1, steps)]
+    (tmp_path / name / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  runs = ['--workdir', str(tmp_path / 'a'), str(tmp_path / 'b')]
+  pictures = []
+  for flags in ([], ['--log_x']):
+    plot.main([*runs, '--metric', 'val/accuracy', f'--out={tmp_path}/x.png', *flags])
+    pictures.append(matplotlib.image.imread(tmp_path / 'x.png'))
+  assert pictures[0].shape == pictures[1].shape and (pictures[0] != pictures[1]).any()
+  with pytest.raises(ConfigError, match=r'--metric: none of loss is there; there are: step, val/accuracy'):
+    plot.main([*runs, '--metric', 'loss'])
 
 
 def test_check_tells_what_is_missing_before_it_is_needed(monkeypatch, capsys):

@@ -110,11 +110,21 @@ def test_a_staged_run_reads_what_its_plan_says_and_goes_on_after_a_stop(folder, 
     patch.setattr(StopSignal, 'reached', lambda self: next(asked) == stop)
     with pytest.raises(Interrupted):
       train(folder, f'cut{stop}')
+  assert [line['step'] for line in whole if 'val/loss' in line] == [9], 'where a stage ends nothing is validated'
   cut = train(folder, f'cut{stop}')
   assert [line['train/loss'] for line in cut] == [line['train/loss'] for line in whole]
   assert cut[-1]['val/loss'] == whole[-1]['val/loss']
   kept = json.loads((folder / f'whole{stop}' / 'config.json').read_text())
   assert kept['batch_tokens'] == 512 and kept['stages']['more']['begin'] == 3, 'config.json repeats the run'
+
+
+@pytest.mark.slow
+def test_the_best_is_of_the_data_that_it_was_validated_with(folder):
+  """Rows of 128 tokens have lower losses than those of 32 whatever was learnt."""
+  train(folder, 'scores', '--config.eval.every=2', '--config.optim.learning_rate=1e-6', '--config.eval.patience=3')
+  saved = [json.loads(path.read_text()) for path in sorted((folder / 'scores').glob('checkpoints/*/meta/metadata'))]
+  assert [(meta['step'], meta['record']['since']) for meta in saved][-1] == (9, 6)
+  assert saved[-1]['record']['stale'] < 3
 
 
 def test_a_goal_reached_in_a_stage_ends_the_run_and_stays_reached(folder):
