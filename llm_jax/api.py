@@ -187,7 +187,7 @@ class Trained:
 
 
 def train(config: Config, workdir: str | Path = 'runs/run') -> Training:
-  """A run in `workdir`, not begun yet: iterate over it. What the folder holds is gone on with."""
+  """A run in `workdir`, not begun yet: iterate over it. A folder that holds a run resumes it."""
   return Training(config, workdir)
 
 

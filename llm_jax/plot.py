@@ -1,8 +1,12 @@
-"""Draws curves from metrics.jsonl: python -m llm_jax.plot --workdir=runs/gpt_small --out=loss.png"""
+"""Draws curves from metrics.jsonl: python -m llm_jax.plot --workdir=runs/gpt_small --out=loss.png
+
+Trials of a sweep that differ in nothing but their seed share a colour.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from llm_jax.errors import ConfigError, StorageError
@@ -27,6 +31,7 @@ def main(argv: list[str]) -> None:
 
   figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
   known: set[str] = set()
+  colours: dict[str, str] = {}
   for workdir in args.workdir:
     path = workdir / 'metrics.jsonl'
     if not path.is_file():
@@ -36,8 +41,11 @@ def main(argv: list[str]) -> None:
     for name in args.metric:
       points = [(line['step'], line[name]) for line in lines if name in line]
       if points:
-        label = name if len(args.workdir) == 1 else workdir.name if len(args.metric) == 1 else f'{workdir.name}: {name}'
-        axes.plot(*zip(*points, strict=True), label=label, marker='o' if len(points) < 30 else None, markersize=4)
+        kind = re.sub(r'^\d{3}_|,seed=\d+$', '', workdir.name)  # see sweep.name_of
+        label = name if len(args.workdir) == 1 else kind if len(args.metric) == 1 else f'{kind}: {name}'
+        [line] = axes.plot(*zip(*points, strict=True), label='' if label in colours else label,
+                           color=colours.get(label), marker='o' if len(points) < 30 else None, markersize=4)
+        colours.setdefault(label, line.get_color())
   if not axes.lines:
     raise ConfigError(f'--metric: none of {", ".join(args.metric)} is there; there are: {", ".join(sorted(known))}')
   axes.set(xlabel='step', ylabel=args.metric[0] if len(args.metric) == 1 else 'nats per token'
@@ -45,7 +53,10 @@ def main(argv: list[str]) -> None:
   if args.log_x:
     axes.set_xscale('log')
   axes.grid(alpha=0.3)
-  axes.legend()
+  if len(args.workdir) == 1:
+    axes.legend()
+  else:
+    figure.legend(loc='outside upper center')
   try:
     figure.savefig(args.out, dpi=120)
   except (OSError, ValueError) as e:
