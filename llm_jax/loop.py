@@ -78,8 +78,7 @@ def stage_moments(stage: Plan, workdir: Path, status: Status, goodput: Goodput) 
     checkpoints = stack.enter_context(Checkpoints(workdir / 'checkpoints', config.checkpoint))
     state, meta = first_state(parts, checkpoints, mesh)
     begin = int(state.step)
-    other_data = begin == stage.begin > 0 and meta['config']['data'] != to_dict(config)['data']
-    record = Record.from_meta(config.eval, meta, other_data)
+    record = Record.from_meta(config.eval, meta, other_data=stage.new_data and begin == stage.begin)
     validated = meta.get('validated', meta.get('val_loss', 0.0) is not None)
     validated_at = begin if validated else -1
     status.update(state='training', step=begin, num_steps=config.num_steps, monitor=config.eval.monitor,

@@ -22,6 +22,7 @@ class Plan:
   begin: int  # steps done before it
   end: int
   sizes: tuple[tuple[int, int], ...]  # (begin, tokens of a batch) of each stage up to this one
+  new_data: bool  # not as the stage before it
 
   def rows_at(self, step: int) -> int:
     """Rows of this stage's length that have been read when `step` steps are done, in this stage and before it."""
@@ -56,7 +57,7 @@ def plan(config: Config) -> list[Plan]:
     if len(configs) > 1:
       each = dataclasses.replace(each, model=dataclasses.replace(each.model, **left_open))
     sizes += ((begin, each.batch_tokens),)
-    plans.append(Plan(config, each, begin, end, sizes))
+    plans.append(Plan(config, each, begin, end, sizes, i > 0 and each.data != configs[i - 1].data))
   return plans
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from llm_jax.errors import ConfigError, StorageError
 from llm_jax.main import run_as_program
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
 
   figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
   known: set[str] = set()
-  colours: dict[str, str] = {}
+  colours: dict[str, Any] = {}
   for workdir in args.workdir:
     path = workdir / 'metrics.jsonl'
     if not path.is_file():
