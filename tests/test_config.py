@@ -191,6 +191,7 @@ PARAMETERS = {
     'package': (689_026, 689_026),
     'grokking': (419_712, 419_712),
     'optimizer_race': (950_912, 950_912),
+    'half_time': (950_912, 950_912),
     'duration': (250_176, 250_176),  # no head: it has as many outputs as the labels have numbers
     'search': (266_912, 266_912),
     'spans': (1_250_816, 1_250_816),
