@@ -49,7 +49,7 @@ def get_config():
 
 
 def sweep():
-  """Grokfast by both filters, decay alone, and neither."""
-  kinds = [('grokfast_ma,l2,adam', 3000), ('grokfast_ema,l2,adam', 3000), ('l2,adam', 60000), ('adam', 60000)]
+  """Grokfast by both filters, and neither filter nor decay, as the paper's baseline."""
+  kinds = [('grokfast_ma,l2,adam', 3000), ('grokfast_ema,l2,adam', 3000), ('adam', 60000)]
   return [{'optim.chain': chain, 'num_steps': num_steps, 'eval.every': 10 if num_steps == 3000 else 100, 'seed': seed}
           for seed in range(3) for chain, num_steps in kinds]

@@ -120,8 +120,8 @@ class Throughput:
     self.seconds_per_step: float | None = None  # until steps were timed
 
   def restart(self) -> None:
-    """Begins the next step's time now: after compiling, evaluation or a save."""
-    self._start = time.perf_counter()
+    """Begins the next step's time now: after compiling, evaluation or a save, and what a caller did then."""
+    self._start, self._away = time.perf_counter(), 0.0
 
   def waited(self, seconds: float) -> None:
     self._waited += seconds

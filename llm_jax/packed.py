@@ -71,7 +71,8 @@ def unpacked(params: Params, like: Params, axes: Params, trained_on: bool) -> di
     num_inputs = math.prod(leaf.shape[i] for i in dims.reduction_axis)
     codes_SIO = jax.vmap(lambda x: unpack(x, num_inputs))(packed.reshape(-1, *packed.shape[-2:]))  # noqa: B023
     if trained_on:
-      scale = scale / jnp.mean(jnp.abs(codes_SIO), axis=(1, 2)).reshape(scale.shape)
+      share = jnp.mean(jnp.abs(codes_SIO), axis=(1, 2)).reshape(scale.shape)
+      scale = scale / jnp.where(share > 0, share, 1)  # a matrix of zeros stays one
     arrays[f'{stem}w'] = from_matrices(codes_SIO * scale.reshape(-1, 1, 1), leaf, dims)
   return arrays
 
