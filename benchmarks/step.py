@@ -32,7 +32,9 @@ def main():
 
   from llm_jax.devices import has_fast_bf16, peak_flops
   from llm_jax.models.decoder import Decoder, DecoderConfig
-  from llm_jax.optim import AdamW, Constant, OptimConfig, make_optimizer
+  from llm_jax.optim import OptimConfig, make_optimizer
+  from llm_jax.optim.optimizers import AdamW
+  from llm_jax.optim.schedules import Constant
   from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh
   from llm_jax.step import init_state, state_shardings, train_step
   from llm_jax.types import Batch

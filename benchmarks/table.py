@@ -27,7 +27,10 @@ RESULTS = Path(__file__).parent / 'results'
 MALLOC = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '-1', 'MALLOC_TOP_PAD_': str(64 << 20),
           'MALLOC_ARENA_MAX': '1'}
 SECONDS = {'char_tiny': 1.5, 'char_small': 5.0, 'gpt2_cpu': 5.0}  # of each variant in a round; one step at least
-HOPELESS = 1.6  # times the best of PyTorch's; what is slower in the first round is timed once and not again
+HOPELESS = 2  # times the best of PyTorch's; what is slower in the first round is timed once and not again
+VARIANTS = [(f'PyTorch {"compiled" if "--compile" in flags else "eager"} {dtype}{" + malloc" if env else ""}',
+             [f'--dtype={dtype}', *flags], env)
+            for env in ({}, MALLOC) for flags in ([], ['--compile']) for dtype in ('f32', 'bf16')]
 
 
 class Worker:
@@ -59,44 +62,38 @@ class Worker:
 
 def measure(preset: str, torch: str | None, rounds: int) -> dict:
   """All variants of one preset, best first, and the rate of a large matrix product."""
-  workers = {'llm_jax': Worker(sys.executable, 'benchmarks.step', preset, [], {})}
-  left_out: dict[str, str] = {}
-  for flags in ([], ['--compile'], ['--dtype=bf16'], ['--dtype=bf16', '--compile']) if torch else ():
-    for env in ({}, MALLOC):
-      name = ' '.join(['PyTorch', 'compiled' if '--compile' in flags else 'eager',
-                       'bf16' if '--dtype=bf16' in flags else 'f32', *(['+ malloc'] if env else [])])
-      first = workers.get('PyTorch eager bf16')
-      if '--dtype=bf16' in flags and first:
-        ratio = first.seconds[0] / min(w.seconds[0] for n, w in workers.items() if 'f32' in n)
-        if ratio > HOPELESS:
-          left_out[name] = f'eager bf16 takes {ratio:.1f} times as long as f32 on this machine'
-          continue
-      worker = workers[name] = Worker(torch, 'benchmarks.torch_step', preset, flags, env)
-      worker.seconds = [statistics.median(worker.ask('step', SECONDS[preset]))]
-      print(f'{preset}: {name}: ready after {worker.start_s:.1f} s, {1e3 * worker.seconds[0]:.1f} ms', flush=True)
-  workers['llm_jax'].ask('step', SECONDS[preset])
-  best = min((w.seconds[0] for w in workers.values() if w.seconds), default=0)
-  repeated = {name: w for name, w in workers.items()
-              if 'bf16' not in name or w.seconds[0] < HOPELESS * best}  # one slow round may be the machine's
-  for worker in set(workers.values()) - set(repeated.values()):
-    worker.close()
-  for worker in repeated.values():
+  running = {'llm_jax': Worker(sys.executable, 'benchmarks.step', preset, [], {})}
+  running['llm_jax'].ask('step', SECONDS[preset])
+  workers, left_out = dict(running), {}
+  for name, flags, env in VARIANTS if torch else ():
+    dtype = 'bf16' if 'bf16' in name else 'f32'
+    best = min((w.seconds[0] for w in workers.values() if w.seconds), default=float('inf'))
+    if env and all(w.seconds[0] > HOPELESS * best for n, w in workers.items() if dtype in n):
+      left_out[name] = f'without it, {dtype} takes over {HOPELESS} times as long as the best'
+      continue
+    worker = workers[name] = running[name] = Worker(torch, 'benchmarks.torch_step', preset, flags, env)
+    worker.seconds = [statistics.median(worker.ask('step', SECONDS[preset]))]
+    print(f'{preset}: {name}: ready after {worker.start_s:.1f} s, {1e3 * worker.seconds[0]:.1f} ms', flush=True)
+    best = min(best, worker.seconds[0])
+    for slow in [n for n, w in running.items() if w.seconds and w.seconds[0] > HOPELESS * best]:
+      running.pop(slow).close()  # its memory too is needed
+  for worker in running.values():
     worker.seconds = []
   gemm: list[float] = []
   for i in range(rounds):
-    for name, worker in repeated.items():
+    for name, worker in running.items():
       worker.seconds += worker.ask('step', SECONDS[preset])
-      if name in ('llm_jax', 'PyTorch eager f32'):
+      if name in ('llm_jax', 'PyTorch eager f32', 'PyTorch eager bf16'):
         gemm.append(statistics.median(worker.ask('gemm', 1)))
     print(f'{preset}: round {i + 1} of {rounds}: ' + ', '.join(
-        f'{name} {1e3 * statistics.median(w.seconds):.1f} ms' for name, w in repeated.items()), flush=True)
+        f'{name} {1e3 * statistics.median(w.seconds):.1f} ms' for name, w in running.items()), flush=True)
   rows = []
   for name, worker in workers.items():
     about = worker.about
     rows.append({'variant': name, **{k: about[k] for k in ('framework', 'dtype', 'first_step_s')},
                  'start_s': round(worker.start_s, 1), 'timed_steps': len(worker.seconds),
                  **rates(worker.seconds, about['tokens'], about['flops'])})
-  for worker in repeated.values():
+  for worker in running.values():
     worker.close()
   peak = 2 * GEMM_SIZE**3 / min(gemm)
   for row in rows:

@@ -62,7 +62,7 @@ CASES = [  # heads, kv heads, window, segments, prefix
 def test_attention_and_its_gradient_are_their_equations(name, kept, monkeypatch):
   """Nine tokens in blocks of four: the last block is short, and windows hide whole blocks. Weights kept, and not."""
   monkeypatch.setattr(blocked, 'BLOCKS', {True: 4, False: 4})
-  monkeypatch.setattr(blocked, 'KEPT', kept)
+  monkeypatch.setattr(blocked, 'KEPT_BYTES', kept * 4)
   inputs = [(*qkv(2, 9, N, K, 6), normal(3, 2, 9, N, 6)) for N, K, *_ in CASES]
 
   @jax.jit
@@ -74,9 +74,11 @@ def test_attention_and_its_gradient_are_their_equations(name, kept, monkeypatch)
     check(got, reference(*arrays, *masks))
 
 
-def test_bfloat16_attention_is_within_its_rounding(monkeypatch):
-  monkeypatch.setattr(blocked, 'BLOCKS', {True: 4, False: 4})
-  arrays = [jnp.asarray(x, jnp.bfloat16) for x in (*qkv(2, 6, 4, 2, 8), normal(3, 2, 6, 4, 8))]
+@pytest.mark.parametrize(('T', 'num_kv_heads'), [(4, 4), (6, 2), (9, 4), (3, 4), (64, 4)])
+def test_bfloat16_attention_is_within_its_rounding(T, num_kv_heads, monkeypatch):
+  """In one block and several, of even and odd numbers of rows: each takes other products of XLA's."""
+  monkeypatch.setattr(blocked, 'BLOCKS', {True: 64 if T == 64 else 4})
+  arrays = [jnp.asarray(x, jnp.bfloat16) for x in (*qkv(2, T, 4, num_kv_heads, 8), normal(3, 2, T, 4, 8))]
   got = jax.jit(partial(value_and_grads, partial(causal_attention, implementation='blocked')))(*arrays)
   assert all(x.dtype == jnp.bfloat16 for x in got)
   check(got, reference(*arrays), tolerance=2e-2)

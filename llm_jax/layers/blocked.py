@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-KEPT = 256  # the longest T whose weights are kept: reading them is faster than computing them again
-BLOCKS = {True: 64, False: 128}  # queries of a block where the weights are kept, and where not; the fastest measured
+KEPT_BYTES = 1024  # of a query's weights, up to which they are kept: reading is faster than computing them again
+SHORT = 256  # the longest T with short blocks
+BLOCKS = {True: 64, False: 128}  # queries of a block, short and not; the fastest measured
 HIDDEN = -1e30  # added to a score that does not count
 MAX_BLOCKS = 16  # each is compiled on its own: a longer T has longer blocks
 
@@ -27,10 +28,22 @@ def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int
   """Attention of each token over what `causal_attention` lets it see; y [B, T, N, H]."""
   B, T, N, H = q_BTNH.shape
   K = k_BTKH.shape[2]
-  q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  # Scaled here, not later: q is smaller than the scores. Exact in bfloat16 where H is a power of 4.
+  scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
+  q_BKGTH = scaled_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
   k_BKTH, v_BKTH = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
+  q_BKGTH, k_BKTH, v_BKTH = map(_laid_out, (q_BKGTH, k_BKTH, v_BKTH))
   y_BKGTH = _attend(window, q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, prefix_BT)
   return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _laid_out(x: jax.Array) -> jax.Array:
+  """x, and later its gradient, as copies in the order of their dimensions.
+
+  XLA:CPU has no fast bfloat16 product of an array that it transposed in name only. Merging the last two dimensions
+  makes it transpose, and the barrier keeps it from seeing through that.
+  """
+  return jax.lax.optimization_barrier(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -45,7 +58,7 @@ def _forward(window, q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, prefix_BT):
     max_BKR1 = s_BKRS.max(-1, keepdims=True)
     e_BKRS = jnp.exp(s_BKRS - max_BKR1)
     z_BKR1 = e_BKRS.sum(-1, keepdims=True)
-    if q_BKGTH.shape[3] <= KEPT:
+    if _keeps(q_BKGTH):
       kept.append((e_BKRS / z_BKR1).astype(v_BKTH.dtype))
       y_BKRH = _dot('BKRS,BKSH->BKRH', kept[-1], v_BKTH[:, :, keys])
     else:  # normalised after the product: y is smaller than the weights
@@ -72,20 +85,23 @@ def _backward(window, residuals, dy_BKGTH):
       p_BKRS = jnp.exp(s_BKRS - _merge(log_z_BKGT1, queries))
     dy_BKRH = _merge(dy_BKGTH, queries)
     dp_BKRS = _dot('BKRH,BKSH->BKRS', dy_BKRH, v_BKTH[:, :, keys])
-    ds_BKRS = (p_BKRS * (dp_BKRS - _merge(own_BKGT1, queries)) * q_BKGTH.shape[-1]**-0.5).astype(dtype)
+    ds_BKRS = (p_BKRS * (dp_BKRS - _merge(own_BKGT1, queries))).astype(dtype)
     dqs.append(_unmerge(_dot('BKRS,BKSH->BKRH', ds_BKRS, k_BKTH[:, :, keys]), q_BKGTH))
-    # H before S: so XLA:CPU transposes the queries for the product, not the larger weights.
-    dks.append((keys, _dot('BKRH,BKRS->BKHS', _merge(q_BKGTH, queries), ds_BKRS)))
-    dvs.append((keys, _dot('BKRH,BKRS->BKHS', dy_BKRH, p_BKRS.astype(dtype))))
+    dks.append((keys, _dot_rows(ds_BKRS, _merge(q_BKGTH, queries))))
+    dvs.append((keys, _dot_rows(p_BKRS.astype(dtype), dy_BKRH)))
   return jnp.concatenate(dqs, 3).astype(dtype), _sum(dks, k_BKTH), _sum(dvs, v_BKTH), None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
+def _keeps(q_BKGTH: jax.Array) -> bool:
+  return q_BKGTH.shape[3] * q_BKGTH.dtype.itemsize <= KEPT_BYTES
+
+
 def _blocks(T: int, window: int, prefix_BT: jax.Array | None) -> Iterator[tuple[slice, slice]]:
   """Queries of each block, and the keys that any of them can see."""
-  size = max(BLOCKS[T <= KEPT], -(-T // MAX_BLOCKS))
+  size = max(BLOCKS[T <= SHORT], -(-T // MAX_BLOCKS))
   for start in range(0, T, size):
     stop = min(start + size, T)
     first = max(0, start - window + 1) if window else 0
@@ -101,12 +117,21 @@ def _scores(q_BKGTH, k_BKTH, queries: slice, keys: slice, window: int, segment_i
   if segment_ids_BT is not None:
     seen_BCS = seen_BCS & (segment_ids_BT[:, queries, None] == segment_ids_BT[:, None, keys])
   hidden_B1RS = jnp.tile(jnp.where(seen_BCS, 0, HIDDEN)[:, None], (1, 1, q_BKGTH.shape[2], 1))
-  s_BKRS = _dot('BKRH,BKSH->BKRS', _merge(q_BKGTH, queries), k_BKTH[:, :, keys])
-  return s_BKRS * q_BKGTH.shape[-1]**-0.5 + hidden_B1RS
+  return _dot('BKRH,BKSH->BKRS', _merge(q_BKGTH, queries), k_BKTH[:, :, keys]) + hidden_B1RS
 
 
 def _dot(eqn: str, x: jax.Array, y: jax.Array) -> jax.Array:
   return jnp.einsum(eqn, x, y, preferred_element_type=jnp.float32)
+
+
+def _dot_rows(x_BKRS: jax.Array, y_BKRH: jax.Array) -> jax.Array:
+  """Their product over R, float32 [B, K, S, H]."""
+  if x_BKRS.dtype == jnp.bfloat16 and not x_BKRS.shape[2] % 2:
+    # XLA:CPU's bfloat16 kernels take a sum over two dimensions, five times as fast as what serves one.
+    x_BKiRS, y_BKiRH = (a.reshape(*a.shape[:2], 2, -1, a.shape[3]) for a in (x_BKRS, y_BKRH))
+    return _dot('BKiRS,BKiRH->BKSH', x_BKiRS, y_BKiRH)
+  # H before S: so XLA:CPU transposes the queries for the product, not the larger weights.
+  return _dot('BKRH,BKRS->BKHS', y_BKRH, x_BKRS).swapaxes(2, 3)
 
 
 def _merge(x_BKGTH: jax.Array, queries: slice) -> jax.Array:
@@ -120,7 +145,7 @@ def _unmerge(x_BKRH: jax.Array, like_BKGTH: jax.Array) -> jax.Array:
 
 
 def _sum(parts: list[tuple[slice, jax.Array]], like_BKTH: jax.Array) -> jax.Array:
-  """The sum over blocks [B, K, H, S] in float32, in the shape and dtype of `like_BKTH`; zero for keys nobody saw."""
+  """The sum over blocks in float32, in the shape and dtype of `like_BKTH`; zero for keys nobody saw."""
   T = like_BKTH.shape[2]
-  padded = [jnp.pad(part_BKHS, [(0, 0)] * 3 + [(keys.start, T - keys.stop)]) for keys, part_BKHS in parts]
-  return sum(padded[1:], padded[0]).swapaxes(2, 3).astype(like_BKTH.dtype)
+  padded = [jnp.pad(part_BKSH, [(0, 0)] * 2 + [(keys.start, T - keys.stop), (0, 0)]) for keys, part_BKSH in parts]
+  return sum(padded[1:], padded[0]).astype(like_BKTH.dtype)

@@ -6,6 +6,7 @@ Dims: B batch, T length, D embed, V vocab.
 from __future__ import annotations
 
 import functools
+import re
 from typing import cast
 
 import flax.linen as nn
@@ -22,8 +23,20 @@ def mixed_einsum(eqn: str, dtype: Dtype, x: jax.Array, w: jax.Array, copy: jax.A
   `eqn` is two-operand without repeated or dropped letters; rows lead in x and y and nowhere else: 'BTD,DNH->BTNH'.
   The gradient is w's, in its own dtype; what the products read is `copy`, if there is one.
   """
-  w = w if copy is None else copy
+  eqn, x, w = _merge_summed(eqn, x, w if copy is None else copy)
   return jnp.einsum(eqn, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _merge_summed(eqn: str, x: jax.Array, w: jax.Array) -> tuple[str, jax.Array, jax.Array]:
+  """The same with the last dimensions of x, if all are summed over, as one: of w XLA:CPU would transpose a copy."""
+  x_dims, w_dims, y_dims = re.split(',|->', eqn)
+  summed = ''.join(d for d in x_dims if d not in y_dims)
+  if len(summed) < 2 or not x_dims.endswith(summed) or summed not in w_dims:
+    return eqn, x, w
+  first = w_dims.index(summed)
+  x = x.reshape(*x.shape[:-len(summed)], -1)
+  w = w.reshape(*w.shape[:first], -1, *w.shape[first + len(summed):])
+  return eqn.replace(summed, summed[0]), x, w
 
 
 def _mixed_einsum_fwd(eqn, dtype, x, w, copy):
@@ -34,7 +47,7 @@ def _mixed_einsum_fwd(eqn, dtype, x, w, copy):
 
 def _mixed_einsum_bwd(eqn, dtype, residuals, dy):
   x, w, x_like, w_like = residuals
-  (x_dims, w_dims), y_dims = (lambda ins, out: (ins.split(','), out))(*eqn.split('->'))
+  x_dims, w_dims, y_dims = re.split(',|->', eqn)
   dx = mixed_einsum(f'{y_dims},{w_dims}->{x_dims}', dtype, dy, w).astype(x_like.dtype)
   if dtype == jnp.float32:
     # Summed over one dimension instead of B and T, XLA:CPU reads x as it lies; its bfloat16 kernels want the copy.
