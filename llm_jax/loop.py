@@ -32,7 +32,7 @@ from llm_jax.record import Record
 from llm_jax.report import describe, text_metrics, write_run_files
 from llm_jax.sharding import make_mesh, put_batch
 from llm_jax.start import first_state
-from llm_jax.status import Goodput, Status, system
+from llm_jax.status import Goodput, Status
 from llm_jax.step import TrainState
 from llm_jax.stopping import StopSignal
 from llm_jax.types import Params, as_batch
@@ -128,7 +128,7 @@ def stage_moments(stage: Plan, workdir: Path, status: Status, goodput: Goodput) 
       logged = {f'train/{name}': value for name, value in (values | throughput.take()).items()}
       text_loss = values.get('next_token/loss', values['loss'] if config.loss.terms == ('next_token',) else None)
       logged |= text_metrics('train', text_loss, data, config.data.task) | batches.metrics()
-      logged |= system() | goodput.shares() | epoch
+      logged |= status.system() | goodput.shares() | epoch
       console.step(step, logged, throughput.seconds_per_step)
       tell(step, logged)
       return logged

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ class Epochs:
 
   def __init__(self, epoch_at: Callable[[int], int], sums: dict[str, float]):
     """`epoch_at(step)` epochs are over when `step` steps are done."""
-    self._epoch_at, self.sums = epoch_at, dict(sums)
+    self._epoch_at, self.sums = lru_cache(2)(epoch_at), dict(sums)  # each step asks for its own and the one before
 
   def add(self, step: int, values: dict[str, float]) -> dict[str, float]:
     """{'epoch/loss': ..., 'epoch/number': 3} after an epoch's last step, else nothing."""

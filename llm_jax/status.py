@@ -16,6 +16,8 @@ import psutil
 
 from llm_jax.errors import Interrupted
 
+SECONDS = 1.0  # how old a file, or what the machine said, may get: both cost half a millisecond, and steps can be short
+
 
 class Status:
   """Keeps `workdir`/status.json, whole at any time: `state` is starting, training, finished, stopped or failed.
@@ -31,16 +33,26 @@ class Status:
     self._seconds = before.get('seconds', 0.0)
     self.values: dict[str, Any] = {'state': 'starting', 'step': 0, **known, 'num_steps': num_steps,
                                    'process': os.getpid(), 'started': time.time()}
+    self._written = self._asked = float('-inf')
+    self._system: dict[str, float] = {}
 
   def update(self, **values: Any) -> None:
+    """Takes the values, and writes the file if it is old or the state another one."""
     now = time.time()
     self.values |= {**values, 'updated': now, 'seconds': self._seconds + now - self.values['started']}
-    if jax.process_index() != 0:
+    if jax.process_index() != 0 or ('state' not in values and time.perf_counter() < self._written + SECONDS):
       return
+    self._written = time.perf_counter()
     with contextlib.suppress(OSError):
       aside = self._path.with_suffix('.partial')
       aside.write_text(json.dumps(self.values, indent=2))
       os.replace(aside, self._path)
+
+  def system(self) -> dict[str, float]:
+    """What `system` says, or has just said."""
+    if time.perf_counter() > self._asked + SECONDS:
+      self._asked, self._system = time.perf_counter(), system()
+    return self._system
 
   def __enter__(self) -> Status:
     psutil.cpu_percent()  # counts from the call before, and this is the first
