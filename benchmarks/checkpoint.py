@@ -33,7 +33,7 @@ def make_config(folder: Path, saves: int) -> Config:
   np.random.default_rng(0).integers(0, 8192, 1_000_000, dtype=np.uint16).tofile(folder / 'tokens.bin')
   config = base()
   config.num_steps = EVERY * (saves + 1) + 1
-  config.batch_tokens = config.tokens_per_device = 256
+  config.batch_tokens = config.tokens_per_device = 1024
   config.model.num_layers = config.model.scan_unroll = 4
   config.model.embed_dim = 256
   config.model.num_heads = 4

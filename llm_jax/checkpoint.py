@@ -69,8 +69,9 @@ class Checkpoints:
     # while the first save keeps training waiting. That pays where the parts are large.
     ocp.type_handlers.register_type_handler(
         jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 26), override=True)
+    # Compressed, weights are 8% smaller, at as much work as all the rest of a save: on a CPU that keeps training waiting.
     self._manager = _manager(
-        directory, best_fn=_score, best_mode='min',  # else Orbax drops the metrics
+        directory, lambda: ocp.PyTreeCheckpointHandler(use_compression=False), best_fn=_score, best_mode='min',  # else Orbax drops the metrics
         preservation_policy=policies.AnyPreservationPolicy(kept), read_only=read_only, create=not read_only,
         cleanup_tmp_directories=not read_only)
 
@@ -110,7 +111,7 @@ class Checkpoints:
     metrics = {'since': since, 'score': score} if score is not None and math.isfinite(score) else None
     try:
       saved = self._manager.save(step, args=ocp.args.Composite(
-          params=ocp.args.StandardSave(params), opt_state=ocp.args.StandardSave(opt_state),
+          params=ocp.args.PyTreeSave(params), opt_state=ocp.args.PyTreeSave(opt_state),
           meta=ocp.args.JsonSave({'step': step, **meta})), metrics=metrics, force=True)
     except (OSError, ValueError) as e:
       raise StorageError(f'{self._manager.directory}: checkpoint {step} could not be saved: {_first_line(e)}') from e
@@ -156,7 +157,7 @@ class Checkpoints:
     process = jax.process_index()
     options = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     items = {} if opt_state is None else {'opt_state': ocp.args.StandardRestore(opt_state)}
-    with _manager(Path(self._manager.directory), read_only=True, create=False,
+    with _manager(Path(self._manager.directory), ocp.StandardCheckpointHandler, read_only=True, create=False,
                   multiprocessing_options=options) as reader:
       meta = reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
       check(meta)
@@ -174,11 +175,10 @@ class Checkpoints:
       self._manager.reload()
 
 
-def _manager(directory: Path, **options: Any) -> _Manager:
+def _manager(directory: Path, of_arrays: Callable[[], Any], **options: Any) -> _Manager:
   return _Manager(
       directory.absolute(), item_names=('params', 'opt_state', 'meta'),
-      item_handlers={'params': ocp.StandardCheckpointHandler(), 'opt_state': ocp.StandardCheckpointHandler(),
-                     'meta': ocp.JsonCheckpointHandler()},
+      item_handlers={'params': of_arrays(), 'opt_state': of_arrays(), 'meta': ocp.JsonCheckpointHandler()},
       options=ocp.CheckpointManagerOptions(**options))
 
 
