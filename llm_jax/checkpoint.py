@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,10 @@ class Checkpoints:
     # while the first save keeps training waiting. That pays where the parts are large.
     ocp.type_handlers.register_type_handler(
         jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 26), override=True)
-    # Compressed, weights are 8% smaller, at as much work as all the rest of a save: on a CPU that keeps training waiting.
+    # Compressed, weights are 8% smaller, for as much work as all the rest of a save: on a CPU, training waits for it.
     self._manager = _manager(
-        directory, lambda: ocp.PyTreeCheckpointHandler(use_compression=False), best_fn=_score, best_mode='min',  # else Orbax drops the metrics
+        directory, partial(ocp.PyTreeCheckpointHandler, use_compression=False),
+        best_fn=_score, best_mode='min',  # else Orbax drops the metrics
         preservation_policy=policies.AnyPreservationPolicy(kept), read_only=read_only, create=not read_only,
         cleanup_tmp_directories=not read_only)
 

@@ -126,7 +126,10 @@ def distillation(readout: Readout, teacher: Readout, weights_BT: jax.Array, temp
 
 
 def _project(project, w_S, x_SRCD):
-  logits_SRCV = jax.vmap(project)(w_S, x_SRCD)
+  if len(x_SRCD) == 1:  # a batch dimension of one costs XLA:CPU a transposed copy of w
+    logits_SRCV = project(jax.tree.map(lambda w: w[0], w_S), x_SRCD[0])[None]
+  else:
+    logits_SRCV = jax.vmap(project)(w_S, x_SRCD)
   return constrain(logits_SRCV, 'act_batch', None, 'act_length', 'act_vocab')
 
 

@@ -1,0 +1,32 @@
+"""Benchmarks still run on what they measure. Nothing here asserts a time."""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'benchmarks').glob('*.py')), ids=lambda path: path.stem)
+def test_what_it_imports_of_the_package_is_there(path):
+  """Inside functions too: most import only after the allocator's settings."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] in ('llm_jax', 'benchmarks'):
+      module = importlib.import_module(node.module)
+      for name in node.names:
+        if not hasattr(module, name.name):
+          importlib.import_module(f'{node.module}.{name.name}')
+
+
+def test_a_step_is_timed_and_told_in_one_line_of_json():
+  command = [sys.executable, '-m', 'benchmarks.step', '--preset=char_tiny', '--steps=1', '--warmup=1']
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
+  row = json.loads(result.stdout.splitlines()[-1])
+  assert row['preset'] == 'char_tiny' and 3 < row['loss'] < 5
+  assert {'tokens_per_second', 'best_tokens_per_second', 'step_ms', 'model_flops_per_second', 'dtype'} <= row.keys()
