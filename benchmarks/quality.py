@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 
@@ -47,8 +48,10 @@ def main():
   args = parser.parse_args()
   programs = {'llm_jax': lambda: ours(args.data)}
   if args.torch:
-    programs |= {'PyTorch eager f32': lambda: theirs(args.torch, args.data, []),
-                 'PyTorch compiled f32': lambda: theirs(args.torch, args.data, ['--compile'])}
+    for dtype in ('f32', 'bf16'):
+      flags = [f'--dtype={dtype}']
+      programs |= {f'PyTorch eager {dtype}': partial(theirs, args.torch, args.data, flags),
+                   f'PyTorch compiled {dtype}': partial(theirs, args.torch, args.data, [*flags, '--compile'])}
   seconds, losses = {name: [] for name in programs}, {}
   for _ in range(args.rounds):
     for name, program in programs.items():

@@ -29,6 +29,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--data', required=True)
   parser.add_argument('--compile', action='store_true')
+  parser.add_argument('--dtype', choices=['f32', 'bf16'], default='f32')
   args = parser.parse_args()
   with open(args.data, encoding='utf-8') as f:
     text = f.read()
@@ -52,21 +53,24 @@ def main():
     total = sum(model(x, y).item() * len(x) for x, y in zip(*(r.split(preset.batch) for r in rows), strict=True))
     return total / len(rows[0])
 
-  start, loss = time.perf_counter(), math.nan
+  start, val_loss = time.perf_counter(), math.nan
   for step in range(STEPS):
     for group in optimizer.param_groups:
       group['lr'] = learning_rate(step)
     starts = torch.randint(len(train) - T, (preset.batch,))
     x = torch.stack([train[i:i + T] for i in starts])
     y = torch.stack([train[i + 1:i + T + 1] for i in starts])
-    loss_fn(x, y).backward()
+    with torch.autocast('cpu', torch.bfloat16, enabled=args.dtype == 'bf16'):
+      loss = loss_fn(x, y)
+    loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if (step + 1) % EVERY == 0:
-      loss = validate()
-      print(f'step {step + 1}: val/loss {loss:.4f}, {time.perf_counter() - start:.1f} s', flush=True)
-  print(json.dumps({'framework': f'torch {torch.__version__}', 'compile': args.compile, 'val/loss': round(loss, 4)}))
+      val_loss = validate()
+      print(f'step {step + 1}: val/loss {val_loss:.4f}, {time.perf_counter() - start:.1f} s', flush=True)
+  print(json.dumps({'framework': f'torch {torch.__version__}', 'compile': args.compile, 'dtype': args.dtype,
+                    'val/loss': round(val_loss, 4)}))
 
 
 if __name__ == '__main__':
