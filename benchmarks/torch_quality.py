@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import time
+from functools import partial
 
 import torch
 from torch import nn
@@ -46,11 +47,13 @@ def main():
                                 betas=(0.9, 0.99), fused=True)
   loss_fn = torch.compile(model) if args.compile else model
   T = preset.seq_len
+  mixed = partial(torch.autocast, 'cpu', torch.bfloat16, enabled=args.dtype == 'bf16')
 
   @torch.no_grad()
   def validate() -> float:
     rows = val[:(len(val) - 1) // T * T].view(-1, T), val[1:(len(val) - 1) // T * T + 1].view(-1, T)
-    total = sum(model(x, y).item() * len(x) for x, y in zip(*(r.split(preset.batch) for r in rows), strict=True))
+    with mixed():
+      total = sum(model(x, y).item() * len(x) for x, y in zip(*(r.split(preset.batch) for r in rows), strict=True))
     return total / len(rows[0])
 
   start, val_loss = time.perf_counter(), math.nan
@@ -60,7 +63,7 @@ def main():
     starts = torch.randint(len(train) - T, (preset.batch,))
     x = torch.stack([train[i:i + T] for i in starts])
     y = torch.stack([train[i + 1:i + T + 1] for i in starts])
-    with torch.autocast('cpu', torch.bfloat16, enabled=args.dtype == 'bf16'):
+    with mixed():
       loss = loss_fn(x, y)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -3,7 +3,7 @@
   python -m llm_jax.main --config=configs/shakespeare_char.py
 
 val/loss 1.9003 over the whole validation part (111,540 characters; nanoGPT's own code: 1.927), in 2 min 56 s on two
-cores of a 2.5 GHz Xeon.
+cores of a 2.5 GHz Xeon; in bfloat16 1.9037 in 39 and 33 s on two of a Zen 5 EPYC.
 """
 
 from llm_jax.config import base

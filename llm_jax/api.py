@@ -75,7 +75,7 @@ class Training:
 
   def status(self) -> dict[str, Any]:
     """What status.json says: state, step, best, metrics (throughput, memory, ...), seconds_left, ..."""
-    return read_status(self.workdir) if self._moment is None else self._moment.status
+    return read_status(self.workdir) if self._moment is None else self._moment.status()
 
   def export_results(self, path: str | Path) -> None:
     """Writes the config, the status and all metrics as one JSON file. Raises StorageError."""

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     print('config       nothing is left to do: it starts from a run that is as far as num_steps')
     return
   kept, free = config.checkpoint.keep_last + config.checkpoint.keep_best, shutil.disk_usage('.').free / 2**30
-  size = first.status['state_bytes'] / 2**30
+  size = first.status()['state_bytes'] / 2**30
   print(f'memory       weights and what the optimizer keeps take {size:.2f} GiB, over all devices')
   print(f'checkpoints  {kept} of {size:.2f} GiB are kept, and {free:.1f} GiB are free here')
   print(f'config       it runs: the loss of step {first.step} is {first.metrics["train/loss"]:.3f}')

@@ -49,7 +49,7 @@ class Moment:
   validate: Callable[[], dict[str, float]]
   save: Callable[[], None]
   read: Callable[[], Run]  # the model with the weights that it has now
-  status: dict[str, Any]
+  status: Callable[[], dict[str, Any]]
 
 
 def moments(config: Config, workdir: Path) -> Generator[Moment, None, None]:
@@ -130,13 +130,13 @@ def stage_moments(stage: Plan, workdir: Path, status: Status, goodput: Goodput) 
       logged |= text_metrics('train', text_loss, data, config.data.task) | batches.metrics()
       logged |= status.system() | goodput.shares() | epoch
       console.step(step, logged, throughput.seconds_per_step)
-      tell(step, logged)
+      tell(step, logged, at_once=False)
       return logged
 
-    def tell(step: int, logged: dict[str, float]) -> None:
+    def tell(step: int, logged: dict[str, float], at_once: bool) -> None:
       left = 0 if record.over else config.num_steps - step
       seconds_left = None if throughput.seconds_per_step is None else left * throughput.seconds_per_step
-      status.update(step=step, best=record.best_value, seconds_left=seconds_left,
+      status.update(at_once=at_once, step=step, best=record.best_value, seconds_left=seconds_left,
                     metrics=(status.values.get('metrics') or {}) | logged)
 
     def validate(step: int) -> dict[str, float]:
@@ -164,7 +164,7 @@ def stage_moments(stage: Plan, workdir: Path, status: Status, goodput: Goodput) 
       """Gives a step that was logged to the caller, who may take his time."""
       begin = time.perf_counter()
       if 'train/loss' in logged:
-        yield Moment(step, logged, lambda: validate(int(state.step)), save_now, read, dict(status.values))
+        yield Moment(step, logged, lambda: validate(int(state.step)), save_now, read, lambda: dict(status.values))
       throughput.away(time.perf_counter() - begin)
       goodput.add('caller', time.perf_counter() - begin)
 
@@ -242,7 +242,7 @@ def stage_moments(stage: Plan, workdir: Path, status: Status, goodput: Goodput) 
       if first:
         console.line(f'first step after {time.perf_counter() - start:.1f} s of compiling and running')
       settled = settle(step, logged, stopping)
-      tell(step, logged)
+      tell(step, logged, at_once=True)
       yield from moment(step, early | logged)
       if not settled or ((stopping or stop.requested) and step < config.num_steps):
         checkpoints.wait()

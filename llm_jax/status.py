@@ -36,11 +36,11 @@ class Status:
     self._written = self._asked = float('-inf')
     self._system: dict[str, float] = {}
 
-  def update(self, **values: Any) -> None:
-    """Takes the values, and writes the file if it is old or the state another one."""
+  def update(self, *, at_once: bool = True, **values: Any) -> None:
+    """Takes the values and writes the file, if need not be at once only where that is old."""
     now = time.time()
     self.values |= {**values, 'updated': now, 'seconds': self._seconds + now - self.values['started']}
-    if jax.process_index() != 0 or ('state' not in values and time.perf_counter() < self._written + SECONDS):
+    if jax.process_index() != 0 or (not at_once and time.perf_counter() < self._written + SECONDS):
       return
     self._written = time.perf_counter()
     with contextlib.suppress(OSError):

@@ -74,11 +74,14 @@ def test_attention_and_its_gradient_are_their_equations(name, kept, monkeypatch)
     check(got, reference(*arrays, *masks))
 
 
-@pytest.mark.parametrize(('T', 'num_kv_heads'), [(4, 4), (6, 2), (9, 4), (3, 4), (64, 4)])
-def test_bfloat16_attention_is_within_its_rounding(T, num_kv_heads, monkeypatch):
+@pytest.mark.parametrize('kept', [True, False])
+@pytest.mark.parametrize(('T', 'N', 'K', 'H'), [
+    (4, 4, 4, 8), (6, 4, 2, 8), (9, 4, 4, 8), (9, 6, 2, 8), (3, 4, 4, 8), (64, 4, 4, 32), (63, 2, 2, 64)])
+def test_bfloat16_attention_is_within_its_rounding(T, N, K, H, kept, monkeypatch):
   """In one block and several, of even and odd numbers of rows: each takes other products of XLA's."""
-  monkeypatch.setattr(blocked, 'BLOCKS', {True: 64 if T == 64 else 4})
-  arrays = [jnp.asarray(x, jnp.bfloat16) for x in (*qkv(2, T, 4, num_kv_heads, 8), normal(3, 2, T, 4, 8))]
+  monkeypatch.setattr(blocked, 'BLOCKS', {True: 64 if T > 60 else 4})
+  monkeypatch.setattr(blocked, 'KEPT_BYTES', 1024 * kept)
+  arrays = [jnp.asarray(x, jnp.bfloat16) for x in (*qkv(2, T, N, K, H), normal(3, 2, T, N, H))]
   got = jax.jit(partial(value_and_grads, partial(causal_attention, implementation='blocked')))(*arrays)
   assert all(x.dtype == jnp.bfloat16 for x in got)
   check(got, reference(*arrays), tolerance=2e-2)

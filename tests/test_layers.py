@@ -20,7 +20,7 @@ def normal(seed, *shape):
 
 @pytest.mark.parametrize(('eqn', 'x_shape', 'w_shape'), [
     ('BTD,DNH->BTNH', (2, 3, 8), (8, 2, 5)), ('BTNH,NHD->BTD', (2, 3, 2, 5), (2, 5, 8)),
-    ('BTD,VD->BTV', (2, 3, 8), (7, 8))])
+    ('BTD,VD->BTV', (2, 3, 8), (7, 8)), ('BTPE,PED->BTD', (2, 3, 2, 5), (2, 5, 8))])
 def test_mixed_einsum_is_the_einsum_and_its_gradient(eqn, x_shape, w_shape):
   x, w = normal(0, *x_shape), normal(1, *w_shape)
 

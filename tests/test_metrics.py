@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing import event_accumulator, plugin_event
 from tensorboard.util import tensor_util
 
 from llm_jax.metrics import Throughput, Writer, duration, read_metrics
+from llm_jax.status import Status, read_status
 
 
 def write(workdir, begin, end, scale=1.0, text=None):
@@ -237,3 +238,17 @@ def test_throughput_leaves_out_what_comes_between_steps():
   # Each take is of the steps since the last.
   passed = steps(throughput, 1, 0.01, tokens=50)
   assert 50 / passed <= throughput.take()['tokens_per_second'] <= 50 / 0.01
+
+
+def test_a_status_that_need_not_be_written_at_once_is_written_once_a_second(tmp_path, monkeypatch):
+  with Status(tmp_path, 10) as status:
+    status.update(at_once=False, step=3)
+    assert read_status(tmp_path)['step'] == 0 and status.values['step'] == 3
+    status.update(step=4)
+    assert read_status(tmp_path)['step'] == 4
+    monkeypatch.setattr('llm_jax.status.SECONDS', 0.0)
+    status.update(at_once=False, step=5)
+    assert read_status(tmp_path)['step'] == 5
+    monkeypatch.setattr('llm_jax.status.SECONDS', 60.0)
+    status.update(at_once=False, step=6)
+  assert read_status(tmp_path) == status.values and status.values['step'] == 6

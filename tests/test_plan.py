@@ -182,6 +182,7 @@ def test_what_does_not_go_together_is_told(values, word):
 def test_what_is_yielded_is_what_is_logged(folder):
   moments = list(loop.moments(load_config(folder / 'staged.py'), folder / 'yielded'))
   assert [m.step for m in moments] == list(range(1, 10)) and 'val/loss' in moments[-1].metrics
-  assert moments[-1].status['step'] == 9 and moments[-1].status['state'] == 'training'
+  status = moments[-1].status()
+  assert status['step'] == 9 and status['state'] == 'finished'
   assert json.loads((folder / 'yielded' / 'status.json').read_text())['state'] == 'finished'
 

@@ -28,7 +28,7 @@ def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int
   """Attention of each token over what `causal_attention` lets it see; y [B, T, N, H]."""
   B, T, N, H = q_BTNH.shape
   K = k_BTKH.shape[2]
-  # Scaled here, not later: q is smaller than the scores. Exact in bfloat16 where H is a power of 4.
+  # Scaled here, not later: q is smaller than the scores. Exact where H is a power of 4, else rounded once more.
   scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
   q_BKGTH = scaled_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
   k_BKTH, v_BKTH = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))

@@ -27,8 +27,11 @@ class ClipByGlobalNorm(Link):
 
   def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
     # Optax's own divides each element, and XLA then writes the clipped gradients to memory: a factor it fuses.
-    return optax.stateless(lambda grads, params: optax.tree.scale(
-        jnp.minimum(1, self.max_norm / optax.tree.norm(grads)), grads))
+    def clip(grads: Params, params: Params) -> Params:
+      factor = jnp.minimum(1, self.max_norm / optax.tree.norm(grads))
+      return jax.tree.map(lambda g: (factor * g).astype(g.dtype), grads)
+
+    return optax.stateless(clip)
 
 
 @dataclasses.dataclass(frozen=True)
