@@ -272,7 +272,7 @@ def test_going_on_with_other_data_or_another_model_is_refused_by_name(flag, word
 
 
 STREAM = ['streaming=true', 'split=count', 'val_documents=1', 'shuffle_buffer=4', 'cache_mb=1']
-MIXTURE = ['sources.a.path={folder}/corpus/train.py', 'sources.b.path={folder}/corpus/config.py',
+MIXTURE = ['sources.a.path={folder}/corpus/loop.py', 'sources.b.path={folder}/corpus/config.py',
            'sources.a.weight=3,1', 'sources.b.weight=1,1', 'weights_from=0,6', 'num_workers=1', 'task=fim',
            'packing=best_fit']
 
