@@ -37,7 +37,7 @@ class Status:
     self._system: dict[str, float] = {}
 
   def update(self, *, at_once: bool = True, **values: Any) -> None:
-    """Takes the values and writes the file, if need not be at once only where that is old."""
+    """Takes the values, and writes the file: at once, or only if it is older than SECONDS."""
     now = time.time()
     self.values |= {**values, 'updated': now, 'seconds': self._seconds + now - self.values['started']}
     if jax.process_index() != 0 or (not at_once and time.perf_counter() < self._written + SECONDS):
