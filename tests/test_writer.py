@@ -214,4 +214,4 @@ def peak_mb(tmp_path, megabytes, tokenizer):
 def test_ten_times_the_text_takes_the_same_memory(tmp_path, tokenizer, megabytes):
   small, large = (peak_mb(tmp_path, size, tokenizer) for size in (megabytes, 10 * megabytes))
   print(f'peak MB: {small:.0f} for {megabytes} MB of text, {large:.0f} for {10 * megabytes} MB')
-  assert large < small + 9 * megabytes, (small, large)  # less than the text alone, without its ids, has more
+  assert large < small + 5 * megabytes, (small, large)  # the text alone, without its ids, has 9 more

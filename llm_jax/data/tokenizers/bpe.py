@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -37,11 +38,17 @@ def encode(model: tiktoken.Encoding, texts: list[str]) -> list[np.ndarray]:
     return [_encode_one(model, text) for text in texts]
   num_shares = min(4 * _NUM_THREADS, len(texts))
   ids: list[np.ndarray] = [np.empty(0)] * len(texts)
-  with ThreadPoolExecutor(_NUM_THREADS) as pool:
-    shares = pool.map(lambda i: [_encode_one(model, text) for text in texts[i::num_shares]], range(num_shares))
-    for i, share in enumerate(shares):
-      ids[i::num_shares] = share
+  shares = _pool(os.getpid()).map(lambda i: [_encode_one(model, text) for text in texts[i::num_shares]],
+                                  range(num_shares))
+  for i, share in enumerate(shares):
+    ids[i::num_shares] = share
   return ids
+
+
+@functools.cache
+def _pool(pid: int) -> ThreadPoolExecutor:
+  """One for all calls: each new thread would fill another of tiktoken's 128 automata. A fork has no threads yet."""
+  return ThreadPoolExecutor(_NUM_THREADS)
 
 
 def _encode_one(model: tiktoken.Encoding, text: str) -> np.ndarray:
