@@ -16,8 +16,12 @@ weight_lists = st.integers(1, 5).flatmap(lambda n: st.lists(
 
 def drawn(mixture, begin, end):
   """(sources, their examples) of the mixture's examples begin to end."""
-  pairs = np.array([mixture[i] for i in range(begin, end)]).reshape(-1, 2)
-  return pairs[:, 0], pairs[:, 1]
+  return mixture(np.arange(begin, end))
+
+
+def pair_of(mixture, index):
+  [[source], [example]] = drawn(mixture, index, index + 1)
+  return int(source), int(example)
 
 
 def stages_of(draw, num_stages, longest=3000):
@@ -81,12 +85,12 @@ def test_far_examples_are_a_function_of_their_number(data, ahead):
   weights, begins = stages_of(data.draw, 2)
   index = begins[-1] + ahead
   mixture, other = Mixture(weights, begins), pickle.loads(pickle.dumps(Mixture(weights, begins)))  # noqa: S301
-  source, example = mixture[index]
-  assert other[index] == (source, example)
+  source, example = pair_of(mixture, index)
+  assert pair_of(other, index) == (source, example)
   share = weights[-1][source] / sum(weights[-1])
   assert example == pytest.approx(share * ahead, rel=2 / CYCLE / share, abs=begins[-1] + CYCLE)
-  later = (mixture[i] for i in range(index + 1, index + 1 + CYCLE))
-  assert next(pair for pair in later if pair[0] == source) == (source, example + 1)
+  sources, examples = drawn(mixture, index + 1, index + 1 + CYCLE)
+  assert examples[sources == source][0] == example + 1
 
 
 @property_test
@@ -99,4 +103,4 @@ def test_the_scale_of_the_weights_is_no_matter(weights, scale):
 
 def test_before_a_change_of_weights_nothing_changes():
   a, b = Mixture([[3, 1]], [0]), Mixture([[3, 1], [1, 1]], [0, 700])
-  assert [a[i] for i in range(700)] == [b[i] for i in range(700)]
+  np.testing.assert_array_equal(drawn(a, 0, 700), drawn(b, 0, 700))

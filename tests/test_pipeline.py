@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from llm_jax.data import DataConfig, open_data, open_examples
+from llm_jax.data import DataConfig, open_data, open_examples, pipeline
 from llm_jax.data.augment import Augment
 from llm_jax.data.documents import SourceConfig
 from llm_jax.data.examples import make_examples
-from llm_jax.data.pipeline import eval_batches, mixed, prefetched, shuffled, train_batches, train_sources
+from llm_jax.data.pipeline import Endless, eval_batches, mixed, prefetched, train_batches, train_sources
 from llm_jax.data.store import TokenStore
 from llm_jax.data.tasks import NextToken
 
@@ -37,6 +37,19 @@ def make_windows(num_tokens=500, seq_len=16, seed=0, mask_documents=True):
 
 def rows_of(examples):
   return [examples.make(i, np.random.default_rng(i)) for i in range(len(examples))]
+
+
+def split(batch):
+  return [{name: x[i] for name, x in batch.items()} for i in range(len(batch['tokens']))]
+
+
+def batch_at(batches, n):
+  return {name: x[0] for name, x in batches(np.array([n])).items()}
+
+
+def epoch_of(windows, seed, epoch=0):
+  """Rows of an epoch of training."""
+  return split(Endless(windows, seed)(np.arange(epoch * len(windows), (epoch + 1) * len(windows))))
 
 
 def tokens_of(examples):
@@ -72,9 +85,8 @@ def test_every_token_but_the_first_is_a_target_once(num_tokens, seq_len):
 
 def test_shuffled_epochs_hold_every_target_once_too():
   windows = make_windows()
-  examples = shuffled(windows, seed=3)
   for epoch in range(3):
-    rows = [examples[epoch * len(windows) + i] for i in range(len(windows))]
+    rows = epoch_of(windows, 3, epoch)
     assert sorted(real(rows, 'targets')) == sorted(tokens_of(windows)[1:].tolist())
 
 
@@ -121,10 +133,7 @@ def test_without_mask_documents_a_row_is_one_segment():
 
 def test_each_epoch_is_a_new_permutation_and_seeds_differ():
   windows = make_windows()
-  epochs = []
-  for seed in (0, 1):
-    examples = shuffled(windows, seed)
-    epochs += [order_of(examples[epoch * len(windows) + i] for i in range(len(windows))) for epoch in range(4)]
+  epochs = [order_of(epoch_of(windows, seed, epoch)) for seed in (0, 1) for epoch in range(4)]
   in_order = order_of(rows_of(windows))
   assert all(sorted(epoch) == sorted(in_order) for epoch in epochs)
   assert all(a != b for a, b in itertools.combinations([in_order, *epochs], 2))
@@ -133,7 +142,7 @@ def test_each_epoch_is_a_new_permutation_and_seeds_differ():
 def test_order_is_a_shuffle_and_no_rotation():
   windows = make_windows(2000, 4)
   index = {first: i for i, first in enumerate(order_of(rows_of(windows)))}
-  order = [index[first] for first in order_of(shuffled(windows, 0)[i] for i in range(len(windows)))]
+  order = [index[first] for first in order_of(epoch_of(windows, 0))]
   steps = np.diff(order)
   assert len(set(steps.tolist())) > len(order) / 3
   assert abs(np.corrcoef(np.arange(len(order)), order)[0, 1]) < 0.2
@@ -143,16 +152,16 @@ def test_order_is_a_shuffle_and_no_rotation():
 
 def batches_of(batch_size=8, rows=None, seed=0, **windows):
   rows = np.arange(batch_size) if rows is None else rows
-  return train_batches(shuffled(make_windows(**windows), seed), batch_size, rows)
+  return train_batches(Endless(make_windows(**windows), seed), batch_size, rows)
 
 
 def test_batch_n_holds_examples_n_times_batch_size_and_on():
   windows = make_windows()
-  examples, batches = shuffled(windows, 7), batches_of(seed=7)
+  examples, batches = Endless(windows, 7), batches_of(seed=7)
   for n in (0, 3, 4, 40):  # an epoch is four batches
-    batch = batches[n]
+    batch = batch_at(batches, n)
     for row in range(8):
-      assert_equal({name: x[row] for name, x in batch.items()}, examples[n * 8 + row])
+      assert_equal({name: x[row:row + 1] for name, x in batch.items()}, examples(np.array([n * 8 + row])))
 
 
 @pytest.mark.parametrize('num_tokens', [100, 500])
@@ -160,23 +169,33 @@ def test_batches_cross_epochs_without_a_seam(num_tokens):
   # 5 rows a batch divide neither 7 nor 32 windows an epoch: some batches hold the end of one and the next one's start.
   windows, batches = make_windows(num_tokens), batches_of(5, num_tokens=num_tokens)
   num_batches = 3 * len(windows) // 5 + 1
-  rows = [{name: x[row] for name, x in batch.items()} for batch in map(batches.__getitem__, range(num_batches))
-          for row in range(5)]
+  rows = [row for n in range(num_batches) for row in split(batch_at(batches, n))]
   for epoch in range(3):
     of_epoch = rows[epoch * len(windows):(epoch + 1) * len(windows)]
     assert sorted(real(of_epoch, 'targets')) == sorted(tokens_of(windows)[1:].tolist())
 
 
+@pytest.mark.parametrize('ahead_bytes', [1, 3 * 8 * 16 * 20, 4 << 20])  # one batch at a time, a few, the most
 @pytest.mark.parametrize('begin', [0, 1, 7, 1000, 10**9])
-def test_batch_n_is_a_pure_function(begin):
-  random_access = batches_of()
-  expected = {n: random_access[n] for n in (begin + 4, begin + 1, begin, begin + 3, begin + 2)}
+def test_batch_n_is_a_pure_function(begin, ahead_bytes, monkeypatch):
+  monkeypatch.setattr(pipeline, 'AHEAD_BYTES', ahead_bytes)
+  random_access, numbers = batches_of(), range(begin, begin + 2 * pipeline.MOST_AHEAD + 2)
+  expected = {n: batch_at(random_access, n) for n in reversed(numbers)}
   with contextlib.closing(prefetched(batches_of(), begin)) as iterator:
-    for n in range(begin, begin + 5):
+    for n in numbers:
       batch = next(iterator)
       assert_equal(batch, expected[n])
-      assert_equal(batch, random_access[n])  # asked again, after others
-  assert (expected[begin]['tokens'] != batches_of(seed=1)[begin]['tokens']).any()
+      assert_equal(batch, batch_at(random_access, n))  # asked again, after others
+  assert (expected[begin]['tokens'] != batch_at(batches_of(seed=1), begin)['tokens']).any()
+
+
+@pytest.mark.parametrize('kind', ['next_token', 'best_fit', 'mixture'])
+def test_rows_kept_in_memory_are_those_made_again(corpora, kind, monkeypatch):
+  kept = open_batches(corpora, kind)
+  monkeypatch.setattr(pipeline, 'KEPT_BYTES', 0)
+  made = open_batches(corpora, kind)
+  for n in (*range(30), 10**9):  # of several epochs
+    assert_equal(batch_at(kept, n), batch_at(made, n))
 
 
 @pytest.mark.parametrize('num_hosts', [1, 2, 4])
@@ -188,7 +207,7 @@ def test_rows_of_all_hosts_are_the_global_batch(num_hosts, deal):
   with contextlib.ExitStack() as stack:
     hosts = [stack.enter_context(contextlib.closing(prefetched(batches_of(rows=rows), 2))) for rows in row_sets]
     for n in range(2, 9):
-      batch = whole[n]
+      batch = batch_at(whole, n)
       seen = []
       for rows, host in zip(row_sets, hosts, strict=True):
         local = next(host)
@@ -249,9 +268,9 @@ def digest(batch):
 def test_batch_n_is_the_same_for_all_hosts_prefetched_or_not_and_after_a_start_at_n(corpora, kind):
   numbers = [0, 1, 4, 5, 6, 57, 100_000]  # the mixture changes at 5
   whole = open_batches(corpora, kind)
-  expected = {n: whole[n] for n in reversed(numbers)}
+  expected = {n: batch_at(whole, n) for n in reversed(numbers)}
   assert len({digest(batch) for batch in expected.values()}) == len(numbers)
-  assert digest(open_batches(corpora, kind, seed=4)[5]) != digest(expected[5])
+  assert digest(batch_at(open_batches(corpora, kind, seed=4), 5)) != digest(expected[5])
   for num_hosts in (1, 2, 4):
     for host, rows in enumerate(np.arange(ROWS).reshape(num_hosts, -1)):
       batches = open_batches(corpora, kind, rows)
@@ -269,12 +288,13 @@ from pathlib import Path
 import test_pipeline
 for kind in test_pipeline.KINDS:
   batches = test_pipeline.open_batches(Path(sys.argv[1]), kind)
-  print(kind, *(test_pipeline.digest(batches[n]) for n in (3, 5, 1000)))
+  print(kind, *(test_pipeline.digest(test_pipeline.batch_at(batches, n)) for n in (3, 5, 1000)))
 """
 
 
 def test_batch_n_is_the_same_in_another_process(corpora):
-  expected = [' '.join([kind, *(digest(open_batches(corpora, kind)[n]) for n in (3, 5, 1000))]) for kind in KINDS]
+  expected = [' '.join([kind, *(digest(batch_at(open_batches(corpora, kind), n)) for n in (3, 5, 1000))])
+              for kind in KINDS]
   folder = str(__file__).rsplit('/', 1)[0]
   done = subprocess.run([sys.executable, '-c', OTHER_PROCESS, corpora], text=True, capture_output=True, cwd=folder)
   assert done.returncode == 0, done.stderr
@@ -285,7 +305,7 @@ def test_worker_processes_make_the_same_batches(corpora):
   whole = open_batches(corpora, 'fim', rows=[1, 5])
   with contextlib.closing(prefetched(open_batches(corpora, 'fim', rows=[1, 5]), 4, num_workers=2)) as iterator:
     for n in range(4, 11):
-      assert_equal(next(iterator), whole[n])
+      assert_equal(next(iterator), batch_at(whole, n))
 
 
 # Tokens in = tokens in rows + dropped_tokens.
@@ -320,7 +340,7 @@ def test_an_epoch_of_batches_holds_every_target_once(corpora, packing):
   data = open_data(config)
   examples = open_examples(config, data, data.train['data'], train=True)
   batches = train_batches(mixed(config, train_sources(config, data), lambda step: step, seed=5), 1, np.arange(1))
-  rows = [{name: x[0] for name, x in batches[n].items()} for n in range(2 * len(examples))]
+  rows = [row for n in range(2 * len(examples)) for row in split(batch_at(batches, n))]
   for epoch in (rows[:len(examples)], rows[len(examples):]):
     assert sorted(real(epoch, 'targets')) == sorted(real(rows_of(examples), 'targets'))
 
@@ -328,8 +348,8 @@ def test_an_epoch_of_batches_holds_every_target_once(corpora, packing):
 def test_each_source_of_a_mixture_goes_through_its_own_epochs(corpora):
   config = config_of(corpora, 'mixture')
   data = open_data(config)
-  rows = [{name: x[row] for name, x in batch.items()} for batch in map(open_batches(corpora, 'mixture').__getitem__,
-                                                                       range(150)) for row in range(ROWS)]
+  batches = open_batches(corpora, 'mixture')
+  rows = [row for n in range(150) for row in split(batch_at(batches, n))]
   owners = {}
   for name, store in data.train.items():
     owners |= dict.fromkeys(store.tokens[:].tolist(), name)
@@ -356,7 +376,7 @@ def test_each_source_of_a_mixture_goes_through_its_own_epochs(corpora):
 
 def eval_rows(windows, batch_size, rows=None, max_rows=None):
   batches = list(eval_batches(windows, batch_size, np.arange(batch_size) if rows is None else rows, max_rows))
-  return [{name: x[i] for name, x in batch.items()} for batch in batches for i in range(len(batch['tokens']))]
+  return [row for batch in batches for row in split(batch)]
 
 
 @pytest.mark.parametrize('batch_size', [1, 3, 8, 31, 32, 33, 100])

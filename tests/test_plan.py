@@ -94,9 +94,9 @@ def test_a_staged_run_reads_what_its_plan_says_and_goes_on_after_a_stop(folder, 
   read = {}
   original = pipeline.train_batches
 
-  def spy(examples, batch_size, rows, offset=0):
-    read[batch_size, len(examples[0]['tokens'])] = [offset + n * batch_size for n in range(10)]
-    return original(examples, batch_size, rows, offset)
+  def spy(make, batch_size, rows, offset=0):
+    read[batch_size, make(np.arange(1))['tokens'].shape[1]] = [offset + n * batch_size for n in range(10)]
+    return original(make, batch_size, rows, offset)
 
   monkeypatch.setattr(pipeline, 'train_batches', spy)
   whole = train(folder, f'whole{stop}')

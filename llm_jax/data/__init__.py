@@ -18,6 +18,7 @@ from llm_jax.data.documents import Document, SourceConfig
 from llm_jax.data.examples import Examples, make_examples
 from llm_jax.data.fetch import shown
 from llm_jax.data.filters import Deduplicator, FilterConfig, Report
+from llm_jax.data.order import VERSION as ORDER_VERSION
 from llm_jax.data.sources import Source, open_source
 from llm_jax.data.splits import SPLITS, SplitConfig, borders
 from llm_jax.data.store import TokenStore, mapped_store, open_split
@@ -302,6 +303,8 @@ def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int)
     settings |= {f'{name}.{field}': value for field, value in dataclasses.asdict(getattr(config, name)).items()}
   if data.encoder_tokenizer is not None:  # of which the tokens alone do not tell what ends a prompt
     settings['encoder_tokenizer'] = key_of(data.encoder_tokenizer.to_json())
+  if not config.streaming:
+    settings['order'] = ORDER_VERSION
   # As lists: the order of the sources counts too.
   train = [[name, tokens.sha256] for name, tokens in data.train.items()]
   train += [[name, key_of([corpus.contents(), data.tokenizer.to_json() if data.tokenizer else None])]
@@ -319,6 +322,7 @@ def check_fingerprint(saved: dict, current: dict, step: int) -> None:
   saved, current = ({**f, 'mixture': [s for s in f.get('mixture', []) if s[0] < step]} for f in (saved, current))
   names = {'train_tokens': 'the training data (sha256 of its tokens)', 'seed': 'config.seed',
            'rows_per_batch': 'the number of rows in a batch (config.batch_tokens / config.data.seq_len)',
+           'order': 'the version of the order of rows (another llm_jax; go on with that one)',
            'mixture': f'the weights of the sources before step {step} (config.data.sources.NAME.weight, weights_from)'}
   differing = [f'{names.get(k, f"config.data.{k}")}: checkpoint {saved.get(k)}, now {current.get(k)}'
                for k in {**saved, **current} if saved.get(k) != current.get(k)]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from bisect import bisect_right
-
-import grain
 import numpy as np
 
 CYCLE = 10_000  # examples after which the pattern of sources repeats; shares are multiples of 1 / CYCLE
 
 
-class Mixture(grain.transforms.DatasetSelectionMap):
+class Mixture:
   """Example -> (source, example of it). Weights may change at given examples; each source goes on where it was."""
 
   def __init__(self, weights: list[list[float]], begins: list[int]):
@@ -30,15 +26,17 @@ class Mixture(grain.transforms.DatasetSelectionMap):
         cycles, rest = divmod(end - begins[len(self.stages) - 1], CYCLE)
         used = used + cycles * quotas + np.bincount(order[:rest], minlength=len(quotas))
 
-  def __len__(self) -> int:
-    return sys.maxsize
-
-  def __getitem__(self, index: int) -> tuple[int, int]:
-    stage = bisect_right(self.begins, index) - 1
-    used, quotas, order, before = self.stages[stage]
-    cycle, place = divmod(index - self.begins[stage], CYCLE)
-    source = order[place]
-    return int(source), int(used[source] + cycle * quotas[source] + before[place, source])
+  def __call__(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(source, example of it) of the mixture's examples, each int64 [n]."""
+    sources, own = np.empty_like(examples), np.empty_like(examples)
+    stages = np.searchsorted(self.begins, examples, 'right') - 1
+    for stage in set(stages.tolist()):
+      at = stages == stage
+      used, quotas, order, before = self.stages[stage]
+      cycles, places = np.divmod(examples[at] - self.begins[stage], CYCLE)
+      sources[at] = chosen = order[places]
+      own[at] = used[chosen] + cycles * quotas[chosen] + before[places, chosen]
+    return sources, own
 
 
 def _quotas(weights: np.ndarray) -> np.ndarray:

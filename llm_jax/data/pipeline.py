@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -14,36 +16,55 @@ from absl import flags
 from llm_jax.data import Data, DataConfig, open_examples
 from llm_jax.data.examples import Examples
 from llm_jax.data.mixture import Mixture
+from llm_jax.data.order import order
 from llm_jax.data.streaming import Counters, train_stream, with_tuples
 from llm_jax.data.tasks import Features
 from llm_jax.errors import ConfigError
 
 KEPT_BYTES = 256 << 20  # of rows kept in memory, instead of being made again in every epoch
+# Batches made at a time, so that a thread which wakes up beside a busy device does more than warm its caches.
+AHEAD_BYTES, MOST_AHEAD = 4 << 20, 16
+# Chunks are made faster than Grain's own threads hand them over: 10x, against its default options.
+INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
-def shuffled(examples: Examples, seed: int) -> grain.MapDataset:
-  """Endless examples: epoch after epoch, each a new permutation of all rows; chance is seeded by (seed, position)."""
-  indices = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat(None)
-  if examples.random:
-    return indices.random_map(examples.make)
-  return indices.map(Kept(examples))
+class Endless:
+  """Examples without end: epoch after epoch, each a new permutation of all rows; chance is seeded by (seed, position).
 
+  Where rows draw nothing from chance, and all of them fit into KEPT_BYTES, each is made once.
+  """
 
-class Kept:
-  """Rows of examples that draw nothing from chance, made once where all of them fit into KEPT_BYTES."""
+  def __init__(self, examples: Examples, seed: int):
+    self._examples, self._seed, self._unused = examples, seed, np.random.default_rng(0)
+    self._first = examples.make(0, self._unused)
+    size = len(examples) * sum(x.nbytes for x in self._first.values())
+    self._keeps = not examples.random and size <= KEPT_BYTES
 
-  def __init__(self, examples: Examples):
-    self._make = partial(examples.make, rng=np.random.default_rng(0))  # which draws nothing
-    size = len(examples) * sum(x.nbytes for x in self._make(0).values())
-    self._rows: dict[int, Features] | None = {} if size <= KEPT_BYTES else None
+  @functools.cached_property
+  def _kept(self) -> tuple[Features, np.ndarray]:
+    """All rows, and which of them are made; pages that nobody wrote take no memory."""
+    num_rows = len(self._examples)
+    return {name: np.empty((num_rows, *x.shape), x.dtype) for name, x in self._first.items()}, np.zeros(num_rows, bool)
 
-  def __call__(self, index: int) -> Features:
-    if self._rows is None:
-      return self._make(index)
-    row = self._rows.get(index)
-    if row is None:
-      row = self._rows[index] = self._make(index)
-    return row
+  def __call__(self, positions: np.ndarray) -> Features:
+    """Features [n, ...] of the positions, int64 [n]."""
+    rows = order(positions, len(self._examples), self._seed)
+    if not self._keeps:
+      return self._make(rows, positions)
+    kept, made = self._kept
+    missing = ~made[rows]
+    if missing.any():
+      for name, x in self._make(rows[missing], positions[missing]).items():
+        kept[name][rows[missing]] = x
+      made[rows] = True
+    return {name: x[rows] for name, x in kept.items()}
+
+  def _make(self, rows: np.ndarray, positions: np.ndarray) -> Features:
+    return stack([self._examples.make(row, self._rng(position))
+                  for row, position in zip(rows.tolist(), positions.tolist(), strict=True)])
+
+  def _rng(self, position: int) -> np.random.Generator:
+    return np.random.default_rng([self._seed, position]) if self._examples.random else self._unused
 
 
 def train_sources(config: DataConfig, data: Data) -> dict[str, Examples]:
@@ -52,30 +73,42 @@ def train_sources(config: DataConfig, data: Data) -> dict[str, Examples]:
 
 
 def mixed(config: DataConfig, sources: dict[str, Examples], rows_at: Callable[[int], int],
-          seed: int) -> grain.MapDataset:
-  """Example i of training: of the only source, or of a mixture whose weights change with the step.
+          seed: int) -> Callable[[np.ndarray], Features]:
+  """Features [n, ...] of the examples int64 [n] of training: the only source's, or a mixture's, by the step's weights.
 
   `rows_at(step)` rows have been read when `step` steps are done.
   """
-  endless = [shuffled(examples, seed + i) for i, examples in enumerate(sources.values())]
+  endless = [Endless(examples, seed + i) for i, examples in enumerate(sources.values())]
   if len(endless) == 1:
     return endless[0]
   weights = zip(*(config.sources[name].weight for name in sources), strict=True)
-  begins = [rows_at(step) for step in config.weights_from]
-  return grain.MapDataset.select_from_datasets(endless, Mixture([list(w) for w in weights], begins))
+  mixture = Mixture([list(w) for w in weights], [rows_at(step) for step in config.weights_from])
+
+  def make(examples: np.ndarray) -> Features:
+    of_source, positions = mixture(examples)
+    turns = [np.flatnonzero(of_source == i) for i in range(len(endless))]
+    parts = [source(positions[turn]) for source, turn in zip(endless, turns, strict=True) if len(turn)]
+    back = np.argsort(np.concatenate(turns))
+    return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+
+  return make
 
 
-def train_batches(examples: grain.MapDataset, batch_size: int, rows: np.ndarray, offset: int = 0) -> grain.MapDataset:
-  """Element n is rows `rows` of batch n, which holds examples offset + n * batch_size and on."""
-  return grain.MapDataset.range(sys.maxsize // batch_size).map(
-      lambda n: stack([examples[offset + int(n) * batch_size + int(row)] for row in rows]))
+def train_batches(make: Callable[[np.ndarray], Features], batch_size: int, rows: np.ndarray,
+                  offset: int = 0) -> Callable[[np.ndarray], Features]:
+  """Features [m, rows, ...] of batches int64 [m]: rows `rows` of each; batch 0 holds the examples from `offset` on."""
+  def batches(numbers: np.ndarray) -> Features:
+    positions = offset + numbers[:, None] * batch_size + rows
+    return {name: x.reshape(*positions.shape, *x.shape[1:]) for name, x in make(positions.ravel()).items()}
+
+  return batches
 
 
 @dataclasses.dataclass
 class Batches:
   """This host's features, step after step. Where they come from a store, their place is the step alone."""
 
-  iterator: grain.DatasetIterator
+  iterator: Any  # of Features, with close(); of a stream Grain's, with get_state()
   streaming: bool
   counters: Counters
   rows_per_epoch: float = float('inf')  # of several sources or a stream there is no pass over all
@@ -124,16 +157,22 @@ def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray
   return Batches(iterator, True, counters)
 
 
-def prefetched(batches: grain.MapDataset, begin: int, num_workers: int = 0) -> grain.DatasetIterator:
+def prefetched(batches: Callable[[np.ndarray], Features], begin: int,
+               num_workers: int = 0) -> Generator[Features, None, None]:
   """Batches begin, begin + 1, ... made ahead by one thread, or by processes. Close it when done."""
-  # Mapped rows are made faster than threads hand them over: 10x, against Grain's default options.
-  inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  batches = batches[begin:].to_iter_dataset(inline)
+  size = sum(x.nbytes for x in batches(np.array([begin])).values())
+  count = int(np.clip(AHEAD_BYTES // size, 1, MOST_AHEAD))
+  chunks = grain.MapDataset.range(sys.maxsize // count - begin).map(
+      lambda n: batches(begin + n * count + np.arange(count))).to_iter_dataset(INLINE)
   if num_workers:
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's workers ask for a flag of theirs
-    return iter(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)))
-  return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4))
+    chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2))
+  else:
+    chunks = grain.experimental.ThreadPrefetchIterDataset(chunks, prefetch_buffer_size=2)
+  with contextlib.closing(iter(chunks)) as iterator:
+    for chunk in iterator:
+      yield from ({name: x[i] for name, x in chunk.items()} for i in range(count))
 
 
 def eval_batches(examples: Examples, batch_size: int, rows: np.ndarray, max_rows: int | None) -> Iterator[Features]:
