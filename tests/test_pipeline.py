@@ -13,7 +13,7 @@ import pytest
 from llm_jax.data import DataConfig, open_data, open_examples, pipeline
 from llm_jax.data.augment import Augment
 from llm_jax.data.documents import SourceConfig
-from llm_jax.data.examples import make_examples
+from llm_jax.data.examples import Examples, make_examples
 from llm_jax.data.pipeline import Endless, eval_batches, mixed, prefetched, train_batches, train_sources
 from llm_jax.data.store import TokenStore
 from llm_jax.data.tasks import NextToken
@@ -179,7 +179,7 @@ def test_batches_cross_epochs_without_a_seam(num_tokens):
 @pytest.mark.parametrize('begin', [0, 1, 7, 1000, 10**9])
 def test_batch_n_is_a_pure_function(begin, ahead_bytes, monkeypatch):
   monkeypatch.setattr(pipeline, 'AHEAD_BYTES', ahead_bytes)
-  random_access, numbers = batches_of(), range(begin, begin + 2 * pipeline.MOST_AHEAD + 2)
+  random_access, numbers = batches_of(), range(begin, begin + 2 * pipeline.AHEAD + 2)
   expected = {n: batch_at(random_access, n) for n in reversed(numbers)}
   with contextlib.closing(prefetched(batches_of(), begin)) as iterator:
     for n in numbers:
@@ -191,11 +191,35 @@ def test_batch_n_is_a_pure_function(begin, ahead_bytes, monkeypatch):
 
 @pytest.mark.parametrize('kind', ['next_token', 'best_fit', 'mixture'])
 def test_rows_kept_in_memory_are_those_made_again(corpora, kind, monkeypatch):
+  calls, make = [], Examples.make
+  monkeypatch.setattr(Examples, 'make', lambda *args: calls.append(args) or make(*args))
+  expected = [batch_at(open_batches(corpora, kind), n) for n in range(60)]  # of several epochs, each by a fresh one
+  calls.clear()
   kept = open_batches(corpora, kind)
+  for n in range(60):
+    assert_equal(batch_at(kept, n), expected[n])
+  num_rows = {id(examples): len(examples) for examples, *_ in calls}
+  assert sum(num_rows.values()) >= len(calls) - len(num_rows), 'a row was made twice'  # the first: for its shape
+
   monkeypatch.setattr(pipeline, 'KEPT_BYTES', 0)
+  calls.clear()
   made = open_batches(corpora, kind)
-  for n in (*range(30), 10**9):  # of several epochs
-    assert_equal(batch_at(kept, n), batch_at(made, n))
+  for n in range(60):
+    assert_equal(batch_at(made, n), expected[n])
+  assert len(calls) >= 60 * ROWS
+
+
+def test_chance_is_of_seed_and_position():
+  """Drawn again in each epoch, other for another seed, whatever else is asked; a set of one row has but one order."""
+  windows = make_windows(17, 16)
+  examples = dataclasses.replace(windows, augment=Augment(token_replace=0.5),
+                                 layout=dataclasses.replace(windows.layout, bos_id=0))
+  assert len(examples) == 1
+  drawn = {(seed, position): Endless(examples, seed)(np.array([position]))['tokens'].tobytes()
+           for seed in range(4) for position in range(4)}
+  assert len(set(drawn.values())) == len(drawn)
+  whole = Endless(examples, 2)(np.arange(4))['tokens']
+  assert [row.tobytes() for row in whole] == [drawn[2, position] for position in range(4)]
 
 
 @pytest.mark.parametrize('num_hosts', [1, 2, 4])

@@ -320,5 +320,5 @@ def test_fingerprint_names_what_differs(tmp_path):
     assert words in str(e.value)
   assert 'config.data.task' not in str(e.value)
   del saved['order']  # as llm_jax kept it when it had another one
-  with pytest.raises(ConfigError, match=r'the order of rows .*: checkpoint None, now 2'):
+  with pytest.raises(ConfigError, match=r'the order of rows.*: checkpoint 1, now 2'):
     check_fingerprint(saved, data_fingerprint(config, open_data(config), batch_size=8, seed=0), step=5)

@@ -319,10 +319,14 @@ def check_fingerprint(saved: dict, current: dict, step: int) -> None:
 
   Weights that hold from that step on may differ: a mixture may be changed for the time to come.
   """
+  if not saved['streaming']:
+    saved = {'order': 1, **saved}  # which did not say so
+  if saved['streaming'] != current['streaming']:
+    saved, current = ({name: value for name, value in f.items() if name != 'order'} for f in (saved, current))
   saved, current = ({**f, 'mixture': [s for s in f.get('mixture', []) if s[0] < step]} for f in (saved, current))
   names = {'train_tokens': 'the training data (sha256 of its tokens)', 'seed': 'config.seed',
            'rows_per_batch': 'the number of rows in a batch (config.batch_tokens / config.data.seq_len)',
-           'order': 'the version of the order of rows (another llm_jax; go on with that one)',
+           'order': 'the order of rows, which changed with llm_jax (the one of the checkpoint can go on)',
            'mixture': f'the weights of the sources before step {step} (config.data.sources.NAME.weight, weights_from)'}
   differing = [f'{names.get(k, f"config.data.{k}")}: checkpoint {saved.get(k)}, now {current.get(k)}'
                for k in {**saved, **current} if saved.get(k) != current.get(k)]

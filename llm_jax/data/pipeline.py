@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
 
 import grain
 import numpy as np
@@ -21,9 +20,9 @@ from llm_jax.data.streaming import Counters, train_stream, with_tuples
 from llm_jax.data.tasks import Features
 from llm_jax.errors import ConfigError
 
-KEPT_BYTES = 256 << 20  # of rows kept in memory, instead of being made again in every epoch
-# Batches made at a time, so that a thread which wakes up beside a busy device does more than warm its caches.
-AHEAD_BYTES, MOST_AHEAD = 4 << 20, 16
+KEPT_BYTES = 256 << 20  # of a source's rows kept in memory, instead of being made again in every epoch
+# Made at a time, so that a thread which wakes up beside a busy device does more than warm its caches: the least of
+AHEAD, AHEAD_ROWS, AHEAD_BYTES = 16, 1024, 4 << 20  # batches, rows, bytes, but a batch at least
 # Chunks are made faster than Grain's own threads hand them over: 10x, against its default options.
 INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
@@ -108,7 +107,7 @@ def train_batches(make: Callable[[np.ndarray], Features], batch_size: int, rows:
 class Batches:
   """This host's features, step after step. Where they come from a store, their place is the step alone."""
 
-  iterator: Any  # of Features, with close(); of a stream Grain's, with get_state()
+  iterator: Generator[Features, None, None] | grain.DatasetIterator
   streaming: bool
   counters: Counters
   rows_per_epoch: float = float('inf')  # of several sources or a stream there is no pass over all
@@ -118,7 +117,7 @@ class Batches:
 
   def state(self) -> dict | None:
     """What a checkpoint must keep besides the step: nothing, unless streaming."""
-    return self.iterator.get_state() if self.streaming else None
+    return self.iterator.get_state() if isinstance(self.iterator, grain.DatasetIterator) else None
 
   def metrics(self) -> dict[str, float]:
     return {f'data/{name}': float(n) for name, n in vars(self.counters).items()} if self.streaming else {}
@@ -159,9 +158,8 @@ def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray
 
 def prefetched(batches: Callable[[np.ndarray], Features], begin: int,
                num_workers: int = 0) -> Generator[Features, None, None]:
-  """Batches begin, begin + 1, ... made ahead by one thread, or by processes. Close it when done."""
-  size = sum(x.nbytes for x in batches(np.array([begin])).values())
-  count = int(np.clip(AHEAD_BYTES // size, 1, MOST_AHEAD))
+  """Batches begin, begin + 1, ... made ahead by one thread, or one by one by processes. Close it when done."""
+  count = 1 if num_workers else num_ahead(batches(np.array([begin])))
   chunks = grain.MapDataset.range(sys.maxsize // count - begin).map(
       lambda n: batches(begin + n * count + np.arange(count))).to_iter_dataset(INLINE)
   if num_workers:
@@ -173,6 +171,12 @@ def prefetched(batches: Callable[[np.ndarray], Features], begin: int,
   with contextlib.closing(iter(chunks)) as iterator:
     for chunk in iterator:
       yield from ({name: x[i] for name, x in chunk.items()} for i in range(count))
+
+
+def num_ahead(batch: Features) -> int:
+  """How many batches [1, rows, ...] like this one to make at a time."""
+  num_rows, size = batch['tokens'].shape[1], sum(x.nbytes for x in batch.values())
+  return max(1, min(AHEAD, AHEAD_ROWS // num_rows, AHEAD_BYTES // size))
 
 
 def eval_batches(examples: Examples, batch_size: int, rows: np.ndarray, max_rows: int | None) -> Iterator[Features]:

@@ -47,7 +47,7 @@ def encode(model: tiktoken.Encoding, texts: list[str]) -> list[np.ndarray]:
 
 @functools.cache
 def _pool(pid: int) -> ThreadPoolExecutor:
-  """One for all calls: each new thread would fill another of tiktoken's 128 automata. A fork has no threads yet."""
+  """One for all calls: each new thread would fill another of tiktoken's 128 automata. A fork inherits no threads."""
   return ThreadPoolExecutor(_NUM_THREADS)
 
 
