@@ -303,8 +303,7 @@ def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int)
     settings |= {f'{name}.{field}': value for field, value in dataclasses.asdict(getattr(config, name)).items()}
   if data.encoder_tokenizer is not None:  # of which the tokens alone do not tell what ends a prompt
     settings['encoder_tokenizer'] = key_of(data.encoder_tokenizer.to_json())
-  if not config.streaming:
-    settings['order'] = ORDER_VERSION
+  settings['order'] = 'stream' if config.streaming else ORDER_VERSION
   # As lists: the order of the sources counts too.
   train = [[name, tokens.sha256] for name, tokens in data.train.items()]
   train += [[name, key_of([corpus.contents(), data.tokenizer.to_json() if data.tokenizer else None])]
@@ -319,14 +318,11 @@ def check_fingerprint(saved: dict, current: dict, step: int) -> None:
 
   Weights that hold from that step on may differ: a mixture may be changed for the time to come.
   """
-  if not saved['streaming']:
-    saved = {'order': 1, **saved}  # which did not say so
-  if saved['streaming'] != current['streaming']:
-    saved, current = ({name: value for name, value in f.items() if name != 'order'} for f in (saved, current))
+  saved = {'order': 'stream' if saved.get('streaming') else 1, **saved}  # what it is where it is not said
   saved, current = ({**f, 'mixture': [s for s in f.get('mixture', []) if s[0] < step]} for f in (saved, current))
   names = {'train_tokens': 'the training data (sha256 of its tokens)', 'seed': 'config.seed',
            'rows_per_batch': 'the number of rows in a batch (config.batch_tokens / config.data.seq_len)',
-           'order': 'the order of rows, which changed with llm_jax (the one of the checkpoint can go on)',
+           'order': 'the order of rows (1 is an older llm_jax\'s, which can go on with it)',
            'mixture': f'the weights of the sources before step {step} (config.data.sources.NAME.weight, weights_from)'}
   differing = [f'{names.get(k, f"config.data.{k}")}: checkpoint {saved.get(k)}, now {current.get(k)}'
                for k in {**saved, **current} if saved.get(k) != current.get(k)]

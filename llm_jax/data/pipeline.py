@@ -108,8 +108,7 @@ class Batches:
   """This host's features, step after step. Where they come from a store, their place is the step alone."""
 
   iterator: Generator[Features, None, None] | grain.DatasetIterator
-  streaming: bool
-  counters: Counters
+  counters: Counters | None = None  # of a stream
   rows_per_epoch: float = float('inf')  # of several sources or a stream there is no pass over all
 
   def __next__(self) -> Features:
@@ -120,7 +119,7 @@ class Batches:
     return self.iterator.get_state() if isinstance(self.iterator, grain.DatasetIterator) else None
 
   def metrics(self) -> dict[str, float]:
-    return {f'data/{name}': float(n) for name, n in vars(self.counters).items()} if self.streaming else {}
+    return {f'data/{name}': float(n) for name, n in vars(self.counters).items()} if self.counters else {}
 
   def close(self) -> None:
     self.iterator.close()
@@ -135,14 +134,14 @@ def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray
 
   Raises ConfigError where a stream was kept by another number of processes, or its config does not fit.
   """
-  counters = Counters()
   if not config.streaming:
     sources = train_sources(config, data)
     batches = train_batches(mixed(config, sources, rows_at, seed), num_rows, rows, rows_at(begin) - begin * num_rows)
     lengths = [len(examples) for examples in sources.values()]
-    return Batches(prefetched(batches, begin, config.num_workers), False, counters,
-                   lengths[0] if len(lengths) == 1 else float('inf'))
+    return Batches(prefetched(batches, begin, config.num_workers),
+                   rows_per_epoch=lengths[0] if len(lengths) == 1 else float('inf'))
   weights = [source.weight[0] for source in config.named_sources.values()]
+  counters = Counters()
   iterator = train_stream(
       data.streams, weights, data.tokenizer, seq_len=config.seq_len, rows=rows, num_rows=num_rows, seed=seed,
       shuffle_buffer=config.shuffle_buffer, cache_bytes=config.cache_mb << 20, mask_documents=config.mask_documents,
@@ -153,14 +152,14 @@ def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray
                         f'the stream, now there are {num_processes}; go on with as many, or train from a token store '
                         '(streaming=False) in another --workdir')
     iterator.set_state(with_tuples(states[process]))
-  return Batches(iterator, True, counters)
+  return Batches(iterator, counters)
 
 
 def prefetched(batches: Callable[[np.ndarray], Features], begin: int,
                num_workers: int = 0) -> Generator[Features, None, None]:
   """Batches begin, begin + 1, ... made ahead by one thread, or one by one by processes. Close it when done."""
   count = 1 if num_workers else num_ahead(batches(np.array([begin])))
-  chunks = grain.MapDataset.range(sys.maxsize // count - begin).map(
+  chunks = grain.MapDataset.range(sys.maxsize).map(
       lambda n: batches(begin + n * count + np.arange(count))).to_iter_dataset(INLINE)
   if num_workers:
     if not flags.FLAGS.is_parsed():
