@@ -15,9 +15,10 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from llm_jax.assemble import num_eval_rows
 from llm_jax.config import load
-from llm_jax.data import open_data, open_examples, pipeline
+from llm_jax.data import pipeline
+from llm_jax.data.open import open_data, open_examples
+from llm_jax.infer.load import num_eval_rows
 from llm_jax.losses.labels import macro_f1
 
 

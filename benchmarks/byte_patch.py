@@ -37,18 +37,18 @@ class Side(Worker):
 
 
 def serve_ours(path: str) -> None:
-  from llm_jax import runtime
+  from llm_jax.base import runtime
   runtime.prepare()
   import jax
   import jax.numpy as jnp
 
   from benchmarks.loop import bare_step
-  from llm_jax.assemble import example_batch
-  from llm_jax.completion import complete
   from llm_jax.config import load
-  from llm_jax.data import Data
-  from llm_jax.data.tokenizers import ByteTokenizer
-  from llm_jax.models import make_model
+  from llm_jax.data.open import Data
+  from llm_jax.data.tokenizers.tokenizer import ByteTokenizer
+  from llm_jax.infer.load import example_batch
+  from llm_jax.models.registry import make_model
+  from llm_jax.training.resolve import complete
 
   config = load(path).resolve({}, cpu_only=jax.default_backend() == 'cpu')
   config = complete(config, Data({'train': {}}, None, len(ByteTokenizer().token_bytes)))

@@ -23,8 +23,10 @@ from unittest import mock
 import jax
 import numpy as np
 
-from llm_jax import loop, metrics, runtime
+from llm_jax.base import runtime
 from llm_jax.config import Config, base, build
+from llm_jax.training import log as metrics
+from llm_jax.training import loop
 
 EVERY = 20  # steps
 

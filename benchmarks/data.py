@@ -22,7 +22,8 @@ SEQ_LEN, ROWS = 1024, 32
 WRITE = '''
 import json, os, sys, time
 from pathlib import Path
-from llm_jax.data import DataConfig, open_data
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import open_data
 begin, cpu = time.perf_counter(), os.times()
 data = open_data(DataConfig(path=sys.argv[1], tokenizer=sys.argv[2], cache_dir=sys.argv[3], split='document'))
 wall, used = time.perf_counter() - begin, os.times()
@@ -32,7 +33,9 @@ print(json.dumps({'seconds': wall, 'cpu_seconds': used.user + used.system - cpu.
 
 
 def feed(folder: Path, gigabytes: float, rounds: int) -> None:
-  from llm_jax.data import DataConfig, open_data, pipeline
+  from llm_jax.data import pipeline
+  from llm_jax.data.config import DataConfig
+  from llm_jax.data.open import open_data
   path = folder / 'random.bin'
   num_tokens = int(gigabytes * 5e8)
   if not path.exists() or path.stat().st_size != 2 * num_tokens:
@@ -73,7 +76,7 @@ def feed(folder: Path, gigabytes: float, rounds: int) -> None:
 
 
 def write(folder: Path, megabytes: int) -> None:
-  from llm_jax.data.sources import stdlib
+  from llm_jax.data.sources.files import stdlib
   texts = [file.path.read_bytes() for file in stdlib()]
   for tokenizer in ('bpe', 'byte'):
     for times in (1, 10):

@@ -13,7 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
-from llm_jax.metrics import read_metrics
+from llm_jax.training.log import read_metrics
 
 
 def main(argv: list[str] | None = None) -> None:

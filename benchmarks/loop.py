@@ -28,14 +28,16 @@ import jax
 import numpy as np
 
 from benchmarks.common import PRESETS, Preset
-from llm_jax import loop, parts, runtime
-from llm_jax.assemble import example_batch
+from llm_jax.base import runtime
+from llm_jax.base.sharding import local_rows, make_mesh, num_batch_shards, put_batch
 from llm_jax.config import Config, base, build
 from llm_jax.data import pipeline
-from llm_jax.models import make_model
-from llm_jax.optim import make_optimizer
-from llm_jax.sharding import local_rows, make_mesh, num_batch_shards, put_batch
-from llm_jax.step import init_state, state_shardings
+from llm_jax.infer.load import example_batch
+from llm_jax.models.registry import make_model
+from llm_jax.optim.chain import make_optimizer
+from llm_jax.training import loop
+from llm_jax.training import program as parts
+from llm_jax.training.state import init_state, state_shardings
 
 CASES = [  # preset, the milliseconds of a step for which rows are found, steps of a window
     ('char_tiny', 5, 200),

@@ -14,7 +14,7 @@ import statistics
 import time
 from functools import partial
 
-from llm_jax import runtime
+from llm_jax.base import runtime
 
 # name: (B, T, D, V)
 PLAN = {'gpt2': (32, 1024, 768, 50304), 'gpt_1b': (8, 2048, 2048, 50304), 'char_small': (16, 256, 384, 65)}
@@ -32,7 +32,7 @@ def main():
   import jax.numpy as jnp
   import optax
 
-  from llm_jax.devices import has_fast_bf16
+  from llm_jax.base.devices import has_fast_bf16
   from llm_jax.losses import readout as losses
   from llm_jax.models.decoder import project
 

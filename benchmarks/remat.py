@@ -13,7 +13,7 @@ import json
 from typing import Any
 
 from benchmarks.scaling import medians, prepare
-from llm_jax import runtime
+from llm_jax.base import runtime
 
 
 def main():
@@ -29,7 +29,7 @@ def main():
   runtime.prepare()
   import jax
 
-  from llm_jax.devices import has_fast_bf16
+  from llm_jax.base.devices import has_fast_bf16
   from llm_jax.layers.stack import REMAT
   from llm_jax.models.decoder import DecoderConfig
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm_jax import runtime
+from llm_jax.base import runtime
 
 BASE = {'width': 128, 'depth': 4, 'context': 128, 'batch': 8, 'vocabulary': 1024}
 AXES = {'width': (64, 128, 256, 512), 'depth': (2, 4, 16), 'context': (64, 128, 512), 'batch': (4, 8, 32),
@@ -30,10 +30,10 @@ def prepare(cfg, batch: int, seq_len: int) -> tuple[Callable[[], float], Any, fl
   import jax  # after the settings that it reads
   import numpy as np
 
+  from llm_jax.base.batch import Batch
   from llm_jax.models.decoder import Decoder
-  from llm_jax.optim import OptimConfig, make_optimizer
-  from llm_jax.step import init_state, train_step
-  from llm_jax.types import Batch
+  from llm_jax.optim.chain import OptimConfig, make_optimizer
+  from llm_jax.training.state import init_state, train_step
 
   model = Decoder(cfg)
   tx = make_optimizer(OptimConfig(), 10_000)
@@ -96,7 +96,7 @@ def main():
   runtime.prepare()
   import jax
 
-  from llm_jax.devices import has_fast_bf16
+  from llm_jax.base.devices import has_fast_bf16
   from llm_jax.models.decoder import DecoderConfig
 
   dtype: Any = 'bfloat16' if has_fast_bf16() else 'float32'

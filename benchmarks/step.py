@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks.common import GEMM_SIZE, PRESETS, parser, run
-from llm_jax import runtime
+from llm_jax.base import runtime
 
 
 def main():
@@ -30,14 +30,14 @@ def main():
   import jax.numpy as jnp
   import numpy as np
 
-  from llm_jax.devices import has_fast_bf16, peak_flops
+  from llm_jax.base.batch import Batch
+  from llm_jax.base.devices import has_fast_bf16, peak_flops
+  from llm_jax.base.sharding import MeshConfig, batch_sharding, make_mesh
   from llm_jax.models.decoder import Decoder, DecoderConfig
-  from llm_jax.optim import OptimConfig, make_optimizer
+  from llm_jax.optim.chain import OptimConfig, make_optimizer
   from llm_jax.optim.optimizers import AdamW
   from llm_jax.optim.schedules import Constant
-  from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh
-  from llm_jax.step import init_state, state_shardings, train_step
-  from llm_jax.types import Batch
+  from llm_jax.training.state import init_state, state_shardings, train_step
 
   preset = PRESETS[args.preset]
   batch = args.batch or preset.batch

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tokenizers
 
-from llm_jax.data.tokenizers import FITTED, TokenizerConfig
+from llm_jax.data.tokenizers.tokenizer import FITTED, TokenizerConfig
 
 
 def corpus() -> list[str]:

@@ -1,7 +1,7 @@
 """Grokking: division modulo 97 is memorized at once and understood much later, unless Grokfast helps.
 
   python -m llm_jax.main --config=configs/grokking.py
-  python -m llm_jax.sweep --config=configs/grokking.py        # three seeds with and without Grokfast: hours
+  llm-jax sweep --config=configs/grokking.py        # three seeds with and without Grokfast: hours
 
 The sizes of arXiv 2405.20233, whose authors report 39,890 steps to 95% validation accuracy without it, 790 with it. As
 in their code, decay is part of the gradient (l2). Here 95% came after 450, 460 and 490 steps, 20 s on two cores of a

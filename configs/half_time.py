@@ -1,6 +1,6 @@
 """Half the time: what reaches plain AdamW's last loss on the default corpus in half of its time, and by which part.
 
-  python -m llm_jax.sweep --config=configs/half_time.py --workdir=runs/half_time
+  llm-jax sweep --config=configs/half_time.py --workdir=runs/half_time
   python -m benchmarks.half_time --workdir=runs/half_time
 
 Muon with a stable, then falling rate ends at 4.479, 4.503, 4.478 after 175 steps, AdamW at 4.519, 4.785, 4.716 after

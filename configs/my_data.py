@@ -6,7 +6,7 @@
 
 The README ("Your data") has a line for each format. Look before you train, with the same flags:
 
-  python -m llm_jax.data.inspect --config=configs/my_data.py --config.data.path='notes/**/*.md' --out=data.png
+  llm-jax data inspect --config=configs/my_data.py --config.data.path='notes/**/*.md' --out=data.png
 
 Without a path it takes Python's standard library. Llama's parts (RoPE, RMSNorm, SwiGLU) in 30 M parameters; on CPUs
 in 2.5 M (see on_cpu). Neither size has been trained to its end yet: the result depends on what you bring.

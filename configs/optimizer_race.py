@@ -1,6 +1,6 @@
 """Which optimizer learns the default corpus fastest? Each with the same budget: four learning rates.
 
-  python -m llm_jax.sweep --config=configs/optimizer_race.py --workdir=runs/race
+  llm-jax sweep --config=configs/optimizer_race.py --workdir=runs/race
   python -m benchmarks.race --workdir=runs/race
 
 Muon: AdamW's last loss after 0.45 of its steps. The table is in docs/seeds.md; each of the 40 trials is a minute on one

@@ -2,8 +2,8 @@
 
   python configs/data/make_functions.py
   python -m llm_jax.main --config=configs/package.py
-  python -m llm_jax.evaluate --workdir=runs/package --checkpoint=best
-  python -m llm_jax.predict --workdir=runs/package --text="$(cat my_function.py)"
+  llm-jax evaluate --workdir=runs/package --checkpoint=best
+  llm-jax predict --workdir=runs/package --text="$(cat my_function.py)"
 
 84.9% of 597 unseen functions (97.5% among the five likeliest, macro F1 0.820), which takes 7 minutes on two cores of a
 2.5 GHz Xeon. Naive Bayes over the same tokens: 82.7%, macro F1 0.824; always the commonest: 16.4% (python -m

@@ -2,8 +2,8 @@
 
   pip install 'llm_jax[wgsl]'
   python -m llm_jax.main --config=configs/seq2seq_wgsl.py
-  python -m llm_jax.evaluate --workdir=runs/seq2seq_wgsl --split=test --checkpoint=best
-  python -m llm_jax.generate --workdir=runs/seq2seq_wgsl --num_beams=4 --prompt='mix red with half of gold'
+  llm-jax evaluate --workdir=runs/seq2seq_wgsl --split=test --checkpoint=best
+  llm-jax generate --workdir=runs/seq2seq_wgsl --num_beams=4 --prompt='mix red with half of gold'
 
 324 pairs of our own (configs/data/make_wgsl.py), dealt by a hash of their text. On CPUs (see on_cpu): 50 epochs in
 3 min 10 s on two cores of a 2.5 GHz Xeon, training loss 0.02, val/loss 0.11; of the 27 answers to the test part 26%

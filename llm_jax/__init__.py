@@ -12,7 +12,7 @@ def __getattr__(name: str) -> Any:
   """load_config, train and load, once asked for: JAX is not started by an import."""
   if name not in __all__:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  from llm_jax import runtime
+  from llm_jax.base import runtime
   runtime.prepare()
   from llm_jax import api
   return getattr(api, name)

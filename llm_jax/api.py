@@ -19,19 +19,20 @@ import jax
 import numpy as np
 
 from llm_jax import config as config_lib
-from llm_jax import loop, sampling
-from llm_jax.answers import Answer, summarize_answers
-from llm_jax.assemble import Run, answer_stores, load_run, make_evaluator, own_data, prompt_ids, renamed_labels
-from llm_jax.completion import check_classes
+from llm_jax.base.devices import only_cpus
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.config import Config
-from llm_jax.data import tokenize
-from llm_jax.data.tokenizers import before_eos, decode
-from llm_jax.devices import only_cpus
-from llm_jax.errors import ConfigError, StorageError
-from llm_jax.metrics import read_metrics
-from llm_jax.sharding import MeshConfig, make_mesh
-from llm_jax.status import read_status
-from llm_jax.validators import make_validator
+from llm_jax.data.open import tokenize
+from llm_jax.data.tokenizers.tokenizer import before_eos, decode
+from llm_jax.infer import sampling
+from llm_jax.infer.answers import Answer, summarize_answers
+from llm_jax.infer.load import Run, answer_stores, load_run, make_evaluator, own_data, prompt_ids, renamed_labels
+from llm_jax.infer.validators import make_validator
+from llm_jax.training import loop
+from llm_jax.training.log import read_metrics
+from llm_jax.training.resolve import check_classes
+from llm_jax.training.status import read_status
 
 
 def load_config(path: str | Path, *, full_size: bool = False, **overrides: Any) -> Config:
@@ -166,7 +167,7 @@ class Trained:
                         'read or write')
     if not config.writes:
       raise ConfigError(f'--workdir: {self.workdir} has not learnt to write (config.data.task={config.data.task}, '
-                        f'config.loss.terms={", ".join(config.loss.terms)}); see python -m llm_jax.predict')
+                        f'config.loss.terms={", ".join(config.loss.terms)}); see llm-jax predict')
     [ids] = prompt_ids(config, run.prompt_tokenizer, [prompt])
     if len(ids) > config.model.longest_prompt:
       raise ConfigError(f'--prompt: {len(ids)} tokens, and {config.model.longest_prompt} are the most that the model '

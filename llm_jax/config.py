@@ -17,16 +17,17 @@ from typing import Any, Literal
 
 import ml_collections
 
-from llm_jax.builder import build, override, variant
-from llm_jax.checkpoint import CheckpointConfig
-from llm_jax.conditions import condition
-from llm_jax.data import DataConfig, task_of
-from llm_jax.errors import ConfigError
-from llm_jax.losses import LossConfig
-from llm_jax.models import MODELS
-from llm_jax.optim import OptimConfig, without_replaced
-from llm_jax.profiling import ProfileConfig
-from llm_jax.sharding import MeshConfig
+from llm_jax.base.builder import build, override, variant
+from llm_jax.base.conditions import condition
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.profiling import ProfileConfig
+from llm_jax.base.sharding import MeshConfig
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import task_of
+from llm_jax.losses.config import LossConfig
+from llm_jax.models.registry import MODELS
+from llm_jax.optim.chain import OptimConfig, without_replaced
+from llm_jax.training.checkpoint import CheckpointConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,14 +12,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llm_jax import runtime
-from llm_jax.builder import parse_overrides
-from llm_jax.errors import ConfigError, Interrupted, UserError
+from llm_jax.base import runtime
+from llm_jax.base.builder import parse_overrides
+from llm_jax.base.errors import ConfigError, Interrupted, UserError
 
 
 def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(
-      prog='python -m llm_jax.main', allow_abbrev=False, description=__doc__,
+      prog='llm-jax train', allow_abbrev=False, description=__doc__,
       epilog='Any field can be set: --config.model.num_layers=4. llm_jax/config.py says what there is; '
              'config.json in the workdir of a run shows what it had.')
   parser.add_argument('--config', required=True, help='a config file, or the config.json of a run')
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
       rest, '--config.', '--config, --workdir, --full_size, --distributed, --tuning, --config.FIELD')
   was_set = runtime.prepare(args.tuning == 'on')
 
-  from llm_jax import config as config_lib  # heavy imports wait until the flags are known to be good
+  from llm_jax import config as config_lib
   source = config_lib.load(args.config)
   problems = []
   for cpu_only in (False, True):  # what no machine could run is told before any device is touched
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
   import jax
 
   from llm_jax import api
-  from llm_jax.devices import only_cpus
+  from llm_jax.base.devices import only_cpus
   if args.distributed:
     start_processes()
   if jax.process_index() == 0:
@@ -87,7 +87,7 @@ def start_processes() -> None:
   """Joins the other processes; what launch/local.py does not set, jax finds out from the cluster."""
   import jax
 
-  from llm_jax.stopping import interrupt_all
+  from llm_jax.base.stopping import interrupt_all
   signal.signal(signal.SIGINT, interrupt_all)
   num_processes, process_id = (os.environ.get(name) for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'))
   # One process that dies, or leaves alone, ends the others after this many seconds, not jax's 100 and 300.

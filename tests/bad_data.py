@@ -248,7 +248,7 @@ BAD: dict[str, Bad] = {
     'bad file in a zip': Bad(zipped({'a.txt': PROSE, 'b/c.txt': b'ab\xff'}), ('data.zip/b/c.txt', 'byte 2')),
     'bad line in a zip': Bad(zipped({'a.jsonl': b'{"text": "x"}\n{"text"'}), ('data.zip/a.jsonl', 'line 2')),
     # Pickles.
-    'pickle': Bad(payload('data.pkl'), ('pickles are not read', 'llm_jax.data.convert')),
+    'pickle': Bad(payload('data.pkl'), ('pickles are not read', 'llm-jax data convert')),
     'pickle without an ending': Bad(payload('data'), ('pickles are not read',)),
     'pickle, protocol 0': Bad(payload('data.pickle', 0), ('pickles are not read',)),
     'pickle named txt': Bad(payload('data.txt'), ('byte 0 ', 'UTF-8')),

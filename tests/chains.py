@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from llm_jax.config import build
-from llm_jax.optim import OptimConfig, make_optimizer
+from llm_jax.optim.chain import OptimConfig, make_optimizer
 
 RATE, STEPS = 0.05, 7
 AXES = {'blocks': {'q': {'w': ('layers', 'embed', 'heads', 'head_dim'), 'b': ('layers', 'heads', 'head_dim')},

@@ -5,8 +5,8 @@ from functools import partial
 import jax
 import numpy as np
 
-from llm_jax.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, put_batch
-from llm_jax.step import init_state, state_shardings, train_step
+from llm_jax.base.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, put_batch
+from llm_jax.training.state import init_state, state_shardings, train_step
 
 
 def train_on(sizes, model, tx, features, *, num_steps, state=None, **parts):

@@ -40,8 +40,9 @@ def write_config(folder: Path) -> Path:
   """A tiny config on a corpus of its own: three files of this project."""
   corpus = folder / 'corpus'
   corpus.mkdir()
-  for name in ('loop.py', 'config.py', 'metrics.py'):
-    (corpus / name).write_bytes((ROOT / 'llm_jax' / name).read_bytes())
+  for name in ('training/loop.py', 'config.py', 'training/log.py'):
+    path = ROOT / 'llm_jax' / name
+    (corpus / path.name).write_bytes(path.read_bytes())
   path = folder / 'tiny.py'
   path.write_text(TINY.format(corpus=str(corpus)))
   return path
@@ -56,8 +57,9 @@ def environment(folder: Path) -> dict[str, str]:
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'}
 
 
-def start(folder: Path, module: str, *flags: str) -> subprocess.Popen:
-  return subprocess.Popen([sys.executable, '-m', f'llm_jax.{module}', *flags], cwd=folder, env=environment(folder),
+def start(folder: Path, command: str, *flags: str) -> subprocess.Popen:
+  program = ['llm_jax.main'] if command == 'main' else ['llm_jax', *command.split()]
+  return subprocess.Popen([sys.executable, '-m', *program, *flags], cwd=folder, env=environment(folder),
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

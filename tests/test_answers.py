@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 from program import environment, finish, start
 
-from llm_jax import evaluate, main
-from llm_jax.answers import Answer, answer, pairs, summarize_answers
-from llm_jax.data.examples import make_examples
-from llm_jax.data.store import TokenStore
-from llm_jax.data.tasks import PromptAnswer, Seq2Seq
-from llm_jax.errors import ConfigError
-from llm_jax.metrics import read_metrics
-from llm_jax.models import make_model
+from llm_jax import main
+from llm_jax.base.batch import Batch
+from llm_jax.base.errors import ConfigError
+from llm_jax.commands import evaluate
+from llm_jax.data.rows.examples import make_examples
+from llm_jax.data.rows.tasks import PromptAnswer, Seq2Seq
+from llm_jax.data.stores.store import TokenStore
+from llm_jax.infer.answers import Answer, answer, pairs, summarize_answers
+from llm_jax.infer.validators import VALIDATORS, make_validator
 from llm_jax.models.decoder import DecoderConfig
-from llm_jax.types import Batch
-from llm_jax.validators import VALIDATORS, make_validator
+from llm_jax.models.registry import make_model
+from llm_jax.training.log import read_metrics
 
 CONFIG = '''"""Repeat what was read, backwards."""
 from llm_jax.config import base

@@ -9,8 +9,8 @@ from program import ROOT, environment, write_config
 
 import llm_jax
 from llm_jax import main
-from llm_jax.errors import ConfigError
-from llm_jax.metrics import read_metrics
+from llm_jax.base.errors import ConfigError
+from llm_jax.training.log import read_metrics
 
 SETTINGS = {'num_steps': 12, 'eval.every': 6, 'eval.sample_tokens': 0, 'checkpoint.every': 100, 'log.every': 1,
             'optim.warmup_cosine.warmup_steps': 2}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from llm_jax.errors import ConfigError
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.layers import blocked
 from llm_jax.layers.attention import cached_attention, causal_attention, describe_attention
 from llm_jax.layers.kernels import ATTENTION, Case, choose_attention
-from llm_jax.sharding import MeshConfig, make_mesh
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 0, 0, 0]])
 PREFIX = np.array([[1, 1, 0, 1, 0, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0, 0]], bool)

@@ -6,8 +6,8 @@ import numpy as np
 from test_rows import BOS, make_store
 from test_tasks import VOCAB, make, rows_of
 
-from llm_jax.data.augment import Augment
-from llm_jax.data.tasks import NextToken, SpanCorruption
+from llm_jax.data.rows.augment import Augment
+from llm_jax.data.rows.tasks import NextToken, SpanCorruption
 
 
 def test_augmentation_disturbs_its_share_of_what_is_read_and_nothing_else():

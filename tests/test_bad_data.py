@@ -21,11 +21,12 @@ from bad_data import BAD, BAD_RECORDS, WHOLE
 from bad_files import MARKER, PROSE, TEXTS, cut, raw
 from program import environment
 
-from llm_jax.data import DataConfig, open_data
-from llm_jax.data.documents import BadRecord, SourceConfig
-from llm_jax.data.sources import open_source
-from llm_jax.data.tokenizers import decode
-from llm_jax.errors import DataError
+from llm_jax.base.errors import DataError
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import open_data
+from llm_jax.data.sources.documents import BadRecord, SourceConfig
+from llm_jax.data.sources.files import open_source
+from llm_jax.data.tokenizers.tokenizer import decode
 from llm_jax.main import run_as_program
 
 SECONDS = 5
@@ -56,7 +57,7 @@ def program(capfd, monkeypatch):
     capfd.readouterr()
     handler, begin, code = signal.getsignal(signal.SIGINT), time.perf_counter(), 0
     try:
-      run_as_program(importlib.import_module(f'llm_jax.data.{command}').main)
+      run_as_program(importlib.import_module(f'llm_jax.commands.data_{command}').main)
     except SystemExit as e:
       code = e.code
     finally:
@@ -101,7 +102,7 @@ def test_is_refused_as_a_user_meets_it(name, tmp_path):
   bad = BAD[name]
   argv = arguments(bad.make(tmp_path), bad.flags, tmp_path)
   begin = time.perf_counter()
-  result = subprocess.run([sys.executable, '-m', f'llm_jax.data.{bad.command}', *argv], cwd=tmp_path, timeout=60,
+  result = subprocess.run([sys.executable, '-m', 'llm_jax', 'data', bad.command, *argv], cwd=tmp_path, timeout=60,
                           env=environment(tmp_path), capture_output=True, text=True)
   seconds = time.perf_counter() - begin
   check_message(result.returncode, result.stderr, bad.code, bad.words)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from test_pipeline import assert_equal, batch_at, real, rows_of, split
 
-from llm_jax.data import DataConfig, open_data, open_examples, pipeline
-from llm_jax.data.augment import Augment
-from llm_jax.data.documents import SourceConfig
-from llm_jax.data.examples import Examples
+from llm_jax.data import pipeline
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import open_data, open_examples
 from llm_jax.data.pipeline import mixed, prefetched, train_batches, train_sources
+from llm_jax.data.rows.augment import Augment
+from llm_jax.data.rows.examples import Examples
+from llm_jax.data.sources.documents import SourceConfig
 
 KINDS = {
     'next_token': {},

@@ -11,13 +11,13 @@ import pytest
 from meshes import train_on
 from test_step import OPTIM, features
 
+from llm_jax.base.batch import Batch
 from llm_jax.config import build
 from llm_jax.layers.bitnet import BitEinsum, BitNet, PackedEinsum, pack, unpack, weight_codes
 from llm_jax.layers.clock import clock_at, progress
-from llm_jax.models import make_model
 from llm_jax.models.decoder import DecoderConfig
-from llm_jax.optim import OptimConfig, make_optimizer
-from llm_jax.types import Batch
+from llm_jax.models.registry import make_model
+from llm_jax.optim.chain import OptimConfig, make_optimizer
 
 RNG = np.random.default_rng(0)
 X, W = RNG.standard_normal((2, 3, 4, 5)).astype(np.float32), RNG.standard_normal((4, 5, 6)).astype(np.float32)

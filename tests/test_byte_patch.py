@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from meshes import train_on
 
+from llm_jax.base.batch import Batch
 from llm_jax.config import build
 from llm_jax.layers.linear_attention import CHUNK, linear_attention
-from llm_jax.models import make_model
 from llm_jax.models.byte_patch import BytePatchConfig
+from llm_jax.models.registry import make_model
 from llm_jax.models.thinking import EPSILON, Think
-from llm_jax.optim import OptimConfig, make_optimizer
-from llm_jax.step import init_state
-from llm_jax.types import Batch
+from llm_jax.optim.chain import OptimConfig, make_optimizer
+from llm_jax.training.state import init_state
 
 TINY = BytePatchConfig(vocab_size=17, max_len=64, num_layers=2, embed_dim=16, num_heads=2, window=3, thinking_steps=2,
                        dtype='float32')

@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llm_jax.checkpoint import CheckpointConfig, Checkpoints
-from llm_jax.errors import ConfigError, StorageError
-from llm_jax.sharding import MeshConfig, make_mesh
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.sharding import MeshConfig, make_mesh
+from llm_jax.training.checkpoint import CheckpointConfig, Checkpoints
 
 
 def arrays(seed):

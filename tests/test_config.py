@@ -8,13 +8,13 @@ import jax
 import pytest
 
 from llm_jax import config as config_lib
-from llm_jax.assemble import build_model, example_batch
-from llm_jax.builder import parse_overrides
-from llm_jax.completion import complete
+from llm_jax.base.builder import parse_overrides
+from llm_jax.base.errors import ConfigError
 from llm_jax.config import Config, base, build, load, to_dict
-from llm_jax.data import Data
-from llm_jax.errors import ConfigError
+from llm_jax.data.open import Data
+from llm_jax.infer.load import build_model, example_batch
 from llm_jax.optim.optimizers import AdamW
+from llm_jax.training.resolve import complete
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
 

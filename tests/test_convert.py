@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from llm_jax.data import convert
-from llm_jax.data.documents import File, SourceConfig
+from llm_jax.base.errors import ConfigError, DataError, UserError
+from llm_jax.commands import data_convert as convert
 from llm_jax.data.formats.columnar import parquet
 from llm_jax.data.formats.pickles import load_plain, pickle_refused
-from llm_jax.errors import ConfigError, DataError, UserError
+from llm_jax.data.sources.documents import File, SourceConfig
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -183,15 +183,15 @@ def test_damaged_pickles(tmp_path):
 def test_the_command_and_the_refusal(tmp_path):
   """As a user meets them: the reader's refusal names a command, and that command works without a word on stderr."""
   path, out = dump(tmp_path / 'x.pkl', ['one', 'two']), tmp_path / 'out.parquet'
-  with pytest.raises(DataError, match=r'x\.pkl: pickles are not read, .* python -m llm_jax\.data\.convert') as error:
+  with pytest.raises(DataError, match=r'x\.pkl: pickles are not read, .* llm-jax data convert') as error:
     list(pickle_refused(File('x.pkl', path), SourceConfig()))
-  command = str(error.value).split('python ')[1].split(' reads')[0].replace('OUTPUT.parquet', str(out)).split()
-  done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+  command = str(error.value).split('llm-jax ')[1].split(' reads')[0].replace('OUTPUT.parquet', str(out)).split()
+  done = subprocess.run([sys.executable, '-m', 'llm_jax', *command], capture_output=True, text=True, timeout=120)
   assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
   assert [d.text for d in documents(out)] == ['one', 'two']
   dump(path, Payload(os.system, f'touch {tmp_path}/marker'))
   assert main(command[-2:]) == ConfigError.exit_code  # the output is there already
   out.unlink()
-  done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+  done = subprocess.run([sys.executable, '-m', 'llm_jax', *command], capture_output=True, text=True, timeout=120)
   assert done.returncode == 65 and 'Traceback' not in done.stderr
   assert 'it asks for posix.system' in done.stderr and not (tmp_path / 'marker').exists()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from llm_jax.devices import PEAK_FLOPS, cpu_has_fast_bf16, device_memory, has_fast_bf16, peak_flops, read
+from llm_jax.base.devices import PEAK_FLOPS, cpu_has_fast_bf16, device_memory, has_fast_bf16, peak_flops, read
 
 
 def peak(kind, count=1):

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from meshes import train_on
 
+from llm_jax.base.batch import Batch
+from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.config import build
-from llm_jax.models import make_model
+from llm_jax.infer.sampling import _beam_search, beam_search, generate, pad
 from llm_jax.models.encdec import EncDecConfig
-from llm_jax.optim import OptimConfig, make_optimizer
-from llm_jax.sampling import _beam_search, beam_search, generate, pad
-from llm_jax.sharding import MeshConfig, make_mesh
-from llm_jax.step import init_state
-from llm_jax.types import Batch
+from llm_jax.models.registry import make_model
+from llm_jax.optim.chain import OptimConfig, make_optimizer
+from llm_jax.training.state import init_state
 
 TINY = EncDecConfig(vocab_size=17, max_len=12, encoder_len=8, num_layers=2, num_encoder_layers=1, embed_dim=16,
                     num_heads=4, dtype='float32', start_id=1)

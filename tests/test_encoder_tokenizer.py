@@ -10,25 +10,18 @@ import pytest
 from program import finish, start
 from test_store import files_of
 
-from llm_jax import evaluate, generate
-from llm_jax.completion import complete
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.commands import data_inspect as inspect
+from llm_jax.commands import evaluate, generate
 from llm_jax.config import Config
-from llm_jax.data import (
-  Data,
-  DataConfig,
-  check_fingerprint,
-  data_fingerprint,
-  inspect,
-  open_data,
-  open_examples,
-  tokenize,
-)
-from llm_jax.data.augment import Augment
-from llm_jax.data.store import read_manifest
-from llm_jax.data.tokenizers import FITTED, ByteTokenizer, CharTokenizer, TokenizerConfig, decode
-from llm_jax.errors import ConfigError, DataError
-from llm_jax.metrics import read_metrics
-from llm_jax.models import MODELS
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import Data, check_fingerprint, data_fingerprint, open_data, open_examples, tokenize
+from llm_jax.data.rows.augment import Augment
+from llm_jax.data.stores.store import read_manifest
+from llm_jax.data.tokenizers.tokenizer import FITTED, ByteTokenizer, CharTokenizer, TokenizerConfig, decode
+from llm_jax.models.registry import MODELS
+from llm_jax.training.log import read_metrics
+from llm_jax.training.resolve import complete
 
 PROMPT_WORDS = ['red', 'wörter', '中文', 'x', 'mix', '=', '{', '(a\tb)', 'of', 'zzz']
 ANSWER_WORDS = ['1', '2', 'add', ';', '\U0001F600', '\n', 'é', 'vec']

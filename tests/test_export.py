@@ -8,8 +8,9 @@ import pytest
 from program import write_config
 from safetensors.numpy import load_file
 
-from llm_jax import evaluate, export, generate, main
-from llm_jax.errors import ConfigError, StorageError
+from llm_jax import main
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.commands import evaluate, export, generate
 
 
 @pytest.fixture(scope='module')

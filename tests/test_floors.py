@@ -1,70 +1,85 @@
-"""Imports go down only: the house stands on its floors."""
+"""The layers of the package: a module imports only from layers below its own."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / 'llm_jax'
+# From the bottom up. A name stands for a module or for all modules of a folder; the longest that fits counts.
 FLOORS = [
-    {'errors', 'types', 'builder', 'sharding', 'progress', 'stopping', 'runtime', 'devices', 'profiling',
-     'validators', 'conditions'},
-    {'layers', 'losses', 'optim', 'data', 'checkpoint', 'metrics'},
-    {'models'},
-    {'step', 'evaluation', 'sampling', 'packed'},
-    {'config', 'answers'},
-    {'plan'},
-    {'assemble'},
-    {'completion', 'memory', 'record', 'report', 'status'},
-    {'parts'},
-    {'start'},
-    {'loop'},
+    {'base'},
+    {'layers', 'losses', 'optim', 'data', 'infer.validators'},
+    {'models', 'training.checkpoint', 'training.log'},
+    {'training.state', 'infer.score', 'infer.sampling', 'infer.export'},
+    {'config', 'infer.answers'},
+    {'training.stages'},
+    {'infer.load'},
+    {'training.resolve', 'training.memory', 'training.best', 'training.report', 'training.status'},
+    {'training.program'},
+    {'training.resume'},
+    {'training.loop'},
     {'api'},
-    {'main', 'evaluate', 'generate', 'predict', 'plot', 'inspect', 'export', 'check', 'schedules',
-     'sweep',
-     'data.prepare', 'data.inspect', 'data.convert'},
+    {'main'},
+    {'commands'},
+    {'__main__'},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-SAME_FLOOR = {('builder', 'errors'), ('data.prepare', 'main'), ('data.inspect', 'main'), ('data.convert', 'main'),
-              ('losses', 'layers'), ('optim', 'layers'), ('sharding', 'types'), ('sharding', 'errors'),
-              ('stopping', 'errors'), ('evaluate', 'main'), ('generate', 'main'),
-              ('predict', 'main'), ('plot', 'main'), ('inspect', 'main'), ('export', 'main'),
-              ('check', 'main'), ('schedules', 'main'), ('sweep', 'main'), ('sweep', 'plot'),
-              ('validators', 'errors')}
+PATHS = sorted(path for path in PACKAGE.rglob('*.py') if path.name != '__init__.py')
 
 
-def modules_imported(path: Path) -> set[str]:
-  """First names below llm_jax that a file imports, at its top or inside a function."""
+def module_of(path: Path) -> str:
+  return '.'.join(path.relative_to(PACKAGE).with_suffix('').parts)
+
+
+def floor_of(module: str) -> int:
+  parts = module.split('.')
+  names = ['.'.join(parts[:n]) for n in range(len(parts), 0, -1)]
+  found = next((name for name in names if name in FLOOR), None)
+  assert found, f'{module} has no floor: add it to FLOORS'
+  return FLOOR[found]
+
+
+def imports(path: Path) -> set[str]:
+  """Modules of the package that a file imports, at its top or inside a function."""
   found = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom) and node.module and node.module.split('.')[0] == 'llm_jax':
-      below = node.module.split('.')[1:]
-      found |= {below[0]} if below else {alias.name for alias in node.names}
-    elif isinstance(node, ast.Import):
-      found |= {a.name.split('.')[1] for a in node.names if a.name.startswith('llm_jax.')}
-  return {name for name in found if not name.startswith('__')}
+      folder = node.module.removeprefix('llm_jax').lstrip('.')
+      for alias in node.names:
+        name = f'{folder}.{alias.name}'.lstrip('.')
+        is_module = PACKAGE.joinpath(*name.split('.')).with_suffix('.py').exists()
+        found.add(name if is_module else folder)
+  return found - {''}
 
 
-@pytest.mark.parametrize('path', sorted(PACKAGE.rglob('*.py')), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize('path', PATHS, ids=module_of)
 def test_imports_go_down(path):
-  parts = path.relative_to(PACKAGE).with_suffix('').parts
-  own = '.'.join(parts) if '.'.join(parts) in FLOOR else parts[0]  # a command may lie in a folder of a lower floor
-  if own == '__init__':
-    return
-  assert own in FLOOR, f'{own} has no floor yet: give it one in FLOORS'
-  for name in modules_imported(path):
-    allowed = name == own or FLOOR[name] < FLOOR[own] or (own, name) in SAME_FLOOR
-    assert allowed, f'{path.name} (floor {FLOOR[own]}) imports {name} (floor {FLOOR[name]})'
+  own, folder = module_of(path), module_of(path).split('.')[0]
+  for name in imports(path):
+    same_folder = name.split('.')[0] == folder and floor_of(name) == floor_of(own)
+    allowed = same_folder or floor_of(name) < floor_of(own) or (floor_of(own) == 1 and name.startswith('layers'))
+    assert allowed, f'{own} (floor {floor_of(own)}) imports {name} (floor {floor_of(name)})'
 
 
-def test_flax_stays_below():
-  """Only layers and models know Flax modules; step may build and unbox parameters."""
-  for path in PACKAGE.rglob('*.py'):
-    own = path.relative_to(PACKAGE).with_suffix('').parts[0]
+def test_only_model_code_imports_flax_linen():
+  for path in PATHS:
     if 'flax.linen' in path.read_text():
-      assert own in {'layers', 'models', 'step', 'sampling', 'inspect'}, f'{path} imports flax.linen'
+      own = module_of(path)
+      assert own.startswith(('layers.', 'models.', 'training.state', 'infer.sampling', 'commands.inspect_run')), own
 
 
-def test_files_stay_small():
-  sizes = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.rglob('*.py')}
+def test_files_have_at_most_400_lines():
+  sizes = {path.name: len(path.read_text().splitlines()) for path in PATHS}
   assert not {name: size for name, size in sizes.items() if size > 400}
+
+
+def test_init_files_hold_no_logic():
+  for path in PACKAGE.rglob('__init__.py'):
+    if path.parent != PACKAGE:  # whose names are loaded when asked for
+      assert not path.read_text().strip(), path
+
+
+def test_no_module_has_the_name_of_a_standard_library_module():
+  assert not [path for path in PATHS if path.stem in sys.stdlib_module_names and path.stem != '__main__']

@@ -11,18 +11,19 @@ import pytest
 from meshes import train_on
 from test_step import OPTIM
 
-from llm_jax.evaluation import evaluate
-from llm_jax.losses import LossConfig, Objective, make_objective
+from llm_jax.base.batch import Batch
+from llm_jax.infer.score import evaluate
+from llm_jax.losses.config import LossConfig, make_objective
 from llm_jax.losses.contrastive import Contrastive
 from llm_jax.losses.labels import Classification
 from llm_jax.losses.next_token import Distillation
-from llm_jax.models import make_model
+from llm_jax.losses.objective import Objective
 from llm_jax.models.byte_patch import BytePatchConfig
 from llm_jax.models.decoder import DecoderConfig
 from llm_jax.models.encdec import EncDecConfig
-from llm_jax.optim import make_optimizer
-from llm_jax.step import eval_step
-from llm_jax.types import Batch
+from llm_jax.models.registry import make_model
+from llm_jax.optim.chain import make_optimizer
+from llm_jax.training.state import eval_step
 
 CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, dtype='float32',
                     positions='rope', norm='rms_norm', mlp='swiglu')

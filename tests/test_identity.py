@@ -6,14 +6,15 @@ import os
 import numpy as np
 import pytest
 
-from llm_jax.data import DataConfig, check_fingerprint, data_fingerprint, open_data, task_of
-from llm_jax.data.corpus import Corpus, key_of
-from llm_jax.data.documents import SourceConfig
-from llm_jax.data.examples import make_examples
-from llm_jax.data.filters import FilterConfig
-from llm_jax.data.sources import open_source
-from llm_jax.data.splits import SplitConfig
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import check_fingerprint, data_fingerprint, open_data, task_of
+from llm_jax.data.rows.examples import make_examples
+from llm_jax.data.sources.corpus import Corpus, key_of
+from llm_jax.data.sources.documents import SourceConfig
+from llm_jax.data.sources.files import open_source
+from llm_jax.data.sources.filters import FilterConfig
+from llm_jax.data.sources.splits import SplitConfig
 
 
 def opened(tmp_path, path, **overrides):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from program import finish, start, write_config
 
-from llm_jax.inspect import activations, thinking, weights
-from llm_jax.models import make_model
+from llm_jax.base.batch import Batch
+from llm_jax.commands.inspect_run import activations, thinking, weights
 from llm_jax.models.decoder import DecoderConfig
-from llm_jax.types import Batch
+from llm_jax.models.registry import make_model
 
 BYTES = '''
 def get_config():

@@ -13,7 +13,7 @@ import pytest
 from program import ROOT, environment, finish
 
 from llm_jax import main
-from llm_jax.metrics import read_metrics
+from llm_jax.training.log import read_metrics
 
 CONFIG = '''
 from llm_jax.config import base

@@ -12,8 +12,8 @@ from test_step import OPTIM, features
 
 from llm_jax.layers.lowbit import lowbit_einsum
 from llm_jax.models import decoder as decoder_module
-from llm_jax.models import make_model
-from llm_jax.optim import make_optimizer
+from llm_jax.models.registry import make_model
+from llm_jax.optim.chain import make_optimizer
 
 pytest.importorskip('qwix')
 EQN = 'BTD,DNH->BTNH'

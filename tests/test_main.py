@@ -20,10 +20,11 @@ import orbax.checkpoint as ocp
 import pytest
 from program import environment, finish, signal_at, start, write_config
 
-from llm_jax import evaluate, generate, main
-from llm_jax.errors import ConfigError, DataError, StorageError
-from llm_jax.metrics import read_metrics
-from llm_jax.profiling import ProfileConfig, Profiler
+from llm_jax import main
+from llm_jax.base.errors import ConfigError, DataError, StorageError
+from llm_jax.base.profiling import ProfileConfig, Profiler
+from llm_jax.commands import evaluate, generate
+from llm_jax.training.log import read_metrics
 
 STEPS = 150
 

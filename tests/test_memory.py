@@ -2,8 +2,8 @@
 
 import pytest
 
-from llm_jax.errors import ConfigError
-from llm_jax.memory import most_rows
+from llm_jax.base.errors import ConfigError
+from llm_jax.training.memory import most_rows
 
 
 def search(num_rows, limit, likely=0, step_bytes=10, row_bytes=3):

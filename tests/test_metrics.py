@@ -11,8 +11,8 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
 from tensorboard.util import tensor_util
 
-from llm_jax.metrics import Throughput, Writer, duration, read_metrics
-from llm_jax.status import Status, read_status
+from llm_jax.training.log import Throughput, Writer, duration, read_metrics
+from llm_jax.training.status import Status, read_status
 
 
 def write(workdir, begin, end, scale=1.0, text=None):
@@ -131,7 +131,7 @@ def test_tensorboard_sees_no_orphans_after_going_on(tmp_path, step, reader):
 FULL_DISK = '''
 import resource, signal, sys, time
 from pathlib import Path
-from llm_jax.metrics import Writer
+from llm_jax.training.log import Writer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails with an OSError, as on a full disk
 
 def limit(size):
@@ -246,9 +246,9 @@ def test_a_status_that_need_not_be_written_at_once_is_written_once_a_second(tmp_
     assert read_status(tmp_path)['step'] == 0 and status.values['step'] == 3
     status.update(step=4)
     assert read_status(tmp_path)['step'] == 4
-    monkeypatch.setattr('llm_jax.status.SECONDS', 0.0)
+    monkeypatch.setattr('llm_jax.training.status.SECONDS', 0.0)
     status.update(at_once=False, step=5)
     assert read_status(tmp_path)['step'] == 5
-    monkeypatch.setattr('llm_jax.status.SECONDS', 60.0)
+    monkeypatch.setattr('llm_jax.training.status.SECONDS', 60.0)
     status.update(at_once=False, step=6)
   assert read_status(tmp_path) == status.values and status.values['step'] == 6

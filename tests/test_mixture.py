@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.data.mixture import CYCLE, Mixture
+from llm_jax.data.rows.mixture import CYCLE, Mixture
 
 property_test = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 weight_lists = st.integers(1, 5).flatmap(lambda n: st.lists(

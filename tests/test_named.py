@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from web import serving
 
-from llm_jax.data.documents import File, SourceConfig
-from llm_jax.data.named import enwik8, modular, synthetic
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.sources.documents import File, SourceConfig
+from llm_jax.data.sources.named import enwik8, modular, synthetic
 
 TEXT = b'<mediawiki>' * 1000
 

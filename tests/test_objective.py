@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 from jax.scipy.special import logsumexp
 
+from llm_jax.base.batch import Batch
+from llm_jax.base.errors import ConfigError
 from llm_jax.config import build
-from llm_jax.errors import ConfigError
-from llm_jax.losses import LossConfig, Readout
 from llm_jax.losses import readout as readouts
 from llm_jax.losses.balance import BALANCES
+from llm_jax.losses.config import LossConfig
 from llm_jax.losses.contrastive import Contrastive
 from llm_jax.losses.labels import Classification, Regression, macro_f1
 from llm_jax.losses.next_token import Distillation
+from llm_jax.losses.readout import Readout
 from llm_jax.losses.term import Look, pool
-from llm_jax.types import Batch
 
 B, T, D, C, V = 8, 6, 5, 4, 11
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from llm_jax.config import build
-from llm_jax.optim import TRANSFORMS, OptimConfig, make_optimizer
+from llm_jax.optim.chain import TRANSFORMS, OptimConfig, make_optimizer
 from llm_jax.optim.masks import matrices
 
 

@@ -8,7 +8,7 @@ import pytest
 from chains import AXES, RATE, STEPS, by_equation, close, descend, mean, momentum, optimizer, tree
 
 from llm_jax.config import build
-from llm_jax.optim import OptimConfig, make_optimizer
+from llm_jax.optim.chain import OptimConfig, make_optimizer
 from llm_jax.optim.masks import as_matrices, from_matrices, matrix_dims
 
 

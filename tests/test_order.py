@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.data.order import BLOCK, GOLDEN, VERSION, _block, order, permuted, scrambled
+from llm_jax.data.rows.order import BLOCK, GOLDEN, VERSION, _block, order, permuted, scrambled
 
 property_test = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 sizes = st.one_of(st.integers(1, 50), st.integers(1, 20_000))

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llm_jax.data.tokenizers import FITTED, TokenizerConfig, decode, load_tokenizer, open_tokenizer
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.tokenizers.tokenizer import FITTED, TokenizerConfig, decode, load_tokenizer, open_tokenizer
 
 CORPUS = [
     'the cat sat on the mat and the cat ate the rat. ' * 20,
@@ -268,7 +268,7 @@ ENCODING_CONSTRUCTORS = {'tiny': tiny}
 SCRIPT = """
 import json, sys
 import tiktoken
-from llm_jax.data.tokenizers import open_tokenizer
+from llm_jax.data.tokenizers.tokenizer import open_tokenizer
 tokenizer = open_tokenizer('tiktoken:tiny')
 open(sys.argv[1], 'w').write(tokenizer.to_json())
 texts = json.load(open(sys.argv[2]))

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from llm_jax.data import pipeline
-from llm_jax.data.augment import Augment
-from llm_jax.data.examples import make_examples
 from llm_jax.data.pipeline import Endless, eval_batches, prefetched, train_batches
-from llm_jax.data.store import TokenStore
-from llm_jax.data.tasks import NextToken
+from llm_jax.data.rows.augment import Augment
+from llm_jax.data.rows.examples import make_examples
+from llm_jax.data.rows.tasks import NextToken
+from llm_jax.data.stores.store import TokenStore
 
 # No two tokens are alike, so a token tells where it came from.
 LENGTHS = [(1, 1), (2, 1), (50, 7), (57, 7), (64, 64), (65, 64), (500, 16), (129, 1)]

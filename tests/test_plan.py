@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from program import write_config
 
-from llm_jax import loop, main
+from llm_jax import main
 from llm_jax.api import load_config
+from llm_jax.base.errors import ConfigError, Interrupted
+from llm_jax.base.stopping import StopSignal
 from llm_jax.config import Config, build
 from llm_jax.data import pipeline
-from llm_jax.errors import ConfigError, Interrupted
-from llm_jax.metrics import Epochs, read_metrics
-from llm_jax.plan import at_step, plan
-from llm_jax.stopping import StopSignal
+from llm_jax.training import loop
+from llm_jax.training.log import Epochs, read_metrics
+from llm_jax.training.stages import at_step, plan
 
 
 def config(**stages):

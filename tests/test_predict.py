@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from program import finish, signal_at, start
 
-from llm_jax import evaluate, generate, main, predict
-from llm_jax.errors import ConfigError, DataError, StorageError
-from llm_jax.metrics import read_metrics
+from llm_jax import main
+from llm_jax.base.errors import ConfigError, DataError, StorageError
+from llm_jax.commands import evaluate, generate, predict
+from llm_jax.training.log import read_metrics
 
 CONFIG = '''"""Which letter is repeated, and how often?"""
 from llm_jax.config import base
@@ -157,7 +158,7 @@ def test_a_classifier_goes_on_where_it_was_stopped(folder, run):
 
 def test_what_has_not_learnt_to_write_says_so(folder, run):
   run('classification')
-  with pytest.raises(ConfigError, match=r'has not learnt to write.*llm_jax\.predict'):
+  with pytest.raises(ConfigError, match=r'has not learnt to write.*llm-jax predict'):
     generate.main([f'--workdir={folder}/classification'])
 
 

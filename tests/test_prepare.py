@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from program import environment, write_config
 
-from llm_jax.data import inspect, prepare
-from llm_jax.errors import ConfigError, StorageError
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.commands import data_inspect as inspect
+from llm_jax.commands import data_prepare as prepare
 
 TEXTS = [f'Question {i}: what comes after {i}? It is {i + 1}.' for i in range(60)]
 INSPECT = ['--tokenizer=byte', '--split=document', '--val_fraction=0.2', '--seq_len=64', '--rows=60']
@@ -40,7 +41,7 @@ def pairs(tmp_path):
 
 
 def run(folder, module, *flags):
-  return subprocess.run([sys.executable, '-m', f'llm_jax.data.{module}', *flags], cwd=folder, env=environment(folder),
+  return subprocess.run([sys.executable, '-m', 'llm_jax', 'data', module, *flags], cwd=folder, env=environment(folder),
                         capture_output=True, text=True, timeout=120)
 
 
@@ -92,7 +93,7 @@ def test_another_file_or_option_makes_another_store(corpus, cache, capsys):
 
 def test_prepare_with_a_config_makes_what_the_run_opens(tmp_path, cache, capsys):
   from llm_jax.config import load
-  from llm_jax.data import open_data
+  from llm_jax.data.open import open_data
   path = write_config(tmp_path)
   prepare.main([f'--config={path}', '--config.data.val_fraction=0.3'])
   out = capsys.readouterr().out

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from llm_jax.conditions import condition
+from llm_jax.base.conditions import condition
+from llm_jax.base.errors import ConfigError
 from llm_jax.config import Config, EvalConfig, build
-from llm_jax.errors import ConfigError
-from llm_jax.record import Record
+from llm_jax.training.best import Record
 
 
 def seen(config, values, metric='val/accuracy'):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.data.packing import best_fit
-from llm_jax.data.rows import Windows, pack
+from llm_jax.data.rows.packing import best_fit
+from llm_jax.data.rows.rows import Windows, pack
 
 BOS = 0
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)

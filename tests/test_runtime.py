@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from llm_jax import runtime
+from llm_jax.base import runtime
 
 FAULTS = '''
 import ctypes, resource, sys
-from llm_jax import runtime
+from llm_jax.base import runtime
 print(runtime.keep_freed_memory())
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -28,7 +28,7 @@ print(sum(touch() for _ in range(10)))
 
 COMPILE = '''
 import os
-from llm_jax import runtime
+from llm_jax.base import runtime
 print(runtime.prepare())
 import jax
 hits = []
@@ -82,7 +82,7 @@ def test_flags_are_added_but_for_the_users_own():
 
 
 def test_every_flag_for_gpus_is_known_to_this_xla_which_else_would_end_the_process():
-  code = ('import os; from llm_jax import runtime; runtime.add_flags("gpu", os.environ); '
+  code = ('import os; from llm_jax.base import runtime; runtime.add_flags("gpu", os.environ); '
           'import jaxlib.xla_client as xla; xla.CompileOptions(); print(os.environ["XLA_FLAGS"])')
   (flags,), _ = python(code)
   assert flags.count('--xla_gpu') == len(runtime.XLA_FLAGS['gpu'])
@@ -148,6 +148,6 @@ def test_nothing_is_set_once_jax_is_there():
 
 
 def test_the_programs_of_the_command_line_do_not_import_jax_before():
-  code = 'import sys, llm_jax.main, llm_jax.evaluate, llm_jax.generate; print("jax" in sys.modules)'
+  code = 'import sys, llm_jax.main, llm_jax.commands.evaluate, llm_jax.commands.generate; print("jax" in sys.modules)'
   assert python(code)[0] == ['False']
   assert 'import jax' not in Path(runtime.__file__).read_text()

@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from llm_jax.base.batch import Batch
+from llm_jax.infer.sampling import generate, sample
 from llm_jax.models.decoder import Decoder, DecoderConfig
-from llm_jax.sampling import generate, sample
-from llm_jax.step import init_state
-from llm_jax.types import Batch
+from llm_jax.training.state import init_state
 
 NUM_DRAWS = 20000
 LOGITS = np.random.default_rng(0).normal(size=12).astype(np.float32) * 1.5

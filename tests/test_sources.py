@@ -7,9 +7,9 @@ import zipfile
 
 import pytest
 
-from llm_jax.data.documents import BadRecord, Document, SourceConfig
-from llm_jax.data.sources import open_source
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.sources.documents import BadRecord, Document, SourceConfig
+from llm_jax.data.sources.files import open_source
 
 
 def source_of(path, cache='no cache needed', **options):

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store import config_of, jsonl, sides_of, texts_of, write_corpus
 
-from llm_jax.data import open_data
-from llm_jax.data.documents import Document
-from llm_jax.data.splits import SPLITS, SplitConfig, Splitter, borders, content_hash, total_size
+from llm_jax.data.open import open_data
+from llm_jax.data.sources.documents import Document
+from llm_jax.data.sources.splits import SPLITS, SplitConfig, Splitter, borders, content_hash, total_size
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 texts_lists = st.lists(st.text('ab中\U0001F600', min_size=1, max_size=9), min_size=1, max_size=12)

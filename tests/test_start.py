@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from program import write_config
 
-from llm_jax import evaluate, main
-from llm_jax.errors import ConfigError
-from llm_jax.metrics import read_metrics
+from llm_jax import main
+from llm_jax.base.errors import ConfigError
+from llm_jax.commands import evaluate
+from llm_jax.training.log import read_metrics
 
 FLAGS = ('--config.eval.every=4', '--config.checkpoint.every=4', '--config.checkpoint.keep_last=9',
          '--config.eval.sample_tokens=0', '--config.optim.schedule=wsd', '--config.optim.warmup_cosine.warmup_steps=0',

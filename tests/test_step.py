@@ -11,14 +11,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import train_on
 
-from llm_jax.config import build
-from llm_jax.errors import ConfigError
-from llm_jax.evaluation import evaluate
-from llm_jax.losses import Readout
-from llm_jax.models import make_model
-from llm_jax.models.decoder import DecoderConfig
-from llm_jax.optim import OptimConfig, make_optimizer
-from llm_jax.sharding import (
+from llm_jax.base.batch import Batch
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.sharding import (
   MeshConfig,
   constrain,
   local_rows,
@@ -27,8 +22,13 @@ from llm_jax.sharding import (
   num_batch_shards,
   put_batch,
 )
-from llm_jax.step import NEXT_TOKEN, eval_step, init_state, logical_axes, state_shardings, train_step
-from llm_jax.types import Batch
+from llm_jax.config import build
+from llm_jax.infer.score import evaluate
+from llm_jax.losses.readout import Readout
+from llm_jax.models.decoder import DecoderConfig
+from llm_jax.models.registry import make_model
+from llm_jax.optim.chain import OptimConfig, make_optimizer
+from llm_jax.training.state import NEXT_TOKEN, eval_step, init_state, logical_axes, state_shardings, train_step
 
 CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, dtype='float32',
                     positions='rope', norm='rms_norm', mlp='swiglu')

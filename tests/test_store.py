@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_jax.data import DataConfig, check_fingerprint, data_fingerprint, open_data, tokenize
-from llm_jax.data.documents import SourceConfig
-from llm_jax.data.filters import FilterConfig
-from llm_jax.data.sources import open_source
-from llm_jax.data.tokenizers import FITTED, TokenizerConfig, decode
-from llm_jax.errors import ConfigError, DataError, StorageError
+from llm_jax.base.errors import ConfigError, DataError, StorageError
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import check_fingerprint, data_fingerprint, open_data, tokenize
+from llm_jax.data.sources.documents import SourceConfig
+from llm_jax.data.sources.files import open_source
+from llm_jax.data.sources.filters import FilterConfig
+from llm_jax.data.tokenizers.tokenizer import FITTED, TokenizerConfig, decode
 
 WORDS = ['the', 'cat', 'wörter', '中文', '\U0001F600', 'x = 1', '\t', '\r\n', '<|endoftext|>', 'é', 'zzz']
 LOSSLESS = ['byte', 'char', 'bpe']

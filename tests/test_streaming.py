@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from test_store import jsonl
 
-from llm_jax.data import DataConfig, open_data
-from llm_jax.data.documents import SourceConfig
-from llm_jax.data.filters import FilterConfig
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import open_data
 from llm_jax.data.pipeline import open_batches
+from llm_jax.data.sources.documents import SourceConfig
+from llm_jax.data.sources.filters import FilterConfig
 from llm_jax.data.streaming import Counters, Documents
-from llm_jax.data.tokenizers import decode
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.data.tokenizers.tokenizer import decode
 
 NUM_VAL = 6
 ROWS = 4

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rows import BOS, documents_of, lengths_lists, make_store, pairs, property_test
 
-from llm_jax.data.augment import Augment
-from llm_jax.data.examples import make_examples, span_capacity
-from llm_jax.data.tasks import (
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.rows.augment import Augment
+from llm_jax.data.rows.examples import make_examples, span_capacity
+from llm_jax.data.rows.tasks import (
   TASKS,
   Classification,
   FillInTheMiddle,
@@ -25,7 +26,6 @@ from llm_jax.data.tasks import (
   Seq2Seq,
   SpanCorruption,
 )
-from llm_jax.errors import ConfigError, DataError
 
 VOCAB = 30000  # sentinel k is VOCAB + k
 NEED = {'text': {}, 'answers': {'answers': [1, 2, 3, 1]}, 'labels': {'labels': np.arange(4.0)}}

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from llm_jax.data import DataConfig, open_data
-from llm_jax.errors import DataError
+from llm_jax.base.errors import DataError
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import open_data
 
 
 def bin_config(path, **overrides):

@@ -5,8 +5,8 @@ import json
 import pytest
 from test_tokenizers import TEXTS, fit, with_merges
 
-from llm_jax.data.tokenizers import FITTED, decode, identity, is_fitted, load_tokenizer, open_tokenizer
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.tokenizers.tokenizer import FITTED, decode, identity, is_fitted, load_tokenizer, open_tokenizer
 
 
 def test_names_are_known_before_anything_is_opened(tmp_path):

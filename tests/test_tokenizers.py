@@ -12,15 +12,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.data.tokenizers import (
-  FITTED,
-  TokenizerConfig,
-  bpe,
-  decode,
-  load_tokenizer,
-)
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.tokenizers import bpe
 from llm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.data.tokenizers.tokenizer import FITTED, TokenizerConfig, decode, load_tokenizer
 
 EOT = '<|endoftext|>'
 TEXTS = [

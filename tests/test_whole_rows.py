@@ -5,7 +5,7 @@ import pytest
 from test_rows import BOS, documents_of, make_store
 from test_tasks import VOCAB, make, rows_of
 
-from llm_jax.data.tasks import Classification, MaskedTokens, Pairs, Regression
+from llm_jax.data.rows.tasks import Classification, MaskedTokens, Pairs, Regression
 
 # Labels.
 

@@ -10,16 +10,21 @@ import time
 import pytest
 from test_store import WORDS, config_of, files_of, jsonl, manifest_of, only_store, sides_of, write_corpus
 
-from llm_jax.data import DataConfig, open_data
-from llm_jax.data.filters import FilterConfig
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import open_data
+from llm_jax.data.sources.filters import FilterConfig
 
 # Makes a store in forked children that SIGKILL ends: 'each', a new store for each time that a child touches the cache,
 # killed right then; 'random', one store, killed again and again, a while after some chunks of text were tokenized.
 KILLS = '''
 import json, os, random, signal, sys, time
 from pathlib import Path
-from llm_jax.data import DataConfig, corpus, open_data, store, tokenizers, writer
-from llm_jax.data.filters import FilterConfig
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import open_data
+from llm_jax.data.sources import corpus
+from llm_jax.data.sources.filters import FilterConfig
+from llm_jax.data.stores import store, writer
+from llm_jax.data.tokenizers import tokenizer as tokenizers
 
 options, how, log = json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 corpus.COMMIT_SECONDS, writer.CHUNK = -1, int(sys.argv[4])
@@ -158,7 +163,8 @@ def test_killed_whenever_it_touches_a_file_it_ends_in_the_same_bytes(tmp_path):
 OPEN = '''
 import sys, time
 from pathlib import Path
-from llm_jax.data import DataConfig, open_data
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import open_data
 print('ready', flush=True)
 while not Path(sys.argv[2]).exists():
   time.sleep(0.001)
@@ -191,7 +197,10 @@ def test_two_processes_at_once_make_one_store(tmp_path, capfd):
 PEAK = '''
 import sys
 from pathlib import Path
-from llm_jax.data import DataConfig, corpus, open_data, writer
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import open_data
+from llm_jax.data.sources import corpus
+from llm_jax.data.stores import writer
 corpus.FIT_BYTES, writer.CHUNK = 500_000, 1 << 18
 open_data(DataConfig(path=sys.argv[1], tokenizer=sys.argv[2], vocab_size=300, cache_dir=sys.argv[3]))
 print(next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM')))

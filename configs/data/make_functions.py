@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm_jax.data.sources import stdlib
+from llm_jax.data.sources.files import stdlib
 
 LEAST = 100  # functions of a package
 

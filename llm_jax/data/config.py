@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from llm_jax.data.augment import Augment
-from llm_jax.data.documents import SourceConfig
-from llm_jax.data.filters import FilterConfig
-from llm_jax.data.splits import SplitConfig
-from llm_jax.data.tasks import TASKS, FillInTheMiddle, MaskedTokens, SpanCorruption
-from llm_jax.data.tokenizers import FITTED
-from llm_jax.runtime import user_cache
+from llm_jax.base.runtime import user_cache
+from llm_jax.data.rows.augment import Augment
+from llm_jax.data.rows.tasks import TASKS, FillInTheMiddle, MaskedTokens, SpanCorruption
+from llm_jax.data.sources.documents import SourceConfig
+from llm_jax.data.sources.filters import FilterConfig
+from llm_jax.data.sources.splits import SplitConfig
+from llm_jax.data.tokenizers.tokenizer import FITTED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,14 @@ import grain
 import numpy as np
 from absl import flags
 
-from llm_jax.data import Data, DataConfig, open_examples
-from llm_jax.data.examples import Examples
-from llm_jax.data.mixture import Mixture
-from llm_jax.data.order import order
+from llm_jax.base.errors import ConfigError
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import Data, open_examples
+from llm_jax.data.rows.examples import Examples
+from llm_jax.data.rows.mixture import Mixture
+from llm_jax.data.rows.order import order
+from llm_jax.data.rows.tasks import Features
 from llm_jax.data.streaming import Counters, train_stream, with_tuples
-from llm_jax.data.tasks import Features
-from llm_jax.errors import ConfigError
 
 KEPT_BYTES = 256 << 20  # of a source's rows kept in memory, instead of being made again in every epoch
 # Made at a time, so that a thread which wakes up beside a busy device does more than warm its caches: the least of

@@ -14,12 +14,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from llm_jax.data.corpus import Corpus
-from llm_jax.data.documents import Document
-from llm_jax.data.filters import Deduplicator
-from llm_jax.data.tokenizers import Tokenizer
-from llm_jax.data.writer import encode
-from llm_jax.errors import DataError
+from llm_jax.base.errors import DataError
+from llm_jax.data.sources.corpus import Corpus
+from llm_jax.data.sources.documents import Document
+from llm_jax.data.sources.filters import Deduplicator
+from llm_jax.data.stores.writer import encode
+from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass

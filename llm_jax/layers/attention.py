@@ -13,11 +13,11 @@ import jax
 from flax.typing import Dtype, Initializer
 from jax.ad_checkpoint import checkpoint_name
 
+from llm_jax.base.sharding import constrain
 from llm_jax.layers.kernels import ATTENTION, AUTO, Case, choose_attention, local_device, look_back, refuse
 from llm_jax.layers.linear import Einsum
 from llm_jax.layers.norm import RMSNorm
 from llm_jax.layers.rope import apply_rope
-from llm_jax.sharding import constrain
 
 KVCache = dict[str, jax.Array]  # k, v: [B, S, K, H]; slot s holds the token at position s
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from llm_jax.errors import ConfigError
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.sharding import BATCH_AXES, RULES, num_batch_shards
 from llm_jax.layers.blocked import blocked
-from llm_jax.sharding import BATCH_AXES, RULES, num_batch_shards
 
 SPLASH_BLOCKS = (512, 256, 128)  # the largest that divides T
 

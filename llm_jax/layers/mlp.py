@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 from flax.typing import Initializer
 
+from llm_jax.base.sharding import constrain
 from llm_jax.layers.linear import Einsum
-from llm_jax.sharding import constrain
 
 
 class MLP(nn.Module):

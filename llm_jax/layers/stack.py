@@ -19,8 +19,8 @@ from flax.core import meta
 from flax.typing import Dtype
 from jax.ad_checkpoint import Offloadable, Recompute, Saveable, checkpoint_name
 
+from llm_jax.base.batch import Params
 from llm_jax.layers.attention import Visible
-from llm_jax.types import Params
 
 NOTHING_HIDDEN = Visible()
 

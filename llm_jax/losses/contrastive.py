@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llm_jax.base.batch import Batch
 from llm_jax.losses.labels import Pooling
 from llm_jax.losses.readout import Readout, rank
 from llm_jax.losses.term import Look, Sums, Term, affine, pool, real_rows
-from llm_jax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llm_jax.base.batch import Batch
 from llm_jax.losses.readout import rank
 from llm_jax.losses.term import Look, Sums, Term, affine, pool, real_rows
-from llm_jax.types import Batch
 
 Pooling = Literal['last', 'mean']
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from llm_jax.base.batch import Batch
 from llm_jax.losses.readout import Readout, cross_entropy, distillation, score
 from llm_jax.losses.term import Look, Sums, Term, affine
-from llm_jax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.base.batch import Batch, Metrics, Params
 from llm_jax.layers.clock import clock_at
 from llm_jax.losses.balance import Fixed
 from llm_jax.losses.next_token import Distillation, NextToken
 from llm_jax.losses.readout import Readout
 from llm_jax.losses.term import Look, Term
-from llm_jax.types import Batch, Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from llm_jax.sharding import BATCH_AXES, constrain, num_batch_shards
+from llm_jax.base.sharding import BATCH_AXES, constrain, num_batch_shards
 
 CHUNK_BYTES = 2**29  # of float32 logits on a device. Fewer tokens at a time make adding up the weight's gradient dear
 

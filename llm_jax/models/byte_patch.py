@@ -19,18 +19,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llm_jax.base.batch import Batch, Cache
+from llm_jax.base.sharding import constrain
 from llm_jax.layers.attention import MultiHead, causal_attention
 from llm_jax.layers.kernels import ATTENTION
 from llm_jax.layers.linear import Embed, weight
 from llm_jax.layers.linear_attention import CHUNK, empty_state, linear_attention
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.stack import REMAT, apply_stack, init_stack
-from llm_jax.losses import Readout
+from llm_jax.losses.readout import Readout
 from llm_jax.models.decoder import Head, make_einsum, make_heads, make_norm, operand_dtype, project
 from llm_jax.models.local import LOCAL
 from llm_jax.models.thinking import Think
-from llm_jax.sharding import constrain
-from llm_jax.types import Batch, Cache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,18 +15,18 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Initializer
 
-from llm_jax.devices import has_fast_bf16
-from llm_jax.layers import EINSUMS
+from llm_jax.base.batch import Batch, Cache
+from llm_jax.base.devices import has_fast_bf16
+from llm_jax.base.sharding import constrain
 from llm_jax.layers.attention import Attention, MultiHead, Visible
 from llm_jax.layers.bitnet import BitNet
+from llm_jax.layers.einsums import EINSUMS
 from llm_jax.layers.kernels import ATTENTION
 from llm_jax.layers.linear import Embed, mixed_einsum, weight
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.norm import LayerNorm, RMSNorm
 from llm_jax.layers.stack import REMAT, apply_stack, init_stack
-from llm_jax.losses import Readout
-from llm_jax.sharding import constrain
-from llm_jax.types import Batch, Cache
+from llm_jax.losses.readout import Readout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,14 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llm_jax.base.batch import Batch, Cache
+from llm_jax.base.sharding import constrain
 from llm_jax.layers.attention import Attention, CrossAttention, Visible
 from llm_jax.layers.linear import Embed
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.stack import apply_stack, init_stack
-from llm_jax.losses import Readout
+from llm_jax.losses.readout import Readout
 from llm_jax.models.decoder import Block, DecoderConfig, Head, make_einsum, make_heads, make_norm, project
-from llm_jax.sharding import constrain
-from llm_jax.types import Batch, Cache
 
 
 @dataclasses.dataclass(frozen=True)

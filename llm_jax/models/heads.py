@@ -10,9 +10,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from llm_jax.base.batch import Batch, Cache
 from llm_jax.layers.linear import weight
-from llm_jax.losses import Readout
-from llm_jax.types import Batch, Cache
+from llm_jax.losses.readout import Readout
 
 
 class Head(nn.Module):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from llm_jax.base.batch import Metrics, Params
 from llm_jax.optim.link import Link, at_least, positive, rates
-from llm_jax.types import Metrics, Params
 
 
 class AverageState(NamedTuple):

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llm_jax.conditions import Condition, condition
+from llm_jax.base.batch import Metrics, Params
+from llm_jax.base.conditions import Condition, condition
 from llm_jax.optim.link import Link, at_least, positive, rates, regular
 from llm_jax.optim.masks import matching
-from llm_jax.types import Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llm_jax.base.batch import Metrics, Params
 from llm_jax.layers.bitnet import weight_codes
 from llm_jax.optim.link import Link
 from llm_jax.optim.masks import Dims, as_matrices, matrix_dims, path_of
-from llm_jax.types import Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import optax
 
+from llm_jax.base.batch import Metrics, Params
 from llm_jax.optim.link import Link, at_least, regular
 from llm_jax.optim.masks import is_axes, matrices, path_of
-from llm_jax.types import Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import optax
 
-from llm_jax.types import Metrics, Params
+from llm_jax.base.batch import Metrics, Params
 
 
 class Link:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from optax.contrib import MuonDimensionNumbers as Dims  # (reduction_axis, output_axis); other axes are a stack
 
-from llm_jax.types import Params
+from llm_jax.base.batch import Params
 
 # Axes of tables that are looked up or read out, and of heads: no maps between hidden states.
 TABLE_AXES = {'vocab', 'positions', 'norm'}

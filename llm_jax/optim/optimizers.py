@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from llm_jax.base.batch import Params
 from llm_jax.optim.link import Link, at_least, positive, rates
 from llm_jax.optim.masks import matrices, matrix_dims
-from llm_jax.types import Params
 
 MuDtype = Literal['float32', 'bfloat16']
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llm_jax.base.batch import Params
 from llm_jax.optim.link import Link, at_least, positive, rates
 from llm_jax.optim.masks import Dims, as_matrices, from_matrices, matrices, matrix_dims
-from llm_jax.types import Params
 
 
 class Basis(NamedTuple):

@@ -14,10 +14,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from llm_jax.data.documents import BadRecord, Document, File, SourceConfig
+from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.formats.compression import codec_of, expands_too_much, open_stream
 from llm_jax.data.formats.records import as_documents, content
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 _PIECE_BYTES = 1 << 20  # of the file, read at once
 _MAX_CHUNK_BYTES = 256 << 20  # of an HDF5 data set: one is in memory at a time

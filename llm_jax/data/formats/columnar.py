@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from llm_jax.data.documents import BadRecord, Document, File, SourceConfig
+from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.formats.records import choose_fields, to_documents
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 _BATCH_ROWS = 256
 _STREAM_END = b'\xff\xff\xff\xff\0\0\0\0'  # of an Arrow IPC stream that was closed

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.base.errors import ConfigError, DataError
 
 # Highly repetitive text stays below 100 to 1; bombs reach 1000 (gzip) to a million (bzip2, Zstandard).
 MAX_RATIO = 200

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.data.documents import BadRecord, Document, File, SourceConfig
+from llm_jax.base.errors import DataError, UserError
 from llm_jax.data.formats.compression import expands_too_much, open_stream
-from llm_jax.errors import DataError, UserError
+from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
-_COMMAND = 'python -m llm_jax.data.convert'
+_COMMAND = 'llm-jax data convert'
 _MAX_DEPTH = 8
 
 

@@ -9,11 +9,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from llm_jax.data.documents import BadRecord, Document, File, SourceConfig
+from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.formats.compression import open_stream
 from llm_jax.data.formats.records import to_documents
 from llm_jax.data.formats.text import parse_json
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 _AT_ONCE = 64  # records
 _CRC_BLOCK = 4096  # bytes

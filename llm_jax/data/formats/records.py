@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.data.documents import BadRecord, Content, Document, File, SourceConfig
-from llm_jax.errors import DataError
+from llm_jax.base.errors import DataError
+from llm_jax.data.sources.documents import BadRecord, Content, Document, File, SourceConfig
 
 # Names that mean (text, answer) wherever a record has both; the first pair that is there counts.
 PAIRS = (('input', 'output'), ('prompt', 'completion'), ('question', 'answer'), ('source', 'target'),

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
-from llm_jax.data.documents import BadRecord, Document, File, SourceConfig
+from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.formats.records import to_documents
-from llm_jax.errors import ConfigError, DataError
+from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 _READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 _TEXT_TYPES = ('CHAR', 'CLOB', 'TEXT')  # in a declared type they make a text column: SQLite's rule of affinity

@@ -10,10 +10,10 @@ import tomllib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from llm_jax.data.documents import BadRecord, Document, File, SourceConfig
+from llm_jax.base.errors import DataError
 from llm_jax.data.formats.compression import open_stream
 from llm_jax.data.formats.records import to_documents
-from llm_jax.errors import DataError
+from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 _CHUNK = 1 << 20
 _BOM = b'\xef\xbb\xbf'

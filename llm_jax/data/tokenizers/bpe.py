@@ -11,7 +11,7 @@ import numpy as np
 import tiktoken
 import tokenizers
 
-from llm_jax.data.text_checks import utf8
+from llm_jax.data.sources.text_checks import utf8
 
 # GPT-2's pieces, as Hugging Face's ByteLevel cuts them: possessive, so that long runs take no memory, else the same.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

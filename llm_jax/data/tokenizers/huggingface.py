@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import tokenizers
 
-from llm_jax.data.text_checks import empty_table, utf8
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.sources.text_checks import empty_table, utf8
 from llm_jax.data.tokenizers import bpe
-from llm_jax.errors import ConfigError, DataError
 
 EOT = '<|endoftext|>'
 

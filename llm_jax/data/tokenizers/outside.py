@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from llm_jax.data.text_checks import empty_table, utf8
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.sources.text_checks import empty_table, utf8
 from llm_jax.data.tokenizers import bpe
-from llm_jax.errors import ConfigError, DataError
 
 
 class SentencePieceTokenizer:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from llm_jax.data.text_checks import utf8
-from llm_jax.errors import ConfigError
+from llm_jax.base.errors import ConfigError
+from llm_jax.data.sources.text_checks import utf8
 
 SPECIALS = ('<pad>', '<bos>', '<eos>', '<unk>')  # ids 0 to 3; words follow
 UNK = 3

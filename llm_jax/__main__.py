@@ -1,0 +1,47 @@
+"""The command line: llm-jax COMMAND [...], or python -m llm_jax COMMAND [...]."""
+
+from __future__ import annotations
+
+import importlib
+
+from llm_jax.base.errors import ConfigError
+from llm_jax.main import run_as_program
+
+# Command: (module below llm_jax, what it does).
+COMMANDS = {
+    'train': ('main', 'train a model from a config file'),
+    'generate': ('commands.generate', 'write text with a trained run'),
+    'evaluate': ('commands.evaluate', 'measure losses, metrics and answers of a trained run'),
+    'predict': ('commands.predict', 'print classes, numbers or embeddings of texts'),
+    'export': ('commands.export', 'write a run as safetensors, config and tokenizer'),
+    'plot': ('commands.plot', 'draw metrics of runs'),
+    'inspect': ('commands.inspect_run', "print and draw a run's weights and activations by layer"),
+    'schedules': ('commands.schedules', "draw a config's learning rate"),
+    'check': ('commands.check', 'report devices and packages, and whether a config would run'),
+    'sweep': ('commands.sweep', "train every trial of a config's sweep"),
+    'data prepare': ('commands.data_prepare', 'tokenize the data of a config into the cache'),
+    'data inspect': ('commands.data_inspect', 'print statistics of data, and draw them'),
+    'data convert': ('commands.data_convert', 'convert pickles and PyTorch files to files that are read'),
+}
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command that argv names. Raises UserErrors."""
+  num_words = 2 if argv[:1] == ['data'] else 1
+  name, rest = ' '.join(argv[:num_words]), argv[num_words:]
+  if not argv or name in ('-h', '--help'):
+    print('usage: llm-jax COMMAND [...]; llm-jax COMMAND --help shows its flags\n')
+    print('\n'.join(f'  {command:14} {line}' for command, (_, line) in COMMANDS.items()))
+  elif name in COMMANDS:
+    importlib.import_module(f'llm_jax.{COMMANDS[name][0]}').main(rest)
+  else:
+    raise ConfigError(f'llm-jax: {name!r} is not a command; known: {", ".join(COMMANDS)}')
+
+
+def run() -> None:
+  """The entry point of the `llm-jax` script."""
+  run_as_program(main)
+
+
+if __name__ == '__main__':
+  run()

@@ -1,0 +1,164 @@
+"""The strict builder: nested mappings to frozen dataclasses, every problem told at once, with its path."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_jax.base.errors import ConfigError
+
+
+def variant(classes: dict[str, type], default: str) -> Any:
+  """A dataclass field whose dict picks its class by `name`."""
+  return dataclasses.field(default_factory=classes[default], metadata={'classes': classes, 'default': default})
+
+
+def build(cls: type, values: Mapping, path: str = 'config') -> Any:
+  """The dataclass from nested mappings; absent fields take their defaults. Raises ConfigError, all problems at once."""
+  problems: list[str] = []
+  result = _build(cls, values, path, problems)
+  if problems:
+    raise ConfigError('\n'.join(problems))
+  return result
+
+
+class Text(str):
+  """A value as typed on the command line: parsed by the type of its field."""
+
+
+def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
+  if not isinstance(values, Mapping):
+    problems.append(f'{path}: expects a group of fields, got {values!r}')
+    return None
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  hints = typing.get_type_hints(cls)
+  before = len(problems)
+  built = {}
+  for name, value in values.items():
+    if name not in fields:
+      near = difflib.get_close_matches(name, fields, n=1)
+      hint = f'did you mean {path}.{near[0]}?' if near else f'known: {", ".join(fields)}'
+      problems.append(f'{path}.{name}: no such field; {hint}')
+    elif 'classes' in fields[name].metadata:
+      built[name] = _build_variant(fields[name], value, f'{path}.{name}', problems)
+    else:
+      built[name] = _convert(hints[name], value, f'{path}.{name}', problems)
+  if len(problems) > before:
+    return None
+  try:
+    return cls(**built)
+  except ValueError as e:
+    problems.extend(f'{path}: {line}' for line in str(e).splitlines())
+    return None
+
+
+def _build_variant(field: dataclasses.Field, value: Any, path: str, problems: list[str]) -> Any:
+  classes = field.metadata['classes']
+  name = value.get('name', field.metadata['default']) if isinstance(value, Mapping) else None
+  if isinstance(value, Mapping) and name not in classes:
+    problems.append(f'{path}.name: {name!r} is unknown; known: {", ".join(classes)}')
+    return None
+  return _build(classes.get(name, classes[field.metadata['default']]), value, path, problems)
+
+
+def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+  """`value` as the type `hint` says, or a problem."""
+  if dataclasses.is_dataclass(hint):
+    return _build(typing.cast(type, hint), value, path, problems)
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (types.UnionType, typing.Union):  # X | None
+    if value is None or (isinstance(value, Text) and value.lower() == 'none'):
+      return None
+    return _convert(next(a for a in args if a is not type(None)), value, path, problems)
+  if origin is tuple:
+    if isinstance(value, Text):
+      value = _parse_tuple(value, args[0])
+    if not isinstance(value, (list, tuple)):
+      value = (value,)
+    return tuple(_convert(args[0], item, f'{path}[{i}]', problems) for i, item in enumerate(value))
+  if origin is dict:
+    if not isinstance(value, Mapping):
+      problems.append(f'{path}: expects named groups of fields, got {str(value)!r}')
+      return {}
+    return {name: _convert(args[1], item, f'{path}.{name}', problems) for name, item in value.items()}
+  if origin is typing.Literal:
+    if value not in args:
+      near = difflib.get_close_matches(str(value), map(str, args), n=1)
+      hint = f' (did you mean {near[0]!r}?)' if near else ''
+      problems.append(f'{path}: {str(value)!r} is not one of {", ".join(map(repr, args))}{hint}')
+    return str(value)
+  return _scalar(hint, value, path, problems)
+
+
+def _scalar(hint: type, value: Any, path: str, problems: list[str]) -> Any:
+  if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    return str(value)  # a number too, such as the step of a checkpoint
+  parsed = _parse(value) if isinstance(value, Text) else value
+  if hint is float and isinstance(parsed, int) and not isinstance(parsed, bool):
+    parsed = float(parsed)
+  if hint is float and isinstance(parsed, float) and not math.isfinite(parsed):
+    problems.append(f'{path}: expects a finite number, got {value}')
+  elif type(parsed) is not hint:
+    kind = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}[hint]
+    problems.append(f'{path}: expects {kind}, got {str(value)!r}')
+  return parsed
+
+
+def _parse(text: str) -> Any:
+  if text.lower() in ('true', 'false'):
+    return text.lower() == 'true'
+  try:
+    return float(text) if text.lower() in ('nan', 'inf', '-inf') else ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _parse_tuple(text: str, kind: type) -> Any:
+  """(1,2) or 1,2 or a,b or 'a,b' or (); in no text there is one text, and no number."""
+  value = text if kind is str and text.lstrip()[:1] not in ('(', '[', '"', "'") else _parse(text)
+  if value is not text:
+    return value
+  return [Text(part.strip()) for part in text.split(',')] if text or kind is str else ()
+
+
+def override(values: dict, overrides: Mapping[str, Any]) -> None:
+  """Puts {'model.num_layers': '4'} into nested dicts; text is parsed by the type of its field.
+
+  Raises ConfigError where a path crosses a value or is a group.
+  """
+  problems = []
+  for path, text in overrides.items():
+    *groups, leaf = path.split('.')
+    node: Any = values
+    for group in groups:
+      node = node.setdefault(group, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+      problems.append(f'config.{path}: no such field; config.{".".join(groups)} is a value, not a group')
+    elif isinstance(node.get(leaf), dict):
+      problems.append(f'config.{path}: is a group of fields; set one of {", ".join(node[leaf])}')
+    else:
+      node[leaf] = Text(text) if isinstance(text, str) else text
+  if problems:
+    raise ConfigError('\n'.join(problems))
+
+
+def parse_overrides(arguments: Sequence[str], prefix: str, known: str) -> dict[str, str]:
+  """{'model.num_layers': '4'} from PREFIXmodel.num_layers=4 or PREFIXmodel.num_layers 4. Raises ConfigError."""
+  overrides, rest = {}, list(arguments)
+  while rest:
+    argument = rest.pop(0)
+    if not argument.startswith(prefix):
+      raise ConfigError(f'{argument}: no such flag; known: {known}')
+    name, equals, value = argument.removeprefix(prefix).partition('=')
+    if not equals:
+      if not rest:
+        raise ConfigError(f'{argument}: has no value')
+      value = rest.pop(0)
+    overrides[name] = value
+  return overrides

@@ -1,0 +1,143 @@
+"""Mesh, logical axes and the one table that joins them. One device is a 1x1x1 mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.base.batch import Batch
+from llm_jax.base.errors import ConfigError
+
+MESH_AXES = ('data', 'fsdp', 'tensor')
+BATCH_AXES = ('data', 'fsdp')
+
+# Logical axis -> mesh axes. `act_` axes belong to activations, so that FSDP may shard a weight's `embed`
+# and leave an activation's alone.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    'act_batch': BATCH_AXES,
+    'act_length': None,
+    'act_embed': None,
+    'act_heads': 'tensor',
+    'act_kv_heads': 'tensor',
+    'act_mlp': 'tensor',
+    'act_vocab': 'tensor',
+    'head_dim': None,
+    'layers': None,
+    'norm': None,
+    'vocab': 'tensor',
+    'positions': None,
+    'embed': 'fsdp',
+    'heads': 'tensor',
+    'kv_heads': 'tensor',
+    'mlp': 'tensor',
+    'gate': None,  # over tensor XLA 0.10 computed a gate times an unsplit array wrongly on a 2 x 2 x 2 mesh
+    'gates': None,
+    'patch': None,
+    'byte_embed': None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; -1 (one axis at most) takes what is left."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    sizes = dataclasses.astuple(self)
+    if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+      raise ValueError(f'sizes must be positive, with at most one -1 for "the rest"; got {sizes}')
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+  """The mesh over all devices of all processes. Raises ConfigError where the sizes do not fit their number."""
+  devices = jax.devices() if devices is None else devices
+  sizes = list(dataclasses.astuple(config))
+  known = math.prod(s for s in sizes if s != -1)
+  if -1 in sizes:
+    sizes[sizes.index(-1)] = max(1, len(devices) // known)
+  if math.prod(sizes) != len(devices):
+    raise ConfigError(
+        f'config.mesh: data x fsdp x tensor = {" x ".join(map(str, dataclasses.astuple(config)))} does not cover the '
+        f'{len(devices)} device(s) here; their product must be {len(devices)} (-1 takes the rest)')
+  # Auto: the compiler propagates shardings. jax.make_mesh would default to explicit ones.
+  return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+
+
+def logical_to_spec(axes: tuple[str | None, ...]) -> P:
+  """The PartitionSpec of an array with these logical axes. Raises ValueError for unknown names and collisions."""
+  spec = []
+  for axis in axes:
+    if axis is not None and axis not in RULES:
+      raise ValueError(f'logical axis {axis!r} has no rule; known: {", ".join(RULES)}')
+    spec.append(None if axis is None else RULES[axis])
+  used = [m for entry in spec if entry is not None for m in ((entry,) if isinstance(entry, str) else entry)]
+  if len(used) != len(set(used)):
+    raise ValueError(f'logical axes {axes} map two dimensions to one mesh axis: {spec}')
+  return P(*spec)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Pins an activation's layout; the identity outside `jax.set_mesh`. A dimension that does not divide stays whole."""
+  mesh, spec = jax.sharding.get_abstract_mesh(), logical_to_spec(axes)
+  if mesh.empty:
+    return x
+  fitting = [entry if size % _num_shards(entry, mesh) == 0 else None for size, entry in zip(x.shape, spec, strict=True)]
+  return jax.lax.with_sharding_constraint(x, P(*fitting))
+
+
+def _num_shards(entry: str | tuple[str, ...] | None, mesh: Any) -> int:
+  names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+  return math.prod(mesh.shape[name] for name in names)
+
+
+def check_divisible(abstract: Any, shardings: Any) -> None:
+  """Raises ConfigError naming each array whose dimension does not divide over its mesh axes."""
+  problems = []
+
+  def check(path, leaf, sharding):
+    try:
+      sharding.shard_shape(leaf.shape)
+    except ValueError:
+      name = '/'.join(str(getattr(k, 'key', k)) for k in path)
+      problems.append(f'parameter {name} of shape {leaf.shape} does not divide over mesh axes {sharding.spec}')
+
+  jax.tree_util.tree_map_with_path(check, abstract, shardings)
+  if problems:
+    raise ConfigError('config.mesh: ' + '\n  '.join(problems))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over data and fsdp, everything else whole."""
+  return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+  """Devices that a batch's rows are dealt to."""
+  return _num_shards(BATCH_AXES, mesh)
+
+
+def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+  """Indices of the rows of a global batch that this process's devices hold, ascending."""
+  indices = batch_sharding(mesh).addressable_devices_indices_map((num_rows,))
+  return np.unique(np.concatenate([np.arange(num_rows)[index] for index in indices.values()]))
+
+
+def put_batch(features: dict[str, np.ndarray], rows: np.ndarray, num_rows: int, mesh: Mesh) -> Batch:
+  """A global Batch of `num_rows` rows from this process's features, whose row i is global row `rows[i]`."""
+  sharding = batch_sharding(mesh)
+
+  def put(x: np.ndarray) -> jax.Array:
+    def shard(index):
+      return x[np.searchsorted(rows, np.arange(num_rows)[index[0]])][(slice(None), *index[1:])]
+    return jax.make_array_from_callback((num_rows, *x.shape[1:]), sharding, shard)
+
+  return Batch(**{name: put(x) for name, x in features.items()})

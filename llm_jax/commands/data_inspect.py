@@ -1,0 +1,154 @@
+"""Shows what a run would train on: llm-jax data inspect --config=configs/gpt_small.py --out=data.png
+
+Counts, what filters dropped, how long documents are, and rows as the model sees them. Without a config, the fields of
+config.data are flags: --path='notes/**/*.md' --seq_len=256 --packing=best_fit
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.commands.data_prepare import parse, table
+from llm_jax.data.config import DataConfig
+from llm_jax.data.open import Data, open_data, open_examples, task_of
+from llm_jax.data.rows.examples import Examples
+from llm_jax.data.rows.tasks import Features
+from llm_jax.data.sources.filters import Report
+from llm_jax.data.stores.store import TokenStore
+from llm_jax.data.tokenizers.tokenizer import Tokenizer
+from llm_jax.main import run_as_program
+
+BAR = 50  # characters
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='llm-jax data inspect', allow_abbrev=False, description=__doc__)
+  parser.add_argument('--part', default='train', choices=('train', 'val', 'test'))
+  parser.add_argument('--rows', type=int, default=2, help='to show of each source')
+  parser.add_argument('--seed', type=int, default=0, help='which rows')
+  parser.add_argument('--out', type=Path, help='a PNG: lengths of documents, and rows as pictures')
+  config, args = parse(parser, argv)
+  if config.streaming:
+    raise ConfigError('config.data.streaming: a stream has no rows to look at; inspect it with streaming=False')
+  if args.rows < 0 or args.seed < 0:
+    raise ConfigError(f'--rows and --seed must be 0 or more; got {args.rows} and {args.seed}')
+  data = open_data(config)
+  print(table(data))
+  for name, report in data.reports.items():
+    print('\n'.join(f'{name}: {line}' for line in Report.from_dict(report).lines()))
+  if not data.splits[args.part]:
+    raise ConfigError(f'--part: {args.part} holds nothing; config.data.{args.part}_fraction or {args.part}_path '
+                      'would give it documents')
+  examples = {}
+  for name, store in data.splits[args.part].items():
+    print(f'\n{args.part}/{name}: tokens in a document')
+    print('\n'.join(histogram(document_lengths(store))))
+    if store.classes:
+      print('labels: ' + ', '.join(f'{value} {label!r}' for value, label in enumerate(store.classes)))
+    examples[name] = open_examples(config, data, store, train=args.part == 'train')
+    print(f'{len(examples[name]):,} rows of {config.seq_len} tokens, task {config.task}, packing {config.packing}; '
+          f'{examples[name].dropped_tokens:,} tokens are in no row')
+    for index in np.random.default_rng(args.seed).permutation(len(examples[name]))[:args.rows].tolist():
+      print(f'\nrow {index}')
+      print('\n'.join(describe(row_of(examples[name], index, args.seed), data, config)))
+  if args.out is not None:
+    draw(data.splits[args.part], examples, args.seed, args.out)
+    print(f'\nwrote {args.out}')
+
+
+def document_lengths(store: TokenStore) -> np.ndarray:
+  return np.diff(store.starts, append=len(store.tokens))
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+  """A bar for each power of two."""
+  bins = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int))
+  width = max(bins.max(), 1)
+  lines = [f'{"up to":>6} {1 << power:>12,} {"#" * -(-count * BAR // width):{BAR}} {count:,}'
+           for power, count in enumerate(bins.tolist()) if bins[power:].any() and bins[:power + 1].any()]
+  return [*lines, f'{"median":>6} {int(np.median(lengths)):>12,}   mean {lengths.mean():,.1f}   '
+                  f'longest {lengths.max():,}']
+
+
+def row_of(examples: Examples, index: int, seed: int) -> Features:
+  return examples.make(index, np.random.default_rng([seed, index]))
+
+
+def describe(features: Features, data: Data, config: DataConfig) -> list[str]:
+  """What is read and what is learnt, piece by piece; tokens divided by |, special ones in <>."""
+  names = token_names(data.tokenizer, data.vocab_size, task_of(config).num_sentinels)
+  segments = features.get('segment_ids', np.ones_like(features['tokens']))
+  mask, has_label = features['loss_mask'] > 0, 'labels' in features
+  lines = []
+  if 'encoder_tokens' in features:
+    real = features['encoder_segment_ids'] > 0
+    other = data.encoder_tokenizer
+    read_names = names if other is None else token_names(other, len(other.token_bytes), 0)
+    lines.append(f'  encoder reads {real.sum()}: {show(features["encoder_tokens"][real], read_names)}')
+  for segment in range(1, int(segments.max(initial=0)) + 1):
+    inside = segments == segment
+    learnt = inside & mask
+    lines.append(f'  piece {segment}: {inside.sum()} tokens' + ('' if has_label else f', {learnt.sum()} learnt'))
+    lines.append(f'    reads   {show(features["tokens"][inside], names)}')
+    if learnt.any() and not has_label:
+      lines.append(f'    learns  {show(features["targets"][learnt], names)}')
+  padding = int((segments == 0).sum())
+  if has_label:
+    lines.append(f'  learns the label {features["labels"]}')
+  return [*lines, *([f'  padding: {padding}'] if padding else [])]
+
+
+def token_names(tokenizer: Tokenizer | None, vocab_size: int, num_sentinels: int) -> list[str]:
+  """What to print for each id."""
+  if tokenizer is None:
+    names = [str(i) for i in range(vocab_size)]
+  else:
+    special = {tokenizer.bos_id: '<bos>', tokenizer.eos_id: '<eos>'} if tokenizer.bos_id != tokenizer.eos_id else {
+        tokenizer.bos_id: '<eot>'}
+    names = [special.get(i) or (repr(b.decode(errors='replace'))[1:-1] if b else f'<{i}>')
+             for i, b in enumerate(tokenizer.token_bytes)]
+  return names + [f'<sentinel {k}>' for k in range(num_sentinels)]
+
+
+def show(ids: Iterable[int], names: list[str], most: int = 160) -> str:
+  ids = [int(i) for i in ids]
+  shown = '|'.join(names[i] for i in ids[:most])
+  return shown + (f' ... {len(ids) - most} more' if len(ids) > most else '')
+
+
+def draw(stores: dict[str, TokenStore], examples: dict[str, Examples], seed: int, out: Path) -> None:
+  """Histograms above; below, 24 rows of each source: a colour for each piece, pale where nothing is learnt."""
+  try:
+    import matplotlib
+  except ImportError:
+    raise ConfigError("--out: drawing needs matplotlib: pip install 'llm_jax[plot]'") from None
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+  fig, axes = plt.subplots(2, len(stores), figsize=(6 * len(stores) + 2, 8), squeeze=False, layout='constrained')
+  colours = plt.get_cmap('tab10')(np.arange(10))[:, :3]
+  for (name, store), (above, below) in zip(stores.items(), axes.T, strict=True):
+    lengths = document_lengths(store)
+    above.hist(lengths, bins=np.geomspace(1, max(2, lengths.max()), 40))
+    above.set(xscale='log', title=f'{name}: {len(lengths):,} documents', xlabel='tokens', ylabel='documents')
+    indices = np.random.default_rng(seed).permutation(len(examples[name]))[:24].tolist()
+    image = []
+    for features in (row_of(examples[name], i, seed) for i in indices):
+      segments = features.get('segment_ids', np.ones_like(features['tokens']))
+      colour = np.where((segments > 0)[:, None], colours[segments % 10], 1.0)
+      image.append(np.where((features['loss_mask'] > 0)[:, None], colour, 0.65 + 0.35 * colour))
+    below.imshow(np.stack(image), aspect='auto', interpolation='nearest')
+    below.set(title='rows: a colour a piece, pale: not learnt', xlabel='position', ylabel='row')
+  try:
+    fig.savefig(out, dpi=110)
+  except (OSError, ValueError) as e:
+    raise StorageError(f'--out: {out} cannot be written: {e}') from None
+  plt.close(fig)
+
+
+if __name__ == '__main__':
+  run_as_program(main)

@@ -1,0 +1,85 @@
+"""Evaluates a trained run: llm-jax evaluate --workdir=runs/gpt_small [--data=FILE, FOLDER, GLOB or .bin]
+
+Of a run that learnt answers to prompts it also gives the answers that are right to the token, and those that are valid;
+of one that learnt classes what was taken for what, as numbers and as a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from llm_jax.base import runtime
+from llm_jax.base.errors import StorageError
+from llm_jax.main import run_as_program
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='llm-jax evaluate', allow_abbrev=False, description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', type=Path, required=True)
+  parser.add_argument('--data', help='what to evaluate on, all of it; without it, a part of the run\'s data')
+  parser.add_argument('--split', choices=('val', 'test'), default='val', help='which part of the run\'s data')
+  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
+  parser.add_argument('--answers', type=int, help='how many pairs to answer (default: all)')
+  parser.add_argument('--num_beams', type=int, help='of an answer (default: config.eval.num_beams)')
+  parser.add_argument('--validator', help='of answers (default: config.eval.validator)')
+  parser.add_argument('--out', type=Path, help='the JSON file (default: evaluation.json in the workdir)')
+  runtime.add_flag(parser)
+  args = parser.parse_args(argv)
+
+  runtime.prepare(args.tuning == 'on')
+  from llm_jax import api
+  trained = api.load(args.workdir, args.checkpoint)
+  results, tables, answers = trained.evaluate(args.split, args.data, num_answers=args.answers, num_beams=args.num_beams,
+                                              validator=args.validator)
+  report = {'workdir': str(args.workdir), 'step': trained.run.meta['step'],
+            'data': args.data or {'val': 'validation part', 'test': 'test part'}[args.split], **results}
+  print(json.dumps(report, indent=2))
+  out = args.out or args.workdir / 'evaluation.json'
+  for counts in tables.values():
+    classes = trained.config.loss.classification.classes or tuple(map(str, range(len(counts))))
+    report |= {'confusion': counts.astype(int).tolist(), 'classes': classes}
+  files = {out: json.dumps(report, indent=2) + '\n'}
+  if answers:
+    files[out.with_name('answers.jsonl')] = ''.join(json.dumps(a._asdict(), ensure_ascii=False) + '\n' for a in answers)
+  for path, content in files.items():
+    try:
+      path.write_text(content)
+    except OSError as e:
+      raise StorageError(f'--out: {path} cannot be written: {e.strerror}') from None
+
+  for counts in tables.values():
+    draw_confusion(counts, classes, out.with_name('confusion.png'))
+
+
+def draw_confusion(counts: np.ndarray, classes: tuple[str, ...], out: Path) -> None:
+  """A picture of what (down) was taken for what, each row in shares of itself; nothing where matplotlib is not."""
+  try:
+    import matplotlib
+  except ImportError:
+    return
+  matplotlib.use('agg')
+  from matplotlib import pyplot
+  few = len(classes) <= 40
+  size = 3 + 0.3 * len(classes) if few else 15
+  figure, axis = pyplot.subplots(figsize=(size, size), layout='constrained')
+  axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap='Blues', vmin=0, vmax=1)
+  if few:
+    for (row, column), count in np.ndenumerate(counts):
+      if count:
+        axis.text(column, row, f'{count:.0f}', ha='center', va='center', fontsize=6)
+    axis.set_xticks(range(len(classes)), classes, rotation=90)
+    axis.set_yticks(range(len(classes)), classes)
+  axis.set(xlabel='taken for', ylabel='is')
+  try:
+    figure.savefig(out, dpi=120)
+  except (OSError, ValueError) as e:
+    raise StorageError(f'--out: {out} cannot be written: {e}') from None
+
+
+if __name__ == '__main__':
+  run_as_program(main)

@@ -1,0 +1,94 @@
+"""Writes a run's model as safetensors, config and tokenizer: llm-jax export --workdir=runs/x --out=FOLDER
+
+What is written is read like a run: llm-jax generate --workdir=FOLDER, and evaluate; `hf upload NAME FOLDER`
+shares it. Matrices are packed at two bits a weight: the model of a run that was trained with config.model.einsum=bitnet
+computes the same as before, one of full precision is rounded, and loses. With --weight_bits=32 nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_jax.base import runtime
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.main import run_as_program
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='llm-jax export', allow_abbrev=False, description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', type=Path, required=True)
+  parser.add_argument('--out', type=Path, required=True, help='a new folder')
+  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
+  parser.add_argument('--weight_bits', choices=('1.58', '1', '32'),
+                      help='32: as they are (default: as they were trained, else 1.58)')
+  runtime.add_flag(parser)
+  args = parser.parse_args(argv)
+  if args.out.exists() and any(args.out.iterdir() if args.out.is_dir() else [args.out]):
+    raise ConfigError(f'--out: {args.out} is there already; name a new folder')
+
+  runtime.prepare(args.tuning == 'on')
+  import jax
+
+  from llm_jax.base.sharding import MeshConfig, make_mesh
+  from llm_jax.config import to_dict
+  from llm_jax.infer.export import FILE, by_name, pack_params, packed_model, write_params
+  from llm_jax.infer.load import example_batch, load_run
+  from llm_jax.training.state import logical_axes
+
+  mesh = make_mesh(MeshConfig())
+  with jax.set_mesh(mesh):
+    run = load_run(args.workdir, mesh, args.checkpoint)
+    if args.weight_bits == '32':
+      model, arrays = run.config.model, {name: np.asarray(x) for name, x in by_name(run.params).items()}
+    elif getattr(run.config.model, 'einsum', 'packed') == 'packed':
+      raise ConfigError(f'--workdir: {args.workdir} is a {run.config.model.name} of matrices that cannot be packed; '
+                        'of the models decoder and encdec can, once; --weight_bits=32 writes any as it is')
+    else:
+      trained = run.config.model.bitnet.weight_bits if run.config.model.einsum == 'bitnet' else None
+      if args.weight_bits and trained not in (None, args.weight_bits):
+        raise ConfigError(f'--weight_bits: {args.weight_bits}, and {args.workdir} was trained with {trained}; leave it '
+                          'out')
+      model = packed_model(run.config.model, args.weight_bits or trained or '1.58')
+      arrays = pack_params(run.params, logical_axes(example_batch(run.config), model=run.model),
+                           model.bitnet.weight_bits)
+  config = dataclasses.replace(run.config, model=model)
+  files = {'config.json': json.dumps(to_dict(config), indent=2)}
+  for name, tokenizer in (('tokenizer', run.tokenizer), ('encoder_tokenizer', run.encoder_tokenizer)):
+    if tokenizer is not None:
+      files[f'{name}.json'] = tokenizer.to_json()
+  try:
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+      (args.out / name).write_text(content)
+  except OSError as e:
+    raise StorageError(f'--out: {args.out} cannot be written: {e.strerror}') from None
+  write_params(args.out / FILE, arrays, run.meta)
+  for line in size_table(by_name(run.params), arrays):
+    print(line)
+  print(f'{args.out / FILE}: {(args.out / FILE).stat().st_size:,} bytes')
+
+
+def size_table(params: Any, arrays: dict[str, np.ndarray]) -> list[str]:
+  """Bytes of the matrices and of all else: as float32, as bfloat16 and as written."""
+  written = {'matrices': 0, 'all else': 0}
+  for name, x in arrays.items():
+    written['matrices' if name not in params else 'all else'] += x.nbytes
+  counts = {'matrices': sum(leaf.size for name, leaf in params.items() if name not in arrays),
+            'all else': sum(leaf.size for name, leaf in params.items() if name in arrays)}
+  lines = [f'{"":10} {"parameters":>14} {"float32":>14} {"bfloat16":>14} {"written":>14}  bytes']
+  for kind, count, size in [*((kind, counts[kind], written[kind]) for kind in counts),
+                            ('together', sum(counts.values()), sum(written.values()))]:
+    lines.append(f'{kind:10} {count:14,} {4 * count:14,} {2 * count:14,} {size:14,}  '
+                 f'{8 * size / max(1, count):.2f} bits each')
+  return lines
+
+
+if __name__ == '__main__':
+  run_as_program(main)

@@ -1,0 +1,71 @@
+"""Writes text with a trained run: llm-jax generate --workdir=runs/gpt_small --prompt='def main('"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import sys
+from pathlib import Path
+
+from llm_jax.base import runtime
+from llm_jax.main import run_as_program
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='llm-jax generate', allow_abbrev=False, description=__doc__)
+  parser.add_argument('--workdir', type=Path, required=True)
+  parser.add_argument('--prompt', default='', help='the text to go on from; without one a new document begins')
+  parser.add_argument('--num_samples', type=int, default=1)
+  parser.add_argument('--num_tokens', type=int, default=256, help='at most; a sample also ends with its document')
+  parser.add_argument('--temperature', type=float, default=0.8, help='0: always the likeliest token')
+  parser.add_argument('--top_k', type=int, default=0, help='only among the k likeliest; 0: all')
+  parser.add_argument('--top_p', type=float, default=1.0, help='only among the likeliest that hold this probability')
+  parser.add_argument('--num_beams', type=int, default=0, help='search for a likely text with so many hypotheses, '
+                      'instead of sampling')
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
+  runtime.add_flag(parser)
+  args = parser.parse_args(argv)
+  runtime.prepare(args.tuning == 'on')
+  import jax
+
+  from llm_jax import api
+  from llm_jax.base.sharding import MeshConfig, make_mesh
+
+  with jax.set_mesh(make_mesh(MeshConfig())):
+    trained = api.load(args.workdir, args.checkpoint)
+    columns = trained.tokens(
+        args.prompt, num_samples=args.num_samples, num_tokens=args.num_tokens, temperature=args.temperature,
+        top_k=args.top_k, top_p=args.top_p, num_beams=args.num_beams, seed=args.seed)
+    print_samples(args.prompt if trained.run.model.prompt_in_row else '', columns, trained.run.tokenizer,
+                  1 if args.num_beams else args.num_samples)
+
+
+def print_samples(prompt: str, columns, tokenizer, num_samples: int) -> None:
+  """Shows the first sample while it grows, then the others."""
+  rows: list[list[int]] = [[] for _ in range(num_samples)]
+  ended = [False] * num_samples
+  decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # holds back half a character
+  show(prompt)
+  for column in columns:
+    for i, token in enumerate(column.tolist()):
+      ended[i] = ended[i] or token == tokenizer.eos_id
+      if not ended[i]:
+        rows[i].append(token)
+        if i == 0:
+          show(decoder.decode(tokenizer.token_bytes[token]))
+    if all(ended):
+      break
+  show(decoder.decode(b'', final=True) + '\n')
+  for i, row in enumerate(rows[1:], start=2):
+    text = b''.join(tokenizer.token_bytes[token] for token in row).decode(errors='replace')
+    show(f'\n--- sample {i} of {num_samples} ---\n{prompt}{text}\n')
+
+
+def show(text: str) -> None:
+  sys.stdout.write(text)
+  sys.stdout.flush()
+
+
+if __name__ == '__main__':
+  run_as_program(main)

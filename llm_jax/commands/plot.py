@@ -1,0 +1,69 @@
+"""Draws curves from metrics.jsonl: llm-jax plot --workdir=runs/gpt_small --out=loss.png
+
+Trials of a sweep that differ in nothing but their seed share a colour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.main import run_as_program
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='llm-jax plot', allow_abbrev=False, description=__doc__)
+  parser.add_argument('--workdir', type=Path, nargs='+', required=True, help='one run, or several to compare')
+  parser.add_argument('--metric', nargs='+', default=['train/loss', 'val/loss'])
+  parser.add_argument('--log_x', action='store_true', help='steps by their powers of ten')
+  parser.add_argument('--out', type=Path, default=Path('loss.png'))
+  args = parser.parse_args(argv)
+  try:
+    import matplotlib
+  except ImportError:
+    raise ConfigError("plots need matplotlib: pip install 'llm_jax[plot]'") from None
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+
+  from llm_jax.training.log import read_metrics
+
+  figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+  known: set[str] = set()
+  colours: dict[str, Any] = {}
+  for workdir in args.workdir:
+    path = workdir / 'metrics.jsonl'
+    if not path.is_file():
+      raise StorageError(f'--workdir: {workdir} holds no metrics.jsonl')
+    lines = read_metrics(path)
+    known = known.union(*lines)
+    for name in args.metric:
+      points = [(line['step'], line[name]) for line in lines if name in line]
+      if points:
+        kind = re.sub(r'^\d{3}_|,seed=\d+$', '', workdir.name)  # see sweep.name_of
+        label = name if len(args.workdir) == 1 else kind if len(args.metric) == 1 else f'{kind}: {name}'
+        [line] = axes.plot(*zip(*points, strict=True), label='' if label in colours else label,
+                           color=colours.get(label), marker='o' if len(points) < 30 else None, markersize=4)
+        colours.setdefault(label, line.get_color())
+  if not axes.lines:
+    raise ConfigError(f'--metric: none of {", ".join(args.metric)} is there; there are: {", ".join(sorted(known))}')
+  axes.set(xlabel='step', ylabel=args.metric[0] if len(args.metric) == 1 else 'nats per token'
+           if all(name.endswith('/loss') for name in args.metric) else '')
+  if args.log_x:
+    axes.set_xscale('log')
+  axes.grid(alpha=0.3)
+  if len(args.workdir) == 1:
+    axes.legend()
+  else:
+    figure.legend(loc='outside upper center')
+  try:
+    figure.savefig(args.out, dpi=120)
+  except (OSError, ValueError) as e:
+    raise StorageError(f'--out: {args.out} cannot be written: {e}') from None
+  print(f'wrote {args.out}')
+
+
+if __name__ == '__main__':
+  run_as_program(main)

@@ -1,0 +1,153 @@
+"""Trains every trial of a config's sweep: llm-jax sweep --config=FILE [--workdir=...] [--processes=2]
+
+The config offers `sweep()`: {'optim.learning_rate': [1e-3, 3e-3], 'seed': [0, 1]} for every combination, or a list of
+such settings. Trials are runs below the workdir, each a process of its own; the same command again does those that are
+not finished, and another config needs another workdir. It writes sweep.md, sweep.json and sweep.png, of the ten best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from llm_jax.base.builder import parse_overrides
+from llm_jax.base.errors import ConfigError, StorageError, UserError
+from llm_jax.config import differences, load, to_dict
+from llm_jax.main import run_as_program
+from llm_jax.training.log import duration, read_metrics
+from llm_jax.training.status import read_status
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='llm-jax sweep', allow_abbrev=False, description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--config', type=Path, required=True)
+  parser.add_argument('--workdir', type=Path, help='default: runs/<name of the config>_sweep')
+  parser.add_argument('--processes', type=int, default=1, help='trials at a time')
+  parser.add_argument('--metric', default='', help='to compare by (default: config.eval.monitor)')
+  parser.add_argument('--mode', choices=('min', 'max'), help='which is better (default: config.eval.mode)')
+  args, rest = parser.parse_known_args(argv)
+  overrides = parse_overrides(rest, '--config.', '--config, --workdir, --processes, --metric, --mode, --config.FIELD')
+  source = load(args.config)
+  if not source.trials:
+    raise ConfigError(f"--config: {args.config} has no sweep(); one is: def sweep(): return {{'seed': [0, 1]}}")
+  if args.processes < 1:
+    raise ConfigError(f'--processes must be at least 1; got {args.processes}')
+  # A mistake in any of them is told before the first one runs; which of the two a trial takes, its machine decides.
+  resolved = [[to_dict(source.resolve({**overrides, **trial}, cpu_only=cpu_only)) for cpu_only in (True, False)]
+              for trial in source.trials]
+  if args.metric and not args.mode:
+    raise ConfigError(f'--mode: say whether the least {args.metric} is the best (min) or the greatest (max)')
+  evaluation = resolved[0][0]['eval']
+  metric, mode = args.metric or evaluation['monitor'], args.mode or evaluation['mode']
+  workdir = args.workdir or Path('runs') / f'{args.config.stem}_sweep'
+  names = [name_of(i, trial) for i, trial in enumerate(source.trials)]
+  for name, configs in zip(names, resolved, strict=True):
+    check_unchanged(workdir / name, configs)
+  begin, done = time.monotonic(), 0
+
+  def train(name: str, trial: dict[str, Any], configs: list[dict]) -> None:
+    nonlocal done
+    folder = workdir / name
+    if read_status(folder)['state'] != 'finished':
+      folder.mkdir(parents=True, exist_ok=True)
+      (folder / 'trial.json').write_text(json.dumps(configs, indent=2))
+      flags = [f'--config.{field}={text_of(value)}' for field, value in {**overrides, **trial}.items()]
+      with open(folder / 'output.txt', 'a') as output:
+        subprocess.run([sys.executable, '-m', 'llm_jax.main', f'--config={args.config}', f'--workdir={folder}', *flags],
+                       stdout=output, stderr=subprocess.STDOUT, check=False)
+    done += 1
+    left = (time.monotonic() - begin) / done * (len(names) - done)
+    print(f'trial {done} of {len(names)}: {name}: {read_status(folder)["state"]}, {duration(left)} left',
+          flush=True)
+
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
+  with ThreadPoolExecutor(args.processes) as pool:
+    for future in [pool.submit(train, *pair) for pair in zip(names, source.trials, resolved, strict=True)]:
+      future.result()
+  rows = [row_of(workdir / name, name, trial, metric, mode)
+          for name, trial in zip(names, source.trials, strict=True)]
+  rows.sort(key=lambda row: (row['best'] is None, (row['best'] or 0) * (1 if mode == 'min' else -1)))
+  (workdir / 'sweep.json').write_text(json.dumps({'metric': metric, 'trials': rows}, indent=2))
+  (workdir / 'sweep.md').write_text('\n'.join(table(rows, metric)) + '\n')
+  print('\n'.join(table(rows, metric)))
+  draw(workdir, [row['name'] for row in rows[:10]], metric)
+  if failed := [row['name'] for row in rows if row['state'] != 'finished']:
+    raise UserError(f'not finished: {", ".join(failed)}; see output.txt in their folders below {workdir}')
+
+
+def check_unchanged(folder: Path, configs: list[dict]) -> None:
+  """Raises ConfigError for a trial that was begun with other settings, whose result is not what is asked for now."""
+  path, changed = folder / 'trial.json', dict[str, tuple[Any, Any]]()
+  if not (folder / 'metrics.jsonl').is_file():  # nothing was trained yet
+    return
+  try:
+    for old, new in zip(json.loads(path.read_text()), configs, strict=True):
+      changed |= differences(old, new)
+  except (OSError, ValueError) as e:
+    raise StorageError(f'{path}: damaged: {e}') from None
+  if changed:
+    raise ConfigError(f'--workdir: {folder} was trained with other settings; name another --workdir:\n  ' + '\n  '.join(
+        f'config.{name}: it has {old}, now {new}' for name, (old, new) in changed.items()))
+
+
+def name_of(number: int, trial: dict[str, Any]) -> str:
+  """'003_learning_rate=0.001,seed=1': the folder of a trial."""
+  settings = ','.join(f'{field.split(".")[-1]}={plain(value)}' for field, value in trial.items())
+  return f'{number:03}_' + ''.join(c if c.isalnum() or c in '=,._-' else '_' for c in settings)[:80]
+
+
+def text_of(value: Any) -> str:
+  """A value as the command line takes it."""
+  return repr(tuple(value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def plain(value: Any) -> str:
+  return ' '.join(map(plain, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def row_of(folder: Path, name: str, trial: dict[str, Any], metric: str, mode: str) -> dict[str, Any]:
+  status = read_status(folder)
+  lines = read_metrics(folder / 'metrics.jsonl') if (folder / 'metrics.jsonl').is_file() else []
+  points = [(line[metric], line['step']) for line in lines if math.isfinite(line.get(metric, math.nan))]
+  best = (min if mode == 'min' else max)(points, default=(None, None))
+  return {'name': name, 'settings': trial, 'state': status['state'],
+          'best': best[0], 'best_step': best[1], 'last': points[-1][0] if points else None,
+          'minutes': round(status['seconds'] / 60, 1) if 'seconds' in status else None}
+
+
+def table(rows: list[dict[str, Any]], metric: str) -> list[str]:
+  """Markdown, the best trial first."""
+  fields = list(dict.fromkeys(field for row in rows for field in row['settings']))
+  lines = [[*fields, f'best {metric}', 'at step', 'last', 'minutes', 'state'],
+           ['---'] * (len(fields) + 5)]
+  for row in rows:
+    numbers = ['' if x is None else f'{x:.4f}' for x in (row['best'], row['last'])]
+    lines.append([*(plain(row['settings'].get(field, '')) for field in fields), numbers[0], str(row['best_step']),
+                  numbers[1], str(row['minutes']), row['state']])
+  return ['| ' + ' | '.join(line) + ' |' for line in lines]
+
+
+def draw(workdir: Path, names: Iterable[str], metric: str) -> None:
+  """The metric's curve of every trial; nothing where matplotlib is not, or no trial has it."""
+  from llm_jax.commands import plot
+  runs = [workdir / name for name in names if (workdir / name / 'metrics.jsonl').is_file()]
+  try:
+    plot.main(['--workdir', *map(str, runs), '--metric', metric, '--out', str(workdir / 'sweep.png')])
+  except (ConfigError, SystemExit) as e:
+    print(f'no picture: {e}')
+
+
+if __name__ == '__main__':
+  run_as_program(main)

@@ -1,0 +1,76 @@
+"""Readers, one function a format: (File, SourceConfig) -> documents; and how a file's format is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.formats import arrays, columnar, pickles, record_files, sqlite, text
+from llm_jax.data.formats.compression import open_stream
+from llm_jax.data.sources import named
+from llm_jax.data.sources.documents import File, Reader, SourceConfig
+from llm_jax.data.stores import token_files
+
+# A new format is a function and a line here.
+FORMATS: dict[str, Reader] = {
+    'text': text.text,
+    'jsonl': text.jsonl,
+    'json': text.json_file,
+    'csv': text.csv_file,
+    'tsv': text.tsv,
+    'toml': text.toml,
+    'sqlite': sqlite.sqlite,
+    'parquet': columnar.parquet,
+    'arrow': columnar.arrow,
+    'huggingface': columnar.huggingface,
+    'hdf5': arrays.hdf5,
+    'npy': arrays.npy,
+    'npz': arrays.npz,
+    'arrayrecord': record_files.arrayrecord,
+    'tfrecord': record_files.tfrecord,
+    'bin': token_files.bin_file,
+    'bytes': token_files.raw_bytes,
+    'synthetic': named.synthetic,
+    'modular': named.modular,
+    'pickle': pickles.pickle_refused,
+}
+ENDINGS = {
+    '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'json', '.csv': 'csv', '.tsv': 'tsv', '.toml': 'toml',
+    '.sqlite': 'sqlite', '.sqlite3': 'sqlite', '.db': 'sqlite', '.parquet': 'parquet', '.pq': 'parquet',
+    '.arrow': 'arrow', '.feather': 'arrow', '.ipc': 'arrow', '.h5': 'hdf5', '.hdf5': 'hdf5', '.npy': 'npy',
+    '.npz': 'npz', '.array_record': 'arrayrecord', '.arrayrecord': 'arrayrecord', '.tfrecord': 'tfrecord',
+    '.tfrecords': 'tfrecord', '.bin': 'bin', '.pkl': 'pickle', '.pickle': 'pickle', '.txt': 'text', '.md': 'text'}
+FIRST_BYTES = {
+    b'PAR1': 'parquet', b'ARROW1': 'arrow', b'\x89HDF\r\n\x1a\n': 'hdf5', b'\x93NUMPY': 'npy',
+    b'SQLite format 3\0': 'sqlite', b'\x80\x02': 'pickle', b'\x80\x03': 'pickle', b'\x80\x04': 'pickle',
+    b'\x80\x05': 'pickle'}
+COMPRESSED = ('.gz', '.zst', '.bz2', '.xz')
+
+
+def format_of(file: File, config: SourceConfig) -> str:
+  """The format that is configured, or the one that the file's ending or first bytes tell. Raises ConfigError."""
+  if config.format not in ('auto', *FORMATS):
+    raise ConfigError(f'config.data.format: {config.format!r} is unknown; known: auto, {", ".join(FORMATS)}')
+  if config.format != 'auto':
+    return config.format
+  kind = file.name.split(':')[0]
+  if kind in ('synthetic', 'modular'):
+    return kind
+  if kind == 'hf' or file.path.is_dir():
+    return 'huggingface'
+  if config.path == 'enwik8':
+    return 'bytes'
+  name = file.name.lower()
+  for ending in COMPRESSED:
+    name = name.removesuffix(ending)
+  if (ending := Path(name).suffix) in ENDINGS:
+    return ENDINGS[ending]
+  try:
+    with open_stream(file.path) as stream:
+      head = stream.read(64)
+  except (DataError, OSError):
+    return 'text'  # its reader will say what is wrong
+  for first, fmt in FIRST_BYTES.items():
+    if head.startswith(first):
+      return fmt
+  return 'jsonl' if not ending and head.lstrip()[:1] == b'{' else 'text'

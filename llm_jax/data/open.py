@@ -1,0 +1,344 @@
+"""From files to token stores: DataConfig and `open_data`. The rows and batches made of them are in pipeline.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.config import DataConfig, cache_dir
+from llm_jax.data.rows.augment import Augment
+from llm_jax.data.rows.examples import Examples, make_examples
+from llm_jax.data.rows.order import VERSION as ORDER_VERSION
+from llm_jax.data.rows.tasks import TASKS, Task
+from llm_jax.data.sources import fetch
+from llm_jax.data.sources.corpus import PARTS, Corpus, fit_tokenizer, key_of, make_store, memory_stores
+from llm_jax.data.sources.documents import Document, SourceConfig
+from llm_jax.data.sources.fetch import shown
+from llm_jax.data.sources.files import Source, open_source
+from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Report
+from llm_jax.data.sources.splits import SPLITS, SplitConfig, borders
+from llm_jax.data.stores import store
+from llm_jax.data.stores.store import TokenStore, mapped_store, open_split
+from llm_jax.data.stores.token_files import TokenFile, open_bin
+from llm_jax.data.tokenizers.tokenizer import (
+  FITTED,
+  ByteTokenizer,
+  Tokenizer,
+  TokenizerConfig,
+  identity,
+  open_tokenizer,
+)
+
+_STEP = 1 << 20  # tokens looked at at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The splits, each a store for every source, and the tokenizer (None where ids have no text here)."""
+
+  splits: dict[str, dict[str, TokenStore]]
+  tokenizer: Tokenizer | None
+  vocab_size: int
+  bos_id: int | None = None
+  eos_id: int | None = None
+  reports: dict[str, dict] = dataclasses.field(default_factory=dict)  # of the filters, by source
+  streams: dict[str, Corpus] = dataclasses.field(default_factory=dict)  # when streaming; the split train is empty then
+  encoder_tokenizer: Tokenizer | None = None  # of the prompts of pairs; None: tokenizer reads them too
+
+  @property
+  def prompt_tokenizer(self) -> Tokenizer | None:
+    return self.tokenizer if self.encoder_tokenizer is None else self.encoder_tokenizer
+
+  @property
+  def train(self) -> dict[str, TokenStore]:
+    return self.splits['train']
+
+  @property
+  def val(self) -> dict[str, TokenStore]:
+    return self.splits['val']
+
+
+def open_data(config: DataConfig) -> Data:
+  """Opens the stores, first making them if they are not in the cache. Raises DataError, ConfigError, StorageError."""
+  sources = config.named_sources
+  if config.streaming:
+    return _open_streams(config)
+  bins = {name: found for name, source in sources.items() if (found := _bins(config, source))}
+  corpora = {name: _corpus(config, name, source) for name, source in sources.items() if name not in bins}
+  tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
+  if bins and tokenizer is not None and not _takes_ids(config):
+    raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is fitted to the texts and is not that of '
+                      f'{shown(sources[next(iter(bins))].path)}; name the one whose ids these are')
+  by_source = {name: _map_bins(config, source, bins[name]) if name in bins else
+               _stores(config, source, corpora[name], tokenizer, encoder_tokenizer, key)
+               for name, source in sources.items()}
+  splits = {split: {name: s[split] for name, s in by_source.items() if split in s and len(s[split].tokens)}
+            for split in SPLITS}
+  reports = {name: report for name, s in by_source.items() if 'train' in s and (report := s['train'].report)}
+  for split in ('train', 'val'):
+    for name, source in sources.items():
+      num_tokens = len(splits[split][name].tokens) if name in splits[split] else 0
+      if num_tokens < 2:
+        counts = f'; {", ".join(map(str.strip, Report.from_dict(reports[name]).lines()))}' if name in reports else ''
+        raise DataError(f'config.data.path: {shown(source.path)} gives {num_tokens} token(s) for {split}, which needs '
+                        f'2 or more (config.data.split {config.split}, val_fraction {config.val_fraction}{counts})')
+      if tokenizer is not None:
+        _check_tokens(source, splits[split][name], tokenizer, encoder_tokenizer, is_bin=name in bins)
+  return dataclasses.replace(_data(config, splits, tokenizer, encoder_tokenizer), reports=reports)
+
+
+def task_of(config: DataConfig) -> Task:
+  """The task with its settings."""
+  return getattr(config, config.task, None) or TASKS[config.task]()
+
+
+def open_examples(config: DataConfig, data: Data, tokens: TokenStore, *, train: bool) -> Examples:
+  """The rows of a store as the config's task makes them. Raises ConfigError, DataError where they do not fit."""
+  return make_examples(
+      tokens, task=task_of(config), seq_len=config.seq_len, encoder_len=config.encoder_len, packing=config.packing,
+      stride=config.stride, truncate=config.truncate, mask_documents=config.mask_documents,
+      augment=config.augment if train else Augment(), vocab_size=data.vocab_size, bos_id=data.bos_id,
+      eos_id=data.eos_id, encoder_tokenizer=data.encoder_tokenizer, score_once=not train)
+
+
+def _data(config: DataConfig, splits: dict[str, dict[str, TokenStore]], tokenizer: Tokenizer | None,
+          encoder_tokenizer: Tokenizer | None = None) -> Data:
+  if tokenizer is not None:
+    return Data(splits, tokenizer, len(tokenizer.token_bytes), tokenizer.bos_id, tokenizer.eos_id,
+                encoder_tokenizer=encoder_tokenizer)
+  eot_id = next(iter(config.named_sources.values())).eot_id
+  vocab_size = 1 + max(_max_id(tokens) for stores in splits.values() for tokens in stores.values())
+  return Data(splits, None, vocab_size, eot_id, eot_id)
+
+
+def _max_id(tokens: TokenStore) -> int:
+  """Raises DataError for an id below 0."""
+  most = 0
+  for begin in range(0, len(tokens.tokens), _STEP):
+    part = tokens.tokens[begin:begin + _STEP]
+    if part.dtype.kind == 'i' and part.min() < 0:
+      raise DataError(f'{tokens.tokens.files[0].path}: holds the token id {part.min()}; ids are 0 and more; does '
+                      f'config.data.dtype, {part.dtype}, say what it is?')
+    most = max(most, int(part.max()))
+  return most
+
+
+def _check_tokens(source: SourceConfig, tokens: TokenStore, tokenizer: Tokenizer, encoder_tokenizer: Tokenizer | None,
+                  is_bin: bool) -> None:
+  """Raises DataError for white space alone, and for ids of a .bin, which no writer checked, beyond the vocabulary."""
+  if is_bin and (most := _max_id(tokens)) >= len(tokenizer.token_bytes):
+    raise DataError(f'{tokens.tokens.files[0].path}: token {most} is beyond the vocabulary of '
+                    f'{len(tokenizer.token_bytes)} tokens')
+  blank, blank_prompt = (np.array([not b.strip() for b in t.token_bytes])
+                         for t in (tokenizer, encoder_tokenizer or tokenizer))
+  for begin in range(0, len(tokens.tokens), _STEP):
+    ids = tokens.tokens[begin:begin + _STEP]
+    is_prompt = np.zeros(len(ids), bool) if encoder_tokenizer is None else _in_prompts(tokens, begin, begin + len(ids))
+    if not (blank[ids[~is_prompt]].all() and blank_prompt[ids[is_prompt]].all()):
+      return
+  raise DataError(f'config.data.path: {shown(source.path)} holds nothing but white space')
+
+
+def _in_prompts(tokens: TokenStore, begin: int, end: int) -> np.ndarray:
+  """Over the tokens begin to end: whether each is a prompt's; bos is not."""
+  assert tokens.answers is not None, '_tokenizers asks for pairs'
+  positions = np.arange(begin, end)
+  documents = np.searchsorted(tokens.starts, positions, 'right') - 1
+  places = positions - tokens.starts[documents]
+  return (places > 0) & (places < tokens.answers[documents])
+
+
+def _open_streams(config: DataConfig) -> Data:
+  corpora = {name: _corpus(config, name, source) for name, source in config.named_sources.items()}
+  tokenizer, _ = _tokenizer(config, config.tokenizer, corpora)
+  if tokenizer is None:
+    raise ConfigError('config.data.streaming: nobody knows how many different ids a stream will hold: name their '
+                      'tokenizer in config.data.tokenizer, or train from a token store (streaming=False)')
+  held = None if config.split != 'count' else config.val_documents + config.test_documents
+  splits: dict[str, dict[str, TokenStore]] = {split: {} for split in SPLITS}
+  for name, corpus in corpora.items():
+    for side, tokens in memory_stores(streaming_held_out(corpus, held), ('val', 'test'), tokenizer).items():
+      if len(tokens.tokens):
+        splits[side][name] = tokens
+  if not splits['val']:
+    raise DataError(f'config.data.path: {config.path} gives no document to validate with; set '
+                    'config.data.split=count and val_documents, or config.data.val_path')
+  return dataclasses.replace(_data(config, splits, tokenizer), streams=corpora)
+
+
+def streaming_held_out(corpus: Corpus, most: int | None) -> Iterator[tuple[str, Document]]:
+  """What is set aside of a stream: the documents of val and test, the first `most` of the corpus or all of theirs."""
+  for side, source in corpus.sides:
+    part = dataclasses.replace(corpus, sides=((side, source),))
+    if side is None and not most:
+      continue
+    for _, dealt in islice(part.documents({**part.start(), 'seen': Deduplicator()}), most if side is None else None):
+      yield from (pair for pair in dealt if pair[0] != 'train')
+
+
+def _corpus(config: DataConfig, name: str, source: SourceConfig) -> Corpus:
+  sides: list[tuple[str | None, Source]] = [(None, open_source(source, cache_dir(config)))]
+  split = SplitConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SplitConfig)})
+  for side, path in (('val', source.val_path), ('test', source.test_path)):
+    if path is not None:
+      sides.append((side, open_source(dataclasses.replace(source, path=path), cache_dir(config))))
+      nothing: Any = {f'{side}_fraction': 0.0, f'{side}_documents': 0}
+      split = dataclasses.replace(split, **nothing)
+  corpus = Corpus(shown(source.path) if name == 'data' else name, tuple(sides), split, config.filters,
+                  config.on_bad_record, config.max_bad_fraction)
+  return corpus.resolved()
+
+
+def _tokenizers(config: DataConfig, corpora: dict[str, Corpus],
+                bins: Collection[str]) -> tuple[Tokenizer | None, Tokenizer | None, str]:
+  """(tokenizer, the prompts' own if they have one, what tells the two from others). Raises ConfigError."""
+  reader = config.encoder_tokenizer
+  if reader is None:
+    tokenizer, key = _tokenizer(config, config.tokenizer, corpora)
+    return tokenizer, None, key
+  path = f'config.data.encoder_tokenizer: {reader}'
+  for name, source in config.named_sources.items():
+    first = None if name in bins else corpora[name].first()
+    if name in bins or (first is not None and first.answer is None):
+      raise ConfigError(f'{path} is for prompts, and {shown(source.path)} holds no pairs of text; name the field of '
+                        'their answers with config.data.answer_field, or leave it None')
+    if first is not None and not (isinstance(first.text, str) and isinstance(first.answer, str)):
+      raise ConfigError(f'{path} is for texts, and {shown(source.path)} holds token ids; leave it None')
+  [(tokenizer, key), (encoder_tokenizer, encoder_key)] = (
+      _tokenizer(config, name, corpora, (part,)) for name, part in ((config.tokenizer, 'answer'), (reader, 'text')))
+  return tokenizer, encoder_tokenizer, key_of([key, encoder_key])
+
+
+def _tokenizer(config: DataConfig, name: str, corpora: dict[str, Corpus],
+               parts: tuple[str, ...] = PARTS) -> tuple[Tokenizer | None, str]:
+  if name == 'none' or not corpora or any(corpus.holds_ids() for corpus in corpora.values()):
+    if name == 'byte':
+      return ByteTokenizer(), 'byte'
+    return (None, 'none') if name in ('none', *FITTED) else (open_tokenizer(name), identity(name))
+  if name in FITTED:
+    settings = TokenizerConfig(config.vocab_size, config.min_frequency, config.pattern)
+    return fit_tokenizer(name, settings, corpora.values(), cache_dir(config), parts)
+  return open_tokenizer(name), identity(name)
+
+
+def _takes_ids(config: DataConfig) -> bool:
+  """Whether ids among the documents can be the tokenizer's: not of one that is fitted here, nor of two."""
+  return (config.tokenizer not in FITTED or config.tokenizer == 'byte') and config.encoder_tokenizer is None
+
+
+def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer: Tokenizer | None,
+            encoder_tokenizer: Tokenizer | None, tokenizer_key: str) -> dict[str, TokenStore]:
+  if tokenizer is None:
+    dtype = source.dtype or 'uint32'
+  else:
+    most = max(len(t.token_bytes) for t in (tokenizer, encoder_tokenizer) if t is not None)
+    dtype = 'uint16' if most <= 1 << 16 else 'uint32'
+  key = key_of([corpus.fingerprint(), tokenizer_key, dtype, config.shard_tokens, store.VERSION])
+  kind = config.tokenizer if tokenizer else 'ids'
+  folder = cache_dir(config) / 'stores' / f'{_slug(shown(source.path))}-{_slug(kind)}-{key}'
+  about: dict[str, Any] = {'path': shown(source.path), 'tokenizer': kind}
+  if encoder_tokenizer is not None:
+    about |= {'encoder_tokenizer': config.encoder_tokenizer, 'encoder_vocab_size': len(encoder_tokenizer.token_bytes)}
+  make_store(corpus, tokenizer, folder, dtype, config.shard_tokens, _takes_ids(config), about, encoder_tokenizer)
+  if config.verify:
+    store.verify(folder)
+  return {split: open_split(folder, split) for split in SPLITS}
+
+
+def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | None:
+  """The .bin files of the splits that lie ready to be mapped, if that is what the path names."""
+  path = source.path
+  if fetch.is_url(path) and path.endswith('.bin'):
+    path = str(fetch.fetch(path, source.sha256, cache_dir(config)))
+  root = Path(path).expanduser()
+  paths = {'val': source.val_path, 'test': source.test_path}
+  if (root / 'train.bin').is_file():
+    paths = {split: found or str(root / f'{split}.bin') for split, found in paths.items()
+             if found or (root / f'{split}.bin').is_file()}
+    root /= 'train.bin'
+  elif root.suffix != '.bin' or source.format not in ('auto', 'bin'):
+    return None
+  return {'train': open_bin(root, source.dtype), **{
+      split: open_bin(Path(p).expanduser(), source.dtype) for split, p in paths.items() if p}}
+
+
+def _map_bins(config: DataConfig, source: SourceConfig, files: dict[str, TokenFile]) -> dict[str, TokenStore]:
+  train, eot_id = files['train'], source.eot_id
+  if config.split not in ('auto', 'tail') and 'val' not in files:
+    raise ConfigError(f'config.data.split: a .bin is mapped as it is and can only be cut: auto or tail; '
+                      f'got {config.split}')
+  ends = borders(train.size, 0 if 'val' in files else config.val_fraction,
+                 0 if 'test' in files else config.test_fraction)
+  cut = {split: mapped_store(train, eot_id, begin, end)
+         for split, begin, end in zip(SPLITS, (0, *ends), ends, strict=False) if end > begin}
+  return cut | {split: mapped_store(files[split], eot_id) for split in files if split != 'train'}
+
+
+def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
+             encoder_tokenizer: Tokenizer | None = None) -> Data:
+  """All of a path as validation data, by tokenizers that exist already; .bin files as they are."""
+  source = dataclasses.replace(next(iter(config.named_sources.values())), path=path, format='auto', sha256=None,
+                               val_path=None, test_path=None)
+  if bins := _bins(config, source):
+    val = mapped_store(bins['train'], source.eot_id if tokenizer is None else tokenizer.bos_id)
+  else:
+    corpus = Corpus(path, (('val', open_source(source, cache_dir(config))),), SplitConfig('document'), FilterConfig(),
+                    config.on_bad_record, config.max_bad_fraction)
+    if tokenizer is None and not corpus.holds_ids():
+      raise DataError(f'--data: {path} is text, and the run has no tokenizer for it')
+    val = memory_stores((pair for _, dealt in corpus.documents({**corpus.start(), 'seen': Deduplicator()})
+                         for pair in dealt), ('val',), tokenizer, encoder_tokenizer)['val']
+  if len(val.tokens) < 2:
+    raise DataError(f'--data: {path} gives {len(val.tokens)} token(s); it needs 2 or more')
+  data = _data(config, {'train': {}, 'val': {'data': val}, 'test': {}}, tokenizer, encoder_tokenizer)
+  if encoder_tokenizer is not None:  # ids of two vocabularies, each checked by its tokenizer
+    return data
+  return dataclasses.replace(data, vocab_size=max(data.vocab_size, _max_id(val) + 1))
+
+
+def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int) -> dict:
+  """All that batch n depends on; kept in the checkpoint, compared when a run goes on."""
+  fields = ('task', 'seq_len', 'encoder_len', 'packing', 'stride', 'truncate', 'mask_documents', 'streaming',
+            *(['shuffle_buffer'] if config.streaming else []))
+  settings = {f: getattr(config, f) for f in fields}
+  for name in {config.task, 'augment'} & {f.name for f in dataclasses.fields(config)}:
+    settings |= {f'{name}.{field}': value for field, value in dataclasses.asdict(getattr(config, name)).items()}
+  if data.encoder_tokenizer is not None:  # of which the tokens alone do not tell what ends a prompt
+    settings['encoder_tokenizer'] = key_of(data.encoder_tokenizer.to_json())
+  settings['order'] = 'stream' if config.streaming else ORDER_VERSION
+  # As lists: the order of the sources counts too.
+  train = [[name, tokens.sha256] for name, tokens in data.train.items()]
+  train += [[name, key_of([corpus.contents(), data.tokenizer.to_json() if data.tokenizer else None])]
+            for name, corpus in data.streams.items()]
+  mixture = [[begin, {name: source.weight[i] for name, source in config.sources.items()}]
+             for i, begin in enumerate(config.weights_from)] if config.sources else []
+  return {'train_tokens': train, 'seed': seed, 'rows_per_batch': batch_size, 'mixture': mixture, **settings}
+
+
+def check_fingerprint(saved: dict, current: dict, step: int) -> None:
+  """Raises ConfigError naming each field in which the data of a run differs from its checkpoint's at `step`.
+
+  Weights that hold from that step on may differ: a mixture may be changed for the time to come.
+  """
+  saved = {'order': 'stream' if saved.get('streaming') else 1, **saved}  # what it is where it is not said
+  saved, current = ({**f, 'mixture': [s for s in f.get('mixture', []) if s[0] < step]} for f in (saved, current))
+  names = {'train_tokens': 'the training data (sha256 of its tokens)', 'seed': 'config.seed',
+           'rows_per_batch': 'the number of rows in a batch (config.batch_tokens / config.data.seq_len)',
+           'order': 'the order of rows (1 is an older llm_jax\'s, which can go on with it)',
+           'mixture': f'the weights of the sources before step {step} (config.data.sources.NAME.weight, weights_from)'}
+  differing = [f'{names.get(k, f"config.data.{k}")}: checkpoint {saved.get(k)}, now {current.get(k)}'
+               for k in {**saved, **current} if saved.get(k) != current.get(k)]
+  if differing:
+    raise ConfigError('the data differs from what the checkpoint was trained on, so its batches cannot go on:\n  '
+                      + '\n  '.join(differing) + '\nPut it back, or start in another --workdir.')
+
+
+def _slug(path: str) -> str:
+  return ''.join(c if c.isalnum() else '_' for c in path.rstrip('/').rsplit('/', 1)[-1])[:32] or 'data'
+

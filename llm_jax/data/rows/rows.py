@@ -1,0 +1,167 @@
+"""Rows: a token store cut into what one row of a batch holds, by random access and in an order that never changes.
+
+A row is a list of pieces: stretches of documents of n targets each, ids[1:] predicted from ids[:-1]. Three packings:
+  concat    windows over all tokens in a row; documents are cut wherever a window ends
+  best_fit  whole documents, several to a row, with hardly any padding
+  pad       one document a row
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+
+from llm_jax.data.rows.packing import best_fit
+
+PACKINGS = ('concat', 'best_fit', 'pad')
+
+
+class Store(Protocol):
+  """What rows need of a token store."""
+
+  @property
+  def tokens(self) -> Any:
+    """len() and slices."""
+
+  @property
+  def starts(self) -> np.ndarray:
+    """int64 [D], ascending, 0 first."""
+
+  @property
+  def answers(self) -> np.ndarray | None:
+    """int64 [D]: where the answer starts, counted from the document's start."""
+
+  @property
+  def labels(self) -> np.ndarray | None:
+    """float64 [D] or [D, C]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  ids: np.ndarray  # int32 [n + 1]
+  answer: int | None = None  # index in ids of the answer's first token, 1 or more
+  label: np.ndarray | None = None  # float64 [] or [C]
+  document: int = 0
+
+
+Row = list[Piece]
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+  """Windows of `seq_len` targets, `stride` apart, over the whole store: with stride = seq_len each token but the
+  first is a target exactly once. The first token of a document is the last target of the piece before it."""
+
+  store: Store
+  seq_len: int
+  stride: int
+  dropped_tokens: int = 0
+
+  @property
+  def num_targets(self) -> int:
+    return max(0, len(self.store.tokens) - 1)
+
+  def __len__(self) -> int:
+    if not self.num_targets:
+      return 0
+    return 1 + max(0, -(-(self.num_targets - self.seq_len) // self.stride))
+
+  def __getitem__(self, index: int) -> Row:
+    return self.at(index * self.stride)
+
+  def at(self, begin: int) -> Row:
+    window = np.asarray(self.store.tokens[begin:begin + self.seq_len + 1], np.int32)
+    starts = self.store.starts
+    first = int(starts.searchsorted(begin, 'right'))
+    cuts = starts[first:int(starts.searchsorted(begin + len(window) - 1))] - begin
+    row, last = [], 0
+    for document, cut in enumerate([*cuts.tolist(), len(window) - 1], first - 1):
+      if cut > last:  # documents without any token are possible in ids from elsewhere
+        row.append(Piece(window[last:cut + 1], document=document))
+      last = cut
+    return row
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+  """Rows of whole documents, or of chunks of those longer than a row: 16 bytes a piece.
+
+  Piece p has the targets begins[p] + 1 and on, `sizes[p]` of them; row r has the pieces ends[r - 1] to ends[r].
+  """
+
+  store: Store
+  begins: np.ndarray  # int64 [P]: positions in the store of what each piece reads first
+  sizes: np.ndarray  # int32 [P]
+  documents: np.ndarray  # int32 [P]
+  ends: np.ndarray | None  # int64 [R]; None: one piece a row
+  answers: np.ndarray | None  # the store's, where it is read as pairs
+  bos_id: int | None  # that opens pieces whose beginning was cut; None: nothing does
+  eos_id: int | None  # that ends each document and is not in the store; None: it is in the store or there is none
+  dropped_tokens: int  # targets of the store that are in no row
+
+  def __len__(self) -> int:
+    return len(self.sizes if self.ends is None else self.ends)
+
+  def __getitem__(self, index: int) -> Row:
+    if self.ends is None:
+      return [self._piece(index)]
+    pieces = range(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
+    return [self._piece(p) for p in sorted(pieces, key=self.begins.__getitem__)]
+
+  def _piece(self, p: int) -> Piece:
+    store, begin, size, document = self.store, int(self.begins[p]), int(self.sizes[p]), int(self.documents[p])
+    start = int(store.starts[document])
+    stop = int(store.starts[document + 1]) if document + 1 < len(store.starts) else len(store.tokens)
+    ids = np.zeros(size + 1, np.int32)
+    stored = min(size + 1, stop - begin)
+    ids[:stored] = store.tokens[begin:begin + stored]
+    if stored <= size and self.eos_id is not None:
+      ids[stored] = self.eos_id
+    if self.bos_id is not None and begin > start:
+      ids[0] = self.bos_id
+    answer = None if self.answers is None else max(1, int(self.answers[document]) - (begin - start))
+    return Piece(ids, answer, None if store.labels is None else store.labels[document], document)
+
+
+def pack(store: Store, packing: str, truncate: str, capacity: int, *, row_size: int, overhead: int = 0,
+         answers: np.ndarray | None = None, least: int = 1, bos_id: int | None, eos_id: int | None) -> Packed:
+  """Documents in pieces of at most `capacity` targets, which take `overhead` places more in a row of `row_size`.
+
+  `truncate` says what becomes of longer documents: 'split' makes several pieces; 'left' cuts the beginning (what is
+  left opens with bos_id), 'right' the end, both counted in `dropped_tokens`. With `answers`, 'left' cuts the prompt
+  and only then the answer's end, and 'right' drops pairs whose prompt alone fills the piece. Documents of fewer than
+  `least` targets are in no row.
+  """
+  virtual_eos = eos_id if bos_id is not None and bos_id == eos_id else None
+  starts = store.starts
+  targets = np.append(starts[1:], len(store.tokens)) - starts - (virtual_eos is None)
+  if truncate == 'split':
+    documents, begins, sizes = _chunks(starts, targets, capacity, least)
+  else:
+    cut = np.minimum(targets, capacity)
+    skipped = targets - cut if truncate == 'left' else np.zeros_like(targets)
+    if answers is not None:
+      prompts = np.maximum(answers - 1, 0)  # targets before the answer
+      skipped = np.minimum(skipped, prompts)
+      cut = np.where(cut + skipped > prompts, cut, -1)
+    documents = np.flatnonzero(cut >= least)
+    begins, sizes = (starts + skipped)[documents], cut[documents]
+  dropped = int(targets[targets > 0].sum() - sizes.sum())
+  documents, sizes = documents.astype(np.int32 if len(starts) < 1 << 31 else np.int64), sizes.astype(np.int32)
+  ends = None
+  if packing == 'best_fit':
+    order, ends = best_fit(sizes + overhead, row_size)
+    begins, sizes, documents = begins[order], sizes[order], documents[order]
+  return Packed(store, begins, sizes, documents, ends, answers, bos_id if truncate == 'left' else None, virtual_eos,
+                dropped)
+
+
+def _chunks(starts: np.ndarray, targets: np.ndarray, capacity: int,
+            least: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(documents, begins, sizes) of all pieces: each begins with the last target of the one before."""
+  num_chunks = np.where(targets >= least, np.maximum(-(-targets // capacity), 1), 0)
+  documents = np.repeat(np.arange(len(starts)), num_chunks)
+  nth = np.arange(len(documents)) - np.repeat(np.cumsum(num_chunks) - num_chunks, num_chunks)
+  return documents, starts[documents] + nth * capacity, np.minimum(capacity, targets[documents] - nth * capacity)

@@ -1,0 +1,260 @@
+"""From sources to token stores: read, filter, deal to splits, tokenize; each made once and kept in the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice, pairwise
+from pathlib import Path
+
+import numpy as np
+
+from llm_jax.base.errors import DataError, StorageError
+from llm_jax.base.progress import progress
+from llm_jax.data.sources.documents import BadRecord, Document
+from llm_jax.data.sources.files import Position, Source
+from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Quality, Report
+from llm_jax.data.sources.splits import SplitConfig, Splitter, content_hash, size
+from llm_jax.data.stores import store
+from llm_jax.data.stores.store import TokenStore, open_split
+from llm_jax.data.stores.writer import SEEN, Writer, chunks, locked, write_whole
+from llm_jax.data.tokenizers.tokenizer import FITTED, Tokenizer, TokenizerConfig, load_tokenizer
+
+FEW = 20  # documents to validate with; where fewer are to be expected split='auto' cuts text instead of dealing them
+FIT_BYTES = 50_000_000  # of text, spread over the corpus, are enough to fit a tokenizer to
+COMMIT_SECONDS = 5
+PARTS = ('text', 'answer')  # of a document
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """The documents of one source: which they are, which are left out, and on which side each is."""
+
+  name: str
+  sides: tuple[tuple[str | None, Source], ...]  # all of a source on one side; None: split as `split` says
+  split: SplitConfig
+  filters: FilterConfig
+  on_bad_record: str  # 'fail' or 'skip'
+  max_bad_fraction: float
+
+  def kept(self, report: Report, seen: Deduplicator,
+           begin: tuple[int, int, int] = (0, 0, 0)) -> Iterator[tuple[tuple[int, int, int], str | None, Document]]:
+    """(position after it, its side if that is given, document) of all that pass the filters.
+
+    Raises DataError for a bad record, or for more than `max_bad_fraction` of them where they are skipped.
+    """
+    quality = Quality(self.filters)
+    left_out = False  # the pieces of a long text share the fate of the first
+    for index in range(begin[0], len(self.sides)):
+      side, source = self.sides[index]
+      records = source.records(begin[1:] if index == begin[0] else (0, 0))
+      for position, item, goes_on in _with_what_follows(records):
+        if isinstance(item, BadRecord):
+          self._bad(item, report)
+          left_out = True
+          continue
+        if not item.continues:
+          reason = _reason(item, quality, seen if self.filters.deduplicate and not goes_on else None)
+          left_out = reason is not None
+          report.drop(reason) if reason else report.keep()
+        if not left_out:
+          yield (index, *position), side, item
+    self._check_bad(report)
+
+  def documents(self, progress: dict) -> Iterator[tuple[Callable[[], dict], list[tuple[str, Document]]]]:
+    """(its progress once this is done with, [(side, document or part of it)]), going on from `progress`."""
+    report, seen = Report.from_dict(progress['report']), progress['seen']
+    splitter = Splitter(self.split, progress['total'], progress['splitter'])
+    for position, side, document in self.kept(report, seen, tuple(progress['position'])):
+      dealt = [(side, document)] if side else list(splitter.deal(document))
+
+      # What is dropped behind the last document is counted after it, so also by one who goes on from there.
+      def state(position: tuple[int, int, int] = position, counts: dict = report.to_dict()) -> dict:  # noqa: B008
+        return {'position': position, 'splitter': dict(splitter.state), 'report': counts, 'total': progress['total']}
+
+      yield state, dealt
+    progress['report'] = report.to_dict()
+
+  def start(self) -> dict:
+    """The progress of one who has read nothing; counts the text where the split needs to know how much there is."""
+    total = sum(size(d) for _, side, d in self.kept(Report(), Deduplicator()) if side is None) \
+        if self.split.split == 'tail' else 0
+    return {'position': (0, 0, 0), 'splitter': None, 'report': Report().to_dict(), 'total': total}
+
+  def resolved(self) -> Corpus:
+    """With split='auto' made one of the others."""
+    if self.split.split != 'auto':
+      return self
+    enough = int(FEW / self.split.val_fraction) if self.split.val_fraction else FEW
+    documents = (d for _, side, d in self.kept(Report(), Deduplicator()) if side is None and not d.continues)
+    found = sum(1 for _ in islice(documents, enough))
+    split = dataclasses.replace(self.split, split='tail' if found < enough else 'document')
+    return dataclasses.replace(self, split=split)
+
+  def train_texts(self, progress: dict, parts: tuple[str, ...]) -> Iterator[str]:
+    """Texts of the training side, or about FIT_BYTES of them, chosen by their hash. Raises DataError for ids."""
+    rate = FIT_BYTES / max(FIT_BYTES, sum(sum(source.sizes()) for _, source in self.sides))
+    left = 2 * FIT_BYTES  # where sizes tell too little: compressed files, endless sources
+    for _, dealt in self.documents({**progress, 'seen': Deduplicator()}):
+      for side, document in dealt:
+        if side == 'train' and int.from_bytes(content_hash(document)[4:8], 'big') < rate * 2**32:
+          yield from _texts(document, parts)
+          left -= size(document)
+      if left <= 0:
+        return
+
+  def all_texts(self, parts: tuple[str, ...]) -> Iterator[str]:
+    for _, _, document in self.kept(Report(), Deduplicator()):
+      yield from _texts(document, parts)
+
+  def first(self) -> Document | None:
+    """The document by which it is told what all of them hold."""
+    return next((document for _, _, document in self.kept(Report(), Deduplicator())), None)
+
+  def holds_ids(self) -> bool:
+    """Whether its documents are tokens already."""
+    first = self.first()
+    return first is not None and isinstance(first.text, np.ndarray)
+
+  def fingerprint(self) -> dict:
+    """`contents` as they lie on this machine: where, and when they were changed."""
+    # Elsewhere there may be files of the same names, sizes and times; what is no file lies nowhere.
+    places = [str(file.path.absolute()) for _, source in self.sides for file in source.files[:1] if file.path.exists()]
+    return self.contents() | {'places': places, 'files': [source.fingerprint() for _, source in self.sides]}
+
+  def contents(self) -> dict:
+    """All that decides which documents are on which side, the same on any machine that has the same files."""
+    return {'sides': [[side, [[file.name, size] for file, size in zip(source.files, source.sizes(), strict=True)],
+                       list(source.formats), _reading(source)] for side, source in self.sides],
+            'split': dataclasses.asdict(self.split), 'filters': dataclasses.asdict(self.filters),
+            'on_bad_record': self.on_bad_record}
+
+  def _bad(self, record: BadRecord, report: Report) -> None:
+    message = f'{record.where}: {record.why}' if record.where else record.why
+    if self.on_bad_record == 'fail':
+      raise DataError(message)
+    report.bad(message)
+    if report.num_bad >= 1000:
+      self._check_bad(report)
+
+  def _check_bad(self, report: Report) -> None:
+    if report.num_bad > self.max_bad_fraction * report.num_in:
+      raise DataError(f'{self.name}: {report.num_bad} of {report.num_in} records are bad, more than '
+                      f'config.data.max_bad_fraction {self.max_bad_fraction} allows; the first: {report.first_bad}')
+
+
+def _texts(document: Document, parts: tuple[str, ...]) -> Iterator[str]:
+  return (content for part in parts if isinstance(content := getattr(document, part), str))
+
+
+def _with_what_follows(records: Iterator[tuple[Position, Document | BadRecord]]) -> Iterator[
+    tuple[Position, Document | BadRecord, bool]]:
+  """(position, item, whether the next item goes on this one)."""
+  for (position, item), following in pairwise(chain(records, [None])):  # type: ignore[misc]
+    goes_on = following is not None and isinstance(following[1], Document) and following[1].continues
+    yield position, item, goes_on
+
+
+def _reason(document: Document, quality: Quality, seen: Deduplicator | None) -> str | None:
+  if not size(document):
+    return 'empty'
+  if (reason := quality.reason(document.text)) is not None:
+    return reason
+  parts = (document.text,) if document.answer is None else (document.text, document.answer)
+  return 'duplicate' if seen is not None and seen.seen(*parts) else None
+
+
+def _reading(source: Source) -> dict:
+  """The fields of its config that change what is read."""
+  ignored = ('path', 'weight', 'val_path', 'test_path')
+  return {f: v for f, v in dataclasses.asdict(source.config).items() if f not in ignored and v is not None}
+
+
+def key_of(recipe: object) -> str:
+  return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus], cache_dir: Path,
+                  parts: tuple[str, ...] = PARTS) -> tuple[Tokenizer, str]:
+  """(the tokenizer fitted to the training sides of all corpora, its key); made once and kept in the cache."""
+  corpora = list(corpora)
+  key = key_of([name, dataclasses.asdict(config), [corpus.fingerprint() for corpus in corpora], store.VERSION,
+                *(parts if parts != PARTS else ())])
+  path = cache_dir / 'tokenizers' / f'{name}-{key}.json'
+  with locked(path):
+    if not path.exists():
+      begin = time.perf_counter()
+      # A character that only the validation part has must still have an id; all else is learnt from the training part.
+      texts = ((t for corpus in corpora for t in corpus.all_texts(parts)) if name == 'char' else
+               (t for corpus in corpora for t in corpus.train_texts(corpus.start(), parts)))
+      tokenizer = FITTED[name](texts, config)
+      try:
+        write_whole(path, tokenizer.to_json())
+      except OSError as e:
+        raise StorageError(f'{path}: cannot be written: {e.strerror or e}') from None
+      print(f'data: {name} tokenizer of {len(tokenizer.token_bytes)} tokens '
+            f'made in {time.perf_counter() - begin:.1f} s', flush=True)
+  return load_tokenizer(path), key
+
+
+def make_store(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype: str, shard_tokens: int,
+               takes_ids: bool, about: dict, encoder_tokenizer: Tokenizer | None = None) -> None:
+  """Writes the store unless it is there, going on where another process was killed. Raises DataError, StorageError."""
+  with locked(folder):
+    if folder.exists():
+      return
+    try:
+      aside = folder.with_name(f'{folder.name}.partial')
+      writer = Writer(aside, tokenizer, dtype, shard_tokens, takes_ids, encoder_tokenizer)
+      _write(corpus, writer, folder, about)
+    except OSError as e:
+      raise StorageError(f'{folder}: cannot be written: {e.strerror or e}') from None
+
+
+def _write(corpus: Corpus, writer: Writer, folder: Path, about: dict) -> None:
+  sizes = [source.sizes() for _, source in corpus.sides]
+  total = sum(map(sum, sizes))
+  num_files = sum(len(source.files) for _, source in corpus.sides)
+  print(f'data: {corpus.name}: {num_files} file(s), {total / 1e6:.1f} MB; kept in {folder}', flush=True)
+  state = writer.reader_state or corpus.start()
+  seen = Deduplicator()
+  seen_file = writer.folder / SEEN
+  if seen_file.exists():
+    seen.load(seen_file.read_bytes())
+  reading = {**state, 'seen': seen}
+  committed = time.monotonic()
+  with progress(f'tokenizing {corpus.name}', total, 'B', initial=_bytes_before(sizes, state['position'])) as bar:
+    for state, parts in chunks(corpus.documents(reading)):
+      writer.add(parts)
+      if time.monotonic() - committed > COMMIT_SECONDS:
+        writer.write(SEEN, np.frombuffer(seen.new_hashes(), np.uint8))
+        writer.commit(state())
+        committed = time.monotonic()
+      read = sum(count['bytes'] for count in writer.counts.values())
+      before = _bytes_before(sizes, state()['position'])
+      bar.update(max(0, min(max(read, before), total) - bar.n))
+  report = Report.from_dict(reading['report'])
+  for line in report.lines():
+    print(f'data: {corpus.name}: {line}', flush=True)
+  writer.finish(folder, {**about, 'report': report.to_dict(), 'split': dataclasses.asdict(corpus.split)})
+
+
+def memory_stores(dealt: Iterable[tuple[str, Document]], sides: tuple[str, ...], tokenizer: Tokenizer | None,
+                  encoder_tokenizer: Tokenizer | None = None) -> dict[str, TokenStore]:
+  """Stores of the (side, document) pairs, in memory: for what is small and used once."""
+  with tempfile.TemporaryDirectory() as folder:
+    writer = Writer(Path(folder) / 'partial', tokenizer, 'uint32', 1 << 40, encoder_tokenizer=encoder_tokenizer)
+    for _, parts in chunks((None, [pair]) for pair in dealt):
+      writer.add(parts)
+    writer.finish(Path(folder) / 'store', {})
+    stores = {side: open_split(Path(folder) / 'store', side) for side in sides}
+    return {side: dataclasses.replace(s, tokens=np.array(s.tokens[:])) for side, s in stores.items()}
+
+
+def _bytes_before(sizes: list[list[int]], position: tuple[int, int, int]) -> int:
+  part, file, _ = position
+  return sum(map(sum, sizes[:part])) + (sum(sizes[part][:file]) if part < len(sizes) else 0)

@@ -1,0 +1,140 @@
+"""From a path to a stream of documents: what files it names, their formats, and where reading can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import glob
+import os
+import sysconfig
+from collections.abc import Iterator
+from itertools import islice, takewhile
+from pathlib import Path
+
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.formats.registry import FORMATS, format_of
+from llm_jax.data.sources import archives, fetch, named
+from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
+
+ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.xz', '.tar.bz2', '.tar.zst')
+
+Position = tuple[int, int]  # (file, record in it) to be read next
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Files in a fixed order with their formats; they are read anew at every call of `records`."""
+
+  config: SourceConfig
+  files: tuple[File, ...]
+  formats: tuple[str, ...]
+
+  def records(self, begin: Position = (0, 0)) -> Iterator[tuple[Position, Document | BadRecord]]:
+    """Every record from `begin` on, with the position after it. A file that cannot be read on is a BadRecord too."""
+    for index in range(begin[0], len(self.files)):
+      skipped = begin[1] if index == begin[0] else 0
+      number = skipped
+      try:
+        for item in islice(FORMATS[self.formats[index]](self.files[index], self.config), skipped, None):
+          number += 1
+          if isinstance(item, BadRecord):
+            item = BadRecord(_of_archive(item.where, self.files[index]), item.why)
+          yield (index, number), item
+      except DataError as e:
+        yield (index + 1, 0), BadRecord('', _of_archive(str(e), self.files[index]))
+      except OSError as e:
+        yield (index + 1, 0), BadRecord(str(self.files[index].path), f'cannot be read: {e.strerror or e}')
+
+  def sizes(self) -> list[int]:
+    """Bytes of each file; 0 for what is no file."""
+    return [sum(size for _, size, _ in _stats(file)) for file in self.files]
+
+  def fingerprint(self) -> list:
+    """Names, formats, sizes and times of change: equal as long as no file was touched."""
+    return [[file.name, fmt, _stats(file)] for file, fmt in zip(self.files, self.formats, strict=True)]
+
+
+def open_source(config: SourceConfig, cache_dir: Path) -> Source:
+  """Finds what `config.path` names, fetching URLs and unpacking archives once. Raises DataError, ConfigError."""
+  files = tuple(_locate(config, cache_dir))
+  formats = tuple(format_of(file, config) for file in files)
+  return Source(config, files, formats)
+
+
+def _locate(config: SourceConfig, cache_dir: Path) -> list[File]:
+  path = config.path
+  if path == 'stdlib':
+    return stdlib()
+  if path == 'enwik8':
+    return [File('enwik8', named.enwik8(cache_dir))]
+  if path.split(':')[0] in ('synthetic', 'modular', 'hf') and not fetch.is_url(path):
+    return [File(path, Path(path))]
+  if fetch.is_url(path):
+    found = [File(name, local) for name, local in fetch.fetch_all(path, config.sha256, cache_dir)]
+  else:
+    if config.sha256 is not None:
+      raise ConfigError(f'config.data.sha256 is for what is fetched from a URL; {path} is no URL')
+    found = _local(Path(path).expanduser(), path)
+  files = []
+  for file in found:
+    if file.path.is_file() and file.name.lower().endswith(ARCHIVES):
+      unpacked = archives.unpack(file.path, cache_dir)
+      files += [File(f'{file.name}/{inner.name}', inner.path) for inner in _below(unpacked, str(file.path))]
+    else:
+      files.append(file)
+  return files
+
+
+def _of_archive(message: str, file: File) -> str:
+  """The message, saying which member of which archive the unpacked file is."""
+  unpacked = file.path.is_absolute() and not file.path.as_posix().endswith(file.name)
+  return message.replace(str(file.path), f'{file.path} (of {file.name})', 1) if unpacked else message
+
+
+def _local(root: Path, path: str) -> list[File]:
+  if root.is_file():
+    return [File(root.name, root)]
+  if root.is_dir():
+    return [File(root.name, root)] if _is_saved_dataset(root) else _below(root, path)
+  if root.is_symlink():
+    raise DataError(f'config.data.path: {path} is a link to {root.readlink()}, which is not there')
+  if root.exists():
+    raise DataError(f'config.data.path: {path} is neither a file nor a folder')
+  matches = sorted(Path(p) for p in glob.glob(str(root), recursive=True) if Path(p).is_file())
+  if not matches:
+    near = difflib.get_close_matches(root.name, [p.name for p in root.parent.glob('*')], n=1)
+    hint = f' (did you mean {root.parent / near[0]}?)' if near else ''
+    raise DataError(f'config.data.path: there is no file or folder {path!r}, and as a glob it matches nothing{hint}')
+  # Named below the last folder without a wildcard: the same from any working directory and on any machine.
+  fixed = Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
+  return [File(p.relative_to(fixed).as_posix(), p) for p in matches]
+
+
+def _below(root: Path, path: str) -> list[File]:
+  """Every file below the folder that is not hidden."""
+  files = [p for p in sorted(root.rglob('*'))
+           if p.is_file() and not any(part.startswith('.') for part in p.relative_to(root).parts)]
+  if not files:
+    raise DataError(f'config.data.path: the folder {path} holds no files')
+  return [File(p.relative_to(root).as_posix(), p) for p in files]
+
+
+def stdlib() -> list[File]:
+  """The running Python's own standard library, without its tests and installed packages: about 12 MB of code."""
+  root = Path(sysconfig.get_paths()['stdlib'])
+  skipped = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
+  files = []
+  for folder, below, names in os.walk(root):
+    below[:] = [name for name in below if name not in skipped]  # site-packages may hold 100 times as much
+    files += [Path(folder, name) for name in names if name.endswith('.py')]
+  return [File(p.relative_to(root).as_posix(), p) for p in sorted(files)]
+
+
+def _is_saved_dataset(root: Path) -> bool:
+  return (root / 'dataset_dict.json').is_file() or ((root / 'state.json').is_file()
+                                                    and (root / 'dataset_info.json').is_file())
+
+
+def _stats(file: File) -> list:
+  paths = sorted(p for p in file.path.rglob('*') if p.is_file()) if file.path.is_dir() else [file.path]
+  return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.exists()]

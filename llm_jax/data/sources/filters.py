@@ -1,0 +1,319 @@
+"""Quality filters, before a document reaches the store: rules of the Gopher and C4 kind, and exact duplicates.
+
+A rule is a measure of the text and a limit. No rule knows a language, but words are what white space divides: for
+scripts that write none between words (Chinese, Japanese, Thai) leave the rules of words and n-grams off.
+Documents of ids have no text to judge: `min_chars` and `max_chars` count their ids, and no other rule applies.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import itertools
+import re
+import unicodedata
+from collections.abc import Callable
+
+import numpy as np
+
+from llm_jax.base.errors import DataError
+from llm_jax.data.sources.documents import Content
+
+HASH_BYTES = 16  # 2^64 documents before two different ones are likely to share a hash
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterConfig:
+  """Limits of what is kept, each inclusive; a min of 0 and a max of None or () keep everything. Ratios lie in 0..1.
+
+  Of a text longer than `max_record_bytes`, which is read in pieces, the first piece is judged for all.
+  """
+
+  min_chars: int = 0
+  max_chars: int | None = None
+  min_words: int = 0
+  max_words: int | None = None
+  min_mean_word_length: float = 0.0
+  max_mean_word_length: float | None = None
+  min_letter_ratio: float = 0.0  # letters of any script / characters that are not white space
+  min_letter_word_ratio: float = 0.0  # words with at least one letter / words
+  max_symbol_ratio: float | None = None  # the more frequent of '#' and '...', per word; may pass 1
+  max_bullet_lines: float | None = None  # lines that open with a bullet / lines
+  max_ellipsis_lines: float | None = None  # lines that end in an ellipsis / lines
+  min_terminal_lines: float = 0.0  # lines that end in terminal punctuation / lines
+  min_sentences: int = 0
+  max_duplicate_line_ratio: float | None = None  # lines that stood before in the document / lines
+  max_duplicate_line_char_ratio: float | None = None  # the same, by their characters
+  max_duplicate_paragraph_ratio: float | None = None
+  max_duplicate_paragraph_char_ratio: float | None = None
+  max_top_ngram_ratio: tuple[float, ...] = ()  # characters in the n-gram that covers most of them; n = 2, 3, 4, ...
+  max_duplicate_ngram_ratio: tuple[float, ...] = ()  # characters in any n-gram that occurs twice; n = 5, 6, 7, ...
+  deduplicate: bool = False  # of equal documents only the first is kept; those read in pieces are not compared
+
+  def __post_init__(self):
+    for name in MEASURES:
+      limit = getattr(self, name)
+      values = limit if isinstance(limit, tuple) else () if limit is None else (limit,)
+      top = 1 if name.endswith(('ratio', 'lines')) and name != 'max_symbol_ratio' else float('inf')
+      if not all(0 <= value <= top for value in values):
+        raise ValueError(f'{name} must lie between 0 and {top}; got {limit}')
+    for name in ('chars', 'words', 'mean_word_length'):
+      low, high = getattr(self, f'min_{name}'), getattr(self, f'max_{name}')
+      if high is not None and low > high:
+        raise ValueError(f'min_{name} {low} is above max_{name} {high}: nothing could be kept')
+
+
+# Rae et al. 2021, arXiv 2112.11446, appendix A.1.1: the quality rules (without the English stop words) and Table A1.
+GOPHER = {
+    'min_words': 50, 'max_words': 100_000,
+    'min_mean_word_length': 3.0, 'max_mean_word_length': 10.0,
+    'max_symbol_ratio': 0.1, 'max_bullet_lines': 0.9, 'max_ellipsis_lines': 0.3, 'min_letter_word_ratio': 0.8,
+    'max_duplicate_line_ratio': 0.3, 'max_duplicate_line_char_ratio': 0.2,
+    'max_duplicate_paragraph_ratio': 0.3, 'max_duplicate_paragraph_char_ratio': 0.2,
+    'max_top_ngram_ratio': (0.20, 0.18, 0.16),
+    'max_duplicate_ngram_ratio': (0.15, 0.14, 0.13, 0.12, 0.11, 0.10),
+}
+# Raffel et al. 2020, arXiv 1910.10683, section 2.2, keeps the lines that end in terminal punctuation and the pages with
+# 3 sentences. Lines are not cut out here, so the share of such lines is judged; 0.12 is the limit that FineWeb found
+# (Penedo et al. 2024, arXiv 2406.17557).
+C4 = {'min_sentences': 3, 'min_terminal_lines': 0.12}
+
+BULLETS = ('•', '‣', '▪', '●', '◦', '·', '-', '*', '–')  # noqa: RUF001
+ELLIPSES = ('...', '…')
+TERMINALS = ('.', '!', '?', '"', '”', '。', '！', '？', '」', '؟', '।')  # noqa: RUF001
+# A mark before white space ends a sentence, and a Chinese one anywhere. The look behind keeps '.....x' linear.
+SENTENCE = re.compile(r'(?<![.!?؟।])[.!?؟।]++["\'”’»)\]]*+(?!\S)|[。！？]+')  # noqa: RUF001
+
+
+class _Text:
+  """A text and what several rules need of it, each made when first asked for."""
+
+  def __init__(self, text: str):
+    self.text = text
+
+  @functools.cached_property
+  def words(self) -> list[str]:
+    return self.text.split()
+
+  @functools.cached_property
+  def num_visible(self) -> int:
+    """Characters that are not white space."""
+    return sum(map(len, self.words))
+
+  @functools.cached_property
+  def stripped(self) -> list[str]:
+    return [line.strip() for line in self.text.split('\n')]
+
+  @functools.cached_property
+  def lines(self) -> list[str]:
+    return [line for line in self.stripped if line]
+
+  @functools.cached_property
+  def paragraphs(self) -> list[str]:
+    """Lines between blank lines."""
+    return ['\n'.join(lines) for filled, lines in itertools.groupby(self.stripped, bool) if filled]
+
+  @functools.cached_property
+  def ngrams(self) -> _Ngrams:
+    return _Ngrams(self.words)
+
+
+class _Ngrams:
+  """The n-grams of words that occur twice or more, for any n; each n looks only where n - 1 found something."""
+
+  def __init__(self, words: list[str]):
+    self.words = words
+    self.ends = list(itertools.accumulate(map(len, words), initial=0))
+    self.groups = [[list(range(len(words)))]]  # [n]: for each n-gram where it starts, ascending
+
+  def repeated(self, n: int) -> list[list[int]]:
+    while len(self.groups) <= n:
+      offset, groups = len(self.groups) - 1, []
+      words, num_starts = self.words, len(self.words) - offset
+      for starts in self.groups[-1]:
+        by_last = collections.defaultdict(list)
+        for start in starts:
+          if start < num_starts:
+            by_last[words[start + offset]].append(start)
+        groups += [group for group in by_last.values() if len(group) > 1]
+      self.groups.append(groups)
+    return self.groups[n]
+
+  def covered(self, starts: list[int], n: int) -> int:
+    """Characters of the n words from each start (ascending) on; where they overlap, once."""
+    total, reach, ends = 0, 0, self.ends
+    for start in starts:
+      total += ends[start + n] - ends[start if start > reach else reach]
+      reach = start + n
+    return total
+
+  def top(self, n: int) -> int:
+    """Characters in the n-gram that covers most."""
+    return max((self.covered(group, n) for group in self.repeated(n)), default=0)
+
+  def duplicated(self, n: int) -> int:
+    """Characters in any n-gram that occurs twice or more."""
+    return self.covered(sorted(itertools.chain.from_iterable(self.repeated(n))), n)
+
+
+@functools.cache
+def _letters() -> np.ndarray:
+  """Which code points are letters, or marks on letters: half of Hindi [0x110000]."""
+  return np.fromiter((unicodedata.category(chr(code))[0] in 'LM' for code in range(0x110000)), bool, 0x110000)
+
+
+def _num_letters(t: _Text) -> int:
+  codes = np.frombuffer(t.text.encode('utf-32-le', 'surrogatepass'), '<u4')
+  return int(np.count_nonzero(_letters()[codes]))
+
+
+def _share(part: float, whole: int) -> float:
+  return part / whole if whole else 0.0
+
+
+def _has_letter(word: str) -> bool:
+  return word[0].isalpha() or any(map(str.isalpha, word))
+
+
+def _line_share(t: _Text, holds: Callable[[str], bool]) -> float:
+  return _share(sum(map(holds, t.lines)), len(t.lines))
+
+
+def _repeats(items: list[str]) -> float:
+  return _share(len(items) - len(set(items)), len(items))
+
+
+def _repeated_chars(items: list[str]) -> float:
+  total = sum(map(len, items))
+  return _share(total - sum(map(len, set(items))), total)
+
+
+# Rule -> what it measures; cheap ones first, for the first that drops a document is its reason.
+MEASURES: dict[str, Callable[[_Text, int], float | tuple[float, ...]]] = {
+    'min_chars': lambda t, _: len(t.text),
+    'max_chars': lambda t, _: len(t.text),
+    'min_words': lambda t, _: len(t.words),
+    'max_words': lambda t, _: len(t.words),
+    'min_mean_word_length': lambda t, _: _share(t.num_visible, len(t.words)),
+    'max_mean_word_length': lambda t, _: _share(t.num_visible, len(t.words)),
+    'min_letter_ratio': lambda t, _: _share(_num_letters(t), t.num_visible),
+    'min_letter_word_ratio': lambda t, _: _share(sum(map(_has_letter, t.words)), len(t.words)),
+    'max_symbol_ratio': lambda t, _: _share(max(t.text.count('#'), sum(map(t.text.count, ELLIPSES))), len(t.words)),
+    'max_bullet_lines': lambda t, _: _line_share(t, lambda line: line.startswith(BULLETS)),
+    'max_ellipsis_lines': lambda t, _: _line_share(t, lambda line: line.endswith(ELLIPSES)),
+    'min_terminal_lines': lambda t, _: _line_share(t, lambda line: line.endswith(TERMINALS)),
+    'min_sentences': lambda t, _: sum(1 for _ in SENTENCE.finditer(t.text)),
+    'max_duplicate_line_ratio': lambda t, _: _repeats(t.lines),
+    'max_duplicate_line_char_ratio': lambda t, _: _repeated_chars(t.lines),
+    'max_duplicate_paragraph_ratio': lambda t, _: _repeats(t.paragraphs),
+    'max_duplicate_paragraph_char_ratio': lambda t, _: _repeated_chars(t.paragraphs),
+    'max_top_ngram_ratio': lambda t, k: tuple(_share(t.ngrams.top(n), t.num_visible) for n in range(2, 2 + k)),
+    'max_duplicate_ngram_ratio':
+        lambda t, k: tuple(_share(t.ngrams.duplicated(n), t.num_visible) for n in range(5, 5 + k)),
+}
+
+
+class Quality:
+  """The rules of a config that are on. Stateless: the verdict on a document depends on it alone."""
+
+  def __init__(self, config: FilterConfig):
+    limits = {rule: getattr(config, rule) for rule in MEASURES}
+    self.limits = {rule: limit for rule, limit in limits.items()
+                   if not (limit is None or limit == () or (rule.startswith('min_') and limit == 0))}
+
+  def reason(self, content: Content) -> str | None:
+    """The first rule that drops the document, by its name in the config; None: it is kept."""
+    if isinstance(content, np.ndarray):
+      lengths = {rule: limit for rule, limit in self.limits.items() if rule in ('min_chars', 'max_chars')}
+      return next((rule for rule, limit in lengths.items() if _beyond(rule, content.size, limit)), None)
+    text = _Text(content)
+    for rule, limit in self.limits.items():
+      if _beyond(rule, MEASURES[rule](text, len(limit) if isinstance(limit, tuple) else 0), limit):
+        return rule
+    return None
+
+
+def _beyond(rule: str, value, limit) -> bool:
+  if isinstance(limit, tuple):
+    return any(v > most for v, most in zip(value, limit, strict=True))
+  return value < limit if rule.startswith('min_') else value > limit
+
+
+class Deduplicator:
+  """Remembers documents by a 16-byte hash; which takes about 200 bytes of memory each."""
+
+  def __init__(self, hashes: bytes = b''):
+    self._seen: set[bytes] = set()
+    self._new: list[bytes] = []
+    self.load(hashes)
+
+  def seen(self, *parts: Content) -> bool:
+    """Whether a document of the same parts (text, or text and answer) came before; from now on it has."""
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    for part in parts:
+      kind, body = (b'i', np.asarray(part, '<i8').tobytes()) if isinstance(part, np.ndarray) else (
+          b't', part.encode('utf-8', 'surrogatepass'))
+      digest.update(kind + len(body).to_bytes(8, 'little'))  # or ('ab', 'c') would be ('a', 'bc')
+      digest.update(body)
+    key = digest.digest()
+    if key in self._seen:
+      return True
+    self._seen.add(key)
+    self._new.append(key)
+    return False
+
+  def new_hashes(self) -> bytes:
+    """Hashes that joined since the last call, to be appended to a file; `load` takes the whole file."""
+    new, self._new = b''.join(self._new), []
+    return new
+
+  def load(self, hashes: bytes) -> None:
+    """Goes on from hashes saved before. Raises DataError when they are no whole number of hashes."""
+    if len(hashes) % HASH_BYTES:
+      raise DataError(f'the saved hashes of documents are {len(hashes)} bytes, not a multiple of {HASH_BYTES}: '
+                      'the file is cut; delete the unfinished store and start again')
+    self._seen.update(hashes[i:i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES))
+
+
+@dataclasses.dataclass
+class Report:
+  """What became of the records: `num_in` = `num_kept` + all of `dropped` + `num_bad`, whatever was counted."""
+
+  num_kept: int = 0
+  dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # by reason
+  num_bad: int = 0  # records that could not be read and were skipped
+  first_bad: str | None = None
+
+  @property
+  def num_in(self) -> int:
+    return self.num_kept + sum(self.dropped.values()) + self.num_bad
+
+  def keep(self) -> None:
+    self.num_kept += 1
+
+  def drop(self, reason: str) -> None:
+    self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+  def bad(self, message: str) -> None:
+    self.num_bad += 1
+    self.first_bad = self.first_bad or message
+
+  def to_dict(self) -> dict:
+    """For a JSON file; `Report.from_dict` goes on from it."""
+    return {'in': self.num_in, 'kept': self.num_kept, 'dropped': dict(sorted(self.dropped.items())),
+            'bad': self.num_bad, 'first_bad': self.first_bad}
+
+  @staticmethod
+  def from_dict(saved: dict) -> Report:
+    return Report(saved['kept'], dict(saved['dropped']), saved['bad'], saved['first_bad'])
+
+  def lines(self) -> list[str]:
+    """For people: the totals, then a line for each reason, the most frequent first."""
+    total, num_dropped = self.num_in, sum(self.dropped.values())
+    bad = f', {self.num_bad:,} bad' if self.num_bad else ''
+    reasons = sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
+    return [f'{total:,} documents in: {self.num_kept:,} kept, {num_dropped:,} dropped{bad}',
+            *(f'  {count:,} ({_share(count, total):.2%}) dropped by {reason}' for reason, count in reasons),
+            *([f'  the first bad one: {self.first_bad}'] if self.num_bad else [])]

@@ -1,0 +1,146 @@
+"""The token store: a corpus, tokenized once, as flat arrays that are mapped into memory.
+
+A store is a folder: `<split>-00000.tokens` and on (flat uint16 or uint32, all but the last of `shard_tokens` ids),
+`<split>.starts` (int64, where each document begins), for pairs `<split>.answers` (int64, where in its document the
+answer begins), for labels `<split>.labels` (float64), `tokenizer.json` (with `encoder_tokenizer.json` where prompts
+have one of their own), and `manifest.json` with sizes and sha256 of all of them. writer.py writes it aside and renames
+it into place: it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_jax.base.errors import DataError
+from llm_jax.base.progress import progress
+from llm_jax.data.stores.token_files import TokenFile, document_starts, sampled_sha256
+
+VERSION = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+  """Files one after the other as one flat array of ids: `len`, and slices with a step of 1."""
+
+  files: tuple[TokenFile, ...]
+
+  @cached_property
+  def _begins(self) -> list[int]:
+    return [0, *itertools.accumulate(file.size for file in self.files)]
+
+  def __len__(self) -> int:
+    return self._begins[-1]
+
+  def __getitem__(self, where: slice) -> np.ndarray:
+    begin, end, _ = where.indices(len(self))
+    parts, index = [], bisect.bisect_right(self._begins, begin) - 1
+    while begin < end:
+      first = self._begins[index]
+      parts.append(self.files[index].array[begin - first:end - first])
+      begin, index = first + self.files[index].size, index + 1
+    return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, np.int64)])
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+  """One split: its tokens, and by document where it starts, where its answer starts within it, its label."""
+
+  tokens: Any  # Tokens, or an array [num_tokens]
+  starts: np.ndarray  # int64 [D], ascending, 0 first
+  sha256: str  # of the tokens and what is known of each document: the data's identity
+  num_bytes: float  # of text; 0 where unknown
+  answers: np.ndarray | None = None  # int64 [D]
+  labels: np.ndarray | None = None  # float64 [D] or [D, C]
+  # num_bytes over the tokenizer's bytes of all tokens: 1 if it is lossless; makes bits per byte exact where it is not.
+  # Where prompts have a tokenizer of their own, of the answers alone: no others are learnt.
+  bytes_scale: float = 1.0
+  report: dict | None = None  # of the filters, over all splits
+  classes: tuple[str, ...] = ()  # names of the labels 0, 1, ..., where they are names
+
+
+def open_split(folder: Path, split: str) -> TokenStore:
+  """Raises DataError when a file is missing or has another size than the manifest says."""
+  manifest = read_manifest(folder)
+  for name, entry in manifest['files'].items():
+    size = (folder / name).stat().st_size if (folder / name).exists() else 'none'
+    if size != entry['size']:
+      raise DataError(f'{folder / name}: size is {size}, the manifest says {entry["size"]}; '
+                      'delete the folder and start again')
+  dtype, about = manifest['dtype'], manifest['splits'][split]
+  names = sorted(name for name in manifest['files'] if name.startswith(f'{split}-') and name.endswith('.tokens'))
+  files = tuple(TokenFile(folder / name, dtype, manifest['files'][name]['size'] // np.dtype(dtype).itemsize)
+                for name in names)
+  columns: dict[str, Any] = {kind: _column(folder / f'{split}.{kind}', dtype)
+             for kind, dtype in (('answers', 'int64'), ('labels', 'float64')) if f'{split}.{kind}' in manifest['files']}
+  classes = manifest['classes']
+  if classes:
+    values = class_values(classes)
+    columns['labels'] = values[columns['labels'].astype(int)]
+    if sorted(values) == list(range(len(classes))):
+      columns['classes'] = tuple(classes[i] for i in np.argsort(values))
+  elif 'labels' in columns and manifest['label_width'] > 1:
+    columns['labels'] = columns['labels'].reshape(-1, manifest['label_width'])
+  of_split = sorted(name for name in manifest['files'] if name.startswith((f'{split}-', f'{split}.')))
+  sha256 = hashlib.sha256(''.join(manifest['files'][name]['sha256'] for name in of_split).encode()
+                          + json.dumps(classes).encode()).hexdigest()
+  learnt_bytes = about.get('answer_bytes', about['bytes'])
+  return TokenStore(Tokens(files), _column(folder / f'{split}.starts', 'int64'), sha256, about['bytes'],
+                    bytes_scale=learnt_bytes / (about['token_bytes'] or learnt_bytes or 1),
+                    report=manifest.get('report'), **columns)
+
+
+def class_values(classes: Sequence[str]) -> np.ndarray:
+  """What to learn for each text label: the number that it spells, if all do; else its place in their order."""
+  try:
+    return np.array([float(name) for name in classes])
+  except ValueError:
+    return np.argsort(np.argsort(classes)).astype(np.float64)
+
+
+def _column(path: Path, dtype: str) -> np.ndarray:
+  return np.fromfile(path, dtype)
+
+
+def read_manifest(folder: Path) -> dict:
+  path = folder / 'manifest.json'
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as e:
+    raise DataError(f'{path}: cannot be read ({e}); delete the folder and start again') from None
+
+
+def verify(folder: Path) -> None:
+  """Reads every byte. Raises DataError naming the file whose sha256 is not the manifest's."""
+  files = read_manifest(folder)['files']
+  with progress(f'verifying {folder.name}', sum(entry['size'] for entry in files.values()), 'B') as bar:
+    for name, entry in files.items():
+      if (found := file_sha256(folder / name)) != entry['sha256']:
+        raise DataError(f'{folder / name}: sha256 is {found}, the manifest says {entry["sha256"]}: '
+                        'the file is damaged; delete the folder and start again')
+      bar.update(entry['size'])
+
+
+def mapped_store(file: TokenFile, eot_id: int | None, begin: int = 0, end: int | None = None) -> TokenStore:
+  """A .bin, or the part [begin, end) of it, as a store without copying it."""
+  end = file.size if end is None else end
+  part = TokenFile(file.path, file.dtype, end - begin, file.offset + begin * np.dtype(file.dtype).itemsize)
+  starts = document_starts(part.array, eot_id)
+  return TokenStore(Tokens((part,)), starts, f'{sampled_sha256(part.array)} {eot_id}', 0)
+
+
+def file_sha256(path: Path) -> str:
+  try:
+    with open(path, 'rb') as f:
+      return hashlib.file_digest(f, 'sha256').hexdigest()
+  except OSError as e:
+    raise DataError(f'{path}: cannot be read: {e.strerror}') from None

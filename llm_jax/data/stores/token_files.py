@@ -1,0 +1,96 @@
+"""Flat `.bin` token files: nanoGPT's (raw ids) and llm.c's (a header of 256 int32, then uint16 or uint32)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
+
+# The first int32 of a header; llm.c data files: 20240520 for GPT-2's uint16, 20240801 for Llama 3's uint32.
+LLMC_MAGIC = {20240520: 'uint16', 20240801: 'uint32'}
+DTYPES = ('uint8', 'uint16', 'int16', 'uint32', 'int32', 'int64')
+_HEADER_BYTES = 256 * 4
+_PIECE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFile:
+  """A flat array in a file, mapped when first read; it travels between processes as its address."""
+
+  path: Path
+  dtype: str
+  size: int
+  offset: int = 0  # bytes
+
+  @cached_property
+  def array(self) -> np.ndarray:
+    if not self.size:
+      return np.zeros(0, self.dtype)
+    # A plain view: each slice of a np.memmap is one again, which costs more than what is read.
+    return np.asarray(np.memmap(self.path, self.dtype, mode='r', offset=self.offset, shape=(self.size,)))
+
+  def __getstate__(self) -> dict:
+    return {name: value for name, value in self.__dict__.items() if name != 'array'}
+
+  def __setstate__(self, state: dict) -> None:
+    self.__dict__.update(state)
+
+
+def open_bin(path: Path, dtype: str | None) -> TokenFile:
+  """Maps the file. Raises DataError when it is missing, empty, or not as long as its header says."""
+  if dtype is not None and dtype not in DTYPES:
+    raise ConfigError(f'config.data.dtype: {dtype!r} is none of {", ".join(DTYPES)}')
+  if not path.is_file():
+    raise DataError(f'{path}: no such token file')
+  size = path.stat().st_size
+  header = np.fromfile(path, '<i4', count=3)
+  if header.size == 3 and int(header[0]) in LLMC_MAGIC:
+    token_dtype = np.dtype(LLMC_MAGIC[int(header[0])])
+    expected = _HEADER_BYTES + int(header[2]) * token_dtype.itemsize
+    if size != expected:
+      raise DataError(f'{path}: the header says {header[2]} tokens, which take {expected} bytes; the file has {size}')
+    return TokenFile(path, token_dtype.name, int(header[2]), _HEADER_BYTES)
+  token_dtype = np.dtype(dtype or 'uint16')
+  if not size or size % token_dtype.itemsize:
+    raise DataError(f'{path}: {size} bytes are no flat array of {token_dtype} tokens; config.data.dtype names another')
+  return TokenFile(path, token_dtype.name, size // token_dtype.itemsize)
+
+
+def document_starts(tokens: np.ndarray, eot_id: int | None) -> np.ndarray:
+  """Where documents start, int64: 0 and each `eot_id`; without one it is one document."""
+  return np.zeros(1, np.int64) if eot_id is None else np.union1d([0], np.flatnonzero(tokens == eot_id))
+
+
+def sampled_sha256(tokens: np.ndarray) -> str:
+  """Of the length and 256 evenly spaced blocks: an identity that is read in milliseconds at any size."""
+  digest = hashlib.sha256(str(len(tokens)).encode())
+  for begin in np.linspace(0, max(0, len(tokens) - 4096), 256, dtype=np.int64):
+    digest.update(tokens[begin:begin + 4096].tobytes())
+  return digest.hexdigest()
+
+
+def bin_file(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
+  """A .bin as documents, in pieces: for one among other files, which has to go through a store."""
+  tokens = open_bin(file.path, config.dtype).array
+  starts = document_starts(tokens, config.eot_id)
+  for number, (begin, end) in enumerate(zip(starts, [*starts[1:], len(tokens)], strict=True), 1):
+    for piece in range(begin, end, _PIECE):
+      ids = np.asarray(tokens[piece:min(piece + _PIECE, end)], np.int64)
+      yield Document(f'{file.name}:{number}', ids, continues=piece > begin)
+
+
+def raw_bytes(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
+  """Any file as one document of its bytes, ids 0 to 255."""
+  del config
+  with open(file.path, 'rb') as f:
+    first = True
+    while chunk := f.read(_PIECE):
+      yield Document(file.name, np.frombuffer(chunk, np.uint8), continues=not first)
+      first = False

@@ -1,0 +1,189 @@
+"""Tokenizers by name: byte, char, word and bpe are fitted to a corpus here; others are opened from what they are.
+
+Every tokenizer opens a document with `bos_id` and ends it with `eos_id`: one id where there is one special token. Each
+id stands for fixed bytes (`token_bytes`), so a token's share of the text is known, whatever the tokenizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.sources.text_checks import utf8
+from llm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer, fit_bpe
+from llm_jax.data.tokenizers.outside import SentencePieceTokenizer, TiktokenTokenizer, open_sentencepiece, open_tiktoken
+from llm_jax.data.tokenizers.word import WordTokenizer, fit_word
+
+
+class Tokenizer(Protocol):
+  bos_id: int
+  eos_id: int  # the same as bos_id where there is one special token
+  token_bytes: list[bytes]  # by id; special tokens have none
+  lossless: bool  # the join of its tokens' bytes is the text, for every text that it takes
+
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    """Ids of each text, without special tokens: text that spells one is text. Raises DataError."""
+    ...
+
+  def to_json(self) -> str:
+    """All that `load_tokenizer` needs, with no other file and no network."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  """How a tokenizer is fitted; byte and char have no choice to make."""
+
+  vocab_size: int = 8192  # bpe: how many ids; word: at most
+  min_frequency: int = 1  # bpe: of a pair to be merged; word: of a word to be known
+  pattern: str | None = None  # word: the regular expression whose matches are words
+
+
+class ByteTokenizer:
+  """One token a byte of UTF-8."""
+
+  lossless = True
+
+  def __init__(self):
+    self.token_bytes = [bytes([i]) for i in range(256)] + [b'']
+    self.bos_id = self.eos_id = 256
+
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    return [np.frombuffer(utf8(text), np.uint8) for text in texts]
+
+  def to_json(self) -> str:
+    return json.dumps({'type': 'byte'})
+
+
+class CharTokenizer:
+  """One token a character of the corpus that it was fitted to, by code point."""
+
+  lossless = True
+
+  def __init__(self, chars: Iterable[str]):
+    self.chars = sorted(chars)
+    self.token_bytes = [utf8(c) for c in self.chars] + [b'']
+    self.bos_id = self.eos_id = len(self.chars)
+    # Id by code point, up to one above the highest known one; the unknown have the special token's.
+    codes = np.array([ord(c) for c in self.chars], np.int64)
+    self._ids = np.full(codes.max(initial=-1) + 2, self.bos_id, np.uint32)
+    self._ids[codes] = np.arange(len(codes))
+
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    return [self._encode(text) for text in texts]
+
+  def _encode(self, text: str) -> np.ndarray:
+    codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
+    ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
+    unknown = np.flatnonzero(ids == self.bos_id)
+    if unknown.size:
+      raise DataError(f'character {text[unknown[0]]!r} at position {unknown[0]} of a text is not among the '
+                      f'{len(self.chars)} that the char tokenizer knows')
+    return ids
+
+  def to_json(self) -> str:
+    return json.dumps({'type': 'char', 'chars': ''.join(self.chars)})
+
+
+def fit_char(texts: Iterable[str]) -> CharTokenizer:
+  chars: set[str] = set()
+  for text in texts:
+    chars.update(text)
+  return CharTokenizer(chars)
+
+
+# name -> function (texts, config) -> Tokenizer; texts are read once, and memory grows with their distinct words alone.
+FITTED: dict[str, Callable[[Iterable[str], TokenizerConfig], Tokenizer]] = {
+    'byte': lambda texts, config: ByteTokenizer(),
+    'char': lambda texts, config: fit_char(texts),
+    'word': lambda texts, config: fit_word(texts, config.vocab_size, config.min_frequency, config.pattern),
+    'bpe': lambda texts, config: fit_bpe(texts, config.vocab_size, config.min_frequency),
+}
+
+# "type" of a saved tokenizer -> function of its JSON; a Hugging Face tokenizer.json has none.
+LOADED: dict[str, Callable[[dict], Tokenizer]] = {
+    'byte': lambda spec: ByteTokenizer(),
+    'char': lambda spec: CharTokenizer(spec['chars']),
+    'word': lambda spec: WordTokenizer(spec['words'], spec['pattern']),
+    'sentencepiece': SentencePieceTokenizer.from_json,
+    'tiktoken': TiktokenTokenizer.from_json,
+}
+
+
+def is_fitted(name: str) -> bool:
+  """Whether the tokenizer is made from the corpus; the others are there before it."""
+  return name in FITTED
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+  """A tokenizer.json, a SentencePiece *.model, or tiktoken:NAME. Raises ConfigError, DataError."""
+  if name.startswith('tiktoken:'):
+    return open_tiktoken(name.removeprefix('tiktoken:'))
+  path = Path(name).expanduser()
+  if path.suffix == '.json':
+    return load_tokenizer(path)
+  if path.suffix == '.model':
+    return open_sentencepiece(path)
+  near = difflib.get_close_matches(name, FITTED, 1)
+  raise ConfigError(f'tokenizer {name!r} is unknown{f"; did you mean {near[0]!r}?" if near else ""} '
+                    f'Legal are {", ".join(FITTED)}, a path to a tokenizer.json or a SentencePiece *.model, '
+                    'and tiktoken:NAME')
+
+
+def identity(name: str) -> str:
+  """What tells a tokenizer from others before it is opened: the sha256 of its file, or its name. Raises DataError."""
+  if is_fitted(name) or name.startswith('tiktoken:'):
+    return name
+  path = Path(name).expanduser()
+  try:
+    with open(path, 'rb') as f:
+      return hashlib.file_digest(f, 'sha256').hexdigest()
+  except OSError as e:
+    raise DataError(f'{path}: the tokenizer cannot be read: {e.strerror}') from None
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+  """What `to_json` wrote, by its "type"; without one, a Hugging Face tokenizer.json. Raises DataError."""
+  try:
+    text = path.read_text(encoding='utf-8')
+    spec = json.loads(text)
+  except OSError as e:
+    raise DataError(f'{path}: the tokenizer cannot be read: {e.strerror}') from None
+  except ValueError as e:
+    raise DataError(f'{path}: not a tokenizer: not JSON ({e})') from None
+  kind = spec.get('type') if isinstance(spec, dict) else None
+  try:
+    if isinstance(kind, str) and kind in LOADED:
+      return LOADED[kind](spec)
+    if isinstance(spec, dict) and kind is None and 'model' in spec:
+      return HuggingFaceTokenizer(text)
+    raise DataError(f'not a tokenizer: a saved one has a "type", one of {", ".join(LOADED)}, and here it is {kind!r}; '
+                    'a Hugging Face tokenizer.json has a "model" instead')
+  except (DataError, ConfigError) as e:
+    raise type(e)(f'{path}: {e}') from None
+  except Exception as e:  # whatever a library says about a damaged file
+    raise DataError(f'{path}: not a tokenizer that can be used ({type(e).__name__}: {e}); copy it anew from where it '
+                    'was made') from None
+
+
+def before_eos(tokenizer: Tokenizer, row: list[int]) -> list[int]:
+  """What was written before the document ended."""
+  return row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+  """Text of the ids; a sequence cut inside a character ends in U+FFFD. Raises DataError."""
+  ids = [int(i) for i in ids]
+  size = len(tokenizer.token_bytes)
+  if ids and not 0 <= min(ids) <= max(ids) < size:
+    wrong = next(i for i in ids if not 0 <= i < size)
+    raise DataError(f'token id {wrong} is none of the tokenizer\'s, 0 to {size - 1}')
+  return b''.join(tokenizer.token_bytes[i] for i in ids).decode('utf-8', errors='replace')

@@ -1,0 +1,82 @@
+"""Answers of a model to the prompts of a data set, beside the right ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llm_jax.base.batch import Params
+from llm_jax.base.errors import Interrupted
+from llm_jax.data.rows.examples import Examples
+from llm_jax.data.tokenizers.tokenizer import Tokenizer, before_eos, decode
+from llm_jax.infer.sampling import beam_search
+from llm_jax.infer.validators import Validator
+
+ROWS = 32  # prompts that are answered at a time
+
+
+class Answer(NamedTuple):
+  prompt: str
+  expected: str
+  given: str
+  exact: bool
+  token_accuracy: float  # places that agree, of the longer one's
+  valid: bool | None  # None: nobody was asked
+
+
+def pairs(examples: Examples, eos_id: int, limit: int | None) -> Iterator[tuple[list[int], list[int]]]:
+  """(what the model reads first, the answer without eos) of the pairs in all rows, or in `limit` evenly spread ones."""
+  count = len(examples) if limit is None else min(limit, len(examples))
+  for i in range(count):
+    index = i * len(examples) // count
+    if examples.task.encodes:
+      features = examples.make(index, np.random.default_rng(0))
+      found = [(features['encoder_tokens'][features['encoder_segment_ids'] > 0],
+                features['targets'][features['loss_mask'] > 0])]
+    else:
+      found = [(piece.ids[:piece.answer], piece.ids[piece.answer:]) for piece in examples.rows[index]]
+    for prompt, answer in found:
+      yield prompt.tolist(), (answer[:-1] if len(answer) and answer[-1] == eos_id else answer).tolist()
+
+
+def answer(model: Any, params: Params, examples: Examples, tokenizer: Tokenizer, *, limit: int | None, num_beams: int,
+           validator: Validator | None, interrupted: Callable[[], bool] = lambda: False,
+           prompt_tokenizer: Tokenizer | None = None) -> list[Answer]:
+  """What `model` answers, greedily with one beam, as far as the longest right answer and one token more.
+
+  `prompt_tokenizer` is the prompts' own, where they have one. Raises Interrupted as soon as interrupted() is true.
+  """
+  asked = list(pairs(examples, tokenizer.eos_id, limit))
+  longest = max(len(expected) for _, expected in asked) + 1
+  max_len = model.cfg.max_len
+  if model.prompt_in_row:  # room for every prompt's answer, whatever stands beside it; beyond a row none is right
+    max_len = max(max_len, longest + max(len(prompt) for prompt, _ in asked))
+  results = []
+  for begin in range(0, len(asked), ROWS):
+    part = asked[begin:begin + ROWS]
+    prompts = [prompt for prompt, _ in part]
+    prompts += prompts[:1] * (ROWS - len(prompts) if len(asked) > ROWS else 0)  # one shape, compiled once
+    rows = beam_search(model, params, prompts, max_len=max_len, num_tokens=longest, eos_id=tokenizer.eos_id,
+                       num_beams=num_beams, num_ids=len(tokenizer.token_bytes))
+    for (prompt, expected), row in zip(part, rows.tolist(), strict=False):
+      if interrupted():
+        raise Interrupted
+      given = before_eos(tokenizer, row)
+      same = sum(a == b for a, b in zip(given, expected, strict=False))
+      exact = given == expected and all(tokenizer.token_bytes[token] for token in expected)  # <unk> is no word
+      text = decode(tokenizer, given)
+      asked_text = decode(prompt_tokenizer or tokenizer, prompt)
+      results.append(Answer(asked_text, decode(tokenizer, expected), text, exact,
+                            same / max(len(given), len(expected), 1), None if validator is None else validator(text)))
+  return results
+
+
+def summarize_answers(answers: list[Answer]) -> dict[str, float]:
+  """Shares of the answers: exact_match, answer_accuracy (mean over answers), valid."""
+  results = {'exact_match': np.mean([a.exact for a in answers]),
+             'answer_accuracy': np.mean([a.token_accuracy for a in answers])}
+  if answers[0].valid is not None:
+    results['valid'] = np.mean([bool(a.valid) for a in answers])
+  return {name: float(value) for name, value in results.items()}

@@ -1,0 +1,144 @@
+"""Sampling from a model with a cache. Tokens in, tokens out; text is the caller's affair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.base.batch import Params
+from llm_jax.base.sharding import constrain
+
+
+def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: float = 1.0, top_k: int = 0,
+           top_p: float = 1.0, num_ids: int | None = None) -> jax.Array:
+  """One token a row, int32 [B]. temperature 0: the likeliest. top_k 0: all. top_p: nucleus (arXiv 1904.09751).
+
+  Only the first `num_ids` can be drawn: a vocabulary may be padded beyond its tokenizer's.
+  """
+  logits_BV = constrain(logits_BV[:, :num_ids], None, None)  # every process gets every token
+  if temperature == 0:
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  logits_BV = logits_BV.astype(jnp.float32) / temperature
+  if top_k:
+    least_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
+    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+  if top_p < 1:
+    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    kept_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV < top_p  # always keeps the first
+    least_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+  return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=('model', 'max_len', 'temperature', 'top_k', 'top_p', 'num_ids'))
+def _prefill(params, tokens_BT, lengths_B, key, *, model, max_len, **options):
+  cache = model.init_cache(tokens_BT.shape[0], max_len)
+  logits_BV, cache = model.apply({'params': params}, tokens_BT, lengths_B, cache, method='prefill')
+  return sample(logits_BV, key, **options), cache
+
+
+@partial(jax.jit, static_argnames=('model', 'temperature', 'top_k', 'top_p', 'num_ids'), donate_argnames='cache')
+def _decode(params, tokens_B, cache, key, *, model, **options):
+  logits_BV, cache = model.apply({'params': params}, tokens_B, cache, method='decode')
+  return sample(logits_BV, key, **options), cache
+
+
+def generate(model: nn.Module, params: Params, prompts: list[list[int]], *, max_len: int, num_tokens: int,
+             seed: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+             num_ids: int | None = None) -> Iterator[np.ndarray]:
+  """Yields int32 [B]: the next token of every prompt, `num_tokens` times or until a row would pass `max_len`.
+
+  Prompts need one token or more; the computation for token i+1 starts before token i is handed out.
+  """
+  tokens_BT, lengths_B = pad(model, prompts, max_len)
+  options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'num_ids': num_ids}
+  num_tokens = min(num_tokens, room(model, lengths_B, max_len))
+  keys = jax.random.split(jax.random.key(seed), max(num_tokens, 1))
+  tokens_B, cache = _prefill(params, tokens_BT, lengths_B, keys[0],
+                             model=model, max_len=max_len, **options)
+  for i in range(1, num_tokens + 1):
+    current = tokens_B
+    if i < num_tokens:
+      tokens_B, cache = _decode(params, tokens_B, cache, keys[i], model=model, **options)
+    yield np.asarray(current)
+
+
+def pad(model: Any, prompts: list[list[int]], max_len: int) -> tuple[np.ndarray, np.ndarray]:
+  """int32 [B, T] and their lengths [B]; T is a power of two where that fits, so that few lengths are ever compiled."""
+  lengths = [len(p) for p in prompts]
+  tokens_BT = np.zeros((len(prompts), min(max_len if model.prompt_in_row else model.cfg.longest_prompt,
+                                          1 << (max(lengths) - 1).bit_length())), np.int32)
+  for row, prompt in zip(tokens_BT, prompts, strict=True):
+    row[:len(prompt)] = prompt
+  return tokens_BT, np.asarray(lengths, np.int32)
+
+
+def room(model: Any, lengths_B: np.ndarray, max_len: int) -> int:
+  """Tokens that can be drawn for each of the prompts."""
+  return max_len - int(lengths_B.max()) * model.prompt_in_row
+
+
+def beam_search(model: nn.Module, params: Params, prompts: list[list[int]], *, max_len: int, num_tokens: int,
+                eos_id: int, num_beams: int = 4, alpha: float = 0.6, num_ids: int | None = None) -> np.ndarray:
+  """int32 [B, num_tokens at most]: the best of what `num_beams` hypotheses a row end in, eos and on as eos_id.
+
+  Best by log p / ((5 + length) / 6)^alpha (Wu et al., arXiv 1609.08144, equation 14). One beam is greedy decoding.
+  """
+  tokens_BT, lengths_B = pad(model, prompts, max_len)
+  num_tokens = min(num_tokens, room(model, lengths_B, max_len))
+  return np.asarray(_beam_search(params, tokens_BT, lengths_B, model=model, max_len=max_len, num_tokens=num_tokens,
+                                 eos_id=eos_id, num_beams=num_beams, alpha=alpha, num_ids=num_ids))
+
+
+@partial(jax.jit, static_argnames=('model', 'max_len', 'num_tokens', 'eos_id', 'num_beams', 'alpha', 'num_ids'))
+def _beam_search(params, tokens_BT, lengths_B, *, model, max_len, num_tokens, eos_id, num_beams, alpha, num_ids):
+  B, W = tokens_BT.shape[0], num_beams
+
+  def rows(tree, take):
+    """`take` of each leaf of a cache, its rows in front."""
+    return {name: jax.tree.map(lambda x: jnp.moveaxis(take(jnp.moveaxis(x, 1, 0)), 0, 1), leaf) if name == 'layers'
+            else jax.tree.map(take, leaf) for name, leaf in tree.items()}
+
+  def log_p(logits_RV):
+    return jax.nn.log_softmax(constrain(logits_RV[:, :num_ids], None, None).astype(jnp.float32))
+
+  logits_BV, cache = model.apply({'params': params}, tokens_BT, lengths_B, model.init_cache(B, max_len),
+                                 method='prefill')
+  V = log_p(logits_BV).shape[1]
+  only_eos_V = jnp.where(jnp.arange(V) == eos_id, 0.0, -jnp.inf)  # how a hypothesis that has ended goes on
+
+  def extend(logits_BWV, scores_BW, ended_BW, hyps_BWT, t):
+    """The best `W` of all continuations, and which hypotheses they continue."""
+    next_BWV = jnp.where(ended_BW[..., None], only_eos_V, log_p(logits_BWV.reshape(B * W, -1)).reshape(B, W, V))
+    scores_BW, flat_BW = jax.lax.top_k((scores_BW[..., None] + next_BWV).reshape(B, W * V), W)
+    parents_BW, token_BW = flat_BW // V, flat_BW % V
+    hyps_BWT = jnp.take_along_axis(hyps_BWT, parents_BW[..., None], axis=1).at[..., t].set(token_BW)
+    return scores_BW, token_BW == eos_id, hyps_BWT, parents_BW
+
+  def body(carry):
+    t, scores_BW, ended_BW, hyps_BWT, cache = carry
+    logits_RV, cache = model.apply({'params': params}, hyps_BWT[..., t - 1].reshape(-1), cache, method='decode')
+    scores_BW, ended_BW, hyps_BWT, parents_BW = extend(logits_RV.reshape(B, W, -1), scores_BW, ended_BW, hyps_BWT, t)
+    parents_R = (parents_BW + W * jnp.arange(B)[:, None]).reshape(-1)
+    return t + 1, scores_BW, ended_BW, hyps_BWT, rows(cache, lambda x: x[parents_R])
+
+  # At first all hypotheses of a row are one and the same: only one of them may be continued.
+  scores_BW = jnp.tile(jnp.where(jnp.arange(W) == 0, 0.0, -jnp.inf), (B, 1))
+  hyps_BWT = jnp.full((B, W, num_tokens), eos_id, jnp.int32)
+  scores_BW, ended_BW, hyps_BWT, _ = extend(jnp.repeat(logits_BV[:, None], W, 1), scores_BW, jnp.zeros((B, W), bool),
+                                            hyps_BWT, 0)
+  cache = rows(cache, lambda x: jnp.repeat(x, W, axis=0))
+  _, scores_BW, _, hyps_BWT, _ = jax.lax.while_loop(
+      lambda carry: (carry[0] < num_tokens) & ~carry[2].all(), body,
+      (jnp.int32(1), scores_BW, ended_BW, hyps_BWT, cache))
+  length_BW = jnp.minimum((hyps_BWT != eos_id).sum(-1) + 1, num_tokens)  # with its eos
+  best_B = jnp.argmax(scores_BW / ((5 + length_BW) / 6) ** alpha, axis=1)
+  best_BT = jnp.take_along_axis(hyps_BWT, best_B[:, None, None], axis=1)[:, 0]
+  return constrain(best_BT, None, None)  # every process gets every token

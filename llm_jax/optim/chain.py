@@ -1,0 +1,238 @@
+"""Optimizer and schedule from config: one Optax chain, in the order that the config states.
+
+Add a link with a class and a line in TRANSFORMS (see link.py), a schedule with a class and a line in SCHEDULES. Both
+are sections of the config, frozen dataclasses, whose fields keep Optax's names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from llm_jax.base.batch import Metrics, Params
+from llm_jax.base.errors import ConfigError
+from llm_jax.optim import controls, filters, flips, optimizers, schedules, soap
+from llm_jax.optim.groups import Group, with_groups
+from llm_jax.optim.link import Link
+
+TRANSFORMS: dict[str, type[Link]] = {
+    'clip_by_global_norm': filters.ClipByGlobalNorm,
+    'grokfast_ema': filters.GrokfastEma,
+    'grokfast_ma': filters.GrokfastMa,
+    'l2': filters.L2,
+    'adamw': optimizers.AdamW,
+    'adam': optimizers.Adam,
+    'sgd': optimizers.Sgd,
+    'lion': optimizers.Lion,
+    'adafactor': optimizers.Adafactor,
+    'muon': optimizers.Muon,
+    'ademamix': optimizers.AdEMAMix,
+    'prodigy': optimizers.Prodigy,
+    'schedule_free': optimizers.ScheduleFree,
+    'soap': soap.Soap,
+    'reduce_on_plateau': controls.ReduceOnPlateau,
+    'noise_adaptive': controls.NoiseAdaptive,
+    'bitnet_flips': flips.BitnetFlips,
+    'ema': controls.Ema,
+}
+SCHEDULES: dict[str, type] = {
+    'warmup_cosine': schedules.WarmupCosine,
+    'warmup_linear': schedules.WarmupLinear,
+    'constant': schedules.Constant,
+    'inverse_sqrt': schedules.InverseSqrt,
+    'wsd': schedules.Wsd,
+    'one_cycle': schedules.OneCycle,
+    'cyclic': schedules.Cyclic,
+    'restarts': schedules.Restarts,
+    'polynomial': schedules.Polynomial,
+    'phases': schedules.Phases,
+    'composite': schedules.Composite,
+}
+PLACES = ('filter', 'optimizer', 'control')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """The chain's links in order, the settings of each, and the learning rate's peak and schedule."""
+
+  learning_rate: float = 6e-4
+  schedule: str = 'warmup_cosine'  # one of SCHEDULES
+  chain: tuple[str, ...] = ('clip_by_global_norm', 'adamw')  # of TRANSFORMS: filters, an optimizer, controls
+  groups: dict[str, Group] = dataclasses.field(default_factory=dict)
+  warmup_cosine: schedules.WarmupCosine = schedules.WarmupCosine()
+  warmup_linear: schedules.WarmupLinear = schedules.WarmupLinear()
+  constant: schedules.Constant = schedules.Constant()
+  inverse_sqrt: schedules.InverseSqrt = schedules.InverseSqrt()
+  wsd: schedules.Wsd = schedules.Wsd()
+  one_cycle: schedules.OneCycle = schedules.OneCycle()
+  cyclic: schedules.Cyclic = schedules.Cyclic()
+  restarts: schedules.Restarts = schedules.Restarts()
+  polynomial: schedules.Polynomial = schedules.Polynomial()
+  phases: schedules.Phases = schedules.Phases()
+  composite: schedules.Composite = schedules.Composite()
+  clip_by_global_norm: filters.ClipByGlobalNorm = filters.ClipByGlobalNorm()
+  grokfast_ema: filters.GrokfastEma = filters.GrokfastEma()
+  grokfast_ma: filters.GrokfastMa = filters.GrokfastMa()
+  l2: filters.L2 = filters.L2()
+  adamw: optimizers.AdamW = optimizers.AdamW()
+  adam: optimizers.Adam = optimizers.Adam()
+  sgd: optimizers.Sgd = optimizers.Sgd()
+  lion: optimizers.Lion = optimizers.Lion()
+  adafactor: optimizers.Adafactor = optimizers.Adafactor()
+  muon: optimizers.Muon = optimizers.Muon()
+  ademamix: optimizers.AdEMAMix = optimizers.AdEMAMix()
+  prodigy: optimizers.Prodigy = optimizers.Prodigy()
+  schedule_free: optimizers.ScheduleFree = optimizers.ScheduleFree()
+  soap: soap.Soap = soap.Soap()
+  reduce_on_plateau: controls.ReduceOnPlateau = controls.ReduceOnPlateau()
+  noise_adaptive: controls.NoiseAdaptive = controls.NoiseAdaptive()
+  bitnet_flips: flips.BitnetFlips = flips.BitnetFlips()
+  ema: controls.Ema = controls.Ema()
+
+  def __post_init__(self):
+    if not 0 < self.learning_rate < float('inf'):
+      raise ValueError(f'learning_rate must be positive; got {self.learning_rate}')
+    for name in self.chain:
+      if name not in TRANSFORMS:
+        raise ValueError(f'chain names {name!r}, which is unknown; known: {", ".join(TRANSFORMS)}')
+    places = [TRANSFORMS[name].place for name in self.chain]
+    if places.count('optimizer') != 1 or places != sorted(places, key=PLACES.index):
+      raise ValueError(f'chain must be filters ({_at("filter")}), one optimizer ({_at("optimizer")}) and then controls '
+                       f'({_at("control")}); got {", ".join(self.chain) or "nothing"}')
+    if len(set(self.chain)) < len(self.chain):
+      raise ValueError(f'chain names a link twice: {", ".join(self.chain)}')
+    if sum(link.averages for link in self.links) > 1 or ('ema' in self.chain and self.chain[-1] != 'ema'):
+      raise ValueError('chain can average weights once, and ema at its end')
+    scaling = {'reduce_on_plateau', 'noise_adaptive'} & set(self.chain)
+    factors = {name for name, group in self.groups.items() if not group.frozen and group.learning_rate != 1}
+    decays = {name for name, group in self.groups.items() if not group.frozen and group.weight_decay != 1}
+    if 'schedule_free' in self.chain and (scaling or factors or decays or self.schedule != 'constant'):
+      raise ValueError('schedule_free averages its own steps, which nothing may scale: schedule must be constant, '
+                       'without reduce_on_plateau, noise_adaptive and factors of groups')
+    if 'prodigy' in self.chain and (decays or self.learning_rate < 0.1):
+      raise ValueError('prodigy finds its learning rate: learning_rate multiplies it and should be 1 or near it; got '
+                       f'{self.learning_rate}; groups have no weight_decay of their own')
+    if decays and not self.weight_decay:
+      raise ValueError(f'groups.{min(decays)}.weight_decay is set, but the optimizer has no weight_decay: it would '
+                       'have no effect')
+    if self.schedule not in SCHEDULES:
+      raise ValueError(f'schedule {self.schedule!r} is unknown; known: {", ".join(SCHEDULES)}')
+    parts = self.composite.parts
+    known = [name for name in SCHEDULES if name != 'composite']
+    for name in parts:
+      if name not in known:
+        raise ValueError(f'composite.parts names {name!r}, which is unknown; known: {", ".join(known)}')
+    if self.schedule == 'composite' and not parts:
+      raise ValueError(f'composite.parts must name schedules: {", ".join(known)}')
+    for name in (TRANSFORMS | SCHEDULES).keys() - {*self.chain, self.schedule, *parts}:
+      if getattr(self, name) != (TRANSFORMS | SCHEDULES)[name]():
+        raise ValueError(f'{name} is set, but neither chain nor schedule names it: it would have no effect')
+
+  @property
+  def links(self) -> list[Link]:
+    return [getattr(self, name) for name in self.chain]
+
+  @property
+  def weight_decay(self) -> float:
+    """The optimizer's."""
+    return next(getattr(link, 'weight_decay', 0.0) for link in self.links if link.place == 'optimizer')
+
+  def schedule_parts(self, num_steps: int) -> list[tuple[str, int]]:
+    """(name, steps) of the schedules that follow each other."""
+    return self.composite.lengths(num_steps) if self.schedule == 'composite' else [(self.schedule, num_steps)]
+
+  def misfits(self, num_steps: int) -> list[str]:
+    """What of the schedule does not fit into a run of so many steps."""
+    problems = []
+    for name, steps in self.schedule_parts(num_steps):
+      section = getattr(self, name)
+      warmup, decay = getattr(section, 'warmup_steps', 0), getattr(section, 'decay_steps', 0)
+      boundaries = getattr(section, 'boundaries', ())
+      if steps < 1:
+        problems.append(f'optim.composite.boundaries leave {name} no steps (num_steps {num_steps})')
+      elif warmup + decay >= steps:
+        given = ' + '.join(f'{field} {value}' for field, value in (('warmup_steps', warmup), ('decay_steps', decay))
+                           if value)
+        problems.append(f'optim.{name}.{given} must be less than the {steps} steps that it has (num_steps {num_steps})')
+      elif boundaries and not warmup <= boundaries[0] <= boundaries[-1] < steps:
+        problems.append(f'optim.{name}.boundaries {", ".join(map(str, boundaries))} must lie between warmup_steps '
+                        f'{warmup} and num_steps {num_steps}')
+    return problems
+
+  def make_schedule(self, num_steps: int) -> optax.Schedule:
+    parts = self.schedule_parts(num_steps)
+    ends = np.cumsum([steps for _, steps in parts])
+    return optax.join_schedules([getattr(self, name).make(self.learning_rate, steps) for name, steps in parts],
+                                ends[:-1].tolist())
+
+
+def without_replaced(optim: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+  """The section of a config file without what it says of links and schedules that `overrides` no longer name."""
+  named = [overrides.get(f'optim.{field}', optim.get(field, '')) for field in ('chain', 'schedule')]
+  parts = overrides.get('optim.composite.parts', optim.get('composite', {}).get('parts', ''))
+  kept = set(re.findall(r'\w+', f'{named} {parts}'))
+  return {name: {} if name in TRANSFORMS | SCHEDULES and name not in kept else value for name, value in optim.items()}
+
+
+def _at(place: str) -> str:
+  return ', '.join(name for name, cls in TRANSFORMS.items() if cls.place == place)
+
+
+class Optimizer(NamedTuple):
+  """A gradient transformation (init, update) with what its links tell of themselves."""
+
+  init: Callable[[Params], optax.OptState]
+  update: Callable[..., tuple[Params, optax.OptState]]
+  schedule: optax.Schedule
+  links: tuple[Link, ...] = ()
+
+  def report(self, opt_state: optax.OptState) -> Metrics:
+    """Scalars to log."""
+    reports = [link.report(state) for link, state in zip(self.links, opt_state, strict=True)]
+    return {name: value for report in reports for name, value in report.items()}
+
+  @property
+  def averages(self) -> bool:
+    """Whether other weights are evaluated than those that are trained."""
+    return any(link.averages for link in self.links)
+
+  @property
+  def asks(self) -> tuple[str, ...]:
+    """The results of evaluations that it looks at."""
+    return tuple(name for link in self.links for name in link.asks)
+
+  def evaluated(self, opt_state: optax.OptState, params: Params) -> Params:
+    for link, state in zip(self.links, opt_state, strict=True):
+      params = link.evaluated(state, params)
+    return params
+
+  def hear(self, opt_state: optax.OptState, results: dict[str, float]) -> optax.OptState:
+    """The state after an evaluation. Raises ConfigError where a link asks for a metric that is not there."""
+    try:
+      heard = tuple(link.hear(state, results) if link.asks else state
+                    for link, state in zip(self.links, opt_state, strict=True))
+    except ValueError as e:
+      raise ConfigError(f'config.optim: {e}') from None
+    return jax.tree.map(lambda new, old: old if new is old else jax.device_put(np.asarray(new), old.sharding),
+                        heard, opt_state)
+
+
+def make_optimizer(config: OptimConfig, num_steps: int, axes: Params = None) -> Optimizer:
+  """The chain as one gradient transformation; `axes` is a tree of the parameters' logical axes, which
+  groups, muon and soap go by.
+
+  Raises ConfigError for groups that no parameter belongs to.
+  """
+  schedule = config.make_schedule(num_steps)
+  try:
+    links = with_groups(config.links, config.groups, config.weight_decay, axes)
+  except ValueError as e:
+    raise ConfigError(f'config.optim.{e}') from None
+  tx = optax.chain(*(optax.with_extra_args_support(link.make(schedule, axes)) for link in links))
+  return Optimizer(tx.init, tx.update, schedule, tuple(links))

@@ -1,0 +1,66 @@
+"""What a run remembers of its evaluations: the best, how long ago it was, and what was mastered when."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from llm_jax.base.conditions import condition
+from llm_jax.base.errors import ConfigError
+from llm_jax.config import EvalConfig
+
+
+@dataclasses.dataclass
+class Record:
+  """Scores are the monitored metric, negated where it should grow: less is better."""
+
+  config: EvalConfig
+  since: int = 0  # the step from which on scores are of the same metric on the same data
+  saved: float = float('inf')  # the best score that a checkpoint was saved for
+  best: float = float('inf')  # of all evaluations
+  stale: int = 0  # evaluations since the best one
+  reached: dict[str, int] = dataclasses.field(default_factory=dict)  # capability: the first step that has it
+
+  @classmethod
+  def from_meta(cls, config: EvalConfig, meta: dict[str, Any], other_data: bool = False) -> Record:
+    """As a checkpoint keeps it. Scores of another metric, or of other data, count no more."""
+    kept = meta.get('record') or {'monitor': ['val/loss', 'min'], 'saved': meta.get('best_val_loss'),
+                                  'best': meta.get('lowest') or meta.get('best_val_loss'),
+                                  'stale': meta.get('stale', 0), 'reached': {}}
+    if other_data or kept['monitor'] != [config.monitor, config.mode]:
+      return cls(config, meta.get('step', 0), reached=kept['reached'])
+    saved, best = (float('inf') if kept[name] is None else kept[name] for name in ('saved', 'best'))
+    return cls(config, kept.get('since', 0), saved, best, kept['stale'], kept['reached'])
+
+  def to_meta(self) -> dict[str, Any]:
+    saved, best = (None if value == float('inf') else value for value in (self.saved, self.best))
+    return {'monitor': [self.config.monitor, self.config.mode], 'since': self.since, 'saved': saved, 'best': best,
+            'stale': self.stale, 'reached': self.reached}
+
+  @property
+  def best_value(self) -> float | None:
+    """Of the monitored metric."""
+    return None if self.best == float('inf') else self.best * (1 if self.config.mode == 'min' else -1)
+
+  @property
+  def over(self) -> str:
+    """Why the run ends before its last step; '' if it does not."""
+    if self.config.goal in self.reached:
+      return f'{self.config.goal} since step {self.reached[self.config.goal]} (config.eval.goal)'
+    if 0 < self.config.patience <= self.stale:
+      return f'{self.config.monitor} has not improved for {self.stale} evaluations (config.eval.patience)'
+    return ''
+
+  def see(self, step: int, results: dict[str, float]) -> tuple[float, list[str]]:
+    """(score, capabilities reached for the first time). Raises ConfigError for a metric that is not there."""
+    try:
+      if self.config.monitor not in results:
+        raise ValueError(f'monitor {self.config.monitor!r} is no result of an evaluation; there are: '
+                         f'{", ".join(sorted(results))}')
+      new = [text for text in self.config.conditions if text not in self.reached and condition(text).holds(results)]
+    except ValueError as e:
+      raise ConfigError(f'config.eval: {e}') from None
+    self.reached |= dict.fromkeys(new, step)
+    score = results[self.config.monitor] * (1 if self.config.mode == 'min' else -1)
+    self.best, self.stale = (score, 0) if score < self.best - self.config.min_delta else (self.best, self.stale + 1)
+    return score, new

@@ -1,0 +1,194 @@
+"""Checkpoints in a run's folder, by Orbax: written asynchronously; the last, the best and milestones are kept.
+
+Each holds three items: `params`, `opt_state` (trees of arrays) and `meta` (JSON: step, config, data fingerprint, ...).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from llm_jax.base.batch import Params
+from llm_jax.base.errors import ConfigError, StorageError
+
+# Orbax warns of what is meant, such as a save without metrics.
+logging.getLogger('absl').addFilter(lambda record: record.levelno >= logging.ERROR or 'orbax' not in record.pathname)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When to save and what to keep. A new best (config.eval.monitor) is saved too, unless keep_best is 0."""
+
+  every: int = 1000  # steps
+  keep_last: int = 2
+  keep_best: int = 1
+  keep_every: int | None = None  # steps: milestones, kept for good
+
+  def __post_init__(self):
+    for field, least in (('every', 1), ('keep_last', 1), ('keep_best', 0), ('keep_every', 1)):
+      value = getattr(self, field)
+      if value is not None and value < least:
+        raise ValueError(f'{field} must be at least {least}; got {value}')
+
+
+def latest_step(workdir: Path) -> int:
+  """Of the checkpoints in a run's folder; -1 without any."""
+  paths = (workdir / 'checkpoints').glob('*')
+  return max((int(path.name) for path in paths if path.name.isdigit()), default=-1)
+
+
+class _Manager(ocp.CheckpointManager):
+
+  def reached_preemption(self, step: int) -> bool:
+    """No: that is StopSignal's affair, and to ask jax here would upset the count of steps that it goes by."""
+    return False
+
+
+class Checkpoints:
+  """The checkpoints of one run. A context manager: leaving it waits for the save in flight."""
+
+  def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
+    kept = [policies.LatestN(config.keep_last),
+            policies.BestN(get_metric_fn=_score, reverse=True, n=config.keep_best,
+                           keep_checkpoints_without_metrics=False)]
+    if config.keep_every:
+      kept.append(policies.EveryNSteps(config.keep_every))
+    # Orbax cuts each array among the devices that hold copies of it, with a program for each shape and device, compiled
+    # while the first save keeps training waiting. That pays where the parts are large.
+    ocp.type_handlers.register_type_handler(
+        jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 26), override=True)
+    # Compressed, weights are 8% smaller, for as much work as all the rest of a save: on a CPU, training waits for it.
+    self._manager = _manager(
+        directory, partial(ocp.PyTreeCheckpointHandler, use_compression=False),
+        best_fn=_score, best_mode='min',  # else Orbax drops the metrics
+        preservation_policy=policies.AnyPreservationPolicy(kept), read_only=read_only, create=not read_only,
+        cleanup_tmp_directories=not read_only)
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self._manager.close()
+
+  def steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  def best_step(self) -> int | None:
+    """The step with the least score."""
+    return self._manager.best_step()
+
+  def named(self, name: str, flag: str) -> int | None:
+    """The step that 'latest' (None), 'best' or a number means. Raises ConfigError naming the `flag`."""
+    if name == 'latest':
+      return None
+    if name == 'best' and self.best_step() is None:
+      raise ConfigError(f'{flag}: no checkpoint of {self._manager.directory.parent} was validated, so none is the best')
+    if name != 'best' and not (name.isdigit() and int(name) in self.steps()):
+      raise ConfigError(f'{flag}: {name!r} is none of latest, best, or a step of {self.steps()}')
+    return self.best_step() if name == 'best' else int(name)
+
+  def save(self, step: int, params: Params, opt_state: Any, meta: dict, score: float | None = None,
+           since: int = 0) -> bool:
+    """Starts a save and returns once the arrays are copied; False if this step is saved already.
+
+    Of all steps with a `score`, the best is the one with the least, of those with the latest `since`.
+
+    Raises StorageError, also for a save that failed before.
+    """
+    if step in self._manager.all_steps():
+      return False
+    metrics = {'since': since, 'score': score} if score is not None and math.isfinite(score) else None
+    try:
+      saved = self._manager.save(step, args=ocp.args.Composite(
+          params=ocp.args.PyTreeSave(params), opt_state=ocp.args.PyTreeSave(opt_state),
+          meta=ocp.args.JsonSave({'step': step, **meta})), metrics=metrics, force=True)
+    except (OSError, ValueError) as e:
+      raise StorageError(f'{self._manager.directory}: checkpoint {step} could not be saved: {_first_line(e)}') from e
+    if not saved:
+      raise StorageError(f'{self._manager.directory}: Orbax refused to save step {step}')
+    return True
+
+  def wait(self) -> None:
+    """Blocks until the save in flight is durable. Raises StorageError if it failed."""
+    try:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+    except (OSError, ValueError) as e:
+      raise StorageError(f'{self._manager.directory}: a checkpoint could not be saved: {_first_line(e)}') from e
+
+  def restore(self, params: Params, opt_state: Any | None = None, *, step: int | None = None,
+              check: Callable[[dict], None] = lambda meta: None) -> tuple[Params, Any, dict]:
+    """(params, opt_state, meta) of `step`, or of the newest checkpoint that can be read.
+
+    `params` and `opt_state` are trees of ShapeDtypeStruct with shardings; opt_state None is not read. `check(meta)` may
+    raise ConfigError before any array is read. Raises StorageError when no checkpoint can be read.
+    """
+    if step is not None and step not in self.steps():
+      raise StorageError(f'{self._manager.directory}: no checkpoint of step {step}; there are {self.steps()}')
+    failures = []
+    for candidate in reversed(self.steps()) if step is None else [step]:
+      failure = ''
+      try:
+        result = self._read(candidate, params, opt_state, check)
+      except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # no fault of the checkpoint
+        raise
+      except Exception as e:  # Orbax raises many kinds for a damaged folder
+        failure = f'{type(e).__name__}: {_first_line(e)}'
+      if not np.any(multihost_utils.process_allgather(bool(failure))):  # all go on from one step
+        return result
+      failures.append(f'step {candidate}: {failure or "another process cannot"}')
+      if jax.process_index() == 0:
+        print(f'WARNING: {self._manager.directory}: cannot read {failures[-1]}', file=sys.stderr, flush=True)
+    raise StorageError(f'{self._manager.directory}: no checkpoint can be read:\n  ' + '\n  '.join(failures))
+
+  def _read(self, step: int, params: Params, opt_state: Any | None, check: Callable) -> tuple[Params, Any, dict]:
+    # Without Orbax's barriers: where only one process finds damage, they would pair its next try with this one.
+    process = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+    items = {} if opt_state is None else {'opt_state': ocp.args.StandardRestore(opt_state)}
+    with _manager(Path(self._manager.directory), ocp.StandardCheckpointHandler, read_only=True, create=False,
+                  multiprocessing_options=options) as reader:
+      meta = reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+      check(meta)
+      restored = reader.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params), **items))
+    return restored.params, restored.get('opt_state'), meta
+
+  def set_aside_after(self, step: int) -> None:
+    """Renames the checkpoints newer than `step`, which could not be read, to N.unreadable."""
+    newer = [s for s in self.steps() if s > step]
+    if newer and jax.process_index() == 0:
+      for path in (Path(self._manager.directory) / str(s) for s in newer):
+        path.rename(path.with_name(f'{path.name}.unreadable-{time.time():.0f}'))
+    if newer:
+      multihost_utils.sync_global_devices('set_aside')
+      self._manager.reload()
+
+
+def _manager(directory: Path, of_arrays: Callable[[], Any], **options: Any) -> _Manager:
+  return _Manager(
+      directory.absolute(), item_names=('params', 'opt_state', 'meta'),
+      item_handlers={'params': of_arrays(), 'opt_state': of_arrays(), 'meta': ocp.JsonCheckpointHandler()},
+      options=ocp.CheckpointManagerOptions(**options))
+
+
+def _score(metrics: dict[str, float]) -> Any:
+  """What the best has least of."""
+  score = metrics['score'] if 'score' in metrics else metrics['val_loss']  # where the score can only be that
+  return -metrics.get('since', 0), score
+
+
+def _first_line(error: BaseException) -> str:
+  return (str(error).strip().splitlines() or [''])[0][:300]

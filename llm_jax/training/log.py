@@ -1,0 +1,236 @@
+"""Where numbers go: metrics.jsonl, TensorBoard (without TensorFlow), the screen; throughput and means by epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from llm_jax.base.batch import Metrics
+from llm_jax.base.progress import progress
+
+
+@flax.struct.dataclass
+class Packed:
+  """Scalars as one array: a program returns, and the host fetches, one of them faster than a dozen."""
+
+  values: jax.Array  # float32 [M]
+  names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+
+def pack(metrics: Metrics) -> Packed:
+  return Packed(jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()]), tuple(metrics))
+
+
+def unpack(packed: Packed) -> dict[str, float]:
+  """Waits for the program that packed them."""
+  return dict(zip(packed.names, np.asarray(packed.values).tolist(), strict=True))
+
+
+class Writer:
+  """Appends to metrics.jsonl and a TensorBoard event file in `workdir`; going on at `step` forgets what came after.
+
+  Only process 0 writes. A full or read-only disk costs the log, not the run: one warning, then silence.
+  """
+
+  def __init__(self, workdir: Path, step: int):
+    self._enabled = jax.process_index() == 0
+    self._guarded(lambda: self._open(workdir, step))
+
+  def _open(self, workdir: Path, step: int) -> None:
+    self._path = workdir / 'metrics.jsonl'
+    kept = []
+    if self._path.exists():
+      kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+    self._rewrite(kept)
+    self._last: dict[str, float] = json.loads(kept[-1]) if kept else {}
+    self._events = EventFileWriter(str(workdir), flush_secs=10)
+    # Tells TensorBoard to drop what an interrupted run wrote after this step.
+    self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+  def _rewrite(self, lines: list[str]) -> None:
+    """Puts these lines in the file's place, whole or not at all, and goes on behind them."""
+    aside = self._path.with_suffix('.partial')
+    aside.write_text(''.join(line + '\n' for line in lines))
+    os.replace(aside, self._path)
+    self._jsonl = open(self._path, 'a')  # noqa: SIM115
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    """A point of each curve at `step` completed updates, and a line of metrics.jsonl, which has one line a step."""
+    if not values:
+      return
+
+    def write():
+      joins = self._last.get('step') == step
+      self._last = {**(self._last if joins else {}), 'step': step, **values}
+      if joins:
+        self._jsonl.close()
+        self._rewrite([*self._path.read_text().splitlines()[:-1], json.dumps(self._last)])
+      else:
+        self._jsonl.write(json.dumps(self._last) + '\n')
+        self._jsonl.flush()
+      # Not tensors, which TensorBoard's EventAccumulator neither lists as scalars nor drops at a restart.
+      points = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+      self._events.add_event(Event(wall_time=time.time(), step=step, summary=points))
+    self._guarded(write)
+
+  def text(self, step: int, name: str, value: str) -> None:
+    """A text of TensorBoard's TEXT page, shown as it is (an indented block of Markdown)."""
+    block = '\n'.join('    ' + line for line in value.splitlines())
+    self._guarded(lambda: self._events.add_event(
+        Event(wall_time=time.time(), step=step, summary=text_pb(name, block))))
+
+  def close(self) -> None:
+    if self._enabled:
+      self._guarded(self._jsonl.close)
+      self._guarded(self._events.close)
+    self._enabled = False
+
+  def _guarded(self, write: Any) -> None:
+    if not self._enabled:
+      return
+    try:
+      write()
+    except OSError as e:
+      self._enabled = False
+      print(f'WARNING: metrics are no longer written ({e}); training goes on', file=sys.stderr, flush=True)
+
+
+class Throughput:
+  """Tokens a second, MFU and the share of time spent waiting for data, over the steps since the last `take`."""
+
+  def __init__(self, flops_per_token: float, peak: float | None):
+    self._flops_per_token, self._peak = flops_per_token, peak
+    self._tokens = self._seconds = self._waited = self._away = 0.0
+    self._steps = 0
+    self._start: float | None = None
+    self.seconds_per_step: float | None = None  # until steps were timed
+
+  def restart(self) -> None:
+    """Begins the next step's time now: after compiling, evaluation or a save, and what a caller did then."""
+    self._start, self._away = time.perf_counter(), 0.0
+
+  def waited(self, seconds: float) -> None:
+    self._waited += seconds
+
+  def away(self, seconds: float) -> None:
+    """For so long a caller had the loop, while a step was under way."""
+    self._away += seconds
+
+  def step_done(self, num_tokens: float) -> None:
+    now = time.perf_counter()
+    if self._start is None:  # the first step compiles: told apart, not averaged in
+      self._waited = 0.0
+      return
+    seconds, away = now - self._start, self._away
+    self._start, self._away = now, 0.0
+    if away > 0.1 * seconds:  # nobody knows when it was done
+      return
+    self._seconds += seconds
+    self._tokens += num_tokens
+    self._steps += 1
+
+  def take(self) -> dict[str, float]:
+    if not self._steps or not self._seconds:
+      return {}
+    tokens_per_second = self._tokens / self._seconds
+    self.seconds_per_step = self._seconds / self._steps
+    values = {'tokens_per_second': tokens_per_second, 'seconds_per_step': self.seconds_per_step,
+              'data_wait': min(1.0, self._waited / self._seconds)}
+    if self._peak:
+      values['mfu'] = tokens_per_second * self._flops_per_token / self._peak
+    self._tokens = self._seconds = self._waited = 0.0
+    self._steps = 0
+    return values
+
+
+class Epochs:
+  """Means of each epoch's steps, logged with its last one; `sums` are kept in checkpoints."""
+
+  def __init__(self, epoch_at: Callable[[int], int], sums: dict[str, float]):
+    """`epoch_at(step)` epochs are over when `step` steps are done."""
+    self._epoch_at, self.sums = lru_cache(2)(epoch_at), dict(sums)  # each step asks for its own and the one before
+
+  def add(self, step: int, values: dict[str, float]) -> dict[str, float]:
+    """{'epoch/loss': ..., 'epoch/number': 3} after an epoch's last step, else nothing."""
+    for name, value in (('steps', 1.0), ('loss', values['loss']), ('grad_norm', values['grad_norm'])):
+      self.sums[name] = self.sums.get(name, 0.0) + value
+    number = self._epoch_at(step)
+    if number == self._epoch_at(step - 1):
+      return {}
+    steps = self.sums.pop('steps')
+    means = {f'epoch/{name}': total / steps for name, total in self.sums.items()}
+    self.sums = {}
+    return {'epoch/number': float(number), **means}
+
+
+class Console:
+  """What a person sees of process 0: a bar that stays below the lines in a terminal, plain lines elsewhere."""
+
+  def __init__(self, num_steps: int, step: int):
+    self._enabled = jax.process_index() == 0
+    self._num_steps = num_steps
+    self._bar = progress('training', num_steps, 'step', step) if self._enabled and sys.stderr.isatty() else None
+
+  def step(self, step: int, values: dict[str, float], seconds_per_step: float | None) -> None:
+    """One line: step, loss, tokens/s, MFU where known, time left."""
+    if not self._enabled:
+      return
+    parts = [f'loss {values["train/loss"]:.4f}', f'grad norm {values["train/grad_norm"]:.2f}',
+             f'lr {values["train/learning_rate"]:.2e}']
+    if 'train/tokens_per_second' in values:
+      parts.append(f'{values["train/tokens_per_second"]:,.0f} tokens/s')
+    if 'train/mfu' in values:
+      parts.append(f'MFU {values["train/mfu"]:.1%}')
+    if values.get('train/data_wait', 0) > 0.05:
+      parts.append(f'waits for data {values["train/data_wait"]:.0%} of the time')
+    if seconds_per_step:
+      parts.append(f'{duration((self._num_steps - step) * seconds_per_step)} left')
+    if self._bar is None:
+      print(f'step {step}/{self._num_steps}  ' + '  '.join(parts), flush=True)
+    else:
+      self._bar.set_postfix_str('  '.join(parts[:-1] if seconds_per_step else parts), refresh=False)
+      self._bar.update(step - self._bar.n)
+
+  def line(self, text: str) -> None:
+    if self._bar is not None:
+      self._bar.write(text, file=sys.stdout)
+    elif self._enabled:
+      print(text, flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+
+def duration(seconds: float) -> str:
+  """'1:02:03' or '2:03'."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+  """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+  return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < float('inf')]
+
+
+def _step_of(line: str) -> float:
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError):
+    return float('inf')

@@ -1,0 +1,82 @@
+"""How much of a batch a device can hold at a time: found by compiling, not by running out of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llm_jax.base.devices import device_memory
+from llm_jax.base.errors import ConfigError
+from llm_jax.config import Config
+from llm_jax.infer.load import gather
+
+SHARE = 0.9  # of a device's memory: the rest is for evaluation, samples, fragments
+
+
+def needed(compiled: Any) -> int:
+  """Bytes that one call of a compiled program takes on one device, its arguments and results included."""
+  stats = compiled.memory_analysis()
+  return (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+          + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes)
+
+
+def most_rows(num_rows: int, bytes_needed: Callable[[int], int], limit: int, say: Callable[[str], None],
+              likely: int = 0) -> int:
+  """The largest divisor of `num_rows` for which bytes_needed(divisor), which grows with it, is within `limit`.
+
+  `likely` is kept if it fits. A search that has to go on takes logarithmically many trials. Raises ConfigError when
+  not even one row fits.
+  """
+  @functools.cache
+  def fits(rows: int) -> bool:
+    try:
+      size = bytes_needed(rows)
+    except jax.errors.JaxRuntimeError as e:  # some compilers refuse what cannot fit
+      if 'RESOURCE_EXHAUSTED' not in str(e):
+        raise
+      size = 2 * limit
+    verdict = 'fits' if size <= limit else 'does not fit'
+    say(f'tokens_per_device: {rows} row(s) at a time take {size / 1e9:.3g} of {limit / 1e9:.3g} GB: {verdict}')
+    return size <= limit
+
+  divisors = [n for n in range(1, num_rows + 1) if num_rows % n == 0]
+  for favourite in dict.fromkeys((likely, num_rows)):  # most often one of them is the answer, after one trial
+    if favourite in divisors and fits(favourite):
+      return favourite
+  low, high = 0, len(divisors) - 1  # divisors[low - 1] fits, divisors[high] does not
+  while low < high:
+    middle = (low + high) // 2
+    low, high = (middle + 1, high) if fits(divisors[middle]) else (low, middle)
+  if low == 0:
+    raise ConfigError(f'config.tokens_per_device: not even one row fits the {limit / 1e9:.3g} GB that a device has for '
+                      'it; set --config.model.remat=full, take a shorter data.seq_len or a smaller model, or shard it '
+                      'over more devices (--config.mesh.fsdp)')
+  return divisors[low - 1]
+
+
+def fit_memory(config: Config, num_shards: int, workdir: Path, compile_step: Callable[[int], Any]) -> Config:
+  """The config with a number for tokens_per_device None: the most with which compile_step(num_microbatches) fits.
+
+  A run that goes on keeps its number where that fits. Raises ConfigError where none does.
+  """
+  if config.tokens_per_device is not None:
+    return config
+  memory = [device_memory(device) for device in jax.local_devices()]
+  known = [size for size in memory if size is not None]
+  if len(known) < len(memory):
+    raise ConfigError('config.tokens_per_device: None goes by the memory of the device, which '
+                      f'{jax.devices()[0].device_kind} does not tell; set a number')
+  path = workdir / 'config.json'
+  before = json.loads(path.read_text())['tokens_per_device'] or 0 if path.exists() else 0
+  limit, before = min(gather([int(SHARE * min(known)), before]))  # one answer for all processes
+  num_rows, _ = config.split_batch(num_shards)
+  rows = most_rows(num_rows, lambda rows: needed(compile_step(num_rows // rows)), limit,
+                   say=lambda text: print(text, flush=True) if jax.process_index() == 0 else None,
+                   likely=before // config.data.seq_len)
+  return dataclasses.replace(config, tokens_per_device=rows * config.data.seq_len)

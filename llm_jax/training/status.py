@@ -1,0 +1,137 @@
+"""How a run is doing, for those who look from outside: status.json, the machine's load, and where its time goes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import psutil
+
+from llm_jax.base.errors import Interrupted
+
+SECONDS = 1.0  # how old a file, or what the machine said, may get: both cost half a millisecond, and steps can be short
+
+
+class Status:
+  """Keeps `workdir`/status.json, whole at any time: `state` is starting, training, finished, stopped or failed.
+
+  A context manager: how it is left is the last state. `seconds` are of all times that the run was under way. Only
+  process 0 writes; a disk that is full costs the file alone.
+  """
+
+  def __init__(self, workdir: Path, num_steps: int):
+    self._path = workdir / 'status.json'
+    before = read_status(workdir)
+    known = {name: x for name, x in before.items() if name in ('step', 'best', 'metrics')}
+    self._seconds = before.get('seconds', 0.0)
+    self.values: dict[str, Any] = {'state': 'starting', 'step': 0, **known, 'num_steps': num_steps,
+                                   'process': os.getpid(), 'started': time.time()}
+    self._written = self._asked = float('-inf')
+    self._system: dict[str, float] = {}
+
+  def update(self, *, at_once: bool = True, **values: Any) -> None:
+    """Takes the values, and writes the file: at once, or only if it is older than SECONDS."""
+    now = time.time()
+    self.values |= {**values, 'updated': now, 'seconds': self._seconds + now - self.values['started']}
+    if jax.process_index() != 0 or (not at_once and time.perf_counter() < self._written + SECONDS):
+      return
+    self._written = time.perf_counter()
+    with contextlib.suppress(OSError):
+      aside = self._path.with_suffix('.partial')
+      aside.write_text(json.dumps(self.values, indent=2))
+      os.replace(aside, self._path)
+
+  def system(self) -> dict[str, float]:
+    """What `system` says, or has just said."""
+    if time.perf_counter() > self._asked + SECONDS:
+      self._asked, self._system = time.perf_counter(), system()
+    return self._system
+
+  def __enter__(self) -> Status:
+    psutil.cpu_percent()  # counts from the call before, and this is the first
+    self.update()
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+               traceback: TracebackType | None) -> None:
+    if kind is None:
+      self.update(state='finished')
+    elif issubclass(kind, (Interrupted, GeneratorExit, KeyboardInterrupt)):
+      self.update(state='stopped')
+    else:
+      self.update(state='failed', error=f'{kind.__name__}: {error}')
+
+
+def read_status(workdir: Path) -> dict[str, Any]:
+  """status.json; {'state': 'none'} where nothing has begun."""
+  with contextlib.suppress(OSError, ValueError):
+    return json.loads((workdir / 'status.json').read_text())
+  return {'state': 'none'}
+
+
+class Goodput:
+  """Shares of the time since a run began: steps, and what is none of them; `caller` is who iterates over the run."""
+
+  def __init__(self) -> None:
+    self._begin = time.perf_counter()
+    self._seconds = dict.fromkeys(('start', 'data', 'evaluation', 'save', 'caller'), 0.0)
+
+  def starting(self) -> None:
+    """A stage begins: all until its first step is done is loading and compiling."""
+    self._stage, self._before = time.perf_counter(), sum(self._seconds.values())
+
+  def started(self) -> None:
+    others = sum(self._seconds.values()) - self._before
+    self.add('start', time.perf_counter() - self._stage - others)
+
+  def add(self, kind: str, seconds: float) -> None:
+    self._seconds[kind] += seconds
+
+  @contextlib.contextmanager
+  def of(self, kind: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    try:
+      yield
+    finally:
+      self.add(kind, time.perf_counter() - begin)
+
+  def shares(self) -> dict[str, float]:
+    total = time.perf_counter() - self._begin
+    shares = {f'goodput/{kind}': min(1.0, seconds / total) for kind, seconds in self._seconds.items()}
+    return {'goodput/step': max(0.0, 1 - sum(shares.values())), **shares}
+
+
+def system() -> dict[str, float]:
+  """What this host and its first device have in use: shares, and bytes of this process; a device only if it tells."""
+  values = {'system/host_cpu': psutil.cpu_percent() / 100, 'system/host_memory': psutil.virtual_memory().percent / 100,
+            'system/process_bytes': float(psutil.Process().memory_info().rss)}
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'bytes_in_use' in stats:
+    values['system/device_bytes'] = float(stats['bytes_in_use'])
+    values['system/device_peak_bytes'] = float(stats.get('peak_bytes_in_use', stats['bytes_in_use']))
+  if stats.get('bytes_limit'):
+    values['system/device_memory'] = stats['bytes_in_use'] / stats['bytes_limit']
+  utilization = device_utilization()
+  return values if utilization is None else {**values, 'system/device_utilization': utilization}
+
+
+def device_utilization() -> float | None:
+  """Share of the last second in which the first GPU of NVIDIA's that this process sees computed; None if none tells."""
+  if jax.default_backend() != 'gpu':
+    return None
+  try:
+    import pynvml
+    pynvml.nvmlInit()
+    first = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')[0]
+    device = (pynvml.nvmlDeviceGetHandleByUUID(first) if first.startswith('GPU-')
+              else pynvml.nvmlDeviceGetHandleByIndex(int(first or 0)))
+    return pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100
+  except Exception:  # no library, no driver, or a GPU that does not tell: whichever, there is nothing to log
+    return None
