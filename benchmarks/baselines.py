@@ -18,8 +18,9 @@ import numpy as np
 from llm_jax.config import load
 from llm_jax.data import pipeline
 from llm_jax.data.open import open_data, open_examples
-from llm_jax.infer.load import num_eval_rows
-from llm_jax.losses.labels import macro_f1
+from llm_jax.extras.labels import macro_f1
+from llm_jax.infer.score import num_eval_rows
+from llm_jax.losses.config import make_objective
 
 
 def main():
@@ -30,7 +31,8 @@ def main():
   train, val = (open_examples(config.data, data, next(iter(split.values())), train=False)
                 for split in (data.train, data.val))
   size = data.vocab_size + 2
-  results = BASELINES[config.data.task](features(train), features(val), size, num_eval_rows(config, 1))
+  num_rows = num_eval_rows(config, make_objective(config.loss), 1)
+  results = BASELINES[config.data.task](features(train), features(val), size, num_rows)
   print(json.dumps(results, indent=2))
 
 

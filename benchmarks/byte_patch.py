@@ -45,14 +45,14 @@ def serve_ours(path: str) -> None:
   from benchmarks.loop import bare_step
   from llm_jax.config import load
   from llm_jax.data.open import Data
+  from llm_jax.data.pipeline import example_batch
   from llm_jax.data.tokenizers.tokenizer import ByteTokenizer
-  from llm_jax.infer.load import example_batch
   from llm_jax.models.registry import make_model
-  from llm_jax.training.resolve import complete
+  from llm_jax.training.resolve import resolve
 
   config = load(path).resolve({}, cpu_only=jax.default_backend() == 'cpu')
-  config = complete(config, Data({'train': {}}, None, len(ByteTokenizer().token_bytes)))
-  shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0), example_batch(config))
+  config = resolve(config, Data({'train': {}}, None, len(ByteTokenizer().token_bytes)))
+  shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0), example_batch(config.data))
   run = bare_step(config)
   square = jnp.ones((GEMM_SIZE, GEMM_SIZE))
   product = jax.jit(jnp.matmul)

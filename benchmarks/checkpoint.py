@@ -26,7 +26,8 @@ import numpy as np
 from llm_jax.base import runtime
 from llm_jax.config import Config, base, build
 from llm_jax.training import log as metrics
-from llm_jax.training import loop
+from llm_jax.training import loop, session
+from llm_jax.training.custom import Custom
 
 EVERY = 20  # steps
 
@@ -67,8 +68,8 @@ def main() -> None:
 
   with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
     config = make_config(Path(name), args.saves)
-    with mock.patch.object(loop, 'unpack', unpack):
-      collections.deque(loop.moments(config, Path(name) / 'run'), maxlen=0)
+    with mock.patch.object(session, 'unpack', unpack):
+      collections.deque(loop.train(config, Path(name) / 'run', Custom()), maxlen=0)
     last = Path(name) / 'run' / 'checkpoints' / str(config.num_steps)
     size = sum(path.stat().st_size for path in last.rglob('*') if path.is_file())
   gaps = np.diff(finished)  # gaps[i]: from the end of step i + 1 to that of step i + 2

@@ -2,7 +2,7 @@
 
   python -m benchmarks.loop [--rounds=8]
 
-The real loop.moments is halted after every window of steps, the device left idle, and the same compiled step is called
+The real loop.train is halted after every window of steps, the device left idle, and the same compiled step is called
 as often with one batch that is on the device already. Windows are timed in turn, round after round. `overhead` is the
 median over rounds of loop/bare - 1. `host_us` is the processor time of the loop's own thread a step, waiting left out;
 `bare_host_us` that of the bare calls, which jax's dispatch costs anyway; `cpu_us` what the whole process spends a step
@@ -32,11 +32,12 @@ from llm_jax.base import runtime
 from llm_jax.base.sharding import local_rows, make_mesh, num_batch_shards, put_batch
 from llm_jax.config import Config, base, build
 from llm_jax.data import pipeline
-from llm_jax.infer.load import example_batch
+from llm_jax.data.pipeline import example_batch
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import make_optimizer
 from llm_jax.training import loop
-from llm_jax.training import program as parts
+from llm_jax.training.custom import Custom
+from llm_jax.training.program import jit_step
 from llm_jax.training.state import init_state, state_shardings
 
 CASES = [  # preset, the milliseconds of a step for which rows are found, steps of a window
@@ -77,12 +78,12 @@ def bare_step(config: Config):
   tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
   features = {'tokens': tokens, 'targets': tokens, 'loss_mask': np.ones(shape, np.float32)}
   with jax.set_mesh(mesh):
-    shardings = state_shardings(example_batch(config), mesh, model=model, tx=tx)
+    shardings = state_shardings(example_batch(config.data), mesh, model=model, tx=tx)
     state = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)(
-        jax.random.key(0), example_batch(config))
+        jax.random.key(0), example_batch(config.data))
     batch = put_batch(features, local_rows(mesh, shape[0]), shape[0], mesh)
     _, num_microbatches = config.split_batch(num_batch_shards(mesh))
-    step = parts.jit_step(config, mesh, shardings, None, num_microbatches, model=model, tx=tx)
+    step = jit_step(config, mesh, shardings, None, num_microbatches, model=model, tx=tx)
 
   def run(n: int) -> None:
     nonlocal state
@@ -154,7 +155,7 @@ def measure(name: str, milliseconds: int, window: int, rounds: int) -> dict:
       return Halted(open_batches(*args), bare, window, warmup, results)
 
     with mock.patch.object(pipeline, 'open_batches', halted), contextlib.redirect_stdout(io.StringIO()):
-      collections.deque(loop.moments(config, folder / 'run'), maxlen=0)
+      collections.deque(loop.train(config, folder / 'run', Custom()), maxlen=0)
   loop_times, bare_times = (np.array(times) / window for times in zip(*results, strict=True))
   median = partial(np.median, axis=0)
   return {'preset': name, 'rows': rows, 'rounds': len(results), 'bare_ms': round(1e3 * median(bare_times)[0], 2),

@@ -34,7 +34,7 @@ def main():
 
   from llm_jax.base.devices import has_fast_bf16
   from llm_jax.losses import readout as losses
-  from llm_jax.models.decoder import project
+  from llm_jax.models.blocks import project
 
   losses.CHUNK_BYTES = args.chunk_mib * 2**20 or losses.CHUNK_BYTES
   head = partial(project, 'BTD,VD->BTV', jnp.bfloat16 if has_fast_bf16() else jnp.float32, 0.0)

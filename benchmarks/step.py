@@ -31,6 +31,7 @@ def main():
   import numpy as np
 
   from llm_jax.base.batch import Batch
+  from llm_jax.base.builder import Sections
   from llm_jax.base.devices import has_fast_bf16, peak_flops
   from llm_jax.base.sharding import MeshConfig, batch_sharding, make_mesh
   from llm_jax.models.decoder import Decoder, DecoderConfig
@@ -46,8 +47,8 @@ def main():
       vocab_size=preset.vocab_size, max_len=preset.seq_len, num_layers=preset.num_layers, embed_dim=preset.embed_dim,
       num_heads=preset.num_heads, dtype=dtype, attention=args.attention, remat=args.remat,
       scan_unroll=args.scan_unroll or preset.num_layers))
-  tx = make_optimizer(OptimConfig(
-      learning_rate=1e-3, schedule='constant', constant=Constant(100), adamw=AdamW(b2=0.99)), 10_000)
+  sections = Sections({'constant': Constant(100), 'adamw': AdamW(b2=0.99)})
+  tx = make_optimizer(OptimConfig(learning_rate=1e-3, schedule='constant', sections=sections), 10_000)
   mesh = make_mesh(MeshConfig())
 
   def put(rows):

@@ -18,10 +18,10 @@ COMMANDS = {
     'inspect': ('commands.inspect_run', "print and draw a run's weights and activations by layer"),
     'schedules': ('commands.schedules', "draw a config's learning rate"),
     'check': ('commands.check', 'report devices and packages, and whether a config would run'),
-    'sweep': ('commands.sweep', "train every trial of a config's sweep"),
+    'sweep': ('extras.sweep', "train every trial of a config's sweep"),
     'data prepare': ('commands.data_prepare', 'tokenize the data of a config into the cache'),
     'data inspect': ('commands.data_inspect', 'print statistics of data, and draw them'),
-    'data convert': ('commands.data_convert', 'convert pickles and PyTorch files to files that are read'),
+    'data convert': ('extras.convert', 'convert pickles and PyTorch files to files that are read'),
 }
 
 

@@ -8,7 +8,6 @@ dataclasses exist.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 from collections.abc import Mapping
@@ -17,17 +16,30 @@ from typing import Any, Literal
 
 import ml_collections
 
-from llm_jax.base.builder import build, override, variant
+from llm_jax.base import plugins
+from llm_jax.base.builder import (
+  Sections,
+  build,
+  check_names,
+  keep_named,
+  override,
+  registries_of,
+  sections,
+  to_dict,
+  variant,
+)
+from llm_jax.base.callbacks import CALLBACKS
 from llm_jax.base.conditions import condition
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.profiling import ProfileConfig
+from llm_jax.base.registry import Registry, has_registered
 from llm_jax.base.sharding import MeshConfig
 from llm_jax.data.config import DataConfig
-from llm_jax.data.open import task_of
+from llm_jax.infer.validators import UNTRUSTED, VALIDATORS
 from llm_jax.losses.config import LossConfig
+from llm_jax.losses.metrics import METRICS
 from llm_jax.models.registry import MODELS
 from llm_jax.optim.chain import OptimConfig, without_replaced
-from llm_jax.training.checkpoint import CheckpointConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +60,9 @@ class EvalConfig:
   goal: str = ''  # a capability with which the run ends
   answers: int = 0  # pairs of the validation part to answer, where the task has pairs
   num_beams: int = 1  # of an answer; 1: greedy
+  metrics: tuple[str, ...] = ()  # names of METRICS, logged as val/NAME beside those of the losses
   validator: str = ''  # of answers: one of validators.VALIDATORS, or a command that reads one and exits with 0 if valid
+  sections: Sections = sections(METRICS)
 
   def __post_init__(self):
     if min(self.sample_tokens, self.temperature, self.top_k, self.patience, self.min_delta, self.answers) < 0:
@@ -57,6 +71,8 @@ class EvalConfig:
       condition(text)
     if self.every < 1 or self.num_beams < 1:
       raise ValueError(f'every and num_beams must be at least 1; got {self.every} and {self.num_beams}')
+    check_names('metrics', self.metrics, METRICS)
+    keep_named(self, self.metrics, 'metrics does not name it')
     if self.max_tokens is not None and self.max_tokens < 1:
       raise ValueError(f'max_tokens must be at least 1, or None for all; got {self.max_tokens}')
 
@@ -66,7 +82,7 @@ class EvalConfig:
     return tuple(dict.fromkeys([*self.capabilities, *([self.goal] if self.goal else [])]))
 
   @property
-  def asks(self) -> tuple[str, ...]:
+  def required_metrics(self) -> tuple[str, ...]:
     """The results that are looked at, besides being logged."""
     return (self.monitor, *(condition(text).metric for text in self.conditions))
 
@@ -85,7 +101,7 @@ class StartConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class StageConfig:
   """What is different from step `begin` on: 'batch_tokens=16384', 'data.seq_len=512', 'data.sources.code.weight=2'."""
 
   begin: int = 0
@@ -104,12 +120,34 @@ FIXED_IN_STAGES = ('model', 'optim', 'loss', 'mesh', 'num_steps', 'num_epochs', 
 
 
 @dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When to save and what to keep. A new best (config.eval.monitor) is saved too, unless keep_best is 0."""
+
+  every: int = 1000  # steps
+  keep_last: int = 2
+  keep_best: int = 1
+  keep_every: int | None = None  # steps: milestones, kept for good
+
+  def __post_init__(self):
+    for field, least in (('every', 1), ('keep_last', 1), ('keep_best', 0), ('keep_every', 1)):
+      value = getattr(self, field)
+      if value is not None and value < least:
+        raise ValueError(f'{field} must be at least {least}; got {value}')
+
+
+@dataclasses.dataclass(frozen=True)
 class LogConfig:
+  """What is logged when, and who is told."""
+
   every: int = 10  # steps
+  callbacks: tuple[str, ...] = ()  # names of CALLBACKS, called with each logged step
+  sections: Sections = sections(CALLBACKS)
 
   def __post_init__(self):
     if self.every < 1:
       raise ValueError(f'every must be at least 1; got {self.every}')
+    check_names('callbacks', self.callbacks, CALLBACKS)
+    keep_named(self, self.callbacks, 'callbacks does not name it')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +160,10 @@ class Config:
   batch_tokens: int = 524288  # of one optimizer step, over all devices
   # That one device works on at a time; None: as many as its memory holds.
   tokens_per_device: int | None = 16384
-  model: Any = variant({name: config for name, (_, config) in MODELS.items()}, 'decoder')
+  model: Any = variant(MODELS, 'decoder')
   start: StartConfig = StartConfig()
-  stages: dict[str, Stage] = dataclasses.field(default_factory=dict)  # by their names; see plan.py
+  stages: dict[str, StageConfig] = dataclasses.field(default_factory=dict)  # by their names; see training/stages.py
+  plugins: tuple[str, ...] = ()  # files or modules that register parts; see base/plugins.py
   data: DataConfig = DataConfig()
   loss: LossConfig = LossConfig()
   optim: OptimConfig = OptimConfig()
@@ -162,33 +201,21 @@ class Config:
         problems.append(f'profile.start {self.profile.start} is beyond num_steps {self.num_steps}')
     if self.start.whole and self.stages:
       problems.append('start.whole does not go with stages: a branch reads what its trunk read')
-    einsum, bitnet = getattr(self.model, 'einsum', 'full'), getattr(self.model, 'bitnet', None)
-    if 'bitnet_flips' in self.optim.chain and (
-        einsum != 'bitnet' or bitnet is None or bitnet.weight_bits != self.optim.bitnet_flips.weight_bits):
-      problems.append('optim.bitnet_flips counts codes of model.einsum bitnet with the same weight_bits; the model has '
-                      f'{einsum}')
-    for name in self.loss.terms:
-      tasks = getattr(self.loss, name).tasks
-      if tasks and self.data.task not in tasks:
-        problems.append(f'loss.terms {name} learns from data.task {" or ".join(tasks)}; got {self.data.task}')
-    if self.data.task == 'masked_tokens' and not getattr(self.model, 'prefix_attention', False):
-      problems.append('model.prefix_attention must be True for data.task masked_tokens, which is told from both sides; '
-                      'of the models, decoder has it')
-    if 'contrastive' in self.loss.terms and self.rows_per_batch < 2:
-      problems.append(f'batch_tokens {self.batch_tokens} is one row of data.seq_len {seq_len}, and loss.terms '
-                      'contrastive compares rows; set the double or more')
+    for part in (self.model, self.data, self.loss, self.optim):
+      for settings in getattr(part, 'sections', {}).values():
+        problems += getattr(settings, 'problems', lambda config: [])(self)
     if problems:
       raise ValueError('\n'.join(problems))
 
   @property
   def writes(self) -> bool:
     """Whether what is learnt can write text."""
-    return self.loss.writes and task_of(self.data).writes
+    return self.loss.writes and self.data.task_settings.writes
 
   @property
   def answers(self) -> bool:
     """Whether it learns answers to prompts."""
-    return self.writes and task_of(self.data).needs == 'answers' and not task_of(self.data).whole
+    return self.writes and self.data.task_settings.needs == 'answers' and not self.data.task_settings.whole
 
   @property
   def rows_per_batch(self) -> int:
@@ -212,14 +239,29 @@ class Config:
     return held, rows // held
 
 
+class OpenSection(ml_collections.ConfigDict):
+  """A section of base() in which a registered name opens the section of its settings, at their defaults."""
+
+  def __init__(self, values: dict, registries: tuple[Registry, ...]):
+    super().__init__(values)
+    object.__setattr__(self, '_registries', registries)
+
+  def __getattr__(self, name: str) -> Any:
+    registry = next((r for r in self._registries if name in r), None) if name[:1] != '_' and name not in self else None
+    if registry is not None:
+      with self.unlocked():
+        self[name] = ml_collections.ConfigDict(to_dict(registry.settings(name)())).lock()
+    return super().__getattr__(name)
+
+
 def base(model: str = 'decoder') -> ml_collections.ConfigDict:
   """Every field of Config at its default, with one of MODELS, as a locked ConfigDict: an unknown name fails."""
-  return ml_collections.ConfigDict(to_dict(Config(model=MODELS[model][1]()))).lock()
-
-
-def to_dict(config: Any) -> dict:
-  """Nested plain dicts, ready for JSON."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
+  config = Config(model=MODELS.settings(model)())
+  values = ml_collections.ConfigDict(to_dict(config))
+  for name in ('model', 'data', 'loss', 'optim', 'eval', 'log'):
+    section = getattr(config, name)
+    values[name] = OpenSection(to_dict(section), registries_of(type(section)))
+  return values.lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,34 +284,51 @@ class Source:
 
 
 def load(path: str | Path) -> Source:
-  """Reads a config: a .py file (which is run: it is code you trust), or a run's config.json (which is only read)."""
+  """Reads a config: a .py file, which is run (it is code you trust), or a run's config.json, which is only read.
+
+  Raises ConfigError.
+  """
   path = Path(path)
   if not path.is_file():
     known = sorted(map(str, path.parent.glob('*.py'))) or sorted(map(str, Path('configs').glob('*.py')))
     hint = f'; there are: {", ".join(known)}' if known else ''
     raise ConfigError(f'--config: no such file: {path}{hint}')
   if path.suffix == '.json':
-    try:
-      values = json.loads(path.read_text())
-    except ValueError as e:
-      raise ConfigError(f'--config: {path} is not valid JSON: {e}') from None
-    if not isinstance(values, dict):
-      raise ConfigError(f'--config: {path} holds no object with the fields of a config')
-    return Source(path, renamed(values), None)
-  spec = importlib.util.spec_from_file_location(f'llm_jax_config_{path.stem}', path)
-  if spec is None or spec.loader is None:
-    raise ConfigError(f'--config: {path} is neither Python nor JSON')
-  module = importlib.util.module_from_spec(spec)
+    return Source(path, read_values(path, '--config'), None)
+  module: Any = plugins.run_file(path, f'llm_jax_config_{path.stem}', '--config')
   try:
-    spec.loader.exec_module(module)
     full, on_cpu = module.get_config(), None
     if hasattr(module, 'on_cpu'):
       on_cpu = module.get_config()
       module.on_cpu(on_cpu)
     trials = combinations(module.sweep()) if hasattr(module, 'sweep') else ()
-    return Source(path, full.to_dict(), on_cpu.to_dict() if on_cpu is not None else None, trials)
+    source = Source(path, full.to_dict(), on_cpu.to_dict() if on_cpu is not None else None, trials)
   except Exception as e:  # whatever a user's file may raise
     raise ConfigError(f'--config: {path}: {type(e).__name__}: {e}') from e
+  if has_registered(module.__name__):
+    plugins.note(str(path), path.stem)
+  plugins.load_all(source.full.get('plugins', ()), path.parent)
+  return source
+
+
+def read_values(path: Path, flag: str, trust: bool = False) -> dict:
+  """The nested values of a run's config.json. Raises ConfigError for one that is damaged or needs code of the user's.
+
+  A validator that is a command is left out unless the folder is trusted: `eval.validator` becomes UNTRUSTED.
+  """
+  try:
+    values = json.loads(path.read_text())
+  except (OSError, ValueError) as e:
+    raise ConfigError(f'{flag}: {path} is not valid JSON: {e}') from None
+  if not isinstance(values, dict):
+    raise ConfigError(f'{flag}: {path} holds no object with the fields of a config')
+  plugins.check_notes(path.parent, trust=trust, flag=flag)
+  evaluation = values.get('eval')
+  if isinstance(evaluation, dict) and not trust:
+    command = str(evaluation.get('validator', ''))
+    if command and command not in VALIDATORS:
+      evaluation['validator'] = UNTRUSTED
+  return values
 
 
 def combinations(sweep: Any) -> tuple[dict[str, Any], ...]:
@@ -277,16 +336,6 @@ def combinations(sweep: Any) -> tuple[dict[str, Any], ...]:
   if isinstance(sweep, Mapping):
     return tuple(dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values()))
   return tuple(map(dict, sweep))
-
-
-def renamed(values: dict) -> dict:
-  """The fields of a config.json under the names that they have now."""
-  values = json.loads(json.dumps(values))
-  moved = {name: values.pop(name) for name in ('z_loss', 'label_smoothing') if name in values}
-  if moved:
-    values.setdefault('loss', {}).setdefault('next_token', {}).update(moved)
-  values.get('data', {}).pop('prefix_lm', None)  # it had no fields
-  return values
 
 
 def replace(config: Config, **values: Any) -> Config:

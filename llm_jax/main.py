@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llm_jax.base import runtime
+from llm_jax.base import flags
 from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError, Interrupted, UserError
 
@@ -28,11 +28,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--full_size', action='store_true', help='on a CPU, ignore what the config changes for CPUs')
   parser.add_argument('--distributed', action='store_true', help='one of several processes: take the coordinator '
                       'from the environment (SLURM, TPU pod, Open MPI, or launch/local.py)')
-  runtime.add_flag(parser)
+  flags.add(parser, trust=False)
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(
-      rest, '--config.', '--config, --workdir, --full_size, --distributed, --tuning, --config.FIELD')
-  was_set = runtime.prepare(args.tuning == 'on')
+      rest, '--config.', '--config, --workdir, --full_size, --distributed, --tuning, --plugin, --config.FIELD')
+  was_set = flags.apply(args)
 
   from llm_jax import config as config_lib
   source = config_lib.load(args.config)
@@ -64,14 +64,14 @@ def main(argv: list[str]) -> None:
     sys.stdout.flush()
   name = source.path.stem if source.path.suffix == '.py' else f'{source.path.absolute().parent.name}_again'
   workdir = Path(args.workdir or Path('runs') / name)
-  with out_of_memory_told(config.tokens_per_device):
+  with out_of_memory_as_config_error(config.tokens_per_device):
     for _ in api.train(config, workdir):
       pass
 
 
 @contextlib.contextmanager
-def out_of_memory_told(tokens_per_device: int | None) -> Iterator[None]:
-  """Makes a ConfigError of a device that has no memory left."""
+def out_of_memory_as_config_error(tokens_per_device: int | None) -> Iterator[None]:
+  """Turns a device out of memory into a ConfigError."""
   import jax
   try:
     yield

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llm_jax.base.trees import merge, split
 from llm_jax.config import build
 from llm_jax.optim.chain import OptimConfig, make_optimizer
+from llm_jax.optim.groups import Group, trainable_paths
 
 RATE, STEPS = 0.05, 7
 AXES = {'blocks': {'q': {'w': ('layers', 'embed', 'heads', 'head_dim'), 'b': ('layers', 'heads', 'head_dim')},
@@ -26,16 +28,17 @@ def optimizer(name, filters=(), controls=(), groups=None, learning_rate=RATE, **
       'groups': groups or {}, **{link: values for link, values in settings.items()}}), 100, AXES)
 
 
-def descend(tx, steps=STEPS, extra=lambda t, g: {}):
-  """Parameters after `steps` steps of gradients tree(1), tree(2), ..., and the state."""
+def descend(tx, steps=STEPS, groups=None):
+  """All parameters after `steps` steps of gradients tree(1), tree(2), ..., and the state."""
   with jax.enable_x64(True):
-    params = jax.tree.map(jnp.asarray, tree(0))
+    is_trainable = trainable_paths({name: Group(**group) for name, group in (groups or {}).items()})
+    params, frozen = split(jax.tree.map(jnp.asarray, tree(0)), is_trainable)
     state = tx.init(params)
     for t in range(1, steps + 1):
-      grads = jax.tree.map(jnp.asarray, tree(t))
+      grads, _ = split(jax.tree.map(jnp.asarray, tree(t)), is_trainable)
       updates, state = tx.update(grads, state, params, value=1.0, grad=grads)
       params = optax.apply_updates(params, updates)
-    return jax.device_get(params), state
+    return jax.device_get(merge(params, frozen)), state
 
 
 def by_equation(rule, steps=STEPS, decay=0.0):
@@ -65,3 +68,8 @@ def momentum(beta, nesterov):
     memory['m'] = beta * memory.get('m', 0.0) + g
     return g + beta * memory['m'] if nesterov else memory['m']
   return rule
+
+
+def trainable(params, groups):
+  """The parameters that no frozen group holds."""
+  return split(jax.tree.map(jnp.asarray, params), trainable_paths({n: Group(**g) for n, g in groups.items()}))[0]

@@ -9,7 +9,7 @@ from llm_jax.base.sharding import MeshConfig, batch_sharding, local_rows, make_m
 from llm_jax.training.state import init_state, state_shardings, train_step
 
 
-def train_on(sizes, model, tx, features, *, num_steps, state=None, **parts):
+def train_on(sizes, model, tx, features, *, num_steps, state=None, is_trainable=lambda path: True, **parts):
   """(metrics of each step, the last state, its shardings) of features(0), features(1), ...; `state`, if given, first.
 
   `parts` go to train_step.
@@ -19,9 +19,9 @@ def train_on(sizes, model, tx, features, *, num_steps, state=None, **parts):
   with jax.set_mesh(mesh):
     rows = local_rows(mesh, num_rows)
     example = put_batch(features(0), rows, num_rows, mesh)
-    shardings = state_shardings(example, mesh, model=model, tx=tx)
+    shardings = state_shardings(example, mesh, model=model, tx=tx, is_trainable=is_trainable)
     if state is None:
-      init = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)
+      init = jax.jit(partial(init_state, model=model, tx=tx, is_trainable=is_trainable), out_shardings=shardings)
       state = init(jax.random.key(0), example)
     step = jax.jit(partial(train_step, model=model, tx=tx, seed=0, **parts),
                    in_shardings=(shardings, batch_sharding(mesh)), out_shardings=(shardings, shardings.step),

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from llm_jax.base.errors import DataError
-from llm_jax.data.formats.arrays import hdf5, npy, npz
-from llm_jax.data.formats.columnar import arrow, huggingface, parquet
-from llm_jax.data.formats.record_files import arrayrecord, crc32c, masked_crc32c, tfrecord
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
+from llm_jax.extras.formats.arrays import hdf5, npy, npz
+from llm_jax.extras.formats.columnar import arrow, huggingface, parquet
+from llm_jax.extras.formats.record_files import arrayrecord, crc32c, masked_crc32c, tfrecord
 
 RANDOM = random.Random(0)
 TEXTS = [''.join(RANDOM.choices('abc é\n𝄞"', k=RANDOM.randrange(1, 200))) for _ in range(400)]

@@ -12,8 +12,8 @@ from meshes import train_on
 from test_step import OPTIM, features
 
 from llm_jax.base.batch import Batch
-from llm_jax.config import build
-from llm_jax.layers.bitnet import BitEinsum, BitNet, PackedEinsum, pack, unpack, weight_codes
+from llm_jax.base.builder import Sections, build
+from llm_jax.extras.bitnet import BitEinsum, BitNet, PackedEinsum, pack, unpack, weight_codes
 from llm_jax.layers.clock import clock_at, progress
 from llm_jax.models.decoder import DecoderConfig
 from llm_jax.models.registry import make_model
@@ -161,14 +161,14 @@ def test_its_losses_do_not_depend_on_the_mesh_nor_on_microbatches():
 
 @pytest.mark.slow
 def test_a_sparsity_that_is_asked_for_comes():
-  target = dataclasses.replace(CFG, bitnet=BitNet(sparsity_target=0.8, sparsity_weight=100.0))
+  target = dataclasses.replace(CFG, sections=Sections({'bitnet': BitNet(sparsity_target=0.8, sparsity_weight=100.0)}))
   share = [trained(cfg, 15)[0][-1]['blocks/mlp/up/sparsity/00'] for cfg in (CFG, target)]
   assert share[1] > share[0] + 0.05
 
 
 @pytest.mark.slow
 def test_cached_decoding_is_the_full_forward():
-  cfg = dataclasses.replace(CFG, bitnet=BitNet(rounding='stochastic'))  # which is for training alone
+  cfg = dataclasses.replace(CFG, sections=Sections({'bitnet': BitNet(rounding='stochastic')}))
   model, batch = make_model(cfg), Batch(**features(0, 2)).replace(segment_ids=None)
   params = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch)['params'])
   full = jax.jit(partial(model.apply))({'params': params}, batch)
@@ -187,6 +187,6 @@ def test_settings_that_cannot_be_are_told(values, word):
   with pytest.raises(ValueError, match=word):
     BitNet(**values)
   with pytest.raises(ValueError, match='no effect'):
-    DecoderConfig(bitnet=BitNet(penalty=1.0))
-  with pytest.raises(ValueError, match='full, bitnet, int8, fp8, packed'):
+    DecoderConfig(sections=Sections({'bitnet': BitNet(penalty=1.0)}))
+  with pytest.raises(ValueError, match='known: full, bitnet'):
     DecoderConfig(einsum='ternary')

@@ -14,10 +14,10 @@ from meshes import train_on
 
 from llm_jax.base.batch import Batch
 from llm_jax.config import build
-from llm_jax.layers.linear_attention import CHUNK, linear_attention
-from llm_jax.models.byte_patch import BytePatchConfig
+from llm_jax.extras.byte_patch import BytePatchConfig
+from llm_jax.extras.linear_attention import CHUNK, linear_attention
+from llm_jax.extras.thinking import EPSILON, Think
 from llm_jax.models.registry import make_model
-from llm_jax.models.thinking import EPSILON, Think
 from llm_jax.optim.chain import OptimConfig, make_optimizer
 from llm_jax.training.state import init_state
 

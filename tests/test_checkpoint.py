@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.sharding import MeshConfig, make_mesh
-from llm_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from llm_jax.config import CheckpointConfig
+from llm_jax.training.checkpoint import Checkpoints
 
 
 def arrays(seed):

@@ -7,8 +7,9 @@ import pytest
 from program import finish, start, write_config
 
 from llm_jax.base.errors import ConfigError, DataError, UserError
-from llm_jax.commands import check, plot, schedules, sweep
+from llm_jax.commands import check, plot, schedules
 from llm_jax.config import combinations, load, to_dict
+from llm_jax.extras import sweep
 
 SWEEP = """
 from tiny import get_config as tiny

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from llm_jax.base.errors import ConfigError, DataError, UserError
-from llm_jax.commands import data_convert as convert
-from llm_jax.data.formats.columnar import parquet
-from llm_jax.data.formats.pickles import load_plain, pickle_refused
 from llm_jax.data.sources.documents import File, SourceConfig
+from llm_jax.extras import convert
+from llm_jax.extras.formats.columnar import parquet
+from llm_jax.extras.formats.pickles import load_plain, pickle_refused
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 

@@ -21,7 +21,7 @@ from llm_jax.data.stores.store import read_manifest
 from llm_jax.data.tokenizers.tokenizer import FITTED, ByteTokenizer, CharTokenizer, TokenizerConfig, decode
 from llm_jax.models.registry import MODELS
 from llm_jax.training.log import read_metrics
-from llm_jax.training.resolve import complete
+from llm_jax.training.resolve import resolve
 
 PROMPT_WORDS = ['red', 'wörter', '中文', 'x', 'mix', '=', '{', '(a\tb)', 'of', 'zzz']
 ANSWER_WORDS = ['1', '2', 'add', ';', '\U0001F600', '\n', 'é', 'vec']
@@ -198,7 +198,7 @@ def test_the_model_gets_a_table_for_each_tokenizer():
   def completed(data, model='encdec', **fields):
     config = Config(model=MODELS[model][1](**fields), data=DataConfig(
         task='seq2seq', packing='pad', tokenizer='byte', encoder_tokenizer='char' if data is two else None))
-    return complete(dataclasses.replace(config, eval=dataclasses.replace(config.eval, prompts=('ab',))), data).model
+    return resolve(dataclasses.replace(config, eval=dataclasses.replace(config.eval, prompts=('ab',))), data).model
 
   assert (completed(two).vocab_size, completed(two).encoder_vocab_size) == (257, 4)
   assert completed(two, encoder_vocab_size=9).encoder_vocab_size == 9

@@ -84,7 +84,7 @@ def test_what_cannot_be_done_is_told(folder, tmp_path):
     export.main([f'--workdir={folder}/bitnet', f'--out={folder}/bitnet'])
   with pytest.raises(ConfigError, match='cannot be packed'):
     export.main([f'--workdir={folder}/bitnet_packed', f'--out={tmp_path}/x'])
-  with pytest.raises(ConfigError, match='packed is of exported models'):
+  with pytest.raises(ConfigError, match='packed is inference-only'):
     main.main([f'--config={folder}/tiny.py', f'--workdir={tmp_path}/y', '--config.model.einsum=packed'])
   shutil.copytree(folder / 'bitnet_packed', tmp_path / 'damaged')
   path = tmp_path / 'damaged' / 'model.safetensors'

@@ -12,13 +12,14 @@ from meshes import train_on
 from test_step import OPTIM
 
 from llm_jax.base.batch import Batch
-from llm_jax.infer.score import evaluate
+from llm_jax.base.builder import Sections
+from llm_jax.extras.byte_patch import BytePatchConfig
+from llm_jax.extras.contrastive import Contrastive
+from llm_jax.extras.labels import Classification
+from llm_jax.infer.score import add_up
 from llm_jax.losses.config import LossConfig, make_objective
-from llm_jax.losses.contrastive import Contrastive
-from llm_jax.losses.labels import Classification
 from llm_jax.losses.next_token import Distillation
 from llm_jax.losses.objective import Objective
-from llm_jax.models.byte_patch import BytePatchConfig
 from llm_jax.models.decoder import DecoderConfig
 from llm_jax.models.encdec import EncDecConfig
 from llm_jax.models.registry import make_model
@@ -27,7 +28,8 @@ from llm_jax.training.state import eval_step
 
 CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, dtype='float32',
                     positions='rope', norm='rms_norm', mlp='swiglu')
-BOTH = LossConfig(terms=('next_token', 'classification'), classification=Classification(weight=0.5, num_classes=4))
+BOTH = LossConfig(terms=('next_token', 'classification'), sections=Sections(
+    {'classification': Classification(weight=0.5, num_classes=4)}))
 
 
 def features(n, num_rows=16):
@@ -52,14 +54,14 @@ def train(config, num_steps=12, *, cfg=CFG, sizes=(1, 1, 1), num_microbatches=1,
   objective = make_objective(config, teacher[0])
   model = make_model(cfg, objective.heads, objective.num_weights)
   history, state, _ = train_on(sizes, model, make_optimizer(OPTIM, 20), features, num_steps=num_steps,
-                               objective=objective, frozen=teacher[1], num_microbatches=num_microbatches)
+                               objective=objective, teacher=teacher[1], num_microbatches=num_microbatches)
   return np.array([[m['loss'], m['extra_loss']] for m in history]), state, history[-1]
 
 
 @pytest.mark.parametrize('config', [
     pytest.param(BOTH, marks=pytest.mark.slow, id='next token and class'),
-    pytest.param(LossConfig(terms=('contrastive',), contrastive=Contrastive(embedding_dim=8)), marks=pytest.mark.slow,
-                 id='contrastive')])
+    pytest.param(LossConfig(terms=('contrastive',), sections=Sections({'contrastive': Contrastive(embedding_dim=8)})),
+                 marks=pytest.mark.slow, id='contrastive')])
 def test_losses_do_not_depend_on_the_mesh(config):
   """Contrastive: the rows of all devices are each other's negatives."""
   alone, sharded = train(config)[0], train(config, sizes=(2, 2, 2))[0]
@@ -70,7 +72,7 @@ def test_losses_do_not_depend_on_the_mesh(config):
 @pytest.mark.slow
 @pytest.mark.parametrize('balance', ['fixed', 'uncertainty'])
 def test_losses_do_not_depend_on_the_number_of_microbatches(balance):
-  config = LossConfig(terms=BOTH.terms, classification=BOTH.classification, balance=balance)
+  config = LossConfig(terms=BOTH.terms, sections=BOTH.sections, balance=balance)
   alone, cut = train(config), train(config, num_microbatches=4)
   np.testing.assert_allclose(cut[0], alone[0], atol=1e-5, rtol=0)
   assert cut[2] == pytest.approx(alone[2], abs=1e-3)
@@ -85,7 +87,8 @@ def test_several_losses_are_told_apart_and_added_by_their_weights():
 
 @pytest.mark.parametrize('balance', [pytest.param('uncertainty', marks=pytest.mark.slow), 'grad_norm'])
 def test_learnt_weights_move_and_are_logged(balance):
-  config = LossConfig(terms=BOTH.terms, classification=Classification(num_classes=4), balance=balance)
+  config = LossConfig(terms=BOTH.terms, balance=balance,
+                      sections=Sections({'classification': Classification(num_classes=4)}))
   losses, state, metrics = train(config, 12)
   weights = np.array([metrics['next_token/weight'], metrics['classification/weight']])
   s = np.asarray(state.params['loss_weights'])
@@ -124,7 +127,8 @@ def test_heads_beside_other_models_learn_in_bfloat16(cfg):
 def test_a_student_comes_closer_to_its_teacher():
   """The same on a mesh, and in microbatches."""
   teacher = jax.device_get(train(LossConfig(), 12)[1].params)
-  config = LossConfig(terms=('distillation',), distillation=Distillation(teacher='x', hidden=1.0, hidden_dim=16))
+  config = LossConfig(terms=('distillation',), sections=Sections(
+      {'distillation': Distillation(teacher='x', hidden=1.0, hidden_dim=16)}))
   model = make_model(CFG)
   losses, state, _ = train(config, 12, teacher=(model, teacher))
   assert losses[-1, 0] < 0.7 * losses[0, 0]
@@ -145,12 +149,13 @@ def test_what_is_read_is_counted_without_padding():
 
 def test_a_class_is_told_from_tokens_that_came_before_alone():
   """The counterpart of causality: padding behind a document, and other rows, change nothing of its logits."""
-  objective = make_objective(LossConfig(terms=('classification',), classification=Classification(num_classes=4)))
+  objective = make_objective(LossConfig(
+      terms=('classification',), sections=Sections({'classification': Classification(num_classes=4)})))
   model, batch = make_model(CFG, objective.heads), Batch(**features(0))
   params = jax.jit(model.init)(jax.random.key(0), batch)['params']
 
   def logits(module, batch):
-    [given] = objective._looks(module, batch, None, train=False)
+    [given] = objective._inputs(module, batch, None, train=False)
     return objective.terms[0][1].logits(given)
 
   run = jax.jit(partial(model.apply, method=logits))
@@ -173,8 +178,8 @@ def test_evaluation_of_several_losses_adds_up_over_ragged_batches():
     cut = {k: v[rows] for k, v in data.items()}
     return Batch(**{k: np.pad(v, ((0, size - len(v)),) + ((0, 0),) * (v.ndim - 1)) for k, v in cut.items()})
 
-  whole = evaluate(fn, params, [Batch(**data)])
-  ragged = evaluate(fn, params, [padded(slice(i, i + 5), 5) for i in range(0, 12, 5)])
+  whole = add_up(fn, params, [Batch(**data)])
+  ragged = add_up(fn, params, [padded(slice(i, i + 5), 5) for i in range(0, 12, 5)])
   assert objective.summarize(ragged) == pytest.approx(objective.summarize(whole), rel=1e-6)
   np.testing.assert_array_equal(objective.tables(ragged)['classification'], objective.tables(whole)['classification'])
   results = objective.summarize(whole)
@@ -183,5 +188,5 @@ def test_evaluation_of_several_losses_adds_up_over_ragged_batches():
 
 
 def test_an_evaluation_of_a_pupil_asks_for_the_next_token():
-  config = LossConfig(terms=('distillation',), distillation=Distillation(teacher='x'))
-  assert make_objective(config).judge() == Objective()
+  config = LossConfig(terms=('distillation',), sections=Sections({'distillation': Distillation(teacher='x')}))
+  assert make_objective(config).eval_objective() == Objective()

@@ -8,7 +8,7 @@ import pytest
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.config import DataConfig
-from llm_jax.data.open import check_fingerprint, data_fingerprint, open_data, task_of
+from llm_jax.data.open import check_fingerprint, data_fingerprint, open_data
 from llm_jax.data.rows.examples import make_examples
 from llm_jax.data.sources.corpus import Corpus, key_of
 from llm_jax.data.sources.documents import SourceConfig
@@ -140,7 +140,7 @@ def test_sentinels_are_as_many_as_are_configured(tmp_path):
   config, data = opened(tmp_path, tmp_path / 'x.txt', task='span_corruption', packing='pad', seq_len=1024,
                         encoder_len=2048)
   config = DataConfig(**{**vars(config), 'span_corruption': type(config.span_corruption)(num_sentinels=200)})
-  task = task_of(config)
+  task = config.task_settings
   assert task.num_sentinels == 200
   examples = make_examples(data.train['data'], task=task, seq_len=1024, encoder_len=2048, packing='pad',
                            vocab_size=data.vocab_size, bos_id=data.bos_id, eos_id=data.eos_id)

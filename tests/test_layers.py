@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from llm_jax.base.registry import NoSettings
 from llm_jax.layers.linear import mixed_einsum
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.norm import layer_norm, rms_norm
@@ -58,7 +59,7 @@ def test_norms_are_their_equations():
 def test_gelu_is_its_equation():
   x = normal(0, 64) * 4
   expected = [v * 0.5 * (1 + math.erf(v / 2**0.5)) for v in x.tolist()]
-  np.testing.assert_allclose(MLPS['gelu'].keywords['activation'](x), expected, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(MLPS['gelu'](NoSettings()).keywords['activation'](x), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('norm', [lambda x, scale: rms_norm(x, scale, 1e-6),

@@ -14,7 +14,7 @@ from llm_jax.base.sharding import MeshConfig, batch_sharding, make_mesh
 from llm_jax.layers.linear import mixed_einsum
 from llm_jax.losses import readout as readouts
 from llm_jax.losses.readout import Readout, cross_entropy, score
-from llm_jax.models.decoder import project
+from llm_jax.models.blocks import project
 
 B, T, D, V = 4, 10, 6, 13
 

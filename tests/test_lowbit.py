@@ -10,8 +10,8 @@ from meshes import train_on
 from test_bitnet import CFG
 from test_step import OPTIM, features
 
-from llm_jax.layers.lowbit import lowbit_einsum
-from llm_jax.models import decoder as decoder_module
+from llm_jax.extras import lowbit
+from llm_jax.extras.lowbit import lowbit_einsum
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import make_optimizer
 
@@ -52,6 +52,6 @@ def test_a_model_of_them_learns_as_well(kind):
 
 
 def test_without_qwix_it_is_told_how_to_get_it(monkeypatch):
-  monkeypatch.setattr(decoder_module, 'find_spec', lambda name: None)
-  with pytest.raises(ValueError, match=r"int8 needs qwix: pip install 'llm_jax\[quant\]'"):
+  monkeypatch.setattr(lowbit, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match=r"int8 needs qwix.*: pip install 'llm_jax\[quant\]'"):
     dataclasses.replace(CFG, einsum='int8')

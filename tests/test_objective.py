@@ -10,14 +10,14 @@ from jax.scipy.special import logsumexp
 from llm_jax.base.batch import Batch
 from llm_jax.base.errors import ConfigError
 from llm_jax.config import build
+from llm_jax.extras.balances import BALANCES
+from llm_jax.extras.contrastive import Contrastive
+from llm_jax.extras.labels import Classification, Regression, macro_f1
 from llm_jax.losses import readout as readouts
-from llm_jax.losses.balance import BALANCES
 from llm_jax.losses.config import LossConfig
-from llm_jax.losses.contrastive import Contrastive
-from llm_jax.losses.labels import Classification, Regression, macro_f1
 from llm_jax.losses.next_token import Distillation
 from llm_jax.losses.readout import Readout
-from llm_jax.losses.term import Look, pool
+from llm_jax.losses.term import TermInputs, pool
 
 B, T, D, C, V = 8, 6, 5, 4, 11
 RNG = np.random.default_rng(0)
@@ -29,13 +29,13 @@ def normal(*shape):
 
 
 def look(labels=None, num_outputs=C, **parts):
-  """A Look at hidden states of chance, whose head has `num_outputs` outputs."""
+  """A TermInputs at hidden states of chance, whose head has `num_outputs` outputs."""
   segments = (np.arange(T)[None] < LENGTHS[:, None]).astype(np.int32)
   batch = Batch(tokens=np.zeros((B, T), np.int32), targets=np.arange(B * T).reshape(B, T) % V, labels=labels,
                 loss_mask=segments.astype(np.float32), segment_ids=segments, encoder_segment_ids=segments)
   head = {'w': normal(D, num_outputs), 'b': normal(num_outputs)}
   readout = Readout(normal(B, T, D), normal(D, V), lambda w, x: jnp.einsum('BTD,DV->BTV', x, w))
-  return Look(batch, readout, head, parts.get('other'), parts.get('teacher'), jnp.float32)
+  return TermInputs(batch, readout, head, parts.get('other'), parts.get('teacher'), jnp.float32)
 
 
 def pooled(x_BTD, how):
@@ -110,7 +110,7 @@ def test_metrics_of_classes_are_exact_however_the_data_is_cut():
 @pytest.mark.parametrize('delta', [0.0, 0.7])
 def test_regression_is_its_equation_in_the_labels_own_units(delta):
   labels = (1000 + 50 * normal(B, 2)).astype(np.float32)
-  term = Regression(huber_delta=delta).fitted(labels.astype(np.float64), ())
+  term = Regression(huber_delta=delta).with_labels(labels.astype(np.float64), ())
   seen, real = look(labels, 2), LENGTHS > 0
   mean, std = labels.astype(np.float64).mean(0), labels.astype(np.float64).std(0)
   given = (pooled(seen.readout.x_BTD, 'last') @ seen.head['w'] + seen.head['b']) * std + mean
@@ -208,7 +208,7 @@ def test_grad_norm_brings_the_gradients_to_the_norms_they_should_have():
 
 
 @pytest.mark.parametrize(('values', 'words'), [
-    ({'terms': ['classfication']}, ['classfication', 'next_token, classification']),
+    ({'terms': ['classfication']}, ['classfication', 'next_token', "did you mean 'classification'?"]),
     ({'terms': []}, ['one loss or more']),
     ({'terms': ['next_token', 'next_token']}, ['each once']),
     ({'balance': 'uncertainty'}, ['two terms']),

@@ -3,7 +3,6 @@
 import functools
 import json
 import random
-import shutil
 import signal
 
 import matplotlib.image
@@ -12,7 +11,7 @@ import pytest
 from program import finish, signal_at, start
 
 from llm_jax import main
-from llm_jax.base.errors import ConfigError, DataError, StorageError
+from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.commands import evaluate, generate, predict
 from llm_jax.training.log import read_metrics
 
@@ -198,21 +197,6 @@ def test_a_class_that_training_never_saw_is_told(folder, tmp_path):
   with pytest.raises(DataError, match=r'val part has class 2.*0 to 1.*num_classes to 3'):
     main.main([f'--config={folder}/classification.py', f'--workdir={tmp_path}/run',
                f'--config.data.path={tmp_path}/train.jsonl', f'--config.data.val_path={tmp_path}/val.jsonl'])
-
-
-def test_a_run_from_before_losses_had_a_section_is_still_read(folder, run, capsys, tmp_path):
-  run('regression')
-  workdir = tmp_path / 'old'
-  shutil.copytree(folder / 'regression', workdir)
-  values = json.loads((workdir / 'config.json').read_text())
-  values |= {'z_loss': 0.5, 'label_smoothing': 0.0}
-  values['data']['prefix_lm'] = {}
-  (workdir / 'config.json').write_text(json.dumps(values))
-  with pytest.raises(StorageError, match=r'config\.json: damaged.*next_token is set'):  # which it never learnt
-    evaluate.main([f'--workdir={workdir}'])
-  (workdir / 'config.json').write_text(json.dumps(values | {'z_loss': 0.0}))
-  evaluate.main([f'--workdir={workdir}'])
-  assert report_of(capsys)['r2'] > 0.7
 
 
 def test_rows_that_are_compared_are_held_at_once(folder, tmp_path):

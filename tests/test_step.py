@@ -23,11 +23,12 @@ from llm_jax.base.sharding import (
   put_batch,
 )
 from llm_jax.config import build
-from llm_jax.infer.score import evaluate
+from llm_jax.infer.score import add_up
 from llm_jax.losses.readout import Readout
 from llm_jax.models.decoder import DecoderConfig
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import OptimConfig, make_optimizer
+from llm_jax.optim.groups import trainable_paths
 from llm_jax.training.state import NEXT_TOKEN, eval_step, init_state, logical_axes, state_shardings, train_step
 
 CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, dtype='float32',
@@ -78,7 +79,7 @@ def long_chain():
 
 def test_states_that_are_partitioned_masked_and_averaged_lie_like_their_parameters():
   shardings = state_shardings(Batch(**features(0)), make_mesh(MeshConfig(2, 2, 2)), model=make_model(CFG),
-                              tx=long_chain())
+                              tx=long_chain(), is_trainable=trainable_paths(LONG.groups))
   lies = {leaf.spec for leaf in jax.tree.leaves(shardings.params)}
   sharded = [s.spec for s in jax.tree.leaves(shardings.opt_state) if s.spec != P()]
   assert len(sharded) > 2 * sum(s.spec != P() for s in jax.tree.leaves(shardings.params)) - 8
@@ -88,11 +89,11 @@ def test_states_that_are_partitioned_masked_and_averaged_lie_like_their_paramete
 
 @pytest.mark.slow
 def test_a_long_chain_does_the_same_on_a_mesh():
-  tx, losses, averages = long_chain(), [], []
+  tx, is_trainable, losses, averages = long_chain(), trainable_paths(LONG.groups), [], []
   for sizes in ((1, 1, 1), (2, 2, 2)):
-    history, state, _ = train_on(sizes, make_model(CFG), tx, features, num_steps=8)
+    history, state, _ = train_on(sizes, make_model(CFG), tx, features, num_steps=8, is_trainable=is_trainable)
     losses.append([metrics['loss'] for metrics in history])
-    averages.append(jax.device_get(tx.evaluated(state.opt_state, state.params)))
+    averages.append(jax.device_get(tx.evaluated(state.opt_state, state.trainable)))
   np.testing.assert_allclose(*losses, atol=1e-4, rtol=0)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), *averages)
   assert losses[0][-1] < losses[0][0]
@@ -203,8 +204,8 @@ def test_evaluation_adds_up_over_any_ragged_batches():
   def padded(rows, size):
     return Batch(**{k: np.pad(v[rows], ((0, size - len(v[rows])), (0, 0))) for k, v in data.items()})
 
-  whole = NEXT_TOKEN.summarize(evaluate(fn, params, [Batch(**data)]))
-  ragged = NEXT_TOKEN.summarize(evaluate(fn, params, [padded(slice(i, i + 5), 5) for i in range(0, 12, 5)]))
+  whole = NEXT_TOKEN.summarize(add_up(fn, params, [Batch(**data)]))
+  ragged = NEXT_TOKEN.summarize(add_up(fn, params, [padded(slice(i, i + 5), 5) for i in range(0, 12, 5)]))
   assert ragged == pytest.approx(whole, rel=1e-6)
   logits = np.asarray(model.apply({'params': params}, Batch(**data)), np.float64)
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -1,8 +1,8 @@
-"""The few types that every floor shares: Batch and the model protocol."""
+"""Batch, and the types of trees that every module shares."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import flax.struct
 import jax
@@ -35,32 +35,3 @@ class Batch:
 
 def as_batch(features: dict[str, Any]) -> Batch:
   return Batch(**features)
-
-
-class LanguageModel(Protocol):
-  """What the floors above models/ may ask of a model; a Flax module bound or through `apply(method=...)`."""
-
-  cfg: Any  # has vocab_size, max_len, longest_prompt, flops_per_token(seq_len), positions_of(seq_len), ...
-  reads: frozenset[str]  # features of a Batch that it looks at
-  needs: frozenset[str]  # of these the ones that not every task gives
-  prompt_in_row: bool  # whether a prompt takes room in the row that it is answered in
-
-  def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
-    """Logits, float32 [B, T, V]."""
-    ...
-
-  def readout(self, batch: Batch, *, train: bool = False) -> Any:
-    """The same as a losses.Readout, not yet multiplied out."""
-    ...
-
-  def init_cache(self, batch_size: int, max_len: int) -> Cache:
-    """An empty cache for rows of at most `max_len` tokens: leaves [L, B, ...] in cache['layers'], else [B, ...]."""
-    ...
-
-  def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Reads right-padded prompts; logits [B, V] of what follows each, and the cache."""
-    ...
-
-  def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Reads one more token a row; logits [B, V] of what follows, and the cache."""
-    ...

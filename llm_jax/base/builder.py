@@ -8,15 +8,89 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.registry import Registry
 
 
-def variant(classes: dict[str, type], default: str) -> Any:
-  """A dataclass field whose dict picks its class by `name`."""
-  return dataclasses.field(default_factory=classes[default], metadata={'classes': classes, 'default': default})
+class Sections(Mapping[str, Any]):
+  """Settings of registry entries by name, as a config holds them: immutable and hashable."""
+
+  def __init__(self, settings: Mapping[str, Any] | None = None):
+    self._settings = dict(settings or {})
+
+  def __getitem__(self, name: str) -> Any:
+    return self._settings[name]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._settings)
+
+  def __len__(self) -> int:
+    return len(self._settings)
+
+  def __hash__(self) -> int:
+    return hash(frozenset(self._settings.items()))
+
+  def __repr__(self) -> str:
+    return f'Sections({self._settings})'
+
+
+def variant(registry: Registry, default: str) -> Any:
+  """A dataclass field whose class is the registry's settings for its `name`."""
+  return dataclasses.field(default_factory=lambda: registry.settings(default)(),
+                           metadata={'registry': registry, 'default': default})
+
+
+def sections(*registries: Registry) -> Any:
+  """The field `sections` of a dataclass: beside its fields, its config section has one for each entry that it names."""
+  return dataclasses.field(default=Sections(), metadata={'registries': registries})
+
+
+def registries_of(cls: type) -> tuple[Registry, ...]:
+  """The registries whose entries are sections of this dataclass."""
+  field = cls.__dataclass_fields__.get('sections')  # type: ignore[attr-defined]
+  return field.metadata.get('registries', ()) if field else ()
+
+
+def check_names(field: str, names: Iterable[str], registry: Registry) -> None:
+  """Raises ValueError for a name that the registry does not have."""
+  for name in names:
+    if name not in registry:
+      near = difflib.get_close_matches(name, registry, n=1)
+      hint = f' (did you mean {near[0]!r}?)' if near else ''
+      raise ValueError(f'{field} names {name!r}, which is unknown; known: {", ".join(registry) or "none"}{hint}')
+
+
+def keep_named(config: Any, names: Iterable[str], where: str) -> None:
+  """Reduces config.sections to the entries in `names`, with defaults where nothing was set; called in __post_init__.
+
+  Raises ValueError for settings of an entry that is not named; `where` says by what, such as 'chain does not name it'.
+  """
+  registries, given = registries_of(type(config)), config.sections
+  kept = {}
+  for name in dict.fromkeys(names):
+    registry = next((r for r in registries if name in r), None)
+    if registry is not None:
+      settings = given[name] if name in given else registry.settings(name)()
+      if dataclasses.fields(settings):
+        kept[name] = settings
+  for name in sorted(set(given) - set(kept)):
+    registry = next(r for r in registries if name in r)
+    if given[name] != registry.settings(name)():
+      raise ValueError(f'{name} is set, but {where}: it would have no effect')
+  object.__setattr__(config, 'sections', Sections(kept))
+
+
+def to_dict(config: Any) -> Any:
+  """Nested plain dicts and lists, ready for JSON; sections of registry entries stand beside the other fields."""
+  if dataclasses.is_dataclass(config):
+    values = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return values | values.pop('sections') if registries_of(type(config)) else values
+  if isinstance(config, Mapping):
+    return {name: to_dict(value) for name, value in config.items()}
+  return [to_dict(value) for value in config] if isinstance(config, (tuple, list)) else config
 
 
 def build(cls: type, values: Mapping, path: str = 'config') -> Any:
@@ -36,21 +110,28 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
   if not isinstance(values, Mapping):
     problems.append(f'{path}: expects a group of fields, got {values!r}')
     return None
-  fields = {f.name: f for f in dataclasses.fields(cls)}
+  registries = registries_of(cls)
+  fields = {f.name: f for f in dataclasses.fields(cls) if not (registries and f.name == 'sections')}
   hints = typing.get_type_hints(cls)
   before = len(problems)
-  built = {}
+  built: dict[str, Any] = {}
+  of_entries = {}
   for name, value in values.items():
-    if name not in fields:
-      near = difflib.get_close_matches(name, fields, n=1)
+    registry = next((r for r in registries if name in r), None)
+    if name in fields and 'registry' in fields[name].metadata:
+      built[name] = _build_variant(fields[name], value, f'{path}.{name}', problems)
+    elif name in fields:
+      built[name] = _convert(hints[name], value, f'{path}.{name}', problems)
+    elif registry is not None:
+      of_entries[name] = _build(registry.settings(name), value, f'{path}.{name}', problems)
+    else:
+      near = difflib.get_close_matches(name, [*fields, *(n for r in registries for n in r)], n=1)
       hint = f'did you mean {path}.{near[0]}?' if near else f'known: {", ".join(fields)}'
       problems.append(f'{path}.{name}: no such field; {hint}')
-    elif 'classes' in fields[name].metadata:
-      built[name] = _build_variant(fields[name], value, f'{path}.{name}', problems)
-    else:
-      built[name] = _convert(hints[name], value, f'{path}.{name}', problems)
   if len(problems) > before:
     return None
+  if of_entries:
+    built['sections'] = Sections(of_entries)
   try:
     return cls(**built)
   except ValueError as e:
@@ -59,12 +140,16 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
 
 
 def _build_variant(field: dataclasses.Field, value: Any, path: str, problems: list[str]) -> Any:
-  classes = field.metadata['classes']
-  name = value.get('name', field.metadata['default']) if isinstance(value, Mapping) else None
-  if isinstance(value, Mapping) and name not in classes:
-    problems.append(f'{path}.name: {name!r} is unknown; known: {", ".join(classes)}')
+  registry, default = field.metadata['registry'], field.metadata['default']
+  if dataclasses.is_dataclass(value):
+    return value
+  name = str(value.get('name', default)) if isinstance(value, Mapping) else default
+  if name not in registry:
+    near = difflib.get_close_matches(name, registry, n=1)
+    problems.append(f'{path}.name: {name!r} is unknown; known: {", ".join(registry)}'
+                    + (f' (did you mean {near[0]!r}?)' if near else ''))
     return None
-  return _build(classes.get(name, classes[field.metadata['default']]), value, path, problems)
+  return _build(registry.settings(name), value, path, problems)
 
 
 def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:

@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 from llm_jax import __version__
-from llm_jax.base import runtime
+from llm_jax.base import flags, runtime
 from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError, UserError
-from llm_jax.main import out_of_memory_told, run_as_program
+from llm_jax.main import out_of_memory_as_config_error, run_as_program
 
 CORE = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-collections', 'numpy', 'tensorboard',
         'tokenizers', 'tiktoken', 'safetensors', 'psutil')
@@ -44,26 +44,27 @@ def main(argv: list[str]) -> None:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', help='a config file, or the config.json of a run')
   parser.add_argument('--full_size', action='store_true', help='on a CPU, ignore what the config changes for CPUs')
-  runtime.add_flag(parser)
+  flags.add(parser, trust=False)
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, '--config.', '--config, --full_size, --tuning, --config.FIELD')
   lines, missing = packages()
   print('\n'.join(lines), flush=True)
   if missing:
     raise ConfigError(f'{", ".join(missing)}: needed, and not installed; pip install llm_jax')
-  was_set = runtime.prepare(args.tuning == 'on')
+  was_set = flags.apply(args)
   for line in [*machine(), f'runtime      {was_set}']:
     print(line)
   if args.config is None:
     return
   from llm_jax import api
   from llm_jax.training import loop
+  from llm_jax.training.custom import Custom
   config = api.load_config(args.config, full_size=args.full_size, **overrides)
   print(f'config       {args.config}: fields and values are legal')
   try:
-    with (out_of_memory_told(config.tokens_per_device), tempfile.TemporaryDirectory() as folder,
-          contextlib.closing(loop.moments(config, Path(folder))) as moments):
-      first = next(moments, None)
+    with (out_of_memory_as_config_error(config.tokens_per_device), tempfile.TemporaryDirectory() as folder,
+          contextlib.closing(loop.train(config, Path(folder), Custom())) as events):
+      first = next(events, None)
   except UserError:
     print(f'config       {args.config}: would NOT run', flush=True)
     raise

@@ -15,7 +15,7 @@ import numpy as np
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.commands.data_prepare import parse, table
 from llm_jax.data.config import DataConfig
-from llm_jax.data.open import Data, open_data, open_examples, task_of
+from llm_jax.data.open import Data, open_data, open_examples
 from llm_jax.data.rows.examples import Examples
 from llm_jax.data.rows.tasks import Features
 from llm_jax.data.sources.filters import Report
@@ -81,7 +81,7 @@ def row_of(examples: Examples, index: int, seed: int) -> Features:
 
 def describe(features: Features, data: Data, config: DataConfig) -> list[str]:
   """What is read and what is learnt, piece by piece; tokens divided by |, special ones in <>."""
-  names = token_names(data.tokenizer, data.vocab_size, task_of(config).num_sentinels)
+  names = token_names(data.tokenizer, data.vocab_size, config.task_settings.num_sentinels)
   segments = features.get('segment_ids', np.ones_like(features['tokens']))
   mask, has_label = features['loss_mask'] > 0, 'labels' in features
   lines = []

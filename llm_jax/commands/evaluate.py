@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_jax.base import runtime
+from llm_jax.base import flags
 from llm_jax.base.errors import StorageError
 from llm_jax.main import run_as_program
 
@@ -28,12 +28,12 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--num_beams', type=int, help='of an answer (default: config.eval.num_beams)')
   parser.add_argument('--validator', help='of answers (default: config.eval.validator)')
   parser.add_argument('--out', type=Path, help='the JSON file (default: evaluation.json in the workdir)')
-  runtime.add_flag(parser)
+  flags.add(parser)
   args = parser.parse_args(argv)
 
-  runtime.prepare(args.tuning == 'on')
+  flags.apply(args)
   from llm_jax import api
-  trained = api.load(args.workdir, args.checkpoint)
+  trained = api.load(args.workdir, args.checkpoint, trust=args.trust)
   results, tables, answers = trained.evaluate(args.split, args.data, num_answers=args.answers, num_beams=args.num_beams,
                                               validator=args.validator)
   report = {'workdir': str(args.workdir), 'step': trained.run.meta['step'],
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
   print(json.dumps(report, indent=2))
   out = args.out or args.workdir / 'evaluation.json'
   for counts in tables.values():
-    classes = trained.config.loss.classification.classes or tuple(map(str, range(len(counts))))
+    classes = trained.config.loss.sections['classification'].classes or tuple(map(str, range(len(counts))))
     report |= {'confusion': counts.astype(int).tolist(), 'classes': classes}
   files = {out: json.dumps(report, indent=2) + '\n'}
   if answers:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.base import runtime
+from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.main import run_as_program
 
@@ -28,36 +28,29 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
   parser.add_argument('--weight_bits', choices=('1.58', '1', '32'),
                       help='32: as they are (default: as they were trained, else 1.58)')
-  runtime.add_flag(parser)
+  flags.add(parser)
   args = parser.parse_args(argv)
   if args.out.exists() and any(args.out.iterdir() if args.out.is_dir() else [args.out]):
     raise ConfigError(f'--out: {args.out} is there already; name a new folder')
 
-  runtime.prepare(args.tuning == 'on')
+  flags.apply(args)
   import jax
 
+  from llm_jax.base.builder import to_dict
+  from llm_jax.base.files import write_file
   from llm_jax.base.sharding import MeshConfig, make_mesh
-  from llm_jax.config import to_dict
-  from llm_jax.infer.export import FILE, by_name, pack_params, packed_model, write_params
-  from llm_jax.infer.load import example_batch, load_run
+  from llm_jax.base.trees import by_name
+  from llm_jax.data.pipeline import example_batch
+  from llm_jax.infer.export import EXPORTERS, FILE, write_params
+  from llm_jax.infer.load import load_run
   from llm_jax.training.state import logical_axes
 
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    run = load_run(args.workdir, mesh, args.checkpoint)
-    if args.weight_bits == '32':
-      model, arrays = run.config.model, {name: np.asarray(x) for name, x in by_name(run.params).items()}
-    elif getattr(run.config.model, 'einsum', 'packed') == 'packed':
-      raise ConfigError(f'--workdir: {args.workdir} is a {run.config.model.name} of matrices that cannot be packed; '
-                        'of the models decoder and encdec can, once; --weight_bits=32 writes any as it is')
-    else:
-      trained = run.config.model.bitnet.weight_bits if run.config.model.einsum == 'bitnet' else None
-      if args.weight_bits and trained not in (None, args.weight_bits):
-        raise ConfigError(f'--weight_bits: {args.weight_bits}, and {args.workdir} was trained with {trained}; leave it '
-                          'out')
-      model = packed_model(run.config.model, args.weight_bits or trained or '1.58')
-      arrays = pack_params(run.params, logical_axes(example_batch(run.config), model=run.model),
-                           model.bitnet.weight_bits)
+    run = load_run(args.workdir, mesh, args.checkpoint, trust=args.trust)
+    axes = logical_axes(example_batch(run.config.data), model=run.model)
+    exporter = EXPORTERS['plain' if args.weight_bits == '32' else 'packed']
+    model, arrays = exporter.export(run.config, run.params, axes, args.weight_bits)
   config = dataclasses.replace(run.config, model=model)
   files = {'config.json': json.dumps(to_dict(config), indent=2)}
   for name, tokenizer in (('tokenizer', run.tokenizer), ('encoder_tokenizer', run.encoder_tokenizer)):
@@ -66,7 +59,7 @@ def main(argv: list[str]) -> None:
   try:
     args.out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-      (args.out / name).write_text(content)
+      write_file(args.out / name, content)
   except OSError as e:
     raise StorageError(f'--out: {args.out} cannot be written: {e.strerror}') from None
   write_params(args.out / FILE, arrays, run.meta)

@@ -7,7 +7,7 @@ import codecs
 import sys
 from pathlib import Path
 
-from llm_jax.base import runtime
+from llm_jax.base import flags
 from llm_jax.main import run_as_program
 
 
@@ -24,16 +24,16 @@ def main(argv: list[str]) -> None:
                       'instead of sampling')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
-  runtime.add_flag(parser)
+  flags.add(parser)
   args = parser.parse_args(argv)
-  runtime.prepare(args.tuning == 'on')
+  flags.apply(args)
   import jax
 
   from llm_jax import api
   from llm_jax.base.sharding import MeshConfig, make_mesh
 
   with jax.set_mesh(make_mesh(MeshConfig())):
-    trained = api.load(args.workdir, args.checkpoint)
+    trained = api.load(args.workdir, args.checkpoint, trust=args.trust)
     columns = trained.tokens(
         args.prompt, num_samples=args.num_samples, num_tokens=args.num_tokens, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, num_beams=args.num_beams, seed=args.seed)

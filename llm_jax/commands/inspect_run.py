@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.base import runtime
+from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.main import run_as_program
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--tokens', type=int, default=16_384, help='of the validation part, for losses by thinking steps')
   parser.add_argument('--out', type=Path, help='the picture; its numbers lie beside it as .json (default: inspect.png '
                       'in the workdir)')
-  runtime.add_flag(parser)
+  flags.add(parser)
   args = parser.parse_args(argv)
   if args.tokens < 1:
     raise ConfigError(f'--tokens must be at least 1; got {args.tokens}')
@@ -39,32 +39,35 @@ def main(argv: list[str]) -> None:
   except ImportError:
     raise ConfigError("the picture needs matplotlib: pip install 'llm_jax[plot]'") from None
 
-  runtime.prepare(args.tuning == 'on')
+  flags.apply(args)
   import jax
 
   from llm_jax.base.batch import Batch
   from llm_jax.base.sharding import MeshConfig, make_mesh
   from llm_jax.data import pipeline
   from llm_jax.data.open import open_data
-  from llm_jax.infer.load import build_model, load_run, make_evaluator
+  from llm_jax.infer.load import load_run
+  from llm_jax.infer.score import make_evaluator
+  from llm_jax.losses.config import make_objective
+  from llm_jax.models.registry import make_model
 
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    run = load_run(args.workdir, mesh, args.checkpoint)
-    data = open_data(run.config.data)
+    run = load_run(args.workdir, mesh, args.checkpoint, trust=args.trust)
+    data, objective = open_data(run.config.data), make_objective(run.config.loss)
     store = next(iter(data.val.values()))
     examples = pipeline.open_examples(run.config.data, data, store, train=False)
     features = next(pipeline.eval_batches(examples, 2, np.arange(2), None))
     report: dict[str, Any] = {'workdir': str(args.workdir), 'step': run.meta['step'], 'weights': weights(run.params)}
     batch = Batch(**{name: jax.numpy.asarray(x) for name, x in features.items()})
     def remade(**changes: Any) -> Any:
-      return build_model(dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, **changes)))
+      return make_model(dataclasses.replace(run.config.model, **changes), objective.heads, objective.num_weights)
     whole = remade(remat='none')  # remat would hide what is inside
     report['activations'], sown = activations(whole, run.params, batch)
     if 'think' in sown:
       def losses(num_steps: int) -> float:
         model = remade(thinking_steps=num_steps, halting=run.config.model.halting and num_steps > 0)
-        return make_evaluator(run.config, data, model, mesh)(run.params, data.val, args.tokens)[0]['loss']
+        return make_evaluator(run.config, data, model, objective, mesh)(run.params, data.val, args.tokens)[0]['loss']
       report['thinking'] = thinking(sown['think']['steps'][0], losses, run.config.model.thinking_steps)
   print('\n'.join(lines(report)))
   out = args.out or args.workdir / 'inspect.png'

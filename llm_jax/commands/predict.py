@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.base import runtime
+from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
 from llm_jax.main import run_as_program
 
@@ -29,12 +29,12 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--text', action='append', help='may be given several times (default: the lines of stdin)')
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
   parser.add_argument('--top', type=int, default=5, help='how many classes')
-  runtime.add_flag(parser)
+  flags.add(parser)
   args = parser.parse_args(argv)
   if args.top < 1:
     raise ConfigError(f'--top must be at least 1; got {args.top}')
 
-  runtime.prepare(args.tuning == 'on')
+  flags.apply(args)
   import jax
 
   from llm_jax.base.batch import as_batch
@@ -44,9 +44,9 @@ def main(argv: list[str]) -> None:
 
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    run = load_run(args.workdir, mesh, args.checkpoint)
-    objective = make_objective(run.config.loss).judge()
-    if not objective.tells:
+    run = load_run(args.workdir, mesh, args.checkpoint, trust=args.trust)
+    objective = make_objective(run.config.loss).eval_objective()
+    if not objective.has_predictions:
       raise ConfigError(f'--workdir: {args.workdir} learns {", ".join(run.config.loss.terms)}, which tells nothing of '
                         'a whole text; for new text take llm-jax generate')
     if run.tokenizer is None:
@@ -84,7 +84,7 @@ def shown(config: Any, told: dict[str, np.ndarray], top: int) -> dict[str, Any]:
   """What is told of one document, for people and programs."""
   result: dict[str, Any] = {name: x.tolist() for name, x in told.items()}
   if 'classification' in told:
-    p, classes = told['classification'], config.classification.classes
+    p, classes = told['classification'], config.sections['classification'].classes
     best = np.argsort(-p)[:top].tolist()
     result['classification'] = {classes[i] if classes else str(i): round(float(p[i]), 4) for i in best}
   return result

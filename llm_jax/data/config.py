@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from llm_jax.base.builder import Sections, keep_named, sections
 from llm_jax.base.runtime import user_cache
 from llm_jax.data.rows.augment import Augment
-from llm_jax.data.rows.tasks import TASKS, FillInTheMiddle, MaskedTokens, SpanCorruption
+from llm_jax.data.rows.tasks import TASKS, Task
 from llm_jax.data.sources.documents import SourceConfig
 from llm_jax.data.sources.filters import FilterConfig
 from llm_jax.data.sources.splits import SplitConfig
@@ -31,10 +32,8 @@ class DataConfig(SourceConfig, SplitConfig):
   min_frequency: int = 1  # of a word
   pattern: str | None = None  # regular expression of the words; None: see tokenizers/word.py
 
-  task: str = 'next_token'  # one of tasks.TASKS; those with settings have a field below
-  fim: FillInTheMiddle = FillInTheMiddle()
-  span_corruption: SpanCorruption = SpanCorruption()
-  masked_tokens: MaskedTokens = MaskedTokens()
+  task: str = 'next_token'  # one of TASKS (see rows/tasks.py); its settings are in the section of its name
+  sections: Sections = sections(TASKS)
   augment: Augment = Augment()
   seq_len: int = 1024
   encoder_len: int = 512  # of tasks with an encoder
@@ -55,6 +54,8 @@ class DataConfig(SourceConfig, SplitConfig):
     problems = []
     if self.task not in TASKS:
       problems.append(f'task {self.task!r} is unknown; known: {", ".join(TASKS)}')
+    else:
+      keep_named(self, (self.task,), 'task does not name it')
     if not self.path:
       problems.append("path must name something: 'stdlib', a file, a folder, a glob or a URL")
     for field in ('seq_len', 'encoder_len', 'shard_tokens', 'shuffle_buffer', 'max_record_bytes', 'min_frequency'):
@@ -116,6 +117,11 @@ class DataConfig(SourceConfig, SplitConfig):
         (self.filters.deduplicate, 'duplicates are not remembered over a stream: set filters.deduplicate=False'),
         (len(self.weights_from) > 1, 'weights of a stream do not change: leave weights_from at (0,)'),
         (self.num_workers > 0, 'a stream is read by a thread: leave num_workers at 0')) if wrong]
+
+  @property
+  def task_settings(self) -> Task:
+    """The task with its settings."""
+    return self.sections.get(self.task) or TASKS.settings(self.task)()
 
   @property
   def named_sources(self) -> dict[str, SourceConfig]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.config import DataConfig, cache_dir
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.rows.examples import Examples, make_examples
 from llm_jax.data.rows.order import VERSION as ORDER_VERSION
-from llm_jax.data.rows.tasks import TASKS, Task
 from llm_jax.data.sources import fetch
 from llm_jax.data.sources.corpus import PARTS, Corpus, fit_tokenizer, key_of, make_store, memory_stores
 from llm_jax.data.sources.documents import Document, SourceConfig
@@ -93,15 +93,10 @@ def open_data(config: DataConfig) -> Data:
   return dataclasses.replace(_data(config, splits, tokenizer, encoder_tokenizer), reports=reports)
 
 
-def task_of(config: DataConfig) -> Task:
-  """The task with its settings."""
-  return getattr(config, config.task, None) or TASKS[config.task]()
-
-
 def open_examples(config: DataConfig, data: Data, tokens: TokenStore, *, train: bool) -> Examples:
   """The rows of a store as the config's task makes them. Raises ConfigError, DataError where they do not fit."""
   return make_examples(
-      tokens, task=task_of(config), seq_len=config.seq_len, encoder_len=config.encoder_len, packing=config.packing,
+      tokens, task=config.task_settings, seq_len=config.seq_len, encoder_len=config.encoder_len, packing=config.packing,
       stride=config.stride, truncate=config.truncate, mask_documents=config.mask_documents,
       augment=config.augment if train else Augment(), vocab_size=data.vocab_size, bos_id=data.bos_id,
       eos_id=data.eos_id, encoder_tokenizer=data.encoder_tokenizer, score_once=not train)
@@ -307,8 +302,8 @@ def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int)
   fields = ('task', 'seq_len', 'encoder_len', 'packing', 'stride', 'truncate', 'mask_documents', 'streaming',
             *(['shuffle_buffer'] if config.streaming else []))
   settings = {f: getattr(config, f) for f in fields}
-  for name in {config.task, 'augment'} & {f.name for f in dataclasses.fields(config)}:
-    settings |= {f'{name}.{field}': value for field, value in dataclasses.asdict(getattr(config, name)).items()}
+  for name, section in ((config.task, config.task_settings), ('augment', config.augment)):
+    settings |= {f'{name}.{field}': value for field, value in to_dict(section).items()}
   if data.encoder_tokenizer is not None:  # of which the tokens alone do not tell what ends a prompt
     settings['encoder_tokenizer'] = key_of(data.encoder_tokenizer.to_json())
   settings['order'] = 'stream' if config.streaming else ORDER_VERSION

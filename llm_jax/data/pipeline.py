@@ -7,11 +7,15 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from llm_jax.base.batch import Batch
 from llm_jax.base.errors import ConfigError
 from llm_jax.data.config import DataConfig
 from llm_jax.data.open import Data, open_examples
@@ -194,3 +198,16 @@ def eval_batches(examples: Examples, batch_size: int, rows: np.ndarray, max_rows
 
 def stack(examples: list[Features]) -> Features:
   return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def example_batch(config: DataConfig) -> Batch:
+  """One blank row with the features that every task gives; only its shapes matter."""
+  blank = jnp.zeros((1, config.seq_len), jnp.int32)
+  encoder = jnp.zeros((1, config.encoder_len), jnp.int32) if config.task_settings.encodes else None
+  return Batch(tokens=blank, targets=blank, loss_mask=blank.astype(jnp.float32), encoder_tokens=encoder)
+
+
+def abstract_batch(features: Features, num_rows: int) -> Batch:
+  """A Batch of `num_rows` rows of ShapeDtypeStructs, like one row's `features`."""
+  rows: dict[str, Any] = {name: jax.ShapeDtypeStruct((num_rows, *x.shape), x.dtype) for name, x in features.items()}
+  return Batch(**rows)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import Interrupted
+from llm_jax.config import Config
+from llm_jax.data.open import Data, open_examples
 from llm_jax.data.rows.examples import Examples
+from llm_jax.data.stores.store import TokenStore
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, before_eos, decode
 from llm_jax.infer.sampling import beam_search
-from llm_jax.infer.validators import Validator
+from llm_jax.infer.validators import Validator, make_validator
+from llm_jax.models.protocol import LanguageModel
 
 ROWS = 32  # prompts that are answered at a time
 
@@ -41,8 +45,8 @@ def pairs(examples: Examples, eos_id: int, limit: int | None) -> Iterator[tuple[
       yield prompt.tolist(), (answer[:-1] if len(answer) and answer[-1] == eos_id else answer).tolist()
 
 
-def answer(model: Any, params: Params, examples: Examples, tokenizer: Tokenizer, *, limit: int | None, num_beams: int,
-           validator: Validator | None, interrupted: Callable[[], bool] = lambda: False,
+def answer(model: LanguageModel, params: Params, examples: Examples, tokenizer: Tokenizer, *, limit: int | None,
+           num_beams: int, validator: Validator | None, interrupted: Callable[[], bool] = lambda: False,
            prompt_tokenizer: Tokenizer | None = None) -> list[Answer]:
   """What `model` answers, greedily with one beam, as far as the longest right answer and one token more.
 
@@ -80,3 +84,17 @@ def summarize_answers(answers: list[Answer]) -> dict[str, float]:
   if answers[0].valid is not None:
     results['valid'] = np.mean([bool(a.valid) for a in answers])
   return {name: float(value) for name, value in results.items()}
+
+
+def answer_stores(config: Config, data: Data, model: LanguageModel, params: Params, stores: dict[str, TokenStore],
+                  limit: int | None, interrupted: Callable[[], bool] = lambda: False) -> list[Answer]:
+  """Answers to the prompts of all stores, from each an equal part of `limit` rows."""
+  validator = make_validator(config.eval.validator)
+  answers: list[Answer] = []
+  for store in stores.values():
+    examples = open_examples(config.data, data, store, train=False)
+    assert data.tokenizer is not None  # `resolve` has asked for one
+    answers += answer(model, params, examples, data.tokenizer, num_beams=config.eval.num_beams, validator=validator,
+                      limit=limit and max(1, limit // len(stores)), interrupted=interrupted,
+                      prompt_tokenizer=data.encoder_tokenizer)
+  return answers

@@ -1,80 +1,45 @@
-"""Exported models: a folder with config.json, the tokenizer and model.safetensors, matrices packed at two bits.
-
-A matrix of a stack lies in it as NAME/packed uint8 [L, inputs / 4, outputs] and NAME/scale float32 [L]; all else as it
-was trained.
-"""
+"""Exported models: a folder with config.json, the tokenizer and model.safetensors."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import StorageError
-from llm_jax.layers.bitnet import BitNet, pack, unpack, weight_codes
-from llm_jax.optim.masks import Dims, as_matrices, from_matrices, matrix_dims, path_of
+from llm_jax.base.registry import NoSettings, Registry, register
+from llm_jax.base.trees import by_name, path_of
 
 FILE = 'model.safetensors'
 
 
-def packed_model(cfg: Any, weight_bits: str) -> Any:
-  """The config of the model that computes from packed matrices. A full-precision one has had no norms before them."""
-  bitnet = cfg.bitnet if cfg.einsum == 'bitnet' else BitNet(weight_bits=weight_bits)  # type: ignore
-  return dataclasses.replace(cfg, einsum='packed', bitnet=bitnet)
+class Exported(NamedTuple):
+  model: Any  # the config section of the model that reads the arrays
+  arrays: dict[str, np.ndarray]  # by path: 'blocks/attn/q/w'
 
 
-def by_name(params: Params) -> dict[str, Any]:
-  """{'blocks/attn/q/w': ...}."""
-  return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+class Plain:
+  """The exporter `plain`: every parameter as it is."""
+
+  @staticmethod
+  def export(config: Any, params: Params, axes: Params, weight_bits: str | None) -> Exported:
+    return Exported(config.model, {name: np.asarray(x) for name, x in by_name(params).items()})
+
+  @staticmethod
+  def restore(config: Any, params: Params, like: Params, axes: Params) -> dict[str, Any]:
+    return by_name(params)
 
 
-def pack_params(params: Params, axes: Params, weight_bits: str) -> dict[str, np.ndarray]:
-  """{'blocks/attn/q/packed': ..., 'embed/w': ...} of trained parameters."""
-  paths = jax.tree_util.tree_leaves_with_path(matrix_dims(axes), is_leaf=lambda x: isinstance(x, Dims))
-  dims = {path_of(path): d for path, d in paths}
-
-  def packed(m_IO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    codes_IO, scale = weight_codes(m_IO, weight_bits)
-    return pack(codes_IO), scale
-
-  arrays = {}
-  for name, leaf in by_name(params).items():
-    if name not in dims:
-      arrays[name] = np.asarray(leaf)
-      continue
-    stacked = leaf.ndim > len(dims[name].reduction_axis) + len(dims[name].output_axis)
-    for part, x in zip(('packed', 'scale'), jax.jit(jax.vmap(packed))(as_matrices(leaf, dims[name])), strict=True):
-      arrays[f'{name.removesuffix("w")}{part}'] = np.asarray(x if stacked else x[0])
-  return arrays
-
-
-def unpacked(params: Params, like: Params, axes: Params, trained_on: bool) -> dict[str, Any]:
-  """{'blocks/attn/q/w': ...} of an exported model's parameters, as those of `like` lie; others are as they were.
-
-  `trained_on` as BitNet a matrix has the mean of |w| that it was packed with, else the values that it computes with.
-  """
-  arrays, leaves = by_name(params), by_name(like)
-  for path, dims in jax.tree_util.tree_leaves_with_path(matrix_dims(axes), is_leaf=lambda x: isinstance(x, Dims)):
-    stem = path_of(path).removesuffix('w')
-    if f'{stem}packed' not in arrays:
-      continue
-    packed, scale, leaf = arrays.pop(f'{stem}packed'), arrays.pop(f'{stem}scale'), leaves[f'{stem}w']
-    num_inputs = math.prod(leaf.shape[i] for i in dims.reduction_axis)
-    codes_SIO = jax.vmap(lambda x: unpack(x, num_inputs))(packed.reshape(-1, *packed.shape[-2:]))  # noqa: B023
-    if trained_on:
-      share = jnp.mean(jnp.abs(codes_SIO), axis=(1, 2)).reshape(scale.shape)
-      scale = scale / jnp.where(share > 0, share, 1)  # a matrix of zeros stays one
-    arrays[f'{stem}w'] = from_matrices(codes_SIO * scale.reshape(-1, 1, 1), leaf, dims)
-  return arrays
+# Classes with `export(config, params, axes, weight_bits) -> Exported` and `restore(config, params, like, axes)`, which
+# returns the arrays by path for a model with the parameters `like`.
+EXPORTERS = Registry('exporter')
+register(EXPORTERS, 'plain', Plain, NoSettings)
 
 
 def write_params(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.base.batch import Params
 from llm_jax.base.sharding import constrain
+from llm_jax.models.protocol import LanguageModel
 
 
 def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: float = 1.0, top_k: int = 0,
@@ -50,7 +49,7 @@ def _decode(params, tokens_B, cache, key, *, model, **options):
   return sample(logits_BV, key, **options), cache
 
 
-def generate(model: nn.Module, params: Params, prompts: list[list[int]], *, max_len: int, num_tokens: int,
+def generate(model: LanguageModel, params: Params, prompts: list[list[int]], *, max_len: int, num_tokens: int,
              seed: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
              num_ids: int | None = None) -> Iterator[np.ndarray]:
   """Yields int32 [B]: the next token of every prompt, `num_tokens` times or until a row would pass `max_len`.
@@ -70,7 +69,7 @@ def generate(model: nn.Module, params: Params, prompts: list[list[int]], *, max_
     yield np.asarray(current)
 
 
-def pad(model: Any, prompts: list[list[int]], max_len: int) -> tuple[np.ndarray, np.ndarray]:
+def pad(model: LanguageModel, prompts: list[list[int]], max_len: int) -> tuple[np.ndarray, np.ndarray]:
   """int32 [B, T] and their lengths [B]; T is a power of two where that fits, so that few lengths are ever compiled."""
   lengths = [len(p) for p in prompts]
   tokens_BT = np.zeros((len(prompts), min(max_len if model.prompt_in_row else model.cfg.longest_prompt,
@@ -80,12 +79,12 @@ def pad(model: Any, prompts: list[list[int]], max_len: int) -> tuple[np.ndarray,
   return tokens_BT, np.asarray(lengths, np.int32)
 
 
-def room(model: Any, lengths_B: np.ndarray, max_len: int) -> int:
+def room(model: LanguageModel, lengths_B: np.ndarray, max_len: int) -> int:
   """Tokens that can be drawn for each of the prompts."""
   return max_len - int(lengths_B.max()) * model.prompt_in_row
 
 
-def beam_search(model: nn.Module, params: Params, prompts: list[list[int]], *, max_len: int, num_tokens: int,
+def beam_search(model: LanguageModel, params: Params, prompts: list[list[int]], *, max_len: int, num_tokens: int,
                 eos_id: int, num_beams: int = 4, alpha: float = 0.6, num_ids: int | None = None) -> np.ndarray:
   """int32 [B, num_tokens at most]: the best of what `num_beams` hypotheses a row end in, eos and on as eos_id.
 

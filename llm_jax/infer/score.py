@@ -1,17 +1,80 @@
-"""Evaluation over a whole data set: exact sums, divided once."""
+"""Evaluation of a model on whole stores: exact sums over all batches, divided once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from llm_jax.base.batch import Batch, Metrics, Params
+from llm_jax.base.errors import Interrupted
+from llm_jax.base.sharding import local_rows, num_batch_shards, put_batch
+from llm_jax.config import Config
+from llm_jax.data import pipeline
+from llm_jax.data.open import Data
+from llm_jax.data.stores.store import TokenStore
+from llm_jax.infer.answers import answer_stores, summarize_answers
+from llm_jax.losses.objective import Objective
+from llm_jax.models.protocol import LanguageModel
+from llm_jax.training.state import eval_step
+
+Results = tuple[dict[str, float], dict[str, np.ndarray]]
+Evaluator = Callable[..., Results]
 
 
-def evaluate(eval_fn: Callable[[Params, Batch], Metrics], params: Params, batches: Iterable[Batch]) -> dict[str, Any]:
+def make_evaluator(config: Config, data: Data, model: LanguageModel, objective: Objective, mesh: Mesh) -> Evaluator:
+  """evaluator(params, stores, max_tokens, interrupted): a fixed pass over stores, compiled once.
+
+  It returns ({'loss': ...}, the tables of Objective.tables). With several stores each has its own 'NAME/loss' too, and
+  an equal part of `max_tokens`. It raises Interrupted as soon as interrupted() is true. `objective` is training's.
+  """
+  lengths = [len(b) for b in data.tokenizer.token_bytes] if data.tokenizer else []
+  token_bytes = np.zeros(max(model.cfg.vocab_size or 0, len(lengths)), np.int32)
+  token_bytes[:len(lengths)] = lengths
+  eval_objective = objective.eval_objective()
+  eval_fn = jax.jit(partial(eval_step, model=model, token_bytes=jnp.asarray(token_bytes), objective=eval_objective))
+  num_rows = num_eval_rows(config, objective, num_batch_shards(mesh))
+  rows = local_rows(mesh, num_rows)
+
+  def evaluator(params: Params, stores: dict[str, TokenStore], max_tokens: int | None,
+                interrupted: Callable[[], bool] = lambda: False) -> Results:
+    def batches(store: TokenStore) -> Iterator[Batch]:
+      max_rows = max_tokens and max(1, max_tokens // config.data.seq_len // len(stores))
+      examples = pipeline.open_examples(config.data, data, store, train=False)
+      for features in pipeline.eval_batches(examples, num_rows, rows, max_rows):
+        if interrupted():
+          raise Interrupted
+        yield put_batch(features, rows, num_rows, mesh)
+
+    sums = {name: add_up(eval_fn, params, batches(store)) for name, store in stores.items()}
+    for name, store in stores.items():
+      if 'next_token/bytes' in sums[name]:
+        sums[name]['next_token/bytes'] *= store.bytes_scale
+    whole = {key: sum(s[key] for s in sums.values()) for key in next(iter(sums.values()))}
+    results = eval_objective.summarize(whole)
+    if config.eval.answers:
+      results |= summarize_answers(answer_stores(config, data, model, params, stores, config.eval.answers, interrupted))
+    if len(stores) > 1:
+      results |= {f'{name}/{key}': value for name in stores
+                  for key, value in eval_objective.summarize(sums[name]).items() if key in ('loss', 'bits_per_byte')}
+    return results, eval_objective.tables(whole)
+
+  return evaluator
+
+
+def num_eval_rows(config: Config, objective: Objective, num_shards: int) -> int:
+  """Rows of a batch of an evaluation."""
+  if not objective.row_wise:  # rows are compared with as many others as in training
+    return config.rows_per_batch
+  return num_shards * ((config.tokens_per_device or config.data.seq_len) // config.data.seq_len)
+
+
+def add_up(eval_fn: Callable[[Params, Batch], Metrics], params: Params, batches: Iterable[Batch]) -> dict[str, Any]:
   """The sums of eval_step over all batches: numbers, and NumPy arrays of float64."""
   # The sums of batch i are fetched while batch i+1 runs, and added in double precision.
   totals: dict[str, Any] = {}

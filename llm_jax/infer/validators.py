@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.registry import NoSettings, Registry, register
 
 Validator = Callable[[str], bool]
 SECONDS = 60  # that a command may take for one text
@@ -24,23 +25,11 @@ def json_text() -> Validator:
   return lambda text: _accepts(json.loads, text)
 
 
-def wgsl() -> Validator:
-  """By tree-sitter's grammar; types and names are not checked."""
-  try:
-    import tree_sitter
-    import tree_sitter_wgsl_bevy
-  except ImportError:
-    raise ConfigError("config.eval.validator: wgsl needs a parser: pip install 'llm_jax[wgsl]'") from None
-  parser = tree_sitter.Parser(tree_sitter.Language(tree_sitter_wgsl_bevy.language()))
-
-  def accepts(text: str) -> bool:
-    root = parser.parse(text.encode()).root_node
-    return root.child_count > 0 and not root.has_error
-
-  return accepts
-
-
-VALIDATORS: dict[str, Callable[[], Validator]] = {'python': python, 'json': json_text, 'wgsl': wgsl}
+# Functions that return a validator.
+VALIDATORS = Registry('validator')
+register(VALIDATORS, 'python', python, NoSettings)
+register(VALIDATORS, 'json', json_text, NoSettings)
+UNTRUSTED = '(a command in a config.json)'  # which is never executed, unless the folder is trusted
 
 
 def make_validator(name: str) -> Validator | None:
@@ -50,6 +39,10 @@ def make_validator(name: str) -> Validator | None:
   """
   if not name:
     return None
+  if name == UNTRUSTED:
+    raise ConfigError("config.eval.validator: the run's config.json names a command, and commands from a run's folder "
+                      "are not executed; name it again (--validator=... or --config.eval.validator=...), leave it out "
+                      "(--validator=), or run the folder's with --trust")
   if name in VALIDATORS:
     return VALIDATORS[name]()
   try:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 from jax.ad_checkpoint import checkpoint_name
 
+from llm_jax.base.registry import NoSettings, Registry, factory_of, register
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def mixed_einsum(eqn: str, dtype: Dtype, x: jax.Array, w: jax.Array, copy: jax.Array | None = None) -> jax.Array:
@@ -104,3 +106,8 @@ class Embed(nn.Module):
 
   def encode(self, tokens_BT: jax.Array) -> jax.Array:
     return jnp.take(self.w, tokens_BT, axis=0, mode='clip')
+
+
+# Kinds of matrices between hidden states: subclasses of Einsum. EINSUMS[name](settings) is called like Einsum.
+EINSUMS = Registry('einsum', factory_of('bias_dims', 'dtype'))
+register(EINSUMS, 'full', lambda settings: Einsum, NoSettings)

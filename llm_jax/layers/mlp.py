@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 from flax.typing import Initializer
 
+from llm_jax.base.registry import NoSettings, Registry, factory_of, register
 from llm_jax.base.sharding import constrain
 from llm_jax.layers.linear import Einsum
 
@@ -43,9 +44,12 @@ def gelu(x: jax.Array) -> jax.Array:
   return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
 
 
-MLPS: dict[str, Callable[..., MLP]] = {
-    'gelu': partial(MLP, activation=gelu),
-    'gelu_tanh': partial(MLP, activation=partial(jax.nn.gelu, approximate=True)),
-    'swiglu': partial(MLP, activation=jax.nn.silu, gated=True),
-    'geglu': partial(MLP, activation=partial(jax.nn.gelu, approximate=True), gated=True),
-}
+gelu_tanh = partial(jax.nn.gelu, approximate=True)
+
+# Feed-forward layers [B, T, D] -> [B, T, D]: Flax modules with fields embed_dim, mlp_dim, einsum, out_init, use_bias.
+# MLPS[name](settings) is called like MLP.
+MLPS = Registry('mlp', factory_of('use_bias'))
+register(MLPS, 'gelu', lambda settings: partial(MLP, activation=gelu), NoSettings)
+register(MLPS, 'gelu_tanh', lambda settings: partial(MLP, activation=gelu_tanh), NoSettings)
+register(MLPS, 'swiglu', lambda settings: partial(MLP, activation=jax.nn.silu, gated=True), NoSettings)
+register(MLPS, 'geglu', lambda settings: partial(MLP, activation=gelu_tanh, gated=True), NoSettings)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llm_jax.base.registry import NoSettings, Registry, factory_of, register
 from llm_jax.layers.linear import weight
 
 
@@ -76,3 +77,9 @@ class LayerNorm(nn.Module):
     if self.use_bias:
       bias = weight(self, 'b', nn.initializers.zeros, x.shape[-1:], (self.axis,))
     return layer_norm(x, scale, bias, self.eps)
+
+
+# Norms over the last axis: Flax modules. NORMS[name](settings) is called with name=, and use_bias= where it is a field.
+NORMS = Registry('norm', factory_of('use_bias', 'axis'))
+register(NORMS, 'layer_norm', lambda settings: LayerNorm, NoSettings)
+register(NORMS, 'rms_norm', lambda settings: RMSNorm, NoSettings)

@@ -1,18 +1,19 @@
-"""How several losses are weighed against each other: fixed, by their uncertainty, or by the norms of their gradients.
+"""How several losses are weighted against each other; here by fixed weights. Others: extras/balances.py.
 
-Each weigher gets the losses L_i, already times their own weights, and its learnt numbers s_i (zeros at first), and
-gives what is added to the objective and the weight of each, for the log; norms() are those of the losses' gradients by
-the hidden states that they share. Dims: I losses.
+A balance is called with the losses L_i, already multiplied by the config's weights, its trained numbers s_i (zeros at
+first), the microbatch's share of the batch, norms() of the losses' gradients by the hidden states that they share, and
+the losses before training. It returns the objective and the weight of each loss, which is logged. Dims: I losses.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from llm_jax.base.registry import NoSettings, Registry, register
 
 Norms = Callable[[], jax.Array]
 
@@ -25,46 +26,10 @@ class Fixed:
   learns = False  # s
   row_wise = True  # whether parts of a batch add up to the whole
 
-  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms, first_I: jax.Array):
-    del s_I, share, norms, first_I
+  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms, initial_I: jax.Array):
+    del s_I, share, norms, initial_I
     return jnp.sum(losses_I), jnp.ones_like(losses_I)
 
 
-@dataclasses.dataclass(frozen=True)
-class Uncertainty:
-  """sum_i exp(-s_i) L_i + s_i / 2, s_i = log sigma_i^2 of the noise in task i (Kendall et al., arXiv 1705.07115)."""
-
-  alpha: float = 0.0
-  learns = True
-  row_wise = True
-
-  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms, first_I: jax.Array):
-    del norms, first_I
-    weights_I = jnp.exp(-s_I)
-    return jnp.sum(weights_I * losses_I) + share * jnp.sum(s_I) / 2, weights_I
-
-
-@dataclasses.dataclass(frozen=True)
-class GradNorm:
-  """GradNorm (Chen et al., arXiv 1711.02257): weights that bring each loss's gradient to the norm that it should have.
-
-  With w = I softmax(s), G_i = w_i |grad L_i| and r_i = L_i / L_i(0), over its mean, the weights descend on
-  sum_i |G_i - mean(G) r_i^alpha| and the model on sum_i w_i L_i. Their norms are of a layer's weights; here, as in
-  arXiv 1810.04650, of the hidden states that all losses share, and L_i(0) is the loss of someone who knows nothing.
-  """
-
-  alpha: float = 1.5
-  learns = True
-  row_wise = False
-
-  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms, first_I: jax.Array):
-    del share
-    weights_I = s_I.size * jax.nn.softmax(s_I)
-    norms_I = jax.lax.stop_gradient(norms())
-    behind_I = jax.lax.stop_gradient(losses_I) / first_I
-    wanted_I = jnp.mean(weights_I * norms_I) * (behind_I / jnp.mean(behind_I)) ** self.alpha
-    balance = jnp.sum(jnp.abs(weights_I * norms_I - jax.lax.stop_gradient(wanted_I)))
-    return jnp.sum(jax.lax.stop_gradient(weights_I) * losses_I) + balance, weights_I
-
-
-BALANCES: dict[str, Any] = {'fixed': Fixed, 'uncertainty': Uncertainty, 'grad_norm': GradNorm}
+BALANCES = Registry('balance')
+register(BALANCES, 'fixed', Fixed, NoSettings)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from llm_jax.base.batch import Batch
 from llm_jax.losses.readout import Readout, cross_entropy, distillation, score
-from llm_jax.losses.term import Look, Sums, Term, affine
+from llm_jax.losses.term import Sums, Term, TermInputs, affine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +32,17 @@ class NextToken(Term):
   def count(self, batch: Batch) -> jax.Array:
     return jnp.sum(batch.loss_mask)
 
-  def loss(self, look: Look, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def loss(self, inputs: TermInputs, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Weights that are divided already: the gradient that the loss keeps for later is then of its final size.
-    return cross_entropy(look.readout, look.batch.targets, look.batch.loss_mask / count, self.z_loss,
+    return cross_entropy(inputs.readout, inputs.batch.targets, inputs.batch.loss_mask / count, self.z_loss,
                          self.label_smoothing)
 
-  def first_loss(self, look: Look) -> float:
-    return math.log(_num_logits(look.readout))
+  def initial_loss(self, inputs: TermInputs) -> float:
+    return math.log(_num_logits(inputs.readout))
 
-  def score(self, look: Look, token_bytes: jax.Array) -> Sums:
-    batch = look.batch
-    nll_BT, rank_BT = score(look.readout, batch.targets)
+  def score(self, inputs: TermInputs, token_bytes: jax.Array) -> Sums:
+    batch = inputs.batch
+    nll_BT, rank_BT = score(inputs.readout, batch.targets)
     return {'nll': jnp.sum(nll_BT * batch.loss_mask), 'count': jnp.sum(batch.loss_mask),
             'bytes': jnp.sum(token_bytes[batch.targets] * batch.loss_mask),
             'correct': jnp.sum((rank_BT < 1) * batch.loss_mask), 'top5': jnp.sum((rank_BT < 5) * batch.loss_mask)}
@@ -88,18 +88,19 @@ class Distillation(Term):
   def count(self, batch: Batch) -> jax.Array:
     return jnp.sum(batch.loss_mask)
 
-  def loss(self, look: Look, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    assert look.teacher is not None, 'assemble gives the teacher'
-    weights_BT, loss = look.batch.loss_mask / count, jnp.zeros(())
+  def loss(self, inputs: TermInputs, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    assert inputs.teacher is not None, 'assemble gives the teacher'
+    weights_BT, loss = inputs.batch.loss_mask / count, jnp.zeros(())
     if self.logits:
-      loss += self.logits * distillation(look.readout, look.teacher, weights_BT, self.temperature)
+      loss += self.logits * distillation(inputs.readout, inputs.teacher, weights_BT, self.temperature)
     if self.hidden:
-      squares_BT = jnp.mean((affine(look, look.readout.x_BTD) - jax.lax.stop_gradient(look.teacher.x_BTD))**2, axis=-1)
+      hidden_BTD = jax.lax.stop_gradient(inputs.teacher.x_BTD)
+      squares_BT = jnp.mean((affine(inputs, inputs.readout.x_BTD) - hidden_BTD)**2, axis=-1)
       loss += self.hidden * jnp.sum(squares_BT * weights_BT)
     return loss, loss
 
-  def first_loss(self, look: Look) -> float:
-    return self.logits * math.log(_num_logits(look.readout)) + self.hidden
+  def initial_loss(self, inputs: TermInputs) -> float:
+    return self.logits * math.log(_num_logits(inputs.readout)) + self.hidden
 
 
 def _num_logits(readout: Readout) -> int:

@@ -1,4 +1,4 @@
-"""One objective from one loss or several: what a step descends on, and what an evaluation measures."""
+"""One objective from one loss or several: what a step minimises, and what an evaluation measures."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from llm_jax.layers.clock import clock_at
 from llm_jax.losses.balance import Fixed
 from llm_jax.losses.next_token import Distillation, NextToken
 from llm_jax.losses.readout import Readout
-from llm_jax.losses.term import Look, Term
+from llm_jax.losses.term import Term, TermInputs
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """Losses by name and how they are weighed; hashable. `teacher` is the model whose parameters are `frozen` ones."""
+  """Losses by name and how they are weighted. Hashable. `teacher` is the model of a distillation."""
 
   terms: tuple[tuple[str, Any], ...] = (('next_token', NextToken()),)
   balance: Any = Fixed()
   teacher: Any = None
+  metrics: tuple[tuple[str, Any], ...] = ()  # functions of METRICS, for evaluations
 
   @property
   def heads(self) -> tuple[tuple[str, int], ...]:
@@ -54,31 +55,31 @@ class Objective:
     return batch.num_tokens + sum(other.num_tokens for other in others if other is not None)
 
   @property
-  def tells(self) -> bool:
-    """Whether `predict` has anything to tell."""
+  def has_predictions(self) -> bool:
+    """Whether any term has predictions."""
     return any(type(term).predict is not Term.predict for _, term in self.terms)
 
-  def judge(self) -> Objective:
-    """What an evaluation measures: no teacher's opinion, but how well its pupil tells the next token."""
+  def eval_objective(self) -> Objective:
+    """The objective without distillation, for evaluation."""
     terms = tuple(pair for pair in self.terms if not isinstance(pair[1], Distillation))
-    return Objective(terms or Objective.terms)
+    return Objective(terms or Objective.terms, metrics=self.metrics)
 
   def counts(self, batch: Batch) -> tuple[jax.Array, ...]:
     return tuple(jnp.maximum(term.count(batch), 1.0) for _, term in self.terms)
 
-  def train(self, module: Any, batch: Batch, counts: tuple[jax.Array, ...], frozen: Params,
+  def train(self, module: Any, batch: Batch, counts: tuple[jax.Array, ...], teacher: Params,
             share: float) -> tuple[jax.Array, Metrics]:
     """(objective, metrics) of a microbatch that is `share` of the batch whose counts these are: both add up.
 
     The metric `loss` is the sum of what terms log as theirs, by the config's weights, `extra_loss` all the rest of the
     objective. Of several terms each has its own NAME/loss and NAME/weight.
     """
-    looks = self._looks(module, batch, frozen, train=True)
-    readout = looks[0].readout
+    all_inputs = self._inputs(module, batch, teacher, train=True)
+    readout = all_inputs[0].readout
 
     def losses(readout: Readout) -> tuple[jax.Array, jax.Array]:
-      pairs = [term.loss(look._replace(readout=readout), count)
-               for (_, term), look, count in zip(self.terms, looks, counts, strict=True)]
+      pairs = [term.loss(inputs._replace(readout=readout), count)
+               for (_, term), inputs, count in zip(self.terms, all_inputs, counts, strict=True)]
       weights_I = jnp.array([term.weight for _, term in self.terms])
       objectives, losses = zip(*pairs, strict=True)
       return weights_I * jnp.stack(objectives), weights_I * jnp.stack(losses)
@@ -88,9 +89,9 @@ class Objective:
       return jnp.sqrt(jnp.sum(grads_IBTD**2, axis=(1, 2, 3)))
 
     objectives_I, losses_I = losses(readout)
-    first_I = jnp.array([term.first_loss(look) for (_, term), look in zip(self.terms, looks, strict=True)])
+    initial_I = jnp.array([term.initial_loss(inputs) for (_, term), inputs in zip(self.terms, all_inputs, strict=True)])
     s_I = module.loss_weights if self.num_weights else jnp.zeros(len(self.terms))
-    objective, weights_I = self.balance(objectives_I, s_I, share, norms, first_I)
+    objective, weights_I = self.balance(objectives_I, s_I, share, norms, initial_I)
     loss = jnp.sum(losses_I)
     metrics = {'loss': loss, 'extra_loss': objective - loss}
     if len(self.terms) > 1:
@@ -99,41 +100,48 @@ class Objective:
     return objective, metrics
 
   def score(self, module: Any, batch: Batch, token_bytes: jax.Array) -> dict[str, jax.Array]:
-    """Sums over a batch, 'NAME/...' of each term."""
-    looks = self._looks(module, batch, None, train=False)
-    return {f'{name}/{key}': value for (name, term), look in zip(self.terms, looks, strict=True)
-            for key, value in term.score(look, token_bytes).items()}
+    """Sums over a batch, 'NAME/...' of each term and metric."""
+    all_inputs = self._inputs(module, batch, None, train=False)
+    sums = {f'{name}/{key}': value for (name, term), inputs in zip(self.terms, all_inputs, strict=True)
+            for key, value in term.score(inputs, token_bytes).items()}
+    for name, metric in self.metrics:
+      values, weights = metric(all_inputs[0].readout.logits(), batch)
+      sums |= {f'{name}/sum': jnp.sum(values * weights), f'{name}/count': jnp.sum(weights)}
+    return sums
 
   def predict(self, module: Any, batch: Batch) -> dict[str, jax.Array]:
-    """What terms tell of each document, by name."""
-    looks = self._looks(module, batch, None, train=False)
-    told = {name: term.predict(look) for (name, term), look in zip(self.terms, looks, strict=True)}
+    """The predictions of terms for each document, by name."""
+    all_inputs = self._inputs(module, batch, None, train=False)
+    told = {name: term.predict(inputs) for (name, term), inputs in zip(self.terms, all_inputs, strict=True)}
     return {name: x for name, x in told.items() if x is not None}
 
   def summarize(self, sums: dict[str, Any]) -> dict[str, float]:
     """Results of one term under its own names, of several as NAME/..., and their losses' sum as `loss`."""
     results = {name: term.summarize({key.removeprefix(f'{name}/'): value for key, value in sums.items()
                                      if key.startswith(f'{name}/')}) for name, term in self.terms}
+    metrics = {name: sums[f'{name}/sum'] / max(sums[f'{name}/count'], 1e-30) for name, _ in self.metrics}
     if len(self.terms) == 1:
-      return next(iter(results.values()))
+      return next(iter(results.values())) | metrics
     loss = sum(term.weight * results[name]['loss'] for name, term in self.terms)
-    return {'loss': loss, **{f'{name}/{key}': value for name in results for key, value in results[name].items()}}
+    named = {f'{name}/{key}': value for name in results for key, value in results[name].items()}
+    return {'loss': loss} | named | metrics
 
   def tables(self, sums: dict[str, Any]) -> dict[str, np.ndarray]:
     """Of classification the confusion counts: what was (down) and what it was taken for."""
     return {name: sums[f'{name}/confusion'] for name, _ in self.terms if f'{name}/confusion' in sums}
 
-  def _looks(self, module: Any, batch: Batch, frozen: Params, train: bool) -> list[Look]:
+  def _inputs(self, module: Any, batch: Batch, teacher: Params, train: bool) -> list[TermInputs]:
     readout = module.readout(batch, train=train)
     taught = None
     if self.teacher is not None:
       with clock_at(None):  # a teacher is not in training
-        taught = jax.lax.stop_gradient(self.teacher.apply({'params': frozen}, batch, method='readout'))
-    looks = []
+        taught = jax.lax.stop_gradient(self.teacher.apply({'params': teacher}, batch, method='readout'))
+    all_inputs = []
     for name, term in self.terms:
       other = term.other(batch)
       head = module.head_weights(name) if term.head_dim else {}
-      looks.append(Look(batch, readout, head, None if other is None else module.readout(other, train=train), taught,
-                        module.cfg.operand_dtype if self.heads else None))
-    return looks
+      other_readout = None if other is None else module.readout(other, train=train)
+      dtype = module.cfg.operand_dtype if self.heads else None
+      all_inputs.append(TermInputs(batch, readout, head, other_readout, taught, dtype))
+    return all_inputs
 

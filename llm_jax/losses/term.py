@@ -1,4 +1,4 @@
-"""What a loss is: a Term, one section of the config; and what it may look at."""
+"""A loss term: one section of the config, and the inputs it is computed from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm_jax.losses.readout import Readout
 Sums = dict[str, jax.Array]  # arrays that add up over batches
 
 
-class Look(NamedTuple):
+class TermInputs(NamedTuple):
   """What a term sees of a batch."""
 
   batch: Batch
@@ -32,12 +32,12 @@ class Term:
   """One loss of a run. A new one is a subclass and a line in LOSSES.
 
   count(batch)          what its sums are divided by
-  loss(look, count)     (objective, what is logged as its loss): sums over the batch, divided by count
-  first_loss(look)      what the loss is before anything is learnt, about
-  score(look, bytes)    sums for `summarize`, exact however the data is cut into batches
+  loss(inputs, count)     (objective, what is logged as its loss): sums over the batch, divided by count
+  initial_loss(inputs)      what the loss is before anything is learnt, about
+  score(inputs, bytes)    sums for `summarize`, exact however the data is cut into batches
   summarize(sums)       results by name, 'loss' among them
 
-  Of a teacher's opinion there is no score: see Objective.judge.
+  Of a teacher's opinion there is no score: see Objective.eval_objective.
   """
 
   weight: float = 1.0  # where several are added up
@@ -50,25 +50,32 @@ class Term:
     if self.weight <= 0:
       raise ValueError(f'weight must be positive (a loss of none is left out of terms); got {self.weight}')
 
+  def problems(self, config: Any) -> list[str]:
+    """Fields of the whole config that do not fit this term; each a line for the user."""
+    name = next(name for name in config.loss.terms if config.loss.sections[name] is self)
+    if not self.tasks or config.data.task in self.tasks:
+      return []
+    return [f'loss.terms {name} learns from data.task {" or ".join(self.tasks)}; got {config.data.task}']
+
   def other(self, batch: Batch) -> Batch | None:
     """A second batch that the model is to read for this term."""
     del batch
     return None
 
-  def fitted(self, labels: np.ndarray | None, classes: tuple[str, ...]) -> Any:
+  def with_labels(self, labels: np.ndarray | None, classes: tuple[str, ...]) -> Any:
     """The term with what the labels [D] or [D, C] of the training part, and their names, decide."""
     del labels, classes
     return self
 
-  def predict(self, look: Look) -> jax.Array | None:
-    """What it tells of each document [B, ...], where it tells anything; look.batch has no labels then."""
-    del look
+  def predict(self, inputs: TermInputs) -> jax.Array | None:
+    """What it tells of each document [B, ...], where it tells anything; inputs.batch has no labels then."""
+    del inputs
     return None
 
 
-def affine(look: Look, x: jax.Array) -> jax.Array:
+def affine(inputs: TermInputs, x: jax.Array) -> jax.Array:
   """What the term's head makes of hidden states [..., D]: float32 [..., C]."""
-  y = mixed_einsum('BD,DC->BC', look.dtype, x.reshape(-1, x.shape[-1]), look.head['w']) + look.head['b'][None]
+  y = mixed_einsum('BD,DC->BC', inputs.dtype, x.reshape(-1, x.shape[-1]), inputs.head['w']) + inputs.head['b'][None]
   return y.reshape(*x.shape[:-1], -1)
 
 

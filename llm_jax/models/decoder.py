@@ -6,31 +6,35 @@ Dims: B batch, T length, S cache length, D embed, N heads, K kv heads, H head_di
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.typing import Initializer
 
 from llm_jax.base.batch import Batch, Cache
-from llm_jax.base.devices import has_fast_bf16
+from llm_jax.base.builder import Sections, keep_named, sections
 from llm_jax.base.sharding import constrain
-from llm_jax.layers.attention import Attention, MultiHead, Visible
-from llm_jax.layers.bitnet import BitNet
-from llm_jax.layers.einsums import EINSUMS
-from llm_jax.layers.kernels import ATTENTION
-from llm_jax.layers.linear import Embed, mixed_einsum, weight
+from llm_jax.layers.attention import Attention, Visible, describe_attention
+from llm_jax.layers.linear import Embed
 from llm_jax.layers.mlp import MLPS
-from llm_jax.layers.norm import LayerNorm, RMSNorm
-from llm_jax.layers.stack import REMAT, apply_stack, init_stack
+from llm_jax.layers.stack import apply_stack, init_stack
 from llm_jax.losses.readout import Readout
+from llm_jax.models.blocks import (
+    PARTS,
+    OutputMatrix,
+    check_parts,
+    make_heads,
+    make_mlp,
+    make_norm,
+    make_readout,
+    operand_dtype,
+)
+from llm_jax.models.protocol import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(ModelConfig):
   """Shape and parts of a decoder. The defaults are GPT-2's, without biases."""
 
   name: str = 'decoder'
@@ -43,12 +47,11 @@ class DecoderConfig:
   head_dim: int | None = None  # None: embed_dim / num_heads
   mlp_dim: int | None = None  # None: 4 * embed_dim
   mlp: str = 'gelu_tanh'  # one of MLPS
-  norm: Literal['layer_norm', 'rms_norm'] = 'layer_norm'
+  norm: str = 'layer_norm'  # one of NORMS
   positions: Literal['learned', 'rope'] = 'learned'
   rope_base: float = 10000.0
   use_bias: bool = False  # on matrices and LayerNorms
   einsum: str = 'full'  # one of EINSUMS: what the matrices between hidden states are
-  bitnet: BitNet = BitNet()
   qk_norm: bool = False
   attention: str = 'auto'  # one of ATTENTION; auto: the fastest that serves the device, dtype and shapes
   tie_embeddings: bool = True
@@ -61,6 +64,7 @@ class DecoderConfig:
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   scan_unroll: int = 1
   remat: str = 'none'  # one of REMAT: what a layer keeps for its backward pass; see layers/stack.py
+  sections: Sections = sections(*PARTS.values())
 
   def __post_init__(self):
     positive = {f: getattr(self, f) for f in ('vocab_size', 'max_len', 'num_layers', 'embed_dim', 'num_heads',
@@ -88,18 +92,8 @@ class DecoderConfig:
       raise ValueError(f'logit_soft_cap must be positive, or 0 for none; got {self.logit_soft_cap}')
     if not 0 <= self.dropout < 1:
       raise ValueError(f'dropout must lie in [0, 1); got {self.dropout}')
-    for field, table in (('mlp', MLPS), ('remat', REMAT), ('attention', ('auto', *ATTENTION)), ('einsum', EINSUMS)):
-      if getattr(self, field) not in table:
-        raise ValueError(f'{field} {getattr(self, field)!r} is unknown; known: {", ".join(table)}')
-    if self.einsum not in ('bitnet', 'packed') and self.bitnet != BitNet():
-      raise ValueError(f'bitnet is set, but einsum is {self.einsum}: it would have no effect')
-    if self.einsum in ('int8', 'fp8') and find_spec('qwix') is None:
-      raise ValueError(f"einsum {self.einsum} needs qwix: pip install 'llm_jax[quant]'")
-
-  @property
-  def random(self) -> bool:
-    """Whether training draws from a key."""
-    return self.dropout > 0 or (self.einsum == 'bitnet' and self.bitnet.rounding == 'stochastic')
+    check_parts(self)
+    keep_named(self, (self.mlp, self.norm, self.einsum), 'none of mlp, norm and einsum names it')
 
   @property
   def K(self) -> int:
@@ -122,32 +116,27 @@ class DecoderConfig:
   def F(self) -> int:
     return self.mlp_dim or 4 * self.embed_dim
 
-  @property
-  def longest_prompt(self) -> int:
-    return (self.max_len or 0) - 1  # what follows it goes to the same row
+  def describe(self, seq_len: int, segments: bool) -> list[str]:
+    return [f'model: {self.name}, {self.num_layers} layers, {self.embed_dim} wide, vocabulary {self.vocab_size}, '
+            f'{self.dtype}',
+            'attention: ' + describe_attention(self.attention, self.dtype, self.H, self.positions_of(seq_len),
+                                               segments=segments, prefix=self.prefix_attention)]
 
-  def positions_of(self, seq_len: int) -> int:
-    """That attention works on, for rows of seq_len tokens."""
-    return seq_len
+  def flops_per_token(self, seq_len: int) -> float | None:
+    """FLOPs of a training step per token in rows of seq_len, as MFU counts them; None with a plug-in's MLP.
 
-  def flops_per_token(self, seq_len: int) -> float:
-    """FLOPs of a training step per token of the rows of seq_len that it trains on, as MFU counts them.
-
-    Counted: 2 a multiply-add of every matrix product, forward once and backward twice: q, k, v, o, the feed-forward's
-    and the readout; attention's two over the keys that a token may see, which without a window are half of them. Not
-    counted: lookups, norms, softmax, activations, the optimizer, and what remat computes again.
+    Counted: 2 for a multiply-add of every matrix product, forward once and backward twice: q, k, v, o, the feed-forward
+    layer and the readout; attention's two over the keys that a token attends to, which without a window are half of
+    them. Not counted: lookups, norms, softmax, activations, the optimizer, and what remat computes again.
     """
+    if not MLPS.origin(self.mlp).startswith('llm_jax.'):
+      return None
     D, N, H, K, F = self.embed_dim, self.num_heads, self.H, self.K, self.F
     gated = self.mlp in ('swiglu', 'geglu')
     matrices = self.num_layers * (D * N * H * 2 + D * K * H * 2 + D * F * (3 if gated else 2)) + D * self.V
     seen = [min(w or seq_len, seq_len) for w in self.windows]
     attended = self.num_layers / len(seen) * sum(s * (1 - s / (2 * seq_len)) for s in seen)  # mean keys a token sees
     return 6 * matrices + 12 * attended * N * H
-
-
-def operand_dtype(name: str) -> jnp.dtype:
-  """The dtype that 'auto' means on this device, or the one named."""
-  return jnp.dtype(('bfloat16' if has_fast_bf16() else 'float32') if name == 'auto' else name)
 
 
 class Block(nn.Module):
@@ -158,31 +147,15 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BTD, positions_BT, visible: Visible, cache, window: int, train: bool):
     cfg = self.cfg
-    norm, einsum = make_norm(cfg), make_einsum(cfg)
+    norm = make_norm(cfg)
     out_init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
     attend = make_heads(cfg, Attention, out_init, name='attn')
     h_BTD, cache = attend(norm(name='attn_norm')(x_BTD), positions_BT, visible, cache, window)
     x_BTD = x_BTD + dropout(h_BTD)
-    mlp = MLPS[cfg.mlp](cfg.embed_dim, cfg.F, einsum, out_init, use_bias=cfg.use_bias, name='mlp')
+    mlp = make_mlp(cfg, out_init, name='mlp')
     x_BTD = x_BTD + dropout(mlp(norm(name='mlp_norm')(x_BTD)))
     return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed'), cache
-
-
-class Head(nn.Module):
-  """The matrix w_DV of logits that are not the embedding's."""
-
-  cfg: Any
-
-  def setup(self):
-    init = nn.initializers.normal(self.cfg.init_std)
-    self.w = weight(self, 'w', init, (self.cfg.embed_dim, self.cfg.V), ('embed', 'vocab'))
-
-
-def project(eqn: str, dtype: jnp.dtype, soft_cap: float, w: jax.Array, x_BTD: jax.Array) -> jax.Array:
-  """Logits, float32 [B, T, V]."""
-  logits_BTV = mixed_einsum(eqn, dtype, x_BTD, w)
-  return soft_cap * jnp.tanh(logits_BTV / soft_cap) if soft_cap else logits_BTV
 
 
 class Decoder(nn.Module):
@@ -204,7 +177,7 @@ class Decoder(nn.Module):
     self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim))
     self.final_norm = make_norm(cfg)()
     if not cfg.tie_embeddings:
-      self.head = Head(cfg)
+      self.head = OutputMatrix(cfg)
 
   def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
     return self.readout(batch, train=train).logits()
@@ -224,7 +197,7 @@ class Decoder(nn.Module):
     if cfg.positions == 'learned':
       x_BTD += self.positions.encode(positions_BT)
     x_BTD = constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
-    dropout_key = self.make_rng('dropout') if train and cfg.random else None
+    dropout_key = self.make_rng('dropout') if train else None
     if dropout_key is not None:
       key = jax.random.fold_in(dropout_key, cfg.num_layers)
       x_BTD = self.dropout(x_BTD, deterministic=False, rng=key)
@@ -236,9 +209,7 @@ class Decoder(nn.Module):
     return x_BTD, cache
 
   def output(self, x_BTD: jax.Array) -> Readout:
-    cfg = self.cfg
-    w, eqn = (self.embed.w, 'BTD,VD->BTV') if cfg.tie_embeddings else (self.head.w, 'BTD,DV->BTV')
-    return Readout(self.final_norm(x_BTD), w, partial(project, eqn, cfg.operand_dtype, cfg.logit_soft_cap))
+    return make_readout(self.cfg, self.final_norm(x_BTD), self.embed if self.cfg.tie_embeddings else self.head)
 
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
     cfg = self.cfg
@@ -257,18 +228,3 @@ class Decoder(nn.Module):
   def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     x_B1D, layers = self.hidden(tokens_B[:, None], cache['length_B'][:, None], Visible(), cache=cache['layers'])
     return self.output(x_B1D).logits()[:, 0], {'layers': layers, 'length_B': cache['length_B'] + 1}
-
-
-def make_heads(cfg: Any, kind: type[MultiHead], out_init: Initializer, name: str) -> Any:
-  return kind(cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, make_einsum(cfg), out_init, cfg.operand_dtype,
-              rope_base=cfg.rope_base if cfg.positions == 'rope' else None, qk_norm=cfg.qk_norm, use_bias=cfg.use_bias,
-              implementation=cfg.attention, name=name)
-
-
-def make_norm(cfg: Any):
-  return RMSNorm if cfg.norm == 'rms_norm' else partial(LayerNorm, use_bias=cfg.use_bias)
-
-
-def make_einsum(cfg: Any):
-  kind = EINSUMS[getattr(cfg, 'einsum', 'full')](cfg)
-  return partial(kind, initializer=nn.initializers.normal(cfg.init_std), dtype=cfg.operand_dtype)

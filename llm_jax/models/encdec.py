@@ -6,7 +6,6 @@ Dims: B batch, T length of the decoder's rows, S of the encoder's, D embed, K kv
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,10 +16,10 @@ from llm_jax.base.batch import Batch, Cache
 from llm_jax.base.sharding import constrain
 from llm_jax.layers.attention import Attention, CrossAttention, Visible
 from llm_jax.layers.linear import Embed
-from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.stack import apply_stack, init_stack
 from llm_jax.losses.readout import Readout
-from llm_jax.models.decoder import Block, DecoderConfig, Head, make_einsum, make_heads, make_norm, project
+from llm_jax.models.blocks import OutputMatrix, make_heads, make_mlp, make_norm, make_readout
+from llm_jax.models.decoder import Block, DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +55,18 @@ class EncDecConfig(DecoderConfig):
   def longest_prompt(self) -> int:
     return self.S
 
-  def flops_per_token(self, seq_len: int) -> float:
+  def flops_per_token(self, seq_len: int) -> float | None:
     """As DecoderConfig counts them, per token of the decoder's rows: both sides, and cross attention over all of S."""
+    decoder = super().flops_per_token(seq_len)
+    if decoder is None:
+      return None
     D, N, H, K = self.embed_dim, self.num_heads, self.H, self.K
     queries, keys = D * N * H * 2, D * K * H * 2  # multiply-adds a token: of q and o, of k and v
     feed_forward = D * self.F * (3 if self.mlp in ('swiglu', 'geglu') else 2)
     per_read = (self.encoder_layers * (6 * (queries + keys + feed_forward) + 12 * self.S * N * H)
                 + self.num_layers * 6 * keys)
     cross = self.num_layers * (6 * queries + 12 * self.S * N * H)
-    return super().flops_per_token(seq_len) + cross + per_read * self.S / seq_len
+    return decoder + cross + per_read * self.S / seq_len
 
 
 class Read(NamedTuple):
@@ -93,7 +95,7 @@ class CrossBlock(nn.Module):
     look_up = make_heads(cfg, CrossAttention, out_init, name='cross')
     h_BTD, crossed = look_up(norm(name='cross_norm')(x_BTD), read.encoded_BSD, read.mask_BTS, crossed)
     x_BTD = x_BTD + dropout(h_BTD)
-    mlp = MLPS[cfg.mlp](cfg.embed_dim, cfg.F, make_einsum(cfg), out_init, use_bias=cfg.use_bias, name='mlp')
+    mlp = make_mlp(cfg, out_init, name='mlp')
     x_BTD = x_BTD + dropout(mlp(norm(name='mlp_norm')(x_BTD)))
     return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed'), cache and {'self': own, 'cross': crossed}
 
@@ -126,7 +128,7 @@ class EncDec(nn.Module):
     self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim, read))
     self.final_norm = make_norm(cfg)()
     if not cfg.tie_embeddings:
-      self.head = Head(cfg)
+      self.head = OutputMatrix(cfg)
 
   def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
     return self.readout(batch, train=train).logits()
@@ -166,7 +168,7 @@ class EncDec(nn.Module):
   def _run(self, block, params, x_BTD, positions_BT, context: Any, windows, cache, train):
     cfg = self.cfg
     x_BTD = constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
-    dropout_key = self.make_rng('dropout') if train and cfg.random else None
+    dropout_key = self.make_rng('dropout') if train else None
     if dropout_key is not None:
       key = jax.random.fold_in(dropout_key, jax.tree.leaves(params)[0].shape[0])
       x_BTD = self.dropout(x_BTD, deterministic=False, rng=key)
@@ -178,9 +180,7 @@ class EncDec(nn.Module):
     return x_BTD, cache
 
   def output(self, x_BTD: jax.Array) -> Readout:
-    cfg = self.cfg
-    w, eqn = (self.embed.w, 'BTD,VD->BTV') if cfg.tie_embeddings else (self.head.w, 'BTD,DV->BTV')
-    return Readout(self.final_norm(x_BTD), w, partial(project, eqn, cfg.operand_dtype, cfg.logit_soft_cap))
+    return make_readout(self.cfg, self.final_norm(x_BTD), self.embed if self.cfg.tie_embeddings else self.head)
 
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
     cfg = self.cfg

@@ -1,22 +1,23 @@
-"""Models by name: add one with a file here and a line in MODELS."""
+"""Models by name, and the module that a config describes."""
 
-from typing import Any
+from __future__ import annotations
 
-import flax.linen as nn
+from typing import Any, cast
 
-from llm_jax.models.byte_patch import BytePatch, BytePatchConfig
+from llm_jax.base.registry import Registry, register
 from llm_jax.models.decoder import Decoder, DecoderConfig
 from llm_jax.models.encdec import EncDec, EncDecConfig
 from llm_jax.models.heads import WithHeads
+from llm_jax.models.protocol import LanguageModel, adapt_model, as_language_model
 
-MODELS: dict[str, tuple[type[nn.Module], type]] = {
-    'decoder': (Decoder, DecoderConfig),
-    'byte_patch': (BytePatch, BytePatchConfig),
-    'encdec': (EncDec, EncDecConfig),
-}
+# A Flax module and its config: LanguageModels (see models/protocol.py) or modules that map tokens to logits.
+MODELS = Registry('model', adapt_model)
+register(MODELS, 'decoder', Decoder, DecoderConfig)
+register(MODELS, 'encdec', EncDec, EncDecConfig)
 
 
-def make_model(config: Any, heads: tuple[tuple[str, int], ...] = (), num_weights: int = 0) -> Any:
-  """The module that a config of one of MODELS describes, a LanguageModel; with what its losses need, if anything."""
-  trunk = MODELS[config.name][0](config)
-  return WithHeads(trunk, heads, num_weights) if heads or num_weights else trunk
+def make_model(config: Any, heads: tuple[tuple[str, int], ...] = (), num_weights: int = 0,
+               module: Any = None) -> LanguageModel:
+  """The LanguageModel of a config's model section, or around a given `module`; with what its losses need."""
+  model = as_language_model(MODELS[config.name](config) if module is None else module, config)
+  return cast(LanguageModel, WithHeads(model, heads, num_weights)) if heads or num_weights else model

@@ -1,8 +1,4 @@
-"""Optimizer and schedule from config: one Optax chain, in the order that the config states.
-
-Add a link with a class and a line in TRANSFORMS (see link.py), a schedule with a class and a line in SCHEDULES. Both
-are sections of the config, frozen dataclasses, whose fields keep Optax's names.
-"""
+"""The optimizer and schedule of a config: one Optax chain of links by name, in the order that the config states."""
 
 from __future__ import annotations
 
@@ -16,44 +12,31 @@ import numpy as np
 import optax
 
 from llm_jax.base.batch import Metrics, Params
+from llm_jax.base.builder import Sections, check_names, keep_named, sections
 from llm_jax.base.errors import ConfigError
-from llm_jax.optim import controls, filters, flips, optimizers, schedules, soap
-from llm_jax.optim.groups import Group, with_groups
-from llm_jax.optim.link import Link
+from llm_jax.base.registry import Registry, register
+from llm_jax.base.trees import split
+from llm_jax.optim import controls, filters, optimizers, schedules
+from llm_jax.optim.groups import Group, check_groups, trainable_paths, with_groups
+from llm_jax.optim.link import Link, adapt_transform
+from llm_jax.optim.schedules import adapt_schedule
 
-TRANSFORMS: dict[str, type[Link]] = {
-    'clip_by_global_norm': filters.ClipByGlobalNorm,
-    'grokfast_ema': filters.GrokfastEma,
-    'grokfast_ma': filters.GrokfastMa,
-    'l2': filters.L2,
-    'adamw': optimizers.AdamW,
-    'adam': optimizers.Adam,
-    'sgd': optimizers.Sgd,
-    'lion': optimizers.Lion,
-    'adafactor': optimizers.Adafactor,
-    'muon': optimizers.Muon,
-    'ademamix': optimizers.AdEMAMix,
-    'prodigy': optimizers.Prodigy,
-    'schedule_free': optimizers.ScheduleFree,
-    'soap': soap.Soap,
-    'reduce_on_plateau': controls.ReduceOnPlateau,
-    'noise_adaptive': controls.NoiseAdaptive,
-    'bitnet_flips': flips.BitnetFlips,
-    'ema': controls.Ema,
-}
-SCHEDULES: dict[str, type] = {
-    'warmup_cosine': schedules.WarmupCosine,
-    'warmup_linear': schedules.WarmupLinear,
-    'constant': schedules.Constant,
-    'inverse_sqrt': schedules.InverseSqrt,
-    'wsd': schedules.Wsd,
-    'one_cycle': schedules.OneCycle,
-    'cyclic': schedules.Cyclic,
-    'restarts': schedules.Restarts,
-    'polynomial': schedules.Polynomial,
-    'phases': schedules.Phases,
-    'composite': schedules.Composite,
-}
+# Links (see optim/link.py), or functions that make an Optax transformation from a schedule, such as optax.adamw.
+TRANSFORMS = Registry('transform', adapt_transform)
+for _name, _link in (
+    ('clip_by_global_norm', filters.ClipByGlobalNorm), ('l2', filters.L2), ('adamw', optimizers.AdamW),
+    ('adam', optimizers.Adam), ('sgd', optimizers.Sgd), ('lion', optimizers.Lion), ('adafactor', optimizers.Adafactor),
+    ('muon', optimizers.Muon), ('ademamix', optimizers.AdEMAMix), ('prodigy', optimizers.Prodigy),
+    ('schedule_free', optimizers.ScheduleFree), ('ema', controls.Ema)):
+  register(TRANSFORMS, _name, _link)
+# Frozen dataclasses with make(peak_value, num_steps), or functions of these two, that return an Optax schedule.
+SCHEDULES = Registry('schedule', adapt_schedule)
+for _name, _schedule in (
+    ('warmup_cosine', schedules.WarmupCosine), ('warmup_linear', schedules.WarmupLinear),
+    ('constant', schedules.Constant), ('inverse_sqrt', schedules.InverseSqrt), ('wsd', schedules.Wsd),
+    ('one_cycle', schedules.OneCycle), ('cyclic', schedules.Cyclic), ('restarts', schedules.Restarts),
+    ('polynomial', schedules.Polynomial), ('phases', schedules.Phases), ('composite', schedules.Composite)):
+  register(SCHEDULES, _name, _schedule)
 PLACES = ('filter', 'optimizer', 'control')
 
 
@@ -65,42 +48,22 @@ class OptimConfig:
   schedule: str = 'warmup_cosine'  # one of SCHEDULES
   chain: tuple[str, ...] = ('clip_by_global_norm', 'adamw')  # of TRANSFORMS: filters, an optimizer, controls
   groups: dict[str, Group] = dataclasses.field(default_factory=dict)
-  warmup_cosine: schedules.WarmupCosine = schedules.WarmupCosine()
-  warmup_linear: schedules.WarmupLinear = schedules.WarmupLinear()
-  constant: schedules.Constant = schedules.Constant()
-  inverse_sqrt: schedules.InverseSqrt = schedules.InverseSqrt()
-  wsd: schedules.Wsd = schedules.Wsd()
-  one_cycle: schedules.OneCycle = schedules.OneCycle()
-  cyclic: schedules.Cyclic = schedules.Cyclic()
-  restarts: schedules.Restarts = schedules.Restarts()
-  polynomial: schedules.Polynomial = schedules.Polynomial()
-  phases: schedules.Phases = schedules.Phases()
-  composite: schedules.Composite = schedules.Composite()
-  clip_by_global_norm: filters.ClipByGlobalNorm = filters.ClipByGlobalNorm()
-  grokfast_ema: filters.GrokfastEma = filters.GrokfastEma()
-  grokfast_ma: filters.GrokfastMa = filters.GrokfastMa()
-  l2: filters.L2 = filters.L2()
-  adamw: optimizers.AdamW = optimizers.AdamW()
-  adam: optimizers.Adam = optimizers.Adam()
-  sgd: optimizers.Sgd = optimizers.Sgd()
-  lion: optimizers.Lion = optimizers.Lion()
-  adafactor: optimizers.Adafactor = optimizers.Adafactor()
-  muon: optimizers.Muon = optimizers.Muon()
-  ademamix: optimizers.AdEMAMix = optimizers.AdEMAMix()
-  prodigy: optimizers.Prodigy = optimizers.Prodigy()
-  schedule_free: optimizers.ScheduleFree = optimizers.ScheduleFree()
-  soap: soap.Soap = soap.Soap()
-  reduce_on_plateau: controls.ReduceOnPlateau = controls.ReduceOnPlateau()
-  noise_adaptive: controls.NoiseAdaptive = controls.NoiseAdaptive()
-  bitnet_flips: flips.BitnetFlips = flips.BitnetFlips()
-  ema: controls.Ema = controls.Ema()
+  sections: Sections = sections(TRANSFORMS, SCHEDULES)
 
   def __post_init__(self):
     if not 0 < self.learning_rate < float('inf'):
       raise ValueError(f'learning_rate must be positive; got {self.learning_rate}')
-    for name in self.chain:
-      if name not in TRANSFORMS:
-        raise ValueError(f'chain names {name!r}, which is unknown; known: {", ".join(TRANSFORMS)}')
+    check_names('chain', self.chain, TRANSFORMS)
+    if self.schedule not in SCHEDULES:
+      raise ValueError(f'schedule {self.schedule!r} is unknown; known: {", ".join(SCHEDULES)}')
+    parts = self.sections['composite'].parts if 'composite' in self.sections else ()
+    known = [name for name in SCHEDULES if name != 'composite']
+    for name in parts:
+      if name not in known:
+        raise ValueError(f'composite.parts names {name!r}, which is unknown; known: {", ".join(known)}')
+    if self.schedule == 'composite' and not parts:
+      raise ValueError(f'composite.parts must name schedules: {", ".join(known)}')
+    keep_named(self, [*self.chain, self.schedule, *parts], 'neither chain nor schedule names it')
     places = [TRANSFORMS[name].place for name in self.chain]
     if places.count('optimizer') != 1 or places != sorted(places, key=PLACES.index):
       raise ValueError(f'chain must be filters ({_at("filter")}), one optimizer ({_at("optimizer")}) and then controls '
@@ -121,37 +84,31 @@ class OptimConfig:
     if decays and not self.weight_decay:
       raise ValueError(f'groups.{min(decays)}.weight_decay is set, but the optimizer has no weight_decay: it would '
                        'have no effect')
-    if self.schedule not in SCHEDULES:
-      raise ValueError(f'schedule {self.schedule!r} is unknown; known: {", ".join(SCHEDULES)}')
-    parts = self.composite.parts
-    known = [name for name in SCHEDULES if name != 'composite']
-    for name in parts:
-      if name not in known:
-        raise ValueError(f'composite.parts names {name!r}, which is unknown; known: {", ".join(known)}')
-    if self.schedule == 'composite' and not parts:
-      raise ValueError(f'composite.parts must name schedules: {", ".join(known)}')
-    for name in (TRANSFORMS | SCHEDULES).keys() - {*self.chain, self.schedule, *parts}:
-      if getattr(self, name) != (TRANSFORMS | SCHEDULES)[name]():
-        raise ValueError(f'{name} is set, but neither chain nor schedule names it: it would have no effect')
 
   @property
   def links(self) -> list[Link]:
-    return [getattr(self, name) for name in self.chain]
+    return [self.sections.get(name) or TRANSFORMS.settings(name)() for name in self.chain]
 
   @property
   def weight_decay(self) -> float:
     """The optimizer's."""
     return next(getattr(link, 'weight_decay', 0.0) for link in self.links if link.place == 'optimizer')
 
+  def section(self, name: str) -> Any:
+    """The settings of a schedule."""
+    return self.sections.get(name) or SCHEDULES.settings(name)()
+
   def schedule_parts(self, num_steps: int) -> list[tuple[str, int]]:
     """(name, steps) of the schedules that follow each other."""
-    return self.composite.lengths(num_steps) if self.schedule == 'composite' else [(self.schedule, num_steps)]
+    if self.schedule != 'composite':
+      return [(self.schedule, num_steps)]
+    return self.sections['composite'].lengths(num_steps)
 
   def misfits(self, num_steps: int) -> list[str]:
     """What of the schedule does not fit into a run of so many steps."""
     problems = []
     for name, steps in self.schedule_parts(num_steps):
-      section = getattr(self, name)
+      section = self.section(name)
       warmup, decay = getattr(section, 'warmup_steps', 0), getattr(section, 'decay_steps', 0)
       boundaries = getattr(section, 'boundaries', ())
       if steps < 1:
@@ -168,7 +125,7 @@ class OptimConfig:
   def make_schedule(self, num_steps: int) -> optax.Schedule:
     parts = self.schedule_parts(num_steps)
     ends = np.cumsum([steps for _, steps in parts])
-    return optax.join_schedules([getattr(self, name).make(self.learning_rate, steps) for name, steps in parts],
+    return optax.join_schedules([self.section(name).make(self.learning_rate, steps) for name, steps in parts],
                                 ends[:-1].tolist())
 
 
@@ -177,24 +134,29 @@ def without_replaced(optim: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
   named = [overrides.get(f'optim.{field}', optim.get(field, '')) for field in ('chain', 'schedule')]
   parts = overrides.get('optim.composite.parts', optim.get('composite', {}).get('parts', ''))
   kept = set(re.findall(r'\w+', f'{named} {parts}'))
-  return {name: {} if name in TRANSFORMS | SCHEDULES and name not in kept else value for name, value in optim.items()}
+  return {name: value for name, value in optim.items()
+          if name in kept or not (name in TRANSFORMS or name in SCHEDULES)}
 
 
 def _at(place: str) -> str:
-  return ', '.join(name for name, cls in TRANSFORMS.items() if cls.place == place)
+  return ', '.join(name for name in TRANSFORMS if TRANSFORMS[name].place == place)
 
 
 class Optimizer(NamedTuple):
-  """A gradient transformation (init, update) with what its links tell of themselves."""
+  """A gradient transformation (init, update) with its schedule and links, where they are known."""
 
   init: Callable[[Params], optax.OptState]
   update: Callable[..., tuple[Params, optax.OptState]]
-  schedule: optax.Schedule
+  schedule: optax.Schedule | None = None
   links: tuple[Link, ...] = ()
+
+  def learning_rate(self, step: jax.Array) -> Metrics:
+    """{'learning_rate': ...} where the schedule is known."""
+    return {} if self.schedule is None else {'learning_rate': self.schedule(step)}
 
   def report(self, opt_state: optax.OptState) -> Metrics:
     """Scalars to log."""
-    reports = [link.report(state) for link, state in zip(self.links, opt_state, strict=True)]
+    reports = [link.report(state) for link, state in self._pairs(opt_state)]
     return {name: value for report in reports for name, value in report.items()}
 
   @property
@@ -203,34 +165,45 @@ class Optimizer(NamedTuple):
     return any(link.averages for link in self.links)
 
   @property
-  def asks(self) -> tuple[str, ...]:
-    """The results of evaluations that it looks at."""
-    return tuple(name for link in self.links for name in link.asks)
+  def required_metrics(self) -> tuple[str, ...]:
+    """The results of evaluations that its links use."""
+    return tuple(name for link in self.links for name in link.required_metrics)
 
   def evaluated(self, opt_state: optax.OptState, params: Params) -> Params:
-    for link, state in zip(self.links, opt_state, strict=True):
+    for link, state in self._pairs(opt_state):
       params = link.evaluated(state, params)
     return params
 
-  def hear(self, opt_state: optax.OptState, results: dict[str, float]) -> optax.OptState:
-    """The state after an evaluation. Raises ConfigError where a link asks for a metric that is not there."""
+  def _pairs(self, opt_state: optax.OptState) -> list[tuple[Link, Any]]:
+    return list(zip(self.links, opt_state, strict=True)) if self.links else []
+
+  def update_from_eval(self, opt_state: optax.OptState, results: dict[str, float]) -> optax.OptState:
+    """The state after an evaluation. Raises ConfigError where a link needs a metric that is not among the results."""
     try:
-      heard = tuple(link.hear(state, results) if link.asks else state
-                    for link, state in zip(self.links, opt_state, strict=True))
+      updated = tuple(link.update_from_eval(state, results) if link.required_metrics else state
+                      for link, state in self._pairs(opt_state)) or opt_state
     except ValueError as e:
       raise ConfigError(f'config.optim: {e}') from None
     return jax.tree.map(lambda new, old: old if new is old else jax.device_put(np.asarray(new), old.sharding),
-                        heard, opt_state)
+                        updated, opt_state)
+
+
+def as_optimizer(tx: optax.GradientTransformation | Optimizer) -> Optimizer:
+  """Any Optax transformation as an Optimizer without a known schedule."""
+  return tx if isinstance(tx, Optimizer) else Optimizer(*optax.with_extra_args_support(tx))
 
 
 def make_optimizer(config: OptimConfig, num_steps: int, axes: Params = None) -> Optimizer:
-  """The chain as one gradient transformation; `axes` is a tree of the parameters' logical axes, which
-  groups, muon and soap go by.
+  """The chain as one gradient transformation of the trainable parameters.
 
-  Raises ConfigError for groups that no parameter belongs to.
+  `axes` is the tree of all parameters' logical axes, which groups, muon and soap use; None without groups. Raises
+  ConfigError for groups that no parameter belongs to.
   """
   schedule = config.make_schedule(num_steps)
   try:
+    if config.groups:
+      check_groups(config.groups, axes)
+      axes, _ = split(axes, trainable_paths(config.groups))
     links = with_groups(config.links, config.groups, config.weight_decay, axes)
   except ValueError as e:
     raise ConfigError(f'config.optim.{e}') from None

@@ -1,17 +1,15 @@
-"""What happens to gradients before the optimizer sees them: clipping, and Grokfast's filters."""
+"""Links that change gradients before the optimizer: clipping and L2 decay."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from llm_jax.base.batch import Metrics, Params
-from llm_jax.base.conditions import Condition, condition
-from llm_jax.optim.link import Link, at_least, positive, rates, regular
+from llm_jax.base.batch import Params
+from llm_jax.optim.link import Link, positive, regular
 from llm_jax.optim.masks import matching
 
 
@@ -51,134 +49,3 @@ class L2(Link):
 
   def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
     return optax.add_decayed_weights(self.weight_decay, lambda params: matching(self.pattern, params))
-
-
-class Phase(NamedTuple):
-  """Where a filter stands in its phases."""
-
-  step: jax.Array  # int32: updates done
-  number: jax.Array  # int32: from 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Phased(Link):
-  """A filter whose amplification changes from phase to phase: by steps, or as soon as something is mastered.
-
-  `phases` multiply `lamb`, one a phase; `until` says what ends each but the last: a step ('1000'), or a condition on an
-  evaluation ('val/accuracy > 0.5'). Warm-up, acceleration, consolidation, refinement: phases (0, 1, 0.2, 0).
-  """
-
-  lamb: float = 2.0
-  phases: tuple[float, ...] = ()
-  until: tuple[str, ...] = ()
-  place = 'filter'
-
-  def __post_init__(self):
-    at_least(0, lamb=self.lamb, **{f'phases[{i}]': factor for i, factor in enumerate(self.phases)})
-    if len(self.until) != max(0, len(self.phases) - 1):
-      raise ValueError(f'until must have an entry for each phase but the last: {max(0, len(self.phases) - 1)}; got '
-                       f'{len(self.until)}')
-    steps = [end for end in self.ends if isinstance(end, int)]
-    if steps != sorted(set(steps)):
-      raise ValueError(f'until names steps that do not grow: {steps}')
-
-  @property
-  def ends(self) -> list[int | Condition]:
-    """Of each phase but the last: a step, or what has to hold."""
-    return [int(text) if text.strip().isdecimal() else condition(text) for text in self.until]
-
-  @property
-  def asks(self) -> tuple[str, ...]:
-    return tuple(end.metric for end in self.ends if isinstance(end, Condition))
-
-  def first(self) -> Phase:
-    return Phase(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-
-  def next(self, phase: Phase) -> tuple[jax.Array, Phase]:
-    """(the amplification of this update, where the next one stands)."""
-    never = jnp.iinfo(jnp.int32).max
-    steps = jnp.array([end if isinstance(end, int) else never for end in self.ends] + [never])
-    number = phase.number + (phase.step >= steps[phase.number])
-    factors = jnp.array(self.phases or (1.0,))
-    return self.lamb * factors[number], Phase(optax.safe_increment(phase.step), number)
-
-  def hear(self, state: Any, results: dict[str, float]) -> Any:
-    number, ends = int(state.phase.number), self.ends
-    while number < len(ends) and isinstance(end := ends[number], Condition) and end.holds(results):
-      number += 1
-    return state._replace(phase=state.phase._replace(number=jnp.full_like(state.phase.number, number)))
-
-  def report(self, state: Any) -> Metrics:
-    return {'grokfast_phase': state.phase.number} if self.phases else {}
-
-
-class EmaState(NamedTuple):
-  mean: Params
-  phase: Phase
-
-
-@dataclasses.dataclass(frozen=True)
-class GrokfastEma(Phased):
-  """Amplifies the slow part of gradients (arXiv 2405.20233, equation 9): g + lamb * m, m = alpha m + (1 - alpha) g.
-
-  As in its authors' code the mean starts at the first gradient.
-  """
-
-  alpha: float = 0.98
-
-  def __post_init__(self):
-    super().__post_init__()
-    rates(alpha=self.alpha)
-
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
-    def init(params: Params) -> EmaState:
-      return EmaState(optax.tree.zeros_like(params), self.first())
-
-    def update(grads: Params, state: EmaState, params: Params = None) -> tuple[Params, EmaState]:
-      alpha = jnp.where(state.phase.step == 0, 0.0, self.alpha)
-      mean = jax.tree.map(lambda m, g: alpha * m + (1 - alpha) * g, state.mean, grads)
-      lamb, phase = self.next(state.phase)
-      return jax.tree.map(lambda g, m: g + lamb * m, grads, mean), EmaState(mean, phase)
-
-    return optax.GradientTransformation(init, update)
-
-
-class MaState(NamedTuple):
-  last: Params  # leaves [window, ...]: a ring, written at step % window
-  total: Params  # its sum
-  phase: Phase
-
-
-@dataclasses.dataclass(frozen=True)
-class GrokfastMa(Phased):
-  """The same by a moving average (arXiv 2405.20233, equation 7): g + lamb * the mean of the last `window` gradients.
-
-  As in its authors' code nothing is amplified before the window is full. It keeps `window` copies of the parameters.
-  """
-
-  lamb: float = 5.0
-  window: int = 100
-
-  def __post_init__(self):
-    super().__post_init__()
-    at_least(1, window=self.window)
-
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
-    size = self.window
-
-    def init(params: Params) -> MaState:
-      return MaState(jax.tree.map(lambda p: jnp.zeros((size, *p.shape), p.dtype), params),
-                     optax.tree.zeros_like(params), self.first())
-
-    def update(grads: Params, state: MaState, params: Params = None) -> tuple[Params, MaState]:
-      place = state.phase.step % size
-      # Summed anew once a round, so that no error piles up.
-      total = jax.tree.map(lambda t, ring, g: g + jax.lax.cond(
-          place == 0, lambda t, ring: ring[1:].sum(0), lambda t, ring: t - ring[place], t, ring),
-          state.total, state.last, grads)
-      last = jax.tree.map(lambda ring, g: ring.at[place].set(g), state.last, grads)
-      lamb, phase = self.next(state.phase)
-      scale = jnp.where(phase.step >= size, lamb / size, 0.0)
-      return jax.tree.map(lambda g, t: g + scale * t, grads, total), MaState(last, total, phase)
-
-    return optax.GradientTransformation(init, update)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import optax
 
-from llm_jax.base.batch import Metrics, Params
+from llm_jax.base.batch import Params
+from llm_jax.base.trees import path_of
 from llm_jax.optim.link import Link, at_least, regular
-from llm_jax.optim.masks import is_axes, matrices, path_of
+from llm_jax.optim.masks import is_axes, matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Group:
   pattern: str = ''  # found anywhere in 'blocks/attention/q/w'
   learning_rate: float = 1.0  # factors
   weight_decay: float = 1.0
-  frozen: bool = False  # they keep their first values, and have no optimizer state
+  frozen: bool = False  # they keep their initial values, and have neither gradients nor optimizer state
 
   def __post_init__(self):
     regular(self.pattern)
@@ -33,29 +34,37 @@ class Group:
 EVERYTHING_ELSE = Group('.')
 
 
-def assign(groups: dict[str, Group], axes: Params) -> Params:
-  """A tree of the Group that each parameter belongs to. Raises ValueError for a group that has none."""
-  found = set()
+def group_of(groups: dict[str, Group], path: tuple) -> str | None:
+  """The name of the group that a parameter belongs to."""
+  return next((name for name, group in groups.items() if re.search(group.pattern, path_of(path))), None)
 
-  def group_of(path: tuple, _: Any) -> Group:
-    name = next((name for name, group in groups.items() if re.search(group.pattern, path_of(path))), None)
-    found.add(name)
-    return EVERYTHING_ELSE if name is None else groups[name]
 
-  assigned = jax.tree_util.tree_map_with_path(group_of, axes, is_leaf=is_axes)
+def trainable_paths(groups: dict[str, Group]) -> Callable[[tuple], bool]:
+  """A function of a parameter's path: whether no frozen group holds it."""
+  def is_trainable(path: tuple) -> bool:
+    name = group_of(groups, path)
+    return name is None or not groups[name].frozen
+
+  return is_trainable
+
+
+def check_groups(groups: dict[str, Group], axes: Params) -> None:
+  """Raises ValueError for a group without parameters; `axes` is the tree of all parameters' logical axes."""
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)]
+  found = {group_of(groups, path) for path in paths}
   if empty := groups.keys() - found:
     name = min(empty)
     raise ValueError(f'groups.{name}.pattern: {groups[name].pattern!r} matches no parameter that no group before it '
-                     'has; they are: ' + ', '.join(
-        path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)))
-  return assigned
+                     'has; they are: ' + ', '.join(map(path_of, paths)))
+  if not any(map(trainable_paths(groups), paths)):
+    raise ValueError('groups: every parameter is frozen; leave one group out')
 
 
 @dataclasses.dataclass(frozen=True)
 class Factors(Link):
-  """Updates as the groups' factors would have them: what decay lacks is added, and all is scaled."""
+  """Scales updates by the groups' factors, after adding the decay that a group has more than the optimizer's."""
 
-  assigned: Params
+  assigned: Params  # a tree of the Group of each parameter
   weight_decay: float  # the optimizer's, which is in the updates already
 
   def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
@@ -71,56 +80,15 @@ class Factors(Link):
     return optax.chain(*links, scaled)
 
 
-@dataclasses.dataclass(frozen=True)
-class Trainable(Link):
-  """A link that sees only parameters where `mask` is True."""
-
-  link: Link
-  mask: Params
-
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
-    return optax.masked(self.link.make(schedule, self._cut(axes)), self.mask, mask_compatible_extra_args=True)
-
-  def evaluated(self, state: Any, params: Params) -> Params:
-    mine = self.link.evaluated(state.inner_state, self._cut(params))
-    return jax.tree.map(lambda trained, old, new: new if trained else old, self.mask, params, mine)
-
-  def report(self, state: Any) -> Metrics:
-    return self.link.report(state.inner_state)
-
-  def hear(self, state: Any, results: dict[str, float]) -> Any:
-    return state._replace(inner_state=self.link.hear(state.inner_state, results))
-
-  def _cut(self, tree: Params) -> Params:
-    return jax.tree.map(lambda trained, x: x if trained else optax.MaskedNode(), self.mask, tree)
-
-  @property
-  def averages(self) -> bool:
-    return self.link.averages
-
-  @property
-  def asks(self) -> tuple[str, ...]:
-    return self.link.asks
-
-
-@dataclasses.dataclass(frozen=True)
-class Frozen(Link):
-  """Updates of zero where `mask` is False."""
-
-  mask: Params
-
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
-    return optax.masked(optax.set_to_zero(), jax.tree.map(lambda trained: not trained, self.mask))
-
-
 def with_groups(links: list[Link], groups: dict[str, Group], weight_decay: float, axes: Params) -> list[Link]:
-  """The links of a chain that treats groups as they ask for."""
-  if not groups:
+  """The links of a chain that scales groups by their factors; `axes` is the tree of trainable parameters' axes."""
+  if all(group.frozen for group in groups.values()):
     return links
-  assigned = assign(groups, axes)
+
+  def assigned(path: tuple, _: tuple) -> Group:
+    name = group_of(groups, path)
+    return EVERYTHING_ELSE if name is None else groups[name]
+
+  factors = Factors(jax.tree_util.tree_map_with_path(assigned, axes, is_leaf=is_axes), weight_decay)
   at = 1 + next(i for i, link in enumerate(links) if link.place == 'optimizer')
-  factors, trainable = Factors(assigned, weight_decay), jax.tree.map(lambda group: not group.frozen, assigned)
-  if all(jax.tree.leaves(trainable)):
-    return [*links[:at], factors, *links[at:]]
-  masked = [Trainable(link, trainable) for link in links]
-  return [*masked[:at], factors, *masked[at:], Frozen(trainable)]
+  return [*links[:at], factors, *links[at:]]

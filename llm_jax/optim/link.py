@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any, ClassVar, Literal
 
 import optax
 
 from llm_jax.base.batch import Metrics, Params
+from llm_jax.base.registry import settings_from_signature
 
 
 class Link:
@@ -16,7 +18,7 @@ class Link:
   make(schedule, axes)    the transformation; `axes` is a tree of the parameters' logical axes
   evaluated(state, params)  the weights that are evaluated and exported: averages, for one
   report(state)           scalars to log
-  hear(state, results)    the state after an evaluation, whose results ('val/loss', ...) these are
+  update_from_eval(state, results)    the state after an evaluation, whose results ('val/loss', ...) these are
   """
 
   place: ClassVar[Literal['filter', 'optimizer', 'control']] = 'optimizer'  # filters come before it, controls after
@@ -27,8 +29,8 @@ class Link:
     return False
 
   @property
-  def asks(self) -> tuple[str, ...]:
-    """The results that `hear` looks at; without any it is not called."""
+  def required_metrics(self) -> tuple[str, ...]:
+    """The results that `update_from_eval` looks at; without any it is not called."""
     return ()
 
   def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
@@ -42,7 +44,7 @@ class Link:
     del state
     return {}
 
-  def hear(self, state: Any, results: dict[str, float]) -> Any:
+  def update_from_eval(self, state: Any, results: dict[str, float]) -> Any:
     del results
     return state
 
@@ -74,3 +76,17 @@ def rates(**values: float) -> None:
   for name, value in values.items():
     if not 0 <= value < 1:
       raise ValueError(f'{name} must lie in [0, 1); got {value}')
+
+
+def adapt_transform(name: str, value: Any, settings: type | None) -> tuple[Any, type]:
+  """A Link as it is; a function such as optax.lamb, called with the schedule and its settings, as an optimizer."""
+  if isinstance(value, type) and issubclass(value, Link):
+    return value, value
+
+  def make(self: Any, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+    return value(schedule, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+  own = settings or settings_from_signature(value)
+  place = getattr(value, 'place', 'optimizer')
+  link: type = dataclasses.dataclass(frozen=True)(type(own.__name__, (own, Link), {'make': make, 'place': place}))
+  return link, link

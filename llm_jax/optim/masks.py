@@ -7,22 +7,22 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from optax.contrib import MuonDimensionNumbers as Dims  # (reduction_axis, output_axis); other axes are a stack
 
 from llm_jax.base.batch import Params
+from llm_jax.base.trees import path_of
 
 # Axes of tables that are looked up or read out, and of heads: no maps between hidden states.
 TABLE_AXES = {'vocab', 'positions', 'norm'}
 
 
 def matrices(params: Params) -> Params:
-  """True at every matrix and embedding (leaves named `w`), False at norms and biases, stacked or not."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'w', params)
+  """True at matrices and embeddings, False at norms and biases, stacked or not."""
+  def is_matrix(path: tuple, leaf: Any) -> bool:
+    return path[-1].key == 'w' or (path[-1].key not in ('b', 'bias', 'scale') and np.ndim(leaf) > 1)
 
-
-def path_of(path: tuple) -> str:
-  """'blocks/attention/q/w'."""
-  return '/'.join(str(key.key) for key in path)
+  return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def matching(pattern: str, params: Params) -> Params:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
+from llm_jax.base.registry import is_frozen, settings_from_signature
 from llm_jax.optim.link import at_least, positive
 
 
@@ -250,3 +251,16 @@ def _check_boundaries(boundaries: tuple[int, ...], what: str, count: int) -> Non
     raise ValueError(f'boundaries must be {count - 1} steps for {count} {what}; got {len(boundaries)}')
   if any(b >= c for b, c in zip((0, *boundaries), boundaries, strict=False)):
     raise ValueError(f'boundaries must grow, from 1 on; got {", ".join(map(str, boundaries))}')
+
+
+def adapt_schedule(name: str, value: Any, settings: type | None) -> tuple[Any, type]:
+  """A class with `make` as it is; a function (peak_value, num_steps, **settings) -> Optax schedule as such a class."""
+  if is_frozen(value):
+    return value, value
+
+  def make(self: Any, peak_value: float, num_steps: int) -> optax.Schedule:
+    return value(peak_value, num_steps, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+  own = settings or settings_from_signature(value)
+  schedule: type = dataclasses.dataclass(frozen=True)(type(own.__name__, (own,), {'make': make}))
+  return schedule, schedule

@@ -1,4 +1,4 @@
-"""What a run remembers of its evaluations: the best, how long ago it was, and what was mastered when."""
+"""The best evaluation of a run, its patience and its goals."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from llm_jax.config import EvalConfig
 
 
 @dataclasses.dataclass
-class Record:
-  """Scores are the monitored metric, negated where it should grow: less is better."""
+class Best:
+  """Scores are the monitored metric, negated where larger is better: a lower score is better."""
 
   config: EvalConfig
   since: int = 0  # the step from which on scores are of the same metric on the same data
@@ -22,11 +22,11 @@ class Record:
   reached: dict[str, int] = dataclasses.field(default_factory=dict)  # capability: the first step that has it
 
   @classmethod
-  def from_meta(cls, config: EvalConfig, meta: dict[str, Any], other_data: bool = False) -> Record:
-    """As a checkpoint keeps it. Scores of another metric, or of other data, count no more."""
-    kept = meta.get('record') or {'monitor': ['val/loss', 'min'], 'saved': meta.get('best_val_loss'),
-                                  'best': meta.get('lowest') or meta.get('best_val_loss'),
-                                  'stale': meta.get('stale', 0), 'reached': {}}
+  def from_meta(cls, config: EvalConfig, meta: dict[str, Any], other_data: bool = False) -> Best:
+    """Restored from a checkpoint. Scores of another metric, or on other data, are dropped."""
+    kept = meta.get('best')
+    if kept is None:
+      return cls(config)
     if other_data or kept['monitor'] != [config.monitor, config.mode]:
       return cls(config, meta.get('step', 0), reached=kept['reached'])
     saved, best = (float('inf') if kept[name] is None else kept[name] for name in ('saved', 'best'))
@@ -51,8 +51,8 @@ class Record:
       return f'{self.config.monitor} has not improved for {self.stale} evaluations (config.eval.patience)'
     return ''
 
-  def see(self, step: int, results: dict[str, float]) -> tuple[float, list[str]]:
-    """(score, capabilities reached for the first time). Raises ConfigError for a metric that is not there."""
+  def update(self, step: int, results: dict[str, float]) -> tuple[float, list[str]]:
+    """(score, capabilities reached for the first time). Raises ConfigError for a metric that is missing."""
     try:
       if self.config.monitor not in results:
         raise ValueError(f'monitor {self.config.monitor!r} is no result of an evaluation; there are: '

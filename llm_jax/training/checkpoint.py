@@ -5,7 +5,6 @@ Each holds three items: `params`, `opt_state` (trees of arrays) and `meta` (JSON
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import sys
@@ -23,25 +22,10 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.config import CheckpointConfig
 
 # Orbax warns of what is meant, such as a save without metrics.
 logging.getLogger('absl').addFilter(lambda record: record.levelno >= logging.ERROR or 'orbax' not in record.pathname)
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-  """When to save and what to keep. A new best (config.eval.monitor) is saved too, unless keep_best is 0."""
-
-  every: int = 1000  # steps
-  keep_last: int = 2
-  keep_best: int = 1
-  keep_every: int | None = None  # steps: milestones, kept for good
-
-  def __post_init__(self):
-    for field, least in (('every', 1), ('keep_last', 1), ('keep_best', 0), ('keep_every', 1)):
-      value = getattr(self, field)
-      if value is not None and value < least:
-        raise ValueError(f'{field} must be at least {least}; got {value}')
 
 
 def latest_step(workdir: Path) -> int:

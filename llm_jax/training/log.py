@@ -1,12 +1,12 @@
-"""Where numbers go: metrics.jsonl, TensorBoard (without TensorFlow), the screen; throughput and means by epoch."""
+"""Logs of a run: metrics.jsonl, TensorBoard (without TensorFlow), the console; throughput, goodput, means by epoch."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,24 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from llm_jax.base.batch import Metrics
+from llm_jax.base.files import open_append, write_file
 from llm_jax.base.progress import progress
+from llm_jax.data.open import Data
 
 
 @flax.struct.dataclass
-class Packed:
-  """Scalars as one array: a program returns, and the host fetches, one of them faster than a dozen."""
+class PackedMetrics:
+  """Scalars in one array, which a program returns, and the host fetches, faster than a dozen arrays."""
 
   values: jax.Array  # float32 [M]
   names: tuple[str, ...] = flax.struct.field(pytree_node=False)
 
 
-def pack(metrics: Metrics) -> Packed:
-  return Packed(jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()]), tuple(metrics))
+def pack(metrics: Metrics) -> PackedMetrics:
+  return PackedMetrics(jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()]), tuple(metrics))
 
 
-def unpack(packed: Packed) -> dict[str, float]:
+def unpack(packed: PackedMetrics) -> dict[str, float]:
   """Waits for the program that packed them."""
   return dict(zip(packed.names, np.asarray(packed.values).tolist(), strict=True))
 
@@ -64,10 +66,8 @@ class Writer:
 
   def _rewrite(self, lines: list[str]) -> None:
     """Puts these lines in the file's place, whole or not at all, and goes on behind them."""
-    aside = self._path.with_suffix('.partial')
-    aside.write_text(''.join(line + '\n' for line in lines))
-    os.replace(aside, self._path)
-    self._jsonl = open(self._path, 'a')  # noqa: SIM115
+    write_file(self._path, ''.join(line + '\n' for line in lines))
+    self._jsonl = open_append(self._path)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """A point of each curve at `step` completed updates, and a line of metrics.jsonl, which has one line a step."""
@@ -128,17 +128,17 @@ class Throughput:
     self._waited += seconds
 
   def away(self, seconds: float) -> None:
-    """For so long a caller had the loop, while a step was under way."""
+    """Seconds that the caller held the generator during this step."""
     self._away += seconds
 
   def step_done(self, num_tokens: float) -> None:
     now = time.perf_counter()
-    if self._start is None:  # the first step compiles: told apart, not averaged in
+    if self._start is None:  # the first step compiles: not averaged in
       self._waited = 0.0
       return
     seconds, away = now - self._start, self._away
     self._start, self._away = now, 0.0
-    if away > 0.1 * seconds:  # nobody knows when it was done
+    if away > 0.1 * seconds:  # its end is not known
       return
     self._seconds += seconds
     self._tokens += num_tokens
@@ -156,6 +156,38 @@ class Throughput:
     self._tokens = self._seconds = self._waited = 0.0
     self._steps = 0
     return values
+
+
+class Goodput:
+  """Shares of the time since a run began: steps, and what is none of them; `caller` is who iterates over the run."""
+
+  def __init__(self) -> None:
+    self._begin = time.perf_counter()
+    self._seconds = dict.fromkeys(('start', 'data', 'evaluation', 'save', 'caller'), 0.0)
+
+  def starting(self) -> None:
+    """A stage begins: all until its first step is done is loading and compiling."""
+    self._stage, self._before = time.perf_counter(), sum(self._seconds.values())
+
+  def started(self) -> None:
+    others = sum(self._seconds.values()) - self._before
+    self.add('start', time.perf_counter() - self._stage - others)
+
+  def add(self, kind: str, seconds: float) -> None:
+    self._seconds[kind] += seconds
+
+  @contextlib.contextmanager
+  def of(self, kind: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    try:
+      yield
+    finally:
+      self.add(kind, time.perf_counter() - begin)
+
+  def shares(self) -> dict[str, float]:
+    total = time.perf_counter() - self._begin
+    shares = {f'goodput/{kind}': min(1.0, seconds / total) for kind, seconds in self._seconds.items()}
+    return {'goodput/step': max(0.0, 1 - sum(shares.values())), **shares}
 
 
 class Epochs:
@@ -234,3 +266,15 @@ def _step_of(line: str) -> float:
     return json.loads(line)['step']
   except (ValueError, KeyError):
     return float('inf')
+
+
+def text_metrics(split: str, loss: float | None, data: Data, task: str) -> dict[str, float]:
+  """Perplexity of a loss in nats a token, and bits per byte by the training part's mean bytes per token."""
+  if loss is None:
+    return {}
+  values = {f'{split}/perplexity': float(np.exp(min(loss, 700.0)))}
+  stores = data.train.values()
+  if task == 'next_token' and stores and all(store.num_bytes for store in stores):
+    num_tokens, num_bytes = sum(len(s.tokens) for s in stores), sum(s.num_bytes for s in stores)
+    values[f'{split}/bits_per_byte'] = loss / np.log(2) * num_tokens / num_bytes
+  return values

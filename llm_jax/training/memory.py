@@ -13,8 +13,8 @@ import jax
 
 from llm_jax.base.devices import device_memory
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.multihost import gather
 from llm_jax.config import Config
-from llm_jax.infer.load import gather
 
 SHARE = 0.9  # of a device's memory: the rest is for evaluation, samples, fragments
 

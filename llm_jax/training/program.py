@@ -1,11 +1,10 @@
-"""All that a stage trains with, made before its first step: data, model, optimizer, compiled steps."""
+"""Everything that a stage trains with, built once: data, model, objective, optimizer and compiled programs."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,44 +13,58 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from orbax.checkpoint import multihost
 
 from llm_jax.base.batch import Batch, Params
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.multihost import barrier, gather
 from llm_jax.base.sharding import batch_sharding, local_rows, num_batch_shards
-from llm_jax.config import Config, replace
+from llm_jax.base.trees import merge
+from llm_jax.config import Config
 from llm_jax.data import pipeline
 from llm_jax.data.config import DataConfig
 from llm_jax.data.open import Data, data_fingerprint, open_data
+from llm_jax.data.rows.tasks import Features
 from llm_jax.data.sources.corpus import key_of
-from llm_jax.infer.load import Run, abstract_batch, build_model, example_batch, gather, load_teacher, make_evaluator
+from llm_jax.infer.load import Loaded
+from llm_jax.infer.score import Evaluator, make_evaluator
 from llm_jax.losses.config import make_objective
-from llm_jax.optim.chain import Optimizer, make_optimizer
-from llm_jax.training.log import Packed, pack
+from llm_jax.losses.metrics import make_metrics
+from llm_jax.losses.objective import Objective
+from llm_jax.models.protocol import LanguageModel
+from llm_jax.models.registry import make_model
+from llm_jax.optim.chain import Optimizer, as_optimizer, make_optimizer
+from llm_jax.optim.groups import check_groups, trainable_paths
+from llm_jax.training.custom import Custom
+from llm_jax.training.flops import flops_per_token
+from llm_jax.training.log import PackedMetrics, pack
 from llm_jax.training.memory import fit_memory
-from llm_jax.training.resolve import check_features, check_results, complete
-from llm_jax.training.stages import Plan
+from llm_jax.training.resolve import check_features, check_results, resolve, with_logits, without_masks
+from llm_jax.training.stages import Stage
 from llm_jax.training.state import TrainState, abstract_state, init_state, logical_axes, state_shardings, train_step
+from llm_jax.training.teacher import load_teacher, with_teacher
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-  """What make_parts makes."""
+class Program:
+  """A stage ready to be trained. Its config has no value left open."""
 
-  stage: Plan  # nothing in its config is left open
+  stage: Stage
   data: Data
-  model: Any
+  model: LanguageModel
+  objective: Objective
   tx: Optimizer
-  teacher: Run | None
+  teacher: Loaded | None
+  example: Batch  # one row, for its shapes
   abstract: TrainState  # of ShapeDtypeStructs, with shardings
   shardings: TrainState
-  rows: np.ndarray  # indices, of each batch, those of this process
+  rows: np.ndarray  # indices of this process's rows in each batch
   held_rows: int  # on a device at a time
   num_microbatches: int
   init: Callable[[], TrainState]
-  step: Callable[[TrainState, Batch, Params], tuple[TrainState, Packed]]
-  evaluator: Callable[..., tuple[dict, dict]]
-  evaluated: Callable[[Any, Params], Params]  # (opt_state, params) -> the weights to evaluate
+  step: Callable[[TrainState, Batch, Params], tuple[TrainState, PackedMetrics]]
+  evaluator: Evaluator
+  evaluated: Callable[[Any, Params], Params]  # (opt_state, trainable) -> the trainable weights to evaluate
+  flops_per_token: float
   fingerprint: dict  # of the data
 
   @property
@@ -59,71 +72,103 @@ class Parts:
     return self.stage.config
 
   @property
-  def frozen(self) -> Params:
-    return self.teacher and self.teacher.params
-
-  @property
   def state_key(self) -> str:
-    """Of the arrays that the optimizer keeps."""
+    """Identifies the arrays of the optimizer's state."""
     return key_of([[jax.tree_util.keystr(path), leaf.shape] for path, leaf
                    in jax.tree_util.tree_leaves_with_path(self.abstract.opt_state)])
 
+  def weights(self, state: TrainState) -> Params:
+    """The parameters to evaluate, sample from and export."""
+    return merge(self.evaluated(state.opt_state, state.trainable), state.frozen)
 
-def make_parts(stage: Plan, workdir: Path, mesh: Mesh) -> Parts:
-  """The parts of a stage, under its mesh. Raises UserErrors."""
-  config = stage.config
-  num_shards, num_rows = num_batch_shards(mesh), config.rows_per_batch
-  config.split_batch(num_shards)  # an error is better told now
-  data = opened(config.data)
-  config = complete(config, data)
-  if config.num_epochs:
-    [rows_of_all] = map(len, pipeline.train_sources(config.data, data).values())
-    config = replace(config, num_steps=math.ceil(config.num_epochs * rows_of_all / num_rows), num_epochs=0.0)
-    stage = dataclasses.replace(stage, end=config.num_steps)
-  if len(set(gather(config.model.dtype))) > 1:
-    raise ConfigError('config.model.dtype: auto means another dtype on each of these machines; set one')
+
+def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Program:
+  """The program of a stage, under its mesh. Raises UserErrors."""
+  num_shards = num_batch_shards(mesh)
+  stage.config.split_batch(num_shards)  # reports an error before the data are read
+  config, batches = stage.config, custom.batches
+  data = open_together(config.data) if batches is None else batches.data(config.model.vocab_size)
+  config = resolve(config, data)
   teacher = load_teacher(config, data, mesh)
   config = with_teacher(config, teacher)
-  objective = make_objective(config.loss, teacher and teacher.model)
-  frozen = teacher and teacher.params
-  model, example = build_model(config), example_batch(config)
-  examples = pipeline.open_examples(config.data, data, next(iter(data.val.values())), train=False)
-  check_features(config, model, examples)
+  objective = make_objective(config.loss, teacher and teacher.model, custom.loss_terms,
+                             make_metrics(config.eval.metrics, config.eval.sections))
+  model = make_model(config.model, objective.heads, objective.num_weights, custom.model)
+  config = without_masks(config, model)
+  features = example_features(config.data, data) if batches is None else batches.row()
+  check_features(config, model, objective, features)
+  example, batch = pipeline.example_batch(config.data), pipeline.abstract_batch(features, config.rows_per_batch)
+  config = with_logits(config, data, model, example)
 
-  tx = make_optimizer(config.optim, config.num_steps, logical_axes(example, model=model))
-  shardings = state_shardings(example, mesh, model=model, tx=tx)
-  abstract = abstract_state(example, shardings, model=model, tx=tx)
-  batch = abstract_batch(examples, num_rows)
-  check_results(config, data, model, abstract.params, batch, (*config.eval.asks, *tx.asks))
-  # Cached, so that a step compiled to see what it needs is not compiled again to run.
-  make_step = functools.cache(partial(jit_step, config, mesh, shardings, frozen, model=model, tx=tx,
+  tx, is_trainable = build_optimizer(config, logical_axes(example, model=model), custom)
+  parts: dict[str, Any] = {'model': model, 'tx': tx, 'is_trainable': is_trainable}
+  shardings = state_shardings(example, mesh, **parts)
+  abstract = abstract_state(example, shardings, **parts)
+  check_results(config, data, model, objective, abstract.params, batch,
+                (*config.eval.required_metrics, *tx.required_metrics))
+  teacher_params = teacher and teacher.params
+  # Cached, so that a step compiled to see how much memory it needs is not compiled again to run.
+  make_step = functools.cache(partial(jit_step, config, mesh, shardings, teacher_params, model=model, tx=tx,
                                       objective=objective))
   config = fit_memory(config, num_shards, workdir, compile_step=lambda num_microbatches: make_step(
-      num_microbatches).lower(abstract, batch, frozen).compile())
+      num_microbatches).lower(abstract, batch, teacher_params).compile())
   held_rows, num_microbatches = config.split_batch(num_shards)
+  check_microbatches(config, objective, num_microbatches, num_shards)
+  stage = dataclasses.replace(stage, config=config, end=stage.end if config.stages else config.num_steps)
+  init = jax.jit(partial(init_state, **parts), out_shardings=shardings)
+  average = jax.jit(tx.evaluated, out_shardings=shardings.trainable)
+  return Program(
+      stage, data, model, objective, tx, teacher, example, abstract, shardings, local_rows(mesh, config.rows_per_batch),
+      held_rows, num_microbatches, init=lambda: init(jax.random.key(config.seed), example),
+      step=make_step(num_microbatches), evaluator=make_evaluator(config, data, model, objective, mesh),
+      evaluated=average if tx.averages else lambda _, trainable: trainable,
+      flops_per_token=flops_per_token(config, model, abstract.params, batch, teacher),
+      fingerprint=fingerprint_of(stage, data))
+
+
+def example_features(config: DataConfig, data: Data) -> Features:
+  """The features of one row. Raises ConfigError where the config's settings do not go together."""
+  store = next(iter((data.val or data.train).values()))
+  return pipeline.open_examples(config, data, store, train=False).make(0, np.random.default_rng(0))
+
+
+def build_optimizer(config: Config, axes: Params, custom: Custom) -> tuple[Optimizer, Callable[[tuple], bool]]:
+  """(the optimizer of the trainable parameters, whether a path is one of them). Raises ConfigError."""
+  is_trainable = trainable_paths(config.optim.groups)
+  if custom.tx is None:
+    return make_optimizer(config.optim, config.num_steps, axes), is_trainable
+  try:
+    check_groups(config.optim.groups, axes)
+  except ValueError as e:
+    raise ConfigError(f'config.optim.{e}') from None
+  if any(not group.frozen for group in config.optim.groups.values()):
+    raise ConfigError('config.optim.groups: with an optimizer passed from Python, groups can only be frozen; put '
+                      'factors into the optimizer (optax.multi_transform)')
+  return as_optimizer(custom.tx), is_trainable
+
+
+def check_microbatches(config: Config, objective: Objective, num_microbatches: int, num_shards: int) -> None:
+  """Raises ConfigError for an objective that compares rows of different microbatches."""
   if num_microbatches > 1 and not objective.row_wise:
+    size = config.rows_per_batch // num_shards * config.data.seq_len
     raise ConfigError(f'config.tokens_per_device: {config.tokens_per_device} cuts a batch into {num_microbatches}, '
                       f'and config.loss (terms={", ".join(config.loss.terms)}, balance={config.loss.balance}) needs '
-                      f'all of its rows at once; set {num_rows // num_shards * config.data.seq_len} or smaller batches')
+                      f'all of its rows at once; set {size} or smaller batches')
 
-  fingerprint = data_fingerprint(config.data, data, num_rows, config.seed)
+
+def fingerprint_of(stage: Stage, data: Data) -> dict:
+  """All that the stage's batches depend on, the same on all processes. Raises ConfigError where it is not."""
+  config = stage.config
+  fingerprint = data_fingerprint(config.data, data, config.rows_per_batch, config.seed)
   if stage.begin:
     fingerprint['first_row'] = stage.rows_at(stage.begin)
   if any(theirs != json.loads(json.dumps(fingerprint)) for theirs in gather(fingerprint)):
     raise ConfigError('config.data: the processes do not see the same data; share a cache (config.data.cache_dir), '
                       'or give every host the same files and versions')
-  init = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)
-  return Parts(
-      dataclasses.replace(stage, config=config), data, model, tx, teacher, abstract, shardings,
-      local_rows(mesh, num_rows), held_rows, num_microbatches,
-      init=lambda: init(jax.random.key(config.seed), example),
-      step=make_step(num_microbatches),
-      evaluator=make_evaluator(config, data, model, mesh),
-      evaluated=jax.jit(tx.evaluated, out_shardings=shardings.params) if tx.averages else lambda _, params: params,
-      fingerprint=fingerprint)
+  return fingerprint
 
 
-def opened(config: DataConfig) -> Data:
+def open_together(config: DataConfig) -> Data:
   """The data: made by process 0, then opened by all. Raises UserErrors."""
   data = None
   try:
@@ -134,27 +179,14 @@ def opened(config: DataConfig) -> Data:
   return data or open_data(config)
 
 
-def with_teacher(config: Config, teacher: Run | None) -> Config:
-  """The config with the width of the teacher's hidden states, and the step that it stands at."""
-  if teacher is None:
-    return config
-  learns = dataclasses.replace(config.loss.distillation, hidden_dim=teacher.config.model.embed_dim,
-                               checkpoint=str(teacher.meta['step']))
-  return dataclasses.replace(config, loss=dataclasses.replace(config.loss, distillation=learns))
-
-
-def jit_step(config: Config, mesh: Mesh, shardings: TrainState, frozen: Params, num_microbatches: int,
+def jit_step(config: Config, mesh: Mesh, shardings: TrainState, teacher: Params, num_microbatches: int,
              **parts: Any) -> Any:
-  """The jitted (state, batch, frozen) -> (state, Packed metrics); the state is donated."""
-  def step(state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, Packed]:
-    state, metrics = train_step(state, batch, seed=config.seed, num_microbatches=num_microbatches, frozen=frozen,
+  """The jitted (state, batch, teacher) -> (state, PackedMetrics); the state is donated."""
+  def step(state: TrainState, batch: Batch, teacher: Params) -> tuple[TrainState, PackedMetrics]:
+    state, metrics = train_step(state, batch, seed=config.seed, num_microbatches=num_microbatches, teacher=teacher,
                                 **parts)
     return state, pack(metrics)
-  lies = jax.tree.map(lambda x: x.sharding, frozen)
-  return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), lies),
+
+  teacher_shardings = jax.tree.map(lambda x: x.sharding, teacher)
+  return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), teacher_shardings),
                  out_shardings=(shardings, shardings.step), donate_argnums=0)
-
-
-def barrier(name: str) -> None:
-  """Waits for every process, however long: by the coordinator, as a collective may give up after 30 seconds."""
-  multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 60 * 60 * 1000)

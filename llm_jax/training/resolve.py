@@ -1,8 +1,9 @@
-"""What a config leaves open, from data and device, and what of it they do not allow: told before the first step."""
+"""Fills in config values that depend on data and device, and rejects combinations that cannot train."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -12,45 +13,70 @@ import numpy as np
 
 from llm_jax.base.batch import Batch, Params
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.config import Config
-from llm_jax.data.open import Data, task_of
-from llm_jax.data.rows.examples import Examples
-from llm_jax.infer.load import encode_prompts
+from llm_jax.base.multihost import gather, say
+from llm_jax.config import Config, replace
+from llm_jax.data import pipeline
+from llm_jax.data.open import Data
+from llm_jax.infer.text import encode_prompts
 from llm_jax.infer.validators import make_validator
-from llm_jax.losses.config import make_objective
+from llm_jax.losses.objective import Objective
+from llm_jax.models.protocol import LanguageModel
 from llm_jax.training.state import eval_step
 
 
-def complete(config: Config, data: Data) -> Config:
-  """The config with what data and device decide: vocabulary, longest rows, dtype. Raises ConfigError."""
+def resolve(config: Config, data: Data) -> Config:
+  """The config with all that data and device determine: vocabulary, lengths, dtype, classes. Raises ConfigError."""
   if getattr(config.model, 'einsum', '') == 'packed':
-    raise ConfigError('config.model.einsum: packed is of exported models, for reading only; bitnet is trained')
-  needed = data.vocab_size + task_of(config.data).num_sentinels
+    raise ConfigError('config.model.einsum: packed is inference-only (exported models); train with einsum=bitnet')
+  needed = data.vocab_size + config.data.task_settings.num_sentinels
   vocab_size = config.model.vocab_size or needed
   if vocab_size < needed:
     raise ConfigError(f'config.model.vocab_size: {vocab_size} is less than the {needed} tokens of the data; '
                       f'leave it None or set it to {needed} or more')
-  known = {'max_len': config.data.seq_len, 'encoder_len': config.data.encoder_len,
-           'start_id': data.eos_id if data.bos_id is None else data.bos_id}
+  known: dict[str, Any] = {'max_len': config.data.seq_len, 'encoder_len': config.data.encoder_len,
+                           'start_id': data.eos_id if data.bos_id is None else data.bos_id}
   if data.encoder_tokenizer is not None:
     known['encoder_vocab_size'] = len(data.encoder_tokenizer.token_bytes)
-  left_open = {name: value for name, value in known.items() if getattr(config.model, name, 0) is None}
-  config = dataclasses.replace(config, model=dataclasses.replace(
-      config.model, vocab_size=vocab_size, dtype=config.model.operand_dtype.name, **left_open))
+  unset = {name: value for name, value in known.items() if getattr(config.model, name, 0) is None}
+  if hasattr(config.model, 'dtype'):
+    unset['dtype'] = config.model.operand_dtype.name
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size, **unset))
+  if len(set(gather(config.model.operand_dtype.name))) > 1:
+    raise ConfigError('config.model.dtype: auto means another dtype on each of these machines; set one')
   check_encoder_vocabulary(config, data, needed)
-  labels, classes = all_labels(data) if 'labels' in make_objective(config.loss).reads else (None, ())
+  config = with_labels(config, data)
+  check_generation(config, data)
+  return with_num_steps(config, data)
+
+
+def with_labels(config: Config, data: Data) -> Config:
+  """The config with the classes, or the means and deviations, of the training part's labels."""
+  reads_labels = any('labels' in term.reads for term in config.loss.sections.values())
+  labels, classes = all_labels(data) if reads_labels else (None, ())
   try:
-    config = dataclasses.replace(config, loss=config.loss.fitted(labels, classes))
+    config = dataclasses.replace(config, loss=config.loss.with_labels(labels, classes))
   except ValueError as e:
     raise ConfigError(f'config.loss.{e}') from None
   check_classes(config, data)
-  make_validator(config.eval.validator)  # better told now than at the first evaluation
+  return config
+
+
+def with_num_steps(config: Config, data: Data) -> Config:
+  """The config with the number of steps that num_epochs make."""
+  if not config.num_epochs:
+    return config
+  [rows_of_all] = map(len, pipeline.train_sources(config.data, data).values())
+  return replace(config, num_steps=math.ceil(config.num_epochs * rows_of_all / config.rows_per_batch), num_epochs=0.0)
+
+
+def check_generation(config: Config, data: Data) -> None:
+  """Raises ConfigError for a validator, answers or prompts that cannot be."""
+  make_validator(config.eval.validator)
   if config.eval.answers and (data.tokenizer is None or not config.answers):
     raise ConfigError(f'config.eval.answers: {config.eval.answers} needs a task with answers, and a tokenizer; the '
                       f'task is {config.data.task}')
   if data.prompt_tokenizer is not None and config.eval.sample_tokens and config.writes:
     encode_prompts(config, data.prompt_tokenizer)
-  return config
 
 
 def check_encoder_vocabulary(config: Config, data: Data, vocab_size: int) -> None:
@@ -83,8 +109,9 @@ def all_labels(data: Data) -> tuple[np.ndarray | None, tuple[str, ...]]:
 
 def check_classes(config: Config, data: Data) -> None:
   """Raises DataError for a class that is not among those that are learnt."""
-  num_classes = config.loss.classification.num_classes
-  if 'classification' not in config.loss.terms or num_classes is None:
+  term = config.loss.sections.get('classification')
+  num_classes = getattr(term, 'num_classes', None)
+  if num_classes is None:
     return
   for split, stores in data.splits.items():
     for store in stores.values():
@@ -93,33 +120,52 @@ def check_classes(config: Config, data: Data) -> None:
                         f'to {num_classes - 1}; set config.loss.classification.num_classes to {most + 1} or more')
 
 
-def check_features(config: Config, model: Any, examples: Examples) -> None:
-  """Raises ConfigError when the task gives what neither model nor losses look at, or not what they need."""
-  given = examples.make(0, np.random.default_rng(0)).keys()
-  objective = make_objective(config.loss)
-  terms = ', '.join(config.loss.terms)
+def check_features(config: Config, model: LanguageModel, objective: Objective, features: dict[str, Any]) -> None:
+  """Raises ConfigError when the task lacks features that model or losses need, or gives some that neither uses."""
+  terms, given = ', '.join(config.loss.terms), features.keys()
   for who, needs in ((f'the model {config.model.name}', model.needs), (f'config.loss.terms={terms}', objective.reads)):
     if missing := needs - given:
       raise ConfigError(f'config.data.task: {config.data.task} does not give {", ".join(sorted(missing))}, which {who} '
                         'needs')
   if 'encoder_tokens' in model.reads and objective.num_readouts > 1:
     raise ConfigError(f'config.model.name: {config.model.name} reads both texts of a row at once, and '
-                      f'config.loss.terms={terms} compares what is read of each; take another one: decoder, byte_patch')
+                      f'config.loss.terms={terms} compares the two; take another model: decoder, byte_patch')
   if ignored := given - model.reads - objective.reads:
     hint = '; set config.data.mask_documents=False' if ignored <= {'segment_ids', 'positions'} else ''
     raise ConfigError(f'config.data.task: {config.data.task} gives {", ".join(sorted(ignored))}, which the model '
                       f'{config.model.name} does not read, nor does config.loss.terms={terms}{hint}')
 
 
-def check_results(config: Config, data: Data, model: Any, params: Params, batch: Batch, asked: tuple[str, ...]) -> None:
-  """Raises ConfigError for a metric that no evaluation will give; params and batch are abstract."""
-  if config.eval.answers:  # whose metrics the validator decides
+def without_masks(config: Config, model: LanguageModel) -> Config:
+  """The config with mask_documents=False for a plain module that has no parameter for segments; says so."""
+  if not config.data.mask_documents or 'segment_ids' in model.reads or getattr(model, 'hidden_states', True):
+    return config
+  say(f'the model {config.model.name} has no segment_ids parameter: config.data.mask_documents is False, so documents '
+      'in one row attend to each other')
+  return dataclasses.replace(config, data=dataclasses.replace(config.data, mask_documents=False))
+
+
+def with_logits(config: Config, data: Data, model: LanguageModel, example: Batch) -> Config:
+  """The config with the vocabulary of a plain module's logits. Raises ConfigError for one smaller than the data's."""
+  if getattr(model, 'hidden_states', True):
+    return config
+  logits = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), example)[0])  # type: ignore[attr-defined]
+  if logits.ndim != 3 or logits.shape[-1] < data.vocab_size:
+    raise ConfigError(f'the model {config.model.name} returns logits of shape {logits.shape} for tokens of shape '
+                      f'{example.tokens.shape}; they must be [B, T, V] with V {data.vocab_size} or more')
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=logits.shape[-1]))
+
+
+def check_results(config: Config, data: Data, model: LanguageModel, objective: Objective, params: Params, batch: Batch,
+                  required: tuple[str, ...]) -> None:
+  """Raises ConfigError for a required metric that no evaluation gives; params and batch are abstract."""
+  if config.eval.answers or not data.val:  # the validator determines the metrics of answers
     return
-  judge, size = make_objective(config.loss).judge(), jnp.zeros(model.cfg.vocab_size, jnp.int32)
-  sums = jax.eval_shape(partial(eval_step, model=model, token_bytes=size, objective=judge), params, batch)
-  results = judge.summarize({name: np.ones(x.shape) for name, x in sums.items()})
+  eval_objective, size = objective.eval_objective(), jnp.zeros(model.cfg.vocab_size, jnp.int32)
+  sums = jax.eval_shape(partial(eval_step, model=model, token_bytes=size, objective=eval_objective), params, batch)
+  results = eval_objective.summarize({name: np.ones(x.shape) for name, x in sums.items()})
   known = {f'val/{name}' for name in results}
   known |= {f'val/{name}/{key}' for name in data.val if len(data.val) > 1 for key in ('loss', 'bits_per_byte')}
-  if missing := sorted(set(asked) - known):
+  if missing := sorted(set(required) - known):
     raise ConfigError(f'{", ".join(missing)} is no result of an evaluation of this run (config.eval.monitor, '
                       f'capabilities and goal, config.optim); there are: {", ".join(sorted(known))}')

@@ -1,8 +1,9 @@
-"""TrainState, its birth, and one step of training and evaluation: pure functions, compiled elsewhere."""
+"""TrainState, and one step of training and of evaluation: pure functions, compiled in program.py."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,52 +16,76 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.batch import Batch, Metrics, Params
 from llm_jax.base.sharding import check_divisible, constrain, logical_to_spec
+from llm_jax.base.trees import merge, split
 from llm_jax.layers.clock import clock_at
 from llm_jax.losses.objective import Objective
-from llm_jax.optim.chain import Optimizer
+from llm_jax.models.protocol import LanguageModel
+from llm_jax.optim.chain import as_optimizer
 
 NEXT_TOKEN = Objective()
 
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything that changes during training, and nothing else. Arrays only."""
+  """Everything that changes during training, and the frozen parameters beside it. Arrays only."""
 
   step: jax.Array  # int32: completed updates
-  params: Params
-  opt_state: optax.OptState
+  trainable: Params
+  frozen: Params  # parameters that no update changes; {} if all are trained
+  opt_state: optax.OptState  # of the trainable ones
+
+  @property
+  def params(self) -> Params:
+    return merge(self.trainable, self.frozen)
 
 
-def init_state(key: jax.Array, example: Batch, *, model: Any, tx: optax.GradientTransformation) -> TrainState:
-  """A fresh state. Pure; `example` lends its shapes only."""
-  params = nn.unbox(model.init(key, example)['params'])
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+def init_state(key: jax.Array, example: Batch, *, model: LanguageModel, tx: optax.GradientTransformation,
+               is_trainable: Callable[[tuple], bool] = lambda path: True) -> TrainState:
+  """A fresh state. Pure; of `example` only the shapes matter."""
+  trainable, frozen = split(nn.unbox(model.init(key, example)['params']), is_trainable)
+  return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))
 
 
-def param_shardings(example: Batch, mesh: Mesh, *, model: Any) -> tuple[Params, Params]:
+def param_shardings(example: Batch, mesh: Mesh, *, model: LanguageModel) -> tuple[Params, Params]:
   """(abstract parameters, their NamedShardings by logical axes).
 
-  Raises ConfigError where a dimension does not divide over its mesh axis.
+  A parameter without logical axes is sharded over fsdp along its largest dimension that divides. Raises ConfigError
+  where a dimension with an axis does not divide over its mesh axis.
   """
   boxed = jax.eval_shape(model.init, jax.random.key(0), example)['params']
   abstract = nn.unbox(boxed)
-  shardings = jax.tree.map(lambda spec: NamedSharding(mesh, logical_to_spec(spec)), nn.get_partition_spec(boxed),
-                           is_leaf=lambda s: isinstance(s, P))
+
+  def sharding(leaf: jax.ShapeDtypeStruct, spec: P) -> NamedSharding:
+    known = len(spec) == leaf.ndim
+    return NamedSharding(mesh, logical_to_spec(tuple(spec)) if known else largest_over_fsdp(leaf, mesh))
+
+  shardings = jax.tree.map(sharding, abstract, nn.get_partition_spec(boxed))
   check_divisible(abstract, shardings)
   return abstract, shardings
 
 
-def logical_axes(example: Batch, *, model: Any) -> Params:
-  """A tuple of names for every parameter, one a dimension."""
-  specs = nn.get_partition_spec(jax.eval_shape(model.init, jax.random.key(0), example)['params'])
-  return jax.tree.map(tuple, specs, is_leaf=lambda spec: isinstance(spec, P))
+def largest_over_fsdp(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> P:
+  """The spec of an array without logical axes."""
+  sizes = [size if size % mesh.shape['fsdp'] == 0 else 0 for size in leaf.shape]
+  if mesh.shape['fsdp'] == 1 or leaf.ndim < 2 or not max(sizes):
+    return P()
+  return P(*('fsdp' if i == sizes.index(max(sizes)) else None for i in range(leaf.ndim)))
 
 
-def state_shardings(example: Batch, mesh: Mesh, *, model: Any, tx: Optimizer) -> Any:
-  """A TrainState of NamedShardings: optimizer state lies like its parameter, the rest whole on each device."""
-  abstract, params = param_shardings(example, mesh, model=model)
+def logical_axes(example: Batch, *, model: LanguageModel) -> Params:
+  """A tuple of names for every parameter, one a dimension; () where the model gives none."""
+  boxed = jax.eval_shape(model.init, jax.random.key(0), example)['params']
+  return jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda spec: isinstance(spec, P))
+
+
+def state_shardings(example: Batch, mesh: Mesh, *, model: LanguageModel, tx: optax.GradientTransformation,
+                    is_trainable: Callable[[tuple], bool] = lambda path: True) -> Any:
+  """A TrainState of NamedShardings: optimizer state is sharded like its parameter, everything else is replicated."""
+  whole, shardings = param_shardings(example, mesh, model=model)
+  abstract, _ = split(whole, is_trainable)
+  trainable, frozen = split(shardings, is_trainable)
   by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in zip(
-      jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(params), strict=True)}
+      jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(trainable), strict=True)}
   replicated: Any = NamedSharding(mesh, P())
 
   def sharding_of(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -73,35 +98,38 @@ def state_shardings(example: Batch, mesh: Mesh, *, model: Any, tx: Optimizer) ->
     return sharding if shape == leaf.shape else replicated
 
   opt_state = jax.tree_util.tree_map_with_path(sharding_of, jax.eval_shape(tx.init, abstract))
-  return TrainState(replicated, params, opt_state)
+  return TrainState(replicated, trainable, frozen, opt_state)
 
 
-def abstract_state(example: Batch, shardings: TrainState, *, model: Any, tx: Optimizer) -> TrainState:
-  """The state as ShapeDtypeStructs that lie as `shardings` says."""
-  state = jax.eval_shape(lambda key: init_state(key, example, model=model, tx=tx), jax.random.key(0))
+def abstract_state(example: Batch, shardings: TrainState, *, model: LanguageModel, tx: optax.GradientTransformation,
+                   is_trainable: Callable[[tuple], bool] = lambda path: True) -> TrainState:
+  """The state as ShapeDtypeStructs with these shardings."""
+  state = jax.eval_shape(lambda key: init_state(key, example, model=model, tx=tx, is_trainable=is_trainable),
+                         jax.random.key(0))
   return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, shardings)
 
 
-def train_step(state: TrainState, batch: Batch, *, model: Any, tx: Optimizer, seed: int, num_microbatches: int = 1,
-               objective: Objective = NEXT_TOKEN, frozen: Params = None) -> tuple[TrainState, Metrics]:
+def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: optax.GradientTransformation, seed: int,
+               num_microbatches: int = 1, objective: Objective = NEXT_TOKEN,
+               teacher: Params = None) -> tuple[TrainState, Metrics]:
   """One optimizer update. The same state, batch and seed give the same result.
 
-  It descends on the objective, plus what modules sow into `losses`, whatever the number of microbatches; one that is
-  not row_wise needs the whole batch. `frozen` are the parameters of its teacher. The metric `loss` is what the
-  losses log as theirs (-log p(target) of the next token), `extra_loss` all the rest. What modules sow into `metrics` is
-  averaged and logged. An objective, or a gradient's square, that is not finite leaves params and opt_state as they
-  were, and counts in the metric `skipped`.
+  It minimises the objective plus the losses that modules sow into `losses`, whatever the number of microbatches; an
+  objective that is not row_wise needs the whole batch. `teacher` are the parameters of the objective's teacher. The
+  metric `loss` is the sum of the terms' losses (-log p(target) for next_token), `extra_loss` the rest of the objective.
+  Values sown into `metrics` are averaged and logged. A non-finite objective or gradient leaves all but the step as it
+  was and sets the metric `skipped` to 1.
   """
-  share, counts = 1 / num_microbatches, objective.counts(batch)
+  optimizer, share, counts = as_optimizer(tx), 1 / num_microbatches, objective.counts(batch)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
 
   def objective_of(module: Any, microbatch: Batch) -> tuple[jax.Array, Metrics]:
-    return objective.train(module, microbatch, counts, frozen, share)
+    return objective.train(module, microbatch, counts, teacher, share)
 
-  def loss_fn(params: Params, microbatch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+  def loss_fn(trainable: Params, microbatch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
     with clock_at(state.step):
-      (value, metrics), sown = model.apply({'params': params}, microbatch, rngs={'dropout': key},
-                                           mutable=['losses', 'metrics'], method=objective_of)
+      (value, metrics), sown = model.apply({'params': merge(trainable, state.frozen)}, microbatch,
+                                           rngs={'dropout': key}, mutable=['losses', 'metrics'], method=objective_of)
     each = share / objective.num_readouts
     sown_loss = each * sum(map(jnp.sum, jax.tree.leaves(sown.get('losses', {}))), jnp.zeros(()))
     logged: Metrics = {}
@@ -110,21 +138,21 @@ def train_step(state: TrainState, batch: Batch, *, model: Any, tx: Optimizer, se
         logged[name] = logged.get(name, 0.0) + each * value_of
     return value + sown_loss, metrics | {'extra_loss': metrics['extra_loss'] + sown_loss} | logged
 
-  grads, metrics = accumulate(jax.grad(loss_fn, has_aux=True), state.params, batch, key, num_microbatches)
-  # Decided before the update, which then writes in place: every link in optim.TRANSFORMS keeps finite what is finite
-  # in the square.
+  grads, metrics = accumulate(jax.grad(loss_fn, has_aux=True), state.trainable, batch, key, num_microbatches)
+  # Decided before the update, which then writes in place: every link in optim.TRANSFORMS keeps finite values finite
+  # where the sum of squares is.
   squares = optax.tree.norm(grads, squared=True)
   finite = jnp.isfinite(metrics['loss'] + metrics['extra_loss']) & jnp.isfinite(squares)
 
-  def update(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
-    updates, opt_state = tx.update(grads, opt_state, params, value=metrics['loss'], grad=grads)
-    return optax.apply_updates(params, updates), opt_state
+  def update(trainable: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+    updates, opt_state = optimizer.update(grads, opt_state, trainable, value=metrics['loss'], grad=grads)
+    return optax.apply_updates(trainable, updates), opt_state
 
-  params, opt_state = jax.lax.cond(finite, update, lambda *state: state, state.params, state.opt_state)
-  metrics |= tx.report(opt_state) | {
-      'grad_norm': jnp.sqrt(squares), 'learning_rate': tx.schedule(state.step),
-      'num_tokens': objective.num_tokens(batch), 'skipped': 1 - finite.astype(jnp.int32)}
-  return TrainState(state.step + 1, params, opt_state), metrics
+  trainable, opt_state = jax.lax.cond(finite, update, lambda *unchanged: unchanged, state.trainable, state.opt_state)
+  metrics |= optimizer.report(opt_state) | optimizer.learning_rate(state.step) | {
+      'grad_norm': jnp.sqrt(squares), 'num_tokens': objective.num_tokens(batch),
+      'skipped': 1 - finite.astype(jnp.int32)}
+  return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
 
 def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,
@@ -148,7 +176,7 @@ def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,
   return jax.lax.scan(body, zeros, xs)[0]
 
 
-def eval_step(params: Params, batch: Batch, *, model: Any, token_bytes: jax.Array,
+def eval_step(params: Params, batch: Batch, *, model: LanguageModel, token_bytes: jax.Array,
               objective: Objective = NEXT_TOKEN) -> Metrics:
   """Sums over a batch, 'NAME/...' of each loss, so that any split of a data set adds up to the same."""
   return model.apply({'params': params}, batch,
@@ -156,6 +184,6 @@ def eval_step(params: Params, batch: Batch, *, model: Any, token_bytes: jax.Arra
 
 
 def _by_layer(path: Any, leaf: jax.Array) -> list[tuple[str, jax.Array]]:
-  """(name, scalar) of what a module sowed: NAME/00, NAME/01 of what has one value a layer."""
+  """[(name, scalar)] of a sown value: NAME/00, NAME/01, ... where it has one value a layer."""
   name = '/'.join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
   return [(f'{name}/{i:02}', x) for i, x in enumerate(leaf)] if leaf.ndim == 1 else [(name, jnp.mean(leaf))]

@@ -1,4 +1,4 @@
-"""How a run is doing, for those who look from outside: status.json, the machine's load, and where its time goes."""
+"""status.json, which shows other programs how a run is doing, and the load of the machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 import psutil
 
 from llm_jax.base.errors import Interrupted
+from llm_jax.base.files import write_file
 
 SECONDS = 1.0  # how old a file, or what the machine said, may get: both cost half a millisecond, and steps can be short
 
@@ -44,9 +44,7 @@ class Status:
       return
     self._written = time.perf_counter()
     with contextlib.suppress(OSError):
-      aside = self._path.with_suffix('.partial')
-      aside.write_text(json.dumps(self.values, indent=2))
-      os.replace(aside, self._path)
+      write_file(self._path, json.dumps(self.values, indent=2))
 
   def system(self) -> dict[str, float]:
     """What `system` says, or has just said."""
@@ -74,38 +72,6 @@ def read_status(workdir: Path) -> dict[str, Any]:
   with contextlib.suppress(OSError, ValueError):
     return json.loads((workdir / 'status.json').read_text())
   return {'state': 'none'}
-
-
-class Goodput:
-  """Shares of the time since a run began: steps, and what is none of them; `caller` is who iterates over the run."""
-
-  def __init__(self) -> None:
-    self._begin = time.perf_counter()
-    self._seconds = dict.fromkeys(('start', 'data', 'evaluation', 'save', 'caller'), 0.0)
-
-  def starting(self) -> None:
-    """A stage begins: all until its first step is done is loading and compiling."""
-    self._stage, self._before = time.perf_counter(), sum(self._seconds.values())
-
-  def started(self) -> None:
-    others = sum(self._seconds.values()) - self._before
-    self.add('start', time.perf_counter() - self._stage - others)
-
-  def add(self, kind: str, seconds: float) -> None:
-    self._seconds[kind] += seconds
-
-  @contextlib.contextmanager
-  def of(self, kind: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    try:
-      yield
-    finally:
-      self.add(kind, time.perf_counter() - begin)
-
-  def shares(self) -> dict[str, float]:
-    total = time.perf_counter() - self._begin
-    shares = {f'goodput/{kind}': min(1.0, seconds / total) for kind, seconds in self._seconds.items()}
-    return {'goodput/step': max(0.0, 1 - sum(shares.values())), **shares}
 
 
 def system() -> dict[str, float]:

@@ -5,35 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.data.formats import arrays, columnar, pickles, record_files, sqlite, text
+from llm_jax.base.registry import NoSettings, Registry, register
+from llm_jax.data.formats import text
 from llm_jax.data.formats.compression import open_stream
 from llm_jax.data.sources import named
-from llm_jax.data.sources.documents import File, Reader, SourceConfig
+from llm_jax.data.sources.documents import File, SourceConfig
 from llm_jax.data.stores import token_files
 
-# A new format is a function and a line here.
-FORMATS: dict[str, Reader] = {
-    'text': text.text,
-    'jsonl': text.jsonl,
-    'json': text.json_file,
-    'csv': text.csv_file,
-    'tsv': text.tsv,
-    'toml': text.toml,
-    'sqlite': sqlite.sqlite,
-    'parquet': columnar.parquet,
-    'arrow': columnar.arrow,
-    'huggingface': columnar.huggingface,
-    'hdf5': arrays.hdf5,
-    'npy': arrays.npy,
-    'npz': arrays.npz,
-    'arrayrecord': record_files.arrayrecord,
-    'tfrecord': record_files.tfrecord,
-    'bin': token_files.bin_file,
-    'bytes': token_files.raw_bytes,
-    'synthetic': named.synthetic,
-    'modular': named.modular,
-    'pickle': pickles.pickle_refused,
-}
+# Readers: functions (File, SourceConfig) -> iterator of Document and BadRecord.
+FORMATS = Registry('format')
+for _name, _reader in (
+    ('text', text.text), ('jsonl', text.jsonl), ('json', text.json_file), ('csv', text.csv_file), ('tsv', text.tsv),
+    ('toml', text.toml), ('bin', token_files.bin_file), ('bytes', token_files.raw_bytes),
+    ('synthetic', named.synthetic), ('modular', named.modular)):
+  register(FORMATS, _name, _reader, NoSettings)
 ENDINGS = {
     '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'json', '.csv': 'csv', '.tsv': 'tsv', '.toml': 'toml',
     '.sqlite': 'sqlite', '.sqlite3': 'sqlite', '.db': 'sqlite', '.parquet': 'parquet', '.pq': 'parquet',

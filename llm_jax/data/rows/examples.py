@@ -128,7 +128,7 @@ def _check(store: Store, task: Task, layout: Layout, packing: str, stride: int |
        f'what does: {", ".join(fitting)}'),
       (needs != 'text' and held is None, f'config.data.task: {name} needs {needs}, and the data has none; name their '
        f'field with {FIELDS.get(needs)}, or take a task that needs none: '
-       f'{", ".join(other for other, cls in TASKS.items() if cls.needs == "text")}'),
+       f'{", ".join(other for other in TASKS if TASKS[other].needs == "text")}'),
       (layout.truncate not in truncations, f'config.data.truncate: {layout.truncate!r} does not go with task {name} '
        f'and packing {packing}; what does: auto, {", ".join(truncations)}'),
       (stride is not None and packing != 'concat', f'config.data.stride: {stride} is for packing concat, and packing '
@@ -184,4 +184,4 @@ def _check_labels(task: Task, labels: np.ndarray) -> None:
 
 
 def _name(task: Task) -> str:
-  return next(name for name, cls in TASKS.items() if type(task) is cls)
+  return next(name for name in TASKS if type(task) is TASKS[name])

@@ -8,11 +8,11 @@ the right, and what the task says.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from llm_jax.data.rows.augment import Augment as Augment
+from llm_jax.base.registry import Registry, register, settings_from_signature
 from llm_jax.data.rows.rows import PACKINGS, Row
 
 Features = dict[str, np.ndarray]
@@ -239,6 +239,12 @@ class MaskedTokens(Task):
     if not 0 < self.rate < 1:
       raise ValueError(f'rate must lie between 0 and 1; got {self.rate}')
 
+  def problems(self, config: Any) -> list[str]:
+    if config.model.prefix_attention:
+      return []
+    return ['model.prefix_attention must be True for data.task masked_tokens, which predicts from both sides; the '
+            'model decoder has it']
+
   def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
     features = lay_out([np.append(piece.ids, 0) for piece in row], None, layout)
     tokens, real = features['tokens'], features['segment_ids'] > 0
@@ -278,18 +284,27 @@ class Regression(Task):
     return read_whole(piece.ids, layout) | {'labels': np.asarray(piece.label, np.float32)}
 
 
-TASKS: dict[str, type[Task]] = {
-    'next_token': NextToken,
-    'prompt_answer': PromptAnswer,
-    'fim': FillInTheMiddle,
-    'prefix_lm': PrefixLM,
-    'span_corruption': SpanCorruption,
-    'seq2seq': Seq2Seq,
-    'pairs': Pairs,
-    'masked_tokens': MaskedTokens,
-    'classification': Classification,
-    'regression': Regression,
-}
+def adapt_task(name: str, value: Any, settings: type | None) -> tuple[Any, type]:
+  """A Task as it is; a function (row, layout, rng, **settings) -> features as a Task of one document a row."""
+  if isinstance(value, type) and issubclass(value, Task):
+    return value, value
+
+  def features(self: Any, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
+    return value(row, layout, rng, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+  own = settings or settings_from_signature(value)
+  members = {'features': features, 'random': True}
+  task: type = dataclasses.dataclass(frozen=True)(type(own.__name__, (own, Task), members))
+  return task, task
+
+
+# Tasks, or functions (row, layout, rng) -> features.
+TASKS = Registry('task', adapt_task)
+for _name, _task in (
+    ('next_token', NextToken), ('prompt_answer', PromptAnswer), ('fim', FillInTheMiddle), ('prefix_lm', PrefixLM),
+    ('span_corruption', SpanCorruption), ('seq2seq', Seq2Seq), ('pairs', Pairs), ('masked_tokens', MaskedTokens),
+    ('classification', Classification), ('regression', Regression)):
+  register(TASKS, _name, _task)
 
 
 def lay_out(pieces: list[np.ndarray], masks: list[np.ndarray] | None, layout: Layout) -> Features:

@@ -2,7 +2,7 @@
 
 A rule is a measure of the text and a limit. No rule knows a language, but words are what white space divides: for
 scripts that write none between words (Chinese, Japanese, Thai) leave the rules of words and n-grams off.
-Documents of ids have no text to judge: `min_chars` and `max_chars` count their ids, and no other rule applies.
+Documents of ids have no text to eval_objective: `min_chars` and `max_chars` count their ids, and no other rule applies.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax.base.batch import Params
+from llm_jax.base.registry import register
+from llm_jax.optim.chain import TRANSFORMS
 from llm_jax.optim.link import Link, at_least, positive, rates
 from llm_jax.optim.masks import Dims, as_matrices, from_matrices, matrices, matrix_dims
 
@@ -116,3 +118,6 @@ def iterated(basis: Basis) -> Basis:
   """One power iteration from the basis before (algorithm 4)."""
   return basis._replace(q_SMA=jnp.linalg.qr(basis.left_SMM @ basis.q_SMA)[0],
                         q_SNC=jnp.linalg.qr(basis.right_SNN @ basis.q_SNC)[0])
+
+
+register(TRANSFORMS, 'soap', Soap)

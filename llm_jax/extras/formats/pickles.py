@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from llm_jax.base.errors import DataError, UserError
+from llm_jax.base.registry import NoSettings, register
 from llm_jax.data.formats.compression import expands_too_much, open_stream
+from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 _COMMAND = 'llm-jax data convert'
@@ -160,3 +162,6 @@ def _plain(value: Any) -> Any:
   if isinstance(value, list | tuple):
     return [_plain(x) for x in value] if isinstance(value, list) else tuple(_plain(x) for x in value)
   return value
+
+
+register(FORMATS, 'pickle', pickle_refused, NoSettings)

@@ -11,7 +11,6 @@ N heads, H head_dim, W window, V vocab, L layers.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
@@ -20,21 +19,33 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.base.batch import Batch, Cache
+from llm_jax.base.builder import Sections, keep_named, sections
+from llm_jax.base.registry import register
 from llm_jax.base.sharding import constrain
-from llm_jax.layers.attention import MultiHead, causal_attention
-from llm_jax.layers.kernels import ATTENTION
+from llm_jax.extras.byte_decoders import LOCAL
+from llm_jax.extras.linear_attention import CHUNK, empty_state, linear_attention
+from llm_jax.extras.thinking import Think
+from llm_jax.layers.attention import MultiHead, causal_attention, describe_attention
 from llm_jax.layers.linear import Embed, weight
-from llm_jax.layers.linear_attention import CHUNK, empty_state, linear_attention
-from llm_jax.layers.mlp import MLPS
-from llm_jax.layers.stack import REMAT, apply_stack, init_stack
+from llm_jax.layers.stack import apply_stack, init_stack
 from llm_jax.losses.readout import Readout
-from llm_jax.models.decoder import Head, make_einsum, make_heads, make_norm, operand_dtype, project
-from llm_jax.models.local import LOCAL
-from llm_jax.models.thinking import Think
+from llm_jax.models.blocks import (
+  PARTS,
+  OutputMatrix,
+  check_parts,
+  make_einsum,
+  make_heads,
+  make_mlp,
+  make_norm,
+  make_readout,
+  operand_dtype,
+)
+from llm_jax.models.protocol import ModelConfig
+from llm_jax.models.registry import MODELS
 
 
 @dataclasses.dataclass(frozen=True)
-class BytePatchConfig:
+class BytePatchConfig(ModelConfig):
   """Shape and parts. The defaults are those of AGIFORMER's medium one; here they give 37M parameters."""
 
   name: str = 'byte_patch'
@@ -47,7 +58,7 @@ class BytePatchConfig:
   num_heads: int = 8
   mlp: str = 'swiglu'  # one of MLPS
   mlp_dim: int | None = None  # None: 4 * embed_dim
-  norm: Literal['rms_norm', 'layer_norm'] = 'rms_norm'
+  norm: str = 'rms_norm'  # one of NORMS
   use_bias: bool = False  # on matrices and LayerNorms
   window: int = 128  # patches that attention looks back on, its own included
   rope_base: float = 10000.0
@@ -63,7 +74,7 @@ class BytePatchConfig:
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   scan_unroll: int = 1
   remat: str = 'none'
-  prefix_attention: ClassVar[bool] = False
+  sections: Sections = sections(PARTS['mlp'], PARTS['norm'])
   positions: ClassVar[str] = 'rope'
   qk_norm: ClassVar[bool] = False
 
@@ -88,9 +99,10 @@ class BytePatchConfig:
         raise ValueError(f'{field} must be positive; got {getattr(self, field)}')
     if self.dropout >= 1:
       raise ValueError(f'dropout must lie in [0, 1); got {self.dropout}')
-    for field, table in (('mlp', MLPS), ('remat', REMAT), ('decoder', LOCAL), ('attention', ('auto', *ATTENTION))):
-      if getattr(self, field) not in table:
-        raise ValueError(f'{field} {getattr(self, field)!r} is unknown; known: {", ".join(table)}')
+    if self.decoder not in LOCAL:
+      raise ValueError(f'decoder {self.decoder!r} is unknown; known: {", ".join(LOCAL)}')
+    check_parts(self)
+    keep_named(self, (self.mlp, self.norm), 'neither mlp nor norm names it')
 
   @property
   def H(self) -> int:
@@ -117,12 +129,14 @@ class BytePatchConfig:
   def operand_dtype(self) -> jnp.dtype:
     return operand_dtype(self.dtype)
 
-  @property
-  def longest_prompt(self) -> int:
-    return (self.max_len or 0) - 1
-
   def positions_of(self, seq_len: int) -> int:
     return -(-seq_len // self.patch_size)
+
+  def describe(self, seq_len: int, segments: bool) -> list[str]:
+    return [f'model: {self.name}, {self.num_layers} layers, {self.embed_dim} wide, vocabulary {self.vocab_size}, '
+            f'{self.dtype}',
+            'attention: ' + describe_attention(self.attention, self.dtype, self.H, self.positions_of(seq_len),
+                                               segments=segments, prefix=False)]
 
   def flops_per_token(self, seq_len: int) -> float:
     """As DecoderConfig counts them, a byte: what is done once a patch is shared by its bytes."""
@@ -157,7 +171,7 @@ class HybridBlock(nn.Module):
     near_BMD, near = make_heads(cfg, NearAttention, out_init, 'near')(h_BMD, positions_BM, patches, cache, window)
     far_BMD, far = make_heads(cfg, FarAttention, out_init, 'far')(h_BMD, patches, cache)
     x_BMD = x_BMD + dropout(near_BMD) + dropout(far_BMD)
-    mlp = MLPS[cfg.mlp](cfg.embed_dim, cfg.F, make_einsum(cfg), out_init, use_bias=cfg.use_bias, name='mlp')
+    mlp = make_mlp(cfg, out_init, name='mlp')
     x_BMD = x_BMD + dropout(mlp(norm(name='mlp_norm')(x_BMD)))
     return constrain(x_BMD, 'act_batch', 'act_length', 'act_embed'), cache and {**near, **far}
 
@@ -224,7 +238,7 @@ class BytePatch(nn.Module):
     self.local_embed = Embed(cfg.V, D, init)
     self.local = LOCAL[cfg.decoder](cfg)
     self.final_norm = make_norm(cfg)()
-    self.head = Head(cfg)
+    self.head = OutputMatrix(cfg)
     self.dropout = nn.Dropout(cfg.dropout)
 
   def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
@@ -267,9 +281,7 @@ class BytePatch(nn.Module):
     return self.think(self.latent_norm(x_BMD)), cache
 
   def output(self, x_BTD: jax.Array) -> Readout:
-    cfg = self.cfg
-    return Readout(self.final_norm(x_BTD), self.head.w,
-                   partial(project, 'BTD,DV->BTV', cfg.operand_dtype, cfg.logit_soft_cap))
+    return make_readout(self.cfg, self.final_norm(x_BTD), self.head)
 
   def _starts(self, batch_size: int) -> jax.Array:
     return jnp.broadcast_to(self.start, (batch_size, *self.start.shape))
@@ -332,3 +344,6 @@ class BytePatch(nn.Module):
 def where(mask_B: jax.Array, new: Any, old: Any) -> Any:
   """Row by row, of trees of arrays [B, ...]."""
   return jax.tree.map(lambda x, y: jnp.where(mask_B.reshape(-1, *(1,) * (x.ndim - 1)), x, y), new, old)
+
+
+register(MODELS, 'byte_patch', BytePatch, BytePatchConfig)

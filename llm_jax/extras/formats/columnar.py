@@ -13,7 +13,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.base.registry import NoSettings, register
 from llm_jax.data.formats.records import choose_fields, to_documents
+from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 _BATCH_ROWS = 256
@@ -218,3 +220,8 @@ def _pyarrow() -> Any:
   except ImportError:
     raise ConfigError("this format needs the package pyarrow: pip install 'llm_jax[data]'") from None
   return pyarrow
+
+
+register(FORMATS, 'parquet', parquet, NoSettings)
+register(FORMATS, 'arrow', arrow, NoSettings)
+register(FORMATS, 'huggingface', huggingface, NoSettings)

@@ -13,8 +13,9 @@ from llm_jax.base.stopping import StopSignal
 from llm_jax.config import Config, build
 from llm_jax.data import pipeline
 from llm_jax.training import loop
+from llm_jax.training.custom import Custom
 from llm_jax.training.log import Epochs, read_metrics
-from llm_jax.training.stages import at_step, plan
+from llm_jax.training.stages import config_at, make_stages
 
 
 def config(**stages):
@@ -23,22 +24,22 @@ def config(**stages):
 
 
 def test_a_plan_says_where_each_stage_begins_in_the_data():
-  stages = plan(config(more={'begin': 10, 'set': ['batch_tokens=128']},
+  stages = make_stages(config(more={'begin': 10, 'set': ['batch_tokens=128']},
                        longer={'begin': 30, 'set': ['data.seq_len=32', 'eval.every=5']}))
   assert [(s.begin, s.end, s.config.batch_tokens, s.config.data.seq_len) for s in stages] == [
       (0, 10, 64, 16), (10, 30, 128, 16), (30, 100, 128, 32)]
   assert [s.rows_at(s.begin) for s in stages] == [0, 10 * 4, (10 * 4 + 20 * 8) // 2]
   assert stages[1].rows_at(12) == 40 + 2 * 8
   assert {s.config.model.max_len for s in stages} == {32}, 'one model for all'
-  assert at_step(stages[0].run, 10).batch_tokens == 64 and at_step(stages[0].run, 11).batch_tokens == 128
-  assert at_step(stages[0].run, 200).data.seq_len == 32
-  [alone] = plan(config())
+  assert config_at(stages[0].run, 10).batch_tokens == 64 and config_at(stages[0].run, 11).batch_tokens == 128
+  assert config_at(stages[0].run, 200).data.seq_len == 32
+  [alone] = make_stages(config())
   assert alone.config == config() and alone.rows_at(7) == 28
 
 
 def test_rows_of_earlier_stages_are_counted_as_they_were_read():
   """What a mixture's weights from step 5 on begin with, asked in the second stage."""
-  first, second = plan(config(more={'begin': 10, 'set': ['batch_tokens=128']}))
+  first, second = make_stages(config(more={'begin': 10, 'set': ['batch_tokens=128']}))
   assert [first.rows_at(n) for n in (0, 5, 10)] == [second.rows_at(n) for n in (0, 5, 10)] == [0, 20, 40]
   assert second.rows_at(11) == 48
 
@@ -54,7 +55,7 @@ def test_rows_of_earlier_stages_are_counted_as_they_were_read():
 ])
 def test_stages_that_cannot_be_are_told(stages, words):
   with pytest.raises(ConfigError) as e:
-    plan(config(**stages))
+    make_stages(config(**stages))
   assert all(word in str(e.value) for word in words), e.value
 
 
@@ -182,9 +183,9 @@ def test_what_does_not_go_together_is_told(values, word):
 
 @pytest.mark.slow
 def test_what_is_yielded_is_what_is_logged(folder):
-  moments = list(loop.moments(load_config(folder / 'staged.py'), folder / 'yielded'))
-  assert [m.step for m in moments] == list(range(1, 10)) and 'val/loss' in moments[-1].metrics
-  status = moments[-1].status()
+  events = list(loop.train(load_config(folder / 'staged.py'), folder / 'yielded', Custom()))
+  assert [e.step for e in events] == list(range(1, 10)) and 'val/loss' in events[-1].metrics
+  status = events[-1].status()
   assert status['step'] == 9 and status['state'] == 'finished'
   assert json.loads((folder / 'yielded' / 'status.json').read_text())['state'] == 'finished'
 

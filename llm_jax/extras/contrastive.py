@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax.base.batch import Batch
-from llm_jax.losses.labels import Pooling
+from llm_jax.base.registry import register
+from llm_jax.extras.labels import Pooling
+from llm_jax.losses.config import LOSSES
 from llm_jax.losses.readout import Readout, rank
-from llm_jax.losses.term import Look, Sums, Term, affine, pool, real_rows
+from llm_jax.losses.term import Sums, Term, TermInputs, affine, pool, real_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Contrastive(Term):
       raise ValueError('embedding_dim must be at least 1, temperature positive; got '
                        f'{self.embedding_dim} and {self.temperature}')
 
+  def problems(self, config: Any) -> list[str]:
+    lone = [f'batch_tokens {config.batch_tokens} is one row of data.seq_len {config.data.seq_len}, and loss.terms '
+            'contrastive compares rows; set the double or more'] if config.rows_per_batch < 2 else []
+    return super().problems(config) + lone
+
   @property
   def head_dim(self) -> int:
     return self.embedding_dim
@@ -52,40 +59,40 @@ class Contrastive(Term):
   def count(self, batch: Batch) -> jax.Array:
     return jnp.sum(real_rows(batch))
 
-  def embed(self, readout: Readout, segment_ids: jax.Array | None, look: Look) -> jax.Array:
+  def embed(self, readout: Readout, segment_ids: jax.Array | None, inputs: TermInputs) -> jax.Array:
     """[B, E] of length 1."""
     assert segment_ids is not None
-    e_BE = affine(look, pool(readout.x_BTD, segment_ids, self.pooling))
+    e_BE = affine(inputs, pool(readout.x_BTD, segment_ids, self.pooling))
     return e_BE * jax.lax.rsqrt(jnp.sum(e_BE**2, axis=-1, keepdims=True) + 1e-12)
 
-  def similarities(self, look: Look) -> jax.Array:
+  def similarities(self, inputs: TermInputs) -> jax.Array:
     """[B, B]: cosines over the temperature, of first texts to second ones; -1e9 for rows that are not real."""
-    assert look.other is not None
-    a_BE = self.embed(look.readout, look.batch.segment_ids, look)
-    b_CE = self.embed(look.other, look.batch.encoder_segment_ids, look)
-    real_B = real_rows(look.batch) > 0
+    assert inputs.other is not None
+    a_BE = self.embed(inputs.readout, inputs.batch.segment_ids, inputs)
+    b_CE = self.embed(inputs.other, inputs.batch.encoder_segment_ids, inputs)
+    real_B = real_rows(inputs.batch) > 0
     sims_BC = jnp.einsum('BE,CE->BC', a_BE, b_CE) / self.temperature
     return jnp.where(real_B[:, None] & real_B[None, :], sims_BC, -1e9)
 
-  def loss(self, look: Look, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    sims_BC, weights_B = self.similarities(look), real_rows(look.batch) / count
+  def loss(self, inputs: TermInputs, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    sims_BC, weights_B = self.similarities(inputs), real_rows(inputs.batch) / count
     partners_B = jnp.arange(sims_BC.shape[0])
     nll_B = sum(optax.softmax_cross_entropy_with_integer_labels(s, partners_B) for s in (sims_BC, sims_BC.T)) / 2
     loss = jnp.sum(nll_B * weights_B)
     return loss, loss
 
-  def predict(self, look: Look) -> jax.Array:
+  def predict(self, inputs: TermInputs) -> jax.Array:
     """Embeddings [B, E]."""
-    return self.embed(look.readout, look.batch.segment_ids, look)
+    return self.embed(inputs.readout, inputs.batch.segment_ids, inputs)
 
-  def first_loss(self, look: Look) -> float:
-    return math.log(max(2, look.batch.tokens.shape[0]))
+  def initial_loss(self, inputs: TermInputs) -> float:
+    return math.log(max(2, inputs.batch.tokens.shape[0]))
 
-  def score(self, look: Look, token_bytes: jax.Array) -> Sums:
+  def score(self, inputs: TermInputs, token_bytes: jax.Array) -> Sums:
     del token_bytes
-    sims_BC, real_B = self.similarities(look), real_rows(look.batch)
+    sims_BC, real_B = self.similarities(inputs), real_rows(inputs.batch)
     rank_B = rank(sims_BC, jnp.arange(sims_BC.shape[0]))
-    return {'nll': self.loss(look, jnp.ones(()))[0], 'count': jnp.sum(real_B),
+    return {'nll': self.loss(inputs, jnp.ones(()))[0], 'count': jnp.sum(real_B),
             'correct': jnp.sum((rank_B < 1) * real_B), 'top5': jnp.sum((rank_B < 5) * real_B),
             'reciprocals': jnp.sum(real_B / (rank_B + 1))}
 
@@ -94,3 +101,6 @@ class Contrastive(Term):
     n = sums['count']
     return {'loss': sums['nll'] / n, 'accuracy': sums['correct'] / n, 'top5_accuracy': sums['top5'] / n,
             'mrr': sums['reciprocals'] / n, 'documents': n}
+
+
+register(LOSSES, 'contrastive', Contrastive)

@@ -5,7 +5,9 @@ The master weights stay float32; each product quantizes its operands anew.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from importlib.util import find_spec
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.layers.linear import Einsum, add_bias, weight
+from llm_jax.base.registry import register
+from llm_jax.layers.linear import EINSUMS, Einsum, add_bias, weight
 
 
 def product(eqn: str, a: jax.Array, b: jax.Array, types: tuple[str, str]) -> jax.Array:
@@ -49,6 +52,15 @@ def _bwd(eqn, forward, backward, residuals, dy):
 lowbit_einsum.defvjp(_fwd, _bwd)
 
 
+@dataclasses.dataclass(frozen=True)
+class LowBit:
+  """No settings. Raises ValueError where qwix is not installed."""
+
+  def __post_init__(self):
+    if find_spec('qwix') is None:
+      raise ValueError("einsum int8 needs qwix, and so does fp8: pip install 'llm_jax[quant]'")
+
+
 class LowBitEinsum(Einsum):
   """Einsum of 8-bit operands."""
 
@@ -60,3 +72,8 @@ class LowBitEinsum(Einsum):
     w = weight(self, 'w', self.initializer, self.shape, self.axes)
     y = lowbit_einsum(eqn, self.forward, self.backward, x, w)
     return add_bias(self, checkpoint_name(y, 'matmul'))
+
+
+register(EINSUMS, 'int8', lambda settings: functools.partial(LowBitEinsum, forward='int8'), LowBit)
+register(EINSUMS, 'fp8', lambda settings: functools.partial(
+    LowBitEinsum, forward='float8_e4m3fn', backward='float8_e5m2'), LowBit)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Literal, cast
 
 import flax.linen as nn
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from llm_jax.base.registry import register
 from llm_jax.layers.clock import progress
-from llm_jax.layers.linear import Einsum, add_bias, mixed_einsum, weight
+from llm_jax.layers.linear import EINSUMS, Einsum, add_bias, mixed_einsum, weight
 
 EPS = 1e-5
 
@@ -164,3 +166,8 @@ class PackedEinsum(Einsum):
     w_codes = unpack(packed, num_inputs).reshape(self.shape)
     y = mixed_einsum(eqn, self.dtype, codes, w_codes)
     return add_bias(self, y * (scale * over_outputs(x_scale, axes, y)))
+
+
+register(EINSUMS, 'bitnet', lambda settings: partial(BitEinsum, bitnet=settings), BitNet)
+# For exported models only: it cannot be trained.
+register(EINSUMS, 'packed', lambda settings: partial(PackedEinsum, bitnet=settings), BitNet)

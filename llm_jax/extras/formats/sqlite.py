@@ -9,7 +9,9 @@ from typing import Any
 from urllib.parse import quote
 
 from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.base.registry import NoSettings, register
 from llm_jax.data.formats.records import to_documents
+from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 _READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
@@ -83,3 +85,6 @@ def _only_table(file: File, database: sqlite3.Connection) -> str:
     raise DataError(f"{file.path}: not one table with a text column ({found}); set config.data.query to a SELECT")
   quoted = with_text[0].replace('"', '""')
   return f'SELECT * FROM "{quoted}"'
+
+
+register(FORMATS, 'sqlite', sqlite, NoSettings)

@@ -11,8 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.layers.mlp import MLPS
-from llm_jax.models.decoder import make_einsum, make_norm
+from llm_jax.models.blocks import make_einsum, make_mlp, make_norm
 
 EPSILON = 0.01  # of the probability to go on that counts as none (arXiv 1603.08983)
 
@@ -28,7 +27,7 @@ class Think(nn.Module):
       return
     out_init = nn.initializers.normal(cfg.init_std / max(1, cfg.thinking_steps) ** 0.5)
     self.norm = make_norm(cfg)()
-    self.mlp = MLPS[cfg.mlp](cfg.embed_dim, cfg.F, make_einsum(cfg), out_init, use_bias=cfg.use_bias)
+    self.mlp = make_mlp(cfg, out_init)
     self.gate = make_einsum(cfg)(shape=(cfg.embed_dim, cfg.embed_dim), axes=('embed', 'gate'), bias_dims=1)
     if cfg.halting:
       self.halt = make_einsum(cfg)(shape=(cfg.embed_dim, 1), axes=('embed', 'norm'), bias_dims=1)

@@ -7,14 +7,14 @@ import pytest
 from llm_jax.base.conditions import condition
 from llm_jax.base.errors import ConfigError
 from llm_jax.config import Config, EvalConfig, build
-from llm_jax.training.best import Record
+from llm_jax.training.best import Best
 
 
 def seen(config, values, metric='val/accuracy'):
-  record = Record(config)
+  best = Best(config)
   for step, value in enumerate(values, 1):
-    record.see(step, {metric: value})
-  return record
+    best.update(step, {metric: value})
+  return best
 
 
 @pytest.mark.parametrize(('mode', 'values', 'stale'), [
@@ -23,44 +23,42 @@ def seen(config, values, metric='val/accuracy'):
     ('min', [float('nan'), float('nan')], 2)])
 def test_patience_counts_evaluations_since_the_best(mode, values, stale):
   config = EvalConfig(monitor='val/accuracy', mode=mode, patience=2, min_delta=0.01)
-  record = seen(config, values)
-  assert record.stale == stale and bool(record.over) == (stale >= 2)
+  best = seen(config, values)
+  assert best.stale == stale and bool(best.over) == (stale >= 2)
 
 
 def test_it_is_kept_through_a_checkpoint_unless_something_else_is_monitored():
   config = EvalConfig(monitor='val/accuracy', mode='max', patience=3, capabilities=('val/accuracy > 0.3',))
-  record = seen(config, [0.2, 0.5, 0.4])
-  kept = json.loads(json.dumps(record.to_meta()))
-  assert Record.from_meta(config, kept and {'record': kept}) == record
-  other = Record.from_meta(EvalConfig(), {'record': kept})
+  best = seen(config, [0.2, 0.5, 0.4])
+  kept = json.loads(json.dumps(best.to_meta()))
+  assert Best.from_meta(config, kept and {'best': kept}) == best
+  other = Best.from_meta(EvalConfig(), {'best': kept})
   assert (other.best, other.stale) == (float('inf'), 0) and other.reached == {'val/accuracy > 0.3': 2}
-  elsewhere = Record.from_meta(config, {'record': kept, 'step': 7}, other_data=True)
-  assert elsewhere == Record(config, since=7, reached=other.reached)
-  old = Record.from_meta(EvalConfig(), {'best_val_loss': 2.0, 'lowest': 1.5, 'stale': 4, 'val_loss': None})
-  assert (old.saved, old.best, old.stale) == (2.0, 1.5, 4)
-  assert Record.from_meta(EvalConfig(), {'best_val_loss': None, 'val_loss': None}).best == float('inf')
+  elsewhere = Best.from_meta(config, {'best': kept, 'step': 7}, other_data=True)
+  assert elsewhere == Best(config, since=7, reached=other.reached)
+  assert Best.from_meta(EvalConfig(), {}) == Best(EvalConfig())
 
 
 def test_a_capability_is_told_once_with_the_first_step_that_has_it():
   config = EvalConfig(monitor='val/accuracy', mode='max', capabilities=('val/accuracy > 0.5', 'val/accuracy >= 0.9'))
-  record = Record(config)
-  told = [record.see(step, {'val/accuracy': value})[1] for step, value in ((10, 0.4), (20, 0.6), (30, 0.4), (40, 0.9))]
+  best = Best(config)
+  told = [best.update(step, {'val/accuracy': value})[1] for step, value in ((10, 0.4), (20, 0.6), (30, 0.4), (40, 0.9))]
   assert told == [[], ['val/accuracy > 0.5'], [], ['val/accuracy >= 0.9']]
-  assert record.reached == {'val/accuracy > 0.5': 20, 'val/accuracy >= 0.9': 40}
+  assert best.reached == {'val/accuracy > 0.5': 20, 'val/accuracy >= 0.9': 40}
 
 
 def test_a_goal_ends_the_run_whatever_comes_after():
-  record = Record(EvalConfig(monitor='val/accuracy', mode='max', goal='val/accuracy >= 0.9'))
+  best = Best(EvalConfig(monitor='val/accuracy', mode='max', goal='val/accuracy >= 0.9'))
   for step, value in ((10, 0.5), (20, 0.95), (30, 0.1)):
-    record.see(step, {'val/accuracy': value})
-    assert bool(record.over) == (step > 10)
-  assert record.over == 'val/accuracy >= 0.9 since step 20 (config.eval.goal)'
+    best.update(step, {'val/accuracy': value})
+    assert bool(best.over) == (step > 10)
+  assert best.over == 'val/accuracy >= 0.9 since step 20 (config.eval.goal)'
 
 
 def test_a_metric_that_is_not_there_is_told_with_those_that_are():
   for config in (EvalConfig(monitor='val/accuracy'), EvalConfig(capabilities=('val/accuracy > 0.5',))):
     with pytest.raises(ConfigError, match=r'config\.eval: .*val/accuracy.*val/loss'):
-      Record(config).see(1, {'val/loss': 1.0})
+      Best(config).update(1, {'val/loss': 1.0})
 
 
 @pytest.mark.parametrize('text', ['val/accuracy', 'val/accuracy = 0.5', 'val/accuracy > much', '> 0.5', '1 > 2 > 3'])

@@ -15,8 +15,10 @@ from typing import IO, Any
 import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.base.registry import NoSettings, register
 from llm_jax.data.formats.compression import codec_of, expands_too_much, open_stream
 from llm_jax.data.formats.records import as_documents, content
+from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 _PIECE_BYTES = 1 << 20  # of the file, read at once
@@ -227,3 +229,8 @@ def _numpy_errors(file: File) -> Iterator[None]:
   except (ValueError, SyntaxError, TypeError, OSError, EOFError, RuntimeError, NotImplementedError, OverflowError,
           MemoryError, KeyError, struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile) as e:
     raise DataError(f'{file.path}: damaged or truncated, or not an array that NumPy saved: {e}') from None
+
+
+register(FORMATS, 'hdf5', hdf5, NoSettings)
+register(FORMATS, 'npy', npy, NoSettings)
+register(FORMATS, 'npz', npz, NoSettings)

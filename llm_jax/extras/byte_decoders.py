@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from llm_jax.layers.attention import Visible
 from llm_jax.layers.stack import apply_stack, init_stack
-from llm_jax.models.decoder import Block, DecoderConfig, make_einsum
+from llm_jax.models.blocks import make_einsum
+from llm_jax.models.decoder import Block, DecoderConfig
 
 
 class GRU(nn.Module):
@@ -117,7 +118,7 @@ class Transformer(nn.Module):
   @classmethod
   def flops_per_byte(cls, cfg: Any) -> float:
     inner = dataclasses.replace(cls._inner(cfg), vocab_size=1)
-    return inner.flops_per_token(cfg.patch_size) - 6 * cfg.embed_dim + 6 * cfg.embed_dim**2 / cfg.patch_size
+    return (inner.flops_per_token(cfg.patch_size) or 0.0) - 6 * cfg.embed_dim + 6 * cfg.embed_dim**2 / cfg.patch_size
 
 
 LOCAL: dict[str, Any] = {'gru': GRU, 'transformer': Transformer}

@@ -15,8 +15,10 @@ import numpy as np
 import optax
 
 from llm_jax.base.batch import Batch
+from llm_jax.base.registry import register
+from llm_jax.losses.config import LOSSES
 from llm_jax.losses.readout import rank
-from llm_jax.losses.term import Look, Sums, Term, affine, pool, real_rows
+from llm_jax.losses.term import Sums, Term, TermInputs, affine, pool, real_rows
 
 Pooling = Literal['last', 'mean']
 
@@ -51,7 +53,7 @@ class Classification(Term):
   def head_dim(self) -> int:
     return self.num_classes or 0
 
-  def fitted(self, labels: np.ndarray | None, classes: tuple[str, ...]) -> Classification:
+  def with_labels(self, labels: np.ndarray | None, classes: tuple[str, ...]) -> Classification:
     if self.classes and classes and self.classes != classes:
       raise ValueError(f'classes: {self.classes} are not those of the data, {classes}; leave them out')
     needed = max(len(classes), 0 if labels is None else int(labels.max()) + 1)
@@ -63,12 +65,12 @@ class Classification(Term):
   def count(self, batch: Batch) -> jax.Array:
     return jnp.sum(real_rows(batch))
 
-  def logits(self, look: Look) -> jax.Array:
-    return _outputs(self.pooling, look)
+  def logits(self, inputs: TermInputs) -> jax.Array:
+    return _outputs(self.pooling, inputs)
 
-  def loss(self, look: Look, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logits_BC, labels_B = self.logits(look), look.batch.labels
-    weights_B = real_rows(look.batch) / count
+  def loss(self, inputs: TermInputs, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits_BC, labels_B = self.logits(inputs), inputs.batch.labels
+    weights_B = real_rows(inputs.batch) / count
     hits_BC = jax.nn.one_hot(labels_B, logits_BC.shape[1])
     nll_B = optax.softmax_cross_entropy(logits_BC, hits_BC)
     objective_B = optax.softmax_cross_entropy(logits_BC, optax.smooth_labels(hits_BC, self.label_smoothing))
@@ -78,16 +80,16 @@ class Classification(Term):
     objective_B += self.z_loss * jax.nn.logsumexp(logits_BC, axis=-1) ** 2
     return jnp.sum(objective_B * weights_B), jnp.sum(nll_B * weights_B)
 
-  def predict(self, look: Look) -> jax.Array:
+  def predict(self, inputs: TermInputs) -> jax.Array:
     """Probabilities [B, C]."""
-    return jax.nn.softmax(self.logits(look))
+    return jax.nn.softmax(self.logits(inputs))
 
-  def first_loss(self, look: Look) -> float:
+  def initial_loss(self, inputs: TermInputs) -> float:
     return math.log(self.head_dim)
 
-  def score(self, look: Look, token_bytes: jax.Array) -> Sums:
+  def score(self, inputs: TermInputs, token_bytes: jax.Array) -> Sums:
     del token_bytes
-    logits_BC, labels_B, real_B = self.logits(look), look.batch.labels, real_rows(look.batch)
+    logits_BC, labels_B, real_B = self.logits(inputs), inputs.batch.labels, real_rows(inputs.batch)
     assert labels_B is not None
     rank_B, C = rank(logits_BC, labels_B), self.head_dim
     confusion = jnp.zeros((C, C)).at[labels_B, jnp.argmax(logits_BC, axis=-1)].add(real_B)
@@ -135,7 +137,7 @@ class Regression(Term):
   def head_dim(self) -> int:
     return len(self.mean or ())
 
-  def fitted(self, labels: np.ndarray | None, classes: tuple[str, ...]) -> Regression:
+  def with_labels(self, labels: np.ndarray | None, classes: tuple[str, ...]) -> Regression:
     del classes
     if self.mean is not None or labels is None:
       return self
@@ -147,29 +149,29 @@ class Regression(Term):
   def count(self, batch: Batch) -> jax.Array:
     return jnp.sum(real_rows(batch)) * self.head_dim
 
-  def predict(self, look: Look) -> jax.Array:
+  def predict(self, inputs: TermInputs) -> jax.Array:
     """[B, C], in the labels' own units."""
-    return _outputs(self.pooling, look) * jnp.array([self.std]) + jnp.array([self.mean])
+    return _outputs(self.pooling, inputs) * jnp.array([self.std]) + jnp.array([self.mean])
 
-  def errors(self, look: Look) -> jax.Array:
+  def errors(self, inputs: TermInputs) -> jax.Array:
     """[B, C], in standard deviations."""
-    return _outputs(self.pooling, look) - (self._labels(look) - jnp.array([self.mean])) / jnp.array([self.std])
+    return _outputs(self.pooling, inputs) - (self._labels(inputs) - jnp.array([self.mean])) / jnp.array([self.std])
 
-  def loss(self, look: Look, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    errors_BC = self.errors(look)
+  def loss(self, inputs: TermInputs, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    errors_BC = self.errors(inputs)
     loss_BC = optax.huber_loss(errors_BC, delta=self.huber_delta) if self.huber_delta else optax.l2_loss(errors_BC)
-    loss = jnp.sum(loss_BC * real_rows(look.batch)[:, None] / count)
+    loss = jnp.sum(loss_BC * real_rows(inputs.batch)[:, None] / count)
     return loss, loss
 
-  def first_loss(self, look: Look) -> float:
+  def initial_loss(self, inputs: TermInputs) -> float:
     return 0.5
 
-  def score(self, look: Look, token_bytes: jax.Array) -> Sums:
+  def score(self, inputs: TermInputs, token_bytes: jax.Array) -> Sums:
     del token_bytes
-    errors_BC, real_B1 = self.errors(look) * jnp.array([self.std]), real_rows(look.batch)[:, None]
+    errors_BC, real_B1 = self.errors(inputs) * jnp.array([self.std]), real_rows(inputs.batch)[:, None]
     # Around the mean, so that squares of large labels do not drown what they differ by.
-    labels_BC = (self._labels(look) - jnp.array([self.mean])) * real_B1
-    return {'nats': self.loss(look, jnp.ones(()))[0], 'count': jnp.sum(real_B1),
+    labels_BC = (self._labels(inputs) - jnp.array([self.mean])) * real_B1
+    return {'nats': self.loss(inputs, jnp.ones(()))[0], 'count': jnp.sum(real_B1),
             'squares': jnp.sum(errors_BC**2 * real_B1, axis=0), 'absolutes': jnp.sum(jnp.abs(errors_BC) * real_B1, 0),
             'labels': jnp.sum(labels_BC, axis=0), 'label_squares': jnp.sum(labels_BC**2, axis=0)}
 
@@ -181,11 +183,15 @@ class Regression(Term):
             'rmse': math.sqrt(float(np.mean(sums['squares'])) / n),
             'r2': float(np.mean(1 - sums['squares'] / np.maximum(spread, 1e-30))), 'documents': n}
 
-  def _labels(self, look: Look) -> jax.Array:
-    assert look.batch.labels is not None
-    return look.batch.labels.reshape(look.batch.labels.shape[0], -1)
+  def _labels(self, inputs: TermInputs) -> jax.Array:
+    assert inputs.batch.labels is not None
+    return inputs.batch.labels.reshape(inputs.batch.labels.shape[0], -1)
 
 
-def _outputs(pooling: Pooling, look: Look) -> jax.Array:
-  assert look.batch.segment_ids is not None
-  return affine(look, pool(look.readout.x_BTD, look.batch.segment_ids, pooling))
+def _outputs(pooling: Pooling, inputs: TermInputs) -> jax.Array:
+  assert inputs.batch.segment_ids is not None
+  return affine(inputs, pool(inputs.readout.x_BTD, inputs.batch.segment_ids, pooling))
+
+
+register(LOSSES, 'classification', Classification)
+register(LOSSES, 'regression', Regression)

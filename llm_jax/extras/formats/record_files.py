@@ -10,8 +10,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.base.registry import NoSettings, register
 from llm_jax.data.formats.compression import open_stream
 from llm_jax.data.formats.records import to_documents
+from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.formats.text import parse_json
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
@@ -198,3 +200,7 @@ def _crc_table() -> np.ndarray:
   for i in range(1, _CRC_BLOCK):
     table[i] = table[i - 1] >> 8 ^ crc[table[i - 1] & 0xFF]
   return table
+
+
+register(FORMATS, 'arrayrecord', arrayrecord, NoSettings)
+register(FORMATS, 'tfrecord', tfrecord, NoSettings)

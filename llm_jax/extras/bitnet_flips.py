@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax.base.batch import Metrics, Params
-from llm_jax.layers.bitnet import weight_codes
+from llm_jax.base.registry import register
+from llm_jax.base.trees import path_of
+from llm_jax.extras.bitnet import weight_codes
+from llm_jax.optim.chain import TRANSFORMS
 from llm_jax.optim.link import Link
-from llm_jax.optim.masks import Dims, as_matrices, matrix_dims, path_of
+from llm_jax.optim.masks import Dims, as_matrices, matrix_dims
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,13 @@ class BitnetFlips(Link):
 
   weight_bits: Literal['1.58', '1'] = '1.58'
   place = 'control'
+
+  def problems(self, config: Any) -> list[str]:
+    bitnet = config.model.sections.get('bitnet') if getattr(config.model, 'einsum', '') == 'bitnet' else None
+    if bitnet is not None and bitnet.weight_bits == self.weight_bits:
+      return []
+    return ['optim.bitnet_flips counts codes of model.einsum bitnet with the same weight_bits; the model has '
+            f'{getattr(config.model, "einsum", "no einsum")}']
 
   def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
     dims = matrix_dims(axes)
@@ -46,3 +56,6 @@ class BitnetFlips(Link):
 
   def report(self, state: dict[str, jax.Array]) -> Metrics:
     return {f'{path}/flipped/{i:02}': share for path, shares in state.items() for i, share in enumerate(shares)}
+
+
+register(TRANSFORMS, 'bitnet_flips', BitnetFlips)

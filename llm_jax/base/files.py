@@ -1,0 +1,32 @@
+"""Writing into a folder that may come from elsewhere: whole files, and never through a link."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TextIO
+
+from llm_jax.base.errors import StorageError
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+  """Replaces a file as a whole; a link in its place is replaced, not followed. Raises OSError."""
+  aside = path.with_name(f'{path.name}.partial-{os.getpid()}')
+  aside.unlink(missing_ok=True)
+  flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_NOFOLLOW', 0)
+  with os.fdopen(os.open(aside, flags, 0o666), 'wb') as f:
+    f.write(content.encode() if isinstance(content, str) else content)
+  os.replace(aside, path)
+
+
+def open_append(path: Path) -> TextIO:
+  """Opens a file for appending. Raises OSError, also for a link."""
+  flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, 'O_NOFOLLOW', 0)
+  return os.fdopen(os.open(path, flags, 0o666), 'a')
+
+
+def check_no_link(path: Path) -> Path:
+  """The path. Raises StorageError where it is a link: what is written there would go elsewhere."""
+  if path.is_symlink():
+    raise StorageError(f'{path} is a link to {os.readlink(path)}, and nothing is written through links; remove it')
+  return path

@@ -1,0 +1,30 @@
+"""What several processes do together: collect values, wait for each other, print once."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+
+def gather(value: Any) -> list:
+  """The JSON values of all processes, in the order of their indices."""
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
+  texts = multihost_utils.process_allgather(np.pad(text, (0, longest - len(text)), constant_values=ord(' ')))
+  return [json.loads(bytes(row)) for row in texts.reshape(-1, longest)]
+
+
+def barrier(name: str) -> None:
+  """Waits for every process, however long: by the coordinator, as a collective may give up after 30 seconds."""
+  multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 60 * 60 * 1000)
+
+
+def say(text: str) -> None:
+  """Prints on process 0."""
+  if jax.process_index() == 0:
+    print(text, flush=True)

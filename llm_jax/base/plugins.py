@@ -1,0 +1,153 @@
+"""Plug-ins: Python files and modules of the user's that register parts. A run notes which it was trained with.
+
+A plug-in runs only if the user names it: by --plugin, in a config file, or with --trust for the copy in a run's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import json
+import re
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.files import check_no_link, write_file
+
+NOTES = 'plugins.json'  # in a run's folder: name, path and sha256 of each; their sources are in the folder plugins/
+
+
+class Plugin(NamedTuple):
+  name: str  # of the module, or the file without .py
+  path: str
+  sha256: str
+  source: bytes
+
+
+_loaded: dict[str, Plugin] = {}
+
+
+def add_flags(parser: argparse.ArgumentParser, *, trust: bool) -> None:
+  """--plugin, and --trust."""
+  parser.add_argument('--plugin', action='append', default=[], metavar='FILE_OR_MODULE',
+                      help='Python code that registers models, losses, ...; may be given several times')
+  if trust:
+    parser.add_argument('--trust', action='store_true',
+                        help="run the copies of plug-ins, and the validator's command, that are in the run's folder")
+
+
+def loaded() -> dict[str, Plugin]:
+  """The plug-ins of this process by name."""
+  return dict(_loaded)
+
+
+def load_all(names: Iterable[str], folder: Path | None = None) -> None:
+  """Runs plug-ins: .py files, looked for in `folder` first and then here, or modules. Raises ConfigError."""
+  for name in names:
+    load(name, folder)
+
+
+def load(name: str, folder: Path | None = None) -> Plugin:
+  """Runs one plug-in, once as long as its source stays the same. Raises ConfigError."""
+  if not name.endswith('.py'):
+    return note(_imported(name), name)
+  paths = [base / Path(name).expanduser() for base in (folder, Path()) if base is not None]
+  path = next((path for path in paths if path.is_file()), None)
+  if path is None:
+    raise ConfigError(f'--plugin: there is no file {name}; looked for {", ".join(map(str, paths))}')
+  return load_file(path)
+
+
+def load_file(path: Path) -> Plugin:
+  plugin = read(path, re.sub(r'\W', '_', path.stem))
+  if _loaded.get(plugin.name, plugin._replace(sha256='')).sha256 != plugin.sha256:
+    run_file(path, f'llm_jax_plugin_{plugin.name}', '--plugin')
+  return note(plugin.path, plugin.name)
+
+
+def run_file(path: Path, module_name: str, flag: str) -> object:
+  """Executes a file as a module. Raises ConfigError with the line at fault."""
+  spec = importlib.util.spec_from_file_location(module_name, path)
+  if spec is None or spec.loader is None:
+    raise ConfigError(f'{flag}: {path} is not a Python file')
+  module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except ConfigError:
+    raise
+  except Exception as e:  # whatever a user's file may raise
+    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+    at = f', line {lines[-1]}' if lines else ''
+    raise ConfigError(f'{flag}: {path}{at}: {type(e).__name__}: {e}') from e
+  return module
+
+
+def _imported(name: str) -> str:
+  try:
+    return importlib.import_module(name).__file__ or ''
+  except ImportError as e:
+    raise ConfigError(f'--plugin: module {name!r} cannot be imported: {e}; a file is named with its .py') from None
+
+
+def read(path: Path | str, name: str) -> Plugin:
+  source = Path(path).read_bytes()
+  return Plugin(name, str(path), hashlib.sha256(source).hexdigest(), source)
+
+
+def note(path: str, name: str) -> Plugin:
+  """Remembers a plug-in that has run, for the notes of runs."""
+  _loaded[name] = read(path, name)
+  return _loaded[name]
+
+
+def write_notes(workdir: Path) -> None:
+  """Keeps name, path, sha256 and a copy of each plug-in in the run's folder. Raises OSError, StorageError."""
+  if not _loaded:
+    return
+  folder = check_no_link(workdir / 'plugins')
+  folder.mkdir(exist_ok=True)
+  for plugin in _loaded.values():
+    write_file(folder / f'{plugin.name}.py', plugin.source)
+  notes = [{'name': p.name, 'path': p.path, 'sha256': p.sha256} for p in _loaded.values()]
+  write_file(workdir / NOTES, json.dumps(notes, indent=2))
+
+
+def check_notes(workdir: Path, *, trust: bool = False, flag: str = '--workdir') -> list[str]:
+  """Lines on plug-ins that changed since training; with `trust`, runs the copies of those that are not named.
+
+  Raises ConfigError for a plug-in that is not named, StorageError for notes or copies that are damaged.
+  """
+  lines = []
+  for entry in _read_notes(workdir / NOTES):
+    name, path, sha256 = entry['name'], entry['path'], entry['sha256']
+    copy = workdir / 'plugins' / f'{name}.py'
+    if name not in _loaded and trust:
+      if not copy.is_file() or read(copy, name).sha256 != sha256:
+        raise StorageError(f'{copy}: is not the plug-in that {workdir / NOTES} describes (sha256 {sha256[:12]}...)')
+      load_file(copy)
+    if name not in _loaded:
+      raise ConfigError(f'{flag}: {workdir} was trained with the plug-in {name} ({path}, sha256 {sha256[:12]}...); '
+                        f"name it again with --plugin={path}, or run the copy in the run's folder with --trust")
+    if _loaded[name].sha256 != sha256:
+      lines.append(f'plug-in {name}: {_loaded[name].path} (sha256 {_loaded[name].sha256[:12]}...) differs from what '
+                   f'{workdir} was trained with (sha256 {sha256[:12]}...)')
+  return lines
+
+
+def _read_notes(path: Path) -> list[dict[str, str]]:
+  if not path.is_file():
+    return []
+  try:
+    notes = [{key: str(entry[key]) for key in ('name', 'path', 'sha256')} for entry in json.loads(path.read_text())]
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise StorageError(f'{path}: damaged: {e}') from None
+  for entry in notes:
+    if not all(part.isidentifier() for part in entry['name'].split('.')):
+      raise StorageError(f'{path}: {entry["name"]!r} is not the name of a module')
+  return notes

@@ -1,0 +1,169 @@
+"""Registries: the parts that a config can name. A plug-in adds one with register(MODELS, 'foo', Foo).
+
+A registry is looked up when a config is built, so everything registered before that counts. The parts in llm_jax/extras
+are listed by name in extras/table.py and imported when first named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from llm_jax.base.errors import ConfigError
+
+PLAIN = (bool, int, float, str, tuple)
+
+
+_registries: list[Any] = []
+
+
+class Entry(NamedTuple):
+  value: Any  # what the registry gives for the name
+  settings: type  # a frozen dataclass: the section of the config that has the entry's name
+  origin: str  # the module that registered it
+  listed: bool = True  # whether messages offer it
+
+
+class Registry(Mapping[str, Any]):
+  """Parts of one kind by name. `adapt(name, value, settings)` returns what is stored of what is registered."""
+
+  def __init__(self, kind: str, adapt: Callable[[str, Any, type | None], tuple[Any, type]] | None = None):
+    self.kind = kind
+    self._adapt = adapt or (lambda name, value, settings: (value, settings or settings_of(value)))
+    self._entries: dict[str, Entry] = {}
+    _registries.append(self)
+
+  def __getitem__(self, name: str) -> Any:
+    return self._find(name).value
+
+  def __iter__(self) -> Iterator[str]:
+    names = dict.fromkeys([*self._entries, *self._extras()])
+    return (name for name in names if name not in self._entries or self._entries[name].listed)
+
+  def __len__(self) -> int:
+    return len(list(iter(self)))
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._entries or name in self._extras()
+
+  def __hash__(self) -> int:
+    return id(self)
+
+  def settings(self, name: str) -> type:
+    """The class of the config section that has the entry's name."""
+    return self._find(name).settings
+
+  def origin(self, name: str) -> str:
+    """The module that registered the entry."""
+    return self._find(name).origin
+
+  def add(self, name: str, value: Any, settings: type | None, origin: str, listed: bool = True) -> None:
+    """Raises ConfigError for a name that another module has registered."""
+    if not name.isidentifier():
+      raise ConfigError(f'{self.kind} {name!r}: a name must be a Python identifier, as it becomes a config section')
+    taken = self._entries.get(name)
+    by = taken.origin if taken else f'llm_jax.extras.{self._extras()[name]}' if name in self._extras() else origin
+    if by != origin:
+      raise ConfigError(f'{self.kind} {name!r} is registered by {by} already; choose another name')
+    self._entries[name] = Entry(*self._adapt(name, value, settings), origin, listed)
+
+  def _find(self, name: str) -> Entry:
+    if name not in self._entries and name in self._extras():
+      importlib.import_module(f'llm_jax.extras.{self._extras()[name]}')
+    return self._entries[name]
+
+  def _extras(self) -> dict[str, str]:
+    return _extras_table().get(self.kind, {})
+
+
+def register(registry: Registry, name: str, value: Any, settings: type | None = None, *, listed: bool = True) -> None:
+  """Adds `value` to a registry under `name`; its settings become the config section of that name.
+
+  `settings` is a frozen dataclass. Without one, the settings are the value's fields or parameters that have a plain
+  default (bool, int, float, str, tuple). `listed` False keeps the name out of messages. Raises ConfigError
+  for a name that is taken.
+  """
+  registry.add(name, value, settings, sys._getframe(1).f_globals['__name__'], listed)
+
+
+def has_registered(origin: str) -> bool:
+  """Whether the module of this name has registered anything."""
+  return any(entry.origin == origin for registry in _registries for entry in registry._entries.values())
+
+
+def settings_of(value: Any) -> type:
+  """The frozen dataclass that `value` is, or one made from its parameters with plain defaults."""
+  if is_frozen(value):
+    return value
+  return settings_from_signature(value)
+
+
+def is_frozen(value: Any) -> bool:
+  """Whether it is a frozen dataclass."""
+  return dataclasses.is_dataclass(value) and getattr(value, '__dataclass_params__').frozen  # noqa: B009
+
+
+def settings_from_signature(value: Any, ignored: tuple[str, ...] = ()) -> type:
+  """A frozen dataclass with a field for each parameter, but the `ignored` ones, that has a plain default."""
+  target = value.func if hasattr(value, 'func') else value  # a functools.partial
+  fixed = set(value.keywords) if hasattr(value, 'keywords') else set()
+  try:
+    hints = typing.get_type_hints(vars(target)['__init__'] if isinstance(target, type) else target)
+  except (NameError, TypeError, AttributeError):
+    hints = {}
+  fields: list[Any] = []
+  for name, parameter in inspect.signature(target).parameters.items():
+    if name in ('parent', 'name', *ignored) or name in fixed:
+      continue
+    hint, default = hints.get(name), parameter.default
+    if type(default) in PLAIN:
+      kind: Any = hint if _is_plain(hint) else type(default)
+      if kind is tuple:
+        kind = types.GenericAlias(tuple, (type(default[0]) if default else str, ...))
+      fields.append((name, kind, dataclasses.field(default=default)))
+    elif default is None and _is_plain(hint):
+      fields.append((name, hint, dataclasses.field(default=None)))
+  return dataclasses.make_dataclass(f'{getattr(target, "__name__", "Part")}Settings', fields, frozen=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoSettings:
+  """The settings of an entry that has none."""
+
+
+def factory_of(*ignored: str) -> Callable[[str, Any, type | None], tuple[Any, type]]:
+  """Adapts Flax modules: their settings are the fields with plain defaults, but the `ignored` ones that callers set.
+
+  The registry stores a function of the settings that returns the module's class with these filled in.
+  """
+  def adapt(name: str, value: Any, settings: type | None) -> tuple[Any, type]:
+    if settings is not None:
+      return value, settings
+    return lambda section: functools.partial(value, **vars(section)), settings_from_signature(value, ignored)
+
+  return adapt
+
+
+def _is_plain(hint: Any) -> bool:
+  """Whether the strict builder can check values of this type."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (types.UnionType, typing.Union):
+    return len(args) == 2 and type(None) in args and all(_is_plain(a) for a in args if a is not type(None))
+  if origin is tuple:
+    return len(args) == 2 and args[1] is Ellipsis and args[0] in PLAIN
+  return hint in (bool, int, float, str) or origin is typing.Literal
+
+
+def _extras_table() -> dict[str, dict[str, str]]:
+  """{kind: {name: module below llm_jax.extras}}; empty where the package has no extras."""
+  try:
+    return importlib.import_module('llm_jax.extras.table').TABLE
+  except ModuleNotFoundError:
+    return {}

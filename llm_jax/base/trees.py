@@ -1,0 +1,46 @@
+"""Trees of parameters: nested dicts of arrays, addressed by paths such as blocks/attn/q/w."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from llm_jax.base.batch import Params
+
+
+def path_of(path: tuple) -> str:
+  """'blocks/attn/q/w'."""
+  return '/'.join(str(key.key) for key in path)
+
+
+def by_name(params: Params) -> dict[str, Any]:
+  """{'blocks/attn/q/w': leaf}."""
+  return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def split(params: Params, is_trainable: Callable[[tuple], bool]) -> tuple[Params, Params]:
+  """(trainable, frozen): two trees that hold the leaves of nested dicts under their own paths, by their path."""
+  def part(tree: Any, path: tuple, wanted: bool) -> Any:
+    found = {}
+    for key, value in tree.items():
+      here = (*path, jax.tree_util.DictKey(key))
+      if isinstance(value, dict):
+        if below := part(value, here, wanted):
+          found[key] = below
+      elif is_trainable(here) == wanted:
+        found[key] = value
+    return found
+
+  return part(params, (), True), part(params, (), False)
+
+
+def merge(trainable: Params, frozen: Params) -> Params:
+  """The tree that `split` was given."""
+  if not frozen:
+    return trainable
+  both = {**trainable, **frozen}
+  for key in trainable.keys() & frozen.keys():
+    both[key] = merge(trainable[key], frozen[key])
+  return {key: both[key] for key in sorted(both)}

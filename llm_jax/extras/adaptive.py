@@ -1,0 +1,119 @@
+"""Links after the optimizer that scale updates by what training shows: a metric on a plateau, the gradient's noise."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from llm_jax.base.batch import Metrics, Params
+from llm_jax.base.registry import register
+from llm_jax.optim.chain import TRANSFORMS
+from llm_jax.optim.link import Link, at_least, positive, rates
+
+
+@dataclasses.dataclass(frozen=True)
+class ReduceOnPlateau(Link):
+  """Multiplies updates by `factor` each time `metric` has not improved for `patience` evaluations.
+
+  Better is what is so by more than `min_delta`; of a metric that grows, mode is max. Of train/loss an evaluation is the
+  mean of `accumulation_size` steps.
+  """
+
+  metric: str = 'val/loss'
+  mode: Literal['min', 'max'] = 'min'
+  factor: float = 0.5
+  patience: int = 2
+  min_delta: float = 1e-4
+  cooldown: int = 0
+  accumulation_size: int = 100
+  min_scale: float = 0.0
+  place = 'control'
+
+  def __post_init__(self):
+    positive(patience=self.patience, accumulation_size=self.accumulation_size, min_delta=self.min_delta)
+    at_least(0, cooldown=self.cooldown, min_scale=self.min_scale)
+    if not 0 < self.factor < 1:
+      raise ValueError(f'factor must lie in (0, 1); got {self.factor}')
+    if self.metric == 'train/loss' and self.mode == 'max':
+      raise ValueError('mode of train/loss is min')
+
+  @property
+  def required_metrics(self) -> tuple[str, ...]:
+    return () if self.metric == 'train/loss' else (self.metric,)
+
+  def _optax(self) -> optax.GradientTransformationExtraArgs:
+    return contrib.reduce_on_plateau(self.factor, self.patience, 0.0, self.min_delta, cooldown=self.cooldown,
+                                     min_scale=self.min_scale,
+                                     accumulation_size=1 if self.required_metrics else self.accumulation_size)
+
+  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+    tx = self._optax()
+    if not self.required_metrics:
+      return tx
+    return optax.GradientTransformation(
+        tx.init, lambda updates, state, params=None: (optax.tree.scale(state.scale, updates), state))
+
+  def update_from_eval(self, state: Any, results: dict[str, float]) -> Any:
+    if self.metric not in results:
+      raise ValueError(f'{self.metric} is no result of an evaluation; there are: {", ".join(sorted(results))}')
+    value = results[self.metric] * (1 if self.mode == 'min' else -1)
+    return self._optax().update({}, state, value=value)[1]
+
+  def report(self, state: Any) -> Metrics:
+    return {'plateau_scale': state.scale}
+
+
+class NoiseState(NamedTuple):
+  mean: Params  # of gradients
+  square: jax.Array  # float32: mean of their squared norm
+  scale: jax.Array  # float32
+  step: jax.Array  # int32
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseAdaptive(Link):
+  """Multiplies updates by the gradient's signal, so that the learning rate falls as noise takes over.
+
+  signal = |E g|^2 / E |g|^2, the share of the gradient's energy that persists (1 - it is the noise scale of arXiv
+  1812.06162 as a share), both means decaying by `decay`; the factor is (signal / `target`)^`power`, within
+  [`min_scale`, `max_scale`].
+  """
+
+  decay: float = 0.98
+  target: float = 0.1
+  power: float = 0.5
+  min_scale: float = 0.1
+  max_scale: float = 1.0
+  place = 'control'
+
+  def __post_init__(self):
+    rates(decay=self.decay)
+    positive(target=self.target, power=self.power, min_scale=self.min_scale)
+    at_least(self.min_scale, max_scale=self.max_scale)
+
+  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+    def init(params: Params) -> NoiseState:
+      return NoiseState(optax.tree.zeros_like(params), jnp.zeros(()), jnp.ones(()), jnp.zeros((), jnp.int32))
+
+    def update(updates: Params, state: NoiseState, params: Params = None, *, grad: Params,
+               **extra: Any) -> tuple[Params, NoiseState]:
+      mean = jax.tree.map(lambda m, g: self.decay * m + (1 - self.decay) * g, state.mean, grad)
+      square = self.decay * state.square + (1 - self.decay) * optax.tree.norm(grad, squared=True)
+      unbiased = 1 - self.decay ** (state.step + 1)  # of both means, so once in their ratio
+      signal = optax.tree.norm(mean, squared=True) / jnp.maximum(square * unbiased, jnp.finfo(jnp.float32).tiny)
+      scale = jnp.clip((signal / self.target) ** self.power, self.min_scale, self.max_scale)
+      return optax.tree.scale(scale, updates), NoiseState(mean, square, scale, optax.safe_increment(state.step))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+  def report(self, state: Any) -> Metrics:
+    return {'noise_scale': state.scale}
+
+
+register(TRANSFORMS, 'reduce_on_plateau', ReduceOnPlateau)
+register(TRANSFORMS, 'noise_adaptive', NoiseAdaptive)

@@ -1,0 +1,19 @@
+"""Where the registries find what the package adds beside its core: {kind: {name: module below llm_jax.extras}}.
+
+A module is imported when one of its names is first used.
+"""
+
+TABLE: dict[str, dict[str, str]] = {
+    'model': {'byte_patch': 'byte_patch'},
+    'einsum': {'bitnet': 'bitnet', 'int8': 'lowbit', 'fp8': 'lowbit', 'packed': 'bitnet'},
+    'loss': {'classification': 'labels', 'regression': 'labels', 'contrastive': 'contrastive'},
+    'balance': {'uncertainty': 'balances', 'grad_norm': 'balances'},
+    'transform': {'grokfast_ema': 'grokfast', 'grokfast_ma': 'grokfast', 'soap': 'soap', 'bitnet_flips': 'bitnet_flips',
+                  'reduce_on_plateau': 'adaptive', 'noise_adaptive': 'adaptive'},
+    'format': {'sqlite': 'formats.sqlite', 'parquet': 'formats.columnar', 'arrow': 'formats.columnar',
+               'huggingface': 'formats.columnar', 'hdf5': 'formats.arrays', 'npy': 'formats.arrays',
+               'npz': 'formats.arrays', 'arrayrecord': 'formats.record_files', 'tfrecord': 'formats.record_files',
+               'pickle': 'formats.pickles'},
+    'exporter': {'packed': 'bitnet_pack'},
+    'validator': {'wgsl': 'wgsl'},
+}

@@ -1,0 +1,49 @@
+"""From prompts to ids and from samples to text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llm_jax.base.batch import Params
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.config import Config
+from llm_jax.data.open import Data
+from llm_jax.data.tokenizers.tokenizer import Tokenizer, before_eos, decode
+from llm_jax.infer import sampling
+
+
+def prompt_ids(config: Config, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+  """The ids that the model reads for each text, as in training: after bos, or in an encoder before eos."""
+  encodes = config.data.task_settings.encodes
+  return [[*map(int, ids), tokenizer.eos_id] if encodes else [tokenizer.bos_id, *map(int, ids)]
+          for ids in tokenizer.encode(texts)]
+
+
+def encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
+  """The ids of config.eval.prompts. Raises ConfigError for one that has no ids or leaves no room for an answer."""
+  try:
+    prompts = prompt_ids(config, tokenizer, list(config.eval.prompts))
+  except DataError as e:
+    raise ConfigError(f'config.eval.prompts: {e}; set others, for example --config.eval.prompts=') from None
+  for prompt, ids in zip(config.eval.prompts, prompts, strict=True):
+    if len(ids) > config.model.longest_prompt:
+      raise ConfigError(f'config.eval.prompts: {prompt!r} is {len(ids)} tokens, and {config.model.longest_prompt} are '
+                        'the most; shorten it')
+  return prompts
+
+
+def samples(config: Config, data: Data, model: Any, params: Params) -> list[tuple[str, str]]:
+  """[(prompt, prompt + sample)] for config.eval.prompts; [] without a tokenizer or where the model does not write."""
+  tokenizer, reader = data.tokenizer, data.prompt_tokenizer
+  if tokenizer is None or reader is None or not config.eval.sample_tokens or not config.writes:
+    return []
+  prompts = encode_prompts(config, reader)
+  columns = sampling.generate(
+      model, params, prompts, max_len=config.model.max_len, num_tokens=config.eval.sample_tokens, seed=config.seed,
+      temperature=config.eval.temperature, top_k=config.eval.top_k, num_ids=len(tokenizer.token_bytes))
+  rows = np.stack(list(columns), axis=1).tolist()
+  between = '' if model.prompt_in_row else '\n'
+  return [(prompt, prompt + between + decode(tokenizer, before_eos(tokenizer, row)))
+          for prompt, row in zip(config.eval.prompts, rows, strict=True)]

@@ -1,0 +1,167 @@
+"""A trained run, ready for use: evaluation, generation, predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llm_jax.base.errors import ConfigError, DataError, StorageError
+from llm_jax.base.files import write_file
+from llm_jax.base.sharding import MeshConfig, make_mesh
+from llm_jax.data.open import Data, tokenize
+from llm_jax.data.stores.store import TokenStore
+from llm_jax.data.tokenizers.tokenizer import before_eos, decode
+from llm_jax.infer import sampling
+from llm_jax.infer.answers import Answer, answer_stores, summarize_answers
+from llm_jax.infer.load import Loaded, own_data
+from llm_jax.infer.score import make_evaluator
+from llm_jax.infer.text import prompt_ids
+from llm_jax.infer.validators import make_validator
+from llm_jax.losses.config import make_objective
+from llm_jax.losses.metrics import make_metrics
+from llm_jax.training.log import read_metrics
+from llm_jax.training.resolve import check_classes
+from llm_jax.training.status import read_status
+
+
+class Evaluation(NamedTuple):
+  """The outcome of an evaluation: results such as {'loss': ...}, confusion counts, and answers to prompts."""
+
+  results: dict[str, float]
+  tables: dict[str, np.ndarray]
+  answers: list[Answer]
+
+
+class Trained:
+  """A run read from its folder."""
+
+  def __init__(self, run: Loaded, workdir: Path, loss_terms: dict[str, Any] | None = None):
+    self.run, self.workdir, self.config, self._loss_terms = run, workdir, run.config, loss_terms
+
+  def validate(self, split: str = 'val') -> dict[str, float]:
+    """The losses and metrics on a part of the run's data, all of it."""
+    return self.evaluate(split, num_answers=0).results
+
+  def evaluate(self, split: str = 'val', data: str | None = None, *, num_answers: int | None = None,
+               num_beams: int | None = None, validator: str | None = None) -> Evaluation:
+    """Evaluates on a part of the run's data, or on all that `data` names (file, folder, glob, .bin).
+
+    A run that learnt answers gives `num_answers` of them, or all. Raises ConfigError, DataError.
+    """
+    run, own = self.run, self.config.eval
+    if split not in ('train', 'val', 'test'):
+      raise ConfigError(f'--split: {split!r} is none of train, val, test')
+    validator = own.validator if validator is None else validator
+    num_beams = own.num_beams if num_beams is None else num_beams
+    if (num_answers or 0) < 0 or num_beams < 1:
+      raise ConfigError(f'--answers must not be negative, --num_beams at least 1; got {num_answers}, {num_beams}')
+    answers_due = self.config.answers and run.tokenizer is not None and num_answers != 0
+    if answers_due:
+      make_validator(validator)  # reports an error before the loss is computed
+    config = dataclasses.replace(
+        self.config, eval=dataclasses.replace(own, answers=0, validator=validator, num_beams=num_beams))
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+      opened = self._open(split, data)
+      stores = opened.splits[split if data is None else 'val']
+      objective = make_objective(config.loss, given=self._loss_terms, metrics=make_metrics(own.metrics, own.sections))
+      results, tables = make_evaluator(config, opened, run.model, objective, mesh)(run.params, stores, None)
+      if not answers_due:
+        return Evaluation(results, tables, [])
+      answers = answer_stores(config, opened, run.model, run.params, stores, num_answers)
+      return Evaluation(results | summarize_answers(answers), tables, answers)
+
+  def _open(self, split: str, data: str | None) -> Data:
+    """The data to evaluate on. Raises ConfigError, DataError where the model cannot read them."""
+    run, config = self.run, self.config
+    classes = getattr(config.loss.sections.get('classification'), 'classes', None)
+    opened = own_data(run) if data is None else renamed_labels(
+        tokenize(data, config.data, run.tokenizer, run.encoder_tokenizer), classes)
+    check_classes(config, opened)
+    if opened.vocab_size > config.model.vocab_size:
+      raise ConfigError(f"--data: token {opened.vocab_size - 1} is outside the model's vocabulary of "
+                        f'{config.model.vocab_size}')
+    if not opened.splits.get(split if data is None else 'val'):
+      raise ConfigError(f'--split: the run has no {split} part; it is set by config.data.{split}_fraction, '
+                        f'{split}_documents or {split}_path')
+    return opened
+
+  def generate(self, prompt: str = '', *, num_tokens: int = 128, **options: Any) -> str:
+    """The text that follows the prompt; `options` are those of `tokens`. Raises ConfigError."""
+    columns, tokenizer = self.tokens(prompt, num_tokens=num_tokens, **options), self.run.tokenizer
+    assert tokenizer is not None  # `tokens` has asked for one
+    return decode(tokenizer, before_eos(tokenizer, [int(column[0]) for column in columns]))
+
+  def tokens(self, prompt: str = '', *, num_samples: int = 1, num_tokens: int = 128, temperature: float = 1.0,
+             top_k: int = 0, top_p: float = 1.0, num_beams: int = 0, seed: int = 0) -> Iterable[np.ndarray]:
+    """int32 [num_samples]: the next token of each sample, one after the other; of a beam search the best alone.
+
+    Raises ConfigError where the run knows no text, the prompt is too long, or an option is not legal.
+    """
+    for bad, message in ((num_samples < 1, f'--num_samples must be at least 1; got {num_samples}'),
+                         (num_tokens < 1, f'--num_tokens must be at least 1; got {num_tokens}'),
+                         (temperature < 0, f'--temperature must not be negative; got {temperature}'),
+                         (num_beams < 0, f'--num_beams must not be negative; got {num_beams}'),
+                         (num_beams and num_samples > 1, '--num_beams finds one text; leave out --num_samples'),
+                         (top_k < 0, f'--top_k must not be negative; got {top_k}'),
+                         (not 0 < top_p <= 1, f'--top_p must lie in (0, 1]; got {top_p}')):
+      if bad:
+        raise ConfigError(message)
+    run, config = self.run, self.config
+    if run.tokenizer is None or run.prompt_tokenizer is None:
+      raise ConfigError(f'--workdir: {self.workdir} was trained on ids without a tokenizer, so there is no text to '
+                        'read or write')
+    if not config.writes:
+      raise ConfigError(f'--workdir: {self.workdir} has not learnt to write (config.data.task={config.data.task}, '
+                        f'config.loss.terms={", ".join(config.loss.terms)}); see llm-jax predict')
+    [ids] = prompt_ids(config, run.prompt_tokenizer, [prompt])
+    if len(ids) > config.model.longest_prompt:
+      raise ConfigError(f'--prompt: {len(ids)} tokens, and {config.model.longest_prompt} are the most that the model '
+                        'was made for; shorten it')
+    options = {'max_len': config.model.max_len, 'num_tokens': num_tokens, 'num_ids': len(run.tokenizer.token_bytes)}
+    if num_beams:
+      return sampling.beam_search(run.model, run.params, [ids], eos_id=run.tokenizer.eos_id, num_beams=num_beams,
+                                  **options).T
+    return sampling.generate(run.model, run.params, [ids] * num_samples, seed=seed, temperature=temperature,
+                             top_k=top_k, top_p=top_p, **options)
+
+  def status(self) -> dict[str, Any]:
+    return read_status(self.workdir)
+
+  def export_results(self, path: str | Path) -> None:
+    """See the function."""
+    export_results(self.workdir, Path(path))
+
+
+def renamed_labels(data: Data, classes: tuple[str, ...] | None) -> Data:
+  """Other data, its labels numbered like the run's classes. Raises DataError for an unknown class."""
+  def renamed(store: TokenStore) -> TokenStore:
+    if not classes or store.labels is None or not store.classes:  # numbers are the classes' own
+      return store
+    if unknown := set(store.classes) - set(classes):
+      raise DataError(f'--data: {", ".join(sorted(unknown))} are no classes of the run; known: {", ".join(classes)}')
+    numbers = np.array([classes.index(name) for name in store.classes], np.float64)
+    return dataclasses.replace(store, labels=numbers[np.asarray(store.labels).astype(int)], classes=classes)
+
+  return dataclasses.replace(data, splits={split: {name: renamed(store) for name, store in stores.items()}
+                                           for split, stores in data.splits.items()})
+
+
+def export_results(workdir: Path, path: Path) -> None:
+  """Writes config, status, evaluation and all metrics of a run as one JSON file. Raises StorageError."""
+  results: dict[str, Any] = {'workdir': str(workdir), 'status': read_status(workdir)}
+  for name in ('config', 'evaluation'):
+    if (workdir / f'{name}.json').is_file():
+      results[name] = json.loads((workdir / f'{name}.json').read_text())
+  if (workdir / 'metrics.jsonl').is_file():
+    results['metrics'] = read_metrics(workdir / 'metrics.jsonl')
+  try:
+    write_file(path, json.dumps(results, indent=2, default=lambda x: np.asarray(x).tolist()))
+  except OSError as e:
+    raise StorageError(f'{path} cannot be written: {e.strerror}') from None

@@ -1,0 +1,95 @@
+"""What models share: the norm, matrices, heads and feed-forward layer that a config names, and the readout.
+
+Dims: B batch, T length, D embed, V vocab.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Initializer
+
+from llm_jax.base.devices import has_fast_bf16
+from llm_jax.base.registry import Registry
+from llm_jax.layers.attention import MultiHead
+from llm_jax.layers.kernels import ATTENTION
+from llm_jax.layers.linear import EINSUMS, Embed, mixed_einsum, weight
+from llm_jax.layers.mlp import MLPS
+from llm_jax.layers.norm import NORMS
+from llm_jax.layers.stack import REMAT
+from llm_jax.losses.readout import Readout
+
+# Fields of a model's config that name an entry of a registry; each may have settings in a section of its own.
+PARTS: dict[str, Registry] = {'mlp': MLPS, 'norm': NORMS, 'einsum': EINSUMS}
+
+
+def check_parts(cfg: Any) -> None:
+  """Raises ValueError where a field names an entry that its registry does not have."""
+  for field, table in (*PARTS.items(), ('remat', REMAT), ('attention', ('auto', *ATTENTION))):
+    name = getattr(cfg, field, None)
+    if name is not None and name not in table:
+      raise ValueError(f'{field} {name!r} is unknown; known: {", ".join(table)}')
+
+
+def _make(cfg: Any, field: str, default: str) -> Callable[..., Any]:
+  """The entry that a field of the config names, with its settings."""
+  name, registry = getattr(cfg, field, default), PARTS[field]
+  settings = getattr(cfg, 'sections', {}).get(name)
+  return registry[name](registry.settings(name)() if settings is None else settings)
+
+
+def make_norm(cfg: Any) -> Callable[..., nn.Module]:
+  """The class of cfg.norm; called with name=."""
+  norm = _make(cfg, 'norm', 'layer_norm')
+  return partial(norm, use_bias=cfg.use_bias) if 'use_bias' in inspect.signature(norm).parameters else norm
+
+
+def make_einsum(cfg: Any) -> Callable[..., Any]:
+  """The class of cfg.einsum with the config's initial scale and dtype."""
+  init = nn.initializers.normal(cfg.init_std)
+  return partial(_make(cfg, 'einsum', 'full'), initializer=init, dtype=cfg.operand_dtype)
+
+
+def make_mlp(cfg: Any, out_init: Initializer, name: str | None = None) -> Any:
+  """The feed-forward layer that cfg.mlp names."""
+  return _make(cfg, 'mlp', 'gelu')(cfg.embed_dim, cfg.F, make_einsum(cfg), out_init, use_bias=cfg.use_bias, name=name)
+
+
+def make_heads(cfg: Any, kind: type[MultiHead], out_init: Initializer, name: str) -> Any:
+  """An attention layer of the config's shape."""
+  return kind(cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, make_einsum(cfg), out_init, cfg.operand_dtype,
+              rope_base=cfg.rope_base if cfg.positions == 'rope' else None, qk_norm=cfg.qk_norm, use_bias=cfg.use_bias,
+              implementation=cfg.attention, name=name)
+
+
+def operand_dtype(name: str) -> jnp.dtype:
+  """The dtype that 'auto' means on this device, or the one named."""
+  return jnp.dtype(('bfloat16' if has_fast_bf16() else 'float32') if name == 'auto' else name)
+
+
+class OutputMatrix(nn.Module):
+  """The matrix w [D, V] of logits where they do not share the embedding's."""
+
+  cfg: Any
+
+  def setup(self):
+    init = nn.initializers.normal(self.cfg.init_std)
+    self.w = weight(self, 'w', init, (self.cfg.embed_dim, self.cfg.V), ('embed', 'vocab'))
+
+
+def make_readout(cfg: Any, x_BTD: jax.Array, table: Embed | OutputMatrix) -> Readout:
+  """The logits of hidden states, by the embedding's table w [V, D] or a matrix w [D, V]."""
+  eqn = 'BTD,VD->BTV' if isinstance(table, Embed) else 'BTD,DV->BTV'
+  return Readout(x_BTD, table.w, partial(project, eqn, cfg.operand_dtype, cfg.logit_soft_cap))
+
+
+def project(eqn: str, dtype: jnp.dtype, soft_cap: float, w: jax.Array, x_BTD: jax.Array) -> jax.Array:
+  """Logits, float32 [B, T, V]."""
+  logits_BTV = mixed_einsum(eqn, dtype, x_BTD, w)
+  return soft_cap * jnp.tanh(logits_BTV / soft_cap) if soft_cap else logits_BTV

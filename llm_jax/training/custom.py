@@ -1,0 +1,123 @@
+"""Parts of a run that are passed from Python instead of being named in its config.
+
+The config names them `custom` and describes them, so config.json stays complete and a resumed run notices another one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import optax
+
+from llm_jax.base.builder import Sections
+from llm_jax.base.callbacks import CALLBACKS
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.registry import register
+from llm_jax.config import Config, replace
+from llm_jax.data.given import GivenBatches
+from llm_jax.losses.config import LOSSES, LossConfig
+from llm_jax.losses.function import LossFunction, adapt_loss
+from llm_jax.losses.term import Term
+from llm_jax.models.protocol import ModelConfig
+from llm_jax.models.registry import MODELS
+from llm_jax.optim.chain import TRANSFORMS, OptimConfig
+from llm_jax.optim.link import Link
+
+NAME = 'custom'
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomModel(ModelConfig):
+  """A Flax module that is passed from Python."""
+
+  name: str = NAME
+  description: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomLoss(Term):
+  """A loss that is passed from Python."""
+
+  description: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomOptimizer(Link):
+  """An Optax transformation that is passed from Python."""
+
+  description: str = ''
+
+
+def refuse(cfg: CustomModel) -> Any:
+  """Raises ConfigError: a config cannot make a module that was passed from Python."""
+  raise ConfigError(f'config.model: {cfg.description} was passed from Python; pass it again: '
+                    'llm_jax.train(config, workdir, model=...), llm_jax.load(workdir, model=...)')
+
+
+register(MODELS, NAME, refuse, CustomModel, listed=False)
+register(LOSSES, NAME, CustomLoss, listed=False)
+register(TRANSFORMS, NAME, CustomOptimizer, listed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Custom:
+  """What llm_jax.train was given beside config and folder; None: as the config says."""
+
+  model: Any = None  # a Flax module
+  tx: optax.GradientTransformation | None = None
+  loss: LossFunction | None = None
+  batches: GivenBatches | None = None
+  callbacks: tuple[Callable[[Any], Any], ...] = ()
+
+  @property
+  def loss_terms(self) -> dict[str, Any]:
+    """{'custom': the term of the loss function}, if there is one."""
+    return {} if self.loss is None else {NAME: adapt_loss(NAME, self.loss, None)[1]()}
+
+
+def with_custom(config: Config, custom: Custom) -> Config:
+  """The config with the custom parts named in it. Raises ConfigError where it names one that is not given."""
+  if custom.model is not None:
+    config = replace(config, model=CustomModel(
+        vocab_size=getattr(custom.model, 'vocab_size', None), description=describe(custom.model)))
+  if custom.loss is not None:
+    term = CustomLoss(description=describe(custom.loss))
+    config = replace(config, loss=LossConfig(terms=(NAME,), sections=Sections({NAME: term})))
+  if custom.tx is not None:
+    link = CustomOptimizer(description='an optax.GradientTransformation')
+    config = replace(config, optim=OptimConfig(
+        chain=(NAME,), schedule='constant', groups=config.optim.groups, sections=Sections({NAME: link})))
+  if custom.batches is not None:
+    num_rows, seq_len = custom.batches.first()['tokens'].shape
+    config = replace(config, data=dataclasses.replace(config.data, seq_len=seq_len), batch_tokens=num_rows * seq_len,
+                     tokens_per_device=num_rows * seq_len)
+  given = {'model': custom.model, 'loss': custom.loss, 'tx': custom.tx}
+  named = {'model': config.model.name == NAME, 'loss': NAME in config.loss.terms, 'tx': NAME in config.optim.chain}
+  if missing := [part for part in given if named[part] and given[part] is None]:
+    raise ConfigError(f'config: the run was trained with a {" and a ".join(missing)} passed from Python; pass it '
+                      f'again: llm_jax.train(config, workdir, {", ".join(f"{part}=..." for part in missing)})')
+  return config
+
+
+def with_named_callbacks(custom: Custom, config: Config) -> Custom:
+  """The callbacks from Python, and those that config.log names."""
+  log = config.log
+  named = [CALLBACKS[name](log.sections.get(name) or CALLBACKS.settings(name)()) for name in log.callbacks]
+  return dataclasses.replace(custom, callbacks=(*custom.callbacks, *named))
+
+
+def describe(part: Any) -> str:
+  """A module's fields or a function's name, without addresses in memory."""
+  text = f'{part.__module__}.{part.__qualname__}' if hasattr(part, '__qualname__') else repr(part)
+  return re.sub(r' at 0x[0-9a-f]+', '', re.sub(r'\s+', ' ', text))
+
+
+def as_callbacks(callbacks: Iterable[Callable[[Any], Any]] | Callable[[Any], Any]) -> tuple[Callable[[Any], Any], ...]:
+  """One callback or several. Raises ConfigError for what cannot be called."""
+  found = (callbacks,) if callable(callbacks) else tuple(callbacks)
+  if wrong := [callback for callback in found if not callable(callback)]:
+    raise ConfigError(f'callbacks: {wrong[0]!r} cannot be called; a callback is a function of an event')
+  return found

@@ -1,0 +1,83 @@
+"""The folder of a run: its lock, status.json, config.json, tokenizers and plug-ins."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from orbax.checkpoint import multihost
+
+from llm_jax.base import plugins
+from llm_jax.base.builder import to_dict
+from llm_jax.base.errors import StorageError
+from llm_jax.base.files import open_append, write_file
+from llm_jax.config import Config
+from llm_jax.data.open import Data
+from llm_jax.data.sources.fetch import shown
+from llm_jax.training.log import Console
+from llm_jax.training.program import Program
+from llm_jax.training.state import TrainState
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+  """Makes the folder and holds its lock, one run at a time. Raises StorageError."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = open_append(workdir / '.lock')
+  except OSError as e:
+    raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
+  with lock:
+    taken = False
+    if jax.process_index() == 0:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        taken = True
+      except OSError:
+        pass  # a file system without locks
+    if multihost.broadcast_one_to_all(taken):  # all processes leave, or none
+      raise StorageError(f'--workdir: another run is training in {workdir}; name another one, or stop it')
+    yield
+
+
+def write_files(config: Config, data: Data, workdir: Path) -> None:
+  """Writes config.json, the tokenizers and the plug-ins of a run. Raises StorageError."""
+  if jax.process_index() != 0:
+    return
+  files = {'config.json': json.dumps(to_dict(config), indent=2)}
+  for name, tokenizer in (('tokenizer', data.tokenizer), ('encoder_tokenizer', data.encoder_tokenizer)):
+    if tokenizer is not None:
+      files[f'{name}.json'] = tokenizer.to_json()
+  try:
+    for name, content in files.items():
+      write_file(workdir / name, content)
+    plugins.write_notes(workdir)
+  except OSError as e:
+    raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
+
+
+def describe(program: Program, state: TrainState, workdir: Path, console: Console) -> None:
+  """Prints what is trained, on what and where."""
+  config, data, devices = program.config, program.data, jax.devices()
+  seq_len, held_rows, num_microbatches = config.data.seq_len, program.held_rows, program.num_microbatches
+  num_params, num_frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
+  num_train, num_val = (sum(len(store.tokens) for store in side.values()) for side in (data.train, data.val))
+  amount = 'a stream' if config.data.streaming else f'{num_train / 1e6:.2f} M tokens'
+  epochs = config.num_steps * config.batch_tokens / max(1, num_train)
+  console.line(f'devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es), '
+               f'mesh {dict(jax.sharding.get_abstract_mesh().shape)}')
+  frozen = f', {num_frozen / 1e6:.2f} M of them frozen' if num_frozen else ''
+  first, *more = config.model.describe(seq_len, config.data.mask_documents)
+  for line in (f'{first}, {num_params / 1e6:.2f} M parameters{frozen}', *more):
+    console.line(line)
+  console.line(f'data: {", ".join(shown(s.path) for s in config.data.named_sources.values())}: {amount} to train '
+               f'on, {num_val / 1e6:.2f} M to validate with'
+               + (f'; {config.num_steps} steps are {epochs:.2f} epochs' if num_train else ''))
+  console.line(f'batch: {config.batch_tokens} tokens = {num_microbatches} microbatch(es) x {held_rows} row(s) '
+               f'x {seq_len} tokens on each of {config.rows_per_batch // num_microbatches // held_rows} device(s)')
+  console.line(f'workdir: {workdir}; watch it: tensorboard --logdir {workdir}')

@@ -1,0 +1,246 @@
+"""A training in progress: one stage's state, advanced step by step, with everything that is due between steps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import __version__
+from llm_jax.base.batch import Batch, Params
+from llm_jax.base.builder import to_dict
+from llm_jax.base.errors import DivergedError, Interrupted
+from llm_jax.base.multihost import gather
+from llm_jax.base.stopping import StopSignal
+from llm_jax.config import Config
+from llm_jax.data.pipeline import Batches
+from llm_jax.infer.load import Loaded
+from llm_jax.infer.text import samples
+from llm_jax.training.best import Best
+from llm_jax.training.checkpoint import Checkpoints
+from llm_jax.training.log import Console, Epochs, Goodput, PackedMetrics, Throughput, Writer, text_metrics, unpack
+from llm_jax.training.program import Program
+from llm_jax.training.state import TrainState
+from llm_jax.training.status import Status
+
+MAX_SKIPPED = 20  # steps in a row without a finite gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+  """A logged step, and what can be asked of the run before it goes on."""
+
+  step: int
+  metrics: dict[str, float]  # 'train/loss', and 'val/loss' where the step was evaluated
+  session: Session
+
+  def validate(self) -> dict[str, float]:
+    """Evaluates the current weights on the validation part: {'val/loss': ...}."""
+    return self.session.measure()
+
+  def save(self) -> None:
+    """Writes a checkpoint now and waits until it is durable."""
+    self.session.save_now()
+
+  def read(self) -> Loaded:
+    """The model with a copy of its current weights."""
+    return self.session.read()
+
+  def status(self) -> dict[str, Any]:
+    return dict(self.session.status.values)
+
+  def stop(self) -> None:
+    """Ends the run after this step, as a signal does: saved, so that it can be resumed."""
+    self.session.stop.requested = True
+
+
+class Logs(NamedTuple):
+  """Where a session reports to."""
+
+  writer: Writer
+  console: Console
+  status: Status
+  goodput: Goodput
+
+
+class Session:
+  """Methods that each do one thing to a training; loop.py calls them in order.
+
+  Metrics are fetched one step late, so that a step and its batch are on the device while the host logs the one before.
+  """
+
+  def __init__(self, program: Program, state: TrainState, meta: dict[str, Any], batches: Batches,
+               checkpoints: Checkpoints, logs: Logs, throughput: Throughput, stop: StopSignal,
+               put: Callable[[dict[str, Any]], Batch]):
+    self.program, self.state = program, state
+    self.batches, self.checkpoints, self.throughput, self.stop, self._put = batches, checkpoints, throughput, stop, put
+    self.writer, self.console, self.status, self.goodput = logs
+    self.step = self.begin = int(state.step)
+    stage = program.stage
+    self.best = Best.from_meta(self.config.eval, meta, other_data=stage.new_data and self.begin == stage.begin)
+    self.evaluated_at = self.begin if meta.get('evaluated', True) else -1
+    self.score: float | None = None  # of this step's evaluation
+    self.pending: tuple[int, PackedMetrics] | None = None  # a step whose metrics are not fetched yet
+    self.logged: dict[str, float] = {}  # metrics of the step that is fetched, until its event is yielded
+    self._logged_step, self._unwritten = self.begin, dict[str, float]()
+    self._skipped_in_a_row = 0
+    self.step_started = time.perf_counter()
+    self._epochs = Epochs(lambda step: int(stage.rows_at(step) // batches.rows_per_epoch), meta.get('epoch') or {})
+
+  @property
+  def config(self) -> Config:
+    return self.program.config
+
+  @property
+  def weights(self) -> Params:
+    """The parameters to evaluate, sample from and export."""
+    return self.program.weights(self.state)
+
+  def advance(self) -> None:
+    """Dispatches the next step, then fetches and writes the metrics of the step before."""
+    self.step_started = start = time.perf_counter()
+    features = next(self.batches)
+    self.throughput.waited(time.perf_counter() - start)
+    self.goodput.add('data', time.perf_counter() - start)
+    previous, self.step, self.score = self.pending, self.step + 1, None
+    teacher = self.program.teacher
+    with jax.profiler.StepTraceAnnotation('train', step_num=self.step):
+      self.state, metrics = self.program.step(self.state, self._put(features), teacher and teacher.params)
+    self.pending = self.step, metrics
+    if previous is not None:
+      self._fetch(*previous)
+      self._write()
+
+  def settle(self) -> None:
+    """Waits for the step in flight and fetches its metrics."""
+    pending, self.pending = self.pending, None
+    if pending is not None:
+      self._fetch(*pending)
+
+  def evaluate(self) -> None:
+    """Evaluates this step, unless a signal cuts it short, and updates the best metric and the optimizer."""
+    with contextlib.suppress(Interrupted), self.goodput.of('evaluation'):
+      results = self.measure()
+      self.score, reached = self.best.update(self.step, results)
+      self.evaluated_at = self.step
+      self._log(results | {f'capability/{text}': float(self.step) for text in reached})
+      opt_state = self.program.tx.update_from_eval(self.state.opt_state, results)
+      self.state = dataclasses.replace(self.state, opt_state=opt_state)
+      for text in reached:
+        self.console.line(f'step {self.step}: {text}, for the first time')
+
+  def measure(self) -> dict[str, float]:
+    """The results of an evaluation of the current weights. Raises Interrupted after a signal."""
+    evaluation = self.config.eval
+    results, _ = self.program.evaluator(self.weights, self.program.data.val, evaluation.max_tokens,
+                                        lambda: self.stop.requested)
+    results = {f'val/{name}': value for name, value in results.items()}
+    self.console.line(f'step {self.step}: ' + '  '.join(
+        f'{name} {value:.4f}' for name, value in results.items() if name != 'val/tokens'))
+    return results
+
+  @property
+  def improved(self) -> bool:
+    """Whether this step's evaluation is better than every saved one."""
+    return self.score is not None and self.score < self.best.saved
+
+  def save(self) -> None:
+    """Writes the metrics, then starts a checkpoint of this step."""
+    self._write()
+    best = self.best if self.score is None else dataclasses.replace(self.best, saved=min(self.best.saved, self.score))
+    with self.goodput.of('save'):
+      if self._save(self.score, best):
+        self.best = best
+
+  def save_now(self) -> None:
+    """Saves between two steps and waits until the checkpoint is durable."""
+    self.settle()
+    self._write()
+    self._save(None, self.best)
+    self.checkpoints.wait()
+
+  def sample(self) -> None:
+    """Writes a sample for each of config.eval.prompts, if this step was evaluated."""
+    if self.score is None:
+      return
+    for prompt, sample in samples(self.config, self.program.data, self.program.model, self.weights):
+      self.writer.text(self.step, f'sample/{prompt or "new document"}', sample)
+      self.console.line('\n'.join('  | ' + line for line in sample.splitlines()))
+
+  def report(self, at_once: bool = True) -> None:
+    """Updates status.json."""
+    seconds_per_step = self.throughput.seconds_per_step
+    left = 0 if self.best.over else self.config.num_steps - self._logged_step
+    self.status.update(at_once=at_once, step=self._logged_step, best=self.best.best_value,
+                       seconds_left=None if seconds_per_step is None else left * seconds_per_step,
+                       metrics=(self.status.values.get('metrics') or {}) | self.logged)
+
+  def events(self, callbacks: tuple[Callable[[Event], Any], ...]) -> Iterator[Event]:
+    """The event of the step that was logged, if one was, given to the callbacks and then to the caller."""
+    start = time.perf_counter()
+    self._write()
+    logged, self.logged = self.logged, {}
+    if 'train/loss' in logged:
+      event = Event(self._logged_step, logged, self)
+      for callback in callbacks:
+        callback(event)
+      yield event
+    self.throughput.away(time.perf_counter() - start)
+    self.goodput.add('caller', time.perf_counter() - start)
+
+  def read(self) -> Loaded:
+    """The model with a copy of its current weights."""
+    data, params = self.program.data, jax.tree.map(jnp.copy, self.weights)  # the next step overwrites its own
+    meta = {'step': self.step, 'data': self.program.fingerprint}
+    return Loaded(self.config, data.tokenizer, self.program.model, params, meta, data.encoder_tokenizer)
+
+  def _fetch(self, step: int, metrics: PackedMetrics) -> None:
+    """Waits for a step; logs it where it is due, or the means of the epoch that it ends."""
+    values, config = unpack(metrics), self.config
+    self.throughput.step_done(values['num_tokens'])
+    self._check_finite(step, bool(values['skipped']))
+    self._logged_step = step
+    epoch = self._epochs.add(step, values)
+    if step % config.log.every and step not in (1, self.program.stage.end):
+      self._log(epoch)
+      return
+    logged = {f'train/{name}': value for name, value in (values | self.throughput.take()).items()}
+    text_loss = values.get('next_token/loss', values['loss'] if config.loss.terms == ('next_token',) else None)
+    logged |= text_metrics('train', text_loss, self.program.data, config.data.task) | self.batches.metrics()
+    self._log(logged | self.status.system() | self.goodput.shares() | epoch)
+    self.console.step(step, self.logged, self.throughput.seconds_per_step)
+    self.report(at_once=False)
+
+  def _check_finite(self, step: int, skipped: bool) -> None:
+    """Raises DivergedError after MAX_SKIPPED steps in a row without a finite gradient."""
+    self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+    if self._skipped_in_a_row == 1:
+      self.console.line(f'WARNING: step {step}: the gradient is not finite; the update is skipped')
+    if self._skipped_in_a_row >= MAX_SKIPPED:
+      raise DivergedError(f'the gradients of steps {step - MAX_SKIPPED + 1} to {step} were not finite, so none was '
+                          'applied; lower config.optim.learning_rate, or look at the data of these steps')
+
+  def _log(self, values: dict[str, float]) -> None:
+    self.logged |= values
+    self._unwritten |= values
+
+  def _write(self) -> None:
+    """Writes the logged metrics: they are on disk before a checkpoint of their step is."""
+    self.writer.scalars(self._logged_step, self._unwritten)
+    self._unwritten = {}
+
+  def _save(self, score: float | None, best: Best) -> bool:
+    # The step is saved with the optimizer's state, as Orbax refuses the empty state that some optimizers have.
+    state = self.state
+    return self.checkpoints.save(
+        self.step, state.params, (state.step, state.opt_state), score=score, since=best.since, meta={
+            'config': to_dict(self.config), 'data': self.program.fingerprint,
+            'stream_states': gather(self.batches.state()), 'evaluated': self.evaluated_at == self.step,
+            'best': best.to_meta(), 'epoch': self._epochs.sums, 'state_key': self.program.state_key,
+            'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
