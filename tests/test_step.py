@@ -28,7 +28,7 @@ from llm_jax.losses.readout import Readout
 from llm_jax.models.decoder import DecoderConfig
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import OptimConfig, make_optimizer
-from llm_jax.training.state import NEXT_TOKEN, eval_step, init_state, logical_axes, state_shardings, train_step
+from llm_jax.training.state import NEXT_TOKEN, eval_step, init_state, param_info, state_shardings, train_step
 
 CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, dtype='float32',
                     positions='rope', norm='rms_norm', mlp='swiglu')
@@ -73,7 +73,7 @@ LONG = build(OptimConfig, {
 
 
 def long_chain():
-  return make_optimizer(LONG, 20, logical_axes(Batch(**features(0)), model=make_model(CFG)))
+  return make_optimizer(LONG, 20, param_info(Batch(**features(0)), model=make_model(CFG)))
 
 
 def test_states_that_are_partitioned_masked_and_averaged_lie_like_their_parameters():
@@ -215,7 +215,7 @@ def test_evaluation_adds_up_over_any_ragged_batches():
   assert whole['bits_per_byte'] == pytest.approx(nll / np.log(2) / num_bytes, rel=1e-5)
 
 
-def test_colliding_and_unknown_logical_axes_raise():
+def test_colliding_and_unknown_param_info_raise():
   with pytest.raises(ValueError, match=r'mlp.*heads|heads.*mlp'):
     logical_to_spec(('mlp', 'heads'))
   with pytest.raises(ValueError, match='haeds'):

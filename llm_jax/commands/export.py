@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
   from llm_jax.config import to_dict
   from llm_jax.infer.export import FILE, by_name, pack_params, packed_model, write_params
   from llm_jax.infer.load import example_batch, load_run
-  from llm_jax.training.state import logical_axes
+  from llm_jax.training.state import param_info
 
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f'--weight_bits: {args.weight_bits}, and {args.workdir} was trained with {trained}; leave it '
                           'out')
       model = packed_model(run.config.model, args.weight_bits or trained or '1.58')
-      arrays = pack_params(run.params, logical_axes(example_batch(run.config), model=run.model),
+      arrays = pack_params(run.params, param_info(example_batch(run.config), model=run.model),
                            model.bitnet.weight_bits)
   config = dataclasses.replace(run.config, model=model)
   files = {'config.json': json.dumps(to_dict(config), indent=2)}

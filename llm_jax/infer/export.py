@@ -1,7 +1,7 @@
 """Exported models: a folder with config.json, the tokenizer and model.safetensors, matrices packed at two bits.
 
-A matrix of a stack lies in it as NAME/packed uint8 [L, inputs / 4, outputs] and NAME/scale float32 [L]; all else as it
-was trained.
+The matrices of a stack of L layers (and E experts) are NAME/packed uint8 [L, E, inputs / 4, outputs] and NAME/scale
+float32 [L, E]; all else is as it was trained.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import StorageError
 from llm_jax.layers.bitnet import BitNet, pack, unpack, weight_codes
-from llm_jax.optim.masks import Dims, as_matrices, from_matrices, matrix_dims, path_of
+from llm_jax.optim.masks import Dims, as_matrices, from_matrices, matrix_dims, path_of, stack_shape
 
 FILE = 'model.safetensors'
 
@@ -37,9 +37,9 @@ def by_name(params: Params) -> dict[str, Any]:
   return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def pack_params(params: Params, axes: Params, weight_bits: str) -> dict[str, np.ndarray]:
+def pack_params(params: Params, info: Params, weight_bits: str) -> dict[str, np.ndarray]:
   """{'blocks/attn/q/packed': ..., 'embed/w': ...} of trained parameters."""
-  paths = jax.tree_util.tree_leaves_with_path(matrix_dims(axes), is_leaf=lambda x: isinstance(x, Dims))
+  paths = jax.tree_util.tree_leaves_with_path(matrix_dims(info), is_leaf=lambda x: isinstance(x, Dims))
   dims = {path_of(path): d for path, d in paths}
 
   def packed(m_IO: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -51,25 +51,25 @@ def pack_params(params: Params, axes: Params, weight_bits: str) -> dict[str, np.
     if name not in dims:
       arrays[name] = np.asarray(leaf)
       continue
-    stacked = leaf.ndim > len(dims[name].reduction_axis) + len(dims[name].output_axis)
+    stack = stack_shape(leaf, dims[name])
     for part, x in zip(('packed', 'scale'), jax.jit(jax.vmap(packed))(as_matrices(leaf, dims[name])), strict=True):
-      arrays[f'{name.removesuffix("w")}{part}'] = np.asarray(x if stacked else x[0])
+      arrays[f'{name.removesuffix("w")}{part}'] = np.asarray(x.reshape(*stack, *x.shape[1:]))
   return arrays
 
 
-def unpacked(params: Params, like: Params, axes: Params, trained_on: bool) -> dict[str, Any]:
+def unpacked(params: Params, like: Params, info: Params, trained_on: bool) -> dict[str, Any]:
   """{'blocks/attn/q/w': ...} of an exported model's parameters, as those of `like` lie; others are as they were.
 
   `trained_on` as BitNet a matrix has the mean of |w| that it was packed with, else the values that it computes with.
   """
   arrays, leaves = by_name(params), by_name(like)
-  for path, dims in jax.tree_util.tree_leaves_with_path(matrix_dims(axes), is_leaf=lambda x: isinstance(x, Dims)):
+  for path, dims in jax.tree_util.tree_leaves_with_path(matrix_dims(info), is_leaf=lambda x: isinstance(x, Dims)):
     stem = path_of(path).removesuffix('w')
     if f'{stem}packed' not in arrays:
       continue
     packed, scale, leaf = arrays.pop(f'{stem}packed'), arrays.pop(f'{stem}scale'), leaves[f'{stem}w']
     num_inputs = math.prod(leaf.shape[i] for i in dims.reduction_axis)
-    codes_SIO = jax.vmap(lambda x: unpack(x, num_inputs))(packed.reshape(-1, *packed.shape[-2:]))  # noqa: B023
+    codes_SIO = unpack(packed.reshape(-1, *packed.shape[-2:]), num_inputs)
     if trained_on:
       share = jnp.mean(jnp.abs(codes_SIO), axis=(1, 2)).reshape(scale.shape)
       scale = scale / jnp.where(share > 0, share, 1)  # a matrix of zeros stays one

@@ -34,7 +34,7 @@ from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import make_optimizer
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.stages import at_step
-from llm_jax.training.state import abstract_state, eval_step, logical_axes, param_shardings, state_shardings
+from llm_jax.training.state import abstract_state, eval_step, param_info, param_shardings, state_shardings
 
 
 def renamed_labels(data: Data, classes: tuple[str, ...] | None) -> Data:
@@ -255,7 +255,7 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest') -> Run:
     leaves, lies = param_shardings(example, mesh, model=model)
     leaves = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), leaves, lies)
     return Run(config, tokenizer, model, *packed.read_params(workdir / packed.FILE, leaves), encoder_tokenizer)
-  tx = make_optimizer(config.optim, config.num_steps, logical_axes(example, model=model))
+  tx = make_optimizer(config.optim, config.num_steps, param_info(example, model=model))
   shardings = state_shardings(example, mesh, model=model, tx=tx)
   abstract = abstract_state(example, shardings, model=model, tx=tx)
   if not (workdir / 'checkpoints').is_dir():

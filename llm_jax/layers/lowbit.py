@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.layers.linear import Einsum, add_bias, weight
+from llm_jax.layers.linear import Einsum, add_bias, roles_of, weight
 
 
 def product(eqn: str, a: jax.Array, b: jax.Array, types: tuple[str, str]) -> jax.Array:
@@ -57,6 +57,6 @@ class LowBitEinsum(Einsum):
 
   @nn.compact
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
-    w = weight(self, 'w', self.initializer, self.shape, self.axes)
+    w = weight(self, 'w', self.initializer, self.shape, self.axes, roles_of(eqn))
     y = lowbit_einsum(eqn, self.forward, self.backward, x, w)
-    return add_bias(self, checkpoint_name(y, 'matmul'))
+    return add_bias(self, eqn, checkpoint_name(y, 'matmul'))

@@ -224,7 +224,7 @@ class BytePatch(nn.Module):
     self.local_embed = Embed(cfg.V, D, init)
     self.local = LOCAL[cfg.decoder](cfg)
     self.final_norm = make_norm(cfg)()
-    self.head = Head(cfg)
+    self.head = Head(cfg, cfg.init_std)
     self.dropout = nn.Dropout(cfg.dropout)
 
   def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:

@@ -56,7 +56,9 @@ class DecoderConfig:
   prefix_attention: bool = False  # what the data's prefix_mask marks, and a prompt, is attended in both directions
   logit_soft_cap: float = 0.0  # cap * tanh(logits / cap); 0: off
   dropout: float = 0.0  # on the embedding and on what each layer adds to the residual stream
-  init_std: float = 0.02  # matrices into the residual stream get init_std / sqrt(2 L)
+  init_std: float = 0.02  # of matrices; those into the residual stream get init_std / sqrt(2 L)
+  embed_init_std: float | None = None  # of token and position embeddings; None: init_std
+  readout_init_std: float | None = None  # of the readout that is not the embedding's; None: init_std
   # Of matrix operands; everything else is float32. auto: bfloat16 where a device multiplies it faster.
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   scan_unroll: int = 1
@@ -81,9 +83,13 @@ class DecoderConfig:
       raise ValueError(f'windows holds one size or more, each 0 (all) or above; got {self.windows}')
     if self.num_layers % len(self.windows):
       raise ValueError(f'the pattern windows={self.windows} does not divide num_layers {self.num_layers}')
-    for field, value in (('init_std', self.init_std), ('rope_base', self.rope_base)):
-      if value <= 0:
+    for field in ('init_std', 'embed_init_std', 'readout_init_std', 'rope_base'):
+      value = getattr(self, field)
+      if value is not None and value <= 0:
         raise ValueError(f'{field} must be positive; got {value}')
+    if self.tie_embeddings and self.readout_init_std is not None:
+      raise ValueError('readout_init_std is set, but with tie_embeddings the readout is the embedding: set '
+                       'embed_init_std, or tie_embeddings=False')
     if self.logit_soft_cap < 0:
       raise ValueError(f'logit_soft_cap must be positive, or 0 for none; got {self.logit_soft_cap}')
     if not 0 <= self.dropout < 1:
@@ -125,6 +131,14 @@ class DecoderConfig:
   @property
   def longest_prompt(self) -> int:
     return (self.max_len or 0) - 1  # what follows it goes to the same row
+
+  @property
+  def embed_std(self) -> float:
+    return self.init_std if self.embed_init_std is None else self.embed_init_std
+
+  @property
+  def readout_std(self) -> float:
+    return self.init_std if self.readout_init_std is None else self.readout_init_std
 
   def positions_of(self, seq_len: int) -> int:
     """That attention works on, for rows of seq_len tokens."""
@@ -173,10 +187,11 @@ class Head(nn.Module):
   """The matrix w_DV of logits that are not the embedding's."""
 
   cfg: Any
+  init_std: float
 
   def setup(self):
-    init = nn.initializers.normal(self.cfg.init_std)
-    self.w = weight(self, 'w', init, (self.cfg.embed_dim, self.cfg.V), ('embed', 'vocab'))
+    init = nn.initializers.normal(self.init_std)
+    self.w = weight(self, 'w', init, (self.cfg.embed_dim, self.cfg.V), ('embed', 'vocab'), ('in', 'out'))
 
 
 def project(eqn: str, dtype: jnp.dtype, soft_cap: float, w: jax.Array, x_BTD: jax.Array) -> jax.Array:
@@ -195,7 +210,7 @@ class Decoder(nn.Module):
 
   def setup(self):
     cfg = self.cfg
-    init = nn.initializers.normal(cfg.init_std)
+    init = nn.initializers.normal(cfg.embed_std)
     self.embed = Embed(cfg.V, cfg.embed_dim, init)
     if cfg.positions == 'learned':
       self.positions = Embed(cfg.max_len or 0, cfg.embed_dim, init, axes=('positions', 'embed'))
@@ -204,7 +219,7 @@ class Decoder(nn.Module):
     self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim))
     self.final_norm = make_norm(cfg)()
     if not cfg.tie_embeddings:
-      self.head = Head(cfg)
+      self.head = Head(cfg, cfg.readout_std)
 
   def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
     return self.readout(batch, train=train).logits()

@@ -110,7 +110,7 @@ class OptimConfig:
     if sum(link.averages for link in self.links) > 1 or ('ema' in self.chain and self.chain[-1] != 'ema'):
       raise ValueError('chain can average weights once, and ema at its end')
     scaling = {'reduce_on_plateau', 'noise_adaptive'} & set(self.chain)
-    factors = {name for name, group in self.groups.items() if not group.frozen and group.learning_rate != 1}
+    factors = [g for g in self.groups.values() if not g.frozen and (g.learning_rate, g.layer_decay) != (1, 1)]
     decays = {name for name, group in self.groups.items() if not group.frozen and group.weight_decay != 1}
     if 'schedule_free' in self.chain and (scaling or factors or decays or self.schedule != 'constant'):
       raise ValueError('schedule_free averages its own steps, which nothing may scale: schedule must be constant, '
@@ -223,16 +223,15 @@ class Optimizer(NamedTuple):
                         heard, opt_state)
 
 
-def make_optimizer(config: OptimConfig, num_steps: int, axes: Params = None) -> Optimizer:
-  """The chain as one gradient transformation; `axes` is a tree of the parameters' logical axes, which
-  groups, muon and soap go by.
+def make_optimizer(config: OptimConfig, num_steps: int, info: Params = None) -> Optimizer:
+  """The chain as one gradient transformation; groups, muon and soap need `info`, a tree of ParamInfo.
 
-  Raises ConfigError for groups that no parameter belongs to.
+  Raises ConfigError for groups and links that the parameters do not fit.
   """
   schedule = config.make_schedule(num_steps)
   try:
-    links = with_groups(config.links, config.groups, config.weight_decay, axes)
+    links = with_groups(config.links, config.groups, config.weight_decay, info)
+    tx = optax.chain(*(optax.with_extra_args_support(link.make(schedule, info)) for link in links))
   except ValueError as e:
     raise ConfigError(f'config.optim.{e}') from None
-  tx = optax.chain(*(optax.with_extra_args_support(link.make(schedule, axes)) for link in links))
   return Optimizer(tx.init, tx.update, schedule, tuple(links))

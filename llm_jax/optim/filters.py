@@ -25,7 +25,7 @@ class ClipByGlobalNorm(Link):
   def __post_init__(self):
     positive(max_norm=self.max_norm)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     # Optax's own divides each element, and XLA then writes the clipped gradients to memory: a factor it fuses.
     def clip(grads: Params, params: Params) -> Params:
       factor = jnp.minimum(1, self.max_norm / optax.tree.norm(grads))
@@ -49,7 +49,7 @@ class L2(Link):
     positive(weight_decay=self.weight_decay)
     regular(self.pattern)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return optax.add_decayed_weights(self.weight_decay, lambda params: matching(self.pattern, params))
 
 
@@ -130,7 +130,7 @@ class GrokfastEma(Phased):
     super().__post_init__()
     rates(alpha=self.alpha)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     def init(params: Params) -> EmaState:
       return EmaState(optax.tree.zeros_like(params), self.first())
 
@@ -163,7 +163,7 @@ class GrokfastMa(Phased):
     super().__post_init__()
     at_least(1, window=self.window)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     size = self.window
 
     def init(params: Params) -> MaState:

@@ -22,8 +22,8 @@ class BitnetFlips(Link):
   weight_bits: Literal['1.58', '1'] = '1.58'
   place = 'control'
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
-    dims = matrix_dims(axes)
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    dims = matrix_dims(info)
 
     def codes(p: jax.Array, d: Dims) -> jax.Array:
       return jax.vmap(lambda w: weight_codes(w, self.weight_bits)[0])(as_matrices(p, d))

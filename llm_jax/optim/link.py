@@ -13,7 +13,7 @@ from llm_jax.base.batch import Metrics, Params
 class Link:
   """A gradient transformation and what it tells of itself. A new one is a subclass and a line in TRANSFORMS.
 
-  make(schedule, axes)    the transformation; `axes` is a tree of the parameters' logical axes
+  make(schedule, info)    the transformation; `info` is a tree of ParamInfo: axes, shape, roles, fan_in of a parameter
   evaluated(state, params)  the weights that are evaluated and exported: averages, for one
   report(state)           scalars to log
   hear(state, results)    the state after an evaluation, whose results ('val/loss', ...) these are
@@ -31,7 +31,7 @@ class Link:
     """The results that `hear` looks at; without any it is not called."""
     return ()
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     raise NotImplementedError
 
   def evaluated(self, state: Any, params: Params) -> Params:

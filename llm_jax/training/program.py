@@ -31,7 +31,7 @@ from llm_jax.training.log import Packed, pack
 from llm_jax.training.memory import fit_memory
 from llm_jax.training.resolve import check_features, check_results, complete
 from llm_jax.training.stages import Plan
-from llm_jax.training.state import TrainState, abstract_state, init_state, logical_axes, state_shardings, train_step
+from llm_jax.training.state import TrainState, abstract_state, init_state, param_info, state_shardings, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def make_parts(stage: Plan, workdir: Path, mesh: Mesh) -> Parts:
   examples = pipeline.open_examples(config.data, data, next(iter(data.val.values())), train=False)
   check_features(config, model, examples)
 
-  tx = make_optimizer(config.optim, config.num_steps, logical_axes(example, model=model))
+  tx = make_optimizer(config.optim, config.num_steps, param_info(example, model=model))
   shardings = state_shardings(example, mesh, model=model, tx=tx)
   abstract = abstract_state(example, shardings, model=model, tx=tx)
   batch = abstract_batch(examples, num_rows)

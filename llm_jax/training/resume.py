@@ -19,7 +19,7 @@ from llm_jax.losses.config import LossConfig
 from llm_jax.optim.masks import path_of
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.program import Parts
-from llm_jax.training.state import TrainState, logical_axes
+from llm_jax.training.state import TrainState, param_info
 
 # Of the loss, what a run keeps: the shapes of its heads, the classes' order, the teacher's state.
 FIXED_LOSS = ('classification.num_classes', 'classification.classes', 'contrastive.embedding_dim',
@@ -111,8 +111,8 @@ def with_weights_of(parts: Parts, mesh: Mesh) -> TrainState:
   if tokenizers_of(parts.data) != tokenizers_of(run):
     raise ConfigError(f'config.start.run: {config.start.run} has another tokenizer; give config.data.tokenizer its '
                       'tokenizer.json')
-  mine, axes = by_name(fresh.params), logical_axes(example_batch(config), model=parts.model)
-  other = unpacked(run.params, fresh.params, axes, getattr(config.model, 'einsum', '') == 'bitnet')
+  mine, info = by_name(fresh.params), param_info(example_batch(config), model=parts.model)
+  other = unpacked(run.params, fresh.params, info, getattr(config.model, 'einsum', '') == 'bitnet')
   wrong = [name for name in mine.keys() & other.keys() if mine[name].shape != other[name].shape]
   if wrong:
     raise ConfigError(f'config.start.run: {config.start.run} is of another shape:\n  ' + '\n  '.join(

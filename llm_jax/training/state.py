@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.base.batch import Batch, Metrics, Params
 from llm_jax.base.sharding import check_divisible, constrain, logical_to_spec
 from llm_jax.layers.clock import clock_at
+from llm_jax.layers.linear import info_of
 from llm_jax.losses.objective import Objective
 from llm_jax.optim.chain import Optimizer
 
@@ -50,10 +51,10 @@ def param_shardings(example: Batch, mesh: Mesh, *, model: Any) -> tuple[Params, 
   return abstract, shardings
 
 
-def logical_axes(example: Batch, *, model: Any) -> Params:
-  """A tuple of names for every parameter, one a dimension."""
-  specs = nn.get_partition_spec(jax.eval_shape(model.init, jax.random.key(0), example)['params'])
-  return jax.tree.map(tuple, specs, is_leaf=lambda spec: isinstance(spec, P))
+def param_info(example: Batch, *, model: Any) -> Params:
+  """A tree of ParamInfo: logical axes, shape and roles of every parameter."""
+  boxed = jax.eval_shape(model.init, jax.random.key(0), example)['params']
+  return jax.tree.map(info_of, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
 
 def state_shardings(example: Batch, mesh: Mesh, *, model: Any, tx: Optimizer) -> Any:
