@@ -111,7 +111,7 @@ def init(vmapped):
 
 
 @pytest.mark.parametrize('vmapped', [False, True])
-def test_experts_read_the_copies_of_their_weights(vmapped, monkeypatch):
+def test_experts_read_the_copies_of_their_weights(vmapped):
   """With copies a stack computes to the bit what it does without, and casts no weight inside the loop."""
   params, x = nn.unbox(init(vmapped)), normal(0, 2, 5, 8)
   block, positions = Experts(vmapped), jnp.zeros((2, 5), jnp.int32)

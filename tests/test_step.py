@@ -69,7 +69,8 @@ LONG = build(OptimConfig, {
     'learning_rate': 1e-2, 'chain': ['clip_by_global_norm', 'grokfast_ema', 'grokfast_ma', 'muon', 'noise_adaptive',
                                      'reduce_on_plateau', 'ema'],
     'grokfast_ma': {'window': 3},
-    'groups': {'norms': {'pattern': 'norm', 'frozen': True}, 'tables': {'pattern': 'embed', 'learning_rate': 2.0}}})
+    'groups': {'norms': {'pattern': 'norm', 'frozen': True}, 'tables': {'pattern': 'embed', 'learning_rate': 2.0},
+               'low': {'pattern': 'blocks/mlp@0', 'frozen': True}, 'deep': {'pattern': 'blocks', 'layer_decay': 0.5}}})
 
 
 def long_chain():
