@@ -38,7 +38,7 @@ class Group:
     if not self.regex:
       raise ValueError('pattern must say which parameters; for example blocks/.*/w$')
     regular(self.regex)
-    _ = self.layers
+    _ = self.layers  # raises ValueError
     at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
     if not 0 < self.layer_decay <= 1:
       raise ValueError(f'layer_decay must lie in (0, 1]; got {self.layer_decay}')
@@ -125,11 +125,11 @@ def num_layers_of(p: ParamInfo) -> int | None:
 
 
 def combined(groups: list[Group], p: ParamInfo, depth: int) -> Settings:
-  """Settings of a parameter from the group of each of its layers; `depth` is the number of layers below the output."""
+  """Settings of a parameter from the group of each of its layers; `depth` counts the layers of the deepest stack."""
   def one_or_each(values: list) -> Any:
     return values[0] if len(set(values)) == 1 else np.array(values).reshape(-1, *(1,) * (len(p.shape) - 1))
 
-  # Layers between the parameter and the last layer, its own included if it is no layer.
+  # How many layers come after each of the parameter's own; after a table, all.
   above = range(len(groups))[::-1] if num_layers_of(p) else [depth if p.is_table else 0]
   return Settings(one_or_each([g.learning_rate * g.layer_decay**n for g, n in zip(groups, above, strict=True)]),
                   one_or_each([g.weight_decay for g in groups]), one_or_each([not g.frozen for g in groups]))
