@@ -5,33 +5,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llm_jax.base.params import ParamInfo
 from llm_jax.base.trees import merge, split
 from llm_jax.config import build
 from llm_jax.optim.chain import OptimConfig, make_optimizer
 from llm_jax.optim.groups import Group, trainable_paths
 
 RATE, STEPS = 0.05, 7
-AXES = {'blocks': {'q': {'w': ('layers', 'embed', 'heads', 'head_dim'), 'b': ('layers', 'heads', 'head_dim')},
-                   'out': {'w': ('layers', 'heads', 'head_dim', 'embed')}},
-        'embed': {'w': ('vocab', 'embed')}}
-SHAPES = {'blocks': {'q': {'w': (2, 6, 2, 4), 'b': (2, 2, 4)}, 'out': {'w': (2, 2, 4, 6)}}, 'embed': {'w': (5, 6)}}
+INFO = {'blocks': {'q': {'w': ParamInfo(('layers', 'embed', 'heads', 'head_dim'), (2, 6, 2, 4),
+                                        ('batch', 'in', 'out', 'out')),
+                         'b': ParamInfo(('layers', 'heads', 'head_dim'), (2, 2, 4), ('batch', 'out', 'out'))},
+                   'out': {'w': ParamInfo(('layers', 'heads', 'head_dim', 'embed'), (2, 2, 4, 6),
+                                          ('batch', 'in', 'in', 'out'))}},
+        'embed': {'w': ParamInfo(('vocab', 'embed'), (5, 6), ('row', 'out'))}}
 
 
 def tree(seed):
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda shape: rng.standard_normal(shape), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+  return jax.tree.map(lambda info: rng.standard_normal(info.shape), INFO)
 
 
 def optimizer(name, filters=(), controls=(), groups=None, learning_rate=RATE, **settings):
   return make_optimizer(build(OptimConfig, {
       'learning_rate': learning_rate, 'schedule': 'constant', 'chain': [*filters, name, *controls],
-      'groups': groups or {}, **{link: values for link, values in settings.items()}}), 100, AXES)
+      'groups': groups or {}, **{link: values for link, values in settings.items()}}), 100, INFO)
 
 
 def descend(tx, steps=STEPS, groups=None):
   """All parameters after `steps` steps of gradients tree(1), tree(2), ..., and the state."""
   with jax.enable_x64(True):
-    is_trainable = trainable_paths({name: Group(**group) for name, group in (groups or {}).items()})
+    is_trainable = trainable_paths({name: Group(**group) for name, group in (groups or {}).items()}, INFO)
     params, frozen = split(jax.tree.map(jnp.asarray, tree(0)), is_trainable)
     state = tx.init(params)
     for t in range(1, steps + 1):
@@ -72,4 +75,4 @@ def momentum(beta, nesterov):
 
 def trainable(params, groups):
   """The parameters that no frozen group holds."""
-  return split(jax.tree.map(jnp.asarray, params), trainable_paths({n: Group(**g) for n, g in groups.items()}))[0]
+  return split(jax.tree.map(jnp.asarray, params), trainable_paths({n: Group(**g) for n, g in groups.items()}, INFO))[0]

@@ -13,6 +13,7 @@ from test_step import OPTIM, features
 
 from llm_jax.base.batch import Batch
 from llm_jax.base.builder import Sections, build
+from llm_jax.base.params import ParamInfo
 from llm_jax.extras.bitnet import BitEinsum, BitNet, PackedEinsum, pack, unpack, weight_codes
 from llm_jax.layers.clock import clock_at, progress
 from llm_jax.models.decoder import DecoderConfig
@@ -141,7 +142,8 @@ def test_a_model_of_them_learns_and_tells_of_each_layer():
 def test_codes_that_an_update_changes_are_counted_by_layer():
   config = build(OptimConfig, {'learning_rate': 1.0, 'schedule': 'constant', 'chain': ['sgd', 'bitnet_flips'],
                                'sgd': {'momentum': 0.0}})
-  tx = make_optimizer(config, 20, {'q': {'w': ('layers', 'embed', 'mlp')}})
+  info = ParamInfo(('layers', 'embed', 'mlp'), (2, 8, 8), ('batch', 'in', 'out'))
+  tx = make_optimizer(config, 20, {'q': {'w': info}})
   before, step = RNG.standard_normal((2, 2, 8, 8)).astype(np.float32)
   step[1] = 0
   _, state = tx.update({'q': {'w': -step}}, tx.init({'q': {'w': before}}), {'q': {'w': before}}, value=1.0, grad=None)

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from llm_jax.base.params import ParamInfo
 from llm_jax.config import build
 from llm_jax.optim.chain import TRANSFORMS, OptimConfig, make_optimizer
 from llm_jax.optim.masks import matrices
@@ -36,7 +37,8 @@ def test_warmup_cosine_is_its_equation():
 @pytest.mark.parametrize('name', TRANSFORMS)
 def test_what_is_finite_in_the_square_leaves_the_state_finite(name):
   """What the step's guard rests on: it looks at the gradients' squares alone."""
-  link = optax.with_extra_args_support(TRANSFORMS[name]().make(optax.constant_schedule(1e-3), {'w': ('embed', 'mlp')}))
+  info = {'w': ParamInfo(('embed', 'mlp'), (4, 4), ('in', 'out'))}
+  link = optax.with_extra_args_support(TRANSFORMS[name]().make(optax.constant_schedule(1e-3), info))
   params = {'w': jnp.ones((4, 4))}
   state = link.init(params)
   begin = params, state

@@ -29,7 +29,7 @@ from llm_jax.models.decoder import DecoderConfig
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import OptimConfig, make_optimizer
 from llm_jax.optim.groups import trainable_paths
-from llm_jax.training.state import NEXT_TOKEN, eval_step, init_state, logical_axes, state_shardings, train_step
+from llm_jax.training.state import NEXT_TOKEN, eval_step, init_state, param_info, state_shardings, train_step
 
 CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, dtype='float32',
                     positions='rope', norm='rms_norm', mlp='swiglu')
@@ -70,16 +70,20 @@ LONG = build(OptimConfig, {
     'learning_rate': 1e-2, 'chain': ['clip_by_global_norm', 'grokfast_ema', 'grokfast_ma', 'muon', 'noise_adaptive',
                                      'reduce_on_plateau', 'ema'],
     'grokfast_ma': {'window': 3},
-    'groups': {'norms': {'pattern': 'norm', 'frozen': True}, 'tables': {'pattern': 'embed', 'learning_rate': 2.0}}})
+    'groups': {'norms': {'pattern': 'norm', 'frozen': True}, 'tables': {'pattern': 'embed', 'learning_rate': 2.0},
+               'low': {'pattern': 'blocks/mlp@0', 'frozen': True}, 'deep': {'pattern': 'blocks', 'layer_decay': 0.5}}})
 
 
 def long_chain():
-  return make_optimizer(LONG, 20, logical_axes(Batch(**features(0)), model=make_model(CFG)))
+  """(the optimizer, whether a path is trainable)"""
+  info = param_info(Batch(**features(0)), model=make_model(CFG))
+  return make_optimizer(LONG, 20, info), trainable_paths(LONG.groups, info)
 
 
 def test_states_that_are_partitioned_masked_and_averaged_lie_like_their_parameters():
-  shardings = state_shardings(Batch(**features(0)), make_mesh(MeshConfig(2, 2, 2)), model=make_model(CFG),
-                              tx=long_chain(), is_trainable=trainable_paths(LONG.groups))
+  tx, is_trainable = long_chain()
+  shardings = state_shardings(Batch(**features(0)), make_mesh(MeshConfig(2, 2, 2)), model=make_model(CFG), tx=tx,
+                              is_trainable=is_trainable)
   lies = {leaf.spec for leaf in jax.tree.leaves(shardings.params)}
   sharded = [s.spec for s in jax.tree.leaves(shardings.opt_state) if s.spec != P()]
   assert len(sharded) > 2 * sum(s.spec != P() for s in jax.tree.leaves(shardings.params)) - 8
@@ -89,7 +93,7 @@ def test_states_that_are_partitioned_masked_and_averaged_lie_like_their_paramete
 
 @pytest.mark.slow
 def test_a_long_chain_does_the_same_on_a_mesh():
-  tx, is_trainable, losses, averages = long_chain(), trainable_paths(LONG.groups), [], []
+  (tx, is_trainable), losses, averages = long_chain(), [], []
   for sizes in ((1, 1, 1), (2, 2, 2)):
     history, state, _ = train_on(sizes, make_model(CFG), tx, features, num_steps=8, is_trainable=is_trainable)
     losses.append([metrics['loss'] for metrics in history])

@@ -29,6 +29,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     'act_vocab': 'tensor',
     'head_dim': None,
     'layers': None,
+    'experts': None,  # replicated: there is no mesh axis for experts
     'norm': None,
     'vocab': 'tensor',
     'positions': None,

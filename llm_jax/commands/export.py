@@ -43,14 +43,14 @@ def main(argv: list[str]) -> None:
   from llm_jax.data.pipeline import example_batch
   from llm_jax.infer.export import EXPORTERS, FILE, write_params
   from llm_jax.infer.load import load_run
-  from llm_jax.training.state import logical_axes
+  from llm_jax.training.state import param_info
 
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     run = load_run(args.workdir, mesh, args.checkpoint, trust=args.trust)
-    axes = logical_axes(example_batch(run.config.data), model=run.model)
+    info = param_info(example_batch(run.config.data), model=run.model)
     exporter = EXPORTERS['plain' if args.weight_bits == '32' else 'packed']
-    model, arrays = exporter.export(run.config, run.params, axes, args.weight_bits)
+    model, arrays = exporter.export(run.config, run.params, info, args.weight_bits)
   config = dataclasses.replace(run.config, model=model)
   files = {'config.json': json.dumps(to_dict(config), indent=2)}
   for name, tokenizer in (('tokenizer', run.tokenizer), ('encoder_tokenizer', run.encoder_tokenizer)):

@@ -51,7 +51,7 @@ class ReduceOnPlateau(Link):
                                      min_scale=self.min_scale,
                                      accumulation_size=1 if self.required_metrics else self.accumulation_size)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     tx = self._optax()
     if not self.required_metrics:
       return tx
@@ -96,7 +96,7 @@ class NoiseAdaptive(Link):
     positive(target=self.target, power=self.power, min_scale=self.min_scale)
     at_least(self.min_scale, max_scale=self.max_scale)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     def init(params: Params) -> NoiseState:
       return NoiseState(optax.tree.zeros_like(params), jnp.zeros(()), jnp.ones(()), jnp.zeros((), jnp.int32))
 

@@ -1,13 +1,14 @@
 """BitNet: matrices of one bit (arXiv 2310.11453) or three values (b1.58, arXiv 2402.17764), activations of 8 bits.
 
 Training keeps float32 weights and quantizes them anew in every pass; gradients go straight through (arXiv 1308.3432).
-Dims: I inputs and O outputs of a matrix, flattened.
+Dims: I inputs and O outputs of a matrix, flattened; E matrices of a stack, flattened (experts).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from functools import partial
 from typing import Literal, cast
 
@@ -19,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.base.registry import register
 from llm_jax.layers.clock import progress
-from llm_jax.layers.linear import EINSUMS, Einsum, add_bias, mixed_einsum, weight
+from llm_jax.layers.linear import EINSUMS, Einsum, add_bias, aligned, batch_dims, mixed_einsum, roles_of, weight
 
 EPS = 1e-5
 
@@ -58,11 +59,16 @@ def rounded(x: jax.Array, key: jax.Array | None) -> jax.Array:
   return jnp.round(x) if key is None else jnp.floor(x + jax.random.uniform(key, x.shape))
 
 
-def weight_codes(w: jax.Array, bits: str, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-  """(codes, scale) of a matrix: -1, 0, 1 by the mean of |w|, or the signs of w - mean(w), which chance leaves alone."""
-  scale = jnp.mean(jnp.abs(w)) + EPS
+def weight_codes(w: jax.Array, bits: str, key: jax.Array | None = None,
+                 axes: tuple[int, ...] | None = None) -> tuple[jax.Array, jax.Array]:
+  """(codes, scale) of a matrix: -1, 0, 1 by the mean of |w|, or the signs of w - mean(w), which chance leaves alone.
+
+  Means are over all of w, or over `axes`, which the scale then keeps with size 1.
+  """
+  mean = partial(jnp.mean, axis=axes, keepdims=axes is not None)
+  scale = mean(jnp.abs(w)) + EPS
   if bits == '1':
-    return jnp.where(w >= jnp.mean(w), 1.0, -1.0), scale
+    return jnp.where(w >= mean(w), 1.0, -1.0), scale
   return jnp.clip(rounded(w / scale, key), -1, 1), scale
 
 
@@ -76,14 +82,21 @@ def activation_codes(x: jax.Array, bits: int, axes: tuple[int, ...],
 
 def summed_axes(eqn: str) -> tuple[int, ...]:
   """Axes of x that the product sums over."""
-  x_dims, w_dims = eqn.split('->')[0].split(',')
-  return tuple(i for i, name in enumerate(x_dims) if name in w_dims)
+  x_dims, _, y_dims = re.split(',|->', eqn)
+  return tuple(i for i, name in enumerate(x_dims) if name not in y_dims)
 
 
-def over_outputs(scale: jax.Array, axes: tuple[int, ...], y: jax.Array) -> jax.Array:
-  """The scale of each row of x, with `axes` of size 1, as it multiplies y."""
-  rows = jnp.squeeze(scale, axes)
-  return rows.reshape(rows.shape + (1,) * (y.ndim - rows.ndim))
+def matrix_axes(eqn: str) -> tuple[int, ...] | None:
+  """Axes of w that one matrix spans; None: all of them."""
+  return tuple(i for i, role in enumerate(roles_of(eqn)) if role != 'batch') if batch_dims(eqn) else None
+
+
+def over_outputs(eqn: str, x_scale: jax.Array, w_scale: jax.Array) -> jax.Array:
+  """What y is multiplied with: `x_scale` has x's summed axes with size 1, `w_scale` has the batch dimensions only."""
+  x_dims, _, y_dims = re.split(',|->', eqn)
+  rows = ''.join(name for name in x_dims if name in y_dims)
+  return (aligned(w_scale, batch_dims(eqn), y_dims)
+          * aligned(jnp.squeeze(x_scale, summed_axes(eqn)), rows, y_dims))
 
 
 def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -103,13 +116,13 @@ class BitEinsum(Einsum):
   @nn.compact
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
     cfg, axes = self.bitnet, summed_axes(eqn)
-    w = weight(self, 'w', self.initializer, self.shape, self.axes)
+    w = weight(self, 'w', self.initializer, self.shape, self.axes, roles_of(eqn))
     x = rms(x, axes) if cfg.sub_norm else x.astype(jnp.float32)
     keys: tuple[jax.Array | None, jax.Array | None] = (None, None)
     if cfg.rounding == 'stochastic' and self.has_rng('dropout'):
       keys = tuple(jax.random.split(self.make_rng('dropout')))
     still = jax.lax.stop_gradient
-    w_codes, w_scale = weight_codes(still(w), cfg.weight_bits, keys[0])
+    w_codes, w_scale = weight_codes(still(w), cfg.weight_bits, keys[0], matrix_axes(eqn))
     x_codes, x_scale = activation_codes(still(x), cfg.activation_bits, axes, keys[1])
     w_units, x_units = w / w_scale, x / x_scale
     self._tell(w_units, w_codes)
@@ -117,8 +130,8 @@ class BitEinsum(Einsum):
     strength = progress(cfg.warmup_steps)
     y = mixed_einsum(eqn, self.dtype, x_units + strength * still(x_codes - x_units),
                      w_units + strength * still(w_codes - w_units))
-    y = checkpoint_name(y, 'matmul') * (w_scale * over_outputs(x_scale, axes, y))
-    return add_bias(self, y)
+    w_scale = jnp.squeeze(w_scale, matrix_axes(eqn))
+    return add_bias(self, eqn, checkpoint_name(y, 'matmul') * over_outputs(eqn, x_scale, w_scale))
 
   def _tell(self, w_units: jax.Array, w_codes: jax.Array) -> None:
     cfg = self.bitnet
@@ -144,9 +157,11 @@ def pack(codes_IO: jax.Array) -> jax.Array:
 
 
 def unpack(packed_JO: jax.Array, num_inputs: int) -> jax.Array:
-  """int8 [I, O]: what `pack` was given."""
-  bits_JKO = (packed_JO[:, None] >> SHIFTS_1K1) & 3
-  return bits_JKO.reshape(-1, packed_JO.shape[1])[:num_inputs].astype(jnp.int8) - 1
+  """int8 [..., I, O]: what `pack` was given, for one packed matrix or a stack of them."""
+  shifts_K1 = SHIFTS_1K1.reshape((1,) * (packed_JO.ndim - 1) + (4, 1))
+  bits_JKO = (packed_JO[..., None, :] >> shifts_K1) & 3
+  codes_IO = bits_JKO.reshape(*packed_JO.shape[:-2], -1, packed_JO.shape[-1])
+  return codes_IO[..., :num_inputs, :].astype(jnp.int8) - 1
 
 
 class PackedEinsum(Einsum):
@@ -156,16 +171,21 @@ class PackedEinsum(Einsum):
 
   @nn.compact
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
-    axes = summed_axes(eqn)
-    num_inputs, num_outputs = math.prod(self.shape[:len(axes)]), math.prod(self.shape[len(axes):])
-    boxed = nn.with_logical_partitioning(lambda key, shape, dtype: jnp.zeros(shape, dtype), ('norm', 'norm'))
-    packed = cast(jax.Array, self.param('packed', boxed, (-(-num_inputs // 4), num_outputs), jnp.uint8))
-    scale = weight(self, 'scale', nn.initializers.ones, (), ())
+    axes, roles = summed_axes(eqn), roles_of(eqn)
+    if list(roles) != sorted(roles, key=('batch', 'in', 'out').index):
+      raise ValueError(f'packed matrices have batch dimensions first, then inputs, then outputs; got {eqn}')
+    ends = roles.count('batch'), roles.count('batch') + roles.count('in')
+    stack, inputs, outputs = self.shape[:ends[0]], self.shape[ends[0]:ends[1]], self.shape[ends[1]:]
+    num_inputs = math.prod(inputs)
+    boxed = nn.with_logical_partitioning(lambda key, shape, dtype: jnp.zeros(shape, dtype),
+                                         (*self.axes[:ends[0]], 'norm', 'norm'))
+    shape = (*stack, -(-num_inputs // 4), math.prod(outputs))
+    packed = cast(jax.Array, self.param('packed', boxed, shape, jnp.uint8))
+    scale = weight(self, 'scale', nn.initializers.ones, stack, self.axes[:ends[0]])
     x = rms(x, axes) if self.bitnet.sub_norm else x.astype(jnp.float32)
     codes, x_scale = activation_codes(x, self.bitnet.activation_bits, axes)
-    w_codes = unpack(packed, num_inputs).reshape(self.shape)
-    y = mixed_einsum(eqn, self.dtype, codes, w_codes)
-    return add_bias(self, y * (scale * over_outputs(x_scale, axes, y)))
+    y = mixed_einsum(eqn, self.dtype, codes, unpack(packed, num_inputs).reshape(self.shape))
+    return add_bias(self, eqn, y * over_outputs(eqn, x_scale, scale))
 
 
 register(EINSUMS, 'bitnet', lambda settings: partial(BitEinsum, bitnet=settings), BitNet)

@@ -32,8 +32,8 @@ class BitnetFlips(Link):
     return ['optim.bitnet_flips counts codes of model.einsum bitnet with the same weight_bits; the model has '
             f'{getattr(config.model, "einsum", "no einsum")}']
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
-    dims = matrix_dims(axes)
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    dims = matrix_dims(info)
 
     def codes(p: jax.Array, d: Dims) -> jax.Array:
       return jax.vmap(lambda w: weight_codes(w, self.weight_bits)[0])(as_matrices(p, d))

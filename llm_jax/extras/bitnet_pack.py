@@ -1,7 +1,7 @@
 """Exports BitNet models with matrices packed at two bits a weight.
 
-A stacked matrix is stored as NAME/packed uint8 [L, inputs / 4, outputs] and NAME/scale float32 [L]; other arrays as
-they were trained.
+Matrices of a stack of L layers (and E experts) are stored as NAME/packed uint8 [L, E, inputs / 4, outputs] and
+NAME/scale float32 [L, E]; other arrays as they were trained.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llm_jax.base.registry import NoSettings, register
 from llm_jax.base.trees import by_name, path_of
 from llm_jax.extras.bitnet import BitNet, pack, unpack, weight_codes
 from llm_jax.infer.export import EXPORTERS, Exported
-from llm_jax.optim.masks import Dims, as_matrices, from_matrices, matrix_dims
+from llm_jax.optim.masks import Dims, as_matrices, from_matrices, matrix_dims, stack_shape
 
 
 def packed_model(cfg: Any, weight_bits: str) -> Any:
@@ -30,9 +30,9 @@ def packed_model(cfg: Any, weight_bits: str) -> Any:
   return dataclasses.replace(cfg, einsum='packed', sections=Sections({'packed': bitnet}))
 
 
-def pack_params(params: Params, axes: Params, weight_bits: str) -> dict[str, np.ndarray]:
+def pack_params(params: Params, info: Params, weight_bits: str) -> dict[str, np.ndarray]:
   """{'blocks/attn/q/packed': ..., 'embed/w': ...} of trained parameters."""
-  paths = jax.tree_util.tree_leaves_with_path(matrix_dims(axes), is_leaf=lambda x: isinstance(x, Dims))
+  paths = jax.tree_util.tree_leaves_with_path(matrix_dims(info), is_leaf=lambda x: isinstance(x, Dims))
   dims = {path_of(path): d for path, d in paths}
 
   def packed(m_IO: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -44,25 +44,25 @@ def pack_params(params: Params, axes: Params, weight_bits: str) -> dict[str, np.
     if name not in dims:
       arrays[name] = np.asarray(leaf)
       continue
-    stacked = leaf.ndim > len(dims[name].reduction_axis) + len(dims[name].output_axis)
+    stack = stack_shape(leaf, dims[name])
     for part, x in zip(('packed', 'scale'), jax.jit(jax.vmap(packed))(as_matrices(leaf, dims[name])), strict=True):
-      arrays[f'{name.removesuffix("w")}{part}'] = np.asarray(x if stacked else x[0])
+      arrays[f'{name.removesuffix("w")}{part}'] = np.asarray(x.reshape(*stack, *x.shape[1:]))
   return arrays
 
 
-def unpacked(params: Params, like: Params, axes: Params, trained_on: bool) -> dict[str, Any]:
+def unpacked(params: Params, like: Params, info: Params, trained_on: bool) -> dict[str, Any]:
   """{'blocks/attn/q/w': ...} of an exported model's parameters, as those of `like` lie; others are as they were.
 
   `trained_on` as BitNet a matrix has the mean of |w| that it was packed with, else the values that it computes with.
   """
   arrays, leaves = by_name(params), by_name(like)
-  for path, dims in jax.tree_util.tree_leaves_with_path(matrix_dims(axes), is_leaf=lambda x: isinstance(x, Dims)):
+  for path, dims in jax.tree_util.tree_leaves_with_path(matrix_dims(info), is_leaf=lambda x: isinstance(x, Dims)):
     stem = path_of(path).removesuffix('w')
     if f'{stem}packed' not in arrays:
       continue
     packed, scale, leaf = arrays.pop(f'{stem}packed'), arrays.pop(f'{stem}scale'), leaves[f'{stem}w']
     num_inputs = math.prod(leaf.shape[i] for i in dims.reduction_axis)
-    codes_SIO = jax.vmap(lambda x: unpack(x, num_inputs))(packed.reshape(-1, *packed.shape[-2:]))  # noqa: B023
+    codes_SIO = unpack(packed.reshape(-1, *packed.shape[-2:]), num_inputs)
     if trained_on:
       share = jnp.mean(jnp.abs(codes_SIO), axis=(1, 2)).reshape(scale.shape)
       scale = scale / jnp.where(share > 0, share, 1)  # a matrix of zeros stays one
@@ -74,7 +74,7 @@ class Packed:
   """The exporter `packed`: see the module's docstring."""
 
   @staticmethod
-  def export(config: Any, params: Params, axes: Params, weight_bits: str | None) -> Exported:
+  def export(config: Any, params: Params, info: Params, weight_bits: str | None) -> Exported:
     """Raises ConfigError for a model whose matrices cannot be packed, or that was trained with other weight_bits."""
     if getattr(config.model, 'einsum', 'packed') == 'packed':
       raise ConfigError(f'--workdir: the run is a {config.model.name} of matrices that cannot be packed; decoder and '
@@ -83,12 +83,12 @@ class Packed:
     if weight_bits and trained not in (None, weight_bits):
       raise ConfigError(f'--weight_bits: {weight_bits}, and the run was trained with {trained}; leave it out')
     model = packed_model(config.model, weight_bits or trained or '1.58')
-    return Exported(model, pack_params(params, axes, model.sections['packed'].weight_bits))
+    return Exported(model, pack_params(params, info, model.sections['packed'].weight_bits))
 
   @staticmethod
-  def restore(config: Any, params: Params, like: Params, axes: Params) -> dict[str, Any]:
+  def restore(config: Any, params: Params, like: Params, info: Params) -> dict[str, Any]:
     """The matrices of an exported model, in the shapes of `like`."""
-    return unpacked(params, like, axes, getattr(config.model, 'einsum', '') == 'bitnet')
+    return unpacked(params, like, info, getattr(config.model, 'einsum', '') == 'bitnet')
 
 
 register(EXPORTERS, 'packed', Packed, NoSettings)

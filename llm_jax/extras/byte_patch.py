@@ -238,7 +238,7 @@ class BytePatch(nn.Module):
     self.local_embed = Embed(cfg.V, D, init)
     self.local = LOCAL[cfg.decoder](cfg)
     self.final_norm = make_norm(cfg)()
-    self.head = OutputMatrix(cfg)
+    self.head = OutputMatrix(cfg, cfg.init_std)
     self.dropout = nn.Dropout(cfg.dropout)
 
   def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:

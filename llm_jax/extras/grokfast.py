@@ -93,7 +93,7 @@ class GrokfastEma(Phased):
     super().__post_init__()
     rates(alpha=self.alpha)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     def init(params: Params) -> EmaState:
       return EmaState(optax.tree.zeros_like(params), self.first())
 
@@ -126,7 +126,7 @@ class GrokfastMa(Phased):
     super().__post_init__()
     at_least(1, window=self.window)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     size = self.window
 
     def init(params: Params) -> MaState:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.base.registry import register
-from llm_jax.layers.linear import EINSUMS, Einsum, add_bias, weight
+from llm_jax.layers.linear import EINSUMS, Einsum, add_bias, roles_of, weight
 
 
 def product(eqn: str, a: jax.Array, b: jax.Array, types: tuple[str, str]) -> jax.Array:
@@ -69,9 +69,9 @@ class LowBitEinsum(Einsum):
 
   @nn.compact
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
-    w = weight(self, 'w', self.initializer, self.shape, self.axes)
+    w = weight(self, 'w', self.initializer, self.shape, self.axes, roles_of(eqn))
     y = lowbit_einsum(eqn, self.forward, self.backward, x, w)
-    return add_bias(self, checkpoint_name(y, 'matmul'))
+    return add_bias(self, eqn, checkpoint_name(y, 'matmul'))
 
 
 register(EINSUMS, 'int8', lambda settings: functools.partial(LowBitEinsum, forward='int8'), LowBit)

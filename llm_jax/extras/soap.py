@@ -16,7 +16,7 @@ from llm_jax.base.batch import Params
 from llm_jax.base.registry import register
 from llm_jax.optim.chain import TRANSFORMS
 from llm_jax.optim.link import Link, at_least, positive, rates
-from llm_jax.optim.masks import Dims, as_matrices, from_matrices, matrices, matrix_dims
+from llm_jax.optim.masks import Dims, as_matrices, check_declared, from_matrices, matrices, matrix_dims
 
 
 class Basis(NamedTuple):
@@ -53,8 +53,9 @@ class Soap(Link):
     positive(eps=self.eps, precondition_every=self.precondition_every)
     at_least(0, weight_decay=self.weight_decay)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
-    dims = matrix_dims(axes)
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    check_declared(info)
+    dims = matrix_dims(info)
     is_leaf = lambda x: x is None or isinstance(x, Dims)  # noqa: E731
     labels = jax.tree.map(lambda d: 'adam' if d is None else 'soap', dims, is_leaf=is_leaf)
     masked = jax.tree.map(lambda d: optax.MaskedNode() if d is None else d, dims, is_leaf=is_leaf)

@@ -28,15 +28,15 @@ class Plain:
   """The exporter `plain`: every parameter as it is."""
 
   @staticmethod
-  def export(config: Any, params: Params, axes: Params, weight_bits: str | None) -> Exported:
+  def export(config: Any, params: Params, info: Params, weight_bits: str | None) -> Exported:
     return Exported(config.model, {name: np.asarray(x) for name, x in by_name(params).items()})
 
   @staticmethod
-  def restore(config: Any, params: Params, like: Params, axes: Params) -> dict[str, Any]:
+  def restore(config: Any, params: Params, like: Params, info: Params) -> dict[str, Any]:
     return by_name(params)
 
 
-# Classes with `export(config, params, axes, weight_bits) -> Exported` and `restore(config, params, like, axes)`, which
+# Classes with `export(config, params, info, weight_bits) -> Exported` and `restore(config, params, like, info)`, which
 # returns the arrays by path for a model with the parameters `like`.
 EXPORTERS = Registry('exporter')
 register(EXPORTERS, 'plain', Plain, NoSettings)

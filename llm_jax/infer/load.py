@@ -27,7 +27,7 @@ from llm_jax.optim.chain import make_optimizer
 from llm_jax.optim.groups import trainable_paths
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.stages import config_at
-from llm_jax.training.state import abstract_state, logical_axes, param_shardings, state_shardings
+from llm_jax.training.state import abstract_state, param_info, param_shardings, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +95,9 @@ def read_weights(checkpoints: Checkpoints, step: int | None, config: Config, mod
     abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), leaves, shardings)
     params, _, meta = checkpoints.restore(abstract, step=step)
     return params, meta
-  is_trainable = trainable_paths(config.optim.groups)
-  tx = make_optimizer(config.optim, config.num_steps, logical_axes(example, model=model))
+  info = param_info(example, model=model)
+  is_trainable = trainable_paths(config.optim.groups, info)
+  tx = make_optimizer(config.optim, config.num_steps, info)
   shardings_of_state = state_shardings(example, mesh, model=model, tx=tx, is_trainable=is_trainable)
   state = abstract_state(example, shardings_of_state, model=model, tx=tx, is_trainable=is_trainable)
   params, kept, meta = checkpoints.restore(state.params, (state.step, state.opt_state), step=step)

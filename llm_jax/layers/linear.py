@@ -1,20 +1,22 @@
 """Einsum and Embed: the only owners of matrices; the one address of dtype, logical axes and initialisation.
 
-Dims: B batch, T length, D embed, V vocab.
+Dims: B batch, T length, E experts, D embed, V vocab.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from typing import cast
+from typing import Any, cast
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 from jax.ad_checkpoint import checkpoint_name
 
+from llm_jax.base.params import ParamInfo, Role
 from llm_jax.base.registry import NoSettings, Registry, factory_of, register
 
 
@@ -22,15 +24,34 @@ from llm_jax.base.registry import NoSettings, Registry, factory_of, register
 def mixed_einsum(eqn: str, dtype: Dtype, x: jax.Array, w: jax.Array, copy: jax.Array | None = None) -> jax.Array:
   """einsum(eqn, x, w) with operands in `dtype`, forward and backward, accumulated and returned in float32.
 
-  `eqn` is two-operand without repeated or dropped letters; rows lead in x and y and nowhere else: 'BTD,DNH->BTNH'.
-  The gradient is w's, in its own dtype; what the products read is `copy`, if there is one.
+  `eqn` has two operands and no repeated or dropped letters. Without batch dimensions, rows lead in x and y and occur
+  nowhere else: 'BTD,DNH->BTNH'. Letters in x, w and y are batch dimensions, anywhere: 'EBD,EDF->EBF', 'BTED,EDF->BTEF'.
+  The gradient is w's, in its own dtype; the products use `copy` in place of w where it is given.
   """
-  eqn, x, w = _merge_summed(eqn, x, w if copy is None else copy)
+  w = w if copy is None else copy
+  if batch_dims(eqn):
+    return _stacked_product(eqn, x.astype(dtype), w.astype(dtype))
+  eqn, x, w = _merge_summed(eqn, x, w)
   return jnp.einsum(eqn, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
 
 
+def batch_dims(eqn: str) -> str:
+  """The letters of an equation's batch dimensions (experts, for one), in the order of w."""
+  x_dims, w_dims, y_dims = re.split(',|->', eqn)
+  return ''.join(d for d in w_dims if d in x_dims and d in y_dims)
+
+
+def _stacked_product(eqn: str, x: jax.Array, w: jax.Array) -> jax.Array:
+  """The product with batch dimensions in front: elsewhere XLA:CPU lacks a kernel for some products in bfloat16."""
+  batch, dims = batch_dims(eqn), re.split(',|->', eqn)
+  x_dims, w_dims, y_dims = (batch + ''.join(d for d in part if d not in batch) for part in dims)
+  x, w = aligned(x, dims[0], x_dims), aligned(w, dims[1], w_dims)
+  y = jnp.einsum(f'{x_dims},{w_dims}->{y_dims}', x, w, preferred_element_type=jnp.float32)
+  return aligned(y, y_dims, dims[2])
+
+
 def _merge_summed(eqn: str, x: jax.Array, w: jax.Array) -> tuple[str, jax.Array, jax.Array]:
-  """The same with the last dimensions of x, if all are summed over, as one: of w XLA:CPU would transpose a copy."""
+  """Merges the last dimensions of x if all are summed over: for two of them XLA:CPU copies w, transposed."""
   x_dims, w_dims, y_dims = re.split(',|->', eqn)
   summed = ''.join(d for d in x_dims if d not in y_dims)
   if len(summed) < 2 or not x_dims.endswith(summed) or summed not in w_dims:
@@ -51,7 +72,7 @@ def _mixed_einsum_bwd(eqn, dtype, residuals, dy):
   x, w, x_like, w_like = residuals
   x_dims, w_dims, y_dims = re.split(',|->', eqn)
   dx = mixed_einsum(f'{y_dims},{w_dims}->{x_dims}', dtype, dy, w).astype(x_like.dtype)
-  if dtype == jnp.float32:
+  if dtype == jnp.float32 and not batch_dims(eqn):
     # Summed over one dimension instead of B and T, XLA:CPU reads x as it lies; its bfloat16 kernels want the copy.
     num_rows = sum(d not in w_dims for d in x_dims)
     x, dy = (a.reshape(-1, *a.shape[num_rows:]) for a in (x, dy))
@@ -63,14 +84,49 @@ def _mixed_einsum_bwd(eqn, dtype, residuals, dy):
 mixed_einsum.defvjp(_mixed_einsum_fwd, _mixed_einsum_bwd)
 
 
+class Described(nn.LogicallyPartitioned, eq=False):
+  """A parameter boxed with its logical axes and the role of each dimension; an axis that a transform adds is batch."""
+
+  roles: tuple[Role, ...] = flax.struct.field(default=(), pytree_node=False)
+
+  def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
+    roles = (*self.roles[:index], 'batch', *self.roles[index:]) if self.roles else ()
+    return super().add_axis(index, params).replace(roles=roles)
+
+  def remove_axis(self, index: int, params: dict[Any, Any]) -> Any:
+    return super().remove_axis(index, params).replace(roles=self.roles[:index] + self.roles[index + 1:])
+
+
+def info_of(box: Any) -> ParamInfo:
+  """The ParamInfo of a boxed parameter, or of a bare array, which has no logical axes."""
+  value = getattr(box, 'value', box)
+  axes = (*getattr(box, 'names', ()), *(None,) * value.ndim)[:value.ndim]
+  return ParamInfo(axes, value.shape, getattr(box, 'roles', ()))
+
+
+def roles_of(eqn: str) -> tuple[Role, ...]:
+  """The role of each dimension of w in the equation: batch where x, w and y share it, else in (x) or out (y)."""
+  x_dims, w_dims, y_dims = re.split(',|->', eqn)
+  return tuple('out' if d not in x_dims else 'batch' if d in y_dims else 'in' for d in w_dims)
+
+
 def weight(module: nn.Module, name: str, initializer: Initializer, shape: tuple[int, ...],
-           axes: tuple[str, ...]) -> jax.Array:
-  """A float32 parameter of `module` with one logical axis a dimension."""
-  return cast(jax.Array, module.param(name, nn.with_logical_partitioning(initializer, axes), shape, jnp.float32))
+           axes: tuple[str, ...], roles: tuple[Role, ...] = ()) -> jax.Array:
+  """A float32 parameter of `module` with one logical axis and one role per dimension.
+
+  Muon and SOAP need the roles of every parameter of two dimensions or more, stacks not counted; see base/params.py.
+  """
+  def init(*args: Any) -> Described:
+    return Described(initializer(*args), axes, roles=roles)
+
+  return cast(jax.Array, module.param(name, init, shape, jnp.float32))
 
 
 class Einsum(nn.Module):
-  """y = einsum(eqn, x, w) (+ b), float32. The bias spans the last `bias_dims` dimensions of the weight."""
+  """y = einsum(eqn, x, w) (+ b), float32; with one matrix per expert: Einsum(shape=(E, D, F))('EBCD,EDF->EBCF', x).
+
+  The bias spans the last `bias_dims` output dimensions of the weight, and its batch dimensions.
+  """
 
   shape: tuple[int, ...]
   axes: tuple[str, ...]  # logical, one per weight dimension
@@ -80,17 +136,29 @@ class Einsum(nn.Module):
 
   @nn.compact
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
-    w = weight(self, 'w', self.initializer, self.shape, self.axes)
+    w = weight(self, 'w', self.initializer, self.shape, self.axes, roles_of(eqn))
     copy: jax.Array | None = self.get_variable('copies', 'w')  # see stack.py
-    return add_bias(self, checkpoint_name(mixed_einsum(eqn, self.dtype, x, w, copy), 'matmul'))
+    return add_bias(self, eqn, checkpoint_name(mixed_einsum(eqn, self.dtype, x, w, copy), 'matmul'))
 
 
-def add_bias(module: Einsum, y: jax.Array) -> jax.Array:
+def add_bias(module: Einsum, eqn: str, y: jax.Array) -> jax.Array:
   """y + b, where the module has a bias."""
   if not module.bias_dims:
     return y
-  b = weight(module, 'b', nn.initializers.zeros, module.shape[-module.bias_dims:], module.axes[-module.bias_dims:])
-  return y + b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
+  _, w_dims, y_dims = re.split(',|->', eqn)
+  roles = roles_of(eqn)
+  outputs = [i for i, role in enumerate(roles) if role == 'out'][-module.bias_dims:]
+  kept = [i for i, role in enumerate(roles) if role == 'batch' or i in outputs]
+  b = weight(module, 'b', nn.initializers.zeros, tuple(module.shape[i] for i in kept),
+             tuple(module.axes[i] for i in kept), tuple(roles[i] for i in kept))
+  return y + aligned(b, ''.join(w_dims[i] for i in kept), y_dims)
+
+
+def aligned(x: jax.Array, x_dims: str, y_dims: str) -> jax.Array:
+  """x with the dimensions of y in their order, each that x does not have of size 1."""
+  sizes = dict(zip(x_dims, x.shape, strict=True))
+  x = x.transpose([x_dims.index(d) for d in y_dims if d in sizes])
+  return x.reshape([sizes.get(d, 1) for d in y_dims])
 
 
 class Embed(nn.Module):
@@ -102,7 +170,8 @@ class Embed(nn.Module):
   axes: tuple[str, str] = ('vocab', 'embed')
 
   def setup(self):
-    self.w = weight(self, 'w', self.initializer, (self.num_embeddings, self.embed_dim), self.axes)
+    self.w = weight(self, 'w', self.initializer, (self.num_embeddings, self.embed_dim), self.axes,
+                    ('row', 'out'))
 
   def encode(self, tokens_BT: jax.Array) -> jax.Array:
     return jnp.take(self.w, tokens_BT, axis=0, mode='clip')

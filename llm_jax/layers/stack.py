@@ -64,6 +64,16 @@ def init_stack(block: nn.Module, num_layers: int, embed_dim: int,
   return init
 
 
+def stack_experts(kind: type[nn.Module], num_experts: int) -> type[nn.Module]:
+  """The module once per expert: parameters, inputs and outputs get a leading dimension, the logical axis `experts`.
+
+  A module vmapped without the collection `copies` casts its weights anew in every layer; see `apply_stack`.
+  """
+  return nn.vmap(kind, variable_axes={'params': 0, 'copies': 0, 'losses': 0, 'metrics': 0},
+                 split_rngs={'params': True, 'dropout': True}, axis_size=num_experts,
+                 metadata_params={nn.PARTITION_NAME: 'experts'})
+
+
 def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT: jax.Array,
                 context: Any, *, windows: tuple[int, ...], cache: Any = None,
                 dropout_key: jax.Array | None = None, train: bool = False,

@@ -77,10 +77,11 @@ class OutputMatrix(nn.Module):
   """The matrix w [D, V] of logits where they do not share the embedding's."""
 
   cfg: Any
+  init_std: float
 
   def setup(self):
-    init = nn.initializers.normal(self.cfg.init_std)
-    self.w = weight(self, 'w', init, (self.cfg.embed_dim, self.cfg.V), ('embed', 'vocab'))
+    init = nn.initializers.normal(self.init_std)
+    self.w = weight(self, 'w', init, (self.cfg.embed_dim, self.cfg.V), ('embed', 'vocab'), ('in', 'out'))
 
 
 def make_readout(cfg: Any, x_BTD: jax.Array, table: Embed | OutputMatrix) -> Readout:

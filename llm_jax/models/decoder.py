@@ -59,7 +59,9 @@ class DecoderConfig(ModelConfig):
   prefix_attention: bool = False  # what the data's prefix_mask marks, and a prompt, is attended in both directions
   logit_soft_cap: float = 0.0  # cap * tanh(logits / cap); 0: off
   dropout: float = 0.0  # on the embedding and on what each layer adds to the residual stream
-  init_std: float = 0.02  # matrices into the residual stream get init_std / sqrt(2 L)
+  init_std: float = 0.02  # of matrices; those into the residual stream get init_std / sqrt(2 L)
+  embed_init_std: float | None = None  # of token and position embeddings; None: init_std
+  readout_init_std: float | None = None  # of the readout that is not the embedding's; None: init_std
   # Of matrix operands; everything else is float32. auto: bfloat16 where a device multiplies it faster.
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   scan_unroll: int = 1
@@ -85,9 +87,13 @@ class DecoderConfig(ModelConfig):
       raise ValueError(f'windows holds one size or more, each 0 (all) or above; got {self.windows}')
     if self.num_layers % len(self.windows):
       raise ValueError(f'the pattern windows={self.windows} does not divide num_layers {self.num_layers}')
-    for field, value in (('init_std', self.init_std), ('rope_base', self.rope_base)):
-      if value <= 0:
+    for field in ('init_std', 'embed_init_std', 'readout_init_std', 'rope_base'):
+      value = getattr(self, field)
+      if value is not None and value <= 0:
         raise ValueError(f'{field} must be positive; got {value}')
+    if self.tie_embeddings and self.readout_init_std is not None:
+      raise ValueError('readout_init_std is set, but with tie_embeddings the readout is the embedding: set '
+                       'embed_init_std, or tie_embeddings=False')
     if self.logit_soft_cap < 0:
       raise ValueError(f'logit_soft_cap must be positive, or 0 for none; got {self.logit_soft_cap}')
     if not 0 <= self.dropout < 1:
@@ -121,6 +127,14 @@ class DecoderConfig(ModelConfig):
             f'{self.dtype}',
             'attention: ' + describe_attention(self.attention, self.dtype, self.H, self.positions_of(seq_len),
                                                segments=segments, prefix=self.prefix_attention)]
+
+  @property
+  def embed_std(self) -> float:
+    return self.init_std if self.embed_init_std is None else self.embed_init_std
+
+  @property
+  def readout_std(self) -> float:
+    return self.init_std if self.readout_init_std is None else self.readout_init_std
 
   def flops_per_token(self, seq_len: int) -> float | None:
     """FLOPs of a training step per token in rows of seq_len, as MFU counts them; None with a plug-in's MLP.
@@ -168,7 +182,7 @@ class Decoder(nn.Module):
 
   def setup(self):
     cfg = self.cfg
-    init = nn.initializers.normal(cfg.init_std)
+    init = nn.initializers.normal(cfg.embed_std)
     self.embed = Embed(cfg.V, cfg.embed_dim, init)
     if cfg.positions == 'learned':
       self.positions = Embed(cfg.max_len or 0, cfg.embed_dim, init, axes=('positions', 'embed'))
@@ -177,7 +191,7 @@ class Decoder(nn.Module):
     self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim))
     self.final_norm = make_norm(cfg)()
     if not cfg.tie_embeddings:
-      self.head = OutputMatrix(cfg)
+      self.head = OutputMatrix(cfg, cfg.readout_std)
 
   def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
     return self.readout(batch, train=train).logits()

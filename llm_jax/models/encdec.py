@@ -111,7 +111,7 @@ class EncDec(nn.Module):
 
   def setup(self):
     cfg = self.cfg
-    init = nn.initializers.normal(cfg.init_std)
+    init = nn.initializers.normal(cfg.embed_std)
     self.embed = Embed(cfg.V, cfg.embed_dim, init)
     if cfg.encoder_vocab_size:
       self.encoder_embed = Embed(cfg.encoder_vocab_size, cfg.embed_dim, init)
@@ -128,7 +128,7 @@ class EncDec(nn.Module):
     self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim, read))
     self.final_norm = make_norm(cfg)()
     if not cfg.tie_embeddings:
-      self.head = OutputMatrix(cfg)
+      self.head = OutputMatrix(cfg, cfg.readout_std)
 
   def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
     return self.readout(batch, train=train).logits()

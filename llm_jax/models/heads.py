@@ -24,7 +24,8 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self) -> dict[str, jax.Array]:
     init = nn.initializers.normal(self.embed_dim ** -0.5)
-    return {'w': weight(self, 'w', init, (self.embed_dim, self.num_outputs), ('embed', 'norm')),
+    shape, axes = (self.embed_dim, self.num_outputs), ('embed', 'norm')
+    return {'w': weight(self, 'w', init, shape, axes, ('in', 'out')),
             'b': weight(self, 'b', nn.initializers.zeros, (self.num_outputs,), ('norm',))}
 
 

@@ -17,7 +17,7 @@ from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import Registry, register
 from llm_jax.base.trees import split
 from llm_jax.optim import controls, filters, optimizers, schedules
-from llm_jax.optim.groups import Group, check_groups, trainable_paths, with_groups
+from llm_jax.optim.groups import Group, trainable_paths, with_groups
 from llm_jax.optim.link import Link, adapt_transform
 from llm_jax.optim.schedules import adapt_schedule
 
@@ -73,7 +73,7 @@ class OptimConfig:
     if sum(link.averages for link in self.links) > 1 or ('ema' in self.chain and self.chain[-1] != 'ema'):
       raise ValueError('chain can average weights once, and ema at its end')
     scaling = {'reduce_on_plateau', 'noise_adaptive'} & set(self.chain)
-    factors = {name for name, group in self.groups.items() if not group.frozen and group.learning_rate != 1}
+    factors = [g for g in self.groups.values() if not g.frozen and (g.learning_rate, g.layer_decay) != (1, 1)]
     decays = {name for name, group in self.groups.items() if not group.frozen and group.weight_decay != 1}
     if 'schedule_free' in self.chain and (scaling or factors or decays or self.schedule != 'constant'):
       raise ValueError('schedule_free averages its own steps, which nothing may scale: schedule must be constant, '
@@ -193,19 +193,18 @@ def as_optimizer(tx: optax.GradientTransformation | Optimizer) -> Optimizer:
   return tx if isinstance(tx, Optimizer) else Optimizer(*optax.with_extra_args_support(tx))
 
 
-def make_optimizer(config: OptimConfig, num_steps: int, axes: Params = None) -> Optimizer:
+def make_optimizer(config: OptimConfig, num_steps: int, info: Params = None) -> Optimizer:
   """The chain as one gradient transformation of the trainable parameters.
 
-  `axes` is the tree of all parameters' logical axes, which groups, muon and soap use; None without groups. Raises
-  ConfigError for groups that no parameter belongs to.
+  `info` is a tree of ParamInfo of all parameters, which groups, muon and soap need. Raises ConfigError for groups and
+  links that the parameters do not fit.
   """
   schedule = config.make_schedule(num_steps)
   try:
+    links = with_groups(config.links, config.groups, config.weight_decay, info)
     if config.groups:
-      check_groups(config.groups, axes)
-      axes, _ = split(axes, trainable_paths(config.groups))
-    links = with_groups(config.links, config.groups, config.weight_decay, axes)
+      info, _ = split(info, trainable_paths(config.groups, info))
+    tx = optax.chain(*(optax.with_extra_args_support(link.make(schedule, info)) for link in links))
   except ValueError as e:
     raise ConfigError(f'config.optim.{e}') from None
-  tx = optax.chain(*(optax.with_extra_args_support(link.make(schedule, axes)) for link in links))
   return Optimizer(tx.init, tx.update, schedule, tuple(links))

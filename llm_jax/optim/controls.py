@@ -31,7 +31,7 @@ class Ema(Link):
   def __post_init__(self):
     rates(decay=self.decay)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     def init(params: Params) -> AverageState:
       return AverageState(jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32))
 

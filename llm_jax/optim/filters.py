@@ -23,7 +23,7 @@ class ClipByGlobalNorm(Link):
   def __post_init__(self):
     positive(max_norm=self.max_norm)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     # Optax's own divides each element, and XLA then writes the clipped gradients to memory: a factor it fuses.
     def clip(grads: Params, params: Params) -> Params:
       factor = jnp.minimum(1, self.max_norm / optax.tree.norm(grads))
@@ -47,5 +47,5 @@ class L2(Link):
     positive(weight_decay=self.weight_decay)
     regular(self.pattern)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return optax.add_decayed_weights(self.weight_decay, lambda params: matching(self.pattern, params))

@@ -1,94 +1,237 @@
-"""Groups of parameters by path: their own learning rate and decay, or none at all."""
+"""Groups of parameters by path and layer: their own learning rate and decay, or none at all."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
-from llm_jax.base.batch import Params
-from llm_jax.base.trees import path_of
+from llm_jax.base.batch import Metrics, Params
+from llm_jax.base.params import ParamInfo
+from llm_jax.base.trees import path_of, split
 from llm_jax.optim.link import Link, at_least, regular
-from llm_jax.optim.masks import is_axes, matrices
+from llm_jax.optim.masks import matrices
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Parameters whose path matches a regular expression; of several groups the first that matches counts."""
+  """Parameters whose path matches a regular expression; of several groups the first that matches counts.
+
+  After an @ the pattern selects layers of a stack, by one index or a Python slice: blocks/.*@0:4, blocks/mlp@-1. Frozen
+  parameters have neither gradients nor optimizer state; single frozen layers of a stack get zero updates and keep both.
+  """
 
   pattern: str = ''  # found anywhere in 'blocks/attention/q/w'
   learning_rate: float = 1.0  # factors
   weight_decay: float = 1.0
-  frozen: bool = False  # they keep their initial values, and have neither gradients nor optimizer state
+  # Layer l of a stack of L learns at layer_decay^(L - 1 - l) times the rate, embeddings at layer_decay^L times, with L
+  # of the deepest stack; all else at the whole rate.
+  layer_decay: float = 1.0
+  frozen: bool = False  # they keep their initial values
 
   def __post_init__(self):
-    regular(self.pattern)
-    if not self.pattern:
+    if not self.regex:
       raise ValueError('pattern must say which parameters; for example blocks/.*/w$')
+    regular(self.regex)
+    _ = self.layers  # raises ValueError
     at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+    if not 0 < self.layer_decay <= 1:
+      raise ValueError(f'layer_decay must lie in (0, 1]; got {self.layer_decay}')
+
+  @property
+  def regex(self) -> str:
+    return self.pattern.partition('@')[0]
+
+  @property
+  def layers(self) -> int | slice | None:
+    """The selected layers; None: all, and parameters that have no layers."""
+    _, at, text = self.pattern.partition('@')
+    if not at:
+      return None
+    if not re.fullmatch(r'-?\d+|(-?\d+)?:(-?\d+)?(:(-?[1-9]\d*)?)?', text):
+      raise ValueError(f'pattern {self.pattern!r}: after @ goes the index of a layer or a slice of layers, as in '
+                       f'blocks/.*@3 or blocks/.*@0:4; got {text!r}')
+    numbers = [int(number) if number else None for number in text.split(':')]
+    return slice(*numbers) if ':' in text else numbers[0]
+
+  def layers_of(self, num_layers: int | None) -> Sequence[int]:
+    """Indices of the selected layers; `num_layers` None: the parameter has no layers axis. Raises ValueError."""
+    layers = self.layers
+    if layers is None:
+      return range(num_layers or 1)
+    if num_layers is None:
+      raise ValueError('has no layers axis; let the pattern before @ match parameters of a stack only, as in blocks/.*')
+    bounds = [layers] if isinstance(layers, int) else [layers.start or 0, layers.stop or 0]
+    most = num_layers - isinstance(layers, int)
+    if not all(-num_layers <= bound <= most for bound in bounds):
+      raise ValueError(f'has {num_layers} layers, so that indices go from {-num_layers} to {most}')
+    chosen = [range(num_layers)[layers]] if isinstance(layers, int) else range(num_layers)[layers]
+    if not chosen:
+      raise ValueError(f'has {num_layers} layers, and the slice selects none of them')
+    return chosen
 
 
 EVERYTHING_ELSE = Group('.')
 
-
-def group_of(groups: dict[str, Group], path: tuple) -> str | None:
-  """The name of the group that a parameter belongs to."""
-  return next((name for name, group in groups.items() if re.search(group.pattern, path_of(path))), None)
+PerLayer = float | np.ndarray  # one number, or one per layer of shape [L, 1, ...]
 
 
-def trainable_paths(groups: dict[str, Group]) -> Callable[[tuple], bool]:
-  """A function of a parameter's path: whether no frozen group holds it."""
-  def is_trainable(path: tuple) -> bool:
-    name = group_of(groups, path)
-    return name is None or not groups[name].frozen
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What the groups make of one parameter."""
 
-  return is_trainable
+  learning_rate: PerLayer
+  weight_decay: PerLayer
+  trained: bool | np.ndarray
 
 
-def check_groups(groups: dict[str, Group], axes: Params) -> None:
-  """Raises ValueError for a group without parameters; `axes` is the tree of all parameters' logical axes."""
-  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)]
-  found = {group_of(groups, path) for path in paths}
+def assign(groups: dict[str, Group], info: Params) -> Params:
+  """A tree of Settings. Raises ValueError for a group without parameters, and for layers that a parameter lacks."""
+  leaves = jax.tree_util.tree_leaves_with_path(info)
+  depth = max((num_layers_of(p) or 0 for _, p in leaves), default=0)
+  found = set()
+
+  def settings_of(path: tuple, p: ParamInfo) -> Settings:
+    num_layers = num_layers_of(p)
+    chosen: dict[int, str] = {}
+    for name, group in groups.items():
+      if not re.search(group.regex, path_of(path)):
+        continue
+      try:
+        layers = group.layers_of(num_layers)
+      except ValueError as e:
+        raise ValueError(f'groups.{name}.pattern: {group.pattern!r} matches {path_of(path)}, which {e}') from None
+      for layer in set(layers) - chosen.keys():
+        chosen[layer] = name
+        found.add(name)
+    per_layer = [groups[chosen[i]] if i in chosen else EVERYTHING_ELSE for i in range(num_layers or 1)]
+    return combined(per_layer, p, depth)
+
+  assigned = jax.tree_util.tree_map_with_path(settings_of, info)
   if empty := groups.keys() - found:
     name = min(empty)
     raise ValueError(f'groups.{name}.pattern: {groups[name].pattern!r} matches no parameter that no group before it '
-                     'has; they are: ' + ', '.join(map(path_of, paths)))
-  if not any(map(trainable_paths(groups), paths)):
-    raise ValueError('groups: every parameter is frozen; leave one group out')
+                     'has; they are: ' + ', '.join(path_of(path) for path, _ in leaves))
+  return assigned
+
+
+def num_layers_of(p: ParamInfo) -> int | None:
+  return p.shape[0] if p.axes[:1] == ('layers',) else None
+
+
+def combined(groups: list[Group], p: ParamInfo, depth: int) -> Settings:
+  """Settings of a parameter from the group of each of its layers; `depth` counts the layers of the deepest stack."""
+  def one_or_each(values: list) -> Any:
+    return values[0] if len(set(values)) == 1 else np.array(values).reshape(-1, *(1,) * (len(p.shape) - 1))
+
+  # How many layers come after each of the parameter's own; after a table, all.
+  above = range(len(groups))[::-1] if num_layers_of(p) else [depth if p.is_table else 0]
+  return Settings(one_or_each([g.learning_rate * g.layer_decay**n for g, n in zip(groups, above, strict=True)]),
+                  one_or_each([g.weight_decay for g in groups]), one_or_each([not g.frozen for g in groups]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Factors(Link):
-  """Scales updates by the groups' factors, after adding the decay that a group has more than the optimizer's."""
+  """Updates as the groups' factors would have them: what decay lacks is added, and all is scaled."""
 
-  assigned: Params  # a tree of the Group of each parameter
+  assigned: Params
   weight_decay: float  # the optimizer's, which is in the updates already
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
-    links = []
-    for factor in sorted({group.weight_decay for group in jax.tree.leaves(self.assigned)} - {1.0}):
-      lacking = (factor - 1) * self.weight_decay
-      mask = jax.tree.map(lambda group: group.weight_decay == factor, self.assigned)  # noqa: B023
-      links.append(optax.add_decayed_weights(
-          lambda n, lacking=lacking: -lacking * schedule(n),
-          lambda params, mask=mask: jax.tree.map(lambda m, p: m and p, mask, matrices(params))))
-    scale = jax.tree.map(lambda group: group.learning_rate, self.assigned)
-    scaled = optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: s * u, updates, scale))
-    return optax.chain(*links, scaled)
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    def update(updates: Params, step: jax.Array, params: Params) -> tuple[Params, jax.Array]:
+      rate = schedule(step)
+
+      def scaled(u: jax.Array, p: jax.Array, decays: bool, settings: Settings) -> jax.Array:
+        lacking = (settings.weight_decay - 1) * self.weight_decay
+        if decays and np.any(lacking):
+          u = u - jnp.asarray(lacking, u.dtype) * rate * p
+        return jnp.asarray(settings.learning_rate, u.dtype) * u
+
+      updates = jax.tree.map(scaled, updates, params, matrices(params), self.assigned)
+      return updates, optax.safe_increment(step)
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
 
 
-def with_groups(links: list[Link], groups: dict[str, Group], weight_decay: float, axes: Params) -> list[Link]:
-  """The links of a chain that scales groups by their factors; `axes` is the tree of trainable parameters' axes."""
-  if all(group.frozen for group in groups.values()):
+def trainable_paths(groups: dict[str, Group], info: Params) -> Callable[[tuple], bool]:
+  """A function of a parameter's path: whether any of its layers is trained. Raises ValueError, see `assign`."""
+  if not groups:
+    return lambda path: True
+  trained = {path: bool(np.any(s.trained)) for path, s in jax.tree_util.tree_leaves_with_path(assign(groups, info))}
+  if not any(trained.values()):
+    raise ValueError('groups: every parameter is frozen; leave one out')
+  return trained.__getitem__
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfrozen(Link):
+  """A link that sees zeros for the gradients of single frozen layers. `mask` is True or booleans [L, 1, ...]."""
+
+  link: Link
+  mask: Params
+
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    tx = optax.with_extra_args_support(self.link.make(schedule, info))
+
+    def update(updates: Params, state: Any, params: Params = None, **extra: Any) -> tuple[Params, Any]:
+      if extra.get('grad') is not None:
+        extra['grad'] = without_frozen(self.mask, extra['grad'])
+      return tx.update(without_frozen(self.mask, updates), state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+  def evaluated(self, state: Any, params: Params) -> Params:
+    return where(self.mask, self.link.evaluated(state, params), params)
+
+  def report(self, state: Any) -> Metrics:
+    return self.link.report(state)
+
+  def update_from_eval(self, state: Any, results: dict[str, float]) -> Any:
+    return self.link.update_from_eval(state, results)
+
+  @property
+  def averages(self) -> bool:
+    return self.link.averages
+
+  @property
+  def required_metrics(self) -> tuple[str, ...]:
+    return self.link.required_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenLayers(Link):
+  """Updates of zero for single layers that are frozen."""
+
+  mask: Params
+
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: without_frozen(self.mask, updates))
+
+
+def where(mask: Params, new: Params, old: Params) -> Params:
+  """`new` where the mask is True, else `old`, by parameter or by layer."""
+  return jax.tree.map(lambda m, x, y: x if isinstance(m, bool) else jnp.where(m, x, y), mask, new, old)
+
+
+def without_frozen(mask: Params, updates: Params) -> Params:
+  """Zeros where the mask is False."""
+  return where(mask, updates, optax.tree.zeros_like(updates))
+
+
+def with_groups(links: list[Link], groups: dict[str, Group], weight_decay: float, info: Params) -> list[Link]:
+  """The links of a chain that scales and freezes groups; `info` is the tree of all parameters' ParamInfo."""
+  if not groups:
     return links
-
-  def assigned(path: tuple, _: tuple) -> Group:
-    name = group_of(groups, path)
-    return EVERYTHING_ELSE if name is None else groups[name]
-
-  factors = Factors(jax.tree_util.tree_map_with_path(assigned, axes, is_leaf=is_axes), weight_decay)
+  assigned, _ = split(assign(groups, info), trainable_paths(groups, info))
   at = 1 + next(i for i, link in enumerate(links) if link.place == 'optimizer')
-  return [*links[:at], factors, *links[at:]]
+  factors, mask = Factors(assigned, weight_decay), jax.tree.map(lambda settings: settings.trained, assigned)
+  if all(np.all(m) for m in jax.tree.leaves(mask)):
+    return [*links[:at], factors, *links[at:]]
+  masked = [Unfrozen(link, mask) for link in links]
+  return [*masked[:at], factors, *masked[at:], FrozenLayers(mask)]

@@ -15,7 +15,7 @@ from llm_jax.base.registry import settings_from_signature
 class Link:
   """A gradient transformation and what it tells of itself. A new one is a subclass and a line in TRANSFORMS.
 
-  make(schedule, axes)    the transformation; `axes` is a tree of the parameters' logical axes
+  make(schedule, info)    the transformation; `info` is a tree of ParamInfo: axes, shape, roles, fan_in of a parameter
   evaluated(state, params)  the weights that are evaluated and exported: averages, for one
   report(state)           scalars to log
   update_from_eval(state, results)    the state after an evaluation, whose results ('val/loss', ...) these are
@@ -33,7 +33,7 @@ class Link:
     """The results that `update_from_eval` looks at; without any it is not called."""
     return ()
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     raise NotImplementedError
 
   def evaluated(self, state: Any, params: Params) -> Params:

@@ -1,4 +1,4 @@
-"""Which parameters a rule is meant for, by their path, and how a matrix lies in its array, by its logical axes."""
+"""Parameter masks by path; fan-in and fan-out dimensions of each matrix, as its owner declares them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from optax.contrib import MuonDimensionNumbers as Dims  # (reduction_axis, outpu
 
 from llm_jax.base.batch import Params
 from llm_jax.base.trees import path_of
-
-# Axes of tables that are looked up or read out, and of heads: no maps between hidden states.
-TABLE_AXES = {'vocab', 'positions', 'norm'}
 
 
 def matrices(params: Params) -> Params:
@@ -30,25 +27,21 @@ def matching(pattern: str, params: Params) -> Params:
   return jax.tree_util.tree_map_with_path(lambda path, _: re.search(pattern, path_of(path)) is not None, params)
 
 
-def is_axes(x: Any) -> bool:
-  """Whether it is a leaf of a tree of logical axes: a tuple of names."""
-  return isinstance(x, tuple)
+def matrix_dims(info: Params) -> Params:
+  """Dims of every matrix between hidden states, None for all else: tables, readouts, norms, biases and undeclared."""
+  return jax.tree.map(lambda p: Dims(p.inputs, p.outputs) if p.is_hidden_matrix else None, info)
 
 
-def matrix_dims(axes: Params) -> Params:
-  """Dims of every matrix between hidden states, None of all else.
-
-  Its inputs, summed over, come first. A matrix reads `embed`, which is then its first axis, or writes it.
-  """
-  def dims(path: tuple, names: tuple[str, ...]) -> Dims | None:
-    places = [i for i, name in enumerate(names) if name != 'layers']
-    if path[-1].key != 'w' or len(places) < 2 or TABLE_AXES & set(names):
-      return None
-    if names[places[0]] == 'embed':
-      return Dims(tuple(places[:1]), tuple(places[1:]))
-    return Dims(tuple(places[:-1]), tuple(places[-1:])) if names[places[-1]] == 'embed' else None
-
-  return jax.tree_util.tree_map_with_path(dims, axes, is_leaf=is_axes)
+def check_declared(info: Params) -> None:
+  """Raises ValueError naming the parameters that could be matrices but do not declare fan-in and fan-out."""
+  undeclared = [f'{path_of(path)} {p.shape} with axes ({", ".join(map(str, p.axes))})'
+                for path, p in jax.tree_util.tree_leaves_with_path(info) if p.is_undeclared_matrix]
+  if undeclared:
+    raise ValueError(
+        'chain: muon and soap need to know fan-in and fan-out of every matrix, and these do not declare them:\n  '
+        + '\n  '.join(undeclared) + '\nMake them with layers.linear.Einsum, or with layers.linear.weight(..., '
+        "roles=('in', 'out')), one of batch, in, out, row per dimension; leave tables and readouts to Adam with an "
+        'axis vocab, positions or norm; or use another optimizer')
 
 
 def as_matrices(x: jax.Array, dims: Dims) -> jax.Array:
@@ -57,6 +50,11 @@ def as_matrices(x: jax.Array, dims: Dims) -> jax.Array:
   stack = [i for i in range(x.ndim) if i not in (*rows, *columns)]
   sizes = [math.prod(x.shape[i] for i in part) for part in (stack, rows, columns)]
   return x.transpose(*stack, *rows, *columns).reshape(sizes)
+
+
+def stack_shape(x: jax.Array, dims: Dims) -> tuple[int, ...]:
+  """The sizes that `as_matrices` merges into `stack`."""
+  return tuple(size for i, size in enumerate(x.shape) if i not in (*dims.reduction_axis, *dims.output_axis))
 
 
 def from_matrices(m: jax.Array, like: jax.Array, dims: Dims) -> jax.Array:

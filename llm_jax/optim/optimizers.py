@@ -16,7 +16,7 @@ from optax import contrib
 
 from llm_jax.base.batch import Params
 from llm_jax.optim.link import Link, at_least, positive, rates
-from llm_jax.optim.masks import matrices, matrix_dims
+from llm_jax.optim.masks import check_declared, matrices, matrix_dims
 
 MuDtype = Literal['float32', 'bfloat16']
 
@@ -44,7 +44,7 @@ class AdamW(Link):
     positive(eps=self.eps)
     at_least(0, weight_decay=self.weight_decay)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return optax.adamw(schedule, self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype, weight_decay=self.weight_decay,
                        mask=matrices)
 
@@ -63,7 +63,7 @@ class Adam(Link):
     rates(b1=self.b1, b2=self.b2)
     positive(eps=self.eps)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return optax.adam(schedule, self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype, nesterov=self.nesterov)
 
 
@@ -82,7 +82,7 @@ class Sgd(Link):
     if self.nesterov and not self.momentum:
       raise ValueError('nesterov needs a momentum above 0')
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return decayed(optax.sgd(schedule, self.momentum or None, self.nesterov, self.accumulator_dtype), schedule,
                    self.weight_decay)
 
@@ -100,7 +100,7 @@ class Lion(Link):
     rates(b1=self.b1, b2=self.b2)
     at_least(0, weight_decay=self.weight_decay)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return optax.lion(schedule, self.b1, self.b2, self.mu_dtype, self.weight_decay, mask=matrices)
 
 
@@ -124,7 +124,7 @@ class Adafactor(Link):
     positive(clipping_threshold=self.clipping_threshold, min_dim_size_to_factor=self.min_dim_size_to_factor)
     at_least(0, weight_decay=self.weight_decay)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return decayed(optax.adafactor(
         schedule, self.min_dim_size_to_factor, self.decay_rate,
         multiply_by_parameter_scale=self.multiply_by_parameter_scale, clipping_threshold=self.clipping_threshold,
@@ -136,7 +136,7 @@ class Muon(Link):
   """Momentum orthogonalised by Newton-Schulz on matrices between hidden states; Adam on all else.
 
   kellerjordan.github.io/posts/muon; `consistent_rms` of arXiv 2502.16982 makes updates as large as Adam's, so that one
-  learning rate serves both. A stack of layers is a stack of matrices.
+  learning rate serves both. A stack of layers or experts is a stack of matrices.
   """
 
   beta: float = 0.95
@@ -153,11 +153,12 @@ class Muon(Link):
     positive(ns_steps=self.ns_steps, consistent_rms=self.consistent_rms)
     at_least(0, weight_decay=self.weight_decay)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    check_declared(info)
     return decayed(contrib.muon(
         schedule, ns_steps=self.ns_steps, beta=self.beta, nesterov=self.nesterov, mu_dtype=self.mu_dtype,
         adam_b1=self.adam_b1, adam_b2=self.adam_b2, consistent_rms=self.consistent_rms,
-        muon_weight_dimension_numbers=matrix_dims(axes)), schedule, self.weight_decay)
+        muon_weight_dimension_numbers=matrix_dims(info)), schedule, self.weight_decay)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +181,7 @@ class AdEMAMix(Link):
     if self.b3 < self.b1:
       raise ValueError(f'b3 {self.b3} is the slower one and must not be less than b1 {self.b1}')
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     alpha: optax.ScalarOrSchedule = self.alpha
     b3: optax.ScalarOrSchedule = self.b3
     if self.slow_steps:
@@ -212,7 +213,7 @@ class Prodigy(Link):
     positive(estim_lr0=self.estim_lr0, estim_lr_coef=self.estim_lr_coef)
     at_least(0, weight_decay=self.weight_decay)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     inner = contrib.prodigy(schedule, (self.b1, self.b2), estim_lr0=self.estim_lr0, estim_lr_coef=self.estim_lr_coef,
                             safeguard_warmup=self.safeguard_warmup)
 
@@ -245,7 +246,7 @@ class ScheduleFree(Link):
     positive(b1=self.b1, eps=self.eps)
     at_least(0, weight_decay=self.weight_decay)
 
-  def make(self, schedule: optax.Schedule, axes: Params) -> optax.GradientTransformation:
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     inner = optax.adamw(schedule, 0.0, self.b2, self.eps, weight_decay=self.weight_decay, mask=matrices)
     return contrib.schedule_free(inner, schedule, self.b1, self.weight_lr_power)
 

@@ -33,14 +33,14 @@ from llm_jax.losses.objective import Objective
 from llm_jax.models.protocol import LanguageModel
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import Optimizer, as_optimizer, make_optimizer
-from llm_jax.optim.groups import check_groups, trainable_paths
+from llm_jax.optim.groups import trainable_paths
 from llm_jax.training.custom import Custom
 from llm_jax.training.flops import flops_per_token
 from llm_jax.training.log import PackedMetrics, pack
 from llm_jax.training.memory import fit_memory
 from llm_jax.training.resolve import check_features, check_results, resolve, with_logits, without_masks
 from llm_jax.training.stages import Stage
-from llm_jax.training.state import TrainState, abstract_state, init_state, logical_axes, state_shardings, train_step
+from llm_jax.training.state import TrainState, abstract_state, init_state, param_info, state_shardings, train_step
 from llm_jax.training.teacher import load_teacher, with_teacher
 
 
@@ -53,6 +53,7 @@ class Program:
   model: LanguageModel
   objective: Objective
   tx: Optimizer
+  is_trainable: Callable[[tuple], bool]  # of a parameter's path
   teacher: Loaded | None
   example: Batch  # one row, for its shapes
   abstract: TrainState  # of ShapeDtypeStructs, with shardings
@@ -100,7 +101,7 @@ def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Pr
   example, batch = pipeline.example_batch(config.data), pipeline.abstract_batch(features, config.rows_per_batch)
   config = with_logits(config, data, model, example)
 
-  tx, is_trainable = build_optimizer(config, logical_axes(example, model=model), custom)
+  tx, is_trainable = build_optimizer(config, param_info(example, model=model), custom)
   parts: dict[str, Any] = {'model': model, 'tx': tx, 'is_trainable': is_trainable}
   shardings = state_shardings(example, mesh, **parts)
   abstract = abstract_state(example, shardings, **parts)
@@ -118,8 +119,9 @@ def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Pr
   init = jax.jit(partial(init_state, **parts), out_shardings=shardings)
   average = jax.jit(tx.evaluated, out_shardings=shardings.trainable)
   return Program(
-      stage, data, model, objective, tx, teacher, example, abstract, shardings, local_rows(mesh, config.rows_per_batch),
-      held_rows, num_microbatches, init=lambda: init(jax.random.key(config.seed), example),
+      stage, data, model, objective, tx, is_trainable, teacher, example, abstract, shardings,
+      local_rows(mesh, config.rows_per_batch), held_rows, num_microbatches,
+      init=lambda: init(jax.random.key(config.seed), example),
       step=make_step(num_microbatches), evaluator=make_evaluator(config, data, model, objective, mesh),
       evaluated=average if tx.averages else lambda _, trainable: trainable,
       flops_per_token=flops_per_token(config, model, abstract.params, batch, teacher),
@@ -132,18 +134,18 @@ def example_features(config: DataConfig, data: Data) -> Features:
   return pipeline.open_examples(config, data, store, train=False).make(0, np.random.default_rng(0))
 
 
-def build_optimizer(config: Config, axes: Params, custom: Custom) -> tuple[Optimizer, Callable[[tuple], bool]]:
+def build_optimizer(config: Config, info: Params, custom: Custom) -> tuple[Optimizer, Callable[[tuple], bool]]:
   """(the optimizer of the trainable parameters, whether a path is one of them). Raises ConfigError."""
-  is_trainable = trainable_paths(config.optim.groups)
-  if custom.tx is None:
-    return make_optimizer(config.optim, config.num_steps, axes), is_trainable
+  groups = config.optim.groups
   try:
-    check_groups(config.optim.groups, axes)
+    is_trainable = trainable_paths(groups, info)
   except ValueError as e:
     raise ConfigError(f'config.optim.{e}') from None
-  if any(not group.frozen for group in config.optim.groups.values()):
-    raise ConfigError('config.optim.groups: with an optimizer passed from Python, groups can only be frozen; put '
-                      'factors into the optimizer (optax.multi_transform)')
+  if custom.tx is None:
+    return make_optimizer(config.optim, config.num_steps, info), is_trainable
+  if any(not group.frozen or group.layers is not None for group in groups.values()):
+    raise ConfigError('config.optim.groups: with an optimizer passed from Python, groups can only freeze whole '
+                      'parameters; put factors into the optimizer (optax.multi_transform)')
   return as_optimizer(custom.tx), is_trainable
 
 

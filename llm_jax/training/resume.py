@@ -18,10 +18,9 @@ from llm_jax.config import Config, differences
 from llm_jax.data.open import check_fingerprint
 from llm_jax.infer.export import EXPORTERS
 from llm_jax.infer.load import load_run
-from llm_jax.optim.groups import trainable_paths
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.program import Program
-from llm_jax.training.state import TrainState, logical_axes
+from llm_jax.training.state import TrainState, param_info
 from llm_jax.training.teacher import tokenizers_of
 
 # Settings of losses that cannot change on resume: shapes of heads, the order of classes, the teacher's checkpoint.
@@ -101,7 +100,7 @@ def restore(program: Program, checkpoints: Checkpoints, check: Any, step: int | 
   abstract = program.abstract
   params, (step_done, opt_state), meta = checkpoints.restore(
       abstract.params, (abstract.step, abstract.opt_state), step=step, check=check)
-  return TrainState(step_done, *split(params, trainable_paths(program.config.optim.groups)), opt_state), meta
+  return TrainState(step_done, *split(params, program.is_trainable), opt_state), meta
 
 
 def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
@@ -115,9 +114,9 @@ def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
   if tokenizers_of(program.data) != tokenizers_of(run):
     raise ConfigError(f'config.start.run: {config.start.run} has another tokenizer; give config.data.tokenizer its '
                       'tokenizer.json')
-  mine, axes = by_name(fresh.params), logical_axes(program.example, model=program.model)
+  mine, info = by_name(fresh.params), param_info(program.example, model=program.model)
   exporter = EXPORTERS['packed' if getattr(run.config.model, 'einsum', '') == 'packed' else 'plain']
-  other = exporter.restore(config, run.params, fresh.params, axes)
+  other = exporter.restore(config, run.params, fresh.params, info)
   wrong = [name for name in mine.keys() & other.keys() if mine[name].shape != other[name].shape]
   if wrong:
     raise ConfigError(f'config.start.run: {config.start.run} is of another shape:\n  ' + '\n  '.join(
@@ -130,7 +129,7 @@ def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
     return jax.device_put(other.get(path_of(path), leaf), leaf.sharding)
 
   params: Params = jax.tree_util.tree_map_with_path(pick, merge(fresh.trainable, fresh.frozen))
-  trainable, frozen = split(params, trainable_paths(config.optim.groups))
+  trainable, frozen = split(params, program.is_trainable)
   # An optimizer that keeps a copy of the weights must keep the new ones.
   opt_state = jax.jit(program.tx.init, out_shardings=program.shardings.opt_state)(trainable)
   return TrainState(fresh.step, trainable, frozen, opt_state)

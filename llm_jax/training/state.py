@@ -18,6 +18,7 @@ from llm_jax.base.batch import Batch, Metrics, Params
 from llm_jax.base.sharding import check_divisible, constrain, logical_to_spec
 from llm_jax.base.trees import merge, split
 from llm_jax.layers.clock import clock_at
+from llm_jax.layers.linear import info_of
 from llm_jax.losses.objective import Objective
 from llm_jax.models.protocol import LanguageModel
 from llm_jax.optim.chain import as_optimizer
@@ -72,10 +73,10 @@ def largest_over_fsdp(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> P:
   return P(*('fsdp' if i == sizes.index(max(sizes)) else None for i in range(leaf.ndim)))
 
 
-def logical_axes(example: Batch, *, model: LanguageModel) -> Params:
-  """A tuple of names for every parameter, one a dimension; () where the model gives none."""
+def param_info(example: Batch, *, model: LanguageModel) -> Params:
+  """A tree of ParamInfo: logical axes, shape and roles of every parameter."""
   boxed = jax.eval_shape(model.init, jax.random.key(0), example)['params']
-  return jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda spec: isinstance(spec, P))
+  return jax.tree.map(info_of, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
 
 def state_shardings(example: Batch, mesh: Mesh, *, model: LanguageModel, tx: optax.GradientTransformation,
