@@ -119,7 +119,7 @@ def test_ids_are_not_taken_for_those_of_a_tokenizer_that_is_fitted_here(kind, tm
   (tmp_path / 'both/a.txt').write_text('some text ' * 50)
   if kind == 'folder':
     np.save(tmp_path / 'both/b.npy', np.arange(50))
-    with pytest.raises(DataError, match=r'b\.npy.*token ids among texts'):
+    with pytest.raises(DataError, match=r'b\.npy.*token ids, but the tokenizer was fitted to the texts'):
       opened(tmp_path, tmp_path / 'both', tokenizer='bpe', vocab_size=300)
   else:
     np.arange(50, dtype=np.uint16).tofile(tmp_path / 'b.bin')
