@@ -142,7 +142,7 @@ def _told(where: str) -> Iterator[None]:
   try:
     yield
   except DAMAGE as e:
-    raise DataError(f'{where}: truncated or damaged ({e}); get the archive anew') from None
+    raise DataError(f'{where}: truncated or damaged ({e}); get the archive again') from None
   except (NotImplementedError, RuntimeError) as e:  # zipfile's words for encryption and unknown compression
     raise DataError(f'{where}: cannot be unpacked ({e}); unpack it yourself and pass the folder') from None
 
@@ -156,7 +156,7 @@ def _zip_members(path: Path) -> Iterator[Member]:
     archive = zipfile.ZipFile(path)
   with archive:
     if _promised(path) not in (len(archive.infolist()) & 0xffff, 0xffff):
-      raise DataError(f'{path}: damaged: its end counts other members than its directory has; get the archive anew')
+      raise DataError(f'{path}: damaged: its end counts other members than its directory has; get the archive again')
     for info in archive.infolist():
       mode = stat.S_IFMT(info.external_attr >> 16)
       kind = {0: 'file', stat.S_IFREG: 'file', stat.S_IFDIR: 'folder', stat.S_IFLNK: 'link'}.get(mode, 'device')
@@ -196,7 +196,7 @@ def _tar_members(path: Path) -> Iterator[Member]:
       rest = stream.read(_Recent.SIZE)
     if rest or not num_zeros:
       raise DataError(f'{path} at byte {end} of the tar: truncated or damaged, no member and no end follows; '
-                      'get the archive anew')
+                      'get the archive again')
 
 
 class _Recent:
