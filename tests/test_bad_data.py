@@ -132,7 +132,7 @@ def test_bad_records_are_skipped_and_counted(name, tmp_path, program):
   code, out, err, seconds = program('prepare', arguments(path, skip, tmp_path))
   assert code == 0, err
   assert f'{len(TEXTS)} kept, 0 dropped, {bad.num_bad} bad' in out
-  [first] = [line for line in out.splitlines() if 'the first bad one' in line]
+  [first] = [line for line in out.splitlines() if 'the first bad record' in line]
   assert [word for word in bad.words if word not in first] == [], first
   assert seconds < SECONDS
   assert not list(tmp_path.rglob(MARKER))
@@ -160,7 +160,7 @@ def test_a_damaged_file_is_never_used_silently(name, tmp_path, program):
   bad = BAD[name]
   argv = arguments(bad.make(tmp_path), (*bad.flags, '--on_bad_record=skip', '--max_bad_fraction=1.0'), tmp_path)
   code, out, err, seconds = program('prepare', argv)
-  assert code == 65 or (code == 0 and ', 1 bad' in out and 'the first bad one' in out), err
+  assert code == 65 or (code == 0 and ', 1 bad' in out and 'the first bad record' in out), err
   assert 'Traceback' not in err and seconds < SECONDS
 
 
@@ -172,7 +172,7 @@ def test_a_truncated_stream_gives_its_complete_lines(tmp_path, program):
   argv = arguments(path, ('--on_bad_record=skip', '--split=tail'), tmp_path)
   code, out, err, _ = program('prepare', argv)
   assert code == 0, err
-  assert ', 1 bad' in out and f'the first bad one: {path} at byte' in out
+  assert ', 1 bad' in out and f'the first bad record: {path} at byte' in out
   found, report = documents(DataConfig(path=str(path), tokenizer='byte', split='tail', on_bad_record='skip'))
   assert 1000 < report['kept'] < 3000 and report['bad'] == 1
   assert ''.join(found) == ''.join(texts[:report['kept']])

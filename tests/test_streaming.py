@@ -89,7 +89,7 @@ def assert_equal(a, b):
 
 @pytest.mark.parametrize('num_hosts', [1, 2, 3])
 @pytest.mark.parametrize('kind', ['plain', 'filtered'])
-def test_every_epoch_has_each_document_once_shared_among_the_hosts(corpora, kind, num_hosts):
+def test_each_host_gets_its_share_of_every_epoch(corpora, kind, num_hosts):
   expected = texts_of(corpora, kind)
   for host in range(num_hosts):
     iterator, tokenizer = documents_of(corpora, kind, host, num_hosts)
@@ -99,7 +99,7 @@ def test_every_epoch_has_each_document_once_shared_among_the_hosts(corpora, kind
 
 
 @pytest.mark.parametrize('kind', ['plain', 'filtered'])
-def test_documents_go_on_from_any_state(corpora, kind):
+def test_documents_resume_from_any_state(corpora, kind):
   iterator, tokenizer = documents_of(corpora, kind)
   count = 2 * len(texts_of(corpora, kind)) + 5
   states = [iterator.get_state()]
@@ -115,7 +115,7 @@ def test_documents_go_on_from_any_state(corpora, kind):
 
 
 @pytest.mark.parametrize(('kind', 'num_hosts'), [*((kind, 1) for kind in KINDS), ('plain', 2), ('mixture', 2)])
-def test_batches_go_on_from_any_state(corpora, kind, num_hosts):
+def test_batches_resume_from_any_state(corpora, kind, num_hosts):
   for host in range(num_hosts):
     with opened(corpora, kind, host, num_hosts) as batches:
       states, expected = [], []
@@ -156,7 +156,7 @@ def test_a_shuffled_epoch_holds_the_same_rows(corpora):
     assert sorted(plain[begin:begin + 10]) == sorted(shuffled[begin:begin + 10])
 
 
-def test_second_epoch_comes_out_of_the_cache(corpora):
+def test_the_second_epoch_uses_the_cache(corpora):
   count = len(texts_of(corpora, 'plain'))
   for cache_bytes in (0, 1000, 1 << 20):
     counters = Counters()
@@ -173,7 +173,7 @@ def test_second_epoch_comes_out_of_the_cache(corpora):
       assert counters.cache_hits == (count if cache_bytes else 0)
 
 
-def test_cache_changes_no_batch(corpora):
+def test_the_cache_changes_no_batch(corpora):
   with opened(corpora, 'plain') as bare, opened(corpora, 'plain', cache_mb=1) as cached:
     for _ in range(16):
       assert_equal(next(bare), next(cached))
@@ -190,7 +190,7 @@ def test_validation_is_set_aside(corpora):
     config_of(corpora, split='document')
 
 
-def test_another_number_of_processes_is_refused(corpora):
+def test_a_different_number_of_processes_is_rejected(corpora):
   with opened(corpora, 'plain') as batches:
     next(batches)
     states = [batches.state()]
@@ -199,7 +199,7 @@ def test_another_number_of_processes_is_refused(corpora):
       opened(corpora, 'plain', host, num_hosts, 1, kept).__enter__()
 
 
-def test_more_hosts_than_documents_is_an_error_and_no_endless_search(tmp_path):
+def test_more_hosts_than_documents_is_an_error(tmp_path):
   jsonl(tmp_path / 'x.jsonl', [{'text': str(i)} for i in range(NUM_VAL + 1)])
   data = open_data(DataConfig(path=str(tmp_path / 'x.jsonl'), tokenizer='byte', streaming=True, split='count',
                               val_documents=NUM_VAL, cache_dir=str(tmp_path / 'cache')))
