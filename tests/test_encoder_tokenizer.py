@@ -1,4 +1,4 @@
-"""Tokenizers of their own for prompts and answers: each knows its side alone, and no id is taken for the other's."""
+"""Separate tokenizers for prompts and answers: each is fitted to its side, and ids are never mixed up."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def pairs_of(seed, num=150, prompt_words=PROMPT_WORDS, answer_words=ANSWER_WORDS
   rng = random.Random(seed)
   texts = [[' '.join(rng.choices(words, k=rng.randrange(1, 9))) for words in (prompt_words, answer_words)]
            for _ in range(num)]
-  return [(f'{text} {i}', answer) for i, (text, answer) in enumerate(texts, 100)]  # no prompt comes twice
+  return [(f'{text} {i}', answer) for i, (text, answer) in enumerate(texts, 100)]  # all prompts are different
 
 
 def config_of(tmp_path, **overrides):
@@ -48,7 +48,7 @@ def config_of(tmp_path, **overrides):
 
 
 def rows_of(config, data, store):
-  """(what is read, what is to be predicted) of each row."""
+  """(encoder input, target) of each row, as text."""
   examples = open_examples(config, data, store, train=False)
   rows = [examples.make(i, np.random.default_rng(i)) for i in range(len(examples))]
   return [(row['encoder_tokens'][row['encoder_segment_ids'] > 0].tolist(),
@@ -75,7 +75,7 @@ def test_both_sides_of_every_pair_can_be_decoded(tmp_path, tokenizer, encoder_to
       assert bos == writer.bos_id and (not ends or ids.pop() == writer.eos_id)
       assert (decode(reader, ids[:answer - 1]), decode(writer, ids[answer - 1:])) in found
   assert found == Counter(pairs)
-  assert (data.train['data'].bytes_scale, data.val['data'].bytes_scale) == (1, 1), 'all words of these are known'
+  assert (data.train['data'].bytes_scale, data.val['data'].bytes_scale) == (1, 1), 'all words are in the vocabulary'
 
 
 @pytest.mark.parametrize('name', ['word', 'bpe'])
@@ -104,7 +104,7 @@ def test_bytes_scale_covers_the_answers_alone(tmp_path):
     assert 0 < known < num_bytes
     assert known * store.bytes_scale == pytest.approx(num_bytes)
     assert store.num_bytes == sum(len((text + answer).encode()) for text, answer in held)
-  assert again.vocab_size == data.vocab_size == len(data.tokenizer.token_bytes), 'a prompt has none of its ids'
+  assert again.vocab_size == data.vocab_size == len(data.tokenizer.token_bytes), 'prompts have other ids'
 
 
 def test_a_store_depends_on_both_tokenizers(tmp_path):
@@ -130,7 +130,7 @@ def test_a_store_depends_on_both_tokenizers(tmp_path):
 
 
 def test_ids_of_the_two_sides_are_kept_apart(tmp_path):
-  """The prompts' ids are those of white space on the other side; and many more than that side has."""
+  """Prompt ids may be white space in the answers' tokenizer, or beyond its vocabulary."""
   path = write(tmp_path / 'pairs.jsonl', [(chr(ord('a') + i) * 3, ' \n'[i % 2] * (i + 1)) for i in range(26)])
   config = config_of(tmp_path, tokenizer='char', encoder_tokenizer='char')
   data = open_data(config)
@@ -165,16 +165,16 @@ def test_inspect_shows_the_tokens_of_each_side(tmp_path, capsys):
   assert 'vocabulary: 4 tokens, ' in output
 
 
-@pytest.mark.parametrize(('overrides', 'told'), [
+@pytest.mark.parametrize(('overrides', 'message'), [
     ({'task': 'next_token', 'packing': 'concat'}, "encoder_tokenizer 'word' is for task seq2seq.* 'next_token'"),
-    ({'encoder_tokenizer': 'wrod'}, "encoder_tokenizer 'wrod' is none of byte, char, word, bpe, a path"),
-    ({'encoder_tokenizer': 'none'}, "encoder_tokenizer 'none' is none of"),
-    ({'tokenizer': 'none'}, "encoder_tokenizer 'word' needs a tokenizer of the answers"),
+    ({'encoder_tokenizer': 'wrod'}, "encoder_tokenizer 'wrod' is not one of byte, char, word, bpe, a path"),
+    ({'encoder_tokenizer': 'none'}, "encoder_tokenizer 'none' is not one of"),
+    ({'tokenizer': 'none'}, "encoder_tokenizer 'word' needs a tokenizer for the answers"),
     ({'tokenizer': 'byte', 'encoder_tokenizer': 'bpe', 'vocab_size': 200}, 'vocab_size must be at least 257'),
     ({'streaming': True, 'split': 'count', 'val_documents': 3}, 'streaming: only task next_token'),
 ])
-def test_invalid_configs_are_rejected(tmp_path, overrides, told):
-  with pytest.raises(ValueError, match=told):
+def test_invalid_configs_are_rejected(tmp_path, overrides, message):
+  with pytest.raises(ValueError, match=message):
     config_of(tmp_path, **overrides)
 
 

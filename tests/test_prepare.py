@@ -1,4 +1,4 @@
-"""prepare makes the stores of a run ahead of it, once; inspect shows what a run would learn, as a person checks it."""
+"""`data prepare` makes the stores of a run in advance, once; `data inspect` shows what a run would learn."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def run(folder, module, *flags):
 
 
 def state(cache):
-  """Every file of the stores and tokenizers with its bytes and time of change; locks aside."""
+  """Bytes and modification time of every file of the stores and tokenizers, without locks."""
   return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in cache.rglob('*')
           if path.is_file() and path.suffix != '.lock'}
 
@@ -76,7 +76,7 @@ def test_the_prepare_command_makes_stores_once(tmp_path, corpus, cache):
   assert [numbers(second.stdout, f'{split}/data') for split in ('train', 'val')] == rows
   assert state(cache) == before
   seconds = float(second.stdout.split('ready in ')[1].split(' s')[0])
-  assert seconds < 1, 'nothing is made twice'
+  assert seconds < 1, 'the store was made twice'
 
 
 def test_a_changed_file_or_option_makes_another_store(corpus, cache, capsys):
@@ -100,7 +100,7 @@ def test_prepare_makes_the_stores_that_the_run_opens(tmp_path, cache, capsys):
   before = state(cache)
   config = load(path).resolve({'data.val_fraction': '0.3'}, cpu_only=True)
   data = open_data(config.data)
-  assert state(cache) == before, 'training opens it as it is'
+  assert state(cache) == before, 'open_data must use the prepared stores'
   assert numbers(out, 'train/data')[1] == len(data.train['data'].tokens)
   assert numbers(out, 'val/data')[2] / (numbers(out, 'train/data')[2] + numbers(out, 'val/data')[2]) == pytest.approx(
       0.3, abs=0.01)
@@ -117,14 +117,14 @@ def test_the_table_has_a_row_for_each_source(corpus, pairs, capsys):
 @pytest.mark.parametrize('command', [prepare, inspect])
 @pytest.mark.parametrize('flags, words', [
     (['--path={corpus}', '--pth=x'], ['config.data.pth', 'did you mean config.data.path']),
-    (['--path={corpus}', '--seq_len=0', '--val_fraction=2'], ['seq_len', 'val_fraction']),  # both at once
+    (['--path={corpus}', '--seq_len=0', '--val_fraction=2'], ['seq_len', 'val_fraction']),  # one message for both
     (['--path={corpus}', '--packing=tight'], ["'tight'", 'best_fit']),
     (['--path={corpus}', '--seq_len=many'], ['config.data.seq_len', "'many'"]),
     (['--path={corpus}', '--task=sumarize'], ["'sumarize' is unknown", 'seq2seq']),
     (['--path={corpus}', 'corpus'], ['corpus: no such flag']),
     (['--path={corpus}', '--seq_len'], ['--seq_len: has no value']),
-    (['--seq_len=8'], ['--path: name a file']),
-    ([], ['--path: name a file']),
+    (['--seq_len=8'], ['--path: give a file']),
+    ([], ['--path: give a file']),
     (['--config={corpus}/none.py'], ['none.py']),
     (['--path={corpus}', '--max_bad_fraction=-1'], ['max_bad_fraction']),
     (['--path={corpus}', '--sources.a.pth=x'], ['config.data.sources.a.pth']),
@@ -157,7 +157,7 @@ def test_an_unwritable_cache_is_an_error(tmp_path, corpus):
 
 
 def shown(out):
-  """{row: its lines} of what inspect prints."""
+  """{row: its lines} in the output of inspect."""
   rows = {}
   for line in out.splitlines():
     if line.startswith('row '):
@@ -168,7 +168,7 @@ def shown(out):
 
 
 def tokens_of(lines, label):
-  """The tokens printed behind 'reads' or 'learns', of which the first may be a space."""
+  """The tokens printed after 'reads' or 'learns'; the first may be a space."""
   return next(line for line in lines if line.startswith(label)).removeprefix(label.ljust(8)).split('|')
 
 
@@ -265,7 +265,7 @@ def test_inspect_reports_an_unwritable_picture(tmp_path, corpus):
 
 
 def test_inspect_rejects_an_empty_split(corpus):
-  with pytest.raises(ConfigError, match='--part: test holds nothing'):
+  with pytest.raises(ConfigError, match='--part: test is empty'):
     inspect.main([f'--path={corpus}', '--tokenizer=byte', '--part=test'])
 
 

@@ -1,4 +1,4 @@
-"""Streams give each document once an epoch, shared out among hosts, and go on exactly where they were."""
+"""Streams give each document once per epoch, divided among hosts, and resume exactly."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from llm_jax.data.tokenizers.tokenizer import decode
 
 NUM_VAL = 6
 ROWS = 4
-# Ways to read the corpus; every promise is held against each.
+# Settings for reading the corpus; the tests run with each.
 KINDS = {
     'plain': {},
     'filtered': {'filters': FilterConfig(min_chars=12)},
@@ -30,7 +30,7 @@ KINDS = {
 
 @pytest.fixture(scope='module')
 def corpora(tmp_path_factory):
-  """Two sources of 50 documents in three files each; every fifth document is one that was there before."""
+  """Two sources of 50 documents in three files each; every fifth document is a duplicate."""
   root = tmp_path_factory.mktemp('corpora')
   for name in 'ab':
     texts = [f'{name} {i if i % 5 else i % 3} ' + 'word ' * (i % 4 if i % 5 else 2) for i in range(50)]
@@ -50,7 +50,7 @@ def config_of(corpora, kind='plain', **overrides):
 
 
 def texts_of(corpora, kind):
-  """The training texts of source a, by hand."""
+  """The training texts of source a, read without llm_jax."""
   lines = [json.loads(line)['text'] for path in sorted((corpora / 'a').iterdir())
            for line in path.read_text().splitlines()]
   if kind == 'filtered':
@@ -131,7 +131,7 @@ def test_batches_resume_from_any_state(corpora, kind, num_hosts):
 
 
 def test_rows_hold_the_documents_of_an_epoch(corpora):
-  """With a buffer of one row the rows follow each other: their targets are the documents' in order."""
+  """Without shuffling, the targets of the rows are those of the documents, in order."""
   tokenizer = open_data(config_of(corpora)).tokenizer
   expected = [id for text in texts_of(corpora, 'plain') for id in [*text.encode(), tokenizer.eos_id]]
   with opened(corpora, 'plain', shuffle_buffer=1) as batches:
@@ -152,7 +152,7 @@ def test_a_shuffled_epoch_holds_the_same_rows(corpora):
       streams.append([x.tobytes() for batch in (next(batches) for _ in range(10)) for x in batch['tokens']])
   plain, shuffled = streams
   assert plain != shuffled
-  for begin in range(0, 40, 10):  # window by window
+  for begin in range(0, 40, 10):  # one shuffle window at a time
     assert sorted(plain[begin:begin + 10]) == sorted(shuffled[begin:begin + 10])
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers fitted here: lossless where they say so, never a special token from text, the same after saving."""
+"""Fitted tokenizers: lossless if they claim it, no special tokens from text, the same ids after saving."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ TEXTS = [
     '',
 ]
 SOME = settings(max_examples=40, deadline=None, derandomize=True)
-# All of Unicode, and text of few characters, where tokens meet and overlap in every way.
+# All of Unicode, and text of few characters, where tokens overlap often.
 ANY_TEXT = st.text(max_size=60) | st.text('ab c\n1.\'\u00a0\x1c\u0301é中', max_size=120)
 
 
@@ -50,7 +50,7 @@ def ids_of(tokenizer, texts):
 
 
 def library_ids(tokenizer, texts):
-  """What Hugging Face `tokenizers` makes of the texts with the tokenizer's own file."""
+  """Ids that Hugging Face `tokenizers` gives with the tokenizer's saved file."""
   library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
   library.encode_special_tokens = True
   return [e.ids for e in library.encode_batch(texts, add_special_tokens=False)]
@@ -104,7 +104,7 @@ def test_fitting_is_deterministic(tokenizer):
 
 @pytest.mark.parametrize('name', ['byte', 'bpe'])
 def test_any_text_can_be_encoded(name):
-  tokenizer = fit(name, ['only plain words were seen when it was made'], vocab_size=300)
+  tokenizer = fit(name, ['the training text has only plain words'], vocab_size=300)
 
   @SOME
   @given(st.lists(ANY_TEXT, max_size=4))
@@ -125,8 +125,8 @@ def test_char_has_one_token_a_character(texts):
 
 def test_char_names_the_unknown_character():
   tokenizer = fit('char', ['abc', 'xyz'])
-  for unknown in '\x00mé\U0010FFFF':  # before, between and after the known ones
-    with pytest.raises(DataError, match='at position 2 of a text is not among the 6') as e:
+  for unknown in '\x00mé\U0010FFFF':  # before, between and after the known code points
+    with pytest.raises(DataError, match='at position 2 of a text is not among the 6 characters') as e:
       tokenizer.encode(['abc', f'ab{unknown}c'])
     assert repr(unknown) in str(e.value)
 
@@ -218,7 +218,7 @@ def test_fitting_words_takes_constant_memory():
   assert peak(500) < 1.2 * peak(50)
 
 
-# Byte pairs.
+# BPE.
 
 def test_bpe_learns_merges_up_to_vocab_size():
   corpus = [TEXTS[0]]
@@ -233,7 +233,7 @@ def test_bpe_learns_merges_up_to_vocab_size():
 
 
 def with_splitter(tokenizer, splitter):
-  """The same merges behind the pieces of what is trained here, or of GPT-2."""
+  """A BPE tokenizer with the pattern WORDS, or GPT-2's, and the same merges."""
   spec = json.loads(tokenizer.to_json())
   if splitter == 'gpt2':
     spec['pre_tokenizer'] = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
@@ -258,7 +258,7 @@ def test_bpe_ids_equal_those_of_hugging_face(splitter, corpus, texts, vocab_size
 
 @splitters
 def test_bpe_splits_every_character_class_as_hugging_face(splitter):
-  # Tokens of a letter, digit, mark or space with the first byte of what follows show on which side the cut is.
+  # Tokens of a letter, digit, mark or space and the first byte of the next character show where the pattern cuts.
   byte_of = bpe.byte_alphabet()
   letters = sorted(byte_of, key=byte_of.get)
   pairs = [(letters[ord(a)], letters[b]) for a in 'a1. \n' for b in range(256)]
@@ -310,9 +310,9 @@ def with_merges(merges, extra=()):
 
 
 @pytest.mark.parametrize('spec', [
-    with_merges([('b', 'c'), ('a', 'b'), ('ab', 'c')]),  # abc can't be reached by itself: a, bc
+    with_merges([('b', 'c'), ('a', 'b'), ('ab', 'c')]),  # abc cannot be merged: it encodes to a, bc
     with_merges([('b', 'c'), ('a', 'b'), ('a', 'bc'), ('ab', 'c')]),  # two pairs make abc
-    with_merges([('a', 'b')], extra=['abc']),  # no pair makes it
+    with_merges([('a', 'b')], extra=['abc']),  # no pair makes abc
 ], ids=['unreachable', 'two pairs', 'no pair'])
 def test_bpe_that_tiktoken_cannot_match_uses_hugging_face(spec, tmp_path):
   path = tmp_path / 'tokenizer.json'
@@ -334,6 +334,6 @@ def test_ids_out_of_merge_order_use_hugging_face(tmp_path):
   path.write_text(json.dumps(spec))
   tokenizer = load_tokenizer(path)
   assert bpe.merge_ranks(spec) is None
-  # The very case that tiktoken would do in the other order.
+  # tiktoken would merge these in a different order.
   wrong = bpe.open_bpe({t: i for i, t in enumerate(tokenizer.token_bytes) if t}, bpe.WORDS)
   assert ids_of(tokenizer, ['abc']) == library_ids(tokenizer, ['abc']) != [wrong.encode_ordinary('abc')]

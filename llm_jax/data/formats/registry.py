@@ -1,4 +1,4 @@
-"""Readers, one function a format: (File, SourceConfig) -> documents; and how a file's format is found."""
+"""Readers, one function per format: (File, SourceConfig) -> documents; and how a file's format is found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llm_jax.data.sources import named
 from llm_jax.data.sources.documents import File, Reader, SourceConfig
 from llm_jax.data.stores import token_files
 
-# A new format is a function and a line here.
+# To add a format, write a reader and add a line here.
 FORMATS: dict[str, Reader] = {
     'text': text.text,
     'jsonl': text.jsonl,
@@ -48,7 +48,7 @@ COMPRESSED = ('.gz', '.zst', '.bz2', '.xz')
 
 
 def format_of(file: File, config: SourceConfig) -> str:
-  """The format that is configured, or the one that the file's ending or first bytes tell. Raises ConfigError."""
+  """The configured format, or the one by the file's ending or first bytes. Raises ConfigError."""
   if config.format not in ('auto', *FORMATS):
     raise ConfigError(f'config.data.format: {config.format!r} is unknown; known: auto, {", ".join(FORMATS)}')
   if config.format != 'auto':
@@ -69,7 +69,7 @@ def format_of(file: File, config: SourceConfig) -> str:
     with open_stream(file.path) as stream:
       head = stream.read(64)
   except (DataError, OSError):
-    return 'text'  # its reader will say what is wrong
+    return 'text'  # the reader of text reports the error
   for first, fmt in FIRST_BYTES.items():
     if head.startswith(first):
       return fmt
