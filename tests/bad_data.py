@@ -99,7 +99,8 @@ BAD: dict[str, Bad] = {
     'named pipe': Bad(lambda f: os.mkfifo(f / 'a.txt') or f / 'a.txt', ('neither a file nor a folder',)),
     'file that cannot be read': Bad(lambda f: (f / 'a.txt').symlink_to('/proc/self/mem') or f / 'a.txt',
                                     ('cannot be read: Input/output error',)),
-    'link to nothing': Bad(lambda f: (f / 'a.txt').symlink_to(f / 'gone') or f / 'a.txt', ('link to', 'not there')),
+    'link to nothing': Bad(lambda f: (f / 'a.txt').symlink_to(f / 'gone') or f / 'a.txt',
+                           ('link to', 'does not exist')),
     'fewer than two tokens': Bad(raw('a.txt', 'x'), ('needs 2 or more',)),
     'all filtered out': Bad(raw('a.txt', PROSE), ('0 token', '1 (100.00%) dropped by min_chars'),
                             ('--filters.min_chars=1000000',)),
@@ -197,7 +198,8 @@ BAD: dict[str, Bad] = {
     'npy in three dimensions': Bad(npy(np.ones((2, 2, 2), int)), ('[2, 2, 2]',)),
     'npy of a scalar': Bad(npy(np.int32(7)), ('[]',)),
     'npy of objects': Bad(payload_npy, ('unpickling', 'runs code')),
-    'npy of no characters': Bad(npy(np.array([ord('a'), 0x110000], np.uint32).view('<U1')), ('item 2', 'no character')),
+    'npy of no characters': Bad(npy(np.array([ord('a'), 0x110000], np.uint32).view('<U1')),
+                                ('item 2', 'not a character')),
     'npz of objects': Bad(payload_npz, ('unpickling', 'runs code')),
     'truncated npz': Bad(cut(npz(tokens=_IDS)), ('truncated',)),
     'npz with two arrays': Bad(npz(a=_IDS, b=_IDS), ('a, b', 'config.data.field')),
@@ -294,7 +296,7 @@ BAD: dict[str, Bad] = {
     'format of another file': Bad(raw('a.txt', PROSE), ('not Parquet',), ('--format=parquet',)),
     'unknown tokenizer': Bad(raw('a.txt', PROSE), ("'bte' is not one of", 'byte'), ('--tokenizer=bte',), 78),
     'unknown dtype': Bad(raw('a.bin', bytes(1000)), ("'float32'", 'uint16'), ('--dtype=float32',), 78),
-    'sha256 of a file': Bad(raw('a.txt', PROSE), ('no URL',), (f'--sha256={"0" * 64}',), 78),
+    'sha256 of a file': Bad(raw('a.txt', PROSE), ('not a URL',), (f'--sha256={"0" * 64}',), 78),
 }
 
 _FILES = [raw(f'{i:02}.txt', text) for i, text in enumerate(TEXTS)]

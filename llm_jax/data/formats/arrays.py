@@ -83,7 +83,7 @@ def _texts(block: np.ndarray) -> Iterator[str | bytes | BadRecord]:
   is_bad = codes.max(axis=1, initial=0) > 0x10FFFF
   for begin, end in itertools.pairwise([0, *np.flatnonzero(np.diff(is_bad)) + 1, len(block)]):
     if is_bad[begin]:
-      yield from [BadRecord('', 'it holds a number that is no character')] * (end - begin)
+      yield from [BadRecord('', 'it holds a number that is not a character')] * (end - begin)
     else:
       yield from block[begin:end].tolist()
 

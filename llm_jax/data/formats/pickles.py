@@ -122,7 +122,7 @@ def load_plain(path: Path) -> Any:
         raise DataError('more follows the first pickle; save one object')
     size = _size(value, {}, _MAX_DEPTH)
     if expands_too_much(path.stat().st_size, size):
-      raise DataError(f'it would expand to {size} bytes by repeating what it holds')
+      raise DataError(f'it would expand to {size} bytes by repeating its objects')
     return _plain(value)
   except UserError as e:
     raise DataError(str(e) if str(path) in str(e) else f'{path}: {e}') from None

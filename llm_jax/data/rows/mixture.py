@@ -8,7 +8,7 @@ CYCLE = 10_000  # examples after which the pattern of sources repeats; shares ar
 
 
 class Mixture:
-  """Maps examples to (source, index in it). Weights may change at given examples; each source goes on where it was."""
+  """Maps examples to (source, index in it). Weights may change at given examples; each source keeps its order."""
 
   def __init__(self, weights: list[list[float]], begins: list[int]):
     """`weights[stage][source]`, any positive scale; `begins[stage]` is the example at which a stage begins, 0 first."""

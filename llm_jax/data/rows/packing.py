@@ -11,7 +11,7 @@ Filling = tuple[tuple[int, int], ...]  # contents of a row: (size, number of pie
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-  """(order int64 [P], ends int64 [R]): row r holds the pieces order[ends[r - 1]:ends[r]]. Sizes lie in [1, capacity].
+  """(order int64 [P], ends int64 [R]): row r holds pieces order[ends[r - 1]:ends[r]]. Sizes must be in [1, capacity].
 
   Each piece, largest first, goes to the row where it leaves the least room. Pieces of equal size keep their order.
   """
