@@ -48,7 +48,7 @@ def config_of(tmp_path, **overrides):
 
 
 def rows_of(config, data, store):
-  """(encoder input, target) of each row, as text."""
+  """(ids of the encoder's input, ids of the targets) of each row."""
   examples = open_examples(config, data, store, train=False)
   rows = [examples.make(i, np.random.default_rng(i)) for i in range(len(examples))]
   return [(row['encoder_tokens'][row['encoder_segment_ids'] > 0].tolist(),

@@ -207,7 +207,7 @@ def _tokenizers(config: DataConfig, corpora: dict[str, Corpus],
     first = None if name in bins else corpora[name].first()
     if name in bins or (first is not None and first.answer is None):
       raise ConfigError(f'{path} is for prompts, but {shown(source.path)} holds no pairs of text; set '
-                        'config.data.answer_field to the field of the answers, or set it to None')
+                        'config.data.answer_field to the field of the answers, or encoder_tokenizer to None')
     if first is not None and not (isinstance(first.text, str) and isinstance(first.answer, str)):
       raise ConfigError(f'{path} is for texts, but {shown(source.path)} holds token ids; set it to None')
   [(tokenizer, key), (encoder_tokenizer, encoder_key)] = (
