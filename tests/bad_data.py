@@ -1,7 +1,7 @@
-"""The bad-data corpus: inputs that are broken, hostile or not what they claim, each with what its error must say.
+"""The bad-data corpus: broken, hostile or mislabelled inputs, each with the words that its error must contain.
 
-`BAD` must be refused. `BAD_RECORDS` hold the good documents TEXTS too, and may be skipped over. `WHOLE` are good ones,
-to be damaged anywhere. Real libraries write all of them when a test asks; no broken file is kept.
+`BAD` must be rejected. `BAD_RECORDS` hold the good documents TEXTS too, and bad records that may be skipped. `WHOLE`
+are good inputs, which tests damage. Real libraries write all files during the tests; none is stored in the repository.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from bad_files import (
 
 @dataclasses.dataclass(frozen=True)
 class BadRecords:
-  """An input that holds TEXTS and some bad records, and the words that tell of the first."""
+  """An input that holds TEXTS and some bad records, and the words of the message for the first."""
 
   make: Make
   num_bad: int
@@ -63,12 +63,12 @@ class BadRecords:
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-  """An input, the flags that go with it, and the words that its one message must hold."""
+  """An input, the flags to use with it, and the words that its one message must contain."""
 
   make: Make
   words: tuple[str, ...]
   flags: tuple[str, ...] = ()
-  code: int = 65  # 78 where the fault lies in the flags
+  code: int = 65  # 78: the flags are wrong
   command: str = 'prepare'
 
 
@@ -86,7 +86,7 @@ _AMID_BYTES = [*(text.encode() for text in TEXTS[:6]), b'caf\xe9', *(text.encode
 _SEQ2SEQ = ('--task=seq2seq', '--encoder_len=32', '--seq_len=32', '--packing=pad')
 
 BAD: dict[str, Bad] = {
-    # Nothing there.
+    # Empty or missing.
     'empty file': Bad(raw('a.txt', ''), ('0 token',)),
     'empty folder': Bad(within(), ('holds no files',)),
     'folder of hidden files': Bad(within(raw('.a', 'x')), ('holds no files',)),
@@ -99,7 +99,8 @@ BAD: dict[str, Bad] = {
     'named pipe': Bad(lambda f: os.mkfifo(f / 'a.txt') or f / 'a.txt', ('neither a file nor a folder',)),
     'file that cannot be read': Bad(lambda f: (f / 'a.txt').symlink_to('/proc/self/mem') or f / 'a.txt',
                                     ('cannot be read: Input/output error',)),
-    'link to nothing': Bad(lambda f: (f / 'a.txt').symlink_to(f / 'gone') or f / 'a.txt', ('link to', 'not there')),
+    'link to nothing': Bad(lambda f: (f / 'a.txt').symlink_to(f / 'gone') or f / 'a.txt',
+                           ('link to', 'does not exist')),
     'fewer than two tokens': Bad(raw('a.txt', 'x'), ('needs 2 or more',)),
     'all filtered out': Bad(raw('a.txt', PROSE), ('0 token', '1 (100.00%) dropped by min_chars'),
                             ('--filters.min_chars=1000000',)),
@@ -111,7 +112,7 @@ BAD: dict[str, Bad] = {
         'sqlite': 'text column', 'json': '0 token', 'toml': '0 token', 'csv': '0 token', 'tfrecord': '0 token',
         'array_record': 'not ArrayRecord', 'zip': 'truncated', 'tar': 'empty', 'tgz': 'empty', 'zst': 'empty',
         'pkl': 'pickles'}.items()},
-    # Bytes that are no text.
+    # Not UTF-8 text.
     'invalid UTF-8': Bad(raw('a.txt', PROSE + b'\xff\xfe' + PROSE), (f'byte {len(PROSE)} (ff fe', 'UTF-8')),
     'invalid UTF-8 in a folder': Bad(within(raw('a.txt', PROSE), raw('b.txt', b'ab\xe9')), ('b.txt', 'byte 2')),
     'UTF-8 cut in a character': Bad(raw('a.txt', PROSE + '中'.encode()[:2]), (f'byte {len(PROSE)} ',)),
@@ -189,7 +190,7 @@ BAD: dict[str, Bad] = {
     'HDF5 without the data set': Bad(hdf5(tokens=_IDS), ("no 'body'", 'tokens'), ('--field=body',)),
     'HDF5 with two data sets': Bad(hdf5(a=_IDS, b=_IDS), ('a, b', 'config.data.field')),
     'HDF5 of floats': Bad(hdf5(tokens=np.ones(9)), ('float64',)),
-    'HDF5 length that lies': Bad(hdf5_length, ('length 2147483648', 'at byte')),
+    'HDF5 with a false length': Bad(hdf5_length, ('length 2147483648', 'at byte')),
     'HDF5 bomb': Bad(hdf5_bomb, ('bomb',)),
     'truncated npy': Bad(cut(npy(_IDS)), ('truncated',)),
     'npy of floats': Bad(npy(np.ones(99)), ('float64',)),
@@ -197,7 +198,8 @@ BAD: dict[str, Bad] = {
     'npy in three dimensions': Bad(npy(np.ones((2, 2, 2), int)), ('[2, 2, 2]',)),
     'npy of a scalar': Bad(npy(np.int32(7)), ('[]',)),
     'npy of objects': Bad(payload_npy, ('unpickling', 'runs code')),
-    'npy of no characters': Bad(npy(np.array([ord('a'), 0x110000], np.uint32).view('<U1')), ('item 2', 'no character')),
+    'npy of no characters': Bad(npy(np.array([ord('a'), 0x110000], np.uint32).view('<U1')),
+                                ('item 2', 'not a character')),
     'npz of objects': Bad(payload_npz, ('unpickling', 'runs code')),
     'truncated npz': Bad(cut(npz(tokens=_IDS)), ('truncated',)),
     'npz with two arrays': Bad(npz(a=_IDS, b=_IDS), ('a, b', 'config.data.field')),
@@ -219,7 +221,7 @@ BAD: dict[str, Bad] = {
                                ('--dtype=int32', '--tokenizer=none')),
     'bin beyond the vocabulary': Bad(raw('data.bin', np.array([1, 999] * 99, np.uint16).tobytes()), ('999', '257'),
                                      ('--tokenizer=byte',)),
-    'llm.c header that lies': Bad(raw('data.bin', llmc(20240520, 1000, 500)), ('1000 tokens', '2024')),
+    'llm.c with a false count': Bad(raw('data.bin', llmc(20240520, 1000, 500)), ('1000 tokens', '2024')),
     'llm.c negative count': Bad(raw('data.bin', llmc(20240520, -500, 500)), ('-500',)),
     'ids, then text': Bad(lines('data.jsonl', [{'text': [1, 2, 3]}, {'text': 'hello there'}] * 20),
                           ('data.jsonl:2', 'holds text', 'no tokenizer'), ('--tokenizer=none',)),
@@ -228,9 +230,9 @@ BAD: dict[str, Bad] = {
     'truncated SQLite': Bad(cut(database(_TABLE, (_ROWS[0], _ROWS[1] * 99)), 0.55), ('truncated',)),
     'damaged SQLite': Bad(cut(raw('data.db', b'SQLite format 3\0' + bytes(4080)), 1), ('SQLite',)),
     'SQLite without text': Bad(database(('CREATE TABLE t (n INTEGER)', [])), ('text column', 'config.data.query')),
-    'query that writes': Bad(database(_TABLE, _ROWS), ('DELETE', 'SELECT is wanted'), ('--query=DELETE FROM t',), 78),
-    'query in error': Bad(database(_TABLE, _ROWS), ('syntax', 'SELECT is wanted'), ('--query=SELEKT body FROM t',), 78),
-    'query that attaches': Bad(database(_TABLE, _ROWS), ('SELECT is wanted',), ("--query=ATTACH 'x.db' AS y",), 78),
+    'query that writes': Bad(database(_TABLE, _ROWS), ('DELETE', 'one SELECT'), ('--query=DELETE FROM t',), 78),
+    'query in error': Bad(database(_TABLE, _ROWS), ('syntax', 'one SELECT'), ('--query=SELEKT body FROM t',), 78),
+    'query that attaches': Bad(database(_TABLE, _ROWS), ('one SELECT',), ("--query=ATTACH 'x.db' AS y",), 78),
     # Archives.
     'truncated zip': Bad(cut(zipped({'a.txt': PROSE})), ('truncated',)),
     'zip bomb': Bad(zipped({'a.txt': bytes(1 << 25)}), ('a.txt', 'bomb')),
@@ -265,7 +267,7 @@ BAD: dict[str, Bad] = {
                           'inspect'),
     'label missing once': Bad(lines('data.jsonl', [*_LABELLED[:6], {'text': 'x'}, *_LABELLED]),
                               ('line 7', "'label' is missing"), ('--label_field=label',)),
-    'prompts that leave no room': Bad(lines('data.jsonl', _PAIRS), ('no row', 'larger seq_len'),
+    'prompts that leave no room': Bad(lines('data.jsonl', _PAIRS), ('no row', 'larger config.data.seq_len'),
                                       ('--field=prompt', '--answer_field=answer', '--task=prompt_answer', '--seq_len=8',
                                        '--packing=pad', '--truncate=right'), command='inspect'),
     'label of another width': Bad(lines('data.jsonl', [*_LABELLED, {'text': 'x', 'label': [1, 2]}]),
@@ -289,12 +291,12 @@ BAD: dict[str, Bad] = {
                               ('tok.model', 'not a SentencePiece'), ('--tokenizer={folder}/tok.model',)),
     'missing tokenizer.json': Bad(raw('a.txt', PROSE), ('tok.json', 'cannot be read'),
                                   ('--tokenizer={folder}/tok.json',)),
-    # Flags that fit no data.
+    # Wrong flags.
     'unknown format': Bad(raw('a.txt', PROSE), ("'doc' is unknown", 'jsonl'), ('--format=doc',), 78),
     'format of another file': Bad(raw('a.txt', PROSE), ('not Parquet',), ('--format=parquet',)),
-    'unknown tokenizer': Bad(raw('a.txt', PROSE), ("'bte' is none of", 'byte'), ('--tokenizer=bte',), 78),
+    'unknown tokenizer': Bad(raw('a.txt', PROSE), ("'bte' is not one of", 'byte'), ('--tokenizer=bte',), 78),
     'unknown dtype': Bad(raw('a.bin', bytes(1000)), ("'float32'", 'uint16'), ('--dtype=float32',), 78),
-    'sha256 of a file': Bad(raw('a.txt', PROSE), ('no URL',), (f'--sha256={"0" * 64}',), 78),
+    'sha256 of a file': Bad(raw('a.txt', PROSE), ('not a URL',), (f'--sha256={"0" * 64}',), 78),
 }
 
 _FILES = [raw(f'{i:02}.txt', text) for i, text in enumerate(TEXTS)]
@@ -330,7 +332,7 @@ BAD_RECORDS: dict[str, BadRecords] = {
                                 ('data.zip/x.txt', 'byte 2')),
 }
 
-# Name -> (maker, whether a part of it can be told from the whole).
+# Name -> (maker, whether the reader can detect truncation).
 WHOLE: dict[str, tuple[Make, bool]] = {
     'text': (raw('data.txt', 'Grüße 中文\n' * 30), False),
     'jsonl': (_JSONL, False),
@@ -350,7 +352,7 @@ WHOLE: dict[str, tuple[Make, bool]] = {
     'npy of text': (npy(np.array(TEXTS)), True),
     'npz': (npz(tokens=_IDS), True),
     'arrayrecord': (arrayrecord([text.encode() for text in TEXTS]), True),
-    'tfrecord': (tfrecord([text.encode() for text in TEXTS]), False),  # a cut between two records leaves a whole file
+    'tfrecord': (tfrecord([text.encode() for text in TEXTS]), False),  # a file cut between two records is valid
     'SQLite': (database(_TABLE, _ROWS), True),
     'zip': (zipped({'a.txt': PROSE, 'b.txt': PROSE}), True),
     'tar': (tarred('a.txt'), True),

@@ -1,4 +1,4 @@
-"""Writes the files of the bad-data corpus: each function takes what a file should hold and gives its maker."""
+"""Writers of the bad-data corpus: each function takes the contents of a file and returns a function that writes it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-Make = Callable[[Path], Path]  # writes into a folder; what --path is to name
+Make = Callable[[Path], Path]  # (folder to write into) -> the path for --path
 
 TEXTS = [f'Document {i} says {i * i}, and nothing else.\n' for i in range(40)]
 PROSE = ''.join(TEXTS).encode() * 20
-MARKER = 'code_was_run'  # what the payloads would make, in the folder of the test
+MARKER = 'code_was_run'  # the folder that a payload would make if it ran
 
 
 class Payload:
-  """Unpickled, it makes a file."""
+  """Unpickling it makes the folder `marker`."""
 
   def __init__(self, marker: Path):
     self.marker = marker
@@ -57,7 +57,7 @@ def cut(whole: Make, keep: float = 0.6) -> Make:
 
 
 def damaged(whole: Make, at: float = 0.5) -> Make:
-  """Four bytes are others: at a share of the file, or so many before its end."""
+  """Changes four bytes, at the share `at` of the file, or -`at` bytes before its end."""
   def make(folder: Path) -> Path:
     path = whole(folder)
     data = bytearray(path.read_bytes())
@@ -73,7 +73,7 @@ def renamed(whole: Make, name: str) -> Make:
 
 
 def within(*makes: Make) -> Make:
-  """A folder of what they make."""
+  """A folder with the files of all `makes`."""
   def make(folder: Path) -> Path:
     (folder / 'corpus').mkdir()
     for one in makes:
@@ -83,13 +83,13 @@ def within(*makes: Make) -> Make:
 
 
 def lines(name: str, records: Iterable[object]) -> Make:
-  """JSON lines; bytes and texts stand as they are."""
+  """JSON lines; bytes and texts are written unchanged."""
   return raw(name, b''.join((r if isinstance(r, bytes) else r.encode() if isinstance(r, str) else
                              json.dumps(r).encode()) + b'\n' for r in records))
 
 
 def amid(*bad: object, at: int = 6) -> list[object]:
-  """Good records with bad ones among them: the first is number `at` + 1."""
+  """Good records with bad ones among them; the first bad one is number `at` + 1."""
   records: list[object] = [{'text': text} for text in TEXTS]
   return [*records[:at], *bad, *records[at:]]
 
@@ -146,7 +146,7 @@ def hdf5_bomb(folder: Path) -> Path:
 
 
 def hdf5_length(folder: Path) -> Path:
-  """The third text is said to take 2 GB."""
+  """The stored length of the third text is 2 GB."""
   import h5py
   path = hdf5(text=['one', 'two', 'three'])(folder)
   with h5py.File(path) as f:
@@ -224,7 +224,7 @@ def database(*statements: tuple[str, list]) -> Make:
 def zipped(members: dict[str, bytes], mode: int = 0) -> Make:
   def make(folder: Path) -> Path:
     with zipfile.ZipFile(folder / 'data.zip', 'w', zipfile.ZIP_DEFLATED) as archive, warnings.catch_warnings():
-      warnings.simplefilter('ignore')  # a name given twice
+      warnings.simplefilter('ignore')  # duplicate names
       for name, data in members.items():
         info = zipfile.ZipInfo(name)
         info.external_attr = mode << 16
@@ -234,7 +234,7 @@ def zipped(members: dict[str, bytes], mode: int = 0) -> Make:
 
 
 def encrypted(whole: Make) -> Make:
-  """The flag that says so, in the local and the central header."""
+  """Sets the flag for encryption in the local and the central header."""
   def make(folder: Path) -> Path:
     path = whole(folder)
     data = bytearray(path.read_bytes())
@@ -264,7 +264,7 @@ def llmc(magic: int, stated: int, tokens: int) -> bytes:
 
 
 def saved_dataset(**changed: str) -> Make:
-  """A folder as `datasets` saves it, with files taken away (None) or replaced."""
+  """A folder as `datasets` saves it, with some files replaced."""
   def make(folder: Path) -> Path:
     path = arrow({'text': TEXTS}, stream=True)(folder)
     saved = folder / 'saved'

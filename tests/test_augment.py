@@ -1,4 +1,4 @@
-"""Augmentation disturbs its share of what is read, and nothing else."""
+"""Augmentation changes its share of the input tokens, and nothing else."""
 
 from collections import Counter
 
@@ -10,7 +10,7 @@ from llm_jax.data.rows.augment import Augment
 from llm_jax.data.rows.tasks import NextToken, SpanCorruption
 
 
-def test_augmentation_disturbs_its_share_of_what_is_read_and_nothing_else():
+def test_augmentation_changes_only_its_share_of_input_tokens():
   store = make_store([50] * 300)
   settings_ = {'seq_len': 64, 'packing': 'pad'}
   plain = make(store, NextToken(), **settings_)
@@ -32,7 +32,7 @@ def test_augmentation_disturbs_its_share_of_what_is_read_and_nothing_else():
   assert not plain.random
 
 
-def test_augmentation_leaves_sentinels_and_reaches_the_encoder():
+def test_augmentation_reaches_the_encoder_but_not_sentinels():
   store = make_store([40] * 20)
   rows = rows_of(make(store, SpanCorruption(), encoder_len=64, seq_len=64, augment=Augment(token_dropout=1.0)))
   for row in rows:
@@ -41,7 +41,7 @@ def test_augmentation_leaves_sentinels_and_reaches_the_encoder():
     assert ((row['targets'] > BOS) & (row['targets'] < VOCAB)).sum() == 6
 
 
-def test_jitter_moves_windows_about_and_keeps_them_inside():
+def test_jitter_moves_windows_inside_the_store():
   store = make_store([1000])
   examples = make(store, NextToken(), seq_len=10, augment=Augment(jitter=True))
   begins = {i: {int(examples.make(i, np.random.default_rng(seed))['targets'][0]) - 2 for seed in range(300)}

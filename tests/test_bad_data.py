@@ -1,6 +1,6 @@
-"""Bad data ends soon in one message that says where and what, with exit code 65; or it is skipped, counted and told.
+"""Bad data quickly gives one message with place and reason, and exit code 65; or it is skipped and counted.
 
-Most run in this process, by the same `main`; the most telling as a user runs them.
+Most cases call `main` in this process; some run as processes of their own.
 """
 
 import gzip
@@ -30,7 +30,7 @@ from llm_jax.data.tokenizers.tokenizer import decode
 from llm_jax.main import run_as_program
 
 SECONDS = 5
-PROGRESS = ('tokenizing', 'fetching')  # bars are written to stderr too
+PROGRESS = ('tokenizing', 'fetching')  # progress bars on stderr
 AS_PROCESSES = (
     'empty file', 'invalid UTF-8', 'malformed line 7', 'truncated gz', 'zst bomb', 'truncated parquet',
     'truncated HDF5', 'npy of objects', 'damaged arrayrecord', 'id beyond the vocabulary', 'query that writes',
@@ -51,7 +51,7 @@ def arguments(path, flags, folder):
 
 @pytest.fixture
 def program(capfd, monkeypatch):
-  """A function (command, argv) -> (exit code, stdout, stderr, seconds) of the program, run in this process."""
+  """A function (command, argv) -> (exit code, stdout, stderr, seconds) that runs the program in this process."""
   def run(command, argv):
     monkeypatch.setattr(sys, 'argv', [command, *argv])
     capfd.readouterr()
@@ -67,7 +67,7 @@ def program(capfd, monkeypatch):
 
 
 def check_message(code, err, wanted_code, words):
-  """One message, on one line, with the words in it."""
+  """Asserts the exit code and one message, on one line, with all words in it."""
   lines = [line for line in err.splitlines() if not line.startswith(PROGRESS)]
   assert code == wanted_code, err
   assert 'Traceback' not in err
@@ -77,28 +77,28 @@ def check_message(code, err, wanted_code, words):
 
 
 def where(bad, path):
-  """What names the place: the file; the flag, where that is at fault; the tokenizer's file, which the words name."""
+  """The file name that the message must contain; none if the fault is in flags or in a tokenizer's file."""
   return () if bad.code == 78 or bad.flags else (path.name,)
 
 
 @pytest.mark.parametrize('name', BAD)
-def test_is_refused_again_and_again(name, tmp_path, program):
+def test_bad_input_is_rejected_with_one_message(name, tmp_path, program):
   bad = BAD[name]
   path = bad.make(tmp_path)
   before = sorted(tmp_path.rglob('*'))
   messages = []
-  for _ in range(2):  # nothing is left that the second would take for good
+  for _ in range(2):  # the first run must leave nothing that the second would use
     code, _, err, seconds = program(bad.command, arguments(path, bad.flags, tmp_path))
     messages.append(check_message(code, err, bad.code, (*bad.words, *where(bad, path))))
     assert seconds < SECONDS
   assert messages[0] == messages[1]
   after = [p for p in sorted(tmp_path.rglob('*')) if tmp_path / 'cache' not in (p, *p.parents)]
-  assert after == before, 'nothing is written beside the data'
+  assert after == before, 'a file was written beside the data'
   assert not (tmp_path / MARKER).exists(), 'code was run'
 
 
 @pytest.mark.parametrize('name', AS_PROCESSES)
-def test_is_refused_as_a_user_meets_it(name, tmp_path):
+def test_bad_input_is_rejected_by_the_program(name, tmp_path):
   bad = BAD[name]
   argv = arguments(bad.make(tmp_path), bad.flags, tmp_path)
   begin = time.perf_counter()
@@ -121,7 +121,7 @@ def documents(config):
 
 
 @pytest.mark.parametrize('name', BAD_RECORDS)
-def test_bad_records_are_skipped_counted_and_told(name, tmp_path, program):
+def test_bad_records_are_skipped_and_counted(name, tmp_path, program):
   bad = BAD_RECORDS[name]
   path = bad.make(tmp_path)
   argv = ['--split=document', '--val_fraction=0.3', *bad.flags]
@@ -132,7 +132,7 @@ def test_bad_records_are_skipped_counted_and_told(name, tmp_path, program):
   code, out, err, seconds = program('prepare', arguments(path, skip, tmp_path))
   assert code == 0, err
   assert f'{len(TEXTS)} kept, 0 dropped, {bad.num_bad} bad' in out
-  [first] = [line for line in out.splitlines() if 'the first bad one' in line]
+  [first] = [line for line in out.splitlines() if 'the first bad record' in line]
   assert [word for word in bad.words if word not in first] == [], first
   assert seconds < SECONDS
   assert not list(tmp_path.rglob(MARKER))
@@ -145,7 +145,7 @@ def test_bad_records_are_skipped_counted_and_told(name, tmp_path, program):
 
 
 @pytest.mark.parametrize('name', ['lines of jsonl', 'damaged archive in a folder', 'rows of parquet'])
-def test_more_bad_records_than_allowed(name, tmp_path, program):
+def test_too_many_bad_records_are_an_error(name, tmp_path, program):
   bad = BAD_RECORDS[name]
   argv = arguments(bad.make(tmp_path), (*bad.flags, '--on_bad_record=skip', '--max_bad_fraction=0.02'), tmp_path)
   for _ in range(2):
@@ -155,16 +155,16 @@ def test_more_bad_records_than_allowed(name, tmp_path, program):
 
 
 @pytest.mark.parametrize('name', [name for name in BAD if name.startswith(('truncated', 'damaged', 'zip ', 'gz bomb'))])
-def test_damaged_file_is_never_a_silent_prefix(name, tmp_path, program):
-  """Skipping what is bad, the file is told as bad, or nothing of it is used."""
+def test_a_damaged_file_is_never_used_silently(name, tmp_path, program):
+  """With on_bad_record=skip, the file is reported as bad, or nothing of it is used."""
   bad = BAD[name]
   argv = arguments(bad.make(tmp_path), (*bad.flags, '--on_bad_record=skip', '--max_bad_fraction=1.0'), tmp_path)
   code, out, err, seconds = program('prepare', argv)
-  assert code == 65 or (code == 0 and ', 1 bad' in out and 'the first bad one' in out), err
+  assert code == 65 or (code == 0 and ', 1 bad' in out and 'the first bad record' in out), err
   assert 'Traceback' not in err and seconds < SECONDS
 
 
-def test_truncated_stream_gives_its_whole_lines_and_is_told(tmp_path, program):
+def test_a_truncated_stream_gives_its_complete_lines(tmp_path, program):
   rng = random.Random(0)
   texts = [rng.randbytes(400).hex() for _ in range(4000)]
   whole = ''.join(json.dumps({'text': text}) + '\n' for text in texts).encode()
@@ -172,14 +172,14 @@ def test_truncated_stream_gives_its_whole_lines_and_is_told(tmp_path, program):
   argv = arguments(path, ('--on_bad_record=skip', '--split=tail'), tmp_path)
   code, out, err, _ = program('prepare', argv)
   assert code == 0, err
-  assert ', 1 bad' in out and f'the first bad one: {path} at byte' in out
+  assert ', 1 bad' in out and f'the first bad record: {path} at byte' in out
   found, report = documents(DataConfig(path=str(path), tokenizer='byte', split='tail', on_bad_record='skip'))
   assert 1000 < report['kept'] < 3000 and report['bad'] == 1
   assert ''.join(found) == ''.join(texts[:report['kept']])
 
 
 def read(path, cache):
-  """(documents, what is said of bad ones)."""
+  """(documents, messages for bad ones)."""
   good, bad = [], []
   try:
     for _, item in open_source(SourceConfig(path=str(path), field='text' if path.suffix == '.csv' else None),
@@ -194,9 +194,9 @@ def read(path, cache):
 
 
 @pytest.mark.parametrize('name', WHOLE)
-def test_any_cut_and_any_other_byte_is_told_in_one_line_or_harmless(name, tmp_path):
-  """Whatever happened to a file: no exception but DataError; and no cut goes unnoticed where the format can tell."""
-  make, tells = WHOLE[name]
+def test_damage_gives_one_line_messages_and_no_silent_cut(name, tmp_path):
+  """A damaged file raises nothing but DataError; truncation is always detected if the format allows it."""
+  make, detects_cuts = WHOLE[name]
   path = make(tmp_path)
   whole = path.read_bytes()
   good, bad = read(path, tmp_path / 'cache')
@@ -205,7 +205,7 @@ def test_any_cut_and_any_other_byte_is_told_in_one_line_or_harmless(name, tmp_pa
   for i in range(12):
     path.write_bytes(whole[:rng.randrange(len(whole))])
     found, bad = read(path, tmp_path / f'cut{i}')
-    assert bad or found == good or not tells, f'a silent part of {len(path.read_bytes())} of {len(whole)} bytes'
+    assert bad or found == good or not detects_cuts, f'silently used {len(path.read_bytes())} of {len(whole)} bytes'
     assert all(str(tmp_path) in message and '\n' not in message for message in bad), bad
     other = bytearray(whole)
     for at in rng.choices(range(len(whole)), k=rng.choice([1, 4])):
@@ -217,7 +217,7 @@ def test_any_cut_and_any_other_byte_is_told_in_one_line_or_harmless(name, tmp_pa
 
 @pytest.fixture
 def server():
-  """Serves PROSE; /short breaks off, /missing is not there."""
+  """Serves PROSE; /short.txt is cut, /missing.txt does not exist."""
   class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
       body = PROSE[:100] if self.path == '/short.txt' else PROSE
@@ -240,7 +240,7 @@ def server():
     ('short.txt', [], ['short.txt', f'100 of {len(PROSE)} bytes']),
     ('a.txt', ['--sha256=' + '0' * 64], ['a.txt', hashlib.sha256(PROSE).hexdigest(), '0' * 64]),
 ])
-def test_bad_download(name, flags, words, server, tmp_path, program):
+def test_a_bad_download_is_a_data_error(name, flags, words, server, tmp_path, program):
   for _ in range(2):
     code, _, err, seconds = program('prepare', arguments(f'{server}/{name}', flags, tmp_path))
     check_message(code, err, 65, words)
@@ -251,13 +251,13 @@ def test_bad_download(name, flags, words, server, tmp_path, program):
     ('http://127.0.0.1:9/a.txt', ['127.0.0.1:9/a.txt', 'refused']),
     ('hf:nobody/nothing', ['hf:nobody/nothing', 'save_to_disk']),
 ])
-def test_without_a_network(path, words, tmp_path, program, monkeypatch):
+def test_an_unreachable_host_is_a_data_error(path, words, tmp_path, program, monkeypatch):
   monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
   code, _, err, seconds = program('prepare', arguments(path, (), tmp_path))
   check_message(code, err, 65, words)
   assert seconds < SECONDS
 
 
-def test_the_corpus_is_as_large_as_promised():
+def test_the_corpus_has_enough_cases():
   assert len(BAD) >= 60
   assert {bad.code for bad in BAD.values()} == {65, 78}

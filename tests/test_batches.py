@@ -1,4 +1,4 @@
-"""From text to batches, with every kind of example: the same for all hosts, workers and starts; no token lost."""
+"""Batches made from text, for every kind of example: equal on all hosts and after restarts; no token is lost."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ ROWS = 8
 
 @pytest.fixture(scope='module')
 def corpora(tmp_path_factory):
-  """Three folders of documents of uneven lengths, in no two of which the same character is."""
+  """Three folders of documents of uneven lengths; no character occurs in two folders."""
   root = tmp_path_factory.mktemp('corpora')
   rng = np.random.default_rng(0)
   for i, name in enumerate('abc'):
@@ -65,7 +65,7 @@ def digest(batch):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_batch_n_is_the_same_for_all_hosts_prefetched_or_not_and_after_a_start_at_n(corpora, kind):
+def test_batch_n_is_the_same_on_all_hosts_and_after_a_restart(corpora, kind):
   numbers = [0, 1, 4, 5, 6, 57, 100_000]  # the mixture changes at 5
   whole = open_batches(corpora, kind)
   expected = {n: batch_at(whole, n) for n in reversed(numbers)}
@@ -109,16 +109,16 @@ def test_worker_processes_make_the_same_batches(corpora):
 
 
 @pytest.mark.parametrize('kind', ['next_token', 'best_fit', 'mixture'])
-def test_rows_kept_in_memory_are_those_made_again(corpora, kind, monkeypatch):
+def test_cached_rows_equal_rows_made_again(corpora, kind, monkeypatch):
   calls, make = [], Examples.make
   monkeypatch.setattr(Examples, 'make', lambda *args: calls.append(args) or make(*args))
-  expected = [batch_at(open_batches(corpora, kind), n) for n in range(60)]  # of several epochs, each by a fresh one
+  expected = [batch_at(open_batches(corpora, kind), n) for n in range(60)]  # several epochs, no cache
   calls.clear()
   kept = open_batches(corpora, kind)
   for n in range(60):
     assert_equal(batch_at(kept, n), expected[n])
   num_rows = {id(examples): len(examples) for examples, *_ in calls}
-  assert sum(num_rows.values()) >= len(calls) - len(num_rows), 'a row was made twice'  # the first: for its shape
+  assert sum(num_rows.values()) >= len(calls) - len(num_rows), 'a row was made twice'  # but row 0, for its shape
 
   monkeypatch.setattr(pipeline, 'KEPT_BYTES', 0)
   calls.clear()
@@ -128,12 +128,12 @@ def test_rows_kept_in_memory_are_those_made_again(corpora, kind, monkeypatch):
   assert len(calls) >= 60 * ROWS
 
 
-# Tokens in = tokens in rows + dropped_tokens.
+# Tokens in the store = tokens in rows + dropped_tokens.
 
 @pytest.mark.parametrize(('packing', 'truncate'), [('concat', 'auto'), *itertools.product(('best_fit', 'pad'),
                                                                                        ('split', 'left', 'right'))])
 @pytest.mark.parametrize('tokenizer', ['char', 'word'])  # one special token; bos and eos
-def test_tokens_in_are_tokens_in_rows_and_dropped_ones(corpora, packing, truncate, tokenizer):
+def test_stored_tokens_are_in_rows_or_counted_as_dropped(corpora, packing, truncate, tokenizer):
   config = dataclasses.replace(config_of(corpora, 'next_token'), packing=packing, truncate=truncate,
                                tokenizer=tokenizer, pattern=r'\S')
   data = open_data(config)
@@ -141,10 +141,10 @@ def test_tokens_in_are_tokens_in_rows_and_dropped_ones(corpora, packing, truncat
   for train in (True, False):
     examples = open_examples(config, data, data.train['data'], train=train)
     targets = np.array(real(rows_of(examples), 'targets'))
-    if packing == 'concat':  # the first is no target
+    if packing == 'concat':  # the first token is no target
       np.testing.assert_array_equal(targets, tokens[1:])
       assert examples.dropped_tokens == 0
-    else:  # each document's first is no target; the one after its last is, stored or not
+    else:  # a document's first token is no target; the eos after its last one is, stored or not
       num_documents = len(data.train['data'].starts)
       ends = num_documents if data.bos_id == data.eos_id else 0
       assert len(targets) + examples.dropped_tokens == len(tokens) - num_documents + ends

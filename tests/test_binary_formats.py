@@ -1,4 +1,4 @@
-"""Tables, arrays and record files: written by the real libraries, read back equal, cut at many places, corrupted."""
+"""Tables, arrays and record files of real libraries: read back equal, truncated at many places, damaged."""
 
 import random
 import shutil
@@ -66,7 +66,7 @@ def _ragged():
 
 
 TABLE = pa.table({'text': TEXTS, 'n': range(400)})
-# name of a file -> (reader, what writes it, what is in it, config)
+# name of a file -> (reader, writer, contents, config)
 WRITERS = {
     'text.parquet': (parquet, lambda p: pa.parquet.write_table(TABLE, p, row_group_size=100), TEXTS, {}),
     'zstd.parquet': (parquet, lambda p: pa.parquet.write_table(TABLE, p, compression='zstd'), TEXTS, {'field': 'text'}),
@@ -110,7 +110,7 @@ def same(documents, wanted):
 
 
 @pytest.mark.parametrize('name', WRITERS)
-def test_round_trip_and_no_silent_prefix(name, tmp_path):
+def test_files_round_trip_and_truncation_is_an_error(name, tmp_path):
   reader, write, wanted, config = WRITERS[name]
   path = tmp_path / name
   write(path)
@@ -120,15 +120,15 @@ def test_round_trip_and_no_silent_prefix(name, tmp_path):
   whole = path.read_bytes()
   cuts = {1, 2, 3, 5, 8, 11, 12, 16, 64, *range(50, len(whole), len(whole) // 12)}
   cuts |= {len(whole) - i for i in (1, 2, 7, 9, 30)}
-  for cut in cuts if name == 'x.tfrecord' else {0, *cuts}:  # an empty one is a TFRecord file without records
+  for cut in cuts if name == 'x.tfrecord' else {0, *cuts}:  # an empty file is a valid TFRecord file
     path.write_bytes(whole[:cut])
     with pytest.raises(DataError, match=str(path)):
       read(reader, path, **config)
 
 
-# Without checksums around values of variable length, the HDF5 library itself can hang.
+# Values of variable length have no checksums in HDF5, and the library itself can hang on damaged ones.
 @pytest.mark.parametrize('name', [name for name in WRITERS if name not in ('texts.h5', 'ragged.h5')])
-def test_a_flipped_bit_ends_in_nothing_but_documents_or_a_data_error(name, tmp_path):
+def test_a_flipped_bit_gives_documents_or_a_data_error(name, tmp_path):
   reader, write, _, config = WRITERS[name]
   path = tmp_path / name
   write(path)
@@ -145,7 +145,7 @@ def test_a_flipped_bit_ends_in_nothing_but_documents_or_a_data_error(name, tmp_p
 
 @pytest.mark.parametrize('reader', sorted({w[0] for w in WRITERS.values()} - {tfrecord}, key=lambda r: r.__name__),
                          ids=lambda r: r.__name__)
-def test_another_format_is_told(reader, tmp_path):
+def test_a_file_of_another_format_is_an_error(reader, tmp_path):
   path = tmp_path / 'x'
   for data in (b'', b'plain text\n' * 100, bytes(5000), RANDOM.randbytes(5000)):
     path.write_bytes(data)
@@ -165,7 +165,7 @@ def test_parquet_pairs_round_trip(tmp_path_factory, rows):
   assert [(d.text, d.answer) for d in read(parquet, path)] == rows
 
 
-def test_rows_of_a_table_that_are_bad(tmp_path):
+def test_bad_table_rows_are_reported(tmp_path):
   path = tmp_path / 'x.parquet'
   texts = pa.array(['one', None, 'x' * 500]).cast(pa.binary())
   texts = pa.concat_arrays([texts, pa.array([b'\xff'])])
@@ -188,7 +188,7 @@ def test_rows_of_a_table_that_are_bad(tmp_path):
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-  """Folders that the real package wrote: a set of three shards out of order, and a dict of splits."""
+  """Folders written by the package datasets: a shuffled set in three shards, and a dict of splits."""
   import datasets
   datasets.disable_progress_bars()
   folder = tmp_path_factory.mktemp('saved')
@@ -198,7 +198,7 @@ def saved(tmp_path_factory):
   return folder, datasets.load_from_disk(folder / 'shards')['text'][:]
 
 
-def test_hugging_face_folders(saved, tmp_path):
+def test_hugging_face_folders_are_read_and_checked(saved, tmp_path):
   folder, shuffled = saved
   documents = read(huggingface, folder / 'shards')
   assert same(documents, shuffled) and documents[-1].name == 'shards:400'
@@ -219,7 +219,7 @@ def test_hugging_face_folders(saved, tmp_path):
     read(huggingface, tmp_path / 'missing')
 
 
-def test_the_hub_out_of_reach_is_told_at_once(monkeypatch, tmp_path):
+def test_an_unreachable_hub_is_reported_within_seconds(monkeypatch, tmp_path):
   monkeypatch.setenv('HF_ENDPOINT', 'https://hub.invalid')
   for proxy in ('http_proxy', 'https_proxy', 'all_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY'):
     monkeypatch.delenv(proxy, raising=False)
@@ -231,8 +231,8 @@ def test_the_hub_out_of_reach_is_told_at_once(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('array, word', [
     (np.array([1.5]), 'float64'), (np.array([{}], object), 'unpickling'), (np.zeros((2, 2, 2), int), r'\[2, 2, 2\]'),
-    (np.asfortranarray(ROWS), 'Fortran'), (np.array(3), 'int64'), (np.zeros(2, [('a', int)]), 'wanted')])
-def test_arrays_that_are_no_documents(array, word, tmp_path):
+    (np.asfortranarray(ROWS), 'Fortran'), (np.array(3), 'int64'), (np.zeros(2, [('a', int)]), 'must hold integers')])
+def test_unsupported_arrays_are_an_error(array, word, tmp_path):
   np.save(tmp_path / 'x.npy', array, allow_pickle=True)
   np.savez(tmp_path / 'x.npz', allow_pickle=True, a=array)
   for reader, name in ((npy, 'x.npy'), (npz, 'x.npz')):
@@ -240,7 +240,7 @@ def test_arrays_that_are_no_documents(array, word, tmp_path):
       read(reader, tmp_path / name)
 
 
-def test_negative_ids(tmp_path):
+def test_negative_ids_are_bad_records(tmp_path):
   np.save(tmp_path / 'x.npy', np.array([[1, 2], [3, -4]]))
   document, bad = read(npy, tmp_path / 'x.npy')
   assert document.text.tolist() == [1, 2] and '-4' in bad.why and bad.where.endswith('row 2')
@@ -248,7 +248,7 @@ def test_negative_ids(tmp_path):
   assert '-4' in read(npy, tmp_path / 'y.npy')[0].why
 
 
-def test_bombs_and_ambiguous_members(tmp_path):
+def test_bombs_and_ambiguous_members_are_errors(tmp_path):
   np.savez_compressed(tmp_path / 'x.npz', a=np.zeros(30 << 20, np.uint8))
   with pytest.raises(DataError, match='bomb'):
     read(npz, tmp_path / 'x.npz')
@@ -281,7 +281,7 @@ def _field(number, data):
 
 
 def _example(**features):
-  """A tf.train.Example, spelled by hand from the wire format: another way than the reader's."""
+  """A tf.train.Example, encoded by hand, independently of the reader."""
   entries = b''
   for name, value in features.items():
     if isinstance(value, str):
@@ -301,7 +301,7 @@ def _write_tf(path, records):
   writer.close()
 
 
-def test_what_a_tfrecord_holds_is_told_by_the_first_record(tmp_path):
+def test_the_first_tfrecord_determines_the_kind(tmp_path):
   path = tmp_path / 'x.tfrecord'
   _write_tf(path, [_example(text=t, score=0.5, n=[3]) for t in TEXTS])
   documents = read(tfrecord, path, label_field='score')
@@ -318,7 +318,7 @@ def test_what_a_tfrecord_holds_is_told_by_the_first_record(tmp_path):
   assert documents[2].where == f'{path}, record 3'
 
 
-def test_checksums_of_tfrecords(tmp_path):
+def test_tfrecord_checksums_are_right(tmp_path):
   assert crc32c(b'123456789') == 0xE3069283  # the check value of RFC 3720's polynomial
   assert crc32c(bytes(32)) == 0x8A9136AA and crc32c(b'') == 0  # RFC 3720, B.4
   from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c as theirs

@@ -1,4 +1,4 @@
-"""Plain pickles become Parquet; those that ask for anything else end in one message, and nothing of them is run."""
+"""Pickles of plain data become Parquet; all others give one message, and none of their code is run."""
 
 import collections
 import os
@@ -29,7 +29,6 @@ def main(argv):
   return 0
 
 
-
 def dump(path, value, protocol=None):
   path.write_bytes(pickle.dumps(value, protocol))
   return path
@@ -40,7 +39,7 @@ def documents(path, **config):
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
-def test_known_shapes(protocol, tmp_path):
+def test_plain_values_become_parquet(protocol, tmp_path):
   texts = ['one', 'zwei é\r\n', '𝄞', '']
   ids = [np.array([1, 2, 3], dtype) for dtype in (np.uint16, '>i4', np.int64)]
   scalars = [{'text': t, 'label': np.float32(i), 'n': np.int64(i)} for i, t in enumerate(texts)]
@@ -76,8 +75,8 @@ def test_arrays_come_back_equal(array, protocol, tmp_path):
   np.testing.assert_array_equal(np.asarray(found[1]), array)
 
 
-def test_pickles_of_numpy_1(tmp_path):
-  """NumPy 1 named its modules numpy.core: spelled by hand, as the new one no longer writes them."""
+def test_pickles_of_numpy_1_are_read(tmp_path):
+  """NumPy 1 named its modules numpy.core; replaced by hand, as NumPy 2 no longer writes that name."""
   path = tmp_path / 'x.pkl'
   for value in ([np.arange(3)], [np.int64(3)]):
     path.write_bytes(pickle.dumps(value, 2).replace(b'numpy._core.', b'numpy.core.'))
@@ -121,8 +120,8 @@ def test_payloads_are_not_run(name, protocol, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['x.pkl']
 
 
-def test_opcodes_that_reach_for_more(tmp_path):
-  """Hand-made pickles: dotted names, codecs that are no encodings, stand-ins in places they are not made for."""
+def test_unsafe_opcodes_are_rejected(tmp_path):
+  """Hand-made pickles: dotted names, codecs that are not encodings, replacements used in unexpected places."""
   for data in (b'cnumpy\nndarray.__class__\n.', b'\x80\x04\x8c\x08builtins\x8c\x08str.join\x93.', b'c__main__\nx\n.',
                b'c_codecs\nencode\n(Vx\nVzip\ntR.', b'cnumpy\nndarray\n(I5\ntR.', b'P1\n.', b'\x82\x01.',
                b'cnumpy\ndtype\n(VO\ntR(I3\nV<\nNNNI-1\nI-1\nI63\ntb.',
@@ -135,7 +134,7 @@ def test_opcodes_that_reach_for_more(tmp_path):
   assert not (tmp_path / 'out.parquet').exists()
 
 
-def test_bombs(tmp_path, capsys):
+def test_expanding_pickles_are_rejected(tmp_path, capsys):
   text = 'x' * 1_000_000
   loop = []
   loop.append(loop)
@@ -148,7 +147,7 @@ def test_bombs(tmp_path, capsys):
     assert word in capsys.readouterr().err
 
 
-def test_values_without_a_known_shape(tmp_path, capsys):
+def test_unsupported_values_are_rejected(tmp_path, capsys):
   for value in (3, None, [], {}, {'a': 3}, {'a': [1], 'b': [1, 2]}, ['text', 3], [{'a': 'x'}, 'y'], {3: ['x']},
                 [{1, 2}], [{'a': 'x'}, {'a': 3}], ['\ud800'], [[2**70]], [np.array([2**63])], [np.array([0.5])],
                 np.array(['x']).reshape(1, 1),
@@ -160,7 +159,7 @@ def test_values_without_a_known_shape(tmp_path, capsys):
     assert not (tmp_path / 'out.parquet').exists()
 
 
-def test_damaged_pickles(tmp_path):
+def test_damaged_pickles_are_a_data_error(tmp_path):
   whole = pickle.dumps([{'text': f'text {i}', 'ids': np.arange(i)} for i in range(50)])
   path = tmp_path / 'x.pkl'
   for cut in {*range(20), *range(20, len(whole), len(whole) // 40), len(whole) - 1}:
@@ -180,8 +179,8 @@ def test_damaged_pickles(tmp_path):
       assert 'x.pkl' in str(e)
 
 
-def test_the_command_and_the_refusal(tmp_path):
-  """As a user meets them: the reader's refusal names a command, and that command works without a word on stderr."""
+def test_the_rejection_names_a_working_command(tmp_path):
+  """The reader's error names a command, and that command converts the file."""
   path, out = dump(tmp_path / 'x.pkl', ['one', 'two']), tmp_path / 'out.parquet'
   with pytest.raises(DataError, match=r'x\.pkl: pickles are not read, .* llm-jax data convert') as error:
     list(pickle_refused(File('x.pkl', path), SourceConfig()))
@@ -190,7 +189,7 @@ def test_the_command_and_the_refusal(tmp_path):
   assert done.returncode == 0 and 'Traceback' not in done.stderr, done.stderr
   assert [d.text for d in documents(out)] == ['one', 'two']
   dump(path, Payload(os.system, f'touch {tmp_path}/marker'))
-  assert main(command[-2:]) == ConfigError.exit_code  # the output is there already
+  assert main(command[-2:]) == ConfigError.exit_code  # the output exists
   out.unlink()
   done = subprocess.run([sys.executable, '-m', 'llm_jax', *command], capture_output=True, text=True, timeout=120)
   assert done.returncode == 65 and 'Traceback' not in done.stderr

@@ -1,4 +1,4 @@
-"""Tokenizers of their own for prompts and answers: each knows its side alone, and no id is taken for the other's."""
+"""Separate tokenizers for prompts and answers: each is fitted to its side, and ids are never mixed up."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def pairs_of(seed, num=150, prompt_words=PROMPT_WORDS, answer_words=ANSWER_WORDS
   rng = random.Random(seed)
   texts = [[' '.join(rng.choices(words, k=rng.randrange(1, 9))) for words in (prompt_words, answer_words)]
            for _ in range(num)]
-  return [(f'{text} {i}', answer) for i, (text, answer) in enumerate(texts, 100)]  # no prompt comes twice
+  return [(f'{text} {i}', answer) for i, (text, answer) in enumerate(texts, 100)]  # all prompts are different
 
 
 def config_of(tmp_path, **overrides):
@@ -48,7 +48,7 @@ def config_of(tmp_path, **overrides):
 
 
 def rows_of(config, data, store):
-  """(what is read, what is to be predicted) of each row."""
+  """(ids of the encoder's input, ids of the targets) of each row."""
   examples = open_examples(config, data, store, train=False)
   rows = [examples.make(i, np.random.default_rng(i)) for i in range(len(examples))]
   return [(row['encoder_tokens'][row['encoder_segment_ids'] > 0].tolist(),
@@ -57,7 +57,7 @@ def rows_of(config, data, store):
 
 @pytest.mark.parametrize('encoder_tokenizer', FITTED)
 @pytest.mark.parametrize('tokenizer', FITTED)
-def test_both_sides_of_every_pair_can_be_read_back(tmp_path, tokenizer, encoder_tokenizer):
+def test_both_sides_of_every_pair_can_be_decoded(tmp_path, tokenizer, encoder_tokenizer):
   pairs = pairs_of(0)
   write(tmp_path / 'pairs.jsonl', pairs)
   config = config_of(tmp_path, tokenizer=tokenizer, encoder_tokenizer=encoder_tokenizer)
@@ -75,11 +75,11 @@ def test_both_sides_of_every_pair_can_be_read_back(tmp_path, tokenizer, encoder_
       assert bos == writer.bos_id and (not ends or ids.pop() == writer.eos_id)
       assert (decode(reader, ids[:answer - 1]), decode(writer, ids[answer - 1:])) in found
   assert found == Counter(pairs)
-  assert (data.train['data'].bytes_scale, data.val['data'].bytes_scale) == (1, 1), 'all words of these are known'
+  assert (data.train['data'].bytes_scale, data.val['data'].bytes_scale) == (1, 1), 'all words are in the vocabulary'
 
 
 @pytest.mark.parametrize('name', ['word', 'bpe'])
-def test_each_side_is_fitted_to_its_own_texts_of_the_training_part(tmp_path, name):
+def test_each_tokenizer_is_fitted_to_its_own_training_texts(tmp_path, name):
   pairs = pairs_of(1)
   write(tmp_path / 'pairs.jsonl', pairs)
   held_out = write(tmp_path / 'held.jsonl', pairs_of(2, 20, ['unseen', 'reading'], ['unseen', 'writing']))
@@ -90,7 +90,7 @@ def test_each_side_is_fitted_to_its_own_texts_of_the_training_part(tmp_path, nam
   assert data.tokenizer.to_json() == FITTED[name](answers, settings).to_json()
 
 
-def test_bytes_are_those_of_the_answers_where_words_are_unknown(tmp_path):
+def test_bytes_scale_covers_the_answers_alone(tmp_path):
   write(tmp_path / 'pairs.jsonl', pairs_of(3))
   held = pairs_of(4, 20, ['unseen', 'red'], ['unseen', 'add'])
   held_path = write(tmp_path / 'held.jsonl', held)
@@ -104,10 +104,10 @@ def test_bytes_are_those_of_the_answers_where_words_are_unknown(tmp_path):
     assert 0 < known < num_bytes
     assert known * store.bytes_scale == pytest.approx(num_bytes)
     assert store.num_bytes == sum(len((text + answer).encode()) for text, answer in held)
-  assert again.vocab_size == data.vocab_size == len(data.tokenizer.token_bytes), 'a prompt has none of its ids'
+  assert again.vocab_size == data.vocab_size == len(data.tokenizer.token_bytes), 'prompts have other ids'
 
 
-def test_a_store_is_of_both_tokenizers_and_one_tokenizer_is_as_it_was(tmp_path):
+def test_a_store_depends_on_both_tokenizers(tmp_path):
   write(tmp_path / 'pairs.jsonl', pairs_of(5))
   kinds = [('word', 'char'), ('word', 'byte'), ('word', None), ('char', 'word')]
   configs = [config_of(tmp_path, tokenizer=a, encoder_tokenizer=b) for a, b in kinds]
@@ -129,8 +129,8 @@ def test_a_store_is_of_both_tokenizers_and_one_tokenizer_is_as_it_was(tmp_path):
     check_fingerprint(fingerprints[-1], changed, 1)
 
 
-def test_ids_of_one_side_are_not_taken_for_the_others(tmp_path):
-  """The prompts' ids are those of white space on the other side; and many more than that side has."""
+def test_ids_of_the_two_sides_are_kept_apart(tmp_path):
+  """Prompt ids may be white space in the answers' tokenizer, or beyond its vocabulary."""
   path = write(tmp_path / 'pairs.jsonl', [(chr(ord('a') + i) * 3, ' \n'[i % 2] * (i + 1)) for i in range(26)])
   config = config_of(tmp_path, tokenizer='char', encoder_tokenizer='char')
   data = open_data(config)
@@ -140,7 +140,7 @@ def test_ids_of_one_side_are_not_taken_for_the_others(tmp_path):
     open_data(config)
 
 
-def test_what_is_read_is_disturbed_by_its_own_ids(tmp_path):
+def test_augmentation_uses_the_ids_of_each_side(tmp_path):
   write(tmp_path / 'pairs.jsonl', pairs_of(6))
   config = config_of(tmp_path, tokenizer='bpe', encoder_tokenizer='char', val_fraction=0.5,
                      augment=Augment(token_dropout=0.3, token_replace=0.3))
@@ -155,7 +155,7 @@ def test_what_is_read_is_disturbed_by_its_own_ids(tmp_path):
   assert tokens.max() >= len(reader.token_bytes)
 
 
-def test_rows_are_shown_in_the_words_of_each_side(tmp_path, capsys):
+def test_inspect_shows_the_tokens_of_each_side(tmp_path, capsys):
   write(tmp_path / 'pairs.jsonl', [(f'read {"abcdefgh"[i % 8]} {i}', 'xyz') for i in range(40)])
   inspect.main([f'--path={tmp_path}/pairs.jsonl', '--answer_field=answer', '--task=seq2seq', '--packing=pad',
                 '--tokenizer=char', '--encoder_tokenizer=word', f'--cache_dir={tmp_path}/cache', '--rows=1'])
@@ -165,20 +165,20 @@ def test_rows_are_shown_in_the_words_of_each_side(tmp_path, capsys):
   assert 'vocabulary: 4 tokens, ' in output
 
 
-@pytest.mark.parametrize(('overrides', 'told'), [
+@pytest.mark.parametrize(('overrides', 'message'), [
     ({'task': 'next_token', 'packing': 'concat'}, "encoder_tokenizer 'word' is for task seq2seq.* 'next_token'"),
-    ({'encoder_tokenizer': 'wrod'}, "encoder_tokenizer 'wrod' is none of byte, char, word, bpe, a path"),
-    ({'encoder_tokenizer': 'none'}, "encoder_tokenizer 'none' is none of"),
-    ({'tokenizer': 'none'}, "encoder_tokenizer 'word' needs a tokenizer of the answers"),
+    ({'encoder_tokenizer': 'wrod'}, "encoder_tokenizer 'wrod' is not one of byte, char, word, bpe, a path"),
+    ({'encoder_tokenizer': 'none'}, "encoder_tokenizer 'none' is not one of"),
+    ({'tokenizer': 'none'}, "encoder_tokenizer 'word' needs a tokenizer for the answers"),
     ({'tokenizer': 'byte', 'encoder_tokenizer': 'bpe', 'vocab_size': 200}, 'vocab_size must be at least 257'),
     ({'streaming': True, 'split': 'count', 'val_documents': 3}, 'streaming: only task next_token'),
 ])
-def test_configs_that_cannot_be(tmp_path, overrides, told):
-  with pytest.raises(ValueError, match=told):
+def test_invalid_configs_are_rejected(tmp_path, overrides, message):
+  with pytest.raises(ValueError, match=message):
     config_of(tmp_path, **overrides)
 
 
-def test_data_that_has_no_two_sides_of_text(tmp_path):
+def test_data_without_text_pairs_is_rejected(tmp_path):
   pairs = write(tmp_path / 'pairs.jsonl', pairs_of(7, 20))
   with pytest.raises(ConfigError, match=r'config\.data\.encoder_tokenizer: word .* no pairs .*answer_field'):
     open_data(config_of(tmp_path, answer_field=None, field='text'))
@@ -190,7 +190,7 @@ def test_data_that_has_no_two_sides_of_text(tmp_path):
     open_data(config_of(tmp_path))
 
 
-def test_the_model_gets_a_table_for_each_tokenizer():
+def test_the_model_has_an_embedding_for_each_tokenizer():
   chars, eos = CharTokenizer('abc'), ByteTokenizer()
   two = Data({}, eos, 257, 256, 256, encoder_tokenizer=chars)
   one = Data({}, eos, 257, 256, 256)
@@ -241,7 +241,7 @@ def get_config():
 
 
 @pytest.mark.slow
-def test_a_run_reads_with_one_tokenizer_and_writes_with_the_other(tmp_path, capsys):
+def test_a_run_uses_both_tokenizers(tmp_path, capsys):
   pairs = [(f'{a} {a} {a} {b}', f'{ord(a) - 96}' * 2) for a in 'abcdefgh' for b in 'ijklmnop']
   path = write(tmp_path / 'pairs.jsonl', pairs)
   (tmp_path / 'signs.py').write_text(CONFIG.format(path=str(path)))

@@ -1,4 +1,4 @@
-"""Downloads are whole, right and made once; what breaks goes on; no secret of a URL is told."""
+"""Downloads are complete, verified and made once; broken ones resume; secrets in URLs are never printed."""
 
 import base64
 import hashlib
@@ -37,7 +37,7 @@ def left_behind(folder):
 
 
 @pytest.mark.parametrize('sha256', [None, SHA])
-def test_fetch_gives_the_body_and_asks_once(server, tmp_path, sha256):
+def test_fetch_downloads_a_file_once(server, tmp_path, sha256):
   path = fetch.fetch(f'{server.url}/corpus.txt', sha256, tmp_path)
   assert path.read_bytes() == BODY
   assert path.name == 'corpus.txt'
@@ -48,7 +48,7 @@ def test_fetch_gives_the_body_and_asks_once(server, tmp_path, sha256):
   assert json.loads(about.read_text()) == {'url': f'{server.url}/corpus.txt', 'size': len(BODY), 'sha256': SHA}
 
 
-def test_another_url_or_sha256_is_another_file(server, tmp_path):
+def test_each_url_and_sha256_has_its_own_file(server, tmp_path):
   paths = {fetch.fetch(f'{server.url}/{folder}/corpus.txt', sha256, tmp_path)
            for folder in 'ab' for sha256 in (None, SHA)}
   assert len(paths) == len(server.hits) == 4
@@ -57,16 +57,16 @@ def test_another_url_or_sha256_is_another_file(server, tmp_path):
 @pytest.mark.parametrize(('path', 'name'), [
     ('/?q=a/b', 'download'), ('/..?x', 'download'), ('/' + 'x' * 300, 'x' * 100), ('/a/corpus.txt#part', 'corpus.txt'),
     ('/%2e%2e%2fx', '%2e%2e%2fx')])
-def test_names_stay_in_the_cache(server, tmp_path, path, name):
+def test_file_names_stay_inside_the_cache(server, tmp_path, path, name):
   server.files[path.split('?')[0].split('#')[0]] = BODY
   found = fetch.fetch(server.url + path, None, tmp_path)
   assert found.name == name
   assert found.resolve().is_relative_to(tmp_path / 'downloads')
 
 
-def test_fetch_refuses_another_sha256_and_keeps_nothing(server, tmp_path):
+def test_a_wrong_sha256_is_rejected_and_not_cached(server, tmp_path):
   wrong = '0' * 64
-  for hits in (1, 2):  # what was refused is not in the cache the second time either
+  for hits in (1, 2):  # a rejected file does not stay in the cache
     with pytest.raises(DataError) as e:
       fetch.fetch(f'{server.url}/corpus.txt', wrong, tmp_path)
     assert SHA in str(e.value)
@@ -76,7 +76,7 @@ def test_fetch_refuses_another_sha256_and_keeps_nothing(server, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['short', 'chunked_short', 'garbage', 'missing'])
-def test_fetch_of_a_broken_answer_keeps_nothing(server, tmp_path, name):
+def test_a_broken_response_is_not_cached(server, tmp_path, name):
   server.files['/short'] = BODY
   server.etag, server.cuts = None, [1000] * 100
   with pytest.raises(DataError) as e:
@@ -84,12 +84,12 @@ def test_fetch_of_a_broken_answer_keeps_nothing(server, tmp_path, name):
   assert f'{server.url}/{name}' in str(e.value)
   assert not left_behind(tmp_path)
   if name == 'short':
-    assert f'1000 of {len(BODY)}' in str(e.value)  # how far it came
+    assert f'1000 of {len(BODY)}' in str(e.value)  # the bytes received
     assert len(server.hits) == 2, 'no third try where the second came no further'
 
 
 @pytest.mark.parametrize('port', ['server gone', 'no number'])
-def test_fetch_without_a_server_says_how_to_pass_a_file(server, tmp_path, port):
+def test_without_a_server_the_error_says_how_to_pass_a_file(server, tmp_path, port):
   server.stop()
   url = server.url if port == 'server gone' else 'http://127.0.0.1:port'
   with pytest.raises(DataError, match=r'--config\.data\.path=FILE'):
@@ -97,27 +97,27 @@ def test_fetch_without_a_server_says_how_to_pass_a_file(server, tmp_path, port):
   assert not left_behind(tmp_path)
 
 
-def test_fetch_into_a_folder_that_cannot_be_written(server, tmp_path):
+def test_an_unwritable_cache_is_an_error(server, tmp_path):
   (tmp_path / 'file').write_text('not a folder')
   with pytest.raises(StorageError, match='cache_dir'):
     fetch.fetch(f'{server.url}/corpus.txt', None, tmp_path / 'file')
   assert not server.hits
 
 
-def test_a_broken_download_goes_on_where_it_broke(server, tmp_path):
+def test_a_broken_download_resumes(server, tmp_path):
   server.cuts = [1000, 2_000_000, 1]
   assert fetch.fetch(f'{server.url}/corpus.txt', None, tmp_path).read_bytes() == BODY
   assert [h.get('Range') for h in server.headers] == [None, 'bytes=1000-', 'bytes=2001000-', 'bytes=2001001-']
 
 
 @pytest.mark.parametrize(('ranges', 'etag'), [(False, '"1"'), (True, None), (True, 'W/"1"')])
-def test_a_broken_download_starts_afresh_where_it_cannot_go_on(server, tmp_path, ranges, etag):
+def test_a_download_that_cannot_resume_starts_again(server, tmp_path, ranges, etag):
   server.ranges, server.etag, server.cuts = ranges, etag, [1000, 2_000_000]
   assert fetch.fetch(f'{server.url}/corpus.txt', SHA, tmp_path).read_bytes() == BODY
   assert len(server.hits) == 3
 
 
-def test_a_file_that_changes_while_it_is_fetched_is_no_mixture(server, tmp_path, monkeypatch):
+def test_a_file_that_changes_during_download_is_not_mixed(server, tmp_path, monkeypatch):
   def change(_):
     server.files['/corpus.txt'], server.etag = BODY[::-1], '"2"'
 
@@ -128,7 +128,7 @@ def test_a_file_that_changes_while_it_is_fetched_is_no_mixture(server, tmp_path,
 
 @pytest.mark.parametrize(('damage', 'sha256'), [
     (lambda p: p.write_bytes(BODY[:-1]), None), (lambda p: p.write_bytes(b'?' + BODY[1:]), SHA), (os.remove, None)])
-def test_a_damaged_copy_is_fetched_again(server, tmp_path, damage, sha256):
+def test_a_damaged_copy_is_downloaded_again(server, tmp_path, damage, sha256):
   url = f'{server.url}/corpus.txt'
   path = fetch.fetch(url, sha256, tmp_path)
   damage(path)
@@ -153,7 +153,7 @@ SECRETS = ('s3cret', 'AKIA', 'hunter')
 
 
 @pytest.mark.parametrize('path', ['corpus.txt', 'missing', 'garbage', 'short', 'port', 'blank', 'refused'])
-def test_secrets_of_a_url_are_used_and_not_told(server, tmp_path, capsys, path):
+def test_secrets_in_a_url_are_used_but_not_printed(server, tmp_path, capsys, path):
   host = server.url.removeprefix('http://')
   host, path = {'port': ('127.0.0.1:x', path), 'blank': (host, 'a b')}.get(path, (host, path))
   server.files['/short'] = BODY
@@ -174,7 +174,7 @@ def test_secrets_of_a_url_are_used_and_not_told(server, tmp_path, capsys, path):
     assert server.hits[0] == f'/{path}?token=AKIA'
 
 
-def test_a_password_does_not_follow_to_another_host(server, tmp_path):
+def test_a_password_is_not_sent_to_another_host(server, tmp_path):
   with serving() as other:
     other.files = server.files
     server.redirects['/moved'] = f'{other.url}/corpus.txt'
@@ -194,7 +194,7 @@ def start(code, url, folder):
                           stderr=subprocess.PIPE, text=True)
 
 
-def test_processes_that_fetch_at_once_all_get_it_whole(server, tmp_path):
+def test_concurrent_downloads_all_get_the_complete_file(server, tmp_path):
   processes = [start(FETCH, f'{server.url}/corpus.txt', tmp_path) for _ in range(2)]
   outputs = [process.communicate(timeout=60) for process in processes]
   assert [process.returncode for process in processes] == [0] * 2, outputs
@@ -202,7 +202,7 @@ def test_processes_that_fetch_at_once_all_get_it_whole(server, tmp_path):
   assert len(left_behind(tmp_path)) == 2
 
 
-def test_what_a_killed_process_left_is_no_file_and_goes_in_time(server, tmp_path, monkeypatch):
+def test_files_of_killed_processes_are_ignored_and_deleted(server, tmp_path, monkeypatch):
   url = f'{server.url}/corpus.txt'
   sleeps = FETCH.replace('import sys;', 'import sys, os, time; os.fsync = lambda _: time.sleep(60);')
   with start(sleeps, url, tmp_path) as process:
@@ -220,7 +220,7 @@ def test_what_a_killed_process_left_is_no_file_and_goes_in_time(server, tmp_path
   assert not left.exists()
 
 
-def test_a_full_disk_is_told_as_one(server, tmp_path):
+def test_a_full_disk_is_reported_as_such(server, tmp_path):
   out, err = start(LIMITED, f'{server.url}/corpus.txt', tmp_path).communicate(timeout=60)
   assert not out
   assert 'StorageError' in err
@@ -228,7 +228,7 @@ def test_a_full_disk_is_told_as_one(server, tmp_path):
   assert not left_behind(tmp_path)
 
 
-def test_open_data_of_a_url(server, tmp_path):
+def test_open_data_reads_a_url(server, tmp_path):
   config = DataConfig(path=f'{server.url}/corpus.bin', sha256=SHA, cache_dir=str(tmp_path))
   data = open_data(config)
   assert data.train['data'].tokens[:].tobytes() + data.val['data'].tokens[:].tobytes() == BODY
@@ -236,7 +236,7 @@ def test_open_data_of_a_url(server, tmp_path):
   assert len(server.hits) == 1
 
 
-def test_is_url():
+def test_is_url_recognizes_schemes():
   for path, expected in (('http://a/b', True), ('https://a/b.txt', True), ('gs://b/*.txt', True), ('stdlib', False),
                          ('/a/b', False), ('a/**/*.txt', False), ('~/x', False), ('hf:user/name', False)):
     assert is_url(path) is expected
@@ -244,11 +244,11 @@ def test_is_url():
 
 @pytest.mark.parametrize(('url', 'expected'), [
     ('https://h/a', 'https://h/a'), ('https://u:p@h/a@b?k=v#f', 'https://h/a@b?...'), ('s3://k:p@x@b/o', 's3://b/o')])
-def test_shown(url, expected):
+def test_shown_hides_secrets(url, expected):
   assert shown(url) == expected
 
 
-# Any other file system, by fsspec.
+# Other file systems, by fsspec.
 
 FILES = {'a.txt': b'ay', 'sub/b.txt': BODY, 'sub/deep/c.md': b'', '.hidden': b'no', 'sub/.git/x.txt': b'no'}
 
@@ -269,7 +269,7 @@ def bucket(request, tmp_path):
     ('', ['a.txt', 'sub/b.txt', 'sub/deep/c.md']), ('/', ['a.txt', 'sub/b.txt', 'sub/deep/c.md']),
     ('/*.txt', ['a.txt']), ('/**/*.txt', ['a.txt', 'sub/b.txt']), ('/sub/*', ['b.txt']), ('/sub/b.txt', ['b.txt']),
     ('/su?/**', ['sub/b.txt', 'sub/deep/c.md']), ('/.hidden', ['.hidden'])])
-def test_folders_and_globs_are_fetched_once(bucket, tmp_path, pattern, names):
+def test_folders_and_globs_are_downloaded_once(bucket, tmp_path, pattern, names):
   fs, url = bucket
   found = fetch_all(url + pattern, None, tmp_path)
   assert [name for name, _ in found] == names
@@ -279,7 +279,7 @@ def test_folders_and_globs_are_fetched_once(bucket, tmp_path, pattern, names):
   assert fetch_all(url + pattern, None, tmp_path) == found
 
 
-def test_a_damaged_file_of_a_folder_is_fetched_again(bucket, tmp_path):
+def test_a_damaged_file_of_a_folder_is_downloaded_again(bucket, tmp_path):
   fs, url = bucket
   found = dict(fetch_all(url, None, tmp_path))
   found['sub/b.txt'].write_bytes(BODY[:5])
@@ -290,7 +290,7 @@ def test_a_damaged_file_of_a_folder_is_fetched_again(bucket, tmp_path):
     fetch_all(url, None, tmp_path)
 
 
-def test_a_sha256_is_of_one_file(bucket, tmp_path):
+def test_a_sha256_is_for_one_file_only(bucket, tmp_path):
   _, url = bucket
   assert fetch.fetch(f'{url}/sub/b.txt', SHA, tmp_path).read_bytes() == BODY
   with pytest.raises(DataError, match=SHA):
@@ -301,14 +301,14 @@ def test_a_sha256_is_of_one_file(bucket, tmp_path):
     fetch.fetch(url, None, tmp_path)
 
 
-def test_nothing_there(bucket, tmp_path):
+def test_an_empty_remote_path_is_an_error(bucket, tmp_path):
   _, url = bucket
   for pattern in ('/nowhere', '/*.nothing', '/nowhere/*'):
     with pytest.raises(DataError, match='matches nothing'):
       fetch_all(url + pattern, None, tmp_path)
 
 
-def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path):
+def test_a_remote_name_that_leaves_the_folder_is_rejected(tmp_path):
   fs = pytest.importorskip('fsspec').filesystem('memory')
   fs.pipe_file('/out/a.txt', b'')
   fs.store['/out/../../evil.txt'] = fs.store['/out/a.txt']  # a bucket's keys are any text

@@ -1,4 +1,4 @@
-"""Each rule against a plain reference of its measure; counts that add up; duplicates found, also after a restart."""
+"""Each rule equals a plain reference of its measure; counts add up; duplicates are found, also after a restart."""
 
 import json
 import time
@@ -45,7 +45,7 @@ def share(items, holds):
 
 
 def ngram_share(text, n, choose):
-  """Characters of the words covered by the n-grams that occur twice, by `choose` of the sets of words each covers."""
+  """Share of characters in repeated n-grams; `choose` gets the characters of each n-gram and of all together."""
   words = text.split()
   grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
   covers = [{i + j for i, g in enumerate(grams) if g == gram for j in range(n)}
@@ -81,7 +81,7 @@ REFERENCES = {
 @given(text=TEXTS)
 @example('')
 @example(' \n')
-def test_a_rule_drops_what_is_beyond_its_limit(rule, text):
+def test_a_rule_drops_documents_beyond_its_limit(rule, text):
   kind, name = rule.split('_', 1)
   value = REFERENCES[name](text)
   step = 1 if name in ('chars', 'words', 'sentences') else 1e-6
@@ -118,13 +118,13 @@ PROSE = ('The ferry had left before the fog came down over the harbour. Nobody o
     ('max_top_ngram_ratio', 'buy now ' * 40 + PROSE),
     ('max_duplicate_ngram_ratio', PROSE + PROSE.replace('\n', ' ')),
 ])
-def test_gopher(reason, text):
+def test_gopher_rules_drop_bad_text_and_keep_prose(reason, text):
   assert Quality(FilterConfig(**GOPHER)).reason(text) == reason
 
 
 @pytest.mark.parametrize(('reason', 'text'), [
     (None, PROSE), ('min_sentences', 'One. Two.'), ('min_terminal_lines', 'Home\n' * 60 + PROSE)])
-def test_c4(reason, text):
+def test_c4_rules_drop_bad_text_and_keep_prose(reason, text):
   assert Quality(FilterConfig(**C4)).reason(text) == reason
 
 
@@ -133,26 +133,26 @@ def test_all_rules_are_off_by_default():
   assert [quality.reason(text) for text in ('', '#' * 1000, 'a\n' * 1000, PROSE, '\ud800', np.arange(3))] == [None] * 6
 
 
-def test_letters_of_any_script_count():
+def test_letters_of_any_script_are_letters():
   quality = Quality(FilterConfig(min_letter_ratio=0.9))
   assert [quality.reason(text) for text in ('Это слова', '中文文本', 'हिन ', 'اللغة', '𝔘𐎠')] == [None] * 5
   assert quality.reason('1²½_ 4') == 'min_letter_ratio'
 
 
-def test_ids_are_judged_by_their_number_alone():
+def test_ids_are_filtered_by_their_number_alone():
   quality = Quality(FilterConfig(**GOPHER, **C4, min_chars=3, max_chars=5))
   assert [quality.reason(np.arange(n)) for n in (2, 3, 5, 6)] == ['min_chars', None, None, 'max_chars']
 
 
 @pytest.mark.parametrize('text', ['a ' * 150_000, '.' * 300_000, '\n' * 300_000, '." ' * 100_000, '.x' * 150_000,
                                   ' \n' * 150_000, '.' * 150_000 + '"' * 150_000 + 'x'], ids=lambda t: repr(t[:6]))
-def test_no_text_takes_long(text):
+def test_rules_take_linear_time(text):
   most = {name: 1e9 if name in ('max_words', 'max_mean_word_length', 'max_symbol_ratio') else
           (1.0,) * len(limit) if isinstance(limit, tuple) else 1.0 if name[:3] == 'max' else 1e-9
           for name, limit in {**GOPHER, **C4}.items()}
   begin = time.process_time()
   Quality(FilterConfig(**most)).reason(text)
-  assert time.process_time() - begin < 5  # a quadratic one takes minutes
+  assert time.process_time() - begin < 5  # a quadratic rule takes minutes
 
 
 @pytest.mark.parametrize('values', [
@@ -172,7 +172,7 @@ def plain(part):
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(documents=st.lists(st.lists(CONTENTS, min_size=1, max_size=2), max_size=30), stop=st.integers(0, 30))
-def test_the_first_of_equal_documents_is_kept_also_after_a_restart(documents, stop):
+def test_duplicates_are_found_across_restarts(documents, stop):
   keys = [tuple(map(plain, parts)) for parts in documents]
   before = Deduplicator()
   found = [before.seen(*parts) for parts in documents[:stop]]
@@ -185,28 +185,28 @@ def test_the_first_of_equal_documents_is_kept_also_after_a_restart(documents, st
   assert len(saved + after.new_hashes()) == 16 * len(set(keys))
 
 
-def test_where_a_pair_is_divided_counts():
+def test_pairs_divided_differently_are_different():
   seen = Deduplicator()
   pairs = [('ab', 'c'), ('a', 'bc'), ('abc', ''), ('abc',), ('', 'abc')]
   assert not any(seen.seen(*parts) for parts in pairs)
   assert all(seen.seen(*parts) for parts in pairs)
 
 
-def test_ids_are_equal_whatever_their_dtype():
+def test_equal_ids_of_any_dtype_are_duplicates():
   seen = Deduplicator()
   assert not seen.seen(np.array([1, 2], np.uint16))
   assert seen.seen(np.array([1, 2], np.int64))
   assert not seen.seen(np.array([1, 3], np.int64))
 
 
-def test_cut_hashes_are_refused():
+def test_truncated_hashes_are_rejected():
   with pytest.raises(DataError, match='31 bytes'):
     Deduplicator().load(b'x' * 31)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(['keep', 'bad', 'min_words', 'duplicate']), max_size=40), st.integers(0, 40))
-def test_a_report_adds_up_also_through_json(events, stop):
+def test_a_report_adds_up_across_restarts(events, stop):
   report = Report()
   for i, event in enumerate(events):
     if i == stop:

@@ -1,4 +1,4 @@
-"""Text formats: what was written by the real library is read back, bad records are named, damage ends in DataError."""
+"""Text formats: files of real libraries are read back equal, bad records are reported, damage raises DataError."""
 
 import bz2
 import csv
@@ -41,7 +41,7 @@ def texts(documents):
 
 
 def bad(documents):
-  """{last word of where: why} of the records that were stepped over."""
+  """{last word of where: why} of the bad records."""
   return {d.where.split()[-1]: d.why for d in documents if isinstance(d, BadRecord)}
 
 
@@ -52,7 +52,7 @@ def path(tmp_path_factory):
 
 @QUICK
 @given(TEXT, st.integers(8, 24))
-def test_pieces_of_a_text_join_to_it(path, value, limit):
+def test_pieces_of_a_text_join_to_the_text(path, value, limit):
   documents = read(text, path, value.encode(), max_record_bytes=limit)
   assert ''.join(texts(documents)) == value.removeprefix('\ufeff')
   assert [d.continues for d in documents] == [False, *[True] * (len(documents) - 1)][:len(documents)]
@@ -66,13 +66,13 @@ def test_a_long_text_is_cut_after_newlines(path):
 
 @QUICK
 @given(st.lists(TEXT.filter(lambda t: '<|' not in t and t != '<')), st.sampled_from(['<|>', '<|é|>']))
-def test_separated_documents(path, values, separator):
+def test_separators_divide_a_text_into_documents(path, values, separator):
   values = [v.replace('<', '') for v in values]
   found = texts(read(text, path, separator.join(values).encode(), separator=separator))
   assert found == [v for v in [values[0].removeprefix('\ufeff'), *values[1:]] if v] if values else found == []
 
 
-def test_separators_across_reads_and_long_documents(path):
+def test_separators_are_found_across_reads(path):
   separator, limit = '<|endoftext|>', 2_000_000
   values = ['a' * 1_048_570, 'b' * 2_100_000, 'é' * 700_000, 'c' * limit, 'd' * (limit + 1), 'end']
   documents = read(text, path, separator.join(values).encode(), separator=separator, max_record_bytes=limit)
@@ -82,7 +82,7 @@ def test_separators_across_reads_and_long_documents(path):
   assert documents[1].where.endswith(f'byte {len(values[0]) + len(separator)}') or 'longer' in documents[1].why
 
 
-def test_text_that_is_not_utf8_is_bad_as_a_whole(path):
+def test_text_that_is_not_utf8_is_one_bad_record(path):
   [record] = read(text, path, b'good\n' * 100 + b'\xff\xfe', max_record_bytes=50)
   assert 'not UTF-8 text at byte 500 (ff fe)' in record.why
   [record] = read(text, path, b'cut \xc3')
@@ -104,7 +104,7 @@ def test_json_lines_round_trip(path, rows, ascii_only):
   assert [(d.text, d.answer) for d in read(json_file, path, f' [{", ".join(lines)}]\n'.encode())] == rows
 
 
-def test_bad_json_lines_are_named_and_stepped_over(path):
+def test_bad_json_lines_are_reported_and_skipped(path):
   lines = [b'{"text": "first"}', b'', b'{"text": NaN}', b'{"text": "a", "text": "b"}', rb'{"text": "\ud800"}', b'[1]',
            b'{"other": "x"}', b'{"text": 3.5}', b'{"text": "\xff"}', b'{"text": ', b'{"text": null}',
            b'{"text": "%s"}' % (b'x' * 2000), b'[' * 5000, b'{"text": %s}' % (b'9' * 5000), b'{"text": [1, -1]}',
@@ -113,13 +113,13 @@ def test_bad_json_lines_are_named_and_stepped_over(path):
   found = bad(documents)
   assert set(found) == {'3', '4', '5', '6', '7', '8', '9', '10', '11', '13', '14', '15', '16', '17'}
   assert [d.text for d in documents if isinstance(d, Document)] == ['first', 'x' * 2000, 'last']
-  words = {'3': 'NaN', '4': 'twice', '5': 'U+D800', '7': 'missing; it has other', '9': 'byte 10', '15': '-1'}
+  words = {'3': 'NaN', '4': 'twice', '5': 'U+D800', '7': 'missing; the record has other', '9': 'byte 10', '15': '-1'}
   for line, word in words.items():
     assert word in found[line], found[line]
   assert set(bad(read(jsonl, path, b'\n'.join(lines), max_record_bytes=1500))) == {*found, '12'}
 
 
-def test_fields(path):
+def test_fields_are_chosen_by_config_or_type(path):
   rows = [{'a': 'x', 'b': 'y', 'n': 3, 'v': [0.5, 1]}]
   def one(**config):
     return read(jsonl, path, json.dumps(rows[0]).encode(), **config)[0]
@@ -130,19 +130,19 @@ def test_fields(path):
   document = one(answer_field='a', label_field='v')
   assert (document.text, document.answer, document.label) == ('y', 'x', (0.5, 1.0))
   assert one(field='a', label_field='n').label == 3.0
-  assert 'it has a, b, n, v' in one(field='text').why
+  assert 'the record has a, b, n, v' in one(field='text').why
   [ids] = read(jsonl, path, b'{"id": 7, "tokens": [1, 2]}')
   assert ids.text.dtype == np.int64 and ids.text.tolist() == [1, 2]
-  # The choice of the first record holds for all.
+  # The fields chosen at the first record are used for all.
   assert list(bad(read(jsonl, path, b'{"a": "x"}\n{"b": "y"}'))) == ['2']
 
 
-def test_json_files(path):
+def test_json_files_may_be_arrays_or_objects(path):
   assert texts(read(json_file, path, b'{"version": 1, "examples": [{"a": "x"}, {"a": "y"}]}')) == ['x', 'y']
   assert texts(read(json_file, path, b'\xef\xbb\xbf {"a": "x"}')) == ['x']
   assert read(json_file, path, b'[]') == read(json_file, path, b'') == []
   assert list(bad(read(json_file, path, b'[{"a": "x"}, 3, {"a": NaN}, {"a": "y"}]'))) == ['2', '3']
-  long = [{'a': chr(65 + i) * 300_000} for i in range(10)]  # longer than what is read at once
+  long = [{'a': chr(65 + i) * 300_000} for i in range(10)]  # longer than one read
   assert texts(read(json_file, path, json.dumps(long).encode())) == [r['a'] for r in long]
   for damaged in (b'[{"a": "x"},]', b'[{"a": "x"} {"a": "y"}]', b'[{"a": "x"}', b'[{"a": "x"}]]', b'[,{"a": "x"}]',
                   b'[', b'{"a": [{"t": "x"}], "b": [{"t": "y"}]}', b'{"a": ', b'nonsense', b'[' * 100_000):
@@ -161,7 +161,7 @@ def test_csv_round_trip(path, rows, kind):
   assert [(d.text, d.answer) for d in read(reader, path, out.getvalue().encode())] == rows
 
 
-def test_bad_rows(path):
+def test_bad_csv_rows_are_reported(path):
   documents = read(csv_file, path, b'text\r\n"a\r\nb"\r\nx,y\r\n\r\n"a"b\r\n\xff\r\n"a ""quote"""\r\n')
   assert texts(d for d in documents if isinstance(d, Document)) == ['a\r\nb', 'a "quote"']
   assert {line: why.split()[0] for line, why in bad(documents).items()} == {'4': '2', '6': 'malformed', '7': 'field'}
@@ -175,7 +175,7 @@ def test_bad_rows(path):
   assert texts(read(csv_file, path, b'text\n' + b'x' * 300_000)) == ['x' * 300_000]  # beyond the csv module's own limit
 
 
-def test_toml(path):
+def test_toml_tables_are_documents(path):
   data = b'title = "t"\n[[examples]]\ninput = "a"\noutput = "b"\n[[examples]]\ninput = "c"\n'
   document, record = read(toml, path, data)
   assert (document.text, document.answer) == ('a', 'b') and record.where.endswith('examples 2')
@@ -195,7 +195,7 @@ def database(tmp_path):
   return tmp_path / 'd.db'
 
 
-def test_sqlite(database):
+def test_sqlite_reads_rows_and_rejects_writes(database):
   documents = read(sqlite, database)
   assert texts(documents[:-1]) == [f'text {i}' for i in range(1000)]
   assert 'byte ff' in documents[-1].why
@@ -216,7 +216,7 @@ CUTTABLE = {**{ending: jsonl for ending in COMPRESS}, '.db': sqlite}
 
 
 @pytest.mark.parametrize('ending', CUTTABLE)
-def test_truncation_never_gives_a_silent_prefix(ending, tmp_path, database):
+def test_a_truncated_file_is_always_an_error(ending, tmp_path, database):
   rows = [f'text {i} {random.Random(i).random()}' for i in range(300)]
   if ending == '.db':
     whole, expected = database.read_bytes(), 1001
@@ -230,12 +230,12 @@ def test_truncation_never_gives_a_silent_prefix(ending, tmp_path, database):
 
 
 @pytest.mark.parametrize('ending', COMPRESS)
-def test_compressed_streams(ending, tmp_path):
+def test_compressed_streams_are_read_and_checked(ending, tmp_path):
   path, compress = tmp_path / f'x{ending}', COMPRESS[ending]
   data = bytes(random.Random(0).choices(b'abcdefgh\n', k=300_000))
   for written, wanted in ((compress(data), data), (compress(b'one') + compress(b'') + compress(b'two'), b'onetwo'),
                           (compress(b''), b'')):
-    for name in (path, tmp_path / 'no_ending'):  # known by its first bytes as well
+    for name in (path, tmp_path / 'no_ending'):  # recognized by its first bytes
       name.write_bytes(written)
       with open_stream(name) as stream:
         assert stream.read() == wanted
@@ -248,7 +248,7 @@ def test_compressed_streams(ending, tmp_path):
     assert str(path) in str(error.value)
 
 
-def test_padding_and_frames_to_skip_are_legal(tmp_path):
+def test_padding_and_skippable_frames_are_allowed(tmp_path):
   path = tmp_path / 'x'
   skipped = b'\x50\x2a\x4d\x18\x04\0\0\0abcd'
   for data in (gzip.compress(b'one') + bytes(20_000), lzma.compress(b'one') + bytes(8),

@@ -119,19 +119,19 @@ def test_ids_are_not_taken_for_those_of_a_tokenizer_that_is_fitted_here(kind, tm
   (tmp_path / 'both/a.txt').write_text('some text ' * 50)
   if kind == 'folder':
     np.save(tmp_path / 'both/b.npy', np.arange(50))
-    with pytest.raises(DataError, match=r'b\.npy.*token ids among texts'):
+    with pytest.raises(DataError, match=r'b\.npy.*token ids, but the tokenizer was fitted to the texts'):
       opened(tmp_path, tmp_path / 'both', tokenizer='bpe', vocab_size=300)
   else:
     np.arange(50, dtype=np.uint16).tofile(tmp_path / 'b.bin')
     source = type(DataConfig().named_sources['data'])
-    with pytest.raises(ConfigError, match=r'fitted to the texts and is not that of .*b\.bin'):
+    with pytest.raises(ConfigError, match=r'fitted to texts, but .*b\.bin holds token ids'):
       opened(tmp_path, 'stdlib', tokenizer='bpe', vocab_size=300, sources={
           'a': source(str(tmp_path / 'both')), 'b': source(str(tmp_path / 'b.bin'))})
 
 
 def test_a_stream_of_ids_needs_their_tokenizer(tmp_path):
   path = write(tmp_path / 'ids.jsonl', [{'ids': list(range(i, i + 5))} for i in range(50)])
-  with pytest.raises(ConfigError, match='how many different ids'):
+  with pytest.raises(ConfigError, match='vocabulary of a stream of token ids is unknown'):
     opened(tmp_path, path, tokenizer='none', streaming=True, split='count', val_documents=5)
 
 

@@ -1,4 +1,4 @@
-"""A mixture draws exact shares, evenly spread, and every source goes through its own order without gap or repeat."""
+"""A mixture draws exact, evenly spread shares, and takes each source's examples in order without gap or repeat."""
 
 import pickle
 
@@ -15,7 +15,7 @@ weight_lists = st.integers(1, 5).flatmap(lambda n: st.lists(
 
 
 def drawn(mixture, begin, end):
-  """(sources, their examples) of the mixture's examples begin to end."""
+  """(sources, indices in them) of the mixture's examples [begin, end)."""
   return mixture(np.arange(begin, end))
 
 
@@ -25,7 +25,7 @@ def pair_of(mixture, index):
 
 
 def stages_of(draw, num_stages, longest=3000):
-  """Weights [stage][source] and where stages begin."""
+  """Weights [stage][source] and the example at which each stage begins."""
   num_sources = draw(st.integers(1, 4))
   weights = draw(st.lists(st.lists(st.sampled_from([0, 0, 1, 2, 0.3, 7.5]), min_size=num_sources, max_size=num_sources)
                           .filter(any), min_size=num_stages, max_size=num_stages))
@@ -39,7 +39,7 @@ def test_shares_of_a_cycle_are_exact(weights):
   sources, _ = drawn(Mixture([weights], [0]), 0, CYCLE)
   counts = np.bincount(sources, minlength=len(weights))
   shares = np.array(weights) / np.sum(weights)
-  # Sources too rare to come up otherwise get one example a cycle, at the cost of the others.
+  # Sources with a share below one example per cycle get one, at the cost of the others.
   num_rare = np.sum((shares > 0) & (shares * CYCLE < 1))
   assert (np.abs(counts - shares * CYCLE) <= 1 + num_rare).all()
   assert ((counts > 0) == (shares > 0)).all()
@@ -47,7 +47,7 @@ def test_shares_of_a_cycle_are_exact(weights):
 
 @property_test
 @given(weight_lists)
-def test_sources_are_evenly_spread_from_the_first_example_on(weights):
+def test_sources_are_evenly_spread_from_the_first_example(weights):
   length = CYCLE + 500
   sources, _ = drawn(Mixture([weights], [0]), 0, length)
   shares = np.bincount(sources[:CYCLE], minlength=len(weights)) / CYCLE
@@ -57,7 +57,7 @@ def test_sources_are_evenly_spread_from_the_first_example_on(weights):
 
 @property_test
 @given(st.data())
-def test_each_source_goes_on_where_it_was_across_cycles_and_stages(data):
+def test_each_source_continues_across_cycles_and_stages(data):
   weights, begins = stages_of(data.draw, data.draw(st.integers(1, 4)))
   mixture = Mixture(weights, begins)
   sources, examples = drawn(mixture, 0, begins[-1] + 3000)
@@ -71,7 +71,7 @@ def test_each_source_goes_on_where_it_was_across_cycles_and_stages(data):
 
 
 @pytest.mark.parametrize('length', [CYCLE - 1, CYCLE, CYCLE + 1, 2 * CYCLE + 7])
-def test_a_stage_of_some_cycles_is_counted_right(length):
+def test_stages_of_several_cycles_are_counted_right(length):
   mixture = Mixture([[1, 2.5, 0], [0, 1, 1]], [0, length])
   sources, examples = drawn(mixture, 0, length + 300)
   for source in range(3):
@@ -81,7 +81,7 @@ def test_a_stage_of_some_cycles_is_counted_right(length):
 
 @property_test
 @given(st.data(), st.integers(0, 10**15))
-def test_far_examples_are_a_function_of_their_number(data, ahead):
+def test_example_n_is_computed_without_those_before(data, ahead):
   weights, begins = stages_of(data.draw, 2)
   index = begins[-1] + ahead
   mixture, other = Mixture(weights, begins), pickle.loads(pickle.dumps(Mixture(weights, begins)))  # noqa: S301
@@ -95,12 +95,12 @@ def test_far_examples_are_a_function_of_their_number(data, ahead):
 
 @property_test
 @given(weight_lists, st.floats(0.01, 1000))
-def test_the_scale_of_the_weights_is_no_matter(weights, scale):
+def test_the_scale_of_the_weights_does_not_matter(weights, scale):
   a, b = Mixture([weights], [0]), Mixture([[scale * weight for weight in weights]], [0])
   shares = [np.bincount(drawn(m, 0, CYCLE)[0], minlength=len(weights)) for m in (a, b)]
-  assert np.abs(shares[0] - shares[1]).max() <= 1  # rounding may tip one example
+  assert np.abs(shares[0] - shares[1]).max() <= 1  # rounding may change one example
 
 
-def test_before_a_change_of_weights_nothing_changes():
+def test_new_weights_do_not_change_earlier_examples():
   a, b = Mixture([[3, 1]], [0]), Mixture([[3, 1], [1, 1]], [0, 700])
   np.testing.assert_array_equal(drawn(a, 0, 700), drawn(b, 0, 700))

@@ -1,4 +1,4 @@
-"""enwik8 is the published file or none; what is made up is exactly what its path says, everywhere the same."""
+"""enwik8 is the published file or an error; generated data follows its path, the same on any machine."""
 
 import hashlib
 import zipfile
@@ -44,8 +44,8 @@ def test_enwik8_is_fetched_and_checked_once(tmp_path, server, monkeypatch):
 @pytest.mark.parametrize(('name', 'text', 'published', 'message'), [
     ('enwik9', TEXT, {}, 'no file enwik8'), ('enwik8', TEXT[:-1], {}, f'{len(TEXT) - 1} bytes'),
     ('enwik8', b'?' + TEXT[1:], {}, hashlib.sha1(b'?' + TEXT[1:]).hexdigest()),
-    ('enwik8', TEXT, {'size': 100_000_000}, 'published are 100000000')])
-def test_another_file_is_refused_and_fetched_anew_the_next_time(tmp_path, server, name, text, published, message):
+    ('enwik8', TEXT, {'size': 100_000_000}, 'the published file has 100000000')])
+def test_a_wrong_enwik8_is_rejected_and_not_cached(tmp_path, server, name, text, published, message):
   server.files['/enwik8.zip'] = make_zip(tmp_path / 'a.zip', name, text).read_bytes()
   for hits in (1, 2):
     with pytest.raises(DataError, match=message):
@@ -54,7 +54,7 @@ def test_another_file_is_refused_and_fetched_anew_the_next_time(tmp_path, server
   assert not [p for p in (tmp_path / 'cache').rglob('*') if p.is_file()]
 
 
-def test_enwik8_of_a_local_archive_is_checked_and_left_alone(tmp_path):
+def test_a_local_enwik8_archive_is_checked_and_kept(tmp_path):
   good, bad = make_zip(tmp_path / 'good.zip'), make_zip(tmp_path / 'bad.zip', text=TEXT[1:])
   assert get(tmp_path, str(good)).read_bytes() == TEXT
   with pytest.raises(DataError, match=r'bad\.zip'):
@@ -67,7 +67,7 @@ def read(reader, path):
 
 
 @pytest.mark.parametrize('vocab_size', [1, 7, 50257, 1 << 31])
-def test_synthetic_ids_are_uniform_and_a_prefix_of_more_of_them(vocab_size):
+def test_synthetic_ids_are_uniform_and_extend_shorter_sets(vocab_size):
   documents = read(synthetic, f'synthetic:{vocab_size}:150001')
   ids = np.concatenate([d.text for d in documents])
   assert (ids.dtype, len(ids)) == (np.int64, 150001)
@@ -98,7 +98,7 @@ def test_modular_tables_hold_every_equation_once(p, operation):
   assert set(rows) == expected
 
 
-def test_half_of_a_modular_table_is_a_fair_half():
+def test_half_of_a_modular_table_is_a_fair_sample():
   documents = read(modular, 'modular')
   assert len(documents) == 97 * 96
   assert [d.name for d in documents] == [d.name for d in read(modular, 'modular')]

@@ -1,4 +1,4 @@
-"""Each epoch is a permutation of all rows, the same wherever it is asked, and as even as chance."""
+"""Each epoch is a permutation of all rows, the same at any access, and statistically uniform."""
 
 import math
 
@@ -37,14 +37,14 @@ def test_a_row_is_a_function_of_its_position(num_rows, seed, begin, count):
     (0, 1000, 0, [110, 899, 641, 998, 605, 646, 833, 939]),
     (10**12, 30_001, 2**32 - 1, [27765, 3557, 1473, 29364, 23865, 27730, 29574, 4845]),
     (3, 7, 1, [5, 4, 6, 2, 2, 4, 3, 1])])
-def test_the_order_stays_what_it_is(begin, num_rows, seed, rows):
-  """Runs go on from checkpoints in it: another result needs another VERSION."""
+def test_the_order_never_changes(begin, num_rows, seed, rows):
+  """Resumed runs depend on this order: a different result needs a new VERSION."""
   assert (order(np.arange(begin, begin + 8), num_rows, seed).tolist(), VERSION) == (rows, 2)
 
 
-def test_more_rows_than_32_bits_count():
+def test_order_works_beyond_32_bits():
   num_rows = 10**15
-  rows = order(np.arange(num_rows - 10_000, num_rows + 10_000), num_rows, 0)  # of two epochs
+  rows = order(np.arange(num_rows - 10_000, num_rows + 10_000), num_rows, 0)  # in two epochs
   assert len(set(rows.tolist())) == 20_000 and rows.min() >= 0 and rows.max() < num_rows
   assert 0.45 < rows.mean() / num_rows < 0.55
 
@@ -72,7 +72,7 @@ def test_half_of_the_permutations_are_odd(num_rows):
 
 
 def unscrambled(y):
-  """x of scrambled(x) = y, in whole numbers of any size."""
+  """The x with scrambled(x) = y, in Python integers."""
   for factor, shift in ((0x94D049BB133111EB, 31), (0xBF58476D1CE4E5B9, 27), (GOLDEN, 30)):
     x = y
     for _ in range(64 // shift):
@@ -82,23 +82,23 @@ def unscrambled(y):
 
 
 @pytest.mark.parametrize('size', [9, 100, 10_007])
-def test_noise_that_would_wrap_sends_no_two_places_to_one(size):
+def test_permutation_survives_large_round_function_values(size):
   noise, half = 2**64 - 2, 2
-  key = unscrambled((unscrambled(noise) - half) % 2**64)  # which gives that noise to that half in the first round
+  key = unscrambled((unscrambled(noise) - half) % 2**64)  # gives this noise for this half in the first round
   keys = np.full(size, key, np.uint64)
   assert scrambled(np.array([half], np.uint64) + scrambled(keys[:1])) == noise
   np.testing.assert_array_equal(np.sort(permuted(np.arange(size, dtype=np.uint64), size, keys)), np.arange(size))
 
 
 @pytest.mark.parametrize('num_rows', [100, 1000, 4096, 30_001])
-def test_where_a_row_comes_tells_nothing_of_it(num_rows):
+def test_positions_are_independent_of_rows(num_rows):
   epochs = np.array([epoch_of(num_rows, 1, epoch) for epoch in range(100_000 // num_rows)])
   places = np.tile(np.arange(num_rows), len(epochs))
   counts, _, _ = np.histogram2d(places, epochs.ravel(), bins=10)
   expected = len(places) / 100
   assert ((counts - expected)**2 / expected).sum() < 81 + 5 * math.sqrt(2 * 81)
-  # Neighbours are as far from each other as two rows drawn at random: a third of all, on average.
+  # Neighbours are as far apart as two random rows: a third of num_rows, on average.
   assert np.abs(np.diff(epochs, axis=1)).mean() / num_rows == pytest.approx(1 / 3, abs=0.01)
-  # As many rows stay where they are, and follow the one before them, as chance leaves: one of each an epoch.
+  # Rows stay in place, and follow their predecessor, as often as by chance: each once per epoch on average.
   for events in (epochs == np.arange(num_rows), np.diff(epochs, axis=1) == 1):
     assert abs(events.sum() - len(epochs)) < 5 * math.sqrt(len(epochs))

@@ -1,4 +1,4 @@
-"""Tokenizers of other libraries, made here by them: ids as theirs, no special token from text, kept whole."""
+"""Tokenizers of other libraries: our ids equal theirs, text never gives special tokens, saving keeps everything."""
 
 import base64
 import hashlib
@@ -73,7 +73,7 @@ def unigram():
       pre_tokenizer=pre_tokenizers.Metaspace(), decoder=decoders.Metaspace(), normalizer=normalizers.NFKC())
   spec = json.loads(tokenizer.to_str())
   for i, piece in enumerate(spec['model']['vocab'][:4]):
-    spec['model']['vocab'][i] = [piece[0], 0.0]  # as likely as any word, as in XLM-R's vocabulary
+    spec['model']['vocab'][i] = [piece[0], 0.0]  # the same score as words, as in XLM-R's vocabulary
   return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
@@ -94,7 +94,7 @@ HUGGING_FACE = {
     'wordpiece': wordpiece,
 }
 LOSSLESS = {'gpt2', 'llama3'}
-# What the bytes of the ids begin with besides the text: the space that the model puts in front.
+# Bytes that the ids decode to before the text: the space that the model adds.
 PUTS_A_SPACE = {'prefix space', 'llama2', 'unigram', 'wordpiece'}
 
 
@@ -135,13 +135,13 @@ def named(request, tmp_path_factory):
           library.decode)
 
 
-def test_ids_are_the_librarys_own(named):
+def test_ids_equal_those_of_the_library(named):
   _, tokenizer, encode, _ = named
   texts = CORPUS[:3]
   assert ids_of(tokenizer, texts) == [encode(text) for text in texts]
 
 
-def test_bytes_are_the_text(named):
+def test_token_bytes_give_the_text_back(named):
   name, tokenizer, _, library_decode = named
   text = 'the cat sat on  the mat 123'
   ids = tokenizer.encode([text])[0]
@@ -152,7 +152,7 @@ def test_bytes_are_the_text(named):
   assert library_decode(ids.tolist()).split() == text.split()
 
 
-def test_no_text_becomes_a_special_token(named):
+def test_text_never_becomes_a_special_token(named):
   _, tokenizer, _, _ = named
 
   @SOME
@@ -165,7 +165,7 @@ def test_no_text_becomes_a_special_token(named):
   assert tokenizer.token_bytes[tokenizer.bos_id] == tokenizer.token_bytes[tokenizer.eos_id] == b''
 
 
-def test_lossless_is_said_truthfully(named):
+def test_lossless_tokenizers_give_every_text_back(named):
   name, tokenizer, _, _ = named
   assert tokenizer.lossless == (name in LOSSLESS)
   texts = [*CORPUS, *SPELLED, 'a\u2581b', ' x', 'X']
@@ -180,7 +180,7 @@ def test_lossless_is_said_truthfully(named):
   assert tokenizer.lossless == all(decode(tokenizer, tokenizer.encode([text])[0]) == text for text in texts)
 
 
-def test_saved_and_loaded_gives_the_same(named, tmp_path):
+def test_a_loaded_tokenizer_equals_the_saved_one(named, tmp_path):
   _, tokenizer, _, _ = named
   loaded = saved_and_loaded(tokenizer, tmp_path)
   assert type(loaded) is type(tokenizer)
@@ -190,7 +190,7 @@ def test_saved_and_loaded_gives_the_same(named, tmp_path):
   assert loaded.to_json() == tokenizer.to_json()
 
 
-def test_half_a_character_pair_is_named(named):
+def test_a_lone_surrogate_is_named(named):
   with pytest.raises(DataError, match=r"surrogate '\\udc80' at position 1"):
     named[1].encode(['a\udc80'])
 
@@ -198,14 +198,14 @@ def test_half_a_character_pair_is_named(named):
 @pytest.mark.parametrize('name, bos, eos', [
     ('gpt2', '<|endoftext|>', '<|endoftext|>'), ('llama3', '<|begin_of_text|>', '<|end_of_text|>'),
     ('llama2', '<s>', '</s>'), ('wordpiece', '[CLS]', '[SEP]')])
-def test_what_parts_documents_is_found_by_name(name, bos, eos, tmp_path):
+def test_bos_and_eos_are_found_by_name(name, bos, eos, tmp_path):
   library = HUGGING_FACE[name]()
   tokenizer = opened(library, tmp_path)
   assert (tokenizer.bos_id, tokenizer.eos_id) == (library.token_to_id(bos), library.token_to_id(eos))
 
 
-def test_without_a_token_that_parts_documents_it_is_refused(tmp_path):
-  with pytest.raises(ConfigError, match=r'tokenizer.json: the tokenizer has no token that opens a document.*endoftext'):
+def test_a_tokenizer_without_bos_and_eos_is_rejected(tmp_path):
+  with pytest.raises(ConfigError, match=r'tokenizer.json: the tokenizer has no bos token.*endoftext'):
     opened(byte_level(['<other>']), tmp_path)
   path = tmp_path / 'some.model'
   path.write_bytes(sentencepiece_model(bos_id=-1, eos_id=-1))
@@ -213,14 +213,14 @@ def test_without_a_token_that_parts_documents_it_is_refused(tmp_path):
     open_tokenizer(str(path))
 
 
-def test_one_of_bos_and_eos_stands_for_both(tmp_path):
+def test_one_of_bos_and_eos_is_used_for_both(tmp_path):
   path = tmp_path / 'some.model'
   path.write_bytes(sentencepiece_model(bos_id=-1, eos_id=2))
   tokenizer = open_tokenizer(str(path))
   assert tokenizer.bos_id == tokenizer.eos_id == 2
 
 
-def test_texts_are_whole_and_bare(tmp_path):
+def test_texts_are_not_truncated_or_padded(tmp_path):
   library = llama3()
   library.enable_truncation(5)
   library.enable_padding(length=9)
@@ -228,7 +228,7 @@ def test_texts_are_whole_and_bare(tmp_path):
   assert decode(tokenizer, tokenizer.encode([CORPUS[0]])[0]) == CORPUS[0]
 
 
-def test_dropout_is_off(tmp_path):
+def test_dropout_is_disabled(tmp_path):
   library = byte_level(['<|endoftext|>'])
   plain = opened(library, tmp_path)
   library.model.dropout = 0.5
@@ -236,7 +236,7 @@ def test_dropout_is_off(tmp_path):
   assert ids_of(tokenizer, CORPUS) == ids_of(plain, CORPUS)
 
 
-def test_added_words_stand_for_themselves(tmp_path):
+def test_added_tokens_are_their_own_text(tmp_path):
   library = byte_level(['<|endoftext|>'])
   library.add_tokens(['<tool call>'])
   tokenizer = opened(library, tmp_path)
@@ -277,7 +277,7 @@ print(json.dumps([[encoding.encode_ordinary(text) for text in texts], tokenizer.
 """
 
 
-def test_tiktoken_from_its_cache_then_without(tmp_path):
+def test_tiktoken_is_loaded_from_its_cache_and_saved(tmp_path):
   tokens = FITTED['bpe'](CORPUS, TokenizerConfig(300)).token_bytes[1:]
   cache = tmp_path / 'cache'
   cache.mkdir()
@@ -292,7 +292,7 @@ def test_tiktoken_from_its_cache_then_without(tmp_path):
                         capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   ids, eos_id = json.loads(done.stdout)
-  tokenizer = load_tokenizer(tmp_path / 'saved.json')  # this process knows neither the encoding nor the cache
+  tokenizer = load_tokenizer(tmp_path / 'saved.json')  # this process has neither the encoding nor the cache
   assert ids_of(tokenizer, texts) == ids
   assert tokenizer.lossless and [decode(tokenizer, row) for row in ids] == texts
   assert tokenizer.bos_id == tokenizer.eos_id == eos_id == len(tokens) + 3
@@ -300,11 +300,11 @@ def test_tiktoken_from_its_cache_then_without(tmp_path):
   assert saved_and_loaded(tokenizer, tmp_path).to_json() == tokenizer.to_json()
 
 
-def test_tiktoken_without_a_network_says_the_way_out(tmp_path, monkeypatch):
+def test_tiktoken_without_a_network_says_what_to_do(tmp_path, monkeypatch):
   for name in ('HTTPS_PROXY', 'https_proxy'):
     monkeypatch.setenv(name, 'http://127.0.0.1:9')
   monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
-  with pytest.raises(DataError, match='tiktoken:gpt2 is neither in TIKTOKEN_CACHE_DIR nor to be fetched'):
+  with pytest.raises(DataError, match='tiktoken:gpt2 is not in TIKTOKEN_CACHE_DIR and cannot be downloaded'):
     open_tokenizer('tiktoken:gpt2')
   with pytest.raises(ConfigError, match=r"no encoding 'gpt9'; it has .*cl100k_base"):
     open_tokenizer('tiktoken:gpt9')

@@ -1,4 +1,4 @@
-"""Batches are a pure function of (data, seed, n): each token once an epoch, whatever hosts, restarts or prefetching."""
+"""Batches are a pure function of (data, seed, n): each token is a target once per epoch, with any number of hosts."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from llm_jax.data.rows.examples import make_examples
 from llm_jax.data.rows.tasks import NextToken
 from llm_jax.data.stores.store import TokenStore
 
-# No two tokens are alike, so a token tells where it came from.
+# (num_tokens, seq_len). All tokens of a store are different, so a token identifies its position.
 LENGTHS = [(1, 1), (2, 1), (50, 7), (57, 7), (64, 64), (65, 64), (500, 16), (129, 1)]
 
 
@@ -22,7 +22,7 @@ def make_store(num_tokens, seed=0):
   rng = np.random.default_rng(seed)
   tokens = rng.permutation(num_tokens).astype(np.uint16) + 1
   begins = rng.integers(1, num_tokens, num_tokens // 9) if num_tokens > 9 else []
-  starts = np.unique([0, *begins, num_tokens - 1]).astype(np.int64)  # the last token opens a document too
+  starts = np.unique([0, *begins, num_tokens - 1]).astype(np.int64)  # the last token starts a document too
   return TokenStore(tokens, starts, f'sha {num_tokens} {seed}', num_tokens)
 
 
@@ -53,7 +53,7 @@ def tokens_of(examples):
 
 
 def real(rows, name):
-  """What `name` holds where the loss counts, over all rows in order."""
+  """The values of feature `name` where loss_mask is 1, over all rows in order."""
   return np.concatenate([row[name][row['loss_mask'] > 0] for row in rows]).tolist()
 
 
@@ -64,7 +64,7 @@ def assert_equal(a, b):
 
 
 def order_of(rows):
-  """The first token of each row: which window it is."""
+  """The first token of each row, which identifies the window."""
   return [int(row['tokens'][0]) for row in rows]
 
 
@@ -79,7 +79,7 @@ def test_every_token_but_the_first_is_a_target_once(num_tokens, seq_len):
   assert all(row['loss_mask'].any() for row in rows)
 
 
-def test_shuffled_epochs_hold_every_target_once_too():
+def test_shuffled_epochs_hold_every_target_once():
   windows = make_windows()
   for epoch in range(3):
     rows = epoch_of(windows, 3, epoch)
@@ -96,7 +96,7 @@ def test_segments_and_positions_restart_at_documents(seed, seq_len):
     segment = position = 0
     for t in range(seq_len):
       at = i * seq_len + t
-      if at >= 199:  # past the last token that has a target
+      if at >= 199:  # after the last token with a target
         assert row['segment_ids'][t] == 0
         assert row['loss_mask'][t] == 0
         continue
@@ -106,7 +106,7 @@ def test_segments_and_positions_restart_at_documents(seed, seq_len):
 
 
 def test_segments_agree_with_the_special_tokens_of_the_row():
-  # Written from the tokens alone: 0 opens each document, here as in a real store.
+  # The expectation uses the tokens only: 0 starts each document, as in a real store.
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, 6, 300).astype(np.uint16)
   tokens[0] = 0
@@ -135,7 +135,7 @@ def test_each_epoch_is_a_new_permutation_and_seeds_differ():
   assert all(a != b for a, b in itertools.combinations([in_order, *epochs], 2))
 
 
-def test_order_is_a_shuffle_and_no_rotation():
+def test_order_is_a_shuffle_not_a_rotation():
   windows = make_windows(2000, 4)
   index = {first: i for i, first in enumerate(order_of(rows_of(windows)))}
   order = [index[first] for first in order_of(epoch_of(windows, 0))]
@@ -151,7 +151,7 @@ def batches_of(batch_size=8, rows=None, seed=0, **windows):
   return train_batches(Endless(make_windows(**windows), seed), batch_size, rows)
 
 
-def test_batch_n_holds_examples_n_times_batch_size_and_on():
+def test_batch_n_starts_at_example_n_times_batch_size():
   windows = make_windows()
   examples, batches = Endless(windows, 7), batches_of(seed=7)
   for n in (0, 3, 4, 40):  # an epoch is four batches
@@ -161,8 +161,8 @@ def test_batch_n_holds_examples_n_times_batch_size_and_on():
 
 
 @pytest.mark.parametrize('num_tokens', [100, 500])
-def test_batches_cross_epochs_without_a_seam(num_tokens):
-  # 5 rows a batch divide neither 7 nor 32 windows an epoch: some batches hold the end of one and the next one's start.
+def test_batches_cross_epochs_without_a_gap(num_tokens):
+  # 5 rows per batch divide neither 7 nor 32 windows per epoch: some batches hold rows of two epochs.
   windows, batches = make_windows(num_tokens), batches_of(5, num_tokens=num_tokens)
   num_batches = 3 * len(windows) // 5 + 1
   rows = [row for n in range(num_batches) for row in split(batch_at(batches, n))]
@@ -181,12 +181,12 @@ def test_batch_n_is_a_pure_function(begin, ahead_bytes, monkeypatch):
     for n in numbers:
       batch = next(iterator)
       assert_equal(batch, expected[n])
-      assert_equal(batch, batch_at(random_access, n))  # asked again, after others
+      assert_equal(batch, batch_at(random_access, n))  # the same on a second access
   assert (expected[begin]['tokens'] != batch_at(batches_of(seed=1), begin)['tokens']).any()
 
 
-def test_chance_is_of_seed_and_position():
-  """Drawn again in each epoch, other for another seed, whatever else is asked; a set of one row has but one order."""
+def test_random_draws_depend_on_seed_and_position():
+  """Every epoch and seed draws new random tokens, independent of other accesses. One row has only one order."""
   windows = make_windows(17, 16)
   examples = dataclasses.replace(windows, augment=Augment(token_replace=0.5),
                                  layout=dataclasses.replace(windows.layout, bos_id=0))
@@ -241,7 +241,7 @@ def test_eval_covers_every_token_once_whatever_the_batch_size(batch_size):
 def test_eval_of_all_hosts_covers_every_token_once(num_hosts):
   windows = make_windows(470)
   hosts = [eval_rows(windows, 12, np.arange(host, 12, num_hosts)) for host in range(num_hosts)]
-  assert len({len(rows) for rows in hosts}) == 1  # all take part in as many steps
+  assert len({len(rows) for rows in hosts}) == 1  # all hosts make the same number of batches
   targets = itertools.chain(*(real(rows, 'targets') for rows in hosts))
   assert sorted(targets) == sorted(tokens_of(windows)[1:].tolist())
 
@@ -256,5 +256,5 @@ def test_eval_of_max_rows_is_evenly_spread(max_rows, batch_size):
   count = min(max_rows, 32)
   assert len(chosen) == len(set(chosen)) == count
   assert chosen == sorted(chosen)
-  gaps = np.diff([*chosen, 32 + chosen[0]])  # around the ring
+  gaps = np.diff([*chosen, 32 + chosen[0]])  # the last gap wraps around
   assert gaps.max() - gaps.min() <= 1

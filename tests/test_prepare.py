@@ -1,4 +1,4 @@
-"""prepare makes the stores of a run ahead of it, once; inspect shows what a run would learn, as a person checks it."""
+"""`data prepare` makes the stores of a run in advance, once; `data inspect` shows what a run would learn."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def run(folder, module, *flags):
 
 
 def state(cache):
-  """Every file of the stores and tokenizers with its bytes and time of change; locks aside."""
+  """Bytes and modification time of every file of the stores and tokenizers, without locks."""
   return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in cache.rglob('*')
           if path.is_file() and path.suffix != '.lock'}
 
@@ -57,7 +57,7 @@ def numbers(out, row):
   return [float(word.replace(',', '')) for word in line.split()[1:]]
 
 
-def test_prepare_as_a_user_runs_it(tmp_path, corpus, cache):
+def test_the_prepare_command_makes_stores_once(tmp_path, corpus, cache):
   flags = ('--path=corpus', '--tokenizer=bpe', '--vocab_size=300', '--split=document', '--val_fraction=0.2')
   first = run(tmp_path, 'prepare', *flags)
   assert first.returncode == 0, first.stderr
@@ -76,10 +76,10 @@ def test_prepare_as_a_user_runs_it(tmp_path, corpus, cache):
   assert [numbers(second.stdout, f'{split}/data') for split in ('train', 'val')] == rows
   assert state(cache) == before
   seconds = float(second.stdout.split('ready in ')[1].split(' s')[0])
-  assert seconds < 1, 'nothing is made twice'
+  assert seconds < 1, 'the store was made twice'
 
 
-def test_another_file_or_option_makes_another_store(corpus, cache, capsys):
+def test_a_changed_file_or_option_makes_another_store(corpus, cache, capsys):
   flags = [f'--path={corpus}', '--tokenizer=byte', '--val_fraction=0.2']
   prepare.main(flags)
   once = {p for p in (cache / 'stores').iterdir() if p.is_dir()}
@@ -91,7 +91,7 @@ def test_another_file_or_option_makes_another_store(corpus, cache, capsys):
   assert '61 documents in: 61 kept' in capsys.readouterr().out
 
 
-def test_prepare_with_a_config_makes_what_the_run_opens(tmp_path, cache, capsys):
+def test_prepare_makes_the_stores_that_the_run_opens(tmp_path, cache, capsys):
   from llm_jax.config import load
   from llm_jax.data.open import open_data
   path = write_config(tmp_path)
@@ -100,13 +100,13 @@ def test_prepare_with_a_config_makes_what_the_run_opens(tmp_path, cache, capsys)
   before = state(cache)
   config = load(path).resolve({'data.val_fraction': '0.3'}, cpu_only=True)
   data = open_data(config.data)
-  assert state(cache) == before, 'training opens it as it is'
+  assert state(cache) == before, 'open_data must use the prepared stores'
   assert numbers(out, 'train/data')[1] == len(data.train['data'].tokens)
   assert numbers(out, 'val/data')[2] / (numbers(out, 'train/data')[2] + numbers(out, 'val/data')[2]) == pytest.approx(
       0.3, abs=0.01)
 
 
-def test_mixture_has_a_row_of_each_source(corpus, pairs, capsys):
+def test_the_table_has_a_row_for_each_source(corpus, pairs, capsys):
   prepare.main(['--tokenizer=byte', f'--sources.prose.path={corpus}', f'--sources.sums.path={pairs}',
                 '--sources.sums.field=prompt', '--split=document', '--val_fraction=0.2'])
   out = capsys.readouterr().out
@@ -117,26 +117,26 @@ def test_mixture_has_a_row_of_each_source(corpus, pairs, capsys):
 @pytest.mark.parametrize('command', [prepare, inspect])
 @pytest.mark.parametrize('flags, words', [
     (['--path={corpus}', '--pth=x'], ['config.data.pth', 'did you mean config.data.path']),
-    (['--path={corpus}', '--seq_len=0', '--val_fraction=2'], ['seq_len', 'val_fraction']),  # both at once
+    (['--path={corpus}', '--seq_len=0', '--val_fraction=2'], ['seq_len', 'val_fraction']),  # one message for both
     (['--path={corpus}', '--packing=tight'], ["'tight'", 'best_fit']),
     (['--path={corpus}', '--seq_len=many'], ['config.data.seq_len', "'many'"]),
     (['--path={corpus}', '--task=sumarize'], ["'sumarize' is unknown", 'seq2seq']),
     (['--path={corpus}', 'corpus'], ['corpus: no such flag']),
     (['--path={corpus}', '--seq_len'], ['--seq_len: has no value']),
-    (['--seq_len=8'], ['--path: name a file']),
-    ([], ['--path: name a file']),
+    (['--seq_len=8'], ['--path: give a file']),
+    ([], ['--path: give a file']),
     (['--config={corpus}/none.py'], ['none.py']),
     (['--path={corpus}', '--max_bad_fraction=-1'], ['max_bad_fraction']),
     (['--path={corpus}', '--sources.a.pth=x'], ['config.data.sources.a.pth']),
 ])
-def test_bad_flags(command, flags, words, corpus):
+def test_bad_flags_are_rejected(command, flags, words, corpus):
   with pytest.raises(ConfigError) as e:
     command.main([flag.replace('{corpus}', str(corpus)) for flag in flags])
   assert [word for word in words if word not in str(e.value)] == [], str(e.value)
 
 
 @pytest.mark.parametrize('module', ['prepare', 'inspect'])
-def test_bad_flag_as_a_user_meets_it(module, tmp_path, corpus):
+def test_the_program_rejects_a_bad_flag(module, tmp_path, corpus):
   begin = time.perf_counter()
   result = run(tmp_path, module, '--path=corpus', '--seq_length=8')
   assert result.returncode == 78
@@ -145,19 +145,19 @@ def test_bad_flag_as_a_user_meets_it(module, tmp_path, corpus):
 
 
 @pytest.mark.parametrize('module', ['prepare', 'inspect'])
-def test_help_says_how_to_call_it(module, tmp_path):
+def test_help_shows_the_usage(module, tmp_path):
   result = run(tmp_path, module, '--help')
   assert result.returncode == 0 and '--config' in result.stdout and '--path' in result.stdout
 
 
-def test_cache_that_cannot_be_written(tmp_path, corpus):
+def test_an_unwritable_cache_is_an_error(tmp_path, corpus):
   (tmp_path / 'file').write_text('')
   with pytest.raises(StorageError, match='LLM_JAX_CACHE'):
     prepare.main([f'--path={corpus}', '--tokenizer=byte', f'--cache_dir={tmp_path}/file'])
 
 
 def shown(out):
-  """{row: its lines} of what inspect prints."""
+  """{row: its lines} in the output of inspect."""
   rows = {}
   for line in out.splitlines():
     if line.startswith('row '):
@@ -168,11 +168,11 @@ def shown(out):
 
 
 def tokens_of(lines, label):
-  """The tokens printed behind 'reads' or 'learns', of which the first may be a space."""
+  """The tokens printed after 'reads' or 'learns'; the first may be a space."""
   return next(line for line in lines if line.startswith(label)).removeprefix(label.ljust(8)).split('|')
 
 
-def test_inspect_shows_documents_as_they_are_read_and_learnt(corpus, capsys):
+def test_inspect_shows_inputs_and_targets(corpus, capsys):
   inspect.main([f'--path={corpus}', *INSPECT, '--packing=pad'])
   out = capsys.readouterr().out
   rows = shown(out)
@@ -219,7 +219,7 @@ def test_inspect_shows_the_middle_between_sentinels(corpus, capsys):
   assert len(rows) > 10
 
 
-def test_inspect_shows_that_only_answers_are_learnt(pairs, capsys):
+def test_inspect_shows_that_only_answers_are_targets(pairs, capsys):
   inspect.main([f'--path={pairs}', *INSPECT, '--task=prompt_answer', '--packing=pad'])
   rows = shown(capsys.readouterr().out)
   for lines in rows.values():
@@ -258,18 +258,18 @@ def test_inspect_draws_a_picture(tmp_path, corpus, capsys):
   assert len(colours) > 10, 'a blank page has one'
 
 
-def test_inspect_says_where_it_cannot_draw(tmp_path, corpus):
+def test_inspect_reports_an_unwritable_picture(tmp_path, corpus):
   for name in ('none/data.png', 'data.unknown'):
     with pytest.raises(StorageError, match='--out'):
       inspect.main([f'--path={corpus}', *INSPECT, f'--out={tmp_path / name}'])
 
 
-def test_inspect_of_a_split_that_is_empty(corpus):
-  with pytest.raises(ConfigError, match='--part: test holds nothing'):
+def test_inspect_rejects_an_empty_split(corpus):
+  with pytest.raises(ConfigError, match='--part: test is empty'):
     inspect.main([f'--path={corpus}', '--tokenizer=byte', '--part=test'])
 
 
-def test_inspect_refuses_a_stream_and_bad_flags_of_its_own(corpus):
+def test_inspect_rejects_streams_and_bad_flags(corpus):
   with pytest.raises(ConfigError, match='streaming'):
     inspect.main([f'--path={corpus}', *INSPECT, '--streaming=True'])
   for flag in ('--rows=-1', '--seed=-1', '--rows=few', '--part=middle'):

@@ -1,4 +1,4 @@
-"""Rows hold every target of a store once, or it is counted as dropped, whatever the packing."""
+"""With every packing, each target of a store is in one row or counted as dropped."""
 
 import bisect
 import pickle
@@ -19,7 +19,7 @@ lengths_lists = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
 def make_store(lengths, answers=None, labels=None):
-  """Documents of that many tokens, bos included; no two other tokens are alike, so a token tells where it was."""
+  """Documents of these lengths, bos included; all other tokens are different, so a token identifies its position."""
   lengths = np.array(lengths, np.int64)
   tokens = np.arange(1, lengths.sum() + 1).astype(np.uint16)
   starts = np.cumsum(lengths) - lengths
@@ -77,17 +77,17 @@ def test_windows_skip_documents_without_tokens():
   assert [(piece.ids.tolist(), piece.document) for piece in row] == [([BOS, 2, 3, BOS], 0), ([BOS, 5, 6, 7], 3)]
 
 
-# Packing of documents.
+# Packed documents.
 
 @property_test
 @given(lengths_lists, st.integers(1, 20), st.sampled_from(['best_fit', 'pad']), st.booleans(), st.integers(0, 3))
-def test_split_documents_are_whole_again_when_joined(lengths, capacity, packing, virtual_eos, overhead):
+def test_joined_pieces_give_the_documents_back(lengths, capacity, packing, virtual_eos, overhead):
   store = make_store(lengths)
   rows = packed(store, packing, capacity=capacity, eos_id=BOS if virtual_eos else 9999, overhead=overhead)
   joined = {}
   for piece in sorted(pieces_of(rows), key=lambda p: (p.document, p.ids[1:].tolist() == [BOS], p.ids[1])):
     before = joined.setdefault(piece.document, piece.ids[:1].tolist())
-    assert before[-1] == piece.ids[0], 'a chunk does not go on where the one before ends'
+    assert before[-1] == piece.ids[0], 'a chunk does not start at the last token of the one before'
     joined[piece.document] = before + piece.ids[1:].tolist()
   assert joined == {d: ids for d, ids in enumerate(documents_of(store, virtual_eos)) if len(ids) > 1}
   assert rows.dropped_tokens == 0
@@ -100,7 +100,7 @@ def test_split_documents_are_whole_again_when_joined(lengths, capacity, packing,
 @property_test
 @given(lengths_lists, st.integers(1, 20), st.sampled_from(['best_fit', 'pad']), st.sampled_from(['left', 'right']),
        st.booleans())
-def test_cut_documents_keep_one_end_and_the_rest_is_counted(lengths, capacity, packing, truncate, virtual_eos):
+def test_truncated_documents_keep_one_end_and_count_the_rest(lengths, capacity, packing, truncate, virtual_eos):
   store = make_store(lengths)
   rows = packed(store, packing, truncate, capacity, eos_id=BOS if virtual_eos else 9999)
   documents = documents_of(store, virtual_eos)
@@ -112,7 +112,7 @@ def test_cut_documents_keep_one_end_and_the_rest_is_counted(lengths, capacity, p
   assert kept + rows.dropped_tokens == sum(len(ids) - 1 for ids in documents)
 
 
-def test_ids_without_bos_keep_their_own_first_token_and_have_no_target_for_it():
+def test_documents_without_bos_keep_their_first_token():
   store = types.SimpleNamespace(tokens=np.arange(10, 20), starts=np.array([0, 0, 6, 10]), answers=None, labels=None)
   rows = packed(store, 'pad', 'left', 3, bos_id=None, eos_id=None)
   assert [piece.ids.tolist() for piece in pieces_of(rows)] == [[12, 13, 14, 15], [16, 17, 18, 19]]
@@ -151,8 +151,8 @@ def test_labels_stay_with_their_documents():
 
 # Best fit.
 
-def best_fit_plainly(sizes, capacity):
-  """Room left in each row, piece after piece."""
+def plain_best_fit(sizes, capacity):
+  """Room left in each row after packing one piece at a time."""
   rooms = []
   for size in sorted(sizes, reverse=True):
     fitting = [room for room in rooms if room >= size]
@@ -165,13 +165,13 @@ def best_fit_plainly(sizes, capacity):
 @settings(property_test, max_examples=150)
 @given(st.integers(1, 30).flatmap(lambda capacity: st.tuples(
     st.just(capacity), st.lists(st.integers(1, capacity), max_size=80))))
-def test_best_fit_by_histogram_is_best_fit_decreasing(case):
+def test_histogram_best_fit_equals_best_fit_decreasing(case):
   capacity, sizes = case
   order, ends = best_fit(np.array(sizes, np.int64), capacity)
   assert sorted(order.tolist()) == list(range(len(sizes))), 'a piece is missing or there twice'
   fills = [sum(sizes[p] for p in row) for row in np.split(order, ends)[:-1]]
   assert len(fills) == len(ends)
-  assert sorted(capacity - fill for fill in fills) == best_fit_plainly(sizes, capacity)
+  assert sorted(capacity - fill for fill in fills) == plain_best_fit(sizes, capacity)
   assert all(a + b > capacity for a, b in zip(sorted(fills), sorted(fills)[1:], strict=False)), 'two rows fit in one'
 
 
@@ -185,13 +185,13 @@ def test_packing_is_deterministic_picklable_and_small():
   assert sum(x.nbytes for x in (a.begins, a.sizes, a.documents)) <= 16 * len(a.sizes)
 
 
-def test_a_million_documents_pack_in_a_moment_and_almost_without_padding():
+def test_a_million_documents_pack_fast_with_little_padding():
   lengths = np.random.default_rng(0).lognormal(5.5, 1.2, 1_000_000).astype(np.int64) + 1
   store = types.SimpleNamespace(tokens=range(lengths.sum()), starts=np.cumsum(lengths) - lengths, labels=None,
                                 answers=None)
   begin = time.perf_counter()
   rows = packed(store, capacity=2048)
-  assert time.perf_counter() - begin < 10  # 0.5 s; a loop over documents would be past it
+  assert time.perf_counter() - begin < 10  # takes 0.5 s; a Python loop over documents would take longer than 10 s
   assert rows.sizes.sum() == lengths.sum()
   assert rows.sizes.sum() / (2048 * len(rows)) > 0.999
   assert (np.diff(rows.ends, prepend=0) > 0).all()

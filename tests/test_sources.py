@@ -1,4 +1,4 @@
-"""Sources give every text of a path once, in a fixed order, and reading can go on anywhere."""
+"""Sources give every text of a path once, in a fixed order, and reading can resume at any record."""
 
 import gzip
 import json
@@ -38,40 +38,40 @@ def filled(files):
   return {name: text for name, text in files.items() if text}  # an empty file holds no document
 
 
-def test_folder_gives_each_file_that_is_not_hidden_in_order(tree):
+def test_a_folder_gives_its_visible_files_in_order(tree):
   root, visible = tree
   assert read(root) == sorted(filled(visible).items())
 
 
-def test_a_hidden_folder_above_the_path_hides_nothing(tree, tmp_path):
+def test_hidden_parent_folders_hide_no_files(tree, tmp_path):
   root, visible = tree
   root.rename(tmp_path / '.tree')
   assert dict(read(tmp_path / '.tree')) == filled(visible)
 
 
-def test_file_gives_its_bytes(tree):
+def test_a_file_gives_its_text_unchanged(tree):
   root, visible = tree
   assert read(root / 'b.txt') == [('b.txt', visible['b.txt'])]
-  assert read(root / '.hidden') == [('.hidden', 'no')]  # named outright
+  assert read(root / '.hidden') == [('.hidden', 'no')]  # a hidden file can be named
 
 
-def test_glob(tree):
+def test_a_glob_gives_the_matching_files(tree):
   root, visible = tree
   assert [text for _, text in read(f'{root}/*.txt')] == [visible['a.txt'], visible['b.txt']]
   assert [text for _, text in read(f'{root}/**/*.py')] == [visible['sub/deep/c.py']]
   everything = read(f'{root}/**')
   assert [text for _, text in everything] == [visible[name] for name in sorted(filled(visible))]
-  assert [name for name, _ in everything] == sorted(filled(visible)), 'names that no working directory changes'
+  assert [name for name, _ in everything] == sorted(filled(visible)), 'names depend on the working directory'
 
 
-def test_missing_path_names_it(tmp_path):
+def test_a_missing_path_is_named(tmp_path):
   with pytest.raises(DataError, match='nowhere'):
     source_of(tmp_path / 'nowhere')
   with pytest.raises(DataError, match='matches nothing'):
     source_of(tmp_path / '*.txt')
 
 
-def test_folder_without_files(tmp_path):
+def test_a_folder_without_files_is_an_error(tmp_path):
   (tmp_path / 'sub').mkdir()
   (tmp_path / '.hidden').write_text('x')
   with pytest.raises(DataError, match='holds no files'):
@@ -79,7 +79,7 @@ def test_folder_without_files(tmp_path):
 
 
 @pytest.mark.parametrize('prefix', ['', 'some ascii', '中文'])
-def test_invalid_utf8_names_file_and_offset(prefix, tmp_path):
+def test_invalid_utf8_is_reported_with_file_and_offset(prefix, tmp_path):
   (tmp_path / 'good.txt').write_text('fine')
   (tmp_path / 'latin.txt').write_bytes(prefix.encode() + b'\xe9t\xe9')
   good, bad = [item for _, item in source_of(tmp_path).records()]
@@ -91,7 +91,7 @@ def test_invalid_utf8_names_file_and_offset(prefix, tmp_path):
 
 @pytest.fixture
 def mixed(tmp_path):
-  """A folder of several formats, with records that are bad and a file that cannot be read on."""
+  """A folder of several formats, with bad records and a truncated file."""
   root = tmp_path / 'mixed'
   root.mkdir()
   lines = [json.dumps({'text': f'line {i}'}) for i in range(9)]
@@ -104,7 +104,7 @@ def mixed(tmp_path):
   return source_of(root, max_record_bytes=100)
 
 
-def test_reading_goes_on_after_any_record(mixed):
+def test_reading_resumes_after_any_record(mixed):
   records = list(mixed.records())
   assert len({position for position, _ in records}) == len(records)
   assert sum(isinstance(item, BadRecord) for _, item in records) == 3
@@ -113,7 +113,7 @@ def test_reading_goes_on_after_any_record(mixed):
     assert list(mixed.records(records[i][0])) == records[i + 1:]
 
 
-def test_formats_by_ending_first_bytes_or_name(tmp_path):
+def test_formats_are_found_by_ending_or_first_bytes(tmp_path):
   for name, content in {'a.jsonl': b'{"text": "1"}\n', 'b': b'{"text": "2"}\n', 'c.md': b'{"text": "3"}',
                         'd.JSONL.gz': gzip.compress(b'{"text": "4"}\n'), 'e': gzip.compress(b'{"text": "5"}')}.items():
     (tmp_path / name).write_bytes(content)
@@ -126,7 +126,7 @@ def test_formats_by_ending_first_bytes_or_name(tmp_path):
     source_of(tmp_path, format='xml')
 
 
-def test_archives_are_read_like_the_folder_in_them(tmp_path):
+def test_archives_are_read_like_folders(tmp_path):
   files = {'a.txt': 'ay', 'sub/b.jsonl': '{"text": "bee"}', '.hidden': 'no'}
   with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as archive:
     for name, text in files.items():
@@ -134,7 +134,7 @@ def test_archives_are_read_like_the_folder_in_them(tmp_path):
   assert read(tmp_path / 'x.zip', tmp_path / 'cache') == [('x.zip/a.txt', 'ay'), ('x.zip/sub/b.jsonl:1', 'bee')]
 
 
-def test_fingerprint_changes_when_a_file_does(tree):
+def test_the_fingerprint_changes_with_any_file(tree):
   root, _ = tree
 
   def fingerprint():
@@ -152,7 +152,7 @@ def test_fingerprint_changes_when_a_file_does(tree):
   assert fingerprint() == seen[-1]
 
 
-def test_stdlib_is_megabytes_of_code_without_tests_and_packages():
+def test_stdlib_is_megabytes_of_code_without_tests():
   source = source_of('stdlib')
   names = [file.name for file in source.files]
   assert {'json/decoder.py', 'argparse.py', 'asyncio/events.py'} <= set(names)

@@ -1,4 +1,4 @@
-"""Every document is on one side, or cut at one exact place; the side depends on nothing that does not matter."""
+"""Every document is in one split, or cut at an exact place; its split depends on relevant settings only."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from llm_jax.data.sources.splits import SPLITS, SplitConfig, Splitter, borders, 
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 texts_lists = st.lists(st.text('ab中\U0001F600', min_size=1, max_size=9), min_size=1, max_size=12)
-# Whole percents, so that what is exact can be said in whole numbers.
+# Whole percents, so that exact results can be computed with integers.
 percents = st.tuples(st.integers(1, 60), st.integers(0, 39))
 
 
@@ -26,7 +26,7 @@ def config_for(split, val=0, test=0, **options):
 
 
 def dealt(config, documents, resumed_at=()):
-  """{side: documents}; at each index of `resumed_at` another splitter goes on from the JSON of the state."""
+  """{split: documents}; at each index in `resumed_at` a new splitter continues from the state's JSON."""
   splitter, found = Splitter(config, total_size(documents)), {side: [] for side in SPLITS}
   for i, document in enumerate(documents):
     if i in resumed_at:
@@ -37,7 +37,7 @@ def dealt(config, documents, resumed_at=()):
 
 
 def joined(documents):
-  """Texts of documents, with pieces put together."""
+  """Texts of documents, with pieces joined."""
   texts = []
   for document in documents:
     if document.continues:
@@ -62,19 +62,19 @@ def test_borders_are_exact(total, fractions):
   assert 0 <= val_begin <= test_begin <= end == total
 
 
-def test_borders_of_enwik8():
+def test_borders_of_enwik8_are_the_usual_ones():
   assert borders(10**8, 0.05, 0.05) == (90_000_000, 95_000_000, 100_000_000)
 
 
 @property_test
 @given(texts_lists, percents, st.integers(1, 9), st.sets(st.integers(0, 60)))
-def test_tail_cuts_all_text_at_the_character(texts, fractions, length, resumed_at):
+def test_tail_cuts_text_at_the_exact_character(texts, fractions, length, resumed_at):
   text = ''.join(texts)
   val_begin, test_begin, _ = borders(len(text), fractions[0] / 100, fractions[1] / 100)
   found = dealt(config_for('tail', *fractions), pieces(texts, length), resumed_at)
   sides = {side: joined(found[side]) for side in SPLITS}
   assert [''.join(sides[side]) for side in SPLITS] == [text[:val_begin], text[val_begin:test_begin], text[test_begin:]]
-  # Documents are as they were but for the cuts, pieces or not.
+  # Documents are unchanged except for the cuts, whether read in pieces or not.
   begins = np.cumsum([0, *map(len, texts)]).tolist()
   cuts = sorted({*begins, val_begin, test_begin})
   assert [t for side in SPLITS for t in sides[side]] == [text[a:b] for a, b in itertools.pairwise(cuts)]
@@ -83,7 +83,7 @@ def test_tail_cuts_all_text_at_the_character(texts, fractions, length, resumed_a
 @property_test
 @given(st.lists(st.tuples(st.text('ab', min_size=1, max_size=9), st.text('c', max_size=3)), min_size=1, max_size=12),
        percents, st.booleans())
-def test_tail_never_cuts_a_pair_or_what_has_a_label(pairs, fractions, labelled):
+def test_tail_never_cuts_pairs_or_labelled_documents(pairs, fractions, labelled):
   documents = [Document('', t + a, label=1) if labelled else Document('', t, a) for t, a in pairs]
   found = dealt(config_for('tail', *fractions), documents)
   assert [d for side in SPLITS for d in found[side]] == documents
@@ -96,7 +96,7 @@ def test_document_split_depends_on_the_text_alone(texts, fractions, length, resu
   documents = [Document(str(i), text) for i, text in enumerate(texts)]
   side_of = {d.text: side for side, ds in dealt(config, documents).items() for d in ds}
   for side, ds in dealt(config, documents).items():
-    assert all(side_of[d.text] == side for d in ds), 'equal documents on two sides'
+    assert all(side_of[d.text] == side for d in ds), 'equal documents in two splits'
   others = [dataclasses.replace(d, name='new/name') for d in documents] + [Document('', f'new {i}') for i in range(3)]
   rng.shuffle(others)
   for side, ds in dealt(config, others, resumed_at).items():
@@ -105,13 +105,13 @@ def test_document_split_depends_on_the_text_alone(texts, fractions, length, resu
   assert sorted(t for side in SPLITS for t in joined(found[side])) == sorted(texts)
 
 
-def test_document_split_has_about_the_fractions_asked_for():
+def test_document_split_has_about_the_given_fractions():
   found = dealt(config_for('document', 10, 5), [Document('', str(i)) for i in range(20_000)])
   assert len(found['val']) == pytest.approx(2000, abs=5 * 2000**0.5)
   assert len(found['test']) == pytest.approx(1000, abs=5 * 1000**0.5)
 
 
-def test_content_hash_is_of_the_content():
+def test_content_hash_depends_on_the_content_alone():
   same = {content_hash(Document(name, 'a', answer)) for name in 'xy' for answer in (None, '')}
   different = {content_hash(d) for d in (Document('', 'ab'), Document('', 'a', 'b'), Document('', '', 'ab'),
                                          Document('', np.array([1, 2])), Document('', np.array([1]), np.array([2])),
@@ -130,14 +130,14 @@ def test_count_takes_the_first_documents(texts, val, test, length, resumed_at):
 
 # From files to stores.
 
-def test_three_way_tail_of_files(tmp_path):
+def test_tail_splits_files_three_ways(tmp_path):
   text = ''.join(write_corpus(tmp_path / 'corpus', 6).values())
   found = sides_of(config_of(tmp_path, split='tail', val_fraction=0.25, test_fraction=0.15), SPLITS)
   a, b = int(len(text) * 0.6), len(text) - round(len(text) * 0.15)
   assert [''.join(side) for side in found] == [text[:a], text[a:b], text[b:]]
 
 
-def test_files_renamed_and_added_leave_documents_where_they_are(tmp_path):
+def test_document_split_survives_renamed_and_added_files(tmp_path):
   texts = [f'document {i}' for i in range(200)]
   rng, found = random.Random(0), []
   for name, added in (('a', 0), ('b', 30)):
@@ -153,20 +153,20 @@ def test_files_renamed_and_added_leave_documents_where_they_are(tmp_path):
 
 
 @pytest.mark.parametrize('split', ['auto', 'document', 'tail', 'count'])
-def test_val_path_and_test_path_are_those_sides(tmp_path, split):
+def test_val_path_and_test_path_give_those_splits(tmp_path, split):
   path, *others = [list(write_corpus(tmp_path / name, 30, seed=i).values()) for i, name in enumerate(SPLITS)]
   paths = {f'{side}_path': str(tmp_path / side) for side in SPLITS[1:]}
   options = {'path': str(tmp_path / 'train'), 'split': split, 'val_documents': 5, 'test_documents': 5,
              'test_fraction': 0.2}
   assert sides_of(config_of(tmp_path, **options, **paths), SPLITS) == [path, *others]
-  # With one of them given the other is still split off.
+  # If one of them is given, the other is still split off.
   train, val, test = sides_of(config_of(tmp_path, **options, test_path=paths['test_path']), SPLITS)
   assert test == others[1]
   assert val
   assert sorted(''.join(train + val)) == sorted(''.join(path))
 
 
-def test_auto_deals_documents_where_some_20_are_to_be_expected(tmp_path):
+def test_auto_splits_by_document_from_20_validation_documents(tmp_path):
   for num_files, cut in ((199, True), (200, False)):
     for i in range(num_files):
       (tmp_path / 'corpus').mkdir(exist_ok=True)

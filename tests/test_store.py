@@ -1,4 +1,4 @@
-"""The token store: nothing lost, nothing invented, whole or absent."""
+"""A token store holds exactly its corpus, and is complete or absent."""
 
 import json
 import os
@@ -21,7 +21,7 @@ LOSSLESS = ['byte', 'char', 'bpe']
 
 
 def write_corpus(folder, num_files, words_per_file=40, seed=0):
-  """A folder of texts of uneven lengths; returns {name: text} in the order in which they are read."""
+  """Writes a folder of texts of uneven lengths; returns {name: text} in reading order."""
   folder.mkdir(parents=True, exist_ok=True)
   texts = {}
   for i in range(num_files):
@@ -80,11 +80,11 @@ def test_both_splits_together_are_the_corpus(tmp_path, tokenizer, split):
 
 @pytest.mark.parametrize('split', ['document', 'tail'])
 @pytest.mark.parametrize('tokenizer', list(FITTED))
-def test_store_is_what_tokenizing_by_hand_gives(tmp_path, tokenizer, split):
+def test_store_equals_tokenizing_by_hand(tmp_path, tokenizer, split):
   write_corpus(tmp_path / 'corpus', 25)
   texts = dict(zip(('train', 'val'), sides_of(config_of(tmp_path, split=split)), strict=True))
   data = open_data(config_of(tmp_path, tokenizer=tokenizer, split=split))
-  # Merges and words are learnt from the training part alone; characters are taken from both.
+  # Merges and words are learnt from the training split only, characters from both.
   by_hand = FITTED[tokenizer](texts['train'] + (texts['val'] if tokenizer == 'char' else []), TokenizerConfig(300))
   assert data.tokenizer.to_json() == by_hand.to_json()
   assert data.vocab_size == len(by_hand.token_bytes)
@@ -125,7 +125,7 @@ def test_shards_are_one_array(tmp_path):
   assert data.starts.tolist() == whole.starts.tolist()
 
 
-# What becomes of records: pieces, pairs, labels, filters, damage.
+# Long texts, pairs, labels, filters, bad records.
 
 def jsonl(path, records):
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,13 +145,13 @@ def test_text_in_pieces_is_one_document(tmp_path, split):
   assert manifest_of(tmp_path / 'other')['report']['in'] == len(corpus)
   source = open_source(SourceConfig(str(tmp_path / 'corpus'), max_record_bytes=64), tmp_path)
   assert len(list(source.records())) > 5 * len(corpus)
-  if split == 'document':  # of a document in pieces the first one's hash decides
+  if split == 'document':  # the hash of the first piece decides the split
     assert sorted(pieces[0] + pieces[1]) == sorted(corpus.values())
   else:
     assert pieces == expected
 
 
-def test_texts_in_pieces_are_left_out_whole_and_not_for_an_equal_beginning(tmp_path):
+def test_filters_treat_a_text_in_pieces_as_one_document(tmp_path):
   (tmp_path / 'corpus').mkdir()
   head, texts = 'the same head in both\n' * 3, ['one goes on here\n', 'another goes on there\n']
   for i, text in enumerate(texts):
@@ -163,7 +163,7 @@ def test_texts_in_pieces_are_left_out_whole_and_not_for_an_equal_beginning(tmp_p
   assert train == [head + texts[1] * 3, 'last']
   _, val = sides_of(config_of(tmp_path, split='count', val_documents=1, max_record_bytes=len(head),
                               filters=FilterConfig(min_chars=len(head))))
-  assert val == [head + texts[0] * 3]  # not its short last piece is judged, but its first
+  assert val == [head + texts[0] * 3]  # the filter judges the first piece, not the short last one
 
 
 def test_pairs_and_labels_are_kept_with_their_documents(tmp_path):
@@ -180,7 +180,7 @@ def test_pairs_and_labels_are_kept_with_their_documents(tmp_path):
     assert [classes[int(label)] for label in store.labels] == [r['kind'] for r in expected]
 
 
-def test_answers_that_differ_are_no_duplicates(tmp_path):
+def test_pairs_with_different_answers_are_no_duplicates(tmp_path):
   jsonl(tmp_path / 'corpus/x.jsonl', [{'prompt': 'a coin?', 'completion': c} for c in ('heads', 'tails', 'heads')] +
         [{'prompt': f'{i}', 'completion': 'x'} for i in range(9)])
   open_data(config_of(tmp_path, split='tail', filters=FilterConfig(deduplicate=True)))
@@ -188,7 +188,7 @@ def test_answers_that_differ_are_no_duplicates(tmp_path):
 
 
 @pytest.mark.parametrize('split', ['document', 'tail', 'count'])
-def test_records_in_are_kept_dropped_or_bad(tmp_path, split):
+def test_every_record_is_kept_dropped_or_bad(tmp_path, split):
   records = [{'text': f'text {i % 70} {"word " * (i % 7)}'} for i in range(200)]
   records += [{'text': ''}, 'broken', '{"text": 1}']
   random.Random(0).shuffle(records)
@@ -213,9 +213,9 @@ def test_records_in_are_kept_dropped_or_bad(tmp_path, split):
                         max_bad_fraction=0.005))
 
 
-# Opened again, or not.
+# Opening a store again.
 
-def test_reopened_is_the_same_and_not_made_again(tmp_path):
+def test_reopening_a_store_changes_nothing(tmp_path):
   write_corpus(tmp_path / 'corpus', 3)
   first = open_data(config_of(tmp_path, tokenizer='bpe'))
   store = only_store(tmp_path / 'cache')
@@ -230,7 +230,7 @@ def test_reopened_is_the_same_and_not_made_again(tmp_path):
     assert (a.sha256, a.num_bytes) == (b.sha256, b.num_bytes)
 
 
-def test_another_corpus_or_recipe_is_another_store(tmp_path):
+def test_a_changed_corpus_or_setting_makes_a_new_store(tmp_path):
   write_corpus(tmp_path / 'corpus', 3)
   seen = set()
   for overrides in ({}, {'tokenizer': 'char'}, {'tokenizer': 'bpe'}, {'tokenizer': 'bpe', 'vocab_size': 290},
@@ -248,7 +248,7 @@ def test_another_corpus_or_recipe_is_another_store(tmp_path):
 @pytest.mark.parametrize('name', ['train-00000.tokens', 'val-00000.tokens', 'val.starts', 'tokenizer.json',
                                   'manifest.json'])
 @pytest.mark.parametrize('damage', ['short', 'long', 'gone'])
-def test_damaged_store_is_refused(tmp_path, name, damage):
+def test_a_damaged_store_is_rejected(tmp_path, name, damage):
   write_corpus(tmp_path / 'corpus', 3)
   open_data(config_of(tmp_path))
   path = only_store(tmp_path / 'cache') / name
@@ -282,16 +282,16 @@ def test_verify_finds_one_flipped_bit(tmp_path):
 
 
 @pytest.mark.parametrize(('text', 'split'), [('', 'tail'), ('a', 'tail'), ('one document only', 'document')])
-def test_no_text_for_a_split_is_an_error(tmp_path, text, split):
+def test_an_empty_split_is_an_error(tmp_path, text, split):
   (tmp_path / 'corpus').mkdir()
   (tmp_path / 'corpus/a.txt').write_text(text)
-  for _ in range(2):  # nor is there anything the second time that would be taken for one
+  for _ in range(2):  # the first attempt must not leave a store behind
     with pytest.raises(DataError, match=r'token\(s\) for (train|val)'):
       open_data(config_of(tmp_path, split=split, val_fraction=0.01))
 
 
 @pytest.mark.parametrize('below', ['', 'deeper/still'])
-def test_cache_dir_that_cannot_be_written(tmp_path, below):
+def test_an_unwritable_cache_dir_is_an_error(tmp_path, below):
   write_corpus(tmp_path / 'corpus', 3)
   (tmp_path / 'file').write_text('not a folder')
   with pytest.raises(StorageError, match='cache_dir') as e:
@@ -299,7 +299,7 @@ def test_cache_dir_that_cannot_be_written(tmp_path, below):
   assert str(tmp_path / 'file') in str(e.value)
 
 
-def test_tokenize_gives_all_of_a_source_in_one_store(tmp_path):
+def test_tokenize_puts_a_whole_source_in_one_store(tmp_path):
   corpus = write_corpus(tmp_path / 'corpus', 6)
   tokenizer = FITTED['byte']([], TokenizerConfig())
   store = tokenize(str(tmp_path / 'corpus'), config_of(tmp_path, path='elsewhere'), tokenizer).val['data']
@@ -307,7 +307,7 @@ def test_tokenize_gives_all_of_a_source_in_one_store(tmp_path):
   assert store.num_bytes == len(''.join(corpus.values()).encode())
 
 
-def test_fingerprint_names_what_differs(tmp_path):
+def test_fingerprint_errors_name_the_fields(tmp_path):
   write_corpus(tmp_path / 'corpus', 3)
   config = config_of(tmp_path, seq_len=16)
   data = open_data(config)
@@ -320,6 +320,6 @@ def test_fingerprint_names_what_differs(tmp_path):
                 'training data'):
     assert words in str(e.value)
   assert 'config.data.task' not in str(e.value)
-  del saved['order']  # as llm_jax kept it when it had another one
+  del saved['order']  # as in checkpoints with order version 1
   with pytest.raises(ConfigError, match=r'the order of rows.*: checkpoint 1, now 2'):
     check_fingerprint(saved, data_fingerprint(config, open_data(config), batch_size=8, seed=0), step=5)

@@ -1,4 +1,4 @@
-"""Streams give each document once an epoch, shared out among hosts, and go on exactly where they were."""
+"""Streams give each document once per epoch, divided among hosts, and resume exactly."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from llm_jax.data.tokenizers.tokenizer import decode
 
 NUM_VAL = 6
 ROWS = 4
-# Ways to read the corpus; every promise is held against each.
+# Settings for reading the corpus; the tests run with each.
 KINDS = {
     'plain': {},
     'filtered': {'filters': FilterConfig(min_chars=12)},
@@ -30,7 +30,7 @@ KINDS = {
 
 @pytest.fixture(scope='module')
 def corpora(tmp_path_factory):
-  """Two sources of 50 documents in three files each; every fifth document is one that was there before."""
+  """Two sources of 50 documents in three files each; every fifth document is a duplicate."""
   root = tmp_path_factory.mktemp('corpora')
   for name in 'ab':
     texts = [f'{name} {i if i % 5 else i % 3} ' + 'word ' * (i % 4 if i % 5 else 2) for i in range(50)]
@@ -50,7 +50,7 @@ def config_of(corpora, kind='plain', **overrides):
 
 
 def texts_of(corpora, kind):
-  """The training texts of source a, by hand."""
+  """The training texts of source a, read without llm_jax."""
   lines = [json.loads(line)['text'] for path in sorted((corpora / 'a').iterdir())
            for line in path.read_text().splitlines()]
   if kind == 'filtered':
@@ -89,7 +89,7 @@ def assert_equal(a, b):
 
 @pytest.mark.parametrize('num_hosts', [1, 2, 3])
 @pytest.mark.parametrize('kind', ['plain', 'filtered'])
-def test_every_epoch_has_each_document_once_shared_among_the_hosts(corpora, kind, num_hosts):
+def test_each_host_gets_its_share_of_every_epoch(corpora, kind, num_hosts):
   expected = texts_of(corpora, kind)
   for host in range(num_hosts):
     iterator, tokenizer = documents_of(corpora, kind, host, num_hosts)
@@ -99,7 +99,7 @@ def test_every_epoch_has_each_document_once_shared_among_the_hosts(corpora, kind
 
 
 @pytest.mark.parametrize('kind', ['plain', 'filtered'])
-def test_documents_go_on_from_any_state(corpora, kind):
+def test_documents_resume_from_any_state(corpora, kind):
   iterator, tokenizer = documents_of(corpora, kind)
   count = 2 * len(texts_of(corpora, kind)) + 5
   states = [iterator.get_state()]
@@ -115,7 +115,7 @@ def test_documents_go_on_from_any_state(corpora, kind):
 
 
 @pytest.mark.parametrize(('kind', 'num_hosts'), [*((kind, 1) for kind in KINDS), ('plain', 2), ('mixture', 2)])
-def test_batches_go_on_from_any_state(corpora, kind, num_hosts):
+def test_batches_resume_from_any_state(corpora, kind, num_hosts):
   for host in range(num_hosts):
     with opened(corpora, kind, host, num_hosts) as batches:
       states, expected = [], []
@@ -131,7 +131,7 @@ def test_batches_go_on_from_any_state(corpora, kind, num_hosts):
 
 
 def test_rows_hold_the_documents_of_an_epoch(corpora):
-  """With a buffer of one row the rows follow each other: their targets are the documents' in order."""
+  """Without shuffling, the targets of the rows are those of the documents, in order."""
   tokenizer = open_data(config_of(corpora)).tokenizer
   expected = [id for text in texts_of(corpora, 'plain') for id in [*text.encode(), tokenizer.eos_id]]
   with opened(corpora, 'plain', shuffle_buffer=1) as batches:
@@ -152,11 +152,11 @@ def test_a_shuffled_epoch_holds_the_same_rows(corpora):
       streams.append([x.tobytes() for batch in (next(batches) for _ in range(10)) for x in batch['tokens']])
   plain, shuffled = streams
   assert plain != shuffled
-  for begin in range(0, 40, 10):  # window by window
+  for begin in range(0, 40, 10):  # one shuffle window at a time
     assert sorted(plain[begin:begin + 10]) == sorted(shuffled[begin:begin + 10])
 
 
-def test_second_epoch_comes_out_of_the_cache(corpora):
+def test_the_second_epoch_uses_the_cache(corpora):
   count = len(texts_of(corpora, 'plain'))
   for cache_bytes in (0, 1000, 1 << 20):
     counters = Counters()
@@ -173,7 +173,7 @@ def test_second_epoch_comes_out_of_the_cache(corpora):
       assert counters.cache_hits == (count if cache_bytes else 0)
 
 
-def test_cache_changes_no_batch(corpora):
+def test_the_cache_changes_no_batch(corpora):
   with opened(corpora, 'plain') as bare, opened(corpora, 'plain', cache_mb=1) as cached:
     for _ in range(16):
       assert_equal(next(bare), next(cached))
@@ -190,7 +190,7 @@ def test_validation_is_set_aside(corpora):
     config_of(corpora, split='document')
 
 
-def test_another_number_of_processes_is_refused(corpora):
+def test_a_different_number_of_processes_is_rejected(corpora):
   with opened(corpora, 'plain') as batches:
     next(batches)
     states = [batches.state()]
@@ -199,7 +199,7 @@ def test_another_number_of_processes_is_refused(corpora):
       opened(corpora, 'plain', host, num_hosts, 1, kept).__enter__()
 
 
-def test_more_hosts_than_documents_is_an_error_and_no_endless_search(tmp_path):
+def test_more_hosts_than_documents_is_an_error(tmp_path):
   jsonl(tmp_path / 'x.jsonl', [{'text': str(i)} for i in range(NUM_VAL + 1)])
   data = open_data(DataConfig(path=str(tmp_path / 'x.jsonl'), tokenizer='byte', streaming=True, split='count',
                               val_documents=NUM_VAL, cache_dir=str(tmp_path / 'cache')))

@@ -1,4 +1,4 @@
-"""What a task makes of a row can be undone: nothing of a store is lost, added or learnt twice."""
+"""The features of a task can be turned back into the store: no token is lost, added or learnt twice."""
 
 import itertools
 import pickle
@@ -60,8 +60,8 @@ def encoder_of(row):
 
 # Next token.
 
-def next_token_plainly(store, begin, seq_len):
-  """The window from `begin`, token by token."""
+def plain_next_token(store, begin, seq_len):
+  """Features of the window from `begin`, made token by token."""
   row = {name: np.zeros(seq_len, np.float32 if name == 'loss_mask' else np.int32) for name in ROW_KEYS}
   segment = position = 0
   for t in range(min(seq_len, len(store.tokens) - 1 - begin)):
@@ -75,11 +75,11 @@ def next_token_plainly(store, begin, seq_len):
 
 @property_test
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=9), st.integers(1, 20))
-def test_next_token_of_windows_equals_a_plain_loop(lengths, seq_len):
+def test_next_token_equals_a_plain_loop(lengths, seq_len):
   store = make_store(lengths)
   examples = make(store, NextToken(), seq_len=seq_len)
   for i in range(len(examples)):
-    expected = next_token_plainly(store, i * seq_len, seq_len)
+    expected = plain_next_token(store, i * seq_len, seq_len)
     row = examples.make(i, None)
     assert row.keys() == expected.keys()
     for name in row:
@@ -90,19 +90,19 @@ def test_next_token_of_windows_equals_a_plain_loop(lengths, seq_len):
 @property_test
 @given(lengths_lists, st.integers(1, 20), st.sampled_from(['best_fit', 'pad']),
        st.sampled_from(['split', 'left', 'right']))
-def test_learnt_and_dropped_targets_are_the_stores(lengths, seq_len, packing, truncate):
+def test_learnt_and_dropped_targets_are_all_targets(lengths, seq_len, packing, truncate):
   store = make_store(lengths)
   examples = make(store, NextToken(), seq_len=seq_len, packing=packing, truncate=truncate)
   stored = Counter(x for ids in documents_of(store, True) for x in ids[1:])
   found = learnt(rows_of(examples))
-  assert not found - stored, 'a target that the store does not have, or twice'
+  assert not found - stored, 'a target that is not in the store, or learnt twice'
   assert found.total() + examples.dropped_tokens == stored.total()
   assert truncate != 'split' or found == stored
 
 
 @property_test
 @given(st.integers(2, 200), st.integers(1, 20), st.data())
-def test_scored_once_each_target_counts_where_it_has_most_context(num_tokens, seq_len, data):
+def test_score_once_counts_targets_with_most_context(num_tokens, seq_len, data):
   store = make_store([num_tokens])
   stride = data.draw(st.integers(1, seq_len))
   rows = rows_of(make(store, NextToken(), seq_len=seq_len, stride=stride, score_once=True))
@@ -115,21 +115,21 @@ def test_scored_once_each_target_counts_where_it_has_most_context(num_tokens, se
 
 @property_test
 @given(pairs, st.integers(1, 20), st.sampled_from(['best_fit', 'pad']))
-def test_of_pairs_only_the_answer_and_eos_are_learnt(cases, seq_len, packing):
+def test_prompt_answer_learns_only_answer_and_eos(cases, seq_len, packing):
   store = make_store([1 + p + a for p, a in cases], [1 + p for p, _ in cases])
   rows = rows_of(make(store, PromptAnswer(), seq_len=seq_len, packing=packing))
   documents = documents_of(store, True)
   answers = Counter(x for ids, (p, _) in zip(documents, cases, strict=True) for x in ids[1 + p:][:seq_len])
-  assert learnt(rows) == answers  # the default keeps them, as much as a row holds
+  assert learnt(rows) == answers  # the default truncation keeps answers, up to the length of a row
   for tokens, targets, mask, _ in itertools.chain(*map(pieces_of, rows)):
     assert tokens[0] == BOS
     assert tokens[1:] == targets[:-1]
-    assert mask == sorted(mask), 'after the answer something is not learnt'
+    assert mask == sorted(mask), 'a token after the start of the answer is not learnt'
 
 
 @property_test
 @given(pairs, st.integers(1, 12), st.integers(2, 12), st.sampled_from(['left', 'right']))
-def test_seq2seq_gives_both_sides_back_and_counts_what_it_cuts(cases, seq_len, encoder_len, truncate):
+def test_seq2seq_keeps_both_sides_and_counts_cut_tokens(cases, seq_len, encoder_len, truncate):
   store = make_store([1 + p + a for p, a in cases], [1 + p for p, _ in cases])
   examples = make(store, Seq2Seq(), seq_len=seq_len, encoder_len=encoder_len, truncate=truncate)
   dropped = 0
@@ -148,8 +148,8 @@ def test_seq2seq_gives_both_sides_back_and_counts_what_it_cuts(cases, seq_len, e
 
 # Fill in the middle.
 
-def filled_in(tokens, targets):
-  """The document that a rearranged piece was; where SPM has prefix and middle, PSM has the middle alone."""
+def original_of(tokens, targets):
+  """The document before it was rearranged; after sentinel 2, SPM has prefix and middle, PSM only the middle."""
   ids = [*tokens[:1], *targets]
   assert tokens[1:] == targets[:-1]
   if VOCAB not in ids:
@@ -169,12 +169,12 @@ def test_fill_in_the_middle_can_be_undone(lengths, seq_len, packing, seed):
   store = make_store(lengths)
   rows = rows_of(make(store, FillInTheMiddle(rate=0.7), seq_len=seq_len, packing=packing), seed)
   plain = make(store, NextToken(), seq_len=seq_len - 3, packing='pad')  # the same pieces
-  undone = sorted(filled_in(*piece[:2]) for row in rows for piece in pieces_of(row))
+  undone = sorted(original_of(*piece[:2]) for row in rows for piece in pieces_of(row))
   assert undone == sorted([*tokens[:1], *targets] for row in rows_of(plain) for tokens, targets, _, _ in pieces_of(row))
   assert all((row['loss_mask'] == (row['segment_ids'] > 0)).all() for row in rows)
 
 
-def test_fill_in_the_middle_keeps_to_its_rates_and_cuts_anywhere():
+def test_fill_in_the_middle_follows_its_rates_and_cuts_anywhere():
   store = make_store([10] * 2000)
   rows = rows_of(make(store, FillInTheMiddle(rate=0.6, spm_rate=0.25)))
   kinds, middles = Counter(), Counter()
@@ -196,7 +196,7 @@ def test_fill_in_the_middle_keeps_to_its_rates_and_cuts_anywhere():
 
 @property_test
 @given(lengths_lists.filter(lambda x: sum(x) > 1), st.integers(1, 20), st.sampled_from(['concat', 'best_fit', 'pad']))
-def test_a_prefix_holds_no_target_that_is_learnt(lengths, seq_len, packing):
+def test_no_target_inside_a_prefix_is_learnt(lengths, seq_len, packing):
   store = make_store(lengths)
   examples, plain = (make(store, task, seq_len=seq_len, packing=packing) for task in (PrefixLM(), NextToken()))
   for row, reference in zip(rows_of(examples), rows_of(plain), strict=True):
@@ -221,7 +221,7 @@ def test_prefixes_end_anywhere():
 # Span corruption.
 
 def joined_spans(row):
-  """The text that was corrupted, and its number of spans."""
+  """The text before corruption, and its number of spans."""
   encoder = encoder_of(row)
   [(tokens, targets, mask, _)] = pieces_of(row)
   assert (encoder[-1], targets[-1], tokens[0]) == (BOS, BOS, BOS)
@@ -253,7 +253,7 @@ def test_span_corruption_can_be_undone(lengths, seq_len, encoder_len, noise_dens
   capacity = span_capacity(task, Layout(seq_len, encoder_len, VOCAB, BOS, BOS))
   longer = capacity + 1
   num_noise, num_spans = task.noise(longer)
-  assert longer - num_noise + num_spans + 1 > encoder_len or num_noise + num_spans + 1 > seq_len, 'more would fit'
+  assert longer - num_noise + num_spans + 1 > encoder_len or num_noise + num_spans + 1 > seq_len, 'longer would fit'
 
 
 def test_spans_follow_the_paper_and_vary():
@@ -275,9 +275,9 @@ def every_case():
 
 @pytest.mark.parametrize(('task', 'packing'), every_case(), ids=lambda x: x if isinstance(x, str) else type(x).__name__)
 @pytest.mark.parametrize('mask_documents', [False, True])
-def test_rows_are_alike_and_a_function_of_index_and_rng(task, packing, mask_documents):
+def test_rows_depend_on_index_and_rng_alone(task, packing, mask_documents):
   if isinstance(task, PrefixLM) and packing != 'pad' and not mask_documents:
-    return  # refused, see below
+    return  # rejected, see below
   store = make_store([5, 2, 60, 9], **NEED[task.needs])
   examples = make(store, task, packing=packing, mask_documents=mask_documents)
   rows, again = rows_of(examples), rows_of(pickle.loads(pickle.dumps(examples)))  # noqa: S301
@@ -294,37 +294,37 @@ def test_rows_are_alike_and_a_function_of_index_and_rng(task, packing, mask_docu
     examples.make(0, None)
 
 
-# What does not go together.
+# Errors.
 
-REFUSED = {
+REJECTED = {
     'packing of pairs': (PromptAnswer(), {'packing': 'concat'}, ['data.packing', 'concat', 'best_fit, pad']),
     'packing unknown': (NextToken(), {'packing': 'bins'}, ['data.packing', 'bins', 'concat, best_fit, pad']),
     'no answers': (PromptAnswer(), {}, ['data.task', 'prompt_answer', 'data.answer_field', 'next_token']),
     'no labels': (Regression(), {}, ['data.task', 'regression', 'data.label_field']),
     'windows cut': (NextToken(), {'truncate': 'left'}, ['data.truncate', 'left', 'auto, split']),
     'truncate unknown': (FillInTheMiddle(), {'truncate': 'up'}, ['data.truncate', 'up', 'auto, split, left']),
-    'stride of documents': (NextToken(), {'stride': 4, 'packing': 'pad'}, ['data.stride', '4', 'None']),
-    'stride long': (NextToken(), {'stride': 17}, ['data.stride', '17', '[1, seq_len 16]']),
+    'stride without windows': (NextToken(), {'stride': 4, 'packing': 'pad'}, ['data.stride', '4', 'None']),
+    'stride too long': (NextToken(), {'stride': 17}, ['data.stride', '17', '[1, seq_len 16]']),
     'no room for fim': (FillInTheMiddle(), {'seq_len': 3}, ['data.seq_len', '3', 'fim', '4']),
     'no encoder': (SpanCorruption(), {'encoder_len': 0}, ['data.encoder_len', '0', 'span_corruption', '3']),
-    'no room for spans': (SpanCorruption(), {'seq_len': 2}, ['data.seq_len', '2', 'the least is 3']),
-    'few sentinels': (SpanCorruption(num_sentinels=3), {'seq_len': 999, 'encoder_len': 900},
+    'no room for spans': (SpanCorruption(), {'seq_len': 2}, ['data.seq_len', '2', 'the minimum is 3']),
+    'too few sentinels': (SpanCorruption(num_sentinels=3), {'seq_len': 999, 'encoder_len': 900},
                       ['span_corruption.num_sentinels', '3', '50']),
-    'nothing to start with': (SpanCorruption(), {'bos_id': None, 'eos_id': None},
+    'no bos or eos to start with': (SpanCorruption(), {'bos_id': None, 'eos_id': None},
                               ['data.task', 'span_corruption', 'data.eot_id']),
-    'prefix read through': (PrefixLM(), {'mask_documents': False}, ['data.mask_documents', 'pad']),
-    'jitter of documents': (NextToken(), {'packing': 'pad', 'augment': Augment(jitter=True)},
+    'prefix of the next document': (PrefixLM(), {'mask_documents': False}, ['data.mask_documents', 'pad']),
+    'jitter without windows': (NextToken(), {'packing': 'pad', 'augment': Augment(jitter=True)},
                             ['augment.jitter', 'concat', 'pad']),
-    'jitter scored once': (NextToken(), {'score_once': True, 'augment': Augment(jitter=True)},
+    'jitter in evaluation': (NextToken(), {'score_once': True, 'augment': Augment(jitter=True)},
                            ['augment.jitter', 'once']),
-    'nothing to drop to': (NextToken(), {'bos_id': None, 'eos_id': None, 'augment': Augment(token_dropout=0.5)},
+    'no bos or eos to drop to': (NextToken(), {'bos_id': None, 'eos_id': None, 'augment': Augment(token_dropout=0.5)},
                            ['augment.token_dropout', '0.5', 'data.eot_id']),
 }
 
 
-@pytest.mark.parametrize('case', REFUSED)
-def test_what_does_not_go_together_is_refused(case):
-  task, options, words = REFUSED[case]
+@pytest.mark.parametrize('case', REJECTED)
+def test_incompatible_settings_are_rejected(case):
+  task, options, words = REJECTED[case]
   store = make_store([5, 2, 60, 9], **({'answers': [1, 1, 9, 2]} if 'pairs' in case else {}))
   with pytest.raises(ConfigError) as e:
     make(store, task, **options)
@@ -339,13 +339,13 @@ def test_pairs_and_labels_are_never_split():
 
 
 @pytest.mark.parametrize(('labels', 'task', 'words'), [
-    ([0, 1.5], Classification(), ['document 1', '1.5', 'whole numbers from 0']),
+    ([0, 1.5], Classification(), ['document 1', '1.5', 'whole numbers of 0 or more']),
     ([-1, 1], Classification(), ['document 0', '-1']),
     ([0, np.nan], Regression(), ['document 1', 'nan', 'finite']),
     ([[0, 1], [np.inf, 1]], Regression(), ['document 1', 'inf']),
     ([[0, 1], [1, 1]], Classification(), ['2 numbers', 'regression']),
 ])
-def test_labels_that_cannot_be_learnt_are_bad_data(labels, task, words):
+def test_invalid_labels_are_a_data_error(labels, task, words):
   with pytest.raises(DataError) as e:
     make(make_store([3, 3], labels=np.array(labels, float)), task)
   assert all(word in str(e.value) for word in ['data.label_field', *words]), e.value
@@ -356,7 +356,7 @@ def test_labels_that_cannot_be_learnt_are_bad_data(labels, task, words):
     (make_store([1, 1]), NextToken(), {'packing': 'best_fit', 'eos_id': 9999}),
     (make_store([90, 90], [50, 50]), PromptAnswer(), {'truncate': 'right'}),
 ], ids=['one token', 'only bos', 'all prompts too long'])
-def test_a_store_that_gives_no_rows_is_bad_data(store, task, options):
+def test_a_store_without_rows_is_a_data_error(store, task, options):
   with pytest.raises(DataError, match=rf'data\.path: {len(store.tokens)} token.* {len(store.starts)} document'):
     make(store, task, **options)
 
@@ -367,6 +367,6 @@ def test_a_store_that_gives_no_rows_is_bad_data(store, task, options):
     lambda: SpanCorruption(num_sentinels=0), lambda: MaskedTokens(rate=0.0),
     lambda: Augment(token_dropout=0.6, token_replace=0.6),
     lambda: Augment(token_replace=-0.1)])
-def test_settings_out_of_range_are_refused(build):
+def test_settings_out_of_range_are_rejected(build):
   with pytest.raises(ValueError, match='got'):
     build()

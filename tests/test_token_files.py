@@ -1,4 +1,4 @@
-"""Token files made elsewhere are mapped as they are, or refused."""
+"""Token files of other programs are mapped as they are, or rejected."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ TOKENS[[0, 300, 301, 800, 999]] = 50256
 
 @pytest.mark.parametrize('content', [
     TOKENS.tobytes(), llmc(TOKENS), llmc(TOKENS.astype(np.uint32), 20240801)], ids=['nanogpt', 'llm.c', 'llm.c-32bit'])
-def test_bin_formats_hold_the_same_tokens(tmp_path, content):
+def test_all_bin_formats_give_the_same_tokens(tmp_path, content):
   (tmp_path / 'x.bin').write_bytes(content)
   data = open_data(bin_config(tmp_path / 'x.bin', eot_id=50256))
   assert data.train['data'].tokens[:].tolist() + data.val['data'].tokens[:].tolist() == TOKENS.tolist()
@@ -36,7 +36,7 @@ def test_bin_formats_hold_the_same_tokens(tmp_path, content):
   assert data.train['data'].sha256 != data.val['data'].sha256
 
 
-def test_bin_beyond_uint16(tmp_path):
+def test_a_bin_may_hold_ids_beyond_uint16(tmp_path):
   tokens = np.array([128000, 5, 127999, 70000], np.uint32)
   (tmp_path / 'x.bin').write_bytes(llmc(tokens, 20240801))
   data = open_data(bin_config(tmp_path / 'x.bin', val_path=str(tmp_path / 'x.bin')))
@@ -56,7 +56,7 @@ def test_bin_beyond_uint16(tmp_path):
     (TOKENS.tobytes()[:-1], ['1999 bytes']),
     (b'', ['0 bytes']),
 ])
-def test_damaged_bin_is_refused(tmp_path, content, words):
+def test_a_damaged_bin_is_rejected(tmp_path, content, words):
   (tmp_path / 'x.bin').write_bytes(content)
   with pytest.raises(DataError) as e:
     open_data(bin_config(tmp_path / 'x.bin'))
@@ -68,13 +68,13 @@ def test_bin_without_eot_id_is_one_document(tmp_path):
   TOKENS.tofile(tmp_path / 'x.bin')
   data = open_data(bin_config(tmp_path / 'x.bin'))
   assert data.train['data'].starts.tolist() == data.val['data'].starts.tolist() == [0]
-  # A file that does not open with the token still has a document there.
+  # A file that does not start with eot_id has a document at 0 too.
   data = open_data(bin_config(tmp_path / 'x.bin', val_path=str(tmp_path / 'x.bin'), eot_id=int(TOKENS[5])))
   expected = [0, *(i for i in range(1000) if TOKENS[i] == TOKENS[5])]
   assert data.train['data'].starts.tolist() == data.val['data'].starts.tolist() == expected
 
 
-def test_folder_of_bins(tmp_path):
+def test_a_folder_of_bins_gives_its_splits(tmp_path):
   TOKENS[:600].tofile(tmp_path / 'train.bin')
   (tmp_path / 'val.bin').write_bytes(llmc(TOKENS[600:]))
   data = open_data(bin_config(tmp_path, eot_id=50256))
@@ -86,17 +86,17 @@ def test_folder_of_bins(tmp_path):
   data = open_data(bin_config(tmp_path, val_path=str(tmp_path / 'other.bin')))
   assert data.val['data'].tokens[:].tolist() == TOKENS[:9].tolist()
   (tmp_path / 'val.bin').unlink()
-  data = open_data(bin_config(tmp_path))  # without it, it is split off
+  data = open_data(bin_config(tmp_path))  # without val.bin, val is split off train.bin
   assert (len(data.train['data'].tokens), len(data.val['data'].tokens)) == (450, 150)
 
 
-def test_bin_too_short_to_split(tmp_path):
+def test_a_bin_too_short_to_split_is_an_error(tmp_path):
   TOKENS[:3].tofile(tmp_path / 'x.bin')
   with pytest.raises(DataError, match='2 or more'):
     open_data(bin_config(tmp_path / 'x.bin'))
 
 
-def test_bin_identity_follows_its_content(tmp_path):
+def test_bin_sha256_depends_on_its_content(tmp_path):
   shas = set()
   for i in range(5):
     tokens = TOKENS.copy()

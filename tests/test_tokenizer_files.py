@@ -1,4 +1,4 @@
-"""Tokenizers by name and from files: known before they are opened, and one message for what is missing or damaged."""
+"""Tokenizers by name and from files: identified without opening; one message for missing or damaged files."""
 
 import json
 
@@ -9,7 +9,7 @@ from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.tokenizers.tokenizer import FITTED, decode, identity, is_fitted, load_tokenizer, open_tokenizer
 
 
-def test_names_are_known_before_anything_is_opened(tmp_path):
+def test_tokenizers_are_identified_without_opening_them(tmp_path):
   assert all(is_fitted(name) and identity(name) == name for name in FITTED)
   path = tmp_path / 'tokenizer.json'
   path.write_text(fit('byte', []).to_json())
@@ -20,7 +20,7 @@ def test_names_are_known_before_anything_is_opened(tmp_path):
   assert decode(open_tokenizer(str(path)), [0]) == 'a'
 
 
-def test_an_unknown_name_lists_what_there_is():
+def test_an_unknown_name_lists_the_choices():
   with pytest.raises(ConfigError, match=r"did you mean 'word'\?.*tokenizer.json.*tiktoken:NAME"):
     open_tokenizer('words')
 
@@ -56,7 +56,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize('text', DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_is_one_message(text, tmp_path):
+def test_a_damaged_file_gives_one_message(text, tmp_path):
   path = tmp_path / 'tokenizer.json'
   path.write_text(text)
   with pytest.raises((DataError, ConfigError)) as e:

@@ -1,4 +1,4 @@
-"""Tokenizers fitted here: lossless where they say so, never a special token from text, the same after saving."""
+"""Fitted tokenizers: lossless if they claim it, no special tokens from text, the same ids after saving."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ TEXTS = [
     '',
 ]
 SOME = settings(max_examples=40, deadline=None, derandomize=True)
-# All of Unicode, and text of few characters, where tokens meet and overlap in every way.
+# All of Unicode, and text of few characters, where tokens overlap often.
 ANY_TEXT = st.text(max_size=60) | st.text('ab c\n1.\'\u00a0\x1c\u0301é中', max_size=120)
 
 
@@ -50,7 +50,7 @@ def ids_of(tokenizer, texts):
 
 
 def library_ids(tokenizer, texts):
-  """What Hugging Face `tokenizers` makes of the texts with the tokenizer's own file."""
+  """Ids that Hugging Face `tokenizers` gives with the tokenizer's saved file."""
   library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
   library.encode_special_tokens = True
   return [e.ids for e in library.encode_batch(texts, add_special_tokens=False)]
@@ -61,18 +61,18 @@ def tokenizer(request):
   return fit(request.param, TEXTS, vocab_size=320)
 
 
-def test_round_trip(tokenizer):
+def test_decoding_gives_the_text_back(tokenizer):
   assert [decode(tokenizer, ids) for ids in tokenizer.encode(TEXTS)] == TEXTS
 
 
 @pytest.mark.parametrize('name', FITTED)
-def test_lossless_is_said_truthfully(name):
+def test_lossless_tokenizers_give_every_text_back(name):
   tokenizer = fit(name, ['zebra', 'the cat'])
   texts = ['the zebra'] if name == 'char' else ['the dog', 'Ä']
   assert tokenizer.lossless == ([decode(tokenizer, ids) for ids in tokenizer.encode(texts)] == texts)
 
 
-def test_no_text_becomes_a_special_token(tokenizer, tmp_path):
+def test_text_never_becomes_a_special_token(tokenizer, tmp_path):
   for t in (tokenizer, saved_and_loaded(tokenizer, tmp_path)):
     for ids in ids_of(t, TEXTS):
       assert not {t.bos_id, t.eos_id} & set(ids)
@@ -81,14 +81,14 @@ def test_no_text_becomes_a_special_token(tokenizer, tmp_path):
     assert decode(t, [t.bos_id, *the, t.eos_id]) == decode(t, the)
 
 
-def test_texts_are_encoded_each_by_itself(tokenizer):
+def test_each_text_is_encoded_separately(tokenizer):
   alone = [ids_of(tokenizer, [text])[0] for text in TEXTS]
   assert ids_of(tokenizer, TEXTS) == alone
   assert ids_of(tokenizer, TEXTS * 7) == alone * 7
   assert alone[-1] == [] and ids_of(tokenizer, []) == []
 
 
-def test_saved_and_loaded_gives_the_same_ids(tokenizer, tmp_path):
+def test_a_loaded_tokenizer_gives_the_same_ids(tokenizer, tmp_path):
   loaded = saved_and_loaded(tokenizer, tmp_path)
   assert type(loaded) is type(tokenizer)
   assert (loaded.bos_id, loaded.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
@@ -97,14 +97,14 @@ def test_saved_and_loaded_gives_the_same_ids(tokenizer, tmp_path):
   assert loaded.to_json() == tokenizer.to_json()
 
 
-def test_fitting_twice_gives_the_same(tokenizer):
+def test_fitting_is_deterministic(tokenizer):
   name = next(name for name in FITTED if type(fit(name, TEXTS, vocab_size=320)) is type(tokenizer))
   assert fit(name, TEXTS, vocab_size=320).to_json() == tokenizer.to_json()
 
 
 @pytest.mark.parametrize('name', ['byte', 'bpe'])
 def test_any_text_can_be_encoded(name):
-  tokenizer = fit(name, ['only plain words were seen when it was made'], vocab_size=300)
+  tokenizer = fit(name, ['the training text has only plain words'], vocab_size=300)
 
   @SOME
   @given(st.lists(ANY_TEXT, max_size=4))
@@ -125,8 +125,8 @@ def test_char_has_one_token_a_character(texts):
 
 def test_char_names_the_unknown_character():
   tokenizer = fit('char', ['abc', 'xyz'])
-  for unknown in '\x00mé\U0010FFFF':  # before, between and after the known ones
-    with pytest.raises(DataError, match='at position 2 of a text is not among the 6') as e:
+  for unknown in '\x00mé\U0010FFFF':  # before, between and after the known code points
+    with pytest.raises(DataError, match='at position 2 of a text is not among the 6 characters') as e:
       tokenizer.encode(['abc', f'ab{unknown}c'])
     assert repr(unknown) in str(e.value)
 
@@ -146,14 +146,14 @@ def test_a_cut_character_ends_in_the_replacement_character():
         assert decode(tokenizer, ids[:-cut]) == 'ab\ufffd'
 
 
-def test_an_id_that_is_none_is_named(tokenizer):
+def test_an_invalid_id_is_named(tokenizer):
   for wrong in (-1, len(tokenizer.token_bytes)):
     with pytest.raises(DataError, match=f'token id {wrong} '):
       decode(tokenizer, [0, wrong])
 
 
 @pytest.mark.parametrize('name', ['byte', 'bpe'])
-def test_half_a_character_pair_is_named(name):
+def test_a_lone_surrogate_is_named(name):
   with pytest.raises(DataError, match=r"surrogate '\\ud800' at position 2"):
     fit(name, ['ab'], vocab_size=300).encode(['fine', 'ab\ud800'])
 
@@ -164,7 +164,7 @@ def words_of(tokenizer):
   return [token.decode() for token in tokenizer.token_bytes[4:]]
 
 
-def test_words_come_by_frequency_then_text():
+def test_words_are_ordered_by_frequency_then_text():
   tokenizer = fit('word', ['b c', 'a b', 'b c a'], pattern=r'\w')
   assert words_of(tokenizer) == ['b', 'a', 'c']  # 3, 2, 2
   assert ids_of(tokenizer, ['c a z b']) == [[6, 5, 3, 4]]
@@ -195,18 +195,18 @@ def test_default_words_of_code_and_prose():
 
 
 @pytest.mark.parametrize('pattern, why', [('(a', 'not a regular expression'), (r'(\w)+', 'write (?:...)')])
-def test_a_wrong_pattern_is_refused(pattern, why):
+def test_an_invalid_pattern_is_rejected(pattern, why):
   with pytest.raises(ConfigError) as e:
     fit('word', ['a'], pattern=pattern)
   assert why in str(e.value) and repr(pattern) in str(e.value)
 
 
-def test_words_need_room():
+def test_a_vocabulary_without_room_for_words_is_rejected():
   with pytest.raises(ConfigError, match='vocab_size=4'):
     fit('word', ['a'], vocab_size=4)
 
 
-def test_fitting_words_takes_no_more_memory_for_more_text():
+def test_fitting_words_takes_constant_memory():
   def peak(count):
     tracemalloc.start()
     fit('word', (f'{TEXTS[0]} {i % 10}' for i in range(count)))
@@ -218,7 +218,7 @@ def test_fitting_words_takes_no_more_memory_for_more_text():
   assert peak(500) < 1.2 * peak(50)
 
 
-# Byte pairs.
+# BPE.
 
 def test_bpe_learns_merges_up_to_vocab_size():
   corpus = [TEXTS[0]]
@@ -233,7 +233,7 @@ def test_bpe_learns_merges_up_to_vocab_size():
 
 
 def with_splitter(tokenizer, splitter):
-  """The same merges behind the pieces of what is trained here, or of GPT-2."""
+  """A BPE tokenizer with the pattern WORDS, or GPT-2's, and the same merges."""
   spec = json.loads(tokenizer.to_json())
   if splitter == 'gpt2':
     spec['pre_tokenizer'] = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
@@ -248,7 +248,7 @@ splitters = pytest.mark.parametrize('splitter', ['words', 'gpt2'])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(ANY_TEXT, min_size=1, max_size=8), st.lists(ANY_TEXT, min_size=1, max_size=4),
        st.sampled_from([258, 270, 320]))
-def test_bpe_is_that_of_its_library(splitter, corpus, texts, vocab_size):
+def test_bpe_ids_equal_those_of_hugging_face(splitter, corpus, texts, vocab_size):
   tokenizer = with_splitter(fit('bpe', corpus, vocab_size=vocab_size), splitter)
   assert bpe.merge_ranks(json.loads(tokenizer.to_json())) is not None
   assert ids_of(tokenizer, corpus + texts) == library_ids(tokenizer, corpus + texts)
@@ -257,8 +257,8 @@ def test_bpe_is_that_of_its_library(splitter, corpus, texts, vocab_size):
 
 
 @splitters
-def test_bpe_cuts_every_kind_of_character_as_its_library_does(splitter):
-  # Tokens of a letter, digit, mark or space with the first byte of what follows show on which side the cut is.
+def test_bpe_splits_every_character_class_as_hugging_face(splitter):
+  # Tokens of a letter, digit, mark or space and the first byte of the next character show where the pattern cuts.
   byte_of = bpe.byte_alphabet()
   letters = sorted(byte_of, key=byte_of.get)
   pairs = [(letters[ord(a)], letters[b]) for a in 'a1. \n' for b in range(256)]
@@ -277,7 +277,7 @@ def test_bpe_cuts_every_kind_of_character_as_its_library_does(splitter):
     'x' + ' ' * 1_000_000 + '\n x', ' ' * 262_143 + 'x' + '\u3000' * 300_000 + '\x1c' * 20_000 + 'x' + '\t' * 300_000,
 ])
 @splitters
-def test_long_runs_take_no_quadratic_time(splitter, text):
+def test_long_runs_take_linear_time(splitter, text):
   tokenizer = with_splitter(fit('bpe', ['a' * 64 + ' ' * 64 + 'x', 'ab ab ab \n\n\n'], vocab_size=300), splitter)
   start = time.perf_counter()
   ids = ids_of(tokenizer, [text])
@@ -289,7 +289,7 @@ def test_long_runs_take_no_quadratic_time(splitter, text):
 @SOME
 @given(st.lists(st.tuples(st.sampled_from([' ', '\n', '\u3000', 'x', ' \t', '\x1c', 'x ']),
                           st.sampled_from([1, 3, 200_000, 300_000])), max_size=4))
-def test_cuts_are_before_the_last_of_a_run(runs):
+def test_long_runs_are_cut_before_their_last_character(runs):
   text = ''.join(part * count for part, count in runs)
   parts = bpe.without_long_runs(text)
   assert ''.join(parts) == text
@@ -310,11 +310,11 @@ def with_merges(merges, extra=()):
 
 
 @pytest.mark.parametrize('spec', [
-    with_merges([('b', 'c'), ('a', 'b'), ('ab', 'c')]),  # abc can't be reached by itself: a, bc
+    with_merges([('b', 'c'), ('a', 'b'), ('ab', 'c')]),  # abc cannot be merged: it encodes to a, bc
     with_merges([('b', 'c'), ('a', 'b'), ('a', 'bc'), ('ab', 'c')]),  # two pairs make abc
-    with_merges([('a', 'b')], extra=['abc']),  # no pair makes it
+    with_merges([('a', 'b')], extra=['abc']),  # no pair makes abc
 ], ids=['unreachable', 'two pairs', 'no pair'])
-def test_bpe_that_tiktoken_may_not_do_is_left_to_its_library(spec, tmp_path):
+def test_bpe_that_tiktoken_cannot_match_uses_hugging_face(spec, tmp_path):
   path = tmp_path / 'tokenizer.json'
   path.write_text(json.dumps(spec))
   tokenizer = load_tokenizer(path)
@@ -325,7 +325,7 @@ def test_bpe_that_tiktoken_may_not_do_is_left_to_its_library(spec, tmp_path):
   assert [decode(tokenizer, ids) for ids in tokenizer.encode(texts)] == texts
 
 
-def test_ids_out_of_the_merges_order_are_left_to_the_library(tmp_path):
+def test_ids_out_of_merge_order_use_hugging_face(tmp_path):
   spec = with_merges([('a', 'b'), ('b', 'c')])
   assert bpe.merge_ranks(spec) is not None
   vocab = spec['model']['vocab']
@@ -334,6 +334,6 @@ def test_ids_out_of_the_merges_order_are_left_to_the_library(tmp_path):
   path.write_text(json.dumps(spec))
   tokenizer = load_tokenizer(path)
   assert bpe.merge_ranks(spec) is None
-  # The very case that tiktoken would do in the other order.
+  # tiktoken would merge these in a different order.
   wrong = bpe.open_bpe({t: i for i, t in enumerate(tokenizer.token_bytes) if t}, bpe.WORDS)
   assert ids_of(tokenizer, ['abc']) == library_ids(tokenizer, ['abc']) != [wrong.encode_ordinary('abc')]

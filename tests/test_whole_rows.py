@@ -1,4 +1,4 @@
-"""Tasks for whole documents: labels, pairs of texts, hidden tokens."""
+"""Tasks on whole documents: labels, pairs of texts, masked tokens."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from llm_jax.data.rows.tasks import Classification, MaskedTokens, Pairs, Regress
     (Regression(), np.arange(12.0).reshape(4, 3) / 7, np.float32, (3,)),
 ])
 @pytest.mark.parametrize('mask_documents', [False, True])
-def test_labels_come_with_every_document_which_is_read_to_its_end(task, labels, dtype, shape, mask_documents):
+def test_every_labelled_document_gives_one_row(task, labels, dtype, shape, mask_documents):
   store = make_store([5, 1, 30, 2], labels=labels)
   examples = make(store, task, seq_len=8, mask_documents=mask_documents)
   rows = rows_of(examples)
@@ -31,7 +31,7 @@ def test_labels_come_with_every_document_which_is_read_to_its_end(task, labels, 
   assert examples.dropped_tokens == 30 - 7
 
 
-def test_a_document_of_one_token_is_an_example_if_it_has_a_label():
+def test_a_labelled_document_of_one_token_gives_a_row():
   store = make_store([1, 3, 1], labels=np.arange(3.0))
   rows = rows_of(make(store, Regression(), bos_id=None, eos_id=None))
   assert [(row['labels'].item(), row['tokens'][:3].tolist(), row['segment_ids'].sum()) for row in rows] == [
@@ -41,7 +41,7 @@ def test_a_document_of_one_token_is_an_example_if_it_has_a_label():
 # Pairs of texts, and masked tokens.
 
 @pytest.mark.parametrize('truncate', ['left', 'right'])
-def test_both_texts_of_a_pair_are_documents_of_their_own(truncate):
+def test_both_texts_of_a_pair_are_separate_documents(truncate):
   store = make_store([6, 30], [3, 25])
   examples = make(store, Pairs(), seq_len=12, encoder_len=8, truncate=truncate)
   for row, ids, point in zip(rows_of(examples), documents_of(store, True), [3, 25], strict=True):
@@ -52,16 +52,16 @@ def test_both_texts_of_a_pair_are_documents_of_their_own(truncate):
   assert examples.dropped_tokens == 26 - 12
 
 
-def test_masked_tokens_are_told_where_they_stood():
-  """About 80% of them give way to the sentinel, 10% stay; all the others are shown as they are."""
+def test_masked_tokens_are_predicted_at_their_positions():
+  """About 80% of them are replaced by the sentinel and 10% stay; all other tokens stay."""
   store = make_store([400] * 20)
   rows = rows_of(make(store, MaskedTokens(rate=0.2), seq_len=402))
-  told = np.concatenate([row['loss_mask'] > 0 for row in rows])
+  hidden = np.concatenate([row['loss_mask'] > 0 for row in rows])
   shown, truth = (np.concatenate([row[name] for row in rows]) for name in ('tokens', 'targets'))
   for row, ids in zip(rows, documents_of(store, True), strict=True):
     assert row['targets'][:len(ids)].tolist() == ids
     assert row['loss_mask'].sum() == round(0.2 * (len(ids) - 1)) and row['loss_mask'][0] == 0
     np.testing.assert_array_equal(row['prefix_mask'], row['segment_ids'] > 0)
-  np.testing.assert_array_equal(shown[~told], truth[~told])
-  assert np.mean(shown[told] == VOCAB) == pytest.approx(0.8, abs=0.05)
-  assert np.mean(shown[told] == truth[told]) == pytest.approx(0.1, abs=0.05)
+  np.testing.assert_array_equal(shown[~hidden], truth[~hidden])
+  assert np.mean(shown[hidden] == VOCAB) == pytest.approx(0.8, abs=0.05)
+  assert np.mean(shown[hidden] == truth[hidden]) == pytest.approx(0.1, abs=0.05)

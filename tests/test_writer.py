@@ -1,4 +1,4 @@
-"""A store killed while it is made goes on and ends in the same bytes; one process makes it, in little memory."""
+"""A killed writer resumes and produces the same bytes; one process makes a store, in little memory."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from llm_jax.data.config import DataConfig
 from llm_jax.data.open import open_data
 from llm_jax.data.sources.filters import FilterConfig
 
-# Makes a store in forked children that SIGKILL ends: 'each', a new store for each time that a child touches the cache,
-# killed right then; 'random', one store, killed again and again, a while after some chunks of text were tokenized.
+# Makes stores in forked children and kills them with SIGKILL. 'each': one store per file operation in the cache, the
+# child killed at that operation. 'random': one store, the child killed repeatedly after a random number of chunks.
 KILLS = '''
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -28,7 +28,7 @@ from llm_jax.data.tokenizers import tokenizer as tokenizers
 
 options, how, log = json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 corpus.COMMIT_SECONDS, writer.CHUNK = -1, int(sys.argv[4])
-os.fsync = lambda file: None  # a killed process loses nothing that it wrote, only a machine does
+os.fsync = lambda file: None  # a kill loses nothing that was written, only a machine failure does
 encode = tokenizers.ByteTokenizer.encode
 log.touch()
 
@@ -64,7 +64,7 @@ def ended(pid, cache):
   status = os.waitpid(pid, 0)[1]
   for folder in Path(cache).glob('stores/*'):
     if folder.is_dir() and folder.suffix != '.partial':
-      store.verify(folder)  # whole or absent
+      store.verify(folder)  # complete or absent
   if os.WIFEXITED(status) and os.WEXITSTATUS(status):
     sys.exit('a child failed')
   return os.WIFEXITED(status)
@@ -91,7 +91,7 @@ print('kills', kills)
 
 
 def killed_stores(options, how, log, chunk):
-  """How many times the process was killed until it was done."""
+  """The number of kills until the process finished."""
   options = {**options, 'filters': options['filters'].deduplicate}
   done = subprocess.run([sys.executable, '-c', KILLS, json.dumps(options), how, log, str(chunk)], text=True,
                         capture_output=True)
@@ -100,7 +100,7 @@ def killed_stores(options, how, log, chunk):
 
 
 def kill_options(tmp_path, kind, size):
-  """A corpus of about `size` characters with duplicates, bad records, pieces, pairs or labels, and how to read it."""
+  """Writes a corpus of about `size` characters with duplicates, long texts, pairs or labels; returns its config."""
   rng = random.Random(0)
   texts = [' '.join(rng.choices(WORDS, k=rng.randrange(1, 60))) for _ in range(size // 120)]
   records = [{'text': text} for text in texts]
@@ -108,7 +108,7 @@ def kill_options(tmp_path, kind, size):
   if kind == 'duplicates':
     records = [records[rng.randrange(i)] if i and rng.random() < 0.3 else r for i, r in enumerate(records)]
     records[5::50] = ['broken'] * len(records[5::50])
-    records += [records[0], 'broken', records[1]]  # at the end, after all that is kept
+    records += [records[0], 'broken', records[1]]  # after the last document that is kept
   elif kind == 'pairs':
     options = {'split': 'count', 'val_documents': 40, 'test_documents': 30, 'answer_field': 'a', 'label_field': 'b'}
     records = [{**r, 'a': text[::-1], 'b': text[:3]} for r, text in zip(records, texts, strict=True)]
@@ -132,7 +132,7 @@ KINDS = ['duplicates', 'pieces', 'pairs', 'labels']
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_killed_again_and_again_it_goes_on_and_ends_in_the_same_bytes(tmp_path, kind):
+def test_a_writer_killed_repeatedly_resumes_to_the_same_bytes(tmp_path, kind):
   options = kill_options(tmp_path, kind, 100_000)
   open_data(DataConfig(**options, cache_dir=str(tmp_path / 'undisturbed')))
   kills = killed_stores({**options, 'cache_dir': str(tmp_path / 'cache')}, 'random', tmp_path / 'log', 4000)
@@ -142,12 +142,12 @@ def test_killed_again_and_again_it_goes_on_and_ends_in_the_same_bytes(tmp_path, 
   total = sum(len(text) for text in sides_of(DataConfig(**options, cache_dir=str(tmp_path / 'cache')),
                                              [side for side in counts if counts[side]['documents']]) for text in text)
   assert kills >= 3
-  # Beginning anew each time would have tokenized some multiple of all: each kill cost the chunk at hand at most.
+  # Each kill costs one chunk at most; starting again from the beginning would tokenize everything several times.
   assert total <= sum(chunks) <= total + kills * max(chunks)
   assert sum(counts[side]['tokens'] > options['shard_tokens'] for side in counts) >= 1
 
 
-def test_killed_whenever_it_touches_a_file_it_ends_in_the_same_bytes(tmp_path):
+def test_a_kill_at_any_file_operation_gives_the_same_bytes(tmp_path):
   options = kill_options(tmp_path, 'duplicates', 3500)
   open_data(DataConfig(**options, cache_dir=str(tmp_path / 'undisturbed')))
   expected = files_of(only_store(tmp_path / 'undisturbed'))
@@ -155,7 +155,7 @@ def test_killed_whenever_it_touches_a_file_it_ends_in_the_same_bytes(tmp_path):
   assert kills > 30
   for kill in range(1, kills + 1):
     found = files_of(only_store(tmp_path / f'cache/{kill}'))
-    # Killed after the store was put into its place, it leaves what it was about to remove.
+    # A kill after the rename leaves the files that would have been removed next.
     assert set(found) - set(expected) <= {'progress.json', 'documents.seen'}
     assert {name: found[name] for name in expected} == expected, kill
 
@@ -177,7 +177,7 @@ def test_two_processes_at_once_make_one_store(tmp_path, capfd):
   write_corpus(tmp_path / 'corpus', 8, words_per_file=5000)
   open_data(config_of(tmp_path, tokenizer='bpe', cache_dir=str(tmp_path / 'undisturbed')))
   capfd.readouterr()
-  # An ASCII locale beside: the files of a store do not depend on it.
+  # The other process has an ASCII locale: the files of a store do not depend on it.
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
   other = subprocess.Popen([sys.executable, '-c', OPEN, tmp_path / 'corpus', tmp_path / 'go', tmp_path / 'cache'],
                            text=True, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -208,7 +208,7 @@ print(next(line for line in Path('/proc/self/status').read_text().splitlines() i
 
 
 def peak_mb(tmp_path, megabytes, tokenizer):
-  """Peak memory of a process that makes a store of so much text."""
+  """Peak memory, in MB, of a process that makes a store of `megabytes` of text."""
   path = tmp_path / f'{megabytes}.jsonl'
   with open(path, 'w') as f:
     for i in range(megabytes * 500):
@@ -216,11 +216,11 @@ def peak_mb(tmp_path, megabytes, tokenizer):
   done = subprocess.run([sys.executable, '-c', PEAK, path, tokenizer, tmp_path / f'cache{megabytes}'], text=True,
                         capture_output=True)
   assert done.returncode == 0, done.stderr
-  return int(done.stdout.split()[-2]) / 1024  # getrusage would count what this process had when it forked
+  return int(done.stdout.split()[-2]) / 1024  # getrusage would include this process's memory at the fork
 
 
 @pytest.mark.parametrize(('tokenizer', 'megabytes'), [('byte', 2), ('bpe', 2)])
 def test_ten_times_the_text_takes_the_same_memory(tmp_path, tokenizer, megabytes):
   small, large = (peak_mb(tmp_path, size, tokenizer) for size in (megabytes, 10 * megabytes))
   print(f'peak MB: {small:.0f} for {megabytes} MB of text, {large:.0f} for {10 * megabytes} MB')
-  assert large < small + 5 * megabytes, (small, large)  # the text alone, without its ids, has 9 more
+  assert large < small + 5 * megabytes, (small, large)  # the additional text alone is 9 * megabytes

@@ -1,4 +1,4 @@
-"""A real HTTP server on the loopback that can break off, go on where it broke, and answer nonsense."""
+"""A real HTTP server on the loopback that can cut answers, resume them, and send garbage."""
 
 import contextlib
 import http.server
@@ -49,10 +49,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(**files):
-  """A server of `files` {path: bytes}, with what it was asked for in `hits` and `headers`; `stop()` ends it early."""
+  """A server of `files` {path: bytes}; records requests in `hits` and `headers`; `stop()` ends it early."""
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
   server.files, server.redirects, server.hits, server.headers = dict(files), {}, [], []
-  server.cuts = []  # after how many bytes each answer in turn breaks off
+  server.cuts = []  # the number of bytes after which each answer is cut, in order
   server.ranges, server.etag = True, '"1"'
   server.url = f'http://127.0.0.1:{server.server_address[1]}'
   thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})

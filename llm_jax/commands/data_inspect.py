@@ -1,6 +1,6 @@
 """Shows what a run would train on: llm-jax data inspect --config=configs/gpt_small.py --out=data.png
 
-Counts, what filters dropped, how long documents are, and rows as the model sees them. Without a config, the fields of
+Prints counts, what filters dropped, document lengths, and rows as the model sees them. Without a config, the fields of
 config.data are flags: --path='notes/**/*.md' --seq_len=256 --packing=best_fit
 """
 
@@ -29,12 +29,12 @@ BAR = 50  # characters
 def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(prog='llm-jax data inspect', allow_abbrev=False, description=__doc__)
   parser.add_argument('--part', default='train', choices=('train', 'val', 'test'))
-  parser.add_argument('--rows', type=int, default=2, help='to show of each source')
-  parser.add_argument('--seed', type=int, default=0, help='which rows')
-  parser.add_argument('--out', type=Path, help='a PNG: lengths of documents, and rows as pictures')
+  parser.add_argument('--rows', type=int, default=2, help='number of rows to show per source')
+  parser.add_argument('--seed', type=int, default=0, help='selects the rows')
+  parser.add_argument('--out', type=Path, help='PNG file to write: document lengths and pictures of rows')
   config, args = parse(parser, argv)
   if config.streaming:
-    raise ConfigError('config.data.streaming: a stream has no rows to look at; inspect it with streaming=False')
+    raise ConfigError('config.data.streaming: a stream has no rows to inspect; set streaming=False')
   if args.rows < 0 or args.seed < 0:
     raise ConfigError(f'--rows and --seed must be 0 or more; got {args.rows} and {args.seed}')
   data = open_data(config)
@@ -42,11 +42,11 @@ def main(argv: list[str]) -> None:
   for name, report in data.reports.items():
     print('\n'.join(f'{name}: {line}' for line in Report.from_dict(report).lines()))
   if not data.splits[args.part]:
-    raise ConfigError(f'--part: {args.part} holds nothing; config.data.{args.part}_fraction or {args.part}_path '
-                      'would give it documents')
+    raise ConfigError(f'--part: {args.part} is empty; set config.data.{args.part}_fraction or '
+                      f'config.data.{args.part}_path')
   examples = {}
   for name, store in data.splits[args.part].items():
-    print(f'\n{args.part}/{name}: tokens in a document')
+    print(f'\n{args.part}/{name}: tokens per document')
     print('\n'.join(histogram(document_lengths(store))))
     if store.classes:
       print('labels: ' + ', '.join(f'{value} {label!r}' for value, label in enumerate(store.classes)))
@@ -66,7 +66,7 @@ def document_lengths(store: TokenStore) -> np.ndarray:
 
 
 def histogram(lengths: np.ndarray) -> list[str]:
-  """A bar for each power of two."""
+  """Lines with one bar per power of two."""
   bins = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int))
   width = max(bins.max(), 1)
   lines = [f'{"up to":>6} {1 << power:>12,} {"#" * -(-count * BAR // width):{BAR}} {count:,}'
@@ -80,7 +80,7 @@ def row_of(examples: Examples, index: int, seed: int) -> Features:
 
 
 def describe(features: Features, data: Data, config: DataConfig) -> list[str]:
-  """What is read and what is learnt, piece by piece; tokens divided by |, special ones in <>."""
+  """Lines with the inputs and targets of each piece; tokens divided by |, special ones in <>."""
   names = token_names(data.tokenizer, data.vocab_size, config.task_settings.num_sentinels)
   segments = features.get('segment_ids', np.ones_like(features['tokens']))
   mask, has_label = features['loss_mask'] > 0, 'labels' in features
@@ -104,7 +104,7 @@ def describe(features: Features, data: Data, config: DataConfig) -> list[str]:
 
 
 def token_names(tokenizer: Tokenizer | None, vocab_size: int, num_sentinels: int) -> list[str]:
-  """What to print for each id."""
+  """The printed name of each id."""
   if tokenizer is None:
     names = [str(i) for i in range(vocab_size)]
   else:
@@ -122,7 +122,7 @@ def show(ids: Iterable[int], names: list[str], most: int = 160) -> str:
 
 
 def draw(stores: dict[str, TokenStore], examples: dict[str, Examples], seed: int, out: Path) -> None:
-  """Histograms above; below, 24 rows of each source: a colour for each piece, pale where nothing is learnt."""
+  """Draws histograms, and below 24 rows of each source: one colour per piece, pale where nothing is learnt."""
   try:
     import matplotlib
   except ImportError:
@@ -142,7 +142,7 @@ def draw(stores: dict[str, TokenStore], examples: dict[str, Examples], seed: int
       colour = np.where((segments > 0)[:, None], colours[segments % 10], 1.0)
       image.append(np.where((features['loss_mask'] > 0)[:, None], colour, 0.65 + 0.35 * colour))
     below.imshow(np.stack(image), aspect='auto', interpolation='nearest')
-    below.set(title='rows: a colour a piece, pale: not learnt', xlabel='position', ylabel='row')
+    below.set(title='rows: one colour per piece, pale: not learnt', xlabel='position', ylabel='row')
   try:
     fig.savefig(out, dpi=110)
   except (OSError, ValueError) as e:

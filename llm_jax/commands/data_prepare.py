@@ -1,4 +1,4 @@
-"""Makes the token stores of a run ahead of it: llm-jax data prepare --config=configs/gpt_small.py
+"""Makes the token stores of a run in advance: llm-jax data prepare --config=configs/gpt_small.py
 
 Without a config, the fields of config.data are flags: --path='data/*.jsonl.gz' --field=text --tokenizer=bpe
 """
@@ -22,14 +22,14 @@ def main(argv: list[str]) -> None:
   begin = time.perf_counter()
   data = open_data(config)
   print(table(data))
-  print(f'ready in {time.perf_counter() - begin:.1f} s, in {cache_dir(config)}; training opens it as it is')
+  print(f'ready in {time.perf_counter() - begin:.1f} s, in {cache_dir(config)}; training will use these stores')
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[DataConfig, argparse.Namespace]:
-  """The data's config from --config and --config.data.FIELD, or from --FIELD alone; and the parser's own flags."""
+  """(DataConfig from --config and --config.data.FIELD, or from --FIELD alone; the parser's own flags)."""
   parser.error = _refuse  # type: ignore[method-assign]
   parser.add_argument('--config', help='a config file, or the config.json of a run')
-  parser.add_argument('--full_size', action='store_true', help='ignore what the config changes for CPUs')
+  parser.add_argument('--full_size', action='store_true', help='ignore the changes that the config makes on CPUs')
   args, rest = parser.parse_known_args(argv)
   if args.config is not None:
     from llm_jax.config import load
@@ -40,17 +40,17 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[DataConfig,
   override(values, {f'data.{name}': value for name, value in overrides.items()})
   config = build(DataConfig, values['data'], 'config.data')
   if 'path' not in overrides and not config.sources:
-    raise ConfigError('--path: name a file, folder, glob or URL, or a --config')
+    raise ConfigError('--path: give a file, folder, glob or URL, or a --config')
   return config, args
 
 
 def _refuse(message: str) -> NoReturn:
-  """Instead of argparse's usage and exit code 2."""
+  """Replaces argparse's usage message and exit code 2."""
   raise ConfigError(message)
 
 
 def table(data: Data) -> str:
-  """What there is of each split and source."""
+  """A table of documents, tokens and bytes for each split and source."""
   lines = [f'{"":24}{"documents":>12}{"tokens":>16}{"bytes of text":>16}{"bytes/token":>13}']
   for split, stores in data.splits.items():
     for name, store in stores.items():
@@ -59,9 +59,9 @@ def table(data: Data) -> str:
       if store.num_bytes:
         text = f'{store.num_bytes:16,.0f}{store.num_bytes / num_tokens:13.3f}'
       lines.append(f'{split + "/" + name:24.24}{len(store.starts):12,}{num_tokens:16,}{text}')
-  read = data.encoder_tokenizer
-  of_prompts = '' if read is None else f', {len(read.token_bytes):,} of the prompts'
-  return '\n'.join([*lines, f'vocabulary: {data.vocab_size:,} tokens{of_prompts}'])
+  encoder = data.encoder_tokenizer
+  for_prompts = '' if encoder is None else f', {len(encoder.token_bytes):,} for prompts'
+  return '\n'.join([*lines, f'vocabulary: {data.vocab_size:,} tokens{for_prompts}'])
 
 
 if __name__ == '__main__':

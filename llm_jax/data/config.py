@@ -1,4 +1,4 @@
-"""DataConfig: what to train on and how it becomes rows of tokens."""
+"""DataConfig: the data to train on, and how it is turned into rows of tokens."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from llm_jax.data.tokenizers.tokenizer import FITTED
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(SourceConfig, SplitConfig):
-  """What to train on and how it becomes rows of tokens. With `sources` empty it describes the only source itself."""
+  """The data to train on, and how it is turned into rows of tokens. If `sources` is empty, it is the only source."""
 
   sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # a mixture, by name
-  weights_from: tuple[int, ...] = (0,)  # steps from which the sources' 1st, 2nd, ... weights hold
+  weights_from: tuple[int, ...] = (0,)  # the steps at which the sources' 1st, 2nd, ... weights begin
   on_bad_record: Literal['fail', 'skip'] = 'fail'
-  max_bad_fraction: float = 0.01  # of the records, where bad ones are skipped
+  max_bad_fraction: float = 0.01  # of all records, if bad ones are skipped
   filters: FilterConfig = FilterConfig()
 
   tokenizer: str = 'bpe'  # byte, char, word, bpe; a tokenizer.json or SentencePiece .model; tiktoken:NAME; none (ids)
-  encoder_tokenizer: str | None = None  # of the prompts of seq2seq, and tokenizer of its answers; None: it does both
-  vocab_size: int = 8192  # that bpe is trained to, and the most that word keeps; of each tokenizer
-  min_frequency: int = 1  # of a word
-  pattern: str | None = None  # regular expression of the words; None: see tokenizers/word.py
+  encoder_tokenizer: str | None = None  # for the prompts of seq2seq; `tokenizer` is then for answers. None: for both
+  vocab_size: int = 8192  # of bpe; maximum for word. The same for both tokenizers
+  min_frequency: int = 1  # of a word, or of a pair merged by bpe
+  pattern: str | None = None  # regular expression for words; None: the one in tokenizers/word.py
 
   task: str = 'next_token'  # one of TASKS (see rows/tasks.py); its settings are in the section of its name
   sections: Sections = sections(TASKS)
   augment: Augment = Augment()
   seq_len: int = 1024
-  encoder_len: int = 512  # of tasks with an encoder
+  encoder_len: int = 512  # for tasks with an encoder
   packing: Literal['concat', 'best_fit', 'pad'] = 'concat'  # see rows.py
-  stride: int | None = None  # between the beginnings of windows; None: seq_len, so they do not overlap
-  truncate: Literal['auto', 'split', 'left', 'right'] = 'auto'  # what becomes of a document longer than a row
+  stride: int | None = None  # distance between window starts; None: seq_len (no overlap)
+  truncate: Literal['auto', 'split', 'left', 'right'] = 'auto'  # how to shorten documents longer than a row
   mask_documents: bool = True  # attention and positions stay inside a document
 
-  streaming: bool = False  # tokenize on the way, for what is endless or too large to keep; see streaming.py
+  streaming: bool = False  # tokenize during training, for endless or very large data; see streaming.py
   shuffle_buffer: int = 1024  # rows, when streaming
-  cache_mb: int = 0  # of tokenized documents kept in memory, when streaming
-  num_workers: int = 0  # processes that make batches; 0: a thread
-  shard_tokens: int = 1 << 27  # in one file of a store
-  verify: bool = False  # compare every file of the stores with its sha256 when opening
+  cache_mb: int = 0  # memory for tokenized documents, when streaming
+  num_workers: int = 0  # processes that make batches; 0: one thread
+  shard_tokens: int = 1 << 27  # tokens per file of a store
+  verify: bool = False  # check the sha256 of every file of a store when opening it
   cache_dir: str | None = None  # None: $LLM_JAX_CACHE, else ~/.cache/llm_jax
 
   def __post_init__(self):
@@ -57,7 +57,7 @@ class DataConfig(SourceConfig, SplitConfig):
     else:
       keep_named(self, (self.task,), 'task does not name it')
     if not self.path:
-      problems.append("path must name something: 'stdlib', a file, a folder, a glob or a URL")
+      problems.append("path must not be empty; set 'stdlib', a file, a folder, a glob or a URL")
     for field in ('seq_len', 'encoder_len', 'shard_tokens', 'shuffle_buffer', 'max_record_bytes', 'min_frequency'):
       if getattr(self, field) < 1:
         problems.append(f'{field} must be at least 1; got {getattr(self, field)}')
@@ -71,10 +71,10 @@ class DataConfig(SourceConfig, SplitConfig):
     if not 0 <= self.max_bad_fraction <= 1:
       problems.append(f'max_bad_fraction must lie in [0, 1]; got {self.max_bad_fraction}')
     if self.split == 'count' and not self.val_documents and self.val_path is None:
-      problems.append('val_documents must be at least 1 where split is count')
+      problems.append('val_documents must be at least 1 if split is count')
     if self.tokenizer not in (*FITTED, 'none') and not set(self.tokenizer) & set('./:'):
-      problems.append(f'tokenizer {self.tokenizer!r} is none of {", ".join(FITTED)}, none, a path ending in .json or '
-                      '.model, tiktoken:NAME')
+      problems.append(f'tokenizer {self.tokenizer!r} is not one of {", ".join(FITTED)}, none, a path ending in .json '
+                      'or .model, tiktoken:NAME')
     if self.encoder_tokenizer is not None:
       problems += self._encoder_tokenizer_problems(self.encoder_tokenizer)
     if 'bpe' in (self.tokenizer, self.encoder_tokenizer) and self.vocab_size < 257:
@@ -98,25 +98,25 @@ class DataConfig(SourceConfig, SplitConfig):
   def _encoder_tokenizer_problems(self, name: str) -> list[str]:
     return [f'encoder_tokenizer {name!r} {message}' for wrong, message in (
         (name not in FITTED and not set(name) & set('./:'),
-         f'is none of {", ".join(FITTED)}, a path ending in .json or .model, tiktoken:NAME; or leave '
-         'it None: tokenizer reads both sides'),
+         f'is not one of {", ".join(FITTED)}, a path ending in .json or .model, tiktoken:NAME; or set '
+         'it to None to use tokenizer for both sides'),
         (self.task != 'seq2seq', f'is for task seq2seq, where an encoder reads the prompts; the task is {self.task!r}: '
-         'leave it None'),
-        (self.tokenizer == 'none', 'needs a tokenizer of the answers too, and tokenizer is none')) if wrong]
+         'set it to None'),
+        (self.tokenizer == 'none', 'needs a tokenizer for the answers too, but tokenizer is none')) if wrong]
 
   def _streaming_problems(self) -> list[str]:
     held_out = (self.split == 'count' and self.val_documents) or all(s.val_path for s in self.named_sources.values())
     return [f'streaming: {message}; or train from a token store (streaming=False)' for wrong, message in (
         (not held_out, 'validation needs split=count with val_documents, or val_path'),
-        (self.split in ('tail', 'document'), f'split={self.split} needs to see all of a source: take count'),
-        (not all(all(s.weight) for s in self.named_sources.values()), 'a weight of 0 draws nothing: leave it out'),
-        (self.tokenizer == 'char', 'tokenizer=char needs to see all text: take byte, bpe or a finished one'),
+        (self.split in ('tail', 'document'), f'split={self.split} needs a pass over all data: set count'),
+        (not all(all(s.weight) for s in self.named_sources.values()), 'a source with weight 0 is unused: remove it'),
+        (self.tokenizer == 'char', 'tokenizer=char needs a pass over all text: set byte, bpe or a file'),
         (self.task != 'next_token' or self.packing != 'concat', 'only task next_token with packing concat streams'),
-        (self.augment.random, 'augment has no effect on a stream: leave it off'),
-        (self.stride is not None, 'windows of a stream do not overlap: leave stride None'),
-        (self.filters.deduplicate, 'duplicates are not remembered over a stream: set filters.deduplicate=False'),
-        (len(self.weights_from) > 1, 'weights of a stream do not change: leave weights_from at (0,)'),
-        (self.num_workers > 0, 'a stream is read by a thread: leave num_workers at 0')) if wrong]
+        (self.augment.random, 'augment is not supported: turn it off'),
+        (self.stride is not None, 'windows cannot overlap: set stride=None'),
+        (self.filters.deduplicate, 'duplicates cannot be found: set filters.deduplicate=False'),
+        (len(self.weights_from) > 1, 'weights cannot change: set weights_from=(0,)'),
+        (self.num_workers > 0, 'a stream is read by one thread: set num_workers=0')) if wrong]
 
   @property
   def task_settings(self) -> Task:

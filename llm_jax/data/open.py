@@ -1,4 +1,4 @@
-"""From files to token stores: DataConfig and `open_data`. The rows and batches made of them are in pipeline.py."""
+"""From a DataConfig to token stores: `open_data`. Batches are made in pipeline.py."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from llm_jax.data.tokenizers.tokenizer import (
   open_tokenizer,
 )
 
-_STEP = 1 << 20  # tokens looked at at once
+_STEP = 1 << 20  # tokens checked at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """The splits, each a store for every source, and the tokenizer (None where ids have no text here)."""
+  """The splits, each with one store per source, and the tokenizer (None for token ids without one)."""
 
   splits: dict[str, dict[str, TokenStore]]
   tokenizer: Tokenizer | None
@@ -48,8 +48,8 @@ class Data:
   bos_id: int | None = None
   eos_id: int | None = None
   reports: dict[str, dict] = dataclasses.field(default_factory=dict)  # of the filters, by source
-  streams: dict[str, Corpus] = dataclasses.field(default_factory=dict)  # when streaming; the split train is empty then
-  encoder_tokenizer: Tokenizer | None = None  # of the prompts of pairs; None: tokenizer reads them too
+  streams: dict[str, Corpus] = dataclasses.field(default_factory=dict)  # when streaming; then the split train is empty
+  encoder_tokenizer: Tokenizer | None = None  # for the prompts of pairs; None: `tokenizer` encodes them too
 
   @property
   def prompt_tokenizer(self) -> Tokenizer | None:
@@ -65,7 +65,7 @@ class Data:
 
 
 def open_data(config: DataConfig) -> Data:
-  """Opens the stores, first making them if they are not in the cache. Raises DataError, ConfigError, StorageError."""
+  """Opens the stores; makes those that are not in the cache. Raises DataError, ConfigError, StorageError."""
   sources = config.named_sources
   if config.streaming:
     return _open_streams(config)
@@ -73,8 +73,8 @@ def open_data(config: DataConfig) -> Data:
   corpora = {name: _corpus(config, name, source) for name, source in sources.items() if name not in bins}
   tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
   if bins and tokenizer is not None and not _takes_ids(config):
-    raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is fitted to the texts and is not that of '
-                      f'{shown(sources[next(iter(bins))].path)}; name the one whose ids these are')
+    raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is fitted to texts, but '
+                      f'{shown(sources[next(iter(bins))].path)} holds token ids; set the tokenizer of these ids')
   by_source = {name: _map_bins(config, source, bins[name]) if name in bins else
                _stores(config, source, corpora[name], tokenizer, encoder_tokenizer, key)
                for name, source in sources.items()}
@@ -94,7 +94,7 @@ def open_data(config: DataConfig) -> Data:
 
 
 def open_examples(config: DataConfig, data: Data, tokens: TokenStore, *, train: bool) -> Examples:
-  """The rows of a store as the config's task makes them. Raises ConfigError, DataError where they do not fit."""
+  """The rows of a store as examples of the config's task. Raises ConfigError, DataError if they do not fit."""
   return make_examples(
       tokens, task=config.task_settings, seq_len=config.seq_len, encoder_len=config.encoder_len, packing=config.packing,
       stride=config.stride, truncate=config.truncate, mask_documents=config.mask_documents,
@@ -113,20 +113,20 @@ def _data(config: DataConfig, splits: dict[str, dict[str, TokenStore]], tokenize
 
 
 def _max_id(tokens: TokenStore) -> int:
-  """Raises DataError for an id below 0."""
+  """The highest id. Raises DataError for an id below 0."""
   most = 0
   for begin in range(0, len(tokens.tokens), _STEP):
     part = tokens.tokens[begin:begin + _STEP]
     if part.dtype.kind == 'i' and part.min() < 0:
-      raise DataError(f'{tokens.tokens.files[0].path}: holds the token id {part.min()}; ids are 0 and more; does '
-                      f'config.data.dtype, {part.dtype}, say what it is?')
+      raise DataError(f'{tokens.tokens.files[0].path}: holds the token id {part.min()}; ids must be 0 or '
+                      f'more; is config.data.dtype {part.dtype} right?')
     most = max(most, int(part.max()))
   return most
 
 
 def _check_tokens(source: SourceConfig, tokens: TokenStore, tokenizer: Tokenizer, encoder_tokenizer: Tokenizer | None,
                   is_bin: bool) -> None:
-  """Raises DataError for white space alone, and for ids of a .bin, which no writer checked, beyond the vocabulary."""
+  """Raises DataError if all tokens are white space, or for ids of a .bin (not checked before) beyond the vocabulary."""
   if is_bin and (most := _max_id(tokens)) >= len(tokenizer.token_bytes):
     raise DataError(f'{tokens.tokens.files[0].path}: token {most} is beyond the vocabulary of '
                     f'{len(tokenizer.token_bytes)} tokens')
@@ -141,8 +141,8 @@ def _check_tokens(source: SourceConfig, tokens: TokenStore, tokenizer: Tokenizer
 
 
 def _in_prompts(tokens: TokenStore, begin: int, end: int) -> np.ndarray:
-  """Over the tokens begin to end: whether each is a prompt's; bos is not."""
-  assert tokens.answers is not None, '_tokenizers asks for pairs'
+  """bool [end - begin]: whether each token in [begin, end) belongs to a prompt; bos does not."""
+  assert tokens.answers is not None, '_tokenizers checks for pairs'
   positions = np.arange(begin, end)
   documents = np.searchsorted(tokens.starts, positions, 'right') - 1
   places = positions - tokens.starts[documents]
@@ -153,8 +153,8 @@ def _open_streams(config: DataConfig) -> Data:
   corpora = {name: _corpus(config, name, source) for name, source in config.named_sources.items()}
   tokenizer, _ = _tokenizer(config, config.tokenizer, corpora)
   if tokenizer is None:
-    raise ConfigError('config.data.streaming: nobody knows how many different ids a stream will hold: name their '
-                      'tokenizer in config.data.tokenizer, or train from a token store (streaming=False)')
+    raise ConfigError('config.data.streaming: the vocabulary of a stream of token ids is unknown; set '
+                      'config.data.tokenizer to their tokenizer, or train from a token store (streaming=False)')
   held = None if config.split != 'count' else config.val_documents + config.test_documents
   splits: dict[str, dict[str, TokenStore]] = {split: {} for split in SPLITS}
   for name, corpus in corpora.items():
@@ -162,13 +162,13 @@ def _open_streams(config: DataConfig) -> Data:
       if len(tokens.tokens):
         splits[side][name] = tokens
   if not splits['val']:
-    raise DataError(f'config.data.path: {config.path} gives no document to validate with; set '
+    raise DataError(f'config.data.path: {config.path} gives no validation documents; set '
                     'config.data.split=count and val_documents, or config.data.val_path')
   return dataclasses.replace(_data(config, splits, tokenizer), streams=corpora)
 
 
 def streaming_held_out(corpus: Corpus, most: int | None) -> Iterator[tuple[str, Document]]:
-  """What is set aside of a stream: the documents of val and test, the first `most` of the corpus or all of theirs."""
+  """The documents set aside for val and test: the first `most` of a corpus, or all of those splits' own paths."""
   for side, source in corpus.sides:
     part = dataclasses.replace(corpus, sides=((side, source),))
     if side is None and not most:
@@ -192,7 +192,7 @@ def _corpus(config: DataConfig, name: str, source: SourceConfig) -> Corpus:
 
 def _tokenizers(config: DataConfig, corpora: dict[str, Corpus],
                 bins: Collection[str]) -> tuple[Tokenizer | None, Tokenizer | None, str]:
-  """(tokenizer, the prompts' own if they have one, what tells the two from others). Raises ConfigError."""
+  """(tokenizer, the prompts' own tokenizer or None, cache key of both). Raises ConfigError."""
   reader = config.encoder_tokenizer
   if reader is None:
     tokenizer, key = _tokenizer(config, config.tokenizer, corpora)
@@ -201,10 +201,10 @@ def _tokenizers(config: DataConfig, corpora: dict[str, Corpus],
   for name, source in config.named_sources.items():
     first = None if name in bins else corpora[name].first()
     if name in bins or (first is not None and first.answer is None):
-      raise ConfigError(f'{path} is for prompts, and {shown(source.path)} holds no pairs of text; name the field of '
-                        'their answers with config.data.answer_field, or leave it None')
+      raise ConfigError(f'{path} is for prompts, but {shown(source.path)} holds no pairs of text; set '
+                        'config.data.answer_field to the field of the answers, or encoder_tokenizer to None')
     if first is not None and not (isinstance(first.text, str) and isinstance(first.answer, str)):
-      raise ConfigError(f'{path} is for texts, and {shown(source.path)} holds token ids; leave it None')
+      raise ConfigError(f'{path} is for texts, but {shown(source.path)} holds token ids; set it to None')
   [(tokenizer, key), (encoder_tokenizer, encoder_key)] = (
       _tokenizer(config, name, corpora, (part,)) for name, part in ((config.tokenizer, 'answer'), (reader, 'text')))
   return tokenizer, encoder_tokenizer, key_of([key, encoder_key])
@@ -223,7 +223,7 @@ def _tokenizer(config: DataConfig, name: str, corpora: dict[str, Corpus],
 
 
 def _takes_ids(config: DataConfig) -> bool:
-  """Whether ids among the documents can be the tokenizer's: not of one that is fitted here, nor of two."""
+  """Whether documents of token ids can use the tokenizer's ids: not if it is fitted here, or there are two."""
   return (config.tokenizer not in FITTED or config.tokenizer == 'byte') and config.encoder_tokenizer is None
 
 
@@ -247,7 +247,7 @@ def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer:
 
 
 def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | None:
-  """The .bin files of the splits that lie ready to be mapped, if that is what the path names."""
+  """The .bin files of each split, if the path is a .bin file or a folder with train.bin; else None."""
   path = source.path
   if fetch.is_url(path) and path.endswith('.bin'):
     path = str(fetch.fetch(path, source.sha256, cache_dir(config)))
@@ -266,7 +266,7 @@ def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | No
 def _map_bins(config: DataConfig, source: SourceConfig, files: dict[str, TokenFile]) -> dict[str, TokenStore]:
   train, eot_id = files['train'], source.eot_id
   if config.split not in ('auto', 'tail') and 'val' not in files:
-    raise ConfigError(f'config.data.split: a .bin is mapped as it is and can only be cut: auto or tail; '
+    raise ConfigError(f'config.data.split: a .bin file cannot be reordered: set auto or tail; '
                       f'got {config.split}')
   ends = borders(train.size, 0 if 'val' in files else config.val_fraction,
                  0 if 'test' in files else config.test_fraction)
@@ -277,7 +277,7 @@ def _map_bins(config: DataConfig, source: SourceConfig, files: dict[str, TokenFi
 
 def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
              encoder_tokenizer: Tokenizer | None = None) -> Data:
-  """All of a path as validation data, by tokenizers that exist already; .bin files as they are."""
+  """All of a path as validation data, encoded with existing tokenizers; .bin files are mapped."""
   source = dataclasses.replace(next(iter(config.named_sources.values())), path=path, format='auto', sha256=None,
                                val_path=None, test_path=None)
   if bins := _bins(config, source):
@@ -286,28 +286,28 @@ def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
     corpus = Corpus(path, (('val', open_source(source, cache_dir(config))),), SplitConfig('document'), FilterConfig(),
                     config.on_bad_record, config.max_bad_fraction)
     if tokenizer is None and not corpus.holds_ids():
-      raise DataError(f'--data: {path} is text, and the run has no tokenizer for it')
+      raise DataError(f'--data: {path} is text, but the run has no tokenizer')
     val = memory_stores((pair for _, dealt in corpus.documents({**corpus.start(), 'seen': Deduplicator()})
                          for pair in dealt), ('val',), tokenizer, encoder_tokenizer)['val']
   if len(val.tokens) < 2:
     raise DataError(f'--data: {path} gives {len(val.tokens)} token(s); it needs 2 or more')
   data = _data(config, {'train': {}, 'val': {'data': val}, 'test': {}}, tokenizer, encoder_tokenizer)
-  if encoder_tokenizer is not None:  # ids of two vocabularies, each checked by its tokenizer
+  if encoder_tokenizer is not None:  # two vocabularies: the ids fit their tokenizers
     return data
   return dataclasses.replace(data, vocab_size=max(data.vocab_size, _max_id(val) + 1))
 
 
 def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int) -> dict:
-  """All that batch n depends on; kept in the checkpoint, compared when a run goes on."""
+  """Everything that batch n depends on; stored in the checkpoint and compared when a run resumes."""
   fields = ('task', 'seq_len', 'encoder_len', 'packing', 'stride', 'truncate', 'mask_documents', 'streaming',
             *(['shuffle_buffer'] if config.streaming else []))
   settings = {f: getattr(config, f) for f in fields}
   for name, section in ((config.task, config.task_settings), ('augment', config.augment)):
     settings |= {f'{name}.{field}': value for field, value in to_dict(section).items()}
-  if data.encoder_tokenizer is not None:  # of which the tokens alone do not tell what ends a prompt
+  if data.encoder_tokenizer is not None:  # its eos is not stored with the tokens
     settings['encoder_tokenizer'] = key_of(data.encoder_tokenizer.to_json())
   settings['order'] = 'stream' if config.streaming else ORDER_VERSION
-  # As lists: the order of the sources counts too.
+  # Lists, because the order of the sources matters.
   train = [[name, tokens.sha256] for name, tokens in data.train.items()]
   train += [[name, key_of([corpus.contents(), data.tokenizer.to_json() if data.tokenizer else None])]
             for name, corpus in data.streams.items()]
@@ -317,21 +317,21 @@ def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int)
 
 
 def check_fingerprint(saved: dict, current: dict, step: int) -> None:
-  """Raises ConfigError naming each field in which the data of a run differs from its checkpoint's at `step`.
+  """Raises ConfigError naming each field in which a run's data differs from its checkpoint's at `step`.
 
-  Weights that hold from that step on may differ: a mixture may be changed for the time to come.
+  Mixture weights that begin at that step or later may differ.
   """
-  saved = {'order': 'stream' if saved.get('streaming') else 1, **saved}  # what it is where it is not said
+  saved = {'order': 'stream' if saved.get('streaming') else 1, **saved}  # the order of checkpoints without the field
   saved, current = ({**f, 'mixture': [s for s in f.get('mixture', []) if s[0] < step]} for f in (saved, current))
   names = {'train_tokens': 'the training data (sha256 of its tokens)', 'seed': 'config.seed',
            'rows_per_batch': 'the number of rows in a batch (config.batch_tokens / config.data.seq_len)',
-           'order': 'the order of rows (1 is an older llm_jax\'s, which can go on with it)',
+           'order': 'the order of rows (1: made by an older llm_jax, which can resume it)',
            'mixture': f'the weights of the sources before step {step} (config.data.sources.NAME.weight, weights_from)'}
   differing = [f'{names.get(k, f"config.data.{k}")}: checkpoint {saved.get(k)}, now {current.get(k)}'
                for k in {**saved, **current} if saved.get(k) != current.get(k)]
   if differing:
-    raise ConfigError('the data differs from what the checkpoint was trained on, so its batches cannot go on:\n  '
-                      + '\n  '.join(differing) + '\nPut it back, or start in another --workdir.')
+    raise ConfigError('the data differs from the data of the checkpoint, so its batches cannot continue:\n  '
+                      + '\n  '.join(differing) + '\nRestore it, or start in another --workdir.')
 
 
 def _slug(path: str) -> str:

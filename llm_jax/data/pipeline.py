@@ -1,4 +1,4 @@
-"""Batches as a pure function of (data, seed, n): no state but n, the same for any number of hosts and restarts."""
+"""Batches as a pure function of (data, seed, n): the only state is n; equal for any number of hosts and restarts."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from llm_jax.data.rows.order import order
 from llm_jax.data.rows.tasks import Features
 from llm_jax.data.streaming import Counters, train_stream, with_tuples
 
-KEPT_BYTES = 256 << 20  # of a source's rows kept in memory, instead of being made again in every epoch
-# Made at a time, so that a thread which wakes up beside a busy device does more than warm its caches: the least of
-AHEAD, AHEAD_ROWS, AHEAD_BYTES = 16, 1024, 4 << 20  # batches, rows, bytes, but a batch at least
-# Chunks are made faster than Grain's own threads hand them over: 10x, against its default options.
+KEPT_BYTES = 256 << 20  # a source whose rows fit in here keeps them in memory, instead of making them every epoch
+# Batches made per wake-up of the prefetch thread: the smallest of these three limits, but at least one batch.
+AHEAD, AHEAD_ROWS, AHEAD_BYTES = 16, 1024, 4 << 20  # batches, rows, bytes
+# No threads of Grain's own: chunks are made 10 times faster than these hand them over with the default options.
 INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 class Endless:
-  """Examples without end: epoch after epoch, each a new permutation of all rows; chance is seeded by (seed, position).
+  """Endless examples: each epoch is a new permutation of all rows; random draws are seeded by (seed, position).
 
-  Where rows draw nothing from chance, and all of them fit into KEPT_BYTES, each is made once.
+  Rows without random draws that all fit into KEPT_BYTES are made only once.
   """
 
   def __init__(self, examples: Examples, seed: int):
@@ -46,12 +46,12 @@ class Endless:
 
   @functools.cached_property
   def _kept(self) -> tuple[Features, np.ndarray]:
-    """All rows, and which of them are made; pages that nobody wrote take no memory."""
+    """All rows, and which of them are made; rows not yet written take no memory."""
     num_rows = len(self._examples)
     return {name: np.empty((num_rows, *x.shape), x.dtype) for name, x in self._first.items()}, np.zeros(num_rows, bool)
 
   def __call__(self, positions: np.ndarray) -> Features:
-    """Features [n, ...] of the positions, int64 [n]."""
+    """Features [n, ...] at `positions`, int64 [n]."""
     rows = order(positions, len(self._examples), self._seed)
     if not self._keeps:
       return self._make(rows, positions)
@@ -78,9 +78,9 @@ def train_sources(config: DataConfig, data: Data) -> dict[str, Examples]:
 
 def mixed(config: DataConfig, sources: dict[str, Examples], rows_at: Callable[[int], int],
           seed: int) -> Callable[[np.ndarray], Features]:
-  """Features [n, ...] of the examples int64 [n] of training: the only source's, or a mixture's, by the step's weights.
+  """A function from training examples, int64 [n], to features [n, ...]: of the only source, or of the mixture.
 
-  `rows_at(step)` rows have been read when `step` steps are done.
+  `rows_at(step)`: the number of rows used before step `step`, from which the mixture's weights change.
   """
   endless = [Endless(examples, seed + i) for i, examples in enumerate(sources.values())]
   if len(endless) == 1:
@@ -100,7 +100,10 @@ def mixed(config: DataConfig, sources: dict[str, Examples], rows_at: Callable[[i
 
 def train_batches(make: Callable[[np.ndarray], Features], batch_size: int, rows: np.ndarray,
                   offset: int = 0) -> Callable[[np.ndarray], Features]:
-  """Features [m, rows, ...] of batches int64 [m]: rows `rows` of each; batch 0 holds the examples from `offset` on."""
+  """A function from batch numbers, int64 [m], to features [m, rows, ...]: the rows `rows` of each batch.
+
+  Batch 0 holds the examples from `offset` on.
+  """
   def batches(numbers: np.ndarray) -> Features:
     positions = offset + numbers[:, None] * batch_size + rows
     return {name: x.reshape(*positions.shape, *x.shape[1:]) for name, x in make(positions.ravel()).items()}
@@ -110,17 +113,17 @@ def train_batches(make: Callable[[np.ndarray], Features], batch_size: int, rows:
 
 @dataclasses.dataclass
 class Batches:
-  """This host's features, step after step. Where they come from a store, their place is the step alone."""
+  """This host's batches, one per step. From a store, the step alone determines the batch."""
 
   iterator: Generator[Features, None, None] | grain.DatasetIterator
   counters: Counters | None = None  # of a stream
-  rows_per_epoch: float = float('inf')  # of several sources or a stream there is no pass over all
+  rows_per_epoch: float = float('inf')  # infinite for several sources and for streams
 
   def __next__(self) -> Features:
     return next(self.iterator)
 
   def state(self) -> dict | None:
-    """What a checkpoint must keep besides the step: nothing, unless streaming."""
+    """The state that a checkpoint must hold besides the step; None unless streaming."""
     return self.iterator.get_state() if isinstance(self.iterator, grain.DatasetIterator) else None
 
   def metrics(self) -> dict[str, float]:
@@ -133,11 +136,11 @@ class Batches:
 def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray, seed: int, begin: int,
                  rows_at: Callable[[int], int], states: list[dict] | None, process: int,
                  num_processes: int) -> Batches:
-  """Rows `rows` of batches begin, begin + 1, ...; `states` are what a stream's processes kept at `begin`.
+  """Rows `rows` of batches begin, begin + 1, ...; `states`: of a stream, the saved state of each process at `begin`.
 
-  `rows_at(step)` is the first row of the batch after `step`; from `begin` on it grows by num_rows.
+  `rows_at(step)`: the first row of the batch after `step`; from `begin` on it grows by num_rows per step.
 
-  Raises ConfigError where a stream was kept by another number of processes, or its config does not fit.
+  Raises ConfigError if a stream's state was saved by a different number of processes.
   """
   if not config.streaming:
     sources = train_sources(config, data)
@@ -153,22 +156,22 @@ def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray
       counters=counters)
   if begin:
     if states is None or len(states) != num_processes:
-      raise ConfigError(f'config.data.streaming: the checkpoint holds the place of {len(states or [])} process(es) in '
-                        f'the stream, now there are {num_processes}; go on with as many, or train from a token store '
-                        '(streaming=False) in another --workdir')
+      raise ConfigError(f'config.data.streaming: the checkpoint holds the stream state of {len(states or [])} '
+                        f'process(es), but this run has {num_processes}; resume with the same number, or train from a '
+                        'token store (streaming=False) in another --workdir')
     iterator.set_state(with_tuples(states[process]))
   return Batches(iterator, counters)
 
 
 def prefetched(batches: Callable[[np.ndarray], Features], begin: int,
                num_workers: int = 0) -> Generator[Features, None, None]:
-  """Batches begin, begin + 1, ... made ahead by one thread, or one by one by processes. Close it when done."""
+  """Batches begin, begin + 1, ..., made in advance by one thread or by `num_workers` processes. Close it when done."""
   count = 1 if num_workers else num_ahead(batches(np.array([begin])))
   chunks = grain.MapDataset.range(sys.maxsize).map(
       lambda n: batches(begin + n * count + np.arange(count))).to_iter_dataset(INLINE)
   if num_workers:
     if not flags.FLAGS.is_parsed():
-      flags.FLAGS.mark_as_parsed()  # Grain's workers ask for a flag of theirs
+      flags.FLAGS.mark_as_parsed()  # Grain's workers read an absl flag, which fails before parsing
     chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2))
   else:
     chunks = grain.experimental.ThreadPrefetchIterDataset(chunks, prefetch_buffer_size=2)
@@ -178,13 +181,13 @@ def prefetched(batches: Callable[[np.ndarray], Features], begin: int,
 
 
 def num_ahead(batch: Features) -> int:
-  """How many batches [1, rows, ...] like this one to make at a time."""
+  """How many batches like this one, [1, rows, ...], to make at once."""
   num_rows, size = batch['tokens'].shape[1], sum(x.nbytes for x in batch.values())
   return max(1, min(AHEAD, AHEAD_ROWS // num_rows, AHEAD_BYTES // size))
 
 
 def eval_batches(examples: Examples, batch_size: int, rows: np.ndarray, max_rows: int | None) -> Iterator[Features]:
-  """Rows `rows` of every batch of a fixed pass: all rows, or `max_rows` evenly spaced; the last batch is padded."""
+  """Rows `rows` of every batch of one pass over all rows, or over `max_rows` evenly spaced ones; padded at the end."""
   count = len(examples) if max_rows is None else min(len(examples), max_rows)
   indices = np.arange(count) * len(examples) // count
 

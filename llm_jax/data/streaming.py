@@ -1,9 +1,9 @@
-"""Training on documents as they come, for sources that are endless or too large to tokenize ahead.
+"""Tokenizes documents during training, for sources that are endless or too large to tokenize in advance.
 
-What it keeps: every host reads its own share, each document once an epoch, and a run goes on exactly where it was, as
-the readers' state is in the checkpoint. What it gives up against the token store: rows are shuffled within a buffer
-only, the order depends on the number of hosts (another number is refused), going on reads past records anew (though
-it does not tokenize them), and validation is on a part set aside beforehand.
+As with a token store, every document is used once per epoch, and a run resumes exactly, as the checkpoint holds the
+readers' state. Unlike with a token store, rows are shuffled within a buffer only, the order depends on the number of
+hosts (resuming with another number is an error), resuming reads earlier records again (but does not tokenize them), and
+the validation documents are set aside in advance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
 @dataclasses.dataclass
 class Counters:
-  """What the reading thread has counted; for the metrics."""
+  """Counts by the reading thread, for the metrics."""
 
   cache_hits: int = 0
   cache_misses: int = 0
@@ -32,7 +32,7 @@ class Counters:
 
 
 class Documents(grain.IterDataset):
-  """Endless documents of a corpus' training side as {'tokens', 'targets'} [n]: every `num_shards`-th from `shard`."""
+  """Endless training documents as {'tokens', 'targets'} [n]: every `num_shards`-th document from `shard` on."""
 
   def __init__(self, corpus: Corpus, tokenizer: Tokenizer | None, shard: int, num_shards: int, cache_bytes: int,
                counters: Counters):
@@ -45,12 +45,12 @@ class Documents(grain.IterDataset):
 
 
 class _DocumentsIterator(grain.DatasetIterator):
-  """Its state: the epoch, how many training documents of it are read, and where the corpus goes on."""
+  """The state is the epoch, the number of its training documents read so far, and the corpus's position."""
 
   def __init__(self, dataset: Documents):
     super().__init__()
     self._dataset = dataset
-    self._cache: dict[int, np.ndarray] = {}  # what came first stays: an epoch comes back in the same order
+    self._cache: dict[int, np.ndarray] = {}  # the first documents stay: every epoch has the same order
     self._cached_bytes = 0
     self._start = dataset.corpus.start()
     self._begin({'epoch': 0, 'number': 0, 'corpus': None})
@@ -67,20 +67,20 @@ class _DocumentsIterator(grain.DatasetIterator):
         return self._tokenized(number, document)
 
   def _read(self) -> tuple[int, Document]:
-    """The next training document, of any shard, and its number in the epoch."""
+    """(number in the epoch, document) of the next training document of any shard."""
     data = self._dataset
     while True:
       read = next(self._reading, None)
       if read is None:
-        if self._state['number'] <= data.shard:  # none is this shard's: it would be sought for ever
-          raise DataError(f'{data.corpus.name}: {self._state["number"]} document(s) to train on are too few for '
+        if self._state['number'] <= data.shard:  # this shard has no document: the search would never end
+          raise DataError(f'{data.corpus.name}: {self._state["number"]} training document(s) are too few for '
                           f'{data.num_shards} process(es); each needs one')
         self._begin({'epoch': self._state['epoch'] + 1, 'number': 0, 'corpus': None})
         continue
       corpus_state, dealt = read
       for side, document in dealt:
         if document.answer is not None or document.label is not None:
-          raise DataError(f'{document.name}: has an answer or a label, which only a token store keeps: set '
+          raise DataError(f'{document.name}: has an answer or a label, which streaming does not support: set '
                           'config.data.streaming=False')
         if side == 'train':
           number = self._state['number']
@@ -113,7 +113,7 @@ class _DocumentsIterator(grain.DatasetIterator):
 def train_stream(corpora: dict[str, Corpus], weights: list[float], tokenizer: Tokenizer | None, *, seq_len: int,
                  rows: np.ndarray, num_rows: int, seed: int, shuffle_buffer: int, cache_bytes: int,
                  mask_documents: bool, counters: Counters) -> grain.DatasetIterator:
-  """Batches of this host's rows, concatenated and split; its get_state and set_state are exact. Close it when done."""
+  """This host's batches of concatenated documents; get_state and set_state resume exactly. Close it when done."""
   num_shards, shard = num_rows // len(rows), int(rows[0]) // len(rows)
   streams = [Documents(corpus, tokenizer, shard, num_shards, cache_bytes // len(corpora), counters)
              for corpus in corpora.values()]
@@ -134,7 +134,7 @@ def train_stream(corpora: dict[str, Corpus], weights: list[float], tokenizer: To
 
 
 def with_tuples(state: Any) -> Any:
-  """A state that was kept as JSON, which makes tuples lists; Grain's packing compares slices with the tuple (0, 0)."""
+  """The state with lists turned back into tuples after JSON; Grain's packing compares slices with the tuple (0, 0)."""
   if isinstance(state, dict):
     return {key: with_tuples(value) for key, value in state.items()}
   return tuple(map(with_tuples, state)) if isinstance(state, list | tuple) else state

@@ -1,4 +1,4 @@
-"""Pickles become Parquet without running what is in them: llm-jax data convert INPUT.pkl OUTPUT.parquet"""
+"""Converts a pickle to Parquet without running its code: llm-jax data convert INPUT.pkl OUTPUT.parquet"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHAPES = 'a list of texts, pairs, dicts or integer arrays, or a dict of lists o
 
 
 def columns_of(value: Any) -> dict[str, list]:
-  """A table: texts become `text`, pairs `input` and `output`, lists of integers `tokens`, dicts their own keys.
+  """Columns of a table: texts become `text`, pairs `input` and `output`, lists of integers `tokens`, dicts their keys.
 
   Raises DataError when `value` is none of these.
   """
@@ -26,7 +26,7 @@ def columns_of(value: Any) -> dict[str, list]:
   if isinstance(value, dict) and value and all(isinstance(column, list | np.ndarray) for column in value.values()):
     columns = {name: list(column) for name, column in value.items()}
   elif not isinstance(value, list) or not value:
-    raise DataError(f'holds {_name(value)}; {_SHAPES} is wanted')
+    raise DataError(f'holds {_name(value)}; it must be {_SHAPES}')
   elif all(isinstance(row, dict) for row in value):
     names = dict.fromkeys(name for row in value for name in row)
     columns = {name: [row.get(name) for row in value] for name in names}
@@ -37,14 +37,14 @@ def columns_of(value: Any) -> dict[str, list]:
   elif all(isinstance(row, list | tuple) and len(row) == 2 for row in value):
     columns = {'input': [row[0] for row in value], 'output': [row[1] for row in value]}
   else:
-    raise DataError(f'holds a list of {_name(value[0])}; {_SHAPES} is wanted, with items all of one kind')
+    raise DataError(f'holds a list of {_name(value[0])}; it must be {_SHAPES}, with all items of one kind')
   if not all(isinstance(name, str) for name in columns) or len({len(column) for column in columns.values()}) != 1:
-    raise DataError(f'holds columns whose names are no text or whose lengths differ; {_SHAPES} is wanted')
+    raise DataError(f'holds columns whose names are not text or whose lengths differ; it must be {_SHAPES}')
   return columns
 
 
 def write_parquet(columns: dict[str, list], path: Path) -> int:
-  """Writes the table whole or not at all, and returns its number of rows. Raises DataError, StorageError."""
+  """Writes the table atomically and returns its number of rows. Raises DataError, StorageError."""
   try:
     import pyarrow
     import pyarrow.parquet
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('output', type=Path, help='the Parquet file to write')
   args = parser.parse_args(argv)
   if args.output.exists():
-    raise ConfigError(f'{args.output}: exists; delete it, or name another file')
+    raise ConfigError(f'{args.output}: exists; delete it, or give another file')
   value = load_plain(args.input)
   try:
     num_rows = write_parquet(columns_of(value), args.output)

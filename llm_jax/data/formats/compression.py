@@ -1,4 +1,4 @@
-"""Compressed files as plain streams: gzip, Zstandard, bzip2, xz; damage and bombs end in a DataError."""
+"""Compressed files as plain streams: gzip, Zstandard, bzip2, xz. Damage and decompression bombs raise DataError."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from llm_jax.base.errors import ConfigError, DataError
 
 # Highly repetitive text stays below 100 to 1; bombs reach 1000 (gzip) to a million (bzip2, Zstandard).
 MAX_RATIO = 200
-FREE_BYTES = 16 << 20  # that may come out whatever the ratio
+FREE_BYTES = 16 << 20  # output that is allowed at any ratio
 _PIECE = 1 << 20
 _MAGIC_BYTES = 10
 
 
 def expands_too_much(compressed: int, expanded: int) -> bool:
-  """Whether so many bytes out of so few are a bomb rather than data."""
+  """Whether the sizes are those of a decompression bomb."""
   return expanded > FREE_BYTES and expanded > MAX_RATIO * compressed
 
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-  """How one kind of compressed file is known and opened."""
+  """How one kind of compressed file is recognized and decompressed."""
 
   name: str
   magics: tuple[bytes, ...]  # first bytes
   decompressor: Callable[[], Any]
-  chunk: int  # bytes fed at once: what they can expand to fits in memory, where the decompressor knows no limit
-  padding: bytes  # that may follow the last member
+  chunk: int  # input bytes at once: their output must fit in memory if the decompressor cannot limit it
+  padding: bytes  # allowed after the last member
 
 
 def _zstd() -> Any:
@@ -46,14 +46,14 @@ def _zstd() -> Any:
 
 
 def _errors(codec: Codec) -> tuple[type[Exception], ...]:
-  """What the decompressor raises for damage."""
+  """The exceptions that the decompressor raises for damaged data."""
   if codec.name != 'Zstandard':
     return zlib.error, lzma.LZMAError, OSError, EOFError, ValueError
   import zstandard
   return zstandard.ZstdError, OSError
 
 
-# Zstandard's second to last magics are those of frames to be skipped, which parallel compressors write.
+# Zstandard's magics after the first one mark skippable frames, which parallel compressors write.
 CODECS = {
     '.gz': Codec('gzip', (b'\x1f\x8b\x08',), lambda: zlib.decompressobj(wbits=31), 8 << 10, b'\0'),
     '.zst': Codec('Zstandard', (b'\x28\xb5\x2f\xfd', *(bytes([0x50 + i]) + b'\x2a\x4d\x18' for i in range(16))), _zstd,
@@ -66,7 +66,7 @@ CODECS = {
 
 
 def codec_of(path: Path) -> Codec | None:
-  """By the file's first bytes. Raises DataError when its ending says compressed and its first bytes do not."""
+  """The codec, by the file's first bytes. Raises DataError when the ending says compressed and they do not."""
   try:
     with open(path, 'rb') as f:
       first = f.read(_MAGIC_BYTES)
@@ -78,7 +78,7 @@ def codec_of(path: Path) -> Codec | None:
   if path.suffix.lower() in CODECS:
     name = CODECS[path.suffix.lower()].name
     found = f'begins with {first[:4].hex(" ")}' if first else 'is empty'
-    raise DataError(f'{path}: damaged: it is named as {name} and {found}; get it anew, or name it by what it is')
+    raise DataError(f'{path}: damaged: it is named as {name} but {found}; get it again, or correct its ending')
   return None
 
 
@@ -93,7 +93,7 @@ def open_stream(path: Path) -> BinaryIO:
 
 
 def _expand(path: Path, raw: BinaryIO, codec: Codec) -> Iterator[bytes]:
-  """Decompressed pieces of every member or frame in turn, each of which must be whole."""
+  """Decompressed pieces of all members or frames in order; each must be complete."""
   consumed, produced, machine = 0, 0, codec.decompressor()
   try:
     while data := raw.read(codec.chunk):
@@ -107,18 +107,18 @@ def _expand(path: Path, raw: BinaryIO, codec: Codec) -> Iterator[bytes]:
         for piece in _feed(machine, data):
           produced += len(piece)
           if expands_too_much(consumed, produced):
-            raise DataError(f'{path} at byte {consumed}: expands to more than {MAX_RATIO} times its size, as a bomb '
-                            'would; if you trust it, decompress it yourself and name the result')
+            raise DataError(f'{path} at byte {consumed}: expands to more than {MAX_RATIO} times its size, like a '
+                            'decompression bomb; if you trust it, decompress it yourself and use the result')
           yield piece
         data = machine.unused_data if machine.eof else b''
   except _errors(codec) as e:
-    raise DataError(f'{path} at byte {consumed}: damaged {codec.name} data ({e}); get the file anew') from None
+    raise DataError(f'{path} at byte {consumed}: damaged {codec.name} data ({e}); get the file again') from None
   if not machine.eof:
-    raise DataError(f'{path} at byte {consumed}: truncated: the {codec.name} data breaks off; get the file anew')
+    raise DataError(f'{path} at byte {consumed}: truncated: the {codec.name} data is incomplete; get the file again')
 
 
 def _feed(machine: Any, data: bytes) -> Iterator[bytes]:
-  """What comes out for `data`, in bounded pieces where the decompressor can."""
+  """Output for `data`, in bounded pieces if the decompressor supports that."""
   if not hasattr(machine, 'needs_input'):
     yield machine.decompress(data)
     return
@@ -128,7 +128,7 @@ def _feed(machine: Any, data: bytes) -> Iterator[bytes]:
 
 
 class _Pieces(io.RawIOBase):
-  """A stream of joined pieces, as the io module wants it; closes `source` with itself."""
+  """A raw io stream over an iterator of pieces; closing it closes `source`."""
 
   def __init__(self, pieces: Iterator[bytes], source: BinaryIO):
     self._pieces, self._source, self._rest = pieces, source, memoryview(b'')

@@ -1,4 +1,4 @@
-"""Records (mappings of fields) become documents: which fields count, and what a field may hold."""
+"""Turns records (mappings of fields) into documents: chooses the fields and checks their values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from llm_jax.base.errors import DataError
 from llm_jax.data.sources.documents import BadRecord, Content, Document, File, SourceConfig
 
-# Names that mean (text, answer) wherever a record has both; the first pair that is there counts.
+# Names of fields for (text, answer); the first pair that a record has is used.
 PAIRS = (('input', 'output'), ('prompt', 'completion'), ('question', 'answer'), ('source', 'target'),
          ('instruction', 'response'))
 
@@ -30,7 +30,7 @@ class Fields:
 def choose_fields(record: Mapping[str, Any], config: SourceConfig, where: str) -> Fields | None:
   """The fields that the config names, else a known pair, else the only one with text, else the only one with ids.
 
-  None: this record has none of them, perhaps the next one has. Raises DataError when several could be meant.
+  None: no field of this record fits; one of the next record may. Raises DataError when several fields fit.
   """
   if config.field is not None:
     return Fields(config.field, config.answer_field, config.label_field)
@@ -49,9 +49,9 @@ def choose_fields(record: Mapping[str, Any], config: SourceConfig, where: str) -
 
 
 def to_documents(records: Iterable[tuple[str, str, Any]], config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """(name, where, record) to a document each. Fields are chosen on the first record that has any, and then kept.
+  """One document per (name, where, record). Fields are chosen at the first record that has any, and then kept.
 
-  A record that is not a mapping counts as bad; a BadRecord passes through.
+  A record that is not a mapping is bad; a BadRecord passes through.
   """
   fields = None
   for name, where, record in records:
@@ -63,14 +63,14 @@ def to_documents(records: Iterable[tuple[str, str, Any]], config: SourceConfig) 
       continue
     fields = fields or choose_fields(record, config, where)
     if fields is None:
-      yield BadRecord(where, f'no field holds text or a list of token ids; it has {_names(record)}')
+      yield BadRecord(where, f'no field holds text or a list of token ids; the record has {_names(record)}')
     else:
       yield to_document(record, fields, name, where, config.max_record_bytes)
 
 
 def to_document(record: Mapping[str, Any], fields: Fields, name: str, where: str,
                 max_bytes: int) -> Document | BadRecord:
-  """The document that a record stands for, or why it is none."""
+  """The document of a record, or a BadRecord with the reason."""
   try:
     text = content(_get(record, fields.text), f'field {fields.text!r}', max_bytes)
     answer = None if fields.answer is None else content(_get(record, fields.answer), f'field {fields.answer!r}',
@@ -82,7 +82,7 @@ def to_document(record: Mapping[str, Any], fields: Fields, name: str, where: str
 
 
 def content(value: Any, what: str, max_bytes: int) -> Content:
-  """Text (bytes are read as UTF-8) or ids as int64 [n]. Raises ValueError saying what is wrong with it."""
+  """The value as text (bytes are decoded as UTF-8) or as ids, int64 [n]. Raises ValueError with the reason."""
   if isinstance(value, str | bytes):
     return _text(value, what, max_bytes)
   if isinstance(value, list | tuple) and all(type(x) is int for x in value):
@@ -93,14 +93,14 @@ def content(value: Any, what: str, max_bytes: int) -> Content:
   if isinstance(value, np.ndarray) and value.dtype.kind in 'iu' and value.ndim == 1:
     if value.size and (value.min() < 0 or value.max() >= 2**63):
       raise ValueError(f'{what} holds the id {value.min() if value.min() < 0 else value.max()}; '
-                       'ids are 0 and more, below 2**63')
+                       'ids must be 0 or more, and below 2**63')
     _check_size(value.nbytes, what, max_bytes)
     return value.astype(np.int64)
-  raise ValueError(f'{what} holds {_show(value)}; text or a list of token ids is wanted')
+  raise ValueError(f'{what} holds {_show(value)}; it must hold text or a list of token ids')
 
 
 def as_documents(file: File, values: Iterable[Any], kind: str, max_bytes: int) -> Iterator[Document | BadRecord]:
-  """One document for each bare value, as arrays hold them; `kind` is what one is called: row, record."""
+  """One document per value of an array; `kind` is the name of one value in messages: row, item."""
   for i, value in enumerate(values, 1):
     where = f'{file.path}, {kind} {i}'
     if isinstance(value, BadRecord):
@@ -135,7 +135,7 @@ def _check_size(num_bytes: int, what: str, max_bytes: int) -> None:
 
 
 def _lone(char: str) -> str:
-  """Where a surrogate comes from: files are decoded with 'surrogateescape', which puts bytes at U+DC80 and on."""
+  """The cause of a surrogate: files are decoded with 'surrogateescape', which maps invalid bytes to U+DC80 and up."""
   code = ord(char)
   return f'the byte {code - 0xDC00:02x} is not UTF-8' if 0xDC80 <= code <= 0xDCFF else 'half of a surrogate pair'
 
@@ -155,7 +155,8 @@ def _label(value: Any, what: str) -> str | float | tuple[float, ...]:
 def _get(record: Mapping[str, Any], key: str) -> Any:
   if key not in record:
     near = difflib.get_close_matches(key, map(str, record), 1)
-    raise ValueError(f'field {key!r} is missing; it has {_names(record)}' + (f'; {near[0]!r} is near' if near else ''))
+    hint = f'; did you mean {near[0]!r}?' if near else ''
+    raise ValueError(f'field {key!r} is missing; the record has {_names(record)}{hint}')
   return record[key]
 
 
@@ -175,7 +176,7 @@ def _names(record: Mapping[str, Any]) -> str:
 
 
 def _show(value: Any) -> str:
-  """A value as a message can bear it."""
+  """A short description of a value, for messages."""
   if value is None:
     return 'null'
   if isinstance(value, np.ndarray):

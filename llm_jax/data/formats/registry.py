@@ -1,4 +1,4 @@
-"""Readers, one function a format: (File, SourceConfig) -> documents; and how a file's format is found."""
+"""Readers, one function per format: (File, SourceConfig) -> documents; and how a file's format is found."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COMPRESSED = ('.gz', '.zst', '.bz2', '.xz')
 
 
 def format_of(file: File, config: SourceConfig) -> str:
-  """The format that is configured, or the one that the file's ending or first bytes tell. Raises ConfigError."""
+  """The configured format, or the one by the file's ending or first bytes. Raises ConfigError."""
   if config.format not in ('auto', *FORMATS):
     raise ConfigError(f'config.data.format: {config.format!r} is unknown; known: auto, {", ".join(FORMATS)}')
   if config.format != 'auto':
@@ -54,7 +54,7 @@ def format_of(file: File, config: SourceConfig) -> str:
     with open_stream(file.path) as stream:
       head = stream.read(64)
   except (DataError, OSError):
-    return 'text'  # its reader will say what is wrong
+    return 'text'  # the reader of text reports the error
   for first, fmt in FIRST_BYTES.items():
     if head.startswith(first):
       return fmt

@@ -18,25 +18,24 @@ from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConf
 _CHUNK = 1 << 20
 _BOM = b'\xef\xbb\xbf'
 _SPACE = ' \t\n\r'
-_WHOLE_FILE_BYTES = 256 << 20  # of a format that cannot be read as a stream
+_WHOLE_FILE_BYTES = 256 << 20  # limit for formats that cannot be read as a stream
 
 
 def text(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """UTF-8 text, exactly as it is but for a byte order mark at its head: one document, or several between separators.
+  """UTF-8 text, unchanged but for a byte order mark at the start: one document, or several between separators.
 
-  A file longer than config.max_record_bytes comes in pieces that join to it; a document between separators may not be
-  longer than that.
+  A file longer than config.max_record_bytes is read in pieces; a document between separators must not be longer.
   """
   return _separated_text(file, config, config.separator) if config.separator else _whole_text(file, config)
 
 
 def _whole_text(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """Pieces end after a newline, or at any character where there is none."""
+  """One document in pieces, which end after a newline, or after any character if there is none."""
   limit = max(config.max_record_bytes, 8)  # room for two characters, the last of which may be cut
   with open_stream(file.path) as stream:
     piece = _skip_bom(stream, limit)
     if len(piece) == limit and (bad := _first_bad_byte(file)) is not None:
-      # Looked for ahead: no piece of a damaged document may be taken before the damage is seen.
+      # Searched before the first piece is yielded: no part of a damaged document may be used.
       yield BadRecord(str(file.path), bad)
       return
     continues = False
@@ -57,7 +56,7 @@ def _skip_bom(stream: BinaryIO, count: int) -> bytes:
 
 
 def _last_character(piece: bytes) -> int:
-  """Where the last character begins that may not be whole: UTF-8 continues with bytes 10xxxxxx."""
+  """Start of the last character, which may be incomplete; continuation bytes of UTF-8 are 10xxxxxx."""
   cut = len(piece) - 1
   while piece[cut] & 0xC0 == 0x80:
     cut -= 1
@@ -77,7 +76,7 @@ def _separated_text(file: File, config: SourceConfig, separator: str) -> Iterato
 
 
 def _split(file: File, separator: bytes, limit: int) -> Iterator[tuple[int, bytes | None]]:
-  """(offset, bytes) of all that lies between separators; None stands for what is longer than `limit`."""
+  """(offset, bytes) of each part between separators; None in place of parts longer than `limit`."""
   with open_stream(file.path) as stream:
     begin, rest, too_long = 0, b'', False
     while chunk := stream.read(_CHUNK):
@@ -88,7 +87,7 @@ def _split(file: File, separator: bytes, limit: int) -> Iterator[tuple[int, byte
         yield begin, None if too_long or len(part) > limit else part
         begin, too_long = begin + len(part) + len(separator), False
       if len(rest) > limit + len(separator):
-        # Dropped as it comes, but for what may be the head of a separator.
+        # Too long: drop what was read, except bytes that may start a separator.
         dropped = len(rest) - len(separator)
         begin, rest, too_long = begin + dropped, rest[dropped:], True
     yield begin, None if too_long or len(rest) > limit else rest
@@ -117,13 +116,13 @@ def parse_json(data: bytes, where: str) -> Any:
     return BadRecord(where, _not_utf8(e, 0))
   except json.JSONDecodeError as e:
     return BadRecord(where, f'malformed JSON: {e.msg} at character {e.pos + 1}')
-  except (ValueError, RecursionError) as e:  # a number of thousands of digits; nesting
-    return BadRecord(where, f'JSON that cannot be read: {e}')
+  except (ValueError, RecursionError) as e:  # thousands of digits; deep nesting
+    return BadRecord(where, f'JSON cannot be read: {e}')
   return BadRecord(where, problems[0]) if problems else value
 
 
 def _decoder(problems: list[str]) -> json.JSONDecoder:
-  """Notes in `problems` what Python lets pass: a key given twice, and the NaN and Infinity that JSON has not."""
+  """A decoder that adds to `problems` what Python accepts: duplicate keys, and NaN and Infinity."""
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
@@ -138,9 +137,9 @@ def _decoder(problems: list[str]) -> json.JSONDecoder:
 
 
 def json_file(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """An array of objects, read as a stream; or one object: with one list of objects in it, else a document itself.
+  """An array of objects, read as a stream; or one object that holds one list of objects, or is itself the document.
 
-  A single object is held in memory with all that is in it, and may take 256 MB.
+  A single object is held in memory and may take 256 MB.
   """
   return to_documents(_json_records(file, config), config)
 
@@ -169,7 +168,7 @@ def _json_records(file: File, config: SourceConfig) -> Iterator[tuple[str, str, 
 
 
 def _json_array(file: File, stream: io.TextIOBase, buffer: str, limit: int) -> Iterator[tuple[str, str, Any]]:
-  """Items of an array whose '[' is behind. Raises DataError where one is malformed: what follows cannot be told."""
+  """Items of an array, after its '['. Raises DataError for a malformed item, as the start of the next is unknown."""
   problems: list[str] = []
   decoder = _decoder(problems)
   position, behind, number = 0, 0, 1
@@ -181,14 +180,14 @@ def _json_array(file: File, stream: io.TextIOBase, buffer: str, limit: int) -> I
       begin = position
       if number > 1:
         if not buffer.startswith(',', position):
-          raise ValueError('a comma or ] is wanted after the record before')
+          raise ValueError('expected a comma or ] after the record before')
         begin = _end_of_space(buffer, position + 1)
       problems.clear()
       value, end = decoder.raw_decode(buffer, begin)
       why = None if end < len(buffer) else 'the file ends inside the array'
     except (ValueError, RecursionError) as e:
       why = getattr(e, 'msg', str(e))
-    if why:  # perhaps only because the rest has not been read yet; twice as much each time, or it would be quadratic
+    if why:  # perhaps the item is just incomplete: read more, twice as much each time, for linear total cost
       where = f'{file.path}, record {number} (at character {behind + position + 2})'
       held = len(buffer) - position
       if held > limit:
@@ -237,13 +236,13 @@ def _only_table(file: File, value: dict[str, Any]) -> list[tuple[str, str, Any]]
   lists = [key for key, item in value.items()
            if isinstance(item, list) and item and all(isinstance(x, dict) for x in item)]
   if len(lists) > 1:
-    raise DataError(f'{file.path}: several lists of records: {", ".join(lists)}; keep one of them in a file')
+    raise DataError(f'{file.path}: several lists of records: {", ".join(lists)}; keep only one per file')
   return [(f'{file.name}:{i}', f'{file.path}, {lists[0]} {i}', record)
           for i, record in enumerate(value[lists[0]], 1)] if lists else None
 
 
 def csv_file(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """Comma-separated values as RFC 4180 has them; the first row names the fields. Labels come as text."""
+  """Comma-separated values (RFC 4180); the first row names the fields. Labels are text."""
   return to_documents(_rows(file, config, ','), config)
 
 
@@ -253,9 +252,9 @@ def tsv(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
 
 
 def _rows(file: File, config: SourceConfig, delimiter: str) -> Iterator[tuple[str, str, Any]]:
-  """Rows as mappings. A quote that stays open would swallow what follows, so it ends in a DataError."""
+  """Rows as mappings. An unclosed quote would swallow all rows after it, so it raises DataError."""
   limit = config.max_record_bytes
-  # The module's own limit holds for the whole process; ours counts what a record has taken.
+  # The csv module's limit is global and per field; `taken` limits each record.
   csv.field_size_limit(max(csv.field_size_limit(), limit))
   line, taken = 1, 0
 
@@ -300,12 +299,12 @@ def _header(row: list[str], where: str) -> list[str]:
 
 
 def _open_text(file: File) -> io.TextIOWrapper:
-  """Characters as they stand in the file; bytes that are not UTF-8 become surrogates, which `to_document` reports."""
+  """The file as text, newlines unchanged; bytes that are not UTF-8 become surrogates, which `to_document` reports."""
   return io.TextIOWrapper(open_stream(file.path), 'utf-8-sig', 'surrogateescape', newline='')
 
 
 def _first_bad_byte(file: File) -> str | None:
-  """What is wrong with the first byte of the file that is not UTF-8; None: nothing."""
+  """The message for the first byte of the file that is not UTF-8; None: all are."""
   decode, begin = codecs.getincrementaldecoder('utf-8')().decode, 0
   with open_stream(file.path) as stream:
     while True:
@@ -313,7 +312,7 @@ def _first_bad_byte(file: File) -> str | None:
       try:
         decode(chunk, final=not chunk)
       except UnicodeDecodeError as e:
-        # The decoder puts what it held of a character before the chunk.
+        # The decoder prepends the bytes of an incomplete character from the chunk before.
         return _not_utf8(e, begin - (len(e.object) - len(chunk)))
       if not chunk:
         return None

@@ -1,4 +1,4 @@
-"""Which source example n of a mixture comes from: exact shares, spread evenly, a function of n alone."""
+"""The source of example n of a mixture: exact shares, evenly spread, a function of n alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ CYCLE = 10_000  # examples after which the pattern of sources repeats; shares ar
 
 
 class Mixture:
-  """Example -> (source, example of it). Weights may change at given examples; each source goes on where it was."""
+  """Maps examples to (source, index in it). Weights may change at given examples; each source keeps its order."""
 
   def __init__(self, weights: list[list[float]], begins: list[int]):
     """`weights[stage][source]`, any positive scale; `begins[stage]` is the example at which a stage begins, 0 first."""
@@ -16,7 +16,7 @@ class Mixture:
     used = np.zeros(len(weights[0]), np.int64)
     for stage, end in zip(weights, [*begins[1:], None], strict=True):
       quotas = _quotas(np.asarray(stage, np.float64))
-      # Source s takes the places (k + 1/2) / quota_s of a cycle, k = 0, 1, ...: as even as can be.
+      # Source s takes the places (k + 1/2) / quota_s of a cycle, k = 0, 1, ...: evenly spread.
       places = np.concatenate([(np.arange(q) + 0.5) / q for q in quotas])
       order = np.concatenate([np.full(q, s) for s, q in enumerate(quotas)])[np.argsort(places, kind='stable')]
       chosen = np.eye(len(quotas), dtype=np.int64)[order]
@@ -27,7 +27,7 @@ class Mixture:
         used = used + cycles * quotas + np.bincount(order[:rest], minlength=len(quotas))
 
   def __call__(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(source, example of it) of the mixture's examples, each int64 [n]."""
+    """(sources, indices in them) of the mixture's `examples`, each int64 [n]."""
     sources, own = np.empty_like(examples), np.empty_like(examples)
     stages = np.searchsorted(self.begins, examples, 'right') - 1
     for stage in set(stages.tolist()):

@@ -1,4 +1,4 @@
-"""Which row comes when: epoch after epoch, each a permutation of all rows, known at any place without those before."""
+"""The order of rows: each epoch is a permutation of all rows; any position is computed without those before it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 
 import numpy as np
 
-BLOCK = 4096  # places worked out together, as NumPy costs by the call
-VERSION = 2  # kept in checkpoints, as a run goes on in one order; 1 was Grain's index_shuffle
-ROUNDS = 10  # pairs; with 8, permutations of 6 rows are not yet equally frequent in 600 draws of each
-GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio, as SplitMix64 takes it
+BLOCK = 4096  # positions computed at once, because each NumPy call has a fixed cost
+VERSION = 2  # stored in checkpoints, because a resumed run must keep its order; 1: Grain's index_shuffle
+ROUNDS = 10  # pairs of rounds; with 8, 600 draws per permutation of 6 rows still show unequal frequencies
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: SplitMix64's increment
 
 
 def order(positions: np.ndarray, num_rows: int, seed: int) -> np.ndarray:
-  """int64 [n]: the rows at these positions, int64 [n] from 0 on, of the endless order."""
+  """Rows, int64 [n], at `positions`, int64 [n] of 0 or more, in the endless sequence of epochs."""
   blocks, places = np.divmod(positions, BLOCK)
   rows = np.empty_like(positions)
   for block in set(blocks.tolist()):
@@ -25,18 +25,18 @@ def order(positions: np.ndarray, num_rows: int, seed: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _block(number: int, num_rows: int, seed: int) -> np.ndarray:
-  """Rows at the positions of a block, shared by who asks: not to be written to."""
+  """Rows at the positions of block `number`; cached and shared between callers, so do not write to it."""
   epochs, places = np.divmod(np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.uint64), np.uint64(num_rows))
   keys = scrambled(scrambled(np.array([seed % 2**64], np.uint64)) + epochs)
   return permuted(places, num_rows, keys).astype(np.int64)
 
 
 def permuted(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-  """uint64 [n]: where places, below `size`, go in the permutations named by keys, uint64 [n].
+  """uint64 [n]: images of `places`, each below `size`, under the permutations that `keys`, uint64 [n], select.
 
-  A Feistel network on a x b, the least multiple of a = ceil(sqrt(size)) that is `size` or more, and even: of an odd
-  one it makes even permutations alone. What falls beyond `size` goes through it again (Black and Rogaway, Ciphers with
-  Arbitrary Finite Domains, 2002).
+  A Feistel network on a x b values, where a = ceil(sqrt(size)) and b is the smallest with a x b >= `size` and even: if
+  a x b were odd, all permutations would be even. Results of `size` or more are permuted again (Black and Rogaway,
+  Ciphers with Arbitrary Finite Domains, 2002).
   """
   a = math.isqrt(size - 1) + 1
   b = -(-size // a)
@@ -53,7 +53,7 @@ def permuted(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _noise(half: np.ndarray, keys: np.ndarray, round: int) -> np.ndarray:
-  """Below 2**63, so that adding to it never wraps, which would send two places to one."""
+  """The round function. It is below 2**63 so that the sum never overflows, which would map two places to one."""
   return scrambled(half + scrambled(keys + np.uint64(round))) >> np.uint64(1)
 
 

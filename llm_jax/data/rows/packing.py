@@ -1,5 +1,5 @@
-"""Best-fit-decreasing packing (arXiv 2404.10830) worked out on the histogram of sizes: the Python here loops over sizes
-and distinct fillings of a row, never over pieces, so ten million pieces take seconds."""
+"""Best-fit-decreasing packing (arXiv 2404.10830), computed on the histogram of sizes: the Python loops run over sizes
+and distinct fillings of a row, not over pieces, so ten million pieces take seconds."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import bisect
 
 import numpy as np
 
-Filling = tuple[tuple[int, int], ...]  # of a row: (size, how many pieces of it), sizes descending
+Filling = tuple[tuple[int, int], ...]  # contents of a row: (size, number of pieces of that size), sizes descending
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-  """(order int64 [P], ends int64 [R]): row r holds the pieces order[ends[r - 1]:ends[r]]. Sizes lie in [1, capacity].
+  """(order int64 [P], ends int64 [R]): row r holds pieces order[ends[r - 1]:ends[r]]. Sizes must be in [1, capacity].
 
-  Each piece, largest first, goes where it leaves the least room. Pieces of one size are dealt in their order.
+  Each piece, largest first, goes to the row where it leaves the least room. Pieces of equal size keep their order.
   """
-  narrow = sizes.astype(np.uint16) if capacity < 1 << 16 else sizes  # which NumPy sorts by radix
+  narrow = sizes.astype(np.uint16) if capacity < 1 << 16 else sizes  # NumPy sorts uint16 by radix sort
   by_size = np.argsort(narrow, kind='stable')
   counts = np.bincount(sizes, minlength=capacity + 1)
   dealt = (np.cumsum(counts) - counts).tolist()
@@ -32,8 +32,8 @@ def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fillings(counts: np.ndarray, capacity: int) -> list[tuple[int, Filling]]:
-  """(number of rows, what each holds) of a best-fit-decreasing packing of `counts[size]` pieces of each size."""
-  rooms: list[int] = []  # that rows still have, ascending
+  """(number of rows, their filling) of a best-fit-decreasing packing of `counts[size]` pieces of each size."""
+  rooms: list[int] = []  # the different amounts of free room among the rows so far, ascending
   rows: dict[int, list[tuple[int, Filling]]] = {}  # by room
   for size in np.flatnonzero(counts)[::-1].tolist():
     left, filled = int(counts[size]), []
@@ -57,8 +57,8 @@ def fillings(counts: np.ndarray, capacity: int) -> list[tuple[int, Filling]]:
 
 
 def _fill(size: int, left: int, room: int, num_rows: int, filling: Filling) -> tuple[int, list]:
-  """Puts up to `left` pieces into alike rows: (pieces left, the rows now as (room, number, filling))."""
-  times = room // size  # a row that took one piece is the tightest for the next, until it takes no more
+  """Puts up to `left` pieces into `num_rows` equal rows. Returns (pieces left, rows as (room, number, filling))."""
+  times = room // size  # a row that took a piece is the best fit for the next one too, until it is full
   full = min(num_rows, left // times)
   rest = left - full * times if full < num_rows else 0
   parts = [(room - n * size, m, (*filling, (size, n)) if n else filling)

@@ -1,9 +1,9 @@
-"""Rows: a token store cut into what one row of a batch holds, by random access and in an order that never changes.
+"""Rows: random access to a token store that is cut into rows of a batch, in a fixed order.
 
-A row is a list of pieces: stretches of documents of n targets each, ids[1:] predicted from ids[:-1]. Three packings:
-  concat    windows over all tokens in a row; documents are cut wherever a window ends
-  best_fit  whole documents, several to a row, with hardly any padding
-  pad       one document a row
+A row is a list of pieces. A piece is part of a document, with n targets: ids[1:] predicted from ids[:-1]. Packings:
+  concat    windows over the concatenated documents; a document is cut where a window ends
+  best_fit  whole documents, several per row, with hardly any padding
+  pad       one document per row
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ PACKINGS = ('concat', 'best_fit', 'pad')
 
 
 class Store(Protocol):
-  """What rows need of a token store."""
+  """The parts of a token store that rows use."""
 
   @property
   def tokens(self) -> Any:
-    """len() and slices."""
+    """Supports len() and slices."""
 
   @property
   def starts(self) -> np.ndarray:
@@ -31,7 +31,7 @@ class Store(Protocol):
 
   @property
   def answers(self) -> np.ndarray | None:
-    """int64 [D]: where the answer starts, counted from the document's start."""
+    """int64 [D]: offset of the answer in its document."""
 
   @property
   def labels(self) -> np.ndarray | None:
@@ -78,7 +78,7 @@ class Windows:
     cuts = starts[first:int(starts.searchsorted(begin + len(window) - 1))] - begin
     row, last = [], 0
     for document, cut in enumerate([*cuts.tolist(), len(window) - 1], first - 1):
-      if cut > last:  # documents without any token are possible in ids from elsewhere
+      if cut > last:  # .bin files may hold documents without tokens
         row.append(Piece(window[last:cut + 1], document=document))
       last = cut
     return row
@@ -86,19 +86,19 @@ class Windows:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """Rows of whole documents, or of chunks of those longer than a row: 16 bytes a piece.
+  """Rows of whole documents, or of chunks of documents longer than a row; takes 16 bytes per piece.
 
-  Piece p has the targets begins[p] + 1 and on, `sizes[p]` of them; row r has the pieces ends[r - 1] to ends[r].
+  Piece p has `sizes[p]` targets, from begins[p] + 1 on; row r has the pieces [ends[r - 1], ends[r]).
   """
 
   store: Store
-  begins: np.ndarray  # int64 [P]: positions in the store of what each piece reads first
+  begins: np.ndarray  # int64 [P]: position in the store of each piece's first input token
   sizes: np.ndarray  # int32 [P]
   documents: np.ndarray  # int32 [P]
-  ends: np.ndarray | None  # int64 [R]; None: one piece a row
-  answers: np.ndarray | None  # the store's, where it is read as pairs
-  bos_id: int | None  # that opens pieces whose beginning was cut; None: nothing does
-  eos_id: int | None  # that ends each document and is not in the store; None: it is in the store or there is none
+  ends: np.ndarray | None  # int64 [R]; None: one piece per row
+  answers: np.ndarray | None  # the store's, if the task uses answers
+  bos_id: int | None  # put at the start of pieces whose beginning was cut; None: nothing is
+  eos_id: int | None  # added to the end of each document; None: the store holds it already, or there is none
   dropped_tokens: int  # targets of the store that are in no row
 
   def __len__(self) -> int:
@@ -127,12 +127,12 @@ class Packed:
 
 def pack(store: Store, packing: str, truncate: str, capacity: int, *, row_size: int, overhead: int = 0,
          answers: np.ndarray | None = None, least: int = 1, bos_id: int | None, eos_id: int | None) -> Packed:
-  """Documents in pieces of at most `capacity` targets, which take `overhead` places more in a row of `row_size`.
+  """Packs documents into rows of `row_size`, as pieces of at most `capacity` targets plus `overhead` places each.
 
-  `truncate` says what becomes of longer documents: 'split' makes several pieces; 'left' cuts the beginning (what is
-  left opens with bos_id), 'right' the end, both counted in `dropped_tokens`. With `answers`, 'left' cuts the prompt
-  and only then the answer's end, and 'right' drops pairs whose prompt alone fills the piece. Documents of fewer than
-  `least` targets are in no row.
+  `truncate` is how longer documents are handled: 'split' makes several pieces; 'left' cuts the beginning (the rest
+  starts with bos_id), 'right' the end, both counted in `dropped_tokens`. With `answers`, 'left' cuts the prompt first
+  and then the answer's end, and 'right' drops pairs whose prompt alone fills the piece. Documents of fewer than `least`
+  targets are dropped.
   """
   virtual_eos = eos_id if bos_id is not None and bos_id == eos_id else None
   starts = store.starts
@@ -160,7 +160,7 @@ def pack(store: Store, packing: str, truncate: str, capacity: int, *, row_size: 
 
 def _chunks(starts: np.ndarray, targets: np.ndarray, capacity: int,
             least: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(documents, begins, sizes) of all pieces: each begins with the last target of the one before."""
+  """(documents, begins, sizes) of all pieces; a piece starts at the last target of the piece before it."""
   num_chunks = np.where(targets >= least, np.maximum(-(-targets // capacity), 1), 0)
   documents = np.repeat(np.arange(len(starts)), num_chunks)
   nth = np.arange(len(documents)) - np.repeat(np.cumsum(num_chunks) - num_chunks, num_chunks)

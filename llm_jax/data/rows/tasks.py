@@ -1,8 +1,8 @@
-"""Tasks turn a row of a token store into the features of a Batch: what to read, what to predict, what counts.
+"""Tasks turn a row of a token store into the features of a Batch: inputs, targets and masks.
 
-A task is a subclass of Task with its settings and a line in TASKS. Of each row come tokens, targets, loss_mask,
-segment_ids (1, 2, ... a piece; 0: padding) and positions (restarting in each piece), all [seq_len], padded with 0 on
-the right, and what the task says.
+A task is a subclass of Task with its settings and a line in TASKS. Features of each row: tokens, targets, loss_mask,
+segment_ids (1, 2, ... for the pieces; 0: padding) and positions (restarting in each piece), all [seq_len], padded with
+0 on the right; some tasks add others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Features = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """What tasks know about the rows that they fill."""
+  """The sizes and special ids that tasks need to fill rows."""
 
   seq_len: int
   encoder_len: int
@@ -28,33 +28,33 @@ class Layout:
   bos_id: int | None
   eos_id: int | None
   truncate: str = 'split'
-  encoder: Layout | None = None  # with the ids of another tokenizer, whose tokens the encoder reads; None: the same
+  encoder: Layout | None = None  # ids of the encoder's own tokenizer; None: the same tokenizer
 
   @property
   def read(self) -> Layout:
-    """What is known of the side that an encoder reads."""
+    """The layout with the ids of the encoder's input."""
     return self if self.encoder is None else self.encoder
 
   @property
   def start_id(self) -> int:
-    """What a decoder reads first."""
+    """The first input token of a decoder."""
     start = self.eos_id if self.bos_id is None else self.bos_id
-    assert start is not None, 'make_examples refuses such tasks'
+    assert start is not None, 'make_examples rejects such tasks'
     return start
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What tasks say of themselves, unless a task says otherwise."""
+  """Base class of tasks: properties with their defaults, and `features`."""
 
-  packings: ClassVar[tuple[str, ...]] = ('pad',)  # that it works with (rows.py)
-  needs: ClassVar[str] = 'text'  # of the store: 'text', 'answers' or 'labels'
+  packings: ClassVar[tuple[str, ...]] = ('pad',)  # the packings (rows.py) that it supports
+  needs: ClassVar[str] = 'text'  # what the store must hold: 'text', 'answers' or 'labels'
   overhead: ClassVar[int] = 0  # places that a piece takes in a row beyond its targets
-  num_sentinels = 0  # ids from vocab_size on that it uses: sentinel k is vocab_size + k
+  num_sentinels = 0  # sentinels that it uses; the id of sentinel k is vocab_size + k
   random: ClassVar[bool] = False  # whether `features` draws from its rng
-  encodes: ClassVar[bool] = False  # whether it gives encoder_tokens
-  writes: ClassVar[bool] = True  # whether what is learnt can go on from a text
-  whole: ClassVar[bool] = False  # whether a loss on whole rows goes by their segment_ids
+  encodes: ClassVar[bool] = False  # whether it makes encoder_tokens
+  writes: ClassVar[bool] = True  # whether the trained model can continue a text
+  whole: ClassVar[bool] = False  # whether a loss on whole rows needs segment_ids
 
   def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
     raise NotImplementedError
@@ -72,7 +72,7 @@ class NextToken(Task):
 
 @dataclasses.dataclass(frozen=True)
 class PromptAnswer(Task):
-  """Reads the prompt and its answer, learns only the answer and the eos after it."""
+  """Inputs are the prompt and its answer; only the answer and the eos after it are learnt."""
 
   packings: ClassVar[tuple[str, ...]] = ('best_fit', 'pad')
   needs: ClassVar[str] = 'answers'
@@ -83,14 +83,14 @@ class PromptAnswer(Task):
 
 @dataclasses.dataclass(frozen=True)
 class FillInTheMiddle(Task):
-  """Fill-in-the-middle by tokens (arXiv 2207.14255): all is learnt, and the middle comes when its end is known.
+  """Fill-in-the-middle by tokens (arXiv 2207.14255): the middle is moved behind the suffix; all tokens are learnt.
 
   A piece's first token and final eos stay in place; between them, with sentinels <0>, <1>, <2>:
   PSM <0> prefix <1> suffix <2> middle, SPM <0> <1> suffix <2> prefix middle.
   """
 
-  rate: float = 0.5  # of pieces; the others are plain next-token
-  spm_rate: float = 0.5  # of those
+  rate: float = 0.5  # share of pieces to rearrange; the others are plain next-token
+  spm_rate: float = 0.5  # share of SPM among the rearranged pieces
   packings: ClassVar[tuple[str, ...]] = ('best_fit', 'pad')
   overhead: ClassVar[int] = 3
   num_sentinels = 3
@@ -119,8 +119,8 @@ class FillInTheMiddle(Task):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM(Task):
-  """Learns what follows a random point of each piece; `prefix_mask` [seq_len] is 1 on the tokens up to it, which a
-  model may let attend to each other in both directions: no target lies among them."""
+  """Learns the tokens after a random point of each piece. `prefix_mask` [seq_len] is 1 on the tokens before it; these
+  contain no target, so a model may let them attend to each other in both directions."""
 
   packings: ClassVar[tuple[str, ...]] = PACKINGS
   random: ClassVar[bool] = True
@@ -135,15 +135,15 @@ class PrefixLM(Task):
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption(Task):
-  """T5's objective (arXiv 1910.10683): spans give way to sentinels in what the encoder reads, the decoder spells them.
+  """T5's objective (arXiv 1910.10683): sentinels replace spans of the encoder's input, and the decoder predicts them.
 
-  Of a piece without its first token and final eos, with spans B and D in A B C D: encoder A <0> C <1> eos, targets
+  A piece, without its first token and final eos, is A B C D with spans B and D: encoder A <0> C <1> eos, targets
   <0> B <1> D eos. `encoder_segment_ids` [encoder_len] is 1 on real tokens.
   """
 
   noise_density: float = 0.15
   mean_span_length: float = 3.0
-  num_sentinels: int = 100  # the most spans of a row
+  num_sentinels: int = 100  # maximum number of spans in a row
   random: ClassVar[bool] = True
   encodes: ClassVar[bool] = True
 
@@ -153,7 +153,7 @@ class SpanCorruption(Task):
                        f'got {self.noise_density}, {self.mean_span_length} and {self.num_sentinels}')
 
   def noise(self, length: int) -> tuple[int, int]:
-    """(tokens, spans) to take out of `length` tokens; never all, and nothing of fewer than 2."""
+    """(number of tokens, number of spans) to remove from `length` tokens; never all, and (0, 0) below 2."""
     if length < 2:
       return 0, 0
     num_tokens = min(max(round(length * self.noise_density), 1), length - 1)
@@ -163,7 +163,7 @@ class SpanCorruption(Task):
     [piece] = row
     ids = _inner(piece.ids, layout.eos_id)
     num_noise, num_spans = self.noise(len(ids))
-    # Spans lie anywhere, at either end too: of what is kept between them only the first and last part may be empty.
+    # Spans may be at both ends: of the parts kept between spans only the first and the last may be empty.
     lengths = np.zeros(2 * num_spans + 1, np.int64)
     lengths[::2] = _random_lengths(len(ids) - num_noise + 2, num_spans + 1, rng)
     lengths[[0, -1]] -= 1 if num_spans else 2
@@ -182,7 +182,7 @@ class SpanCorruption(Task):
 class Seq2Seq(Task):
   """The encoder reads the prompt and eos; the decoder reads bos and the answer, and predicts the answer and eos.
 
-  Where prompts have a tokenizer of their own, what the encoder reads are its ids, eos included.
+  If prompts have their own tokenizer, the encoder's ids, eos included, are from it.
   A prompt longer than encoder_len loses its beginning (truncate 'left') or its end, an answer its end.
   """
 
@@ -200,9 +200,9 @@ class Seq2Seq(Task):
 
 @dataclasses.dataclass(frozen=True)
 class Pairs(Task):
-  """Two texts that belong together, each a document of its own: the prompt in tokens, the answer in encoder_tokens.
+  """Two texts that belong together, as separate documents: the prompt in tokens, the answer in encoder_tokens.
 
-  Each is read whole, eos included, and no longer than seq_len: see `cut`.
+  Each includes its eos; longer ones are shortened by `cut`.
   """
 
   needs: ClassVar[str] = 'answers'
@@ -222,13 +222,13 @@ class Pairs(Task):
 
 @dataclasses.dataclass(frozen=True)
 class MaskedTokens(Task):
-  """BERT's objective (arXiv 1810.04805): some tokens are hidden, and what stood there is to be told from both sides.
+  """BERT's objective (arXiv 1810.04805): predicts hidden tokens from the tokens on both sides.
 
-  Of the tokens to be told 80% give way to the sentinel <0>, 10% to any token, 10% stay. Every token is attended to in
-  both directions: the model needs prefix_attention. bos is never to be told.
+  Of the tokens to predict, 80% are replaced by the sentinel <0>, 10% by any token, 10% stay; bos is never among them.
+  All tokens attend in both directions: the model needs prefix_attention.
   """
 
-  rate: float = 0.15  # of a row's tokens
+  rate: float = 0.15  # share of a row's tokens to predict
   packings: ClassVar[tuple[str, ...]] = ('best_fit', 'pad')
   overhead: ClassVar[int] = 1
   num_sentinels = 1
@@ -249,18 +249,18 @@ class MaskedTokens(Task):
     features = lay_out([np.append(piece.ids, 0) for piece in row], None, layout)
     tokens, real = features['tokens'], features['segment_ids'] > 0
     places = np.flatnonzero(real if layout.bos_id is None else real & (tokens != layout.bos_id))
-    told = rng.permutation(places)[:max(1, round(self.rate * len(places)))]
-    shown, dice = tokens.copy(), rng.random(len(told))
-    shown[told[dice < 0.8]] = layout.vocab_size
-    shown[told[dice >= 0.9]] = rng.integers(0, layout.vocab_size, int(np.sum(dice >= 0.9)))
+    hidden = rng.permutation(places)[:max(1, round(self.rate * len(places)))]
+    shown, dice = tokens.copy(), rng.random(len(hidden))
+    shown[hidden[dice < 0.8]] = layout.vocab_size
+    shown[hidden[dice >= 0.9]] = rng.integers(0, layout.vocab_size, int(np.sum(dice >= 0.9)))
     mask = np.zeros(layout.seq_len, np.float32)
-    mask[told] = 1
+    mask[hidden] = 1
     return features | {'tokens': shown, 'targets': tokens, 'loss_mask': mask, 'prefix_mask': real.astype(np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Task):
-  """Reads a document, eos included; `labels` is its class, int32 []. See `read_whole`."""
+  """The input is a whole document, eos included; `labels` is its class, int32 []. See `read_whole`."""
 
   needs: ClassVar[str] = 'labels'
   overhead: ClassVar[int] = 1
@@ -273,7 +273,7 @@ class Classification(Task):
 
 @dataclasses.dataclass(frozen=True)
 class Regression(Task):
-  """Reads a document, eos included; `labels` is float32 [], or [C] where each document has C of them."""
+  """The input is a whole document, eos included; `labels` is float32 [], or [C] if each document has C numbers."""
 
   needs: ClassVar[str] = 'labels'
   overhead: ClassVar[int] = 1
@@ -308,8 +308,8 @@ for _name, _task in (
 
 
 def lay_out(pieces: list[np.ndarray], masks: list[np.ndarray] | None, layout: Layout) -> Features:
-  """Pieces int32 [n + 1] one after the other, padded; `masks` [n] say which targets count, None: all do."""
-  # Plain slices, as rows are short and many: here NumPy costs by the call.
+  """Features of a row of pieces, int32 [n + 1] each; `masks` [n] select the targets that count, None: all."""
+  # Plain slices, because rows are short and each NumPy call has a fixed cost.
   tokens, targets, segment_ids, positions = np.zeros((4, layout.seq_len), np.int32)
   loss_mask = np.zeros(layout.seq_len, np.float32)
   index = np.arange(layout.seq_len, dtype=np.int32)
@@ -325,12 +325,12 @@ def lay_out(pieces: list[np.ndarray], masks: list[np.ndarray] | None, layout: La
 
 
 def read_whole(ids: np.ndarray, layout: Layout) -> Features:
-  """A whole document, its last token too. Its tokens may be learnt beside what its row is: each predicts the next."""
+  """Features of a whole document, including its last token as input. Its next-token loss can be added to a row loss."""
   return lay_out([np.append(ids, 0)], [_from(0, len(ids) + 1) & (np.arange(1, len(ids) + 1) < len(ids))], layout)
 
 
 def cut(ids: np.ndarray, length: int, layout: Layout) -> np.ndarray:
-  """At most `length` ids: without what lies before them (truncate 'left') or behind."""
+  """At most `length` ids: the last ones (truncate 'left') or the first."""
   return ids[max(0, len(ids) - length):] if layout.truncate == 'left' else ids[:length]
 
 
@@ -346,12 +346,12 @@ def _padded(x: np.ndarray, length: int) -> np.ndarray:
 
 
 def _from(point: int, num_ids: int) -> np.ndarray:
-  """Over the targets of `num_ids` ids: whether the target is ids[point] or a later one."""
+  """bool [num_ids - 1]: for each target, whether it is ids[point] or a later one."""
   return np.arange(1, num_ids) >= point
 
 
 def _inner(ids: np.ndarray, eos_id: int | None) -> np.ndarray:
-  """Without the first, which is no target, and without eos at the end."""
+  """The ids without the first, which is no target, and without eos at the end."""
   return ids[1:-1] if len(ids) > 1 and ids[-1] == eos_id else ids[1:]
 
 
@@ -364,6 +364,6 @@ def _join(parts: list) -> np.ndarray:
 
 
 def _random_lengths(total: int, num_parts: int, rng: np.random.Generator) -> np.ndarray:
-  """`num_parts` lengths of 1 or more with the sum `total`, each way as likely as any other."""
+  """`num_parts` random lengths of 1 or more with the sum `total`, uniform over all such splits."""
   cuts = np.sort(rng.choice(total - 1, num_parts - 1, replace=False)) + 1 if num_parts > 1 else np.zeros(0, np.int64)
   return np.diff(np.concatenate([[0], cuts, [total]]))[:num_parts]

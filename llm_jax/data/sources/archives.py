@@ -1,4 +1,4 @@
-"""Archives (.zip, .tar, compressed tars), unpacked once into the cache; what an honest one never holds is refused."""
+"""Archives (.zip, .tar, compressed tars), unpacked once into the cache; malicious contents are rejected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llm_jax.data.sources.fetch import aside
 MAX_FILES = 1_000_000
 MAX_NAME_BYTES = 1024
 PIECE = 1 << 20
-# What the libraries raise for it.
+# Exceptions of the libraries for damaged archives.
 DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, ValueError)
 
 
@@ -34,15 +34,15 @@ class Member:
   """One entry of an archive."""
 
   name: str
-  kind: str  # 'file', 'folder', or what else it is
-  open: Callable[[], Any]  # gives a stream of its bytes
+  kind: str  # 'file', 'folder', 'link', 'device' or 'sparse file'
+  open: Callable[[], Any]  # returns a stream of its bytes
 
 
 def unpack(path: Path, cache_dir: Path) -> Path:
-  """The folder with what the archive holds; made whole or not at all, and once for each state of the file.
+  """The folder of the unpacked archive, made atomically and once for each size and time of the file.
 
   Raises DataError for a damaged, truncated or encrypted archive, for names that lead out of the folder, links, devices
-  and bombs; StorageError where it cannot be written or there is no room.
+  and bombs; StorageError when the folder cannot be written or the disk is full.
   """
   try:
     state = path.stat()
@@ -70,17 +70,17 @@ def _rename(partial: Path, target: Path) -> None:
   try:
     os.rename(partial, target)
   except OSError:
-    if not target.is_dir():  # else another process was quicker, and the same is there
+    if not target.is_dir():  # otherwise another process has made the same folder
       raise
 
 
 def _write(path: Path, folder: Path, packed: int) -> None:
-  """Writes every member below `folder`, counting files and bytes."""
+  """Writes every member into `folder`, within the limits on files and bytes."""
   room, total = shutil.disk_usage(folder).free, 0
   for count, member in enumerate(_members(path), 1):
     where = f'{path}: member {member.name!r}'
     if count > MAX_FILES:
-      raise DataError(f'{where}: is one more than the {MAX_FILES} that an archive may hold; unpack it yourself and '
+      raise DataError(f'{where}: exceeds the {MAX_FILES} members that an archive may hold; unpack it yourself and '
                       'pass the folder')
     target = folder / _checked(member, where)
     if member.kind == 'folder':
@@ -96,7 +96,7 @@ def _write(path: Path, folder: Path, packed: int) -> None:
         total += len(piece)
         if expands_too_much(packed, total):
           raise DataError(f'{where}: the archive expands to more than {MAX_RATIO} times its size and {FREE_BYTES} '
-                          'bytes, as a bomb would; if you trust it, unpack it yourself and pass the folder')
+                          'bytes, like a bomb; if you trust it, unpack it yourself and pass the folder')
         if total > room:
           raise StorageError(f'{folder.parent}: {path} holds more than the {room} bytes that are free; set '
                              '--config.data.cache_dir or LLM_JAX_CACHE to a folder with room')
@@ -104,7 +104,7 @@ def _write(path: Path, folder: Path, packed: int) -> None:
 
 
 def _pieces(member: Member, where: str) -> Iterator[bytes]:
-  with _told(where), member.open() as stream:
+  with _data_errors(where), member.open() as stream:
     while piece := stream.read(PIECE):
       yield piece
 
@@ -117,7 +117,7 @@ def _make(folder: Path, where: str) -> None:
 
 
 def _checked(member: Member, where: str) -> PurePosixPath:
-  """The member's path below the folder. Raises DataError for what may not be unpacked."""
+  """The member's path relative to the folder. Raises DataError for members that must not be unpacked."""
   parts = member.name.replace('\\', '/').split('/')
   try:
     size = len(member.name.encode())
@@ -130,20 +130,20 @@ def _checked(member: Member, where: str) -> PurePosixPath:
   if '..' in parts:
     raise DataError(f'{where}: its name leads out of the folder')
   if size > MAX_NAME_BYTES or any(len(part.encode()) > 255 for part in parts) or '\0' in member.name:
-    raise DataError(f'{where[:300]}: its name is {size} bytes long or holds a zero byte: no file can be named so')
+    raise DataError(f'{where[:300]}: its name is {size} bytes long or holds a zero byte; no file can be named so')
   if member.kind == 'file' and not parts[-1].strip('.'):
     raise DataError(f'{where}: is a file without a name')
   return PurePosixPath(member.name)
 
 
 @contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
-  """Errors of reading the archive as a DataError."""
+def _data_errors(where: str) -> Iterator[None]:
+  """Turns errors from reading the archive into DataError."""
   try:
     yield
   except DAMAGE as e:
-    raise DataError(f'{where}: truncated or damaged ({e}); get the archive anew') from None
-  except (NotImplementedError, RuntimeError) as e:  # zipfile's words for encryption and unknown compression
+    raise DataError(f'{where}: truncated or damaged ({e}); get the archive again') from None
+  except (NotImplementedError, RuntimeError) as e:  # zipfile raises these for encryption and unknown compression
     raise DataError(f'{where}: cannot be unpacked ({e}); unpack it yourself and pass the folder') from None
 
 
@@ -152,11 +152,12 @@ def _members(path: Path) -> Iterator[Member]:
 
 
 def _zip_members(path: Path) -> Iterator[Member]:
-  with _told(str(path)):
+  with _data_errors(str(path)):
     archive = zipfile.ZipFile(path)
   with archive:
-    if _promised(path) not in (len(archive.infolist()) & 0xffff, 0xffff):
-      raise DataError(f'{path}: damaged: its end counts other members than its directory has; get the archive anew')
+    if _stated_members(path) not in (len(archive.infolist()) & 0xffff, 0xffff):
+      raise DataError(f'{path}: damaged: its end record and directory count different members; get the archive '
+                      'again')
     for info in archive.infolist():
       mode = stat.S_IFMT(info.external_attr >> 16)
       kind = {0: 'file', stat.S_IFREG: 'file', stat.S_IFDIR: 'folder', stat.S_IFLNK: 'link'}.get(mode, 'device')
@@ -166,8 +167,8 @@ def _zip_members(path: Path) -> Iterator[Member]:
                    functools.partial(archive.open, info))
 
 
-def _promised(path: Path) -> int:
-  """How many members the end of a zip tells of, modulo 65536; 65535: more. zipfile does not look."""
+def _stated_members(path: Path) -> int:
+  """Number of members in a zip's end record, modulo 65536; 65535: more. zipfile does not check it."""
   with open(path, 'rb') as f:
     f.seek(max(0, path.stat().st_size - (1 << 16) - 22))
     tail = f.read()
@@ -177,11 +178,11 @@ def _promised(path: Path) -> int:
 def _tar_members(path: Path) -> Iterator[Member]:
   with open_stream(path) as raw:
     stream: Any = _Recent(raw)
-    with _told(str(path)):
+    with _data_errors(str(path)):
       archive = tarfile.open(fileobj=stream, mode='r|', bufsize=_Recent.SIZE // 2)  # noqa: SIM115
     end = 0
     while True:
-      with _told(str(path)):
+      with _data_errors(str(path)):
         info = archive.next()
       if info is None:
         break
@@ -189,18 +190,18 @@ def _tar_members(path: Path) -> Iterator[Member]:
       kind = 'folder' if info.isdir() else 'link' if info.issym() or info.islnk() else \
           'sparse file' if info.issparse() else 'file' if info.isreg() else 'device'
       yield Member(info.name, kind, functools.partial(archive.extractfile, info))
-    # tarfile takes a damaged header, and a cut between two members, for the end. The end is zeros up to the last byte.
+    # tarfile treats a damaged header, and a cut between two members, as the end. A real end is zeros to the last byte.
     rest, num_zeros = stream.since(end), 0
     while rest and not rest.strip(b'\0'):
       num_zeros += len(rest)
       rest = stream.read(_Recent.SIZE)
     if rest or not num_zeros:
-      raise DataError(f'{path} at byte {end} of the tar: truncated or damaged, no member and no end follows; '
-                      'get the archive anew')
+      raise DataError(f'{path} at byte {end} of the tar: truncated or damaged, neither a member nor the end follows; '
+                      'get the archive again')
 
 
 class _Recent:
-  """A stream that remembers the last bytes it gave."""
+  """A stream that keeps the last bytes read from it."""
 
   SIZE = 1 << 17
 

@@ -1,4 +1,4 @@
-"""From sources to token stores: read, filter, deal to splits, tokenize; each made once and kept in the cache."""
+"""From sources to token stores: read, filter, split, tokenize. Stores are made once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from llm_jax.data.stores.store import TokenStore, open_split
 from llm_jax.data.stores.writer import SEEN, Writer, chunks, locked, write_whole
 from llm_jax.data.tokenizers.tokenizer import FITTED, Tokenizer, TokenizerConfig, load_tokenizer
 
-FEW = 20  # documents to validate with; where fewer are to be expected split='auto' cuts text instead of dealing them
-FIT_BYTES = 50_000_000  # of text, spread over the corpus, are enough to fit a tokenizer to
+FEW = 20  # validation documents; if fewer are expected, split='auto' uses 'tail' instead of 'document'
+FIT_BYTES = 50_000_000  # bytes of text, spread over the corpus, to fit a tokenizer to
 COMMIT_SECONDS = 5
 PARTS = ('text', 'answer')  # of a document
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """The documents of one source: which they are, which are left out, and on which side each is."""
+  """The documents of one source, with the settings that filter and split them."""
 
   name: str
-  sides: tuple[tuple[str | None, Source], ...]  # all of a source on one side; None: split as `split` says
+  sides: tuple[tuple[str | None, Source], ...]  # (split, source); None: split by `split`
   split: SplitConfig
   filters: FilterConfig
   on_bad_record: str  # 'fail' or 'skip'
@@ -43,12 +43,12 @@ class Corpus:
 
   def kept(self, report: Report, seen: Deduplicator,
            begin: tuple[int, int, int] = (0, 0, 0)) -> Iterator[tuple[tuple[int, int, int], str | None, Document]]:
-    """(position after it, its side if that is given, document) of all that pass the filters.
+    """(position after the document, its split if fixed, document) for all that pass the filters.
 
-    Raises DataError for a bad record, or for more than `max_bad_fraction` of them where they are skipped.
+    Raises DataError for a bad record, or for more than `max_bad_fraction` of them if they are skipped.
     """
     quality = Quality(self.filters)
-    left_out = False  # the pieces of a long text share the fate of the first
+    left_out = False  # further pieces of a long text follow the first
     for index in range(begin[0], len(self.sides)):
       side, source = self.sides[index]
       records = source.records(begin[1:] if index == begin[0] else (0, 0))
@@ -66,13 +66,13 @@ class Corpus:
     self._check_bad(report)
 
   def documents(self, progress: dict) -> Iterator[tuple[Callable[[], dict], list[tuple[str, Document]]]]:
-    """(its progress once this is done with, [(side, document or part of it)]), going on from `progress`."""
+    """(function that returns the progress after the document, [(split, document or part)]), from `progress` on."""
     report, seen = Report.from_dict(progress['report']), progress['seen']
     splitter = Splitter(self.split, progress['total'], progress['splitter'])
     for position, side, document in self.kept(report, seen, tuple(progress['position'])):
       dealt = [(side, document)] if side else list(splitter.deal(document))
 
-      # What is dropped behind the last document is counted after it, so also by one who goes on from there.
+      # A copy of the report: records dropped after this document are counted by the reader that resumes here.
       def state(position: tuple[int, int, int] = position, counts: dict = report.to_dict()) -> dict:  # noqa: B008
         return {'position': position, 'splitter': dict(splitter.state), 'report': counts, 'total': progress['total']}
 
@@ -80,13 +80,13 @@ class Corpus:
     progress['report'] = report.to_dict()
 
   def start(self) -> dict:
-    """The progress of one who has read nothing; counts the text where the split needs to know how much there is."""
+    """The progress before the first document; counts all text if the split needs the total."""
     total = sum(size(d) for _, side, d in self.kept(Report(), Deduplicator()) if side is None) \
         if self.split.split == 'tail' else 0
     return {'position': (0, 0, 0), 'splitter': None, 'report': Report().to_dict(), 'total': total}
 
   def resolved(self) -> Corpus:
-    """With split='auto' made one of the others."""
+    """The corpus with split='auto' replaced by the split to use."""
     if self.split.split != 'auto':
       return self
     enough = int(FEW / self.split.val_fraction) if self.split.val_fraction else FEW
@@ -96,9 +96,9 @@ class Corpus:
     return dataclasses.replace(self, split=split)
 
   def train_texts(self, progress: dict, parts: tuple[str, ...]) -> Iterator[str]:
-    """Texts of the training side, or about FIT_BYTES of them, chosen by their hash. Raises DataError for ids."""
+    """Texts of the training split, about FIT_BYTES at most, sampled by their hash."""
     rate = FIT_BYTES / max(FIT_BYTES, sum(sum(source.sizes()) for _, source in self.sides))
-    left = 2 * FIT_BYTES  # where sizes tell too little: compressed files, endless sources
+    left = 2 * FIT_BYTES  # file sizes are too small for compressed files and endless sources
     for _, dealt in self.documents({**progress, 'seen': Deduplicator()}):
       for side, document in dealt:
         if side == 'train' and int.from_bytes(content_hash(document)[4:8], 'big') < rate * 2**32:
@@ -112,22 +112,22 @@ class Corpus:
       yield from _texts(document, parts)
 
   def first(self) -> Document | None:
-    """The document by which it is told what all of them hold."""
+    """The first document, which determines what all of them hold."""
     return next((document for _, _, document in self.kept(Report(), Deduplicator())), None)
 
   def holds_ids(self) -> bool:
-    """Whether its documents are tokens already."""
+    """Whether the documents are token ids."""
     first = self.first()
     return first is not None and isinstance(first.text, np.ndarray)
 
   def fingerprint(self) -> dict:
-    """`contents` as they lie on this machine: where, and when they were changed."""
-    # Elsewhere there may be files of the same names, sizes and times; what is no file lies nowhere.
+    """`contents` with the folders and modification times on this machine."""
+    # Other folders may hold files of the same names, sizes and times; generated data has no folder.
     places = [str(file.path.absolute()) for _, source in self.sides for file in source.files[:1] if file.path.exists()]
     return self.contents() | {'places': places, 'files': [source.fingerprint() for _, source in self.sides]}
 
   def contents(self) -> dict:
-    """All that decides which documents are on which side, the same on any machine that has the same files."""
+    """Everything that determines the documents of each split; the same on any machine with the same files."""
     return {'sides': [[side, [[file.name, size] for file, size in zip(source.files, source.sizes(), strict=True)],
                        list(source.formats), _reading(source)] for side, source in self.sides],
             'split': dataclasses.asdict(self.split), 'filters': dataclasses.asdict(self.filters),
@@ -153,7 +153,7 @@ def _texts(document: Document, parts: tuple[str, ...]) -> Iterator[str]:
 
 def _with_what_follows(records: Iterator[tuple[Position, Document | BadRecord]]) -> Iterator[
     tuple[Position, Document | BadRecord, bool]]:
-  """(position, item, whether the next item goes on this one)."""
+  """(position, item, whether the next item is a further piece of this one)."""
   for (position, item), following in pairwise(chain(records, [None])):  # type: ignore[misc]
     goes_on = following is not None and isinstance(following[1], Document) and following[1].continues
     yield position, item, goes_on
@@ -169,7 +169,7 @@ def _reason(document: Document, quality: Quality, seen: Deduplicator | None) -> 
 
 
 def _reading(source: Source) -> dict:
-  """The fields of its config that change what is read."""
+  """The fields of the source's config that change its documents."""
   ignored = ('path', 'weight', 'val_path', 'test_path')
   return {f: v for f, v in dataclasses.asdict(source.config).items() if f not in ignored and v is not None}
 
@@ -180,7 +180,7 @@ def key_of(recipe: object) -> str:
 
 def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus], cache_dir: Path,
                   parts: tuple[str, ...] = PARTS) -> tuple[Tokenizer, str]:
-  """(the tokenizer fitted to the training sides of all corpora, its key); made once and kept in the cache."""
+  """(the tokenizer fitted to the training splits of all corpora, its key); made once and kept in the cache."""
   corpora = list(corpora)
   key = key_of([name, dataclasses.asdict(config), [corpus.fingerprint() for corpus in corpora], store.VERSION,
                 *(parts if parts != PARTS else ())])
@@ -188,7 +188,7 @@ def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus],
   with locked(path):
     if not path.exists():
       begin = time.perf_counter()
-      # A character that only the validation part has must still have an id; all else is learnt from the training part.
+      # Characters that occur only in validation need an id too; everything else is learnt from the training split.
       texts = ((t for corpus in corpora for t in corpus.all_texts(parts)) if name == 'char' else
                (t for corpus in corpora for t in corpus.train_texts(corpus.start(), parts)))
       tokenizer = FITTED[name](texts, config)
@@ -203,7 +203,7 @@ def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus],
 
 def make_store(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype: str, shard_tokens: int,
                takes_ids: bool, about: dict, encoder_tokenizer: Tokenizer | None = None) -> None:
-  """Writes the store unless it is there, going on where another process was killed. Raises DataError, StorageError."""
+  """Writes the store if it is missing; resumes the work of a killed process. Raises DataError, StorageError."""
   with locked(folder):
     if folder.exists():
       return
@@ -245,7 +245,7 @@ def _write(corpus: Corpus, writer: Writer, folder: Path, about: dict) -> None:
 
 def memory_stores(dealt: Iterable[tuple[str, Document]], sides: tuple[str, ...], tokenizer: Tokenizer | None,
                   encoder_tokenizer: Tokenizer | None = None) -> dict[str, TokenStore]:
-  """Stores of the (side, document) pairs, in memory: for what is small and used once."""
+  """Stores of the (split, document) pairs in memory, for small data that is used once."""
   with tempfile.TemporaryDirectory() as folder:
     writer = Writer(Path(folder) / 'partial', tokenizer, 'uint32', 1 << 40, encoder_tokenizer=encoder_tokenizer)
     for _, parts in chunks((None, [pair]) for pair in dealt):

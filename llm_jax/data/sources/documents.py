@@ -1,4 +1,4 @@
-"""What a source gives: documents, or a note where one could not be read; and the config that says how to read it."""
+"""The items of a source: documents, and bad records in place of those that cannot be read; and a source's config."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 
 import numpy as np
 
-Content = str | np.ndarray  # text; or ids [n], where the source holds tokens
+Content = str | np.ndarray  # text, or token ids [n]
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
   """One document: plain, a (text, answer) pair, or text with a label."""
 
-  name: str  # where it is from, the same on any machine: 'a/b.txt', 'part-3.jsonl:17'
+  name: str  # file and record, the same on any machine: 'a/b.txt', 'part-3.jsonl:17'
   text: Content
-  answer: Content | None = None  # what is to be predicted after, or from, the text
+  answer: Content | None = None  # to be predicted from the text
   label: str | float | tuple[float, ...] | None = None
-  continues: bool = False  # its text goes on the document before: a long text is read in pieces
+  continues: bool = False  # a further piece of the document before: long texts are read in pieces
 
 
 @dataclasses.dataclass(frozen=True)
 class BadRecord:
-  """Stands where a document should have been."""
+  """Takes the place of a document that could not be read."""
 
   where: str  # 'PATH, line 7', 'PATH at byte 812', 'PATH, record 3'
   why: str
@@ -32,31 +32,31 @@ class BadRecord:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """Something that one reader reads; `path` may be a folder where a format is one."""
+  """The input of one reader; `path` is a folder for formats that consist of one."""
 
-  name: str  # below the source's root, the same on any machine
+  name: str  # relative to the source's root, the same on any machine
   path: Path
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-  """Where documents come from and how they are read. What a format has no use for stays None."""
+  """Where documents come from and how they are read. Settings that a format does not use stay None."""
 
   path: str = 'stdlib'  # a file, folder, glob or URL, or stdlib, enwik8, synthetic, modular, hf:NAME
-  format: str = 'auto'  # one of formats.FORMATS; 'auto' goes by the file's ending or its first bytes
+  format: str = 'auto'  # one of formats.registry.FORMATS; 'auto': by the file's ending or first bytes
   field: str | None = None  # key, column or data set of the text (or ids); None: the only one there is
-  answer_field: str | None = None  # of the answer, which makes pairs
-  label_field: str | None = None  # of a label
-  separator: str | None = None  # text files hold several documents with this between; None: one document a file
+  answer_field: str | None = None  # key of the answer: documents are (text, answer) pairs
+  label_field: str | None = None  # key of the label
+  separator: str | None = None  # text between the documents of a text file; None: one document per file
   query: str | None = None  # SQL, for SQLite
-  dtype: str | None = None  # of a .bin without a header; None: uint16
-  eot_id: int | None = None  # of ids: the one that opens a document
-  sha256: str | None = None  # of the file behind a URL
+  dtype: str | None = None  # type of a .bin without a header; None: uint16
+  eot_id: int | None = None  # for data of token ids: the id that starts a document
+  sha256: str | None = None  # expected sha256 of the file at a URL
   max_record_bytes: int = 8_000_000  # a longer line or record is bad; a longer text file is read in pieces
-  val_path: str | None = None  # documents to validate with, read alike; None: split off `path`
+  val_path: str | None = None  # validation documents, read the same way; None: split off `path`
   test_path: str | None = None
-  weight: tuple[float, ...] = (1.0,)  # share in a mixture; one for each of config.data.weights_from
+  weight: tuple[float, ...] = (1.0,)  # share in a mixture, for each step in config.data.weights_from
 
 
-# A reader raises DataError for a file that it cannot go on with, and yields BadRecord for what it can step over.
+# A reader yields BadRecord for records that it can skip, and raises DataError if it cannot read on.
 Reader = Callable[[File, SourceConfig], Iterator[Document | BadRecord]]

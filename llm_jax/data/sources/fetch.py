@@ -1,7 +1,7 @@
-"""Downloads: once, into a cache, whole and right.
+"""Downloads, once and verified, into a cache.
 
-http and https come by the standard library, any other URL by fsspec. What came lies in `downloads/KEY/files`, and
-`downloads/KEY/about` has the size and sha256 of each: a file that has another size later is fetched again.
+http and https use the standard library, other URLs fsspec. Files are stored in `downloads/KEY/files`, and their sizes
+and sha256 in `downloads/KEY/about`: a file whose size has changed is downloaded again.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from llm_jax.base.errors import ConfigError, DataError, StorageError, UserError
 from llm_jax.base.progress import progress
 
 TIMEOUT = 30  # seconds without a byte
-RETRY_SECONDS = 1.0  # before a broken download goes on
+RETRY_SECONDS = 1.0  # before a broken download is resumed
 MAX_TRIES = 20
-STALE_SECONDS = 7 * 86400  # a partial file that nobody wrote to for so long was left by a killed process
-NUM_THREADS = 8  # for the files of a folder
+STALE_SECONDS = 7 * 86400  # an older partial file was left by a killed process
+NUM_THREADS = 8  # for downloading a folder
 BY_HAND = 'without a network download it elsewhere and pass the file: --config.data.path=FILE'
 
 
@@ -43,25 +43,25 @@ def is_url(path: str) -> bool:
 
 
 def shown(url: str) -> str:
-  """A URL without user, password and query: fit for logs. Other paths as they are."""
+  """A URL without user, password and query, for logs. Other paths are unchanged."""
   if '://' not in url:
     return url
   return re.sub(r'^([^:]+://)[^/?#]*@', r'\1', url.split('#')[0]).split('?')[0] + ('?...' if '?' in url else '')
 
 
 def fetch(url: str, sha256: str | None, cache_dir: Path) -> Path:
-  """The local copy of one file. Raises DataError when it cannot be had or its sha256 differs, and StorageError."""
+  """The local copy of one file. Raises DataError if the download fails or its sha256 differs, and StorageError."""
   found = fetch_all(url, sha256, cache_dir)
   if len(found) != 1:
-    raise DataError(f'{shown(url)}: holds {len(found)} files, where one is wanted')
+    raise DataError(f'{shown(url)}: holds {len(found)} files, but one is needed')
   return found[0][1]
 
 
 def fetch_all(url: str, sha256: str | None, cache_dir: Path) -> list[tuple[str, Path]]:
-  """(name below the URL, local copy) of a file, or of every file that is not hidden of a folder or glob, in order.
+  """(name relative to the URL, local copy) of a file, or of all files of a folder or glob that are not hidden, sorted.
 
-  What a folder or glob holds is looked up once; delete its folder in the cache to look again.
-  Raises DataError, StorageError, and ConfigError where a package is missing.
+  A folder or glob is listed once; delete its folder in the cache to list it again.
+  Raises DataError, StorageError, and ConfigError if a package is missing.
   """
   folder = _folder(url, sha256, cache_dir)
   try:
@@ -77,14 +77,14 @@ def fetch_all(url: str, sha256: str | None, cache_dir: Path) -> list[tuple[str, 
 
 
 def forget(url: str, sha256: str | None, cache_dir: Path) -> None:
-  """Takes what came from the URL out of the cache."""
+  """Deletes the downloads of the URL from the cache."""
   shutil.rmtree(_folder(url, sha256, cache_dir), ignore_errors=True)
 
 
 def aside(folder: Path) -> Path:
-  """A path in `folder` that no other process has, to write what is then renamed; sweeps up what killed ones left."""
+  """A unique path in `folder` for a temporary file; deletes old ones that killed processes left."""
   for left in folder.glob('*.partial'):
-    with contextlib.suppress(OSError):  # gone: its process was alive after all
+    with contextlib.suppress(OSError):  # already gone: its process is still alive
       if time.time() - left.stat().st_mtime > STALE_SECONDS:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
   return folder / f'{uuid.uuid4().hex}.partial'
@@ -100,19 +100,19 @@ def _folder(url: str, sha256: str | None, cache_dir: Path) -> Path:
 
 def _unwritable(path: Path, e: OSError) -> StorageError:
   return StorageError(f'{path}: cannot be written ({e.strerror or e}); set --config.data.cache_dir or '
-                      'LLM_JAX_CACHE to a folder that can, with room')
+                      'LLM_JAX_CACHE to a writable folder with free space')
 
 
 def _once(url: str, folder: Path, name: str, sha256: str | None, download: Callable[[BinaryIO], str]) -> Path:
-  """The file `name` in `folder`, checked; else `download` writes it to a file and returns its sha256."""
+  """The file `name` in `folder`, after a check; if missing, `download` writes it and returns its sha256."""
   target, about = folder / 'files' / name, folder / 'about' / f'{name}.json'
   known = _known(about)
   if known and target.is_file():
     size = target.stat().st_size
     if size == known['size'] and (not sha256 or _file_sha256(target) == sha256):
       return target
-    print(f'data: {target} ({size} bytes) is not what came from {shown(url)} ({known["size"]} bytes); '
-          'fetching it again', flush=True)
+    print(f'data: {target} ({size} bytes) differs from the download of {shown(url)} ({known["size"]} bytes); '
+          'downloading it again', flush=True)
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
     about.parent.mkdir(parents=True, exist_ok=True)
@@ -124,12 +124,12 @@ def _once(url: str, folder: Path, name: str, sha256: str | None, download: Calla
     with out:
       digest = download(out)
       out.flush()
-      os.fsync(out.fileno())  # or a power cut could leave zeros of the right size
+      os.fsync(out.fileno())  # otherwise a power failure could leave zeros of the right size
     if sha256 and digest != sha256:
-      raise DataError(f'{shown(url)}: sha256 is {digest}, config.data.sha256 wants {sha256}: the file differs')
+      raise DataError(f'{shown(url)}: sha256 is {digest}, but config.data.sha256 is {sha256}')
     if known and digest != known['sha256']:
-      raise DataError(f'{shown(url)}: is no longer the file that was fetched before (sha256 {digest}, was '
-                      f'{known["sha256"]}); to take the new one, delete {folder}')
+      raise DataError(f'{shown(url)}: is no longer the file that was downloaded before (sha256 {digest}, was '
+                      f'{known["sha256"]}); to use the new one, delete {folder}')
     size = partial.stat().st_size
     os.replace(partial, target)
     _note(about, {'url': shown(url), 'size': size, 'sha256': digest}, folder)
@@ -141,7 +141,7 @@ def _once(url: str, folder: Path, name: str, sha256: str | None, download: Calla
 
 
 def _known(about: Path) -> Any:
-  """What JSON is there; None: none."""
+  """The JSON value in a file; None: missing or invalid."""
   try:
     return json.loads(about.read_text())
   except (OSError, ValueError):
@@ -149,7 +149,7 @@ def _known(about: Path) -> Any:
 
 
 def _note(path: Path, content: Any, folder: Path) -> None:
-  """Writes JSON, whole or not at all."""
+  """Writes JSON atomically."""
   note = aside(folder / 'partial')
   note.write_text(json.dumps(content))
   os.replace(note, path)
@@ -163,7 +163,7 @@ def _file_sha256(path: Path) -> str:
 # http and https.
 
 def _download(url: str, name: str, out: BinaryIO) -> str:
-  """Writes the answer to `out` and returns its sha256; a connection that breaks is taken up where it broke."""
+  """Writes the response to `out` and returns its sha256; resumes after a broken connection."""
   digest, done, best, size, validator = hashlib.sha256(), 0, 0, 0, None
   with contextlib.ExitStack() as stack:
     bar = None
@@ -189,7 +189,7 @@ def _download(url: str, name: str, out: BinaryIO) -> str:
         why = _reason(e, url)
       if why is None and done >= size:
         return digest.hexdigest()
-      if done <= best or number == MAX_TRIES:  # this try came no further than the ones before
+      if done <= best or number == MAX_TRIES:  # no progress since the last try
         break
       best = done
       time.sleep(RETRY_SECONDS)
@@ -200,13 +200,13 @@ def _download(url: str, name: str, out: BinaryIO) -> str:
 
 
 def _request(url: str, done: int, validator: str | None) -> urllib.request.Request:
-  """For the bytes from `done` on, if the file is still the one that `validator` names."""
+  """A request for the bytes from `done` on, if the file still matches `validator`."""
   scheme, rest = url.split('://', 1)
   user, _, bare = rest.rpartition('@') if '@' in re.split('[/?#]', rest)[0] else ('', '', rest)
   request = urllib.request.Request(f'{scheme}://{bare}')
   if user:
     login = base64.b64encode(unquote(user).encode()).decode()
-    request.add_unredirected_header('Authorization', f'Basic {login}')  # for this host alone
+    request.add_unredirected_header('Authorization', f'Basic {login}')  # not sent to other hosts after a redirect
   if done and validator:
     request.add_header('Range', f'bytes={done}-')
     request.add_header('If-Range', validator)
@@ -214,13 +214,13 @@ def _request(url: str, done: int, validator: str | None) -> urllib.request.Reque
 
 
 def _validator(response: Any) -> str | None:
-  """What tells this version of the file from another."""
+  """The ETag or date that identifies this version of the file."""
   etag = response.headers.get('ETag')
   return etag if etag and not etag.startswith('W/') else response.headers.get('Last-Modified')
 
 
 def _goes_on(response: Any, done: int, size: int) -> bool:
-  """Whether the answer is the rest of the file rather than all of it."""
+  """Whether the response is the rest of the file, not all of it."""
   return response.status == 206 and response.headers.get('Content-Range') == f'bytes {done}-{size - 1}/{size}'
 
 
@@ -232,11 +232,11 @@ def _write(out: BinaryIO, chunk: bytes) -> None:
 
 
 def _reason(e: Exception, url: str) -> str:
-  """What the error says, without what of the URL is secret."""
+  """The error's text, without the URL's password and query."""
   reason = getattr(e, 'reason', None) or e
   text = f'HTTP {e.code}: {reason}' if isinstance(e, urllib.error.HTTPError) else str(reason) or type(e).__name__
   user = re.match('[^:]+://([^/?#]*)@', url)
-  # A part of user:password can stand alone: the host of a URL that is taken apart wrongly is cut at the colon.
+  # The text may hold only part of user:password, if a library cut the URL at the colon.
   for secret in [url.partition('?')[2], *([user[1], user[1].rpartition(':')[2]] if user else [])]:
     text = text.replace(secret, '...') if secret else text
   return text
@@ -264,11 +264,11 @@ def _fetch_by_fsspec(url: str, sha256: str | None, folder: Path) -> list[tuple[s
       try:
         return [(f['name'], job.result()) for f, job in zip(files, jobs, strict=True)]
       finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after an error the rest need not start
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error, start no more downloads
 
 
 def _list(url: str) -> list[dict]:
-  """Name below the URL, path in its file system and size of each file. Raises DataError when there are none."""
+  """Name relative to the URL, path in the file system and size of each file. Raises DataError if there are none."""
   with _remote(url) as (fs, root):
     if fs.isfile(root):
       return [{'name': PurePosixPath(root).name, 'remote': root, 'size': fs.size(root)}]
@@ -308,7 +308,7 @@ def _copy(url: str, remote: str, bar: Any, out: BinaryIO) -> str:
 
 @contextlib.contextmanager
 def _remote(url: str) -> Iterator[tuple[Any, str]]:
-  """The URL's file system and the path in it. What goes wrong within is one DataError, or ConfigError."""
+  """The URL's file system and the path in it. Errors inside become a DataError or ConfigError."""
   try:
     import fsspec
     from fsspec.registry import known_implementations
@@ -316,7 +316,7 @@ def _remote(url: str) -> Iterator[tuple[Any, str]]:
     raise ConfigError(f"{shown(url)}: needs the package fsspec: pip install 'llm_jax[data]'") from None
   if _scheme(url) not in fsspec.available_protocols():
     raise ConfigError(f'config.data.path: {shown(url)}: no file system is known for {_scheme(url)}://; '
-                      'known are gs, s3, hf, http, https, abfs and the others of fsspec')
+                      'known: gs, s3, hf, http, https, abfs and the others of fsspec')
   try:
     yield fsspec.core.url_to_fs(url)
   except UserError:
@@ -324,5 +324,5 @@ def _remote(url: str) -> Iterator[tuple[Any, str]]:
   except ImportError:
     package = known_implementations[_scheme(url)]['class'].split('.')[0]
     raise ConfigError(f'{shown(url)}: needs the package {package}: pip install {package}') from None
-  except Exception as e:  # each file system has errors of its own
+  except Exception as e:  # each file system has its own exceptions
     raise DataError(f'{shown(url)}: cannot be read ({type(e).__name__}: {_reason(e, url)}); {BY_HAND}') from None

@@ -1,4 +1,4 @@
-"""From a path to a stream of documents: what files it names, their formats, and where reading can go on."""
+"""From a path to a stream of documents: finds the files and their formats; reading can resume at any record."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConf
 
 ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.xz', '.tar.bz2', '.tar.zst')
 
-Position = tuple[int, int]  # (file, record in it) to be read next
+Position = tuple[int, int]  # (file, record in it) to read next
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Files in a fixed order with their formats; they are read anew at every call of `records`."""
+  """Files in a fixed order with their formats; every call of `records` reads them again."""
 
   config: SourceConfig
   files: tuple[File, ...]
   formats: tuple[str, ...]
 
   def records(self, begin: Position = (0, 0)) -> Iterator[tuple[Position, Document | BadRecord]]:
-    """Every record from `begin` on, with the position after it. A file that cannot be read on is a BadRecord too."""
+    """Every record from `begin` on, with the position after it. A file that cannot be read further is a BadRecord."""
     for index in range(begin[0], len(self.files)):
       skipped = begin[1] if index == begin[0] else 0
       number = skipped
@@ -46,16 +46,16 @@ class Source:
         yield (index + 1, 0), BadRecord(str(self.files[index].path), f'cannot be read: {e.strerror or e}')
 
   def sizes(self) -> list[int]:
-    """Bytes of each file; 0 for what is no file."""
+    """Bytes of each file; 0 for generated data."""
     return [sum(size for _, size, _ in _stats(file)) for file in self.files]
 
   def fingerprint(self) -> list:
-    """Names, formats, sizes and times of change: equal as long as no file was touched."""
+    """Names, formats, sizes and modification times of the files."""
     return [[file.name, fmt, _stats(file)] for file, fmt in zip(self.files, self.formats, strict=True)]
 
 
 def open_source(config: SourceConfig, cache_dir: Path) -> Source:
-  """Finds what `config.path` names, fetching URLs and unpacking archives once. Raises DataError, ConfigError."""
+  """Finds the files of `config.path`; downloads URLs and unpacks archives once. Raises DataError, ConfigError."""
   files = tuple(_locate(config, cache_dir))
   formats = tuple(format_of(file, config) for file in files)
   return Source(config, files, formats)
@@ -73,7 +73,7 @@ def _locate(config: SourceConfig, cache_dir: Path) -> list[File]:
     found = [File(name, local) for name, local in fetch.fetch_all(path, config.sha256, cache_dir)]
   else:
     if config.sha256 is not None:
-      raise ConfigError(f'config.data.sha256 is for what is fetched from a URL; {path} is no URL')
+      raise ConfigError(f'config.data.sha256 is for downloads; config.data.path {path} is not a URL')
     found = _local(Path(path).expanduser(), path)
   files = []
   for file in found:
@@ -86,7 +86,7 @@ def _locate(config: SourceConfig, cache_dir: Path) -> list[File]:
 
 
 def _of_archive(message: str, file: File) -> str:
-  """The message, saying which member of which archive the unpacked file is."""
+  """The message, with archive and member name added to the path of an unpacked file."""
   unpacked = file.path.is_absolute() and not file.path.as_posix().endswith(file.name)
   return message.replace(str(file.path), f'{file.path} (of {file.name})', 1) if unpacked else message
 
@@ -97,7 +97,7 @@ def _local(root: Path, path: str) -> list[File]:
   if root.is_dir():
     return [File(root.name, root)] if _is_saved_dataset(root) else _below(root, path)
   if root.is_symlink():
-    raise DataError(f'config.data.path: {path} is a link to {root.readlink()}, which is not there')
+    raise DataError(f'config.data.path: {path} is a link to {root.readlink()}, which does not exist')
   if root.exists():
     raise DataError(f'config.data.path: {path} is neither a file nor a folder')
   matches = sorted(Path(p) for p in glob.glob(str(root), recursive=True) if Path(p).is_file())
@@ -105,13 +105,13 @@ def _local(root: Path, path: str) -> list[File]:
     near = difflib.get_close_matches(root.name, [p.name for p in root.parent.glob('*')], n=1)
     hint = f' (did you mean {root.parent / near[0]}?)' if near else ''
     raise DataError(f'config.data.path: there is no file or folder {path!r}, and as a glob it matches nothing{hint}')
-  # Named below the last folder without a wildcard: the same from any working directory and on any machine.
+  # Names relative to the last folder without a wildcard are the same in any working directory and on any machine.
   fixed = Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
   return [File(p.relative_to(fixed).as_posix(), p) for p in matches]
 
 
 def _below(root: Path, path: str) -> list[File]:
-  """Every file below the folder that is not hidden."""
+  """All files below the folder that are not hidden."""
   files = [p for p in sorted(root.rglob('*'))
            if p.is_file() and not any(part.startswith('.') for part in p.relative_to(root).parts)]
   if not files:

@@ -1,8 +1,8 @@
-"""Quality filters, before a document reaches the store: rules of the Gopher and C4 kind, and exact duplicates.
+"""Quality filters on documents before they are stored: rules as in Gopher and C4, and removal of exact duplicates.
 
-A rule is a measure of the text and a limit. No rule knows a language, but words are what white space divides: for
-scripts that write none between words (Chinese, Japanese, Thai) leave the rules of words and n-grams off.
-Documents of ids have no text to eval_objective: `min_chars` and `max_chars` count their ids, and no other rule applies.
+A rule is a measure of the text and a limit. The rules are language independent, but words are divided by white space:
+for scripts without it between words (Chinese, Japanese, Thai) leave the rules for words and n-grams off.
+For documents of token ids, `min_chars` and `max_chars` count ids, and no other rule applies.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ HASH_BYTES = 16  # 2^64 documents before two different ones are likely to share 
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
-  """Limits of what is kept, each inclusive; a min of 0 and a max of None or () keep everything. Ratios lie in 0..1.
+  """Inclusive limits for documents to keep; a min of 0 and a max of None or () keep everything. Ratios lie in 0..1.
 
-  Of a text longer than `max_record_bytes`, which is read in pieces, the first piece is judged for all.
+  A text longer than `max_record_bytes` is read in pieces, and judged by its first piece.
   """
 
   min_chars: int = 0
@@ -39,18 +39,18 @@ class FilterConfig:
   max_mean_word_length: float | None = None
   min_letter_ratio: float = 0.0  # letters of any script / characters that are not white space
   min_letter_word_ratio: float = 0.0  # words with at least one letter / words
-  max_symbol_ratio: float | None = None  # the more frequent of '#' and '...', per word; may pass 1
-  max_bullet_lines: float | None = None  # lines that open with a bullet / lines
+  max_symbol_ratio: float | None = None  # the more frequent of '#' and '...', per word; may exceed 1
+  max_bullet_lines: float | None = None  # lines that start with a bullet / lines
   max_ellipsis_lines: float | None = None  # lines that end in an ellipsis / lines
   min_terminal_lines: float = 0.0  # lines that end in terminal punctuation / lines
   min_sentences: int = 0
-  max_duplicate_line_ratio: float | None = None  # lines that stood before in the document / lines
-  max_duplicate_line_char_ratio: float | None = None  # the same, by their characters
+  max_duplicate_line_ratio: float | None = None  # lines that repeat an earlier one / lines
+  max_duplicate_line_char_ratio: float | None = None  # the same, by characters
   max_duplicate_paragraph_ratio: float | None = None
   max_duplicate_paragraph_char_ratio: float | None = None
   max_top_ngram_ratio: tuple[float, ...] = ()  # characters in the n-gram that covers most of them; n = 2, 3, 4, ...
   max_duplicate_ngram_ratio: tuple[float, ...] = ()  # characters in any n-gram that occurs twice; n = 5, 6, 7, ...
-  deduplicate: bool = False  # of equal documents only the first is kept; those read in pieces are not compared
+  deduplicate: bool = False  # keep the first of equal documents; documents read in pieces are not compared
 
   def __post_init__(self):
     for name in MEASURES:
@@ -62,7 +62,7 @@ class FilterConfig:
     for name in ('chars', 'words', 'mean_word_length'):
       low, high = getattr(self, f'min_{name}'), getattr(self, f'max_{name}')
       if high is not None and low > high:
-        raise ValueError(f'min_{name} {low} is above max_{name} {high}: nothing could be kept')
+        raise ValueError(f'min_{name} {low} is above max_{name} {high}: no document could be kept')
 
 
 # Rae et al. 2021, arXiv 2112.11446, appendix A.1.1: the quality rules (without the English stop words) and Table A1.
@@ -75,20 +75,20 @@ GOPHER = {
     'max_top_ngram_ratio': (0.20, 0.18, 0.16),
     'max_duplicate_ngram_ratio': (0.15, 0.14, 0.13, 0.12, 0.11, 0.10),
 }
-# Raffel et al. 2020, arXiv 1910.10683, section 2.2, keeps the lines that end in terminal punctuation and the pages with
-# 3 sentences. Lines are not cut out here, so the share of such lines is judged; 0.12 is the limit that FineWeb found
-# (Penedo et al. 2024, arXiv 2406.17557).
+# Raffel et al. 2020, arXiv 1910.10683, section 2.2, keeps only lines that end in terminal punctuation, and pages with
+# 3 sentences. Here lines are not removed; the share of such lines is limited instead, by FineWeb's 0.12 (Penedo et al.
+# 2024, arXiv 2406.17557).
 C4 = {'min_sentences': 3, 'min_terminal_lines': 0.12}
 
 BULLETS = ('•', '‣', '▪', '●', '◦', '·', '-', '*', '–')  # noqa: RUF001
 ELLIPSES = ('...', '…')
 TERMINALS = ('.', '!', '?', '"', '”', '。', '！', '？', '」', '؟', '।')  # noqa: RUF001
-# A mark before white space ends a sentence, and a Chinese one anywhere. The look behind keeps '.....x' linear.
+# A mark before white space ends a sentence, a Chinese mark anywhere. The lookbehind keeps '.....x' in linear time.
 SENTENCE = re.compile(r'(?<![.!?؟।])[.!?؟।]++["\'”’»)\]]*+(?!\S)|[。！？]+')  # noqa: RUF001
 
 
 class _Text:
-  """A text and what several rules need of it, each made when first asked for."""
+  """A text and values that several rules need, computed on first use."""
 
   def __init__(self, text: str):
     self.text = text
@@ -121,12 +121,12 @@ class _Text:
 
 
 class _Ngrams:
-  """The n-grams of words that occur twice or more, for any n; each n looks only where n - 1 found something."""
+  """The n-grams of words that occur twice or more, for any n; those of n are searched among those of n - 1."""
 
   def __init__(self, words: list[str]):
     self.words = words
     self.ends = list(itertools.accumulate(map(len, words), initial=0))
-    self.groups = [[list(range(len(words)))]]  # [n]: for each n-gram where it starts, ascending
+    self.groups = [[list(range(len(words)))]]  # [n]: the starts of each repeated n-gram, ascending
 
   def repeated(self, n: int) -> list[list[int]]:
     while len(self.groups) <= n:
@@ -142,7 +142,7 @@ class _Ngrams:
     return self.groups[n]
 
   def covered(self, starts: list[int], n: int) -> int:
-    """Characters of the n words from each start (ascending) on; where they overlap, once."""
+    """Characters in the n words from each start (ascending); overlaps count once."""
     total, reach, ends = 0, 0, self.ends
     for start in starts:
       total += ends[start + n] - ends[start if start > reach else reach]
@@ -150,7 +150,7 @@ class _Ngrams:
     return total
 
   def top(self, n: int) -> int:
-    """Characters in the n-gram that covers most."""
+    """Characters covered by the n-gram that covers most."""
     return max((self.covered(group, n) for group in self.repeated(n)), default=0)
 
   def duplicated(self, n: int) -> int:
@@ -160,7 +160,7 @@ class _Ngrams:
 
 @functools.cache
 def _letters() -> np.ndarray:
-  """Which code points are letters, or marks on letters: half of Hindi [0x110000]."""
+  """Which code points are letters, or marks on letters as in Hindi: bool [0x110000]."""
   return np.fromiter((unicodedata.category(chr(code))[0] in 'LM' for code in range(0x110000)), bool, 0x110000)
 
 
@@ -190,7 +190,7 @@ def _repeated_chars(items: list[str]) -> float:
   return _share(total - sum(map(len, set(items))), total)
 
 
-# Rule -> what it measures; cheap ones first, for the first that drops a document is its reason.
+# Rule -> its measure; cheap ones first, as the first rule that drops a document is reported as the reason.
 MEASURES: dict[str, Callable[[_Text, int], float | tuple[float, ...]]] = {
     'min_chars': lambda t, _: len(t.text),
     'max_chars': lambda t, _: len(t.text),
@@ -216,7 +216,7 @@ MEASURES: dict[str, Callable[[_Text, int], float | tuple[float, ...]]] = {
 
 
 class Quality:
-  """The rules of a config that are on. Stateless: the verdict on a document depends on it alone."""
+  """The active rules of a config. Stateless: the result depends on the document alone."""
 
   def __init__(self, config: FilterConfig):
     limits = {rule: getattr(config, rule) for rule in MEASURES}
@@ -224,7 +224,7 @@ class Quality:
                    if not (limit is None or limit == () or (rule.startswith('min_') and limit == 0))}
 
   def reason(self, content: Content) -> str | None:
-    """The first rule that drops the document, by its name in the config; None: it is kept."""
+    """The config name of the first rule that drops the document; None: it is kept."""
     if isinstance(content, np.ndarray):
       lengths = {rule: limit for rule, limit in self.limits.items() if rule in ('min_chars', 'max_chars')}
       return next((rule for rule, limit in lengths.items() if _beyond(rule, content.size, limit)), None)
@@ -242,7 +242,7 @@ def _beyond(rule: str, value, limit) -> bool:
 
 
 class Deduplicator:
-  """Remembers documents by a 16-byte hash; which takes about 200 bytes of memory each."""
+  """Finds duplicates by a 16-byte hash of each document; takes about 200 bytes of memory per document."""
 
   def __init__(self, hashes: bytes = b''):
     self._seen: set[bytes] = set()
@@ -250,12 +250,12 @@ class Deduplicator:
     self.load(hashes)
 
   def seen(self, *parts: Content) -> bool:
-    """Whether a document of the same parts (text, or text and answer) came before; from now on it has."""
+    """Whether a document of the same parts (text, or text and answer) was seen before; remembers it."""
     digest = hashlib.blake2b(digest_size=HASH_BYTES)
     for part in parts:
       kind, body = (b'i', np.asarray(part, '<i8').tobytes()) if isinstance(part, np.ndarray) else (
           b't', part.encode('utf-8', 'surrogatepass'))
-      digest.update(kind + len(body).to_bytes(8, 'little'))  # or ('ab', 'c') would be ('a', 'bc')
+      digest.update(kind + len(body).to_bytes(8, 'little'))  # so that ('ab', 'c') differs from ('a', 'bc')
       digest.update(body)
     key = digest.digest()
     if key in self._seen:
@@ -265,21 +265,21 @@ class Deduplicator:
     return False
 
   def new_hashes(self) -> bytes:
-    """Hashes that joined since the last call, to be appended to a file; `load` takes the whole file."""
+    """Hashes added since the last call, to append to a file; `load` takes the whole file."""
     new, self._new = b''.join(self._new), []
     return new
 
   def load(self, hashes: bytes) -> None:
-    """Goes on from hashes saved before. Raises DataError when they are no whole number of hashes."""
+    """Adds saved hashes. Raises DataError when they are not a whole number of hashes."""
     if len(hashes) % HASH_BYTES:
       raise DataError(f'the saved hashes of documents are {len(hashes)} bytes, not a multiple of {HASH_BYTES}: '
-                      'the file is cut; delete the unfinished store and start again')
+                      'the file is truncated; delete the unfinished store and start again')
     self._seen.update(hashes[i:i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES))
 
 
 @dataclasses.dataclass
 class Report:
-  """What became of the records: `num_in` = `num_kept` + all of `dropped` + `num_bad`, whatever was counted."""
+  """Counts of records: `num_in` = `num_kept` + sum of `dropped` + `num_bad`."""
 
   num_kept: int = 0
   dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # by reason
@@ -301,7 +301,7 @@ class Report:
     self.first_bad = self.first_bad or message
 
   def to_dict(self) -> dict:
-    """For a JSON file; `Report.from_dict` goes on from it."""
+    """The counts for a JSON file; `Report.from_dict` reads them."""
     return {'in': self.num_in, 'kept': self.num_kept, 'dropped': dict(sorted(self.dropped.items())),
             'bad': self.num_bad, 'first_bad': self.first_bad}
 
@@ -310,10 +310,10 @@ class Report:
     return Report(saved['kept'], dict(saved['dropped']), saved['bad'], saved['first_bad'])
 
   def lines(self) -> list[str]:
-    """For people: the totals, then a line for each reason, the most frequent first."""
+    """The printed report: the totals, then one line per reason, the most frequent first."""
     total, num_dropped = self.num_in, sum(self.dropped.values())
     bad = f', {self.num_bad:,} bad' if self.num_bad else ''
     reasons = sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
     return [f'{total:,} documents in: {self.num_kept:,} kept, {num_dropped:,} dropped{bad}',
             *(f'  {count:,} ({_share(count, total):.2%}) dropped by {reason}' for reason, count in reasons),
-            *([f'  the first bad one: {self.first_bad}'] if self.num_bad else [])]
+            *([f'  the first bad record: {self.first_bad}'] if self.num_bad else [])]

@@ -1,4 +1,4 @@
-"""Data that a name stands for: enwik8, and what is made up on the spot: random ids, tables of modular arithmetic."""
+"""Data sets with a name: enwik8, and generated ones: random ids and tables of modular arithmetic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.sources import archives, fetch
 from llm_jax.data.sources.documents import Document, File, SourceConfig
 
-ENWIK8_URL = 'http://mattmahoney.net/dc/enwik8.zip'  # the environment's LLM_JAX_ENWIK8_URL names a mirror
+ENWIK8_URL = 'http://mattmahoney.net/dc/enwik8.zip'  # the environment variable LLM_JAX_ENWIK8_URL overrides it
 ENWIK8_SIZE = 100_000_000
 ENWIK8_SHA1 = '57b8363b814821dc9d47aa4d41f58733519076b2'  # published at mattmahoney.net/dc/textdata.html
 
@@ -40,8 +40,8 @@ def enwik8(cache_dir: Path, url: str | None = None, size: int = ENWIK8_SIZE, sha
       found = (path.stat().st_size, hashlib.file_digest(f, 'sha1').hexdigest())
     if found == (size, sha1):
       return path
-    problem = f'its enwik8 has {found[0]} bytes with sha1 {found[1]}; published are {size} and {sha1}'
-  shutil.rmtree(folder, ignore_errors=True)  # what is wrong must not stay in the cache
+    problem = f'its enwik8 has {found[0]} bytes with sha1 {found[1]}; the published file has {size} and {sha1}'
+  shutil.rmtree(folder, ignore_errors=True)  # a wrong file must not stay in the cache
   if fetch.is_url(url):
     fetch.forget(url, None, cache_dir)
   raise DataError(f'{fetch.shown(url)}: {problem}; set LLM_JAX_ENWIK8_URL to a URL or file of the right enwik8.zip')
@@ -53,15 +53,15 @@ NAMED: dict[str, Callable[[Path], Path]] = {
 
 
 def synthetic(file: File, config: SourceConfig) -> Iterator[Document]:
-  """'synthetic:VOCAB:TOKENS': uniform random ids, the same everywhere, in documents of 65536; default 32768:10000000.
+  """'synthetic:VOCAB:TOKENS': uniform random ids, the same on any machine, in documents of 65536 ids.
 
-  Nothing can be learnt from them (the loss stays at ln VOCAB) and they cost next to nothing: for benchmarks.
+  The default is 32768:10000000. For benchmarks: the ids cost little and nothing can be learnt (loss ln VOCAB).
   """
   del config
   vocab_size, num_tokens = _numbers(file.name, 'synthetic:VOCAB:TOKENS', (32768, 10_000_000))
   if not 1 <= vocab_size <= 1 << 31 or num_tokens < 1:
     raise ConfigError(f'config.data.path: {file.name}: VOCAB must lie in 1..2^31 and TOKENS be at least 1')
-  # Raw bits of a generator stay the same in every version of NumPy; its distributions need not.
+  # A generator's raw bits are the same in every version of NumPy; its distributions may change.
   bits = np.random.PCG64(np.random.SeedSequence([vocab_size]))
   for number, begin in enumerate(range(0, num_tokens, PIECE), 1):
     raw = bits.random_raw(PIECE // 2).view(np.uint32)[:num_tokens - begin].astype(np.uint64)
@@ -71,7 +71,7 @@ def synthetic(file: File, config: SourceConfig) -> Iterator[Document]:
 def modular(file: File, config: SourceConfig) -> Iterator[Document]:
   """'modular:P:OP': each equation a OP b = c (mod P) once, as ids (a, P, b, P + 1) with the answer (c,).
 
-  P stands for the operation and P + 1 for the equals sign. OP is add, sub, mul or div (P prime, b not 0); default
+  P is the id of the operation and P + 1 that of the equals sign. OP is add, sub, mul or div (P prime, b not 0); default
   97:div, as in Power et al. 2022, arXiv 2201.02177. The order is fixed and pseudo-random: any part is a fair sample.
   """
   del config
@@ -79,11 +79,11 @@ def modular(file: File, config: SourceConfig) -> Iterator[Document]:
   operation = rest.pop() if rest and not rest[-1].isdecimal() else 'div'
   (p,) = _numbers(':'.join([name, *rest]), 'modular:P:OP', (97,))
   if operation not in OPERATIONS:
-    raise ConfigError(f'config.data.path: {file.name}: {operation!r} is no operation; known: {", ".join(OPERATIONS)}')
+    raise ConfigError(f'config.data.path: {file.name}: {operation!r} is unknown; known: {", ".join(OPERATIONS)}')
   if not 2 <= p <= MAX_MODULUS:
     raise ConfigError(f'config.data.path: {file.name}: P must lie in 2..{MAX_MODULUS}')
   if operation == 'div' and any(p % d == 0 for d in range(2, int(p**0.5) + 1)):
-    raise ConfigError(f'config.data.path: {file.name}: division needs a prime P; {p} is none')
+    raise ConfigError(f'config.data.path: {file.name}: division needs a prime P; {p} is not prime')
   a, b = (x.ravel() for x in np.indices((p, p)))
   if operation == 'div':
     a, b = a[b > 0], b[b > 0]
@@ -95,12 +95,12 @@ def modular(file: File, config: SourceConfig) -> Iterator[Document]:
 
 
 def _inverses(p: int) -> np.ndarray:
-  """b^-1 mod p for b in 0..p-1, p prime; 0 stands where there is none."""
+  """b^-1 mod p for b in 0..p-1, p prime; 0 for b = 0."""
   return np.array([pow(b, p - 2, p) if b else 0 for b in range(p)])
 
 
 def _numbers(path: str, form: str, defaults: tuple[int, ...]) -> tuple[int, ...]:
-  """The numbers after the name in `path`, with defaults for those left out. Raises ConfigError."""
+  """The numbers after the name in `path`, with defaults for missing ones. Raises ConfigError."""
   given = path.split(':')[1:]
   if len(given) > len(defaults) or not all(re.fullmatch('[0-9]{1,18}', part) for part in given):
     raise ConfigError(f'config.data.path: {path} is not of the form {form}, for example '

@@ -1,4 +1,4 @@
-"""Which side a document is on: train, val or test; decided while documents stream by, with a state of a few numbers."""
+"""Assigns documents to train, val or test while they are read; the state is a few numbers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SPLITS = ('train', 'val', 'test')
 
 @dataclasses.dataclass(frozen=True)
 class SplitConfig:
-  """How the documents of a path are dealt to train, val and test.
+  """How the documents of a path are split into train, val and test.
 
-  document: by a hash of its text, so it keeps its side when others come or go, and duplicates share theirs.
-  tail: the last parts of all text; a plain document across a border is cut in two, a pair never.
-  count: the first `val_documents`, then `test_documents`. auto: document where that gives some 20 to validate with,
-  else tail; so new documents may move others, unless the split is named.
+  document: by a hash of the text, so a document stays in its split when others are added, and duplicates share one.
+  tail: val and test are the end of all text; a plain document across a border is cut in two, a pair never.
+  count: the first `val_documents`, then `test_documents`. auto: document if that gives about 20 validation documents,
+  else tail; adding documents may change the choice.
   """
 
   split: Literal['auto', 'document', 'tail', 'count'] = 'auto'
@@ -33,7 +33,7 @@ class SplitConfig:
 
 
 class Splitter:
-  """Deals documents in order; `state` can be kept and given back when reading goes on later."""
+  """Splits documents in order; a new Splitter with the saved `state` continues."""
 
   def __init__(self, config: SplitConfig, total: int, state: dict | None = None):
     self.config, self.state = config, state or {'seen': 0, 'side': 'train'}
@@ -71,16 +71,16 @@ class Splitter:
         continue
       taken = length - done if whole else min(length - done, room)
       part = document if taken == length else dataclasses.replace(document, text=document.text[done:done + taken])
-      # What goes on a document is a new one on the side where it has no beginning.
+      # A further piece starts a new document in a split that does not have the beginning.
       yield side, dataclasses.replace(part, continues=document.continues and not done and side == self.state['side'])
       self.state['side'] = side
       done += taken
     if done < length:
-      raise DataError(f'{document.name}: there is more text than a moment ago: a file changed while it was read')
+      raise DataError(f'{document.name}: there is more text than in the first pass: a file changed while it was read')
 
 
 def borders(total: int, val_fraction: float, test_fraction: float) -> tuple[int, int, int]:
-  """Where train, val and test end, the training part rounded down."""
+  """The ends of train, val and test; the size of train is rounded down."""
   val_begin = int(round(total * (1 - val_fraction - test_fraction), 6))  # 1e8 * (1 - .05 - .05) is 9e7, not 1 less
   return val_begin, total - round(total * test_fraction), total
 
@@ -95,7 +95,7 @@ def total_size(documents: Iterable[Document]) -> int:
 
 
 def content_hash(document: Document) -> bytes:
-  """sha256 of what it says, not of where it lies."""
+  """sha256 of text and answer, independent of name and place."""
   parts = (document.text, document.answer if document.answer is not None else '')
   return hashlib.sha256(b'\0'.join(
       p.encode(errors='surrogatepass') if isinstance(p, str) else np.asarray(p, np.int64).tobytes()

@@ -1,4 +1,4 @@
-"""What all tokenizers check: that a text has bytes, and that ids are few enough for a table."""
+"""Checks shared by all tokenizers: a text must be valid Unicode, and the number of ids must fit a table."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from llm_jax.base.errors import DataError
 
 
 def utf8(text: str) -> bytes:
-  """UTF-8 of the text. Raises DataError for half a surrogate pair, which is no character."""
+  """UTF-8 of the text. Raises DataError for half of a surrogate pair, which is not a character."""
   try:
     return text.encode()
   except UnicodeEncodeError as e:
-    raise DataError(f'a text holds the lone surrogate {text[e.start]!r} at position {e.start}, which no encoding can '
-                    'write; mend the source, or leave the document out') from None
+    raise DataError(f'a text holds the lone surrogate {text[e.start]!r} at position {e.start}, which has no '
+                    'encoding; correct the source, or leave the document out') from None
 
 
 def empty_table(num_ids: int) -> list[bytes]:
-  """A place for each id's bytes. Raises DataError for a number that only a damaged file has."""
+  """An empty table of the bytes of each id. Raises DataError for a number that only a damaged file has."""
   if not 0 < num_ids <= 1 << 24:
-    raise DataError(f'the highest token id is {num_ids - 1}; legal are 0 to {(1 << 24) - 1}')
+    raise DataError(f'the highest token id is {num_ids - 1}; it must be in 0 to {(1 << 24) - 1}')
   return [b''] * num_ids

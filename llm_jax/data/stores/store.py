@@ -1,10 +1,10 @@
 """The token store: a corpus, tokenized once, as flat arrays that are mapped into memory.
 
-A store is a folder: `<split>-00000.tokens` and on (flat uint16 or uint32, all but the last of `shard_tokens` ids),
-`<split>.starts` (int64, where each document begins), for pairs `<split>.answers` (int64, where in its document the
-answer begins), for labels `<split>.labels` (float64), `tokenizer.json` (with `encoder_tokenizer.json` where prompts
-have one of their own), and `manifest.json` with sizes and sha256 of all of them. writer.py writes it aside and renames
-it into place: it is whole or absent.
+A store is a folder: `<split>-00000.tokens`, `<split>-00001.tokens`, ... (flat uint16 or uint32; each but the last holds
+`shard_tokens` ids), `<split>.starts` (int64, the position of each document's first token), for pairs `<split>.answers`
+(int64, the answer's offset in its document), for labels `<split>.labels` (float64), `tokenizer.json` (and
+`encoder_tokenizer.json` if prompts have their own tokenizer), and `manifest.json` with size and sha256 of each file.
+writer.py writes a temporary folder and renames it: a store is complete or absent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VERSION = 3
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-  """Files one after the other as one flat array of ids: `len`, and slices with a step of 1."""
+  """Several token files as one flat array: supports `len`, and slices with step 1."""
 
   files: tuple[TokenFile, ...]
 
@@ -53,23 +53,23 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class TokenStore:
-  """One split: its tokens, and by document where it starts, where its answer starts within it, its label."""
+  """One split: all tokens, and each document's start, answer offset and label."""
 
   tokens: Any  # Tokens, or an array [num_tokens]
   starts: np.ndarray  # int64 [D], ascending, 0 first
-  sha256: str  # of the tokens and what is known of each document: the data's identity
-  num_bytes: float  # of text; 0 where unknown
+  sha256: str  # of tokens, starts, answers and labels: identifies the data
+  num_bytes: float  # of the text; 0: unknown
   answers: np.ndarray | None = None  # int64 [D]
   labels: np.ndarray | None = None  # float64 [D] or [D, C]
-  # num_bytes over the tokenizer's bytes of all tokens: 1 if it is lossless; makes bits per byte exact where it is not.
-  # Where prompts have a tokenizer of their own, of the answers alone: no others are learnt.
+  # num_bytes / (bytes of all tokens by the tokenizer's table): 1 if lossless; corrects bits per byte if it is not.
+  # With an encoder tokenizer it covers the answers only, as only they are learnt.
   bytes_scale: float = 1.0
-  report: dict | None = None  # of the filters, over all splits
-  classes: tuple[str, ...] = ()  # names of the labels 0, 1, ..., where they are names
+  report: dict | None = None  # of the filters, for all splits together
+  classes: tuple[str, ...] = ()  # names of the classes 0, 1, ...; empty if labels are numbers
 
 
 def open_split(folder: Path, split: str) -> TokenStore:
-  """Raises DataError when a file is missing or has another size than the manifest says."""
+  """Opens one split of a store. Raises DataError when a file is missing or its size differs from the manifest."""
   manifest = read_manifest(folder)
   for name, entry in manifest['files'].items():
     size = (folder / name).stat().st_size if (folder / name).exists() else 'none'
@@ -100,7 +100,7 @@ def open_split(folder: Path, split: str) -> TokenStore:
 
 
 def class_values(classes: Sequence[str]) -> np.ndarray:
-  """What to learn for each text label: the number that it spells, if all do; else its place in their order."""
+  """The number to predict for each text label: its value if all labels spell numbers, else its rank when sorted."""
   try:
     return np.array([float(name) for name in classes])
   except ValueError:
@@ -120,7 +120,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def verify(folder: Path) -> None:
-  """Reads every byte. Raises DataError naming the file whose sha256 is not the manifest's."""
+  """Checks the sha256 of every file. Raises DataError naming the first file that differs from the manifest."""
   files = read_manifest(folder)['files']
   with progress(f'verifying {folder.name}', sum(entry['size'] for entry in files.values()), 'B') as bar:
     for name, entry in files.items():
@@ -131,7 +131,7 @@ def verify(folder: Path) -> None:
 
 
 def mapped_store(file: TokenFile, eot_id: int | None, begin: int = 0, end: int | None = None) -> TokenStore:
-  """A .bin, or the part [begin, end) of it, as a store without copying it."""
+  """A .bin file, or its tokens [begin, end), as a store; nothing is copied."""
   end = file.size if end is None else end
   part = TokenFile(file.path, file.dtype, end - begin, file.offset + begin * np.dtype(file.dtype).itemsize)
   starts = document_starts(part.array, eot_id)

@@ -22,7 +22,7 @@ _PIECE = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class TokenFile:
-  """A flat array in a file, mapped when first read; it travels between processes as its address."""
+  """A flat array in a file, memory-mapped on first use; pickling keeps its path and offset, not its data."""
 
   path: Path
   dtype: str
@@ -33,7 +33,7 @@ class TokenFile:
   def array(self) -> np.ndarray:
     if not self.size:
       return np.zeros(0, self.dtype)
-    # A plain view: each slice of a np.memmap is one again, which costs more than what is read.
+    # A plain array: a slice of an np.memmap is an np.memmap again, and making that costs more than reading the slice.
     return np.asarray(np.memmap(self.path, self.dtype, mode='r', offset=self.offset, shape=(self.size,)))
 
   def __getstate__(self) -> dict:
@@ -44,9 +44,9 @@ class TokenFile:
 
 
 def open_bin(path: Path, dtype: str | None) -> TokenFile:
-  """Maps the file. Raises DataError when it is missing, empty, or not as long as its header says."""
+  """Opens a .bin file. Raises DataError when it is missing, empty, or its size contradicts its header."""
   if dtype is not None and dtype not in DTYPES:
-    raise ConfigError(f'config.data.dtype: {dtype!r} is none of {", ".join(DTYPES)}')
+    raise ConfigError(f'config.data.dtype: {dtype!r} is not one of {", ".join(DTYPES)}')
   if not path.is_file():
     raise DataError(f'{path}: no such token file')
   size = path.stat().st_size
@@ -59,17 +59,18 @@ def open_bin(path: Path, dtype: str | None) -> TokenFile:
     return TokenFile(path, token_dtype.name, int(header[2]), _HEADER_BYTES)
   token_dtype = np.dtype(dtype or 'uint16')
   if not size or size % token_dtype.itemsize:
-    raise DataError(f'{path}: {size} bytes are no flat array of {token_dtype} tokens; config.data.dtype names another')
+    raise DataError(f'{path}: {size} bytes is not a positive multiple of the size of {token_dtype}; set '
+                    'config.data.dtype to the type of its token ids')
   return TokenFile(path, token_dtype.name, size // token_dtype.itemsize)
 
 
 def document_starts(tokens: np.ndarray, eot_id: int | None) -> np.ndarray:
-  """Where documents start, int64: 0 and each `eot_id`; without one it is one document."""
+  """Positions where documents start, int64: 0 and each `eot_id`. If `eot_id` is None, all is one document."""
   return np.zeros(1, np.int64) if eot_id is None else np.union1d([0], np.flatnonzero(tokens == eot_id))
 
 
 def sampled_sha256(tokens: np.ndarray) -> str:
-  """Of the length and 256 evenly spaced blocks: an identity that is read in milliseconds at any size."""
+  """sha256 of the length and 256 evenly spaced blocks: identifies a file of any size in milliseconds."""
   digest = hashlib.sha256(str(len(tokens)).encode())
   for begin in np.linspace(0, max(0, len(tokens) - 4096), 256, dtype=np.int64):
     digest.update(tokens[begin:begin + 4096].tobytes())
@@ -77,7 +78,7 @@ def sampled_sha256(tokens: np.ndarray) -> str:
 
 
 def bin_file(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """A .bin as documents, in pieces: for one among other files, which has to go through a store."""
+  """Documents of a .bin, in pieces; for a .bin among other files, which is copied into a store instead of mapped."""
   tokens = open_bin(file.path, config.dtype).array
   starts = document_starts(tokens, config.eot_id)
   for number, (begin, end) in enumerate(zip(starts, [*starts[1:], len(tokens)], strict=True), 1):

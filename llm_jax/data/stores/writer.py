@@ -1,4 +1,4 @@
-"""Writes a token store, so that it can be killed at any moment, goes on where it was, and ends in the same bytes."""
+"""Writes a token store. A writer killed at any moment resumes from its last commit and produces the same bytes."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from llm_jax.data.sources.splits import SPLITS, size
 from llm_jax.data.stores.store import VERSION, file_sha256
 from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
-SEEN = 'documents.seen'  # hashes of the documents so far, where duplicates are removed
-CHUNK = 4 << 20  # characters or ids: enough to share among cores, little enough to hold
+SEEN = 'documents.seen'  # hashes of the documents so far, when duplicates are removed
+CHUNK = 4 << 20  # characters or ids tokenized at once: enough work for all cores, little memory
 
 
 class Writer:
-  """Appends documents to the splits of a store; what `commit` has put down survives a kill.
+  """Appends documents to the splits of a store; everything up to the last `commit` survives a kill.
 
-  `progress.json` says how long each file was, and what state the reader was in, at the last commit; a new Writer
-  cuts the files back to that. Raises StorageError.
+  `progress.json` holds the length of each file and the reader's state at the last commit; a new Writer truncates the
+  files to these lengths. Raises OSError.
   """
 
   def __init__(self, folder: Path, tokenizer: Tokenizer | None, dtype: str, shard_tokens: int,
                takes_ids: bool = True, encoder_tokenizer: Tokenizer | None = None):
     self.folder, self.tokenizer, self.takes_ids = folder, tokenizer, takes_ids
-    self.encoder_tokenizer = encoder_tokenizer  # of the prompts; None: tokenizer reads them too
+    self.encoder_tokenizer = encoder_tokenizer  # for the prompts; None: `tokenizer` encodes them too
     self.dtype, self.shard_tokens = np.dtype(dtype), shard_tokens
     self.bos_id: int | None = tokenizer.bos_id if tokenizer else None
     self.eos_id: int | None = tokenizer.eos_id if tokenizer else None
@@ -88,7 +88,7 @@ class Writer:
       self._append(split, np.array([self.eos_id]))
 
   def _check(self, document: Document) -> None:
-    """All documents of a store have answers or none has; the same with labels."""
+    """Raises DataError unless all documents have an answer or none has, and likewise labels of one width."""
     if self.about['answers'] is None:
       self.about |= {'answers': document.answer is not None, 'label_width': len(self._label(document))}
     if self.about['answers'] != (document.answer is not None):
@@ -115,7 +115,7 @@ class Writer:
     return [float(x) for x in label] if isinstance(label, tuple) else [float(label)]
 
   def _append(self, split: str, ids: np.ndarray, is_prompt: bool = False) -> None:
-    """`is_prompt`: its ids are those of the other tokenizer."""
+    """Appends ids to a split. `is_prompt`: they are the encoder tokenizer's."""
     if not len(ids):
       return
     count = self.counts[split]
@@ -143,14 +143,14 @@ class Writer:
     return file
 
   def commit(self, reader_state: Any) -> None:
-    """Makes everything so far durable, with the state in which the reader goes on after it."""
+    """Flushes all files to disk and saves the reader's state, from which reading can resume."""
     for file in self._files.values():
       self._sync(file)
     lengths = {p.name: p.stat().st_size for p in self.folder.iterdir() if p.suffix != '.json'}
     write_json(self._progress, {'reader': reader_state, 'counts': self.counts, 'about': self.about, 'lengths': lengths})
 
   def finish(self, target: Path, about: dict) -> None:
-    """Closes the last documents, writes tokenizer and manifest, and puts the folder in its place."""
+    """Closes the last documents, writes tokenizers and manifest, and renames the folder to `target`."""
     for split in SPLITS:
       self._close_document(split)
       for kind in ('.starts', '-00000.tokens', *(['.answers'] if self.about['answers'] else []),
@@ -168,7 +168,7 @@ class Writer:
         'label_width': self.about['label_width'] or 0, 'classes': self.about['classes'], **about,
         'files': {p.name: {'size': p.stat().st_size, 'sha256': file_sha256(p)} for p in files}})
     os.rename(self.folder, target)
-    for name in (SEEN, 'progress.json'):  # needed until here, should it be killed
+    for name in (SEEN, 'progress.json'):  # needed to resume, until the rename
       (target / name).unlink(missing_ok=True)
 
   def _write_empty(self, name: str) -> None:
@@ -178,12 +178,12 @@ class Writer:
 
 def encode(tokenizer: Tokenizer | None, documents: list[Document], takes_ids: bool = True,
            encoder_tokenizer: Tokenizer | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-  """(ids of the text, ids of the answer or none) of each document; ids that stand in it are the tokenizer's.
+  """(ids of the text, ids of the answer) of each document; contents that are token ids already stay as they are.
 
-  With an `encoder_tokenizer` the texts are its own. Raises DataError naming the document, also for ids where the
-  tokenizer was only just fitted: they are another's.
+  `encoder_tokenizer`, if given, encodes the texts and `tokenizer` the answers. `takes_ids`: whether token ids may be
+  the tokenizer's; a tokenizer that was fitted to this data cannot have made them. Raises DataError naming the document.
   """
-  if encoder_tokenizer is not None:  # each side as documents of one text
+  if encoder_tokenizer is not None:  # encode prompts and answers apart
     prompts = encode(encoder_tokenizer, [Document(d.name, d.text) for d in documents], takes_ids)
     answers = encode(tokenizer, [Document(d.name, '' if d.answer is None else d.answer) for d in documents], takes_ids)
     return [(prompt, answer) for (prompt, _), (answer, _) in zip(prompts, answers, strict=True)]
@@ -203,11 +203,11 @@ def encode(tokenizer: Tokenizer | None, documents: list[Document], takes_ids: bo
   ids = [next(encoded) if isinstance(c, str) else c for c in contents]
   for document, c, found in zip(owners, contents, ids, strict=True):
     if tokenizer is None and isinstance(c, str) and c:  # '' stands for no answer
-      raise DataError(f'{document.name}: holds text, and there is no tokenizer for it: the data began with token ids, '
+      raise DataError(f'{document.name}: holds text, but there is no tokenizer: the first document holds token ids, '
                       'or config.data.tokenizer is none')
     if not takes_ids and isinstance(c, np.ndarray):
-      raise DataError(f'{document.name}: holds token ids among texts, and the tokenizer fitted to these is not theirs; '
-                      'name theirs in config.data.tokenizer, or leave them out')
+      raise DataError(f'{document.name}: holds token ids, but the tokenizer was fitted to the texts; set '
+                      'config.data.tokenizer to the tokenizer of these ids, or leave them out')
     if tokenizer and isinstance(c, np.ndarray) and len(c) and found.max() >= len(tokenizer.token_bytes):
       raise DataError(f'{document.name}: token {found.max()} is beyond the vocabulary of '
                       f'{len(tokenizer.token_bytes)} tokens')
@@ -219,14 +219,14 @@ def token_sizes(tokenizer: Tokenizer | None) -> np.ndarray | None:
 
 
 def num_bytes(content: Content | None, ids: np.ndarray, token_bytes: np.ndarray | None) -> int:
-  """Bytes of UTF-8; of ids, what their tokenizer says they stand for."""
+  """Bytes of a text in UTF-8; for ids, the bytes of their tokens."""
   if isinstance(content, str):
     return len(content.encode())
   return 0 if content is None or token_bytes is None else int(token_bytes[ids].sum())
 
 
 def chunks(documents: Iterable[tuple[Any, list[tuple[str, Document]]]]) -> Iterator[tuple[Any, list]]:
-  """Gathers (state, parts of a document) into (last state, parts of many documents), of about CHUNK characters each."""
+  """Groups (state, parts of a document) into (last state, parts of many documents) of about CHUNK characters each."""
   chunk, length, state = [], 0, None
   for state, parts in documents:
     chunk += parts
@@ -240,14 +240,14 @@ def chunks(documents: Iterable[tuple[Any, list[tuple[str, Document]]]]) -> Itera
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-  """Holds the lock beside `path`; the kernel lets it go when the process dies. Raises StorageError."""
+  """Holds the lock file beside `path`; the kernel releases it when the process dies. Raises StorageError."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = open(path.with_name(f'{path.name}.lock'), 'w')  # noqa: SIM115
     fcntl.flock(lock, fcntl.LOCK_EX)
   except OSError as e:
     raise StorageError(f'{path.parent}: cannot be written ({e.strerror}); set --config.data.cache_dir or '
-                       'LLM_JAX_CACHE to a folder that can') from None
+                       'LLM_JAX_CACHE to a writable folder') from None
   with lock:
     yield
 
@@ -257,7 +257,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-  """The file holds all of it or is as it was."""
+  """Writes a file atomically: it ends up with all of `text`, or unchanged."""
   aside = path.with_name(f'{path.name}.partial')
   with open(aside, 'w', encoding='utf-8') as f:
     f.write(text)

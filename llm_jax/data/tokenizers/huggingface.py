@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers: any tokenizer.json, and byte-level BPE trained here, which is saved as one."""
+"""Hugging Face tokenizers: any tokenizer.json, and byte-level BPE trained here and saved as tokenizer.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm_jax.data.tokenizers import bpe
 
 EOT = '<|endoftext|>'
 
-# What opens and what ends a document, in the usual spellings; the first pair that a vocabulary has is taken.
+# Usual names of (bos, eos); the first pair in a vocabulary is used.
 SPECIALS = (
     (EOT, EOT),
     ('<|begin_of_text|>', '<|end_of_text|>'),
@@ -32,11 +32,11 @@ SPECIALS = (
 
 
 class HuggingFaceTokenizer:
-  """A tokenizer.json; byte-level BPE, where that is provably the same, by tiktoken."""
+  """A tokenizer.json; encodes with tiktoken if it is byte-level BPE with provably the same ids."""
 
   def __init__(self, text: str):
     self._model = tokenizers.Tokenizer.from_str(text)
-    # A text is encoded whole, always the same way, and is text even where it spells a special token.
+    # A text is encoded completely and deterministically, and never gives special tokens.
     self._model.no_truncation()
     self._model.no_padding()
     if getattr(self._model.model, 'dropout', None):
@@ -44,10 +44,10 @@ class HuggingFaceTokenizer:
     self._model.encode_special_tokens = True
     vocab = self._model.get_vocab()
     self.token_bytes = empty_table(max(vocab.values(), default=-1) + 1)
-    spec = json.loads(self._model.to_str())  # with every key, also those that `text` leaves out
+    spec = json.loads(self._model.to_str())  # with all keys, including those missing in `text`
     pair = next((pair for pair in SPECIALS if set(pair) <= set(vocab)), None)
     if pair is None:
-      raise ConfigError('the tokenizer has no token that opens a document: none of '
+      raise ConfigError('the tokenizer has no bos token: none of '
                         f'{", ".join(dict.fromkeys(first for first, _ in SPECIALS))} is in its vocabulary; add one')
     self.bos_id, self.eos_id = vocab[pair[0]], vocab[pair[1]]
 
@@ -56,7 +56,7 @@ class HuggingFaceTokenizer:
     self._special = sorted(special)
     self._special_ids = np.array(sorted(vocab[token] for token in special), np.uint32)
     bytes_of = _spelling(spec)
-    plain = {token['content'] for token in spec['added_tokens']}  # added tokens stand for themselves
+    plain = {token['content'] for token in spec['added_tokens']}  # added tokens are their own text
     for token, i in vocab.items():
       if token not in special and token != unknown:
         self.token_bytes[i] = token.encode() if token in plain else bytes_of(token)
@@ -76,11 +76,11 @@ class HuggingFaceTokenizer:
   def _encode(self, texts: list[str]) -> list[np.ndarray]:
     try:
       return [np.array(e.ids, np.uint32) for e in self._model.encode_batch_fast(texts, add_special_tokens=False)]
-    except Exception as e:  # the library has no narrower type
+    except Exception as e:  # the library raises no narrower type
       raise DataError(f'the tokenizer cannot encode a text: {e}') from None
 
   def _encode_cut(self, text: str) -> np.ndarray:
-    """For models that know a special token's spelling as a word: cuts it in two; what normalising joins is dropped."""
+    """Encodes a text that spells special tokens: cuts each spelling in two; drops those that normalizing rejoins."""
     spellings = re.finditer('|'.join(map(re.escape, self._special)), text)
     cuts = [0, *(match.start() + 1 for match in spellings), len(text)]
     ids = np.concatenate(self._encode([text[begin:end] for begin, end in itertools.pairwise(cuts)]))
@@ -105,7 +105,7 @@ def fit_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int) -> Huggin
 
 
 def _components(spec: dict, name: str) -> list[dict]:
-  """The parts of a normalizer, pre_tokenizer or decoder, sequences laid flat."""
+  """The parts of a normalizer, pre_tokenizer or decoder, with sequences flattened."""
   def flat(part: dict | None) -> list[dict]:
     if part is None:
       return []
@@ -123,7 +123,7 @@ def _unknown_token(spec: dict) -> str | None:
 
 
 def _is_lossless(spec: dict) -> bool:
-  """Whether the ids' bytes are surely those of any text: every byte is known, and nothing changes or drops one."""
+  """Whether decoding surely gives back any text: every byte has a token, and no step changes or drops bytes."""
   model = spec['model']
   changed = spec['normalizer'] or any(token['lstrip'] or token['rstrip'] for token in spec['added_tokens'])
   parts = _components(spec, 'pre_tokenizer')
@@ -135,7 +135,7 @@ def _is_lossless(spec: dict) -> bool:
 
 
 def _spelling(spec: dict) -> Callable[[str], bytes]:
-  """How the vocabulary spells bytes: GPT-2's alphabet; WordPiece's ## inside words; U+2581 for space and <0xNN>."""
+  """Maps a token to its bytes: by GPT-2's alphabet; WordPiece's ## inside words; or U+2581 for space and <0xNN>."""
   parts = [part['type'] for name in ('normalizer', 'pre_tokenizer', 'decoder') for part in _components(spec, name)]
   model, byte_of = spec['model'], bpe.byte_alphabet()
   if 'ByteLevel' in parts:

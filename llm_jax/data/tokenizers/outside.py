@@ -1,4 +1,4 @@
-"""Tokenizers of other libraries: SentencePiece models and tiktoken's encodings, kept whole in our JSON."""
+"""Tokenizers of other libraries: SentencePiece models and tiktoken's encodings, saved completely in our JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm_jax.data.tokenizers import bpe
 
 
 class SentencePieceTokenizer:
-  """A SentencePiece model. Its pieces spell spaces as U+2581, so a text with that character is not told apart."""
+  """A SentencePiece model. Its pieces write spaces as U+2581, so U+2581 in a text is decoded as a space."""
 
   lossless = False
 
@@ -23,13 +23,13 @@ class SentencePieceTokenizer:
     try:
       import sentencepiece
     except ImportError:
-      raise ConfigError("SentencePiece models need a package more: pip install 'llm_jax[data]'") from None
+      raise ConfigError("SentencePiece models need the package sentencepiece: pip install 'llm_jax[data]'") from None
     self._proto = proto
     self._model = model = sentencepiece.SentencePieceProcessor()
     model.LoadFromSerializedProto(proto)
     specials = [i for i in (model.bos_id(), model.eos_id()) if i >= 0]
     if not specials:
-      raise ConfigError('the SentencePiece model has neither a bos nor an eos token to part documents with; '
+      raise ConfigError('the SentencePiece model has neither a bos nor an eos token to separate documents; '
                         'train it with --bos_id and --eos_id of 0 or more')
     self.bos_id, self.eos_id = specials[0], specials[-1]
     self.token_bytes = [_piece_bytes(model, i) for i in range(model.GetPieceSize())]
@@ -55,7 +55,7 @@ def _piece_bytes(model, i: int) -> bytes:
 
 
 def open_sentencepiece(path: Path) -> SentencePieceTokenizer:
-  """Raises DataError when the file is missing or damaged, ConfigError when it cannot part documents."""
+  """Opens a model. Raises DataError when it is missing or damaged, ConfigError when it has neither bos nor eos."""
   try:
     return SentencePieceTokenizer(path.read_bytes())
   except OSError as e:
@@ -67,7 +67,7 @@ def open_sentencepiece(path: Path) -> SentencePieceTokenizer:
 
 
 class TiktokenTokenizer:
-  """Byte-level BPE whose merges are in the order of ids."""
+  """Byte-level BPE that merges pairs in the order of ids."""
 
   lossless = True
 
@@ -105,6 +105,7 @@ def open_tiktoken(name: str) -> TiktokenTokenizer:
   try:
     model = tiktoken.get_encoding(name)
   except Exception as e:
-    raise DataError(f'tiktoken:{name} is neither in TIKTOKEN_CACHE_DIR nor to be fetched ({type(e).__name__}); fetch '
-                    'it once where there is a network, with TIKTOKEN_CACHE_DIR set, and bring that folder') from None
+    raise DataError(f'tiktoken:{name} is not in TIKTOKEN_CACHE_DIR and cannot be downloaded ({type(e).__name__}); '
+                    'download it on a machine with a network, with TIKTOKEN_CACHE_DIR set, and copy that folder'
+                    ) from None
   return TiktokenTokenizer(model._pat_str, model._mergeable_ranks, model.eot_token)

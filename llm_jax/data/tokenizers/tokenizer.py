@@ -1,7 +1,7 @@
-"""Tokenizers by name: byte, char, word and bpe are fitted to a corpus here; others are opened from what they are.
+"""Tokenizers by name: byte, char, word and bpe are fitted to a corpus; others are opened from files or by name.
 
-Every tokenizer opens a document with `bos_id` and ends it with `eos_id`: one id where there is one special token. Each
-id stands for fixed bytes (`token_bytes`), so a token's share of the text is known, whatever the tokenizer.
+Every tokenizer starts a document with `bos_id` and ends it with `eos_id`; they are equal if there is one special token.
+Each id has fixed bytes (`token_bytes`), so the bytes of text per token are known for any tokenizer.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from llm_jax.data.tokenizers.word import WordTokenizer, fit_word
 
 class Tokenizer(Protocol):
   bos_id: int
-  eos_id: int  # the same as bos_id where there is one special token
+  eos_id: int  # equal to bos_id if there is one special token
   token_bytes: list[bytes]  # by id; special tokens have none
-  lossless: bool  # the join of its tokens' bytes is the text, for every text that it takes
+  lossless: bool  # for every text it can encode, the joined bytes of the tokens are the text
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
-    """Ids of each text, without special tokens: text that spells one is text. Raises DataError."""
+    """Ids of each text, never special tokens, even if the text spells one. Raises DataError."""
     ...
 
   def to_json(self) -> str:
-    """All that `load_tokenizer` needs, with no other file and no network."""
+    """Everything that `load_tokenizer` needs, without other files or a network."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-  """How a tokenizer is fitted; byte and char have no choice to make."""
+  """How a tokenizer is fitted; byte and char have no settings."""
 
-  vocab_size: int = 8192  # bpe: how many ids; word: at most
-  min_frequency: int = 1  # bpe: of a pair to be merged; word: of a word to be known
+  vocab_size: int = 8192  # bpe: number of ids; word: maximum
+  min_frequency: int = 1  # bpe: of a pair to be merged; word: of a word to be in the vocabulary
   pattern: str | None = None  # word: the regular expression whose matches are words
 
 
 class ByteTokenizer:
-  """One token a byte of UTF-8."""
+  """One token per byte of UTF-8."""
 
   lossless = True
 
@@ -64,7 +64,7 @@ class ByteTokenizer:
 
 
 class CharTokenizer:
-  """One token a character of the corpus that it was fitted to, by code point."""
+  """One token per character of the corpus that it was fitted to, ordered by code point."""
 
   lossless = True
 
@@ -72,7 +72,7 @@ class CharTokenizer:
     self.chars = sorted(chars)
     self.token_bytes = [utf8(c) for c in self.chars] + [b'']
     self.bos_id = self.eos_id = len(self.chars)
-    # Id by code point, up to one above the highest known one; the unknown have the special token's.
+    # Id by code point, up to one above the highest known; unknown characters have the special token's id.
     codes = np.array([ord(c) for c in self.chars], np.int64)
     self._ids = np.full(codes.max(initial=-1) + 2, self.bos_id, np.uint32)
     self._ids[codes] = np.arange(len(codes))
@@ -86,7 +86,7 @@ class CharTokenizer:
     unknown = np.flatnonzero(ids == self.bos_id)
     if unknown.size:
       raise DataError(f'character {text[unknown[0]]!r} at position {unknown[0]} of a text is not among the '
-                      f'{len(self.chars)} that the char tokenizer knows')
+                      f'{len(self.chars)} characters of the tokenizer')
     return ids
 
   def to_json(self) -> str:
@@ -100,7 +100,7 @@ def fit_char(texts: Iterable[str]) -> CharTokenizer:
   return CharTokenizer(chars)
 
 
-# name -> function (texts, config) -> Tokenizer; texts are read once, and memory grows with their distinct words alone.
+# name -> function (texts, config) -> Tokenizer; texts are read once, and memory grows with their distinct words only.
 FITTED: dict[str, Callable[[Iterable[str], TokenizerConfig], Tokenizer]] = {
     'byte': lambda texts, config: ByteTokenizer(),
     'char': lambda texts, config: fit_char(texts),
@@ -119,7 +119,7 @@ LOADED: dict[str, Callable[[dict], Tokenizer]] = {
 
 
 def is_fitted(name: str) -> bool:
-  """Whether the tokenizer is made from the corpus; the others are there before it."""
+  """Whether the tokenizer is fitted to the corpus."""
   return name in FITTED
 
 
@@ -134,12 +134,12 @@ def open_tokenizer(name: str) -> Tokenizer:
     return open_sentencepiece(path)
   near = difflib.get_close_matches(name, FITTED, 1)
   raise ConfigError(f'tokenizer {name!r} is unknown{f"; did you mean {near[0]!r}?" if near else ""} '
-                    f'Legal are {", ".join(FITTED)}, a path to a tokenizer.json or a SentencePiece *.model, '
+                    f'Use one of {", ".join(FITTED)}, a path to a tokenizer.json or a SentencePiece *.model, '
                     'and tiktoken:NAME')
 
 
 def identity(name: str) -> str:
-  """What tells a tokenizer from others before it is opened: the sha256 of its file, or its name. Raises DataError."""
+  """The identity of a tokenizer, without opening it: the sha256 of its file, or its name. Raises DataError."""
   if is_fitted(name) or name.startswith('tiktoken:'):
     return name
   path = Path(name).expanduser()
@@ -151,7 +151,7 @@ def identity(name: str) -> str:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-  """What `to_json` wrote, by its "type"; without one, a Hugging Face tokenizer.json. Raises DataError."""
+  """The tokenizer that `to_json` saved, by its "type"; without one, a Hugging Face tokenizer.json. Raises DataError."""
   try:
     text = path.read_text(encoding='utf-8')
     spec = json.loads(text)
@@ -165,17 +165,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
       return LOADED[kind](spec)
     if isinstance(spec, dict) and kind is None and 'model' in spec:
       return HuggingFaceTokenizer(text)
-    raise DataError(f'not a tokenizer: a saved one has a "type", one of {", ".join(LOADED)}, and here it is {kind!r}; '
+    raise DataError(f'not a tokenizer: a saved one has a "type", one of {", ".join(LOADED)}, but this has {kind!r}; '
                     'a Hugging Face tokenizer.json has a "model" instead')
   except (DataError, ConfigError) as e:
     raise type(e)(f'{path}: {e}') from None
-  except Exception as e:  # whatever a library says about a damaged file
-    raise DataError(f'{path}: not a tokenizer that can be used ({type(e).__name__}: {e}); copy it anew from where it '
-                    'was made') from None
+  except Exception as e:  # libraries raise many types for damaged files
+    raise DataError(f'{path}: not a tokenizer that can be used ({type(e).__name__}: {e}); copy it again from its '
+                    'origin') from None
 
 
 def before_eos(tokenizer: Tokenizer, row: list[int]) -> list[int]:
-  """What was written before the document ended."""
+  """The ids before the first eos."""
   return row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
 
 
@@ -185,5 +185,5 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
   size = len(tokenizer.token_bytes)
   if ids and not 0 <= min(ids) <= max(ids) < size:
     wrong = next(i for i in ids if not 0 <= i < size)
-    raise DataError(f'token id {wrong} is none of the tokenizer\'s, 0 to {size - 1}')
+    raise DataError(f'token id {wrong} is not in the tokenizer\'s range, 0 to {size - 1}')
   return b''.join(tokenizer.token_bytes[i] for i in ids).decode('utf-8', errors='replace')

@@ -1,4 +1,4 @@
-"""Words by a regular expression, fitted to a corpus: what is not among the known words becomes <unk>."""
+"""Words found by a regular expression and fitted to a corpus; unknown words become <unk>."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llm_jax.data.sources.text_checks import utf8
 SPECIALS = ('<pad>', '<bos>', '<eos>', '<unk>')  # ids 0 to 3; words follow
 UNK = 3
 
-# A name or word, a digit or a mark, each with the space before it; a line's end with the next line's indentation; other
-# space. Every character is in one match. Digits stand alone: numbers are endless, and would be <unk> one by one.
+# A name or word, a digit or a mark, each with the space before it; a newline with the next line's indentation; other
+# space. Every character is in one match. Digits are single words, as most numbers would be <unk>.
 PATTERN = r' ?[^\W\d]\w*| ?\d| ?[^\w\s]|\n[ \t]*|[^\S\n]+'
 
 
 class WordTokenizer:
-  """Words by falling frequency, each one id."""
+  """One id per word, in order of falling frequency."""
 
   lossless = False
 
@@ -48,7 +48,7 @@ class _Ids(dict):
 def fit_word(texts: Iterable[str], vocab_size: int, min_frequency: int, pattern: str | None) -> WordTokenizer:
   """The words that occur `min_frequency` times or more, the most frequent first, ties by text, `vocab_size` at most."""
   if vocab_size <= len(SPECIALS):
-    raise ConfigError(f'vocab_size={vocab_size} leaves no word beside {", ".join(SPECIALS)}; give 5 or more')
+    raise ConfigError(f'vocab_size={vocab_size} leaves no word beside {", ".join(SPECIALS)}; set 5 or more')
   regex = _compiled(pattern or PATTERN)
   counts: Counter[str] = Counter()
   for text in texts:

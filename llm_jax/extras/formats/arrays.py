@@ -21,12 +21,12 @@ from llm_jax.data.formats.records import as_documents, content
 from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
-_PIECE_BYTES = 1 << 20  # of the file, read at once
-_MAX_CHUNK_BYTES = 256 << 20  # of an HDF5 data set: one is in memory at a time
+_PIECE_BYTES = 1 << 20  # read from the file at once
+_MAX_CHUNK_BYTES = 256 << 20  # limit for chunks of an HDF5 data set, which are held in memory one at a time
 
 
 def npy(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """Integers [n]: one document; [m, n]: one a row; strings [n]: one each. Read in pieces; never unpickled."""
+  """Integers [n]: one document; [m, n]: one per row; strings [n]: one each. Read in pieces, never unpickled."""
   with _numpy_errors(file), open_stream(file.path) as stream:
     size = file.path.stat().st_size if codec_of(file.path) is None else None
     yield from _array(file, config, stream, size)
@@ -39,30 +39,31 @@ def npz(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
       info = members[_only(file, list(members), config)]
       if expands_too_much(info.compress_size, info.file_size):
         raise DataError(f'{file.path}: {info.filename} expands from {info.compress_size} to {info.file_size} bytes, '
-                        'as a bomb would; if you trust it, save it with numpy.savez, which does not compress')
+                        'like a bomb; if you trust it, save it with numpy.savez, which does not compress')
       with archive.open(info) as stream:
         yield from _array(file, config, stream, info.file_size)
 
 
 def _array(file: File, config: SourceConfig, stream: IO[bytes], size: int | None) -> Iterator[Document | BadRecord]:
-  """Documents of one array in .npy format, which takes `size` bytes where that is known."""
+  """Documents of one array in .npy format; `size`: bytes of the stream, if known."""
   version = np.lib.format.read_magic(stream)
   read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
   if read_header is None:
-    raise DataError(f'{file.path}: .npy version {version}, of arrays with named fields; save one field alone')
+    raise DataError(f'{file.path}: .npy version {version} is for arrays with named fields; save one field as an array')
   shape, fortran_order, dtype = read_header(stream)
   if dtype.hasobject:
-    raise DataError(f'{file.path}: holds Python objects, which only unpickling reads, and that runs code; save it with '
+    raise DataError(f'{file.path}: holds Python objects, which need unpickling, and that runs code; save it with '
                     'a dtype of integers or strings')
   if dtype.kind not in 'iuSU' or not (len(shape) == 1 or (len(shape) == 2 and dtype.kind in 'iu')):
-    raise DataError(f'{file.path}: an array of {dtype} {list(shape)}; integers [n], [m, n] or strings [n] are wanted')
+    raise DataError(f'{file.path}: an array of {dtype} {list(shape)}; it must hold integers [n] or [m, n], '
+                    'or strings [n]')
   if fortran_order and len(shape) == 2 and min(shape) > 1:
-    raise DataError(f'{file.path}: its rows are not in order (Fortran order); save numpy.ascontiguousarray of it')
+    raise DataError(f'{file.path}: stored in Fortran order; save numpy.ascontiguousarray(array) instead')
   row_items = shape[1] if len(shape) == 2 else 1
   row_bytes, stated = row_items * dtype.itemsize, stream.tell() + math.prod(shape) * dtype.itemsize
   if size is not None and stated != size:
     raise DataError(f'{file.path}: {dtype} {list(shape)} takes {stated} bytes; the file has {size}: it is '
-                    f'{"truncated" if size < stated else "followed by something else"}; get it anew')
+                    f'{"truncated" if size < stated else "followed by something else"}; get it again')
   if not row_bytes:
     raise DataError(f'{file.path}: {dtype} {list(shape)} has rows of 0 bytes')
   blocks = _blocks(file, stream, shape[0], row_bytes, dtype)
@@ -76,7 +77,7 @@ def _array(file: File, config: SourceConfig, stream: IO[bytes], size: int | None
 
 
 def _texts(block: np.ndarray) -> Iterator[str | bytes | BadRecord]:
-  """Items of an array of strings; NumPy makes broken ones of numbers that are no character, so these are left out."""
+  """Items of an array of strings; a BadRecord for items with numbers beyond Unicode, which NumPy would let pass."""
   if block.dtype.kind == 'S':
     yield from block.tolist()
     return
@@ -84,20 +85,20 @@ def _texts(block: np.ndarray) -> Iterator[str | bytes | BadRecord]:
   is_bad = codes.max(axis=1, initial=0) > 0x10FFFF
   for begin, end in itertools.pairwise([0, *np.flatnonzero(np.diff(is_bad)) + 1, len(block)]):
     if is_bad[begin]:
-      yield from [BadRecord('', 'it holds a number that is no character')] * (end - begin)
+      yield from [BadRecord('', 'it holds a number that is not a character')] * (end - begin)
     else:
       yield from block[begin:end].tolist()
 
 
 def _blocks(file: File, stream: IO[bytes], num_rows: int, row_bytes: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-  """The items of some rows at a time. Raises DataError when the stream ends early or goes on."""
+  """The items, some rows at a time. Raises DataError when the stream is too short or too long."""
   at_once = max(1, _PIECE_BYTES // row_bytes)
   for begin in range(0, num_rows, at_once):
     wanted = min(at_once, num_rows - begin) * row_bytes
     data = stream.read(wanted)
     if len(data) < wanted:
       raise DataError(f'{file.path}: truncated: it ends in row {begin + len(data) // row_bytes + 1} of {num_rows}; '
-                      'get the file anew')
+                      'get the file again')
     yield np.frombuffer(data, dtype)
   if stream.read(1):
     raise DataError(f'{file.path}: more follows the array of {num_rows} rows')
@@ -117,13 +118,13 @@ def _long_ids(file: File, blocks: Iterable[np.ndarray]) -> Iterator[Document | B
 
 
 def hdf5(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """The data set that config.field names by its path inside, or the only one.
+  """The data set whose path in the file is config.field, or the only one.
 
-  A file cut short is always told. A bit that flipped inside values of variable length, which have no checksum, may not
-  be, and can even hang the HDF5 library.
+  Strings [n], of fixed or variable length: one document each; integers [n]: one document, in pieces; integers [m, n]
+  and ragged integers (of variable length) [n]: one per row.
 
-  Strings [n], of any or of fixed length: one document each; integers [n]: one document, in pieces; [m, n] and ragged
-  (of variable length) [n]: one a row.
+  A truncated file is always an error. A flipped bit inside values of variable length, which have no checksum, may go
+  unnoticed, and can even hang the HDF5 library.
   """
   try:
     import h5py
@@ -147,12 +148,12 @@ def _hdf5_documents(file: File, config: SourceConfig, data: Any, h5py: Any) -> I
   is_text = h5py.check_string_dtype(data.dtype) is not None
   is_ids = data.dtype.kind in 'iu' or (vlen is not None and np.dtype(vlen).kind in 'iu')
   if not (is_text or is_ids) or data.ndim not in ((1, 2) if data.dtype.kind in 'iu' else (1,)):
-    raise DataError(f'{file.path}: {data.name} is {data.dtype} {list(data.shape)}; integers [n] or [m, n], or '
-                    'strings or ragged integers [n] are wanted')
+    raise DataError(f'{file.path}: {data.name} is {data.dtype} {list(data.shape)}; it must be integers [n] or '
+                    '[m, n], or strings or ragged integers [n]')
   if data.dtype.kind == 'O':
     _check_lengths(file, data)
   row_bytes = data.dtype.itemsize * math.prod(data.shape[1:])
-  # Of ragged rows the size is not known before they are read.
+  # The size of ragged rows is unknown before they are read.
   at_once = 64 if data.dtype.kind == 'O' else max(1, _PIECE_BYTES // max(1, row_bytes))
   blocks = (data[begin:begin + at_once] for begin in range(0, len(data), at_once))
   if data.ndim == 1 and data.dtype.kind in 'iu':
@@ -162,10 +163,10 @@ def _hdf5_documents(file: File, config: SourceConfig, data: Any, h5py: Any) -> I
 
 
 def _check_hdf5(file: File, data: Any) -> None:
-  """Raises DataError for what lies in other files, was not written whole, or is a bomb."""
+  """Raises DataError for a data set that is stored in another file, incomplete, or a decompression bomb."""
   where = f'{file.path}: {data.name}'
   if data.external or data.is_virtual:
-    raise DataError(f'{where} lies in another file; copy it into this one with h5repack, or name that file')
+    raise DataError(f'{where} is stored in another file; copy it into this one with h5repack, or use that file')
   stored = data.id.get_storage_size()
   if data.size and not stored:
     raise DataError(f'{where} was never written')
@@ -174,18 +175,18 @@ def _check_hdf5(file: File, data: Any) -> None:
   if data.chunks is not None:
     num_chunks = math.prod(-(-size // chunk) for size, chunk in zip(data.shape, data.chunks, strict=True))
     if data.id.get_num_chunks() < num_chunks:
-      raise DataError(f'{where} was not written whole: {data.id.get_num_chunks()} of {num_chunks} chunks are there')
+      raise DataError(f'{where} is incomplete: {data.id.get_num_chunks()} of {num_chunks} chunks were written')
     if math.prod(data.chunks) * data.dtype.itemsize > _MAX_CHUNK_BYTES:
       raise DataError(f'{where} has chunks {list(data.chunks)}, above {_MAX_CHUNK_BYTES >> 20} MB each; use h5repack')
   if expands_too_much(stored, data.nbytes):
-    raise DataError(f'{where} expands from {stored} to {data.nbytes} bytes, as a bomb would; if you trust it, '
+    raise DataError(f'{where} expands from {stored} to {data.nbytes} bytes, like a bomb; if you trust it, '
                     'decompress it with h5repack -f NONE')
 
 
 def _check_lengths(file: File, data: Any) -> None:
-  """Raises DataError for a ragged row longer than the file, which HDF5 would set memory aside for before it looks.
+  """Raises DataError for a ragged row longer than the file, for which HDF5 would allocate memory unchecked.
 
-  A row's place holds uint32 length, uint64 address, uint32 index; it is looked at where it is stored as it is.
+  A row's entry is uint32 length, uint64 address, uint32 index; entries are checked only if stored without filters.
   """
   size, num_rows = file.path.stat().st_size, data.size
   if data.chunks is None:
@@ -198,17 +199,17 @@ def _check_lengths(file: File, data: Any) -> None:
     return
   with open(file.path, 'rb') as stream:
     for offset, num_bytes in parts:
-      if offset is None:  # within the head of the data set
+      if offset is None:  # stored in the header of the data set
         continue
       stream.seek(offset)
       lengths = np.frombuffer(stream.read(num_bytes), '<u4')[::4]
       if lengths.size and lengths.max() > size:
         raise DataError(f'{file.path}: damaged: {data.name} has a row of length {lengths.max()} (at byte '
-                        f'{offset + 16 * int(lengths.argmax())}), and the file has {size} bytes; get it anew')
+                        f'{offset + 16 * int(lengths.argmax())}), and the file has {size} bytes; get it again')
 
 
 def _only(file: File, names: list[str], config: SourceConfig) -> str:
-  """The name that config.field says, or the only one. Raises DataError."""
+  """config.field if it is among `names`, or the only name. Raises DataError."""
   wanted = config.field.strip('/') if config.field is not None else None
   if wanted in names:
     return wanted

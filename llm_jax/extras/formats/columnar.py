@@ -19,11 +19,11 @@ from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 _BATCH_ROWS = 256
-_STREAM_END = b'\xff\xff\xff\xff\0\0\0\0'  # of an Arrow IPC stream that was closed
+_STREAM_END = b'\xff\xff\xff\xff\0\0\0\0'  # end marker of an Arrow IPC stream
 
 
 def parquet(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """A document a row, read by batches; its columns are the fields."""
+  """One document per row, read in batches; the columns are the fields."""
   pa = _pyarrow()
   import pyarrow.parquet
 
@@ -35,7 +35,7 @@ def parquet(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
 
 
 def arrow(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """A document a row of an Arrow IPC file or stream, or a Feather file (version 2), mapped into memory."""
+  """One document per row of an Arrow IPC file or stream, or a Feather file (version 2), mapped into memory."""
   pa = _pyarrow()
   with _errors(file.path, 'Arrow', pa):
     with _open_arrow(file.path, pa) as (schema, batches):
@@ -44,15 +44,15 @@ def arrow(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
 
 
 def huggingface(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """A folder that `save_to_disk` made (of several splits 'train'), or 'hf:NAME' or 'hf:NAME/CONFIG' of the hub.
+  """The train split of a folder made by `save_to_disk`, or of 'hf:NAME' or 'hf:NAME/CONFIG' on the Hugging Face hub.
 
-  A folder is read by pyarrow alone; the hub's train split is streamed by the package `datasets`.
+  A folder is read by pyarrow alone; the hub is streamed by the package `datasets`.
   """
   return to_documents(_hub_rows(file.name) if file.name.startswith('hf:') else _saved_rows(file, config), config)
 
 
 def _saved_rows(file: File, config: SourceConfig) -> Iterator[tuple[str, str, Any]]:
-  """Rows of all shards in turn, numbered through."""
+  """Rows of all shards in order, numbered across shards."""
   folder = file.path
   if (folder / 'dataset_dict.json').exists():
     splits = _read_json(folder / 'dataset_dict.json').get('splits', [])
@@ -61,11 +61,11 @@ def _saved_rows(file: File, config: SourceConfig) -> Iterator[tuple[str, str, An
     folder = folder / 'train'
   state = _read_json(folder / 'state.json')
   if state.get('_indices_files'):
-    raise DataError(f'{folder}: saved with a table of indices by an old version of datasets; load it and save it anew')
-  try:  # files of this folder, whatever the JSON says
+    raise DataError(f'{folder}: saved with a table of indices by an old version of datasets; load it and save it again')
+  try:  # only files in this folder, whatever paths the JSON has
     paths = [folder / Path(entry['filename']).name for entry in state['_data_files']]
   except (KeyError, TypeError):
-    raise DataError(f'{folder / "state.json"}: names no data files; save the set anew') from None
+    raise DataError(f'{folder / "state.json"}: names no data files; save the data set again') from None
   pa, number = _pyarrow(), 0
   for path in paths:
     with _errors(path, 'Arrow', pa), _open_arrow(path, pa) as (schema, batches):
@@ -76,8 +76,8 @@ def _saved_rows(file: File, config: SourceConfig) -> Iterator[tuple[str, str, An
 
 
 def _hub_rows(name: str) -> Iterator[tuple[str, str, Any]]:
-  elsewhere = ('without a network, save it elsewhere with save_to_disk of the package datasets, and set '
-               'config.data.path to that folder')
+  elsewhere = ('without a network, save it elsewhere with save_to_disk of the package datasets, copy the folder, and '
+               'set config.data.path to it')
   try:
     _reach_hub()
   except OSError as e:
@@ -91,13 +91,13 @@ def _hub_rows(name: str) -> Iterator[tuple[str, str, Any]]:
     rows = datasets.load_dataset('/'.join(parts[:2]), '/'.join(parts[2:]) or None, split='train', streaming=True)
     for i, row in enumerate(rows, 1):
       yield f'{name}:{i}', f'{name}, row {i}', row
-  except Exception as e:  # the package lets errors of a dozen others through
-    raise DataError(f'{name}: cannot be had from the Hugging Face hub ({type(e).__name__}: {_first_line(e)}); '
+  except Exception as e:  # errors of a dozen other packages come through
+    raise DataError(f'{name}: cannot be loaded from the Hugging Face hub ({type(e).__name__}: {_first_line(e)}); '
                     f'{elsewhere}') from None
 
 
 def _reach_hub() -> None:
-  """Raises OSError in seconds, where `datasets` would try for half a minute; behind a proxy it may try."""
+  """Raises OSError in seconds, where `datasets` would retry for half a minute. Skipped behind a proxy."""
   hub = urlsplit(os.environ.get('HF_ENDPOINT', 'https://huggingface.co'))
   if 'HF_HUB_OFFLINE' not in os.environ and not urllib.request.getproxies():
     socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
@@ -111,17 +111,17 @@ def _open_arrow(path: Path, pa: Any) -> Iterator[tuple[Any, Iterable[Any]]]:
       reader = pa.ipc.open_file(source)
       yield reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
       return
-    # pyarrow takes a stream that breaks off between two batches for a whole one.
+    # pyarrow accepts a stream that was cut between two batches.
     source.seek(max(0, source.size() - len(_STREAM_END)))
     if source.read() != _STREAM_END:
-      raise DataError(f'{path}: truncated, or not an Arrow file: it does not end as a stream does; get it anew')
+      raise DataError(f'{path}: truncated, or not an Arrow file: its end marker is missing; get it again')
     source.seek(0)
     reader = pa.ipc.open_stream(source)
     yield reader.schema, reader
 
 
 def _columns(schema: Any, config: SourceConfig, path: Path) -> list[str]:
-  """The columns that make up a document. Raises DataError when they are not there or not clear."""
+  """The columns that make up a document. Raises DataError when they are missing or ambiguous."""
   if len(set(schema.names)) < len(schema.names):
     raise DataError(f'{path}: two columns have the same name: {", ".join(schema.names)}')
   fields = choose_fields({field.name: _stand_in(field.type) for field in schema}, config, str(path))
@@ -136,7 +136,7 @@ def _columns(schema: Any, config: SourceConfig, path: Path) -> list[str]:
 
 
 def _stand_in(kind: Any) -> Any:
-  """A value as the rows of a column of this type hold."""
+  """An example of a value in a column of this type."""
   import pyarrow.types as types
 
   kind = kind.value_type if types.is_dictionary(kind) else kind
@@ -170,13 +170,13 @@ def _rows(batches: Iterable[Any], file: File, pa: Any) -> Iterator[tuple[str, st
 
 
 def _readable(column: Any, pa: Any) -> Any:
-  """The column, checked to point into its own buffers alone; text as bytes, so a row that is not UTF-8 fails alone."""
+  """The column, with its offsets validated; text as bytes, so that of rows that are not UTF-8 each is a BadRecord."""
   if pa.types.is_dictionary(column.type):
     column.validate(full=True)
     column = column.dictionary_decode()
   as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
   if column.type in as_bytes:
-    column = column.view(as_bytes[column.type])  # touches no byte, so it is safe before the check
+    column = column.view(as_bytes[column.type])  # reads no data, so it is safe before validation
   column.validate(full=True)
   return column
 
@@ -207,9 +207,9 @@ def _read_json(path: Path) -> dict[str, Any]:
   try:
     value = json.loads(path.read_bytes())
   except (OSError, ValueError) as e:
-    raise DataError(f'{path}: cannot be read ({_first_line(e)}); a folder that save_to_disk made is wanted') from None
+    raise DataError(f'{path}: cannot be read ({_first_line(e)}); expected a folder made by save_to_disk') from None
   if not isinstance(value, dict):
-    raise DataError(f'{path}: is no JSON object; a folder that save_to_disk made is wanted')
+    raise DataError(f'{path}: is not a JSON object; expected a folder made by save_to_disk')
   return value
 
 

@@ -1,7 +1,7 @@
-"""Pickles: refused as a source; and read, as plain data alone, for the command that converts them.
+"""Pickles: rejected as a source; the command that converts them reads those of plain data.
 
-The unpickler knows built-in containers, text, bytes, numbers and NumPy arrays, and calls nothing of NumPy with what the
-pickle says before it is checked; whatever else a pickle names ends it.
+The unpickler accepts built-in containers, text, bytes, numbers and NumPy arrays, and checks all arguments from the
+pickle before it passes them to NumPy. Any other name in a pickle is an error.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _MAX_DEPTH = 8
 
 
 def pickle_refused(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """A reader that reads nothing: unpickling runs whatever code the file names."""
+  """Raises DataError for every file, because unpickling runs any code that the file names."""
   del config
   raise DataError(f'{file.path}: pickles are not read, because loading one runs the code that it names; '
                   f'{_COMMAND} {file.path} OUTPUT.parquet reads one that holds only data, and runs none')
 
 
 class _Dtype:
-  """What a pickle says of a dtype; made into one only after a check, for NumPy trusts its state."""
+  """A dtype as a pickle describes it; checked before NumPy makes a dtype of it, as NumPy trusts the state."""
 
   def __init__(self, spec: Any, align: bool = False, copy: bool = False):
     del align, copy
@@ -43,15 +43,15 @@ class _Dtype:
     self.order = state[1]
 
   def dtype(self) -> np.dtype:
-    """Raises DataError but for plain numbers, text and objects."""
+    """The NumPy dtype. Raises DataError if it is not one of numbers, text or objects."""
     dtype = np.dtype(self.spec) if isinstance(self.spec, str) else np.dtype('V')
     if dtype.kind not in 'biufcSUO' or self.order not in ('<', '>', '|', '='):
-      raise DataError(f'a pickled array has dtype {self.spec!r}; numbers, strings and objects are known')
+      raise DataError(f'a pickled array has dtype {self.spec!r}; only numbers, strings and objects are allowed')
     return dtype.newbyteorder(self.order)
 
 
 class _Array:
-  """An array in the making: pickles make an empty one and then set its state."""
+  """An array under construction: pickles make an empty array and then set its state."""
 
   def __init__(self, *of_an_empty_one: Any):
     del of_an_empty_one
@@ -68,7 +68,7 @@ class _Array:
 
 
 class _Type:
-  """Stands for numpy.ndarray, which pickles only name; cannot be called."""
+  """Placeholder for numpy.ndarray, which pickles only mention; cannot be called with arguments."""
 
 
 def _from_buffer(data: bytes, dtype: _Dtype, shape: tuple, order: Any) -> _Array:
@@ -82,13 +82,13 @@ def _scalar(dtype: _Dtype, data: bytes) -> Any:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-  """Old protocols write bytes as text; other codecs than this one may do anything."""
+  """The bytes that old protocols write as text; other codecs than Latin-1 may run code."""
   if encoding not in ('latin1', 'latin-1'):
     raise DataError(f'it asks for the codec {encoding!r}')
   return text.encode('latin1')
 
 
-# (module, name) as pickles say -> what stands in for it. NumPy 1 calls `numpy.core` what NumPy 2 calls `numpy._core`.
+# (module, name) in a pickle -> its replacement here. NumPy 1's `numpy.core` is NumPy 2's `numpy._core`.
 _ALLOWED: dict[tuple[str, str], Callable] = {
     **{(module, kind.__name__): kind for module in ('builtins', '__builtin__')
        for kind in (set, frozenset, bytearray, bytes, complex, list, dict, tuple, str, int, float, bool)},
@@ -103,19 +103,19 @@ _ALLOWED: dict[tuple[str, str], Callable] = {
 
 
 class _Unpickler(pickle.Unpickler):
-  """Finds only what is allowed."""
+  """Resolves only the names in _ALLOWED."""
 
   def find_class(self, module: str, name: str) -> Any:
     if (module, name) not in _ALLOWED:
-      raise DataError(f'it asks for {module}.{name}, which is no plain data; nothing was run. '
-                      'Load it where you trust it, and save plain lists, dicts and arrays')
+      raise DataError(f'it asks for {module}.{name}, which is not plain data; nothing was run. '
+                      'If you trust it, load it yourself and save plain lists, dicts and arrays')
     return _ALLOWED[module, name]
 
 
 def load_plain(path: Path) -> Any:
-  """What a pickle of plain data holds, its numeric arrays as such and all other ones as lists.
+  """The value in a pickle of plain data; numeric arrays stay arrays, all others become lists.
 
-  Raises DataError for whatever is no plain data, is damaged, nested deeply, or so full of repetition as to be a bomb.
+  Raises DataError if it is not plain data, is damaged, nested too deeply, or expands like a bomb.
   """
   try:
     with open_stream(path) as stream:
@@ -124,7 +124,7 @@ def load_plain(path: Path) -> Any:
         raise DataError('more follows the first pickle; save one object')
     size = _size(value, {}, _MAX_DEPTH)
     if expands_too_much(path.stat().st_size, size):
-      raise DataError(f'it would expand to {size} bytes by repeating what it holds')
+      raise DataError(f'it would expand to {size} bytes by repeating its objects')
     return _plain(value)
   except UserError as e:
     raise DataError(str(e) if str(path) in str(e) else f'{path}: {e}') from None
@@ -133,7 +133,7 @@ def load_plain(path: Path) -> Any:
 
 
 def _size(value: Any, known: dict[int, int], depth: int) -> int:
-  """Bytes that the value takes with all repetition written out; each object is looked at once."""
+  """Bytes of the value with every repeated object counted each time; each object is visited once."""
   if id(value) in known:
     return known[id(value)]
   if depth == 0:

@@ -19,7 +19,7 @@ from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConf
 
 _AT_ONCE = 64  # records
 _CRC_BLOCK = 4096  # bytes
-# tf.train.Example, in the words of google.protobuf's own schema.
+# The schema of tf.train.Example, as a FileDescriptorProto in text format.
 _EXAMPLE = '''
 name: "example.proto" package: "llm_jax" syntax: "proto3"
 message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
@@ -41,21 +41,21 @@ message_type { name: "Example"
 
 
 def arrayrecord(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """A document a record; what a record is, its `kind`, is told by the first one, as for tfrecord."""
+  """One document per record; the first record determines the kind of all, as in tfrecord."""
   return to_documents(_named(file, _array_records(file), config), config)
 
 
 def tfrecord(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """A document a record. Checksums are verified; a file that ends between two records cannot be told from a whole one.
+  """One document per record. Checksums are verified, but a file cut between two records looks complete.
 
-  The first record decides what all are: a tf.train.Example if it parses as one with a feature in it and nothing else; a
-  JSON object if it parses as one; else UTF-8 text.
+  The first record determines the kind of all: a tf.train.Example if it parses as one with features and no unknown
+  fields; a JSON object if it parses as one; else UTF-8 text.
   """
   return to_documents(_named(file, _tf_records(file, config), config), config)
 
 
 def _named(file: File, records: Iterable[bytes | BadRecord], config: SourceConfig) -> Iterator[tuple[str, str, Any]]:
-  """(name, where, mapping of fields) of each record. Plain text is the field 'text', or what config.field says."""
+  """(name, where, mapping of fields) of each record. Plain text becomes the field config.field, or 'text'."""
   kind = None
   for i, record in enumerate(records, 1):
     name, where = f'{file.name}:{i}', f'{file.path}, record {i}'
@@ -79,7 +79,7 @@ def _kind(record: bytes) -> str:
 
 
 def _parse_example(record: bytes) -> dict[str, Any] | None:
-  """Features by name, a list of one as its item, but integers always as an array. None: not an Example."""
+  """Features by name; a list of one value as that value, integers always as an array. None: not an Example."""
   from google.protobuf import message
 
   try:
@@ -133,20 +133,20 @@ def _array_records(file: File) -> Iterator[bytes]:
     for number in range(0, count, _AT_ONCE):
       yield from reader.read(number, min(number + _AT_ONCE, count))
     if not reader.ok():
-      raise ValueError('the reader met an error')
+      raise ValueError('the reader reported an error')
   except (RuntimeError, ValueError, IndexError, OSError) as e:
     raise DataError(f'{file.path}, after record {number}: damaged or truncated, or not ArrayRecord: '
                     f'{str(e)[:200].splitlines()[0]}') from None
 
 
 def _tf_records(file: File, config: SourceConfig) -> Iterator[bytes | BadRecord]:
-  """Bytes of the records: uint64 length, its checksum, the bytes, their checksum."""
+  """The records' bytes. In the file, each has uint64 length, checksum of the length, bytes, checksum of the bytes."""
   with open_stream(file.path) as stream:
     offset = 0
     while header := stream.read(12):
       where = f'{file.path} at byte {offset}'
       if len(header) < 12:
-        raise DataError(f'{where}: truncated: it ends inside the head of a record; get the file anew')
+        raise DataError(f'{where}: truncated: it ends inside the head of a record; get the file again')
       length, checksum = struct.unpack('<QI', header)
       if masked_crc32c(header[:8]) != checksum:
         raise DataError(f'{where}: damaged, or not TFRecord: the checksum of a length differs')
@@ -156,9 +156,9 @@ def _tf_records(file: File, config: SourceConfig) -> Iterator[bytes | BadRecord]
       else:
         data = stream.read(length + 4)
         if len(data) < length + 4:
-          raise DataError(f'{where}: truncated: it ends inside a record of {length} bytes; get the file anew')
+          raise DataError(f'{where}: truncated: it ends inside a record of {length} bytes; get the file again')
         if masked_crc32c(data[:-4]) != struct.unpack('<I', data[-4:])[0]:
-          raise DataError(f'{where}: damaged: the checksum of a record differs; get the file anew')
+          raise DataError(f'{where}: damaged: the checksum of a record differs; get the file again')
         yield data[:-4]
       offset += 12 + length + 4
 
@@ -167,18 +167,18 @@ def _skip(stream: BinaryIO, count: int, where: str) -> None:
   while count:
     data = stream.read(min(count, 1 << 20))
     if not data:
-      raise DataError(f'{where}: truncated: it ends inside a record; get the file anew')
+      raise DataError(f'{where}: truncated: it ends inside a record; get the file again')
     count -= len(data)
 
 
 def masked_crc32c(data: bytes) -> int:
-  """The checksum of TFRecord: CRC-32C, turned by 15 bits, plus a constant."""
+  """The checksum of TFRecord: CRC-32C, rotated by 15 bits, plus a constant."""
   crc = crc32c(data)
   return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def crc32c(data: bytes) -> int:
-  """CRC-32C (Castagnoli, RFC 3720) by blocks: each byte's share is looked up by how many bytes follow it."""
+  """CRC-32C (Castagnoli, RFC 3720) by blocks: a byte's contribution is looked up by the number of bytes after it."""
   table, crc = _crc_table(), 0xFFFFFFFF
   for begin in range(0, len(data), _CRC_BLOCK):
     block = np.frombuffer(data, np.uint8, min(_CRC_BLOCK, len(data) - begin), begin).copy()

@@ -1,4 +1,4 @@
-"""Reader of SQLite databases, by the standard library's module; nothing but reading is let through."""
+"""Reader of SQLite databases, by the standard library's module; only reading is allowed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 _READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-_TEXT_TYPES = ('CHAR', 'CLOB', 'TEXT')  # in a declared type they make a text column: SQLite's rule of affinity
+_TEXT_TYPES = ('CHAR', 'CLOB', 'TEXT')  # a declared type that contains one is text (SQLite's affinity)
 
 
 def sqlite(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """A document for each row of config.query, whose columns are the fields; or of the only table with text in it.
+  """One document per row of config.query, or of the only table with a text column; the columns are the fields.
 
-  Raises ConfigError for a query that is wrong, or does more than read.
+  Raises ConfigError for a query that is invalid or does more than read.
   """
   return to_documents(_rows(file, config), config)
 
@@ -35,7 +35,7 @@ def _rows(file: File, config: SourceConfig) -> Iterator[tuple[str, str, Any]]:
       columns = [column[0] for column in rows.description]
       twice = next((name for name in columns if columns.count(name) > 1), None)
       if twice is not None:
-        raise ConfigError(f'config.data.query: two columns are called {twice!r}; name one of them with AS')
+        raise ConfigError(f'config.data.query: two columns are called {twice!r}; rename one of them with AS')
       for i, row in enumerate(rows, 1):
         yield f'{file.name}:{i}', f'{file.path}, row {i}', dict(zip(columns, row, strict=True))
   except sqlite3.Error as e:
@@ -50,11 +50,11 @@ def _open(file: File) -> sqlite3.Connection:
 
 
 def _check_size(file: File, database: sqlite3.Connection) -> None:
-  """Raises DataError for a last page cut short, which SQLite takes for zeros; pages missing altogether it reports."""
+  """Raises DataError for an incomplete last page, which SQLite fills with zeros; it reports missing pages itself."""
   page_size = database.execute('PRAGMA page_size').fetchone()[0]
   size = file.path.stat().st_size
   if size % page_size:
-    raise DataError(f'{file.path}: truncated: {size} bytes are no multiple of its page size, {page_size}')
+    raise DataError(f'{file.path}: truncated: {size} bytes is not a multiple of its page size, {page_size}')
 
 
 def _run(file: File, database: sqlite3.Connection, query: str) -> sqlite3.Cursor:
@@ -63,13 +63,13 @@ def _run(file: File, database: sqlite3.Connection, query: str) -> sqlite3.Cursor
   try:
     rows = database.execute(query)
   except (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.Warning) as e:
-    # 1: SQL that is wrong; 23: not authorized. What else there is lies in the file.
+    # 1: invalid SQL; 23: not authorized. Other errors are caused by the file.
     if getattr(e, 'sqlite_errorcode', 1) & 0xFF in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_AUTH):
-      raise ConfigError(f'config.data.query {query!r} on {file.path}: {e}; one SELECT is wanted, and reads alone are '
-                        'allowed') from None
+      raise ConfigError(f'config.data.query {query!r} on {file.path}: {e}; it must be one SELECT, which only '
+                        'reads') from None
     raise
   if rows.description is None:
-    raise ConfigError(f'config.data.query {query!r}: gives no rows; one SELECT is wanted')
+    raise ConfigError(f'config.data.query {query!r}: gives no rows; it must be one SELECT')
   return rows
 
 
@@ -82,7 +82,8 @@ def _only_table(file: File, database: sqlite3.Connection) -> str:
       for (declared,) in database.execute('SELECT type FROM pragma_table_info(?)', (name,)) for word in _TEXT_TYPES)]
   if len(with_text) != 1:
     found = f'tables with text: {", ".join(with_text)}' if with_text else f'tables: {", ".join(names) or "none"}'
-    raise DataError(f"{file.path}: not one table with a text column ({found}); set config.data.query to a SELECT")
+    raise DataError(f'{file.path}: expected one table with a text column, found {found}; set config.data.query to a '
+                    'SELECT')
   quoted = with_text[0].replace('"', '""')
   return f'SELECT * FROM "{quoted}"'
 
