@@ -1,8 +1,8 @@
 """AGIFORMER's large model (see docs/seeds.md) on enwik8: 768 wide, 8 layers. For an accelerator.
 
-  python -m llm_jax.main --config=configs/bytes_large.py
+  llm-jax train --config=configs/bytes_large.py
 
-Not run yet: the data cannot be reached from where this was written.
+Not run yet: the data could not be downloaded where this was written.
 """
 
 from llm_jax.config import base

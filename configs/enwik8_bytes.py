@@ -1,10 +1,10 @@
 """AGIFORMER's medium model (see docs/seeds.md) on enwik8: bytes in patches of 4, three thinking steps.
 
-  python -m llm_jax.main --config=configs/enwik8_bytes.py
+  llm-jax train --config=configs/enwik8_bytes.py
 
-Their figure: 2.2578 bits per character after these 5000 steps, by their code over the first 1,103 bytes of the
-validation part (20 batches of 4 rows, each row one byte after the last). Not run here yet: the data (35 MB, fetched
-once) cannot be reached from where this was written.
+The authors report 2.2578 bits per character after these 5000 steps; their code measures it over the first 1,103 bytes
+of the validation part (20 batches of 4 rows, each row one byte after the last). Not run here yet: the data (35 MB,
+downloaded once) could not be reached where this was written.
 """
 
 from llm_jax.config import base

@@ -1,10 +1,10 @@
 """GPT-2 small's shape (124M parameters) on the source code of Python's standard library.
 
-  python -m llm_jax.main --config=configs/gpt_small.py
+  llm-jax train --config=configs/gpt_small.py
 
-On CPUs (see on_cpu): val/loss 4.38 on the 16,384 tokens that are evaluated while it runs, 4.34 (1.66 bits per byte) on
-the whole validation part, after 700 steps: 1 min 24 s on two cores of a Zen 5 EPYC, 10 minutes on two of an older Xeon.
-The full size has not been timed yet.
+Result on CPUs (see on_cpu), after 700 steps: val/loss 4.38 on the 16,384 tokens that are evaluated during the run,
+4.34 (1.66 bits per byte) on the whole validation part. 1 min 24 s on two cores of a Zen 5 EPYC, 10 minutes on two
+cores of an older Xeon. The full size has not been timed yet.
 """
 
 from llm_jax.config import base

@@ -1,10 +1,10 @@
-"""Half the time: what reaches plain AdamW's last loss on the default corpus in half of its time, and by which part.
+"""Half the time: what reaches plain AdamW's last loss on the default corpus in half of its time, and by which part?
 
   llm-jax sweep --config=configs/half_time.py --workdir=runs/half_time
   python -m benchmarks.half_time --workdir=runs/half_time
 
-Muon with a stable, then falling rate ends at 4.479, 4.503, 4.478 after 175 steps, AdamW at 4.519, 4.785, 4.716 after
-400: in 0.35 to 0.48 of the time on two cores of a 2.5 GHz Xeon. All figures are in docs/seeds.md.
+Result: Muon with a stable, then falling rate ends at 4.479, 4.503, 4.478 after 175 steps, AdamW at 4.519, 4.785,
+4.716 after 400. It takes 0.35 to 0.48 of the time on two cores of a 2.5 GHz Xeon. All figures are in docs/seeds.md.
 """
 
 from llm_jax.config import base

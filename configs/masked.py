@@ -1,10 +1,10 @@
-"""Tells hidden tokens of code from both sides (BERT's objective): reconstruction, by a decoder that sees everything.
+"""Predicts hidden tokens of code from both sides (BERT's objective), with a decoder that attends in both directions.
 
   python configs/data/make_functions.py
-  python -m llm_jax.main --config=configs/masked.py
+  llm-jax train --config=configs/masked.py
 
-46.1% of hidden tokens told right (64.0% among the five likeliest), after 10 min on two busy cores of a 2.5 GHz Xeon.
-The commonest token between the same two neighbours: 39.2% (python -m benchmarks.baselines).
+Result: 46.1% of hidden tokens predicted right (64.0% among the five most likely), after 10 min on two busy cores of a
+2.5 GHz Xeon. The most common token between the same two neighbours: 39.2% (python -m benchmarks.baselines).
 """
 
 from llm_jax.config import base

@@ -1,15 +1,15 @@
-"""A small model on data of your own: name it on the command line.
+"""A small model on data of your own, which you name on the command line.
 
-  python -m llm_jax.main --config=configs/my_data.py --config.data.path='notes/**/*.md'
-  python -m llm_jax.main --config=configs/my_data.py --config.data.path=pairs.jsonl --config.data.task=prompt_answer \
+  llm-jax train --config=configs/my_data.py --config.data.path='notes/**/*.md'
+  llm-jax train --config=configs/my_data.py --config.data.path=pairs.jsonl --config.data.task=prompt_answer \
       --config.data.packing=best_fit
 
-The README ("Your data") has a line for each format. Look before you train, with the same flags:
+docs/data.md has a line for each format. Look before you train, with the same flags:
 
   llm-jax data inspect --config=configs/my_data.py --config.data.path='notes/**/*.md' --out=data.png
 
-Without a path it takes Python's standard library. Llama's parts (RoPE, RMSNorm, SwiGLU) in 30 M parameters; on CPUs
-in 2.5 M (see on_cpu). Neither size has been trained to its end yet: the result depends on what you bring.
+Without a path it takes Python's standard library. It has Llama's parts (RoPE, RMSNorm, SwiGLU) in 30 M parameters, on
+CPUs in 2.5 M (see on_cpu). Neither size has been trained to its end yet: the result depends on your data.
 """
 
 from llm_jax.config import base
