@@ -279,8 +279,17 @@ class Source:
     values = json.loads(json.dumps(values))
     if {'optim.chain', 'optim.schedule'} & overrides.keys():
       values['optim'] = without_replaced(values.get('optim', {}), overrides)
+    if 'model.name' in overrides:
+      values['model'] = without_defaults(values.get('model', {}))
     override(values, overrides)
     return build(Config, values)
+
+
+def without_defaults(model: Mapping[str, Any]) -> dict[str, Any]:
+  """The model section without values that are only the defaults of the file's model; another model has its own."""
+  name = model.get('name', 'decoder')
+  defaults = to_dict(MODELS.settings(name)()) if name in MODELS else {}
+  return {field: value for field, value in model.items() if field == 'name' or value != defaults.get(field)}
 
 
 def load(path: str | Path) -> Source:

@@ -83,9 +83,13 @@ class MultiHead(nn.Module):
     y_BTNH = constrain(einsum('BTD,DNH->BTNH', x_BTD), 'act_batch', 'act_length', f'act_{axis}', None)
     if self.qk_norm and name != 'v':
       y_BTNH = RMSNorm(axis='head_dim', name=f'{name}_norm')(y_BTNH)
-    if self.rope_base and positions_BT is not None:
-      y_BTNH = apply_rope(y_BTNH, positions_BT, self.rope_base)
+    if positions_BT is not None:
+      y_BTNH = self.rotate(y_BTNH, positions_BT)
     return checkpoint_name(y_BTNH.astype(self.dtype), 'matmul')
+
+  def rotate(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """Queries or keys with rotary position embedding, if `rope_base` is set."""
+    return apply_rope(x_BTNH, positions_BT, self.rope_base) if self.rope_base else x_BTNH
 
   def output(self, y_BTNH: jax.Array) -> jax.Array:
     out = self.einsum(shape=(self.num_heads, self.head_dim, self.embed_dim), axes=('heads', 'head_dim', 'embed'),

@@ -11,6 +11,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
 
 from llm_jax.base.batch import Batch, Cache
 from llm_jax.base.builder import Sections, keep_named, sections
@@ -164,12 +165,16 @@ class Block(nn.Module):
     norm = make_norm(cfg)
     out_init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
-    attend = make_heads(cfg, Attention, out_init, name='attn')
+    attend = self.make_attention(out_init)
     h_BTD, cache = attend(norm(name='attn_norm')(x_BTD), positions_BT, visible, cache, window)
     x_BTD = x_BTD + dropout(h_BTD)
     mlp = make_mlp(cfg, out_init, name='mlp')
     x_BTD = x_BTD + dropout(mlp(norm(name='mlp_norm')(x_BTD)))
     return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed'), cache
+
+  def make_attention(self, out_init: Initializer) -> nn.Module:
+    """The attention layer, for subclasses to replace."""
+    return make_heads(self.cfg, Attention, out_init, name='attn')
 
 
 class Decoder(nn.Module):
@@ -179,6 +184,7 @@ class Decoder(nn.Module):
   reads = frozenset({'tokens', 'targets', 'loss_mask', 'positions', 'segment_ids', 'prefix_mask'})  # of a Batch
   needs: frozenset[str] = frozenset()  # of features that not every task gives
   prompt_in_row = True
+  block_type = Block  # for subclasses to replace
 
   def setup(self):
     cfg = self.cfg
@@ -187,7 +193,7 @@ class Decoder(nn.Module):
     if cfg.positions == 'learned':
       self.positions = Embed(cfg.max_len or 0, cfg.embed_dim, init, axes=('positions', 'embed'))
     self.dropout = nn.Dropout(cfg.dropout)
-    self.block = Block(cfg, parent=None)
+    self.block = self.block_type(cfg, parent=None)
     self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim))
     self.final_norm = make_norm(cfg)()
     if not cfg.tie_embeddings:
