@@ -196,7 +196,7 @@ def test_the_model_has_an_embedding_for_each_tokenizer():
   one = Data({}, eos, 257, 256, 256)
 
   def completed(data, model='encdec', **fields):
-    config = Config(model=MODELS[model][1](**fields), data=DataConfig(
+    config = Config(model=MODELS.settings(model)(**fields), data=DataConfig(
         task='seq2seq', packing='pad', tokenizer='byte', encoder_tokenizer='char' if data is two else None))
     return resolve(dataclasses.replace(config, eval=dataclasses.replace(config.eval, prompts=('ab',))), data).model
 

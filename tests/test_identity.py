@@ -1,15 +1,18 @@
 """What a run's data is: whatever changes its batches changes its fingerprint, and what is not its own is refused."""
 
+import dataclasses
 import json
 import os
 
 import numpy as np
 import pytest
 
+from llm_jax.base.builder import Sections
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.config import DataConfig
 from llm_jax.data.open import check_fingerprint, data_fingerprint, open_data
 from llm_jax.data.rows.examples import make_examples
+from llm_jax.data.rows.tasks import SpanCorruption
 from llm_jax.data.sources.corpus import Corpus, key_of
 from llm_jax.data.sources.documents import SourceConfig
 from llm_jax.data.sources.files import open_source
@@ -139,7 +142,7 @@ def test_sentinels_are_as_many_as_are_configured(tmp_path):
   (tmp_path / 'x.txt').write_text('many words to corrupt ' * 500)
   config, data = opened(tmp_path, tmp_path / 'x.txt', task='span_corruption', packing='pad', seq_len=1024,
                         encoder_len=2048)
-  config = DataConfig(**{**vars(config), 'span_corruption': type(config.span_corruption)(num_sentinels=200)})
+  config = dataclasses.replace(config, sections=Sections({'span_corruption': SpanCorruption(num_sentinels=200)}))
   task = config.task_settings
   assert task.num_sentinels == 200
   examples = make_examples(data.train['data'], task=task, seq_len=1024, encoder_len=2048, packing='pad',
