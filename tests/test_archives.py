@@ -10,8 +10,8 @@ import zipfile
 import pytest
 
 from llm_jax.base.errors import DataError, StorageError
-from llm_jax.data.sources import archives
-from llm_jax.data.sources.archives import unpack
+from llm_jax.extras import archives
+from llm_jax.extras.archives import unpack
 
 FILES = {'a.txt': b'ay', 'sub/b.bin': bytes(range(256)) * 400, 'sub/deep/empty': b'', 'sub/zeros': bytes(3000),
          'é 中.txt': b'sea', 'x' * 150 + '.txt': b'a name that needs a header of its own', 'last/zeros': bytes(5000)}

@@ -13,8 +13,8 @@ from llm_jax.data.open import open_data
 from llm_jax.data.pipeline import open_batches
 from llm_jax.data.sources.documents import SourceConfig
 from llm_jax.data.sources.filters import FilterConfig
-from llm_jax.data.streaming import Counters, Documents
 from llm_jax.data.tokenizers.tokenizer import decode
+from llm_jax.extras.streaming import Counters, Documents
 
 NUM_VAL = 6
 ROWS = 4

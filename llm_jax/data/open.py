@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
-from itertools import islice
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import numpy as np
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.config import DataConfig, cache_dir
+from llm_jax.data.loaders import LOADERS
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.rows.examples import Examples, make_examples
 from llm_jax.data.rows.order import VERSION as ORDER_VERSION
 from llm_jax.data.sources import fetch
 from llm_jax.data.sources.corpus import PARTS, Corpus, fit_tokenizer, key_of, make_store, memory_stores
-from llm_jax.data.sources.documents import Document, SourceConfig
+from llm_jax.data.sources.documents import SourceConfig
 from llm_jax.data.sources.fetch import shown
 from llm_jax.data.sources.files import Source, open_source
 from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Report
@@ -68,9 +68,9 @@ def open_data(config: DataConfig) -> Data:
   """Opens the stores; makes those that are not in the cache. Raises DataError, ConfigError, StorageError."""
   sources = config.named_sources
   if config.streaming:
-    return _open_streams(config)
+    return LOADERS['stream'].open(config)
   bins = {name: found for name, source in sources.items() if (found := _bins(config, source))}
-  corpora = {name: _corpus(config, name, source) for name, source in sources.items() if name not in bins}
+  corpora = {name: open_corpus(config, name, source) for name, source in sources.items() if name not in bins}
   tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
   if bins and tokenizer is not None and not _takes_ids(config):
     raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is fitted to texts, but '
@@ -90,7 +90,7 @@ def open_data(config: DataConfig) -> Data:
                         f'2 or more (config.data.split {config.split}, val_fraction {config.val_fraction}{counts})')
       if tokenizer is not None:
         _check_tokens(source, splits[split][name], tokenizer, encoder_tokenizer, is_bin=name in bins)
-  return dataclasses.replace(_data(config, splits, tokenizer, encoder_tokenizer), reports=reports)
+  return dataclasses.replace(data_of(config, splits, tokenizer, encoder_tokenizer), reports=reports)
 
 
 def open_examples(config: DataConfig, data: Data, tokens: TokenStore, *, train: bool) -> Examples:
@@ -102,7 +102,7 @@ def open_examples(config: DataConfig, data: Data, tokens: TokenStore, *, train: 
       eos_id=data.eos_id, encoder_tokenizer=data.encoder_tokenizer, score_once=not train)
 
 
-def _data(config: DataConfig, splits: dict[str, dict[str, TokenStore]], tokenizer: Tokenizer | None,
+def data_of(config: DataConfig, splits: dict[str, dict[str, TokenStore]], tokenizer: Tokenizer | None,
           encoder_tokenizer: Tokenizer | None = None) -> Data:
   if tokenizer is not None:
     return Data(splits, tokenizer, len(tokenizer.token_bytes), tokenizer.bos_id, tokenizer.eos_id,
@@ -149,35 +149,7 @@ def _in_prompts(tokens: TokenStore, begin: int, end: int) -> np.ndarray:
   return (places > 0) & (places < tokens.answers[documents])
 
 
-def _open_streams(config: DataConfig) -> Data:
-  corpora = {name: _corpus(config, name, source) for name, source in config.named_sources.items()}
-  tokenizer, _ = _tokenizer(config, config.tokenizer, corpora)
-  if tokenizer is None:
-    raise ConfigError('config.data.streaming: the vocabulary of a stream of token ids is unknown; set '
-                      'config.data.tokenizer to their tokenizer, or train from a token store (streaming=False)')
-  held = None if config.split != 'count' else config.val_documents + config.test_documents
-  splits: dict[str, dict[str, TokenStore]] = {split: {} for split in SPLITS}
-  for name, corpus in corpora.items():
-    for side, tokens in memory_stores(streaming_held_out(corpus, held), ('val', 'test'), tokenizer).items():
-      if len(tokens.tokens):
-        splits[side][name] = tokens
-  if not splits['val']:
-    raise DataError(f'config.data.path: {config.path} gives no validation documents; set '
-                    'config.data.split=count and val_documents, or config.data.val_path')
-  return dataclasses.replace(_data(config, splits, tokenizer), streams=corpora)
-
-
-def streaming_held_out(corpus: Corpus, most: int | None) -> Iterator[tuple[str, Document]]:
-  """The documents set aside for val and test: the first `most` of a corpus, or all of those splits' own paths."""
-  for side, source in corpus.sides:
-    part = dataclasses.replace(corpus, sides=((side, source),))
-    if side is None and not most:
-      continue
-    for _, dealt in islice(part.documents({**part.start(), 'seen': Deduplicator()}), most if side is None else None):
-      yield from (pair for pair in dealt if pair[0] != 'train')
-
-
-def _corpus(config: DataConfig, name: str, source: SourceConfig) -> Corpus:
+def open_corpus(config: DataConfig, name: str, source: SourceConfig) -> Corpus:
   sides: list[tuple[str | None, Source]] = [(None, open_source(source, cache_dir(config)))]
   split = SplitConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SplitConfig)})
   for side, path in (('val', source.val_path), ('test', source.test_path)):
@@ -195,7 +167,7 @@ def _tokenizers(config: DataConfig, corpora: dict[str, Corpus],
   """(tokenizer, the prompts' own tokenizer or None, cache key of both). Raises ConfigError."""
   reader = config.encoder_tokenizer
   if reader is None:
-    tokenizer, key = _tokenizer(config, config.tokenizer, corpora)
+    tokenizer, key = tokenizer_of(config, config.tokenizer, corpora)
     return tokenizer, None, key
   path = f'config.data.encoder_tokenizer: {reader}'
   for name, source in config.named_sources.items():
@@ -206,11 +178,11 @@ def _tokenizers(config: DataConfig, corpora: dict[str, Corpus],
     if first is not None and not (isinstance(first.text, str) and isinstance(first.answer, str)):
       raise ConfigError(f'{path} is for texts, but {shown(source.path)} holds token ids; set it to None')
   [(tokenizer, key), (encoder_tokenizer, encoder_key)] = (
-      _tokenizer(config, name, corpora, (part,)) for name, part in ((config.tokenizer, 'answer'), (reader, 'text')))
+      tokenizer_of(config, name, corpora, (part,)) for name, part in ((config.tokenizer, 'answer'), (reader, 'text')))
   return tokenizer, encoder_tokenizer, key_of([key, encoder_key])
 
 
-def _tokenizer(config: DataConfig, name: str, corpora: dict[str, Corpus],
+def tokenizer_of(config: DataConfig, name: str, corpora: dict[str, Corpus],
                parts: tuple[str, ...] = PARTS) -> tuple[Tokenizer | None, str]:
   if name == 'none' or not corpora or any(corpus.holds_ids() for corpus in corpora.values()):
     if name == 'byte':
@@ -291,7 +263,7 @@ def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
                          for pair in dealt), ('val',), tokenizer, encoder_tokenizer)['val']
   if len(val.tokens) < 2:
     raise DataError(f'--data: {path} gives {len(val.tokens)} token(s); it needs 2 or more')
-  data = _data(config, {'train': {}, 'val': {'data': val}, 'test': {}}, tokenizer, encoder_tokenizer)
+  data = data_of(config, {'train': {}, 'val': {'data': val}, 'test': {}}, tokenizer, encoder_tokenizer)
   if encoder_tokenizer is not None:  # two vocabularies: the ids fit their tokenizers
     return data
   return dataclasses.replace(data, vocab_size=max(data.vocab_size, _max_id(val) + 1))

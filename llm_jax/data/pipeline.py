@@ -16,14 +16,13 @@ import numpy as np
 from absl import flags
 
 from llm_jax.base.batch import Batch
-from llm_jax.base.errors import ConfigError
 from llm_jax.data.config import DataConfig
+from llm_jax.data.loaders import LOADERS
 from llm_jax.data.open import Data, open_examples
 from llm_jax.data.rows.examples import Examples
 from llm_jax.data.rows.mixture import Mixture
 from llm_jax.data.rows.order import order
 from llm_jax.data.rows.tasks import Features
-from llm_jax.data.streaming import Counters, train_stream, with_tuples
 
 KEPT_BYTES = 256 << 20  # a source whose rows fit in here keeps them in memory, instead of making them every epoch
 # Batches made per wake-up of the prefetch thread: the smallest of these three limits, but at least one batch.
@@ -116,7 +115,7 @@ class Batches:
   """This host's batches, one per step. From a store, the step alone determines the batch."""
 
   iterator: Generator[Features, None, None] | grain.DatasetIterator
-  counters: Counters | None = None  # of a stream
+  counters: Any = None  # of a stream: an object whose attributes are logged
   rows_per_epoch: float = float('inf')  # infinite for several sources and for streams
 
   def __next__(self) -> Features:
@@ -148,19 +147,7 @@ def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray
     lengths = [len(examples) for examples in sources.values()]
     return Batches(prefetched(batches, begin, config.num_workers),
                    rows_per_epoch=lengths[0] if len(lengths) == 1 else float('inf'))
-  weights = [source.weight[0] for source in config.named_sources.values()]
-  counters = Counters()
-  iterator = train_stream(
-      data.streams, weights, data.tokenizer, seq_len=config.seq_len, rows=rows, num_rows=num_rows, seed=seed,
-      shuffle_buffer=config.shuffle_buffer, cache_bytes=config.cache_mb << 20, mask_documents=config.mask_documents,
-      counters=counters)
-  if begin:
-    if states is None or len(states) != num_processes:
-      raise ConfigError(f'config.data.streaming: the checkpoint holds the stream state of {len(states or [])} '
-                        f'process(es), but this run has {num_processes}; resume with the same number, or train from a '
-                        'token store (streaming=False) in another --workdir')
-    iterator.set_state(with_tuples(states[process]))
-  return Batches(iterator, counters)
+  return LOADERS['stream'].batches(config, data, num_rows, rows, seed, begin, states, process, num_processes)
 
 
 def prefetched(batches: Callable[[np.ndarray], Features], begin: int,

@@ -14,6 +14,8 @@ TABLE: dict[str, dict[str, str]] = {
                'huggingface': 'formats.columnar', 'hdf5': 'formats.arrays', 'npy': 'formats.arrays',
                'npz': 'formats.arrays', 'arrayrecord': 'formats.record_files', 'tfrecord': 'formats.record_files',
                'pickle': 'formats.pickles'},
+    'loader': {'stream': 'streaming'},
+    'unpacker': {'archive': 'archives'},
     'exporter': {'packed': 'bitnet_pack'},
     'validator': {'wgsl': 'wgsl'},
 }

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.formats.registry import FORMATS, format_of
-from llm_jax.data.sources import archives, fetch, named
+from llm_jax.data.loaders import UNPACKERS
+from llm_jax.data.sources import fetch, named
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.xz', '.tar.bz2', '.tar.zst')
@@ -78,7 +79,7 @@ def _locate(config: SourceConfig, cache_dir: Path) -> list[File]:
   files = []
   for file in found:
     if file.path.is_file() and file.name.lower().endswith(ARCHIVES):
-      unpacked = archives.unpack(file.path, cache_dir)
+      unpacked = UNPACKERS['archive'](file.path, cache_dir)
       files += [File(f'{file.name}/{inner.name}', inner.path) for inner in _below(unpacked, str(file.path))]
     else:
       files.append(file)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.data.sources import archives, fetch
+from llm_jax.data.loaders import UNPACKERS
+from llm_jax.data.sources import fetch
 from llm_jax.data.sources.documents import Document, File, SourceConfig
 
 ENWIK8_URL = 'http://mattmahoney.net/dc/enwik8.zip'  # the environment variable LLM_JAX_ENWIK8_URL overrides it
@@ -33,7 +34,7 @@ def enwik8(cache_dir: Path, url: str | None = None, size: int = ENWIK8_SIZE, sha
   """The first 10^8 bytes of a Wikipedia dump of 2006, checked at every call. Raises DataError, StorageError."""
   url = url or os.environ.get('LLM_JAX_ENWIK8_URL') or ENWIK8_URL
   archive = fetch.fetch(url, None, cache_dir) if fetch.is_url(url) else Path(url).expanduser()
-  folder = archives.unpack(archive, cache_dir)
+  folder = UNPACKERS['archive'](archive, cache_dir)
   path, problem = folder / 'enwik8', 'it holds no file enwik8'
   if path.is_file():
     with open(path, 'rb') as f:

@@ -9,15 +9,24 @@ the validation documents are set aside in advance.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import grain
 import numpy as np
 
-from llm_jax.base.errors import DataError
-from llm_jax.data.sources.corpus import Corpus
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.base.registry import NoSettings, register
+from llm_jax.data.config import DataConfig
+from llm_jax.data.loaders import LOADERS
+from llm_jax.data.open import Data, data_of, open_corpus, tokenizer_of
+from llm_jax.data.pipeline import Batches
+from llm_jax.data.sources.corpus import Corpus, memory_stores
 from llm_jax.data.sources.documents import Document
 from llm_jax.data.sources.filters import Deduplicator
+from llm_jax.data.sources.splits import SPLITS
+from llm_jax.data.stores.store import TokenStore
 from llm_jax.data.stores.writer import encode
 from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
@@ -138,3 +147,57 @@ def with_tuples(state: Any) -> Any:
   if isinstance(state, dict):
     return {key: with_tuples(value) for key, value in state.items()}
   return tuple(map(with_tuples, state)) if isinstance(state, list | tuple) else state
+
+
+def streaming_held_out(corpus: Corpus, most: int | None) -> Iterator[tuple[str, Document]]:
+  """The documents set aside for val and test: the first `most` of a corpus, or all of those splits' own paths."""
+  for side, source in corpus.sides:
+    part = dataclasses.replace(corpus, sides=((side, source),))
+    if side is None and not most:
+      continue
+    for _, dealt in islice(part.documents({**part.start(), 'seen': Deduplicator()}), most if side is None else None):
+      yield from (pair for pair in dealt if pair[0] != 'train')
+
+
+class Stream:
+  """The loader `stream`."""
+
+  @staticmethod
+  def open(config: DataConfig) -> Data:
+    """The validation documents in memory, and the corpora to stream. Raises ConfigError, DataError."""
+    corpora = {name: open_corpus(config, name, source) for name, source in config.named_sources.items()}
+    tokenizer, _ = tokenizer_of(config, config.tokenizer, corpora)
+    if tokenizer is None:
+      raise ConfigError('config.data.streaming: the vocabulary of a stream of token ids is unknown; set '
+                        'config.data.tokenizer to their tokenizer, or train from a token store (streaming=False)')
+    held = None if config.split != 'count' else config.val_documents + config.test_documents
+    splits: dict[str, dict[str, TokenStore]] = {split: {} for split in SPLITS}
+    for name, corpus in corpora.items():
+      for side, tokens in memory_stores(streaming_held_out(corpus, held), ('val', 'test'), tokenizer).items():
+        if len(tokens.tokens):
+          splits[side][name] = tokens
+    if not splits['val']:
+      raise DataError(f'config.data.path: {config.path} gives no validation documents; set '
+                      'config.data.split=count and val_documents, or config.data.val_path')
+    return dataclasses.replace(data_of(config, splits, tokenizer), streams=corpora)
+
+  @staticmethod
+  def batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray, seed: int, begin: int,
+              states: list[dict] | None, process: int, num_processes: int) -> Batches:
+    """See pipeline.open_batches. Raises ConfigError if the state was saved by a different number of processes."""
+    weights = [source.weight[0] for source in config.named_sources.values()]
+    counters = Counters()
+    iterator = train_stream(
+        data.streams, weights, data.tokenizer, seq_len=config.seq_len, rows=rows, num_rows=num_rows, seed=seed,
+        shuffle_buffer=config.shuffle_buffer, cache_bytes=config.cache_mb << 20, mask_documents=config.mask_documents,
+        counters=counters)
+    if begin:
+      if states is None or len(states) != num_processes:
+        raise ConfigError(f'config.data.streaming: the checkpoint holds the stream state of {len(states or [])} '
+                          f'process(es), but this run has {num_processes}; resume with the same number, or train from '
+                          'a token store (streaming=False) in another --workdir')
+      iterator.set_state(with_tuples(states[process]))
+    return Batches(iterator, counters)
+
+
+register(LOADERS, 'stream', Stream, NoSettings)

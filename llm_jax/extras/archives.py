@@ -19,7 +19,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from llm_jax.base.errors import DataError, StorageError
+from llm_jax.base.registry import NoSettings, register
 from llm_jax.data.formats.compression import FREE_BYTES, MAX_RATIO, expands_too_much, open_stream
+from llm_jax.data.loaders import UNPACKERS
 from llm_jax.data.sources.fetch import aside
 
 MAX_FILES = 1_000_000
@@ -216,3 +218,6 @@ class _Recent:
 
   def since(self, position: int) -> bytes:
     return self.recent[max(0, len(self.recent) - (self.count - position)):] if position < self.count else b''
+
+
+register(UNPACKERS, 'archive', unpack, NoSettings)
