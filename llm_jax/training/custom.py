@@ -82,7 +82,8 @@ def with_custom(config: Config, custom: Custom) -> Config:
   """The config with the custom parts named in it. Raises ConfigError where it names one that is not given."""
   if custom.model is not None:
     config = replace(config, model=CustomModel(
-        vocab_size=getattr(custom.model, 'vocab_size', None), description=describe(custom.model)))
+        vocab_size=getattr(custom.model, 'vocab_size', None) or config.model.vocab_size,
+        description=describe(custom.model)))
   if custom.loss is not None:
     term = CustomLoss(description=describe(custom.loss))
     config = replace(config, loss=LossConfig(terms=(NAME,), sections=Sections({NAME: term})))
