@@ -2,8 +2,8 @@
 
   python launch/local.py --num_processes=2 --devices=2 -- --config=configs/gpt_small.py --config.num_steps=100
 
-What follows `--` goes to llm_jax.main. The output of process 0 is shown; that of another one only where it failed in
-its own way. Ctrl-C and SIGTERM are passed on; the exit code is that of the first process that failed.
+Arguments after `--` go to llm_jax.main. The output of process 0 is shown; that of another process only if it failed
+differently. Ctrl-C and SIGTERM are forwarded; the exit code is that of the first process that failed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> int:
   args = parser.parse_args()
   flags = args.rest[1:] if args.rest[:1] == ['--'] else args.rest
 
-  # Kept until the loop below, so that each reaches every process, also one that is not yet started.
+  # Signals are queued for the loop below, so that each reaches all processes, including those not yet started.
   signals: list[int] = []
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: signals.append(number))
@@ -38,13 +38,13 @@ def main() -> int:
         'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(args.devices), 'JAX_NUM_PROCESSES': str(args.num_processes),
         'JAX_PROCESS_ID': str(i), 'JAX_COORDINATOR_ADDRESS': address, 'JAX_COORDINATOR_BIND_ADDRESS': address}
     output = None if i == 0 else tempfile.TemporaryFile('w+')  # noqa: SIM115
-    # A session of its own: the terminal's Ctrl-C reaches a process once, through us.
+    # Its own session, so that the terminal's Ctrl-C reaches a process once, through this launcher.
     processes.append(subprocess.Popen([sys.executable, '-m', 'llm_jax.main', '--distributed', *flags], env=env,
                                       stdout=output, stderr=output and subprocess.STDOUT, start_new_session=True))
     outputs.append(output)
   print(f'processes {" ".join(str(process.pid) for process in processes)}, coordinator {address}', flush=True)
 
-  ended: list[int] = []  # in time: the first that failed is the cause, the others its victims
+  ended: list[int] = []  # in order of time: the first failure is the cause, later ones are consequences
   deadline = float('inf')
   while len(ended) < len(processes):
     time.sleep(0.1)
@@ -53,14 +53,14 @@ def main() -> int:
     if any(processes[i].returncode for i in ended):
       deadline = min(deadline, time.monotonic() + 60)
     if time.monotonic() > deadline:
-      signals.append(signal.SIGKILL)  # those that wait for the failed one, and jax did not end
+      signals.append(signal.SIGKILL)  # for processes that still wait for the failed one
     while signals:
       number = signals.pop(0)
       for i in running:
-        processes[i].send_signal(number)  # does nothing to one that has ended
+        processes[i].send_signal(number)  # has no effect on a process that has ended
   codes = [code if code >= 0 else 128 - code for code in (process.returncode for process in processes)]
   for i, (code, output) in enumerate(zip(codes, outputs, strict=True)):
-    # The same message once; but 1 is a traceback, and that of process 0 may be no more than the loss of this one.
+    # A UserError is shown once. Exit code 1 is a traceback, and that of process 0 may only report the loss of this one.
     if output is not None and code and (code == 1 or code != codes[0]):
       output.seek(0)
       print(f'--- process {i} ended with {code}:\n{output.read()[-4000:]}', file=sys.stderr)

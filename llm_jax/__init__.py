@@ -9,7 +9,7 @@ __all__ = ['load', 'load_config', 'train']
 
 
 def __getattr__(name: str) -> Any:
-  """load_config, train and load, once asked for: JAX is not started by an import."""
+  """Imports load_config, train and load on first use, so that importing llm_jax does not start JAX."""
   if name not in __all__:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   from llm_jax.base import runtime

@@ -10,18 +10,18 @@ from llm_jax.main import run_as_program
 # Command: (module below llm_jax, what it does).
 COMMANDS = {
     'train': ('main', 'train a model from a config file'),
-    'generate': ('commands.generate', 'write text with a trained run'),
+    'generate': ('commands.generate', 'generate text with a trained run'),
     'evaluate': ('commands.evaluate', 'measure losses, metrics and answers of a trained run'),
-    'predict': ('commands.predict', 'print classes, numbers or embeddings of texts'),
+    'predict': ('commands.predict', 'predict classes, numbers or embeddings of texts'),
     'export': ('commands.export', 'write a run as safetensors, config and tokenizer'),
-    'plot': ('commands.plot', 'draw metrics of runs'),
-    'inspect': ('commands.inspect_run', "print and draw a run's weights and activations by layer"),
-    'schedules': ('commands.schedules', "draw a config's learning rate"),
-    'check': ('commands.check', 'report devices and packages, and whether a config would run'),
-    'sweep': ('extras.sweep', "train every trial of a config's sweep"),
+    'plot': ('commands.plot', 'plot metrics of runs'),
+    'inspect': ('commands.inspect_run', "print and plot a run's weights and activations by layer"),
+    'schedules': ('commands.schedules', "plot a config's learning rate"),
+    'check': ('commands.check', 'report devices and packages, and whether a config runs'),
+    'sweep': ('extras.sweep', "train all trials of a config's sweep"),
     'data prepare': ('commands.data_prepare', 'tokenize the data of a config into the cache'),
-    'data inspect': ('commands.data_inspect', 'print statistics of data, and draw them'),
-    'data convert': ('extras.convert', 'convert pickles and PyTorch files to files that are read'),
+    'data inspect': ('commands.data_inspect', 'print and plot statistics of data'),
+    'data convert': ('extras.convert', 'convert a pickle to Parquet without running its code'),
 }
 
 

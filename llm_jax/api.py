@@ -1,4 +1,4 @@
-"""Training and use of models from Python, for notebooks and scripts.
+"""The Python API, for notebooks and scripts: load configs, train, and use trained runs.
 
   config = llm_jax.load_config('configs/gpt_small.py', **{'optim.learning_rate': 3e-4})
   training = llm_jax.train(config, 'runs/mine')
@@ -37,17 +37,17 @@ Callback = Callable[[Event], Any]
 
 
 def load_config(path: str | Path, *, full_size: bool = False, **overrides: Any) -> Config:
-  """The Config of a file, or of a run's config.json, with `overrides` by path ('optim.learning_rate': 3e-4).
+  """Loads a Config from a file or a run's config.json, with `overrides` by path ('optim.learning_rate': 3e-4).
 
-  Without an accelerator the file's on_cpu applies, unless `full_size`. Raises ConfigError, all problems at once.
+  Without an accelerator the file's on_cpu is applied, unless `full_size`. Raises ConfigError with all problems.
   """
   return config_lib.load(path).resolve(overrides, cpu_only=only_cpus() and not full_size)
 
 
 class Training:
-  """A run that is trained while it is iterated: each round gives the metrics of a logged step, and its 'step'.
+  """A run that trains while it is iterated over; each iteration yields the 'step' and metrics of a logged step.
 
-  Its methods may be called between two rounds; after a break, iterating again resumes from the last checkpoint.
+  Methods may be called between two iterations. After a break, iterating again resumes from the last checkpoint.
   """
 
   def __init__(self, config: Config, workdir: str | Path, custom: Custom):
@@ -63,15 +63,15 @@ class Training:
       self._event = None
 
   def validate(self) -> dict[str, float]:
-    """'val/loss' and so on, with the current weights. Raises ConfigError if the training is not under way."""
+    """Evaluates the current weights: {'val/loss': ...}. Raises ConfigError if the training is not running."""
     return self._now().validate()
 
   def save(self) -> None:
-    """Writes a checkpoint now, and waits until it is durable."""
+    """Writes a checkpoint now and waits until it is complete on disk."""
     self._now().save()
 
   def generate(self, prompt: str = '', **options: Any) -> str:
-    """See Trained.generate; with the last checkpoint, if the training is not under way."""
+    """Trained.generate with the current weights, or with the last checkpoint if the training is not running."""
     if self._event is not None:
       return Trained(self._event.read(), self.workdir).generate(prompt, **options)
     return load(self.workdir, model=self._custom.model).generate(prompt, **options)
@@ -86,20 +86,21 @@ class Training:
 
   def _now(self) -> Event:
     if self._event is None:
-      raise ConfigError('the training is not under way: ask between two rounds, or llm_jax.load(...) what is finished')
+      raise ConfigError('the training is not running: call this between two iterations, or use llm_jax.load(...) for a '
+                        'finished run')
     return self._event
 
 
 def train(config: Config, workdir: str | Path = 'runs/run', *, model: nn.Module | None = None,
           tx: optax.GradientTransformation | None = None, loss: LossFunction | None = None, data: Any = None,
           callbacks: Iterable[Callback] | Callback = ()) -> Training:
-  """A run in `workdir`, which begins, or resumes, when it is iterated.
+  """A run in `workdir` that starts, or resumes, when it is iterated over.
 
-  What is None is as the config says. `model`: a Flax module that maps tokens [B, T] to logits [B, T, V] (an NNX module
-  through flax.nnx.bridge.to_linen). `tx`: an Optax transformation. `loss`: a function (logits [B, T, V], batch) ->
-  (losses, weights), both [B, T]. `data`: an iterable or Grain dataset of texts, of dicts with `text` and perhaps
-  `answer` or `label`, or of batches with `tokens` and `targets` [B, T]. `callbacks`: functions called with each logged
-  step, an Event. Raises UserErrors.
+  Arguments replace parts of the config; None keeps them. `model`: a Flax module that maps tokens [B, T] to logits
+  [B, T, V] (an NNX module through flax.nnx.bridge.to_linen). `tx`: an Optax transformation. `loss`: a function
+  (logits [B, T, V], batch) -> (losses, weights), both [B, T]. `data`: an iterable or Grain dataset of texts, of dicts
+  with `text` and optionally `answer` or `label`, or of batches with `tokens` and `targets` [B, T]. `callbacks`:
+  functions called with the Event of each logged step. Raises UserErrors.
   """
   custom = Custom(model, tx, loss, callbacks=as_callbacks(callbacks))
   if data is not None and given.holds_batches(data):
@@ -112,10 +113,10 @@ def train(config: Config, workdir: str | Path = 'runs/run', *, model: nn.Module 
 
 def load(workdir: str | Path, checkpoint: str | int = 'latest', *, model: nn.Module | None = None,
          loss: LossFunction | None = None, plugin: Iterable[str] = (), trust: bool = False) -> Trained:
-  """The run in `workdir` at 'latest', 'best' or a step.
+  """Loads the run in `workdir` at 'latest', 'best' or a step.
 
-  `model` and `loss` are those that were passed to `train`, `plugin` the files or modules that the run needs; with
-  `trust` the copies in the folder are executed. Raises UserErrors (see base/errors.py).
+  `model` and `loss` are those passed to `train`, `plugin` the plug-ins (files or modules) of the run; with `trust` the
+  copies in the folder are executed. Raises UserErrors (see base/errors.py).
   """
   plugins.load_all(plugin)
   mesh = make_mesh(MeshConfig())

@@ -1,8 +1,8 @@
-"""The root Config, and the one door to it: a strict builder from nested dicts to frozen dataclasses.
+"""The root Config, and loading of config files.
 
-A config file is Python: `get_config()` returns a ConfigDict made by `base()`; `on_cpu(config)`, where it has one,
-changes it for a machine that has only CPUs. What the command line sets wins over both. Past this door only
-dataclasses exist.
+A config file is Python: `get_config()` returns a ConfigDict made by `base()`; an optional `on_cpu(config)` changes it
+for machines without an accelerator. The command line overrides both. The strict builder (base/builder.py) turns the
+result into frozen dataclasses; the rest of the package uses only these.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ class EvalConfig:
   """When to evaluate, on how much of the validation part, and what to sample."""
 
   every: int = 250  # steps
-  max_tokens: int | None = None  # evenly spread over the validation part; None: all of it
+  max_tokens: int | None = None  # evenly spread over the validation part; None: all
   prompts: tuple[str, ...] = ('',)  # one sample each; '' starts a new document
   sample_tokens: int = 128  # 0: no samples
   temperature: float = 0.8
   top_k: int = 0
-  monitor: str = 'val/loss'  # the result by which a checkpoint is the best, and by which patience is lost
-  mode: Literal['min', 'max'] = 'min'  # of the better one of two
-  patience: int = 0  # evaluations in a row, none better by min_delta, after which the run ends; 0: it does not
+  monitor: str = 'val/loss'  # the result that determines the best checkpoint and patience
+  mode: Literal['min', 'max'] = 'min'  # whether lower or higher results are better
+  patience: int = 0  # the run ends after this many evaluations without an improvement by min_delta; 0: never
   min_delta: float = 0.0
-  capabilities: tuple[str, ...] = ()  # 'val/accuracy > 0.5': the first step that has it is logged and kept
-  goal: str = ''  # a capability with which the run ends
-  answers: int = 0  # pairs of the validation part to answer, where the task has pairs
-  num_beams: int = 1  # of an answer; 1: greedy
-  metrics: tuple[str, ...] = ()  # names of METRICS, logged as val/NAME beside those of the losses
-  validator: str = ''  # of answers: one of validators.VALIDATORS, or a command that reads one and exits with 0 if valid
+  capabilities: tuple[str, ...] = ()  # conditions 'val/accuracy > 0.5': the first step that meets each is recorded
+  goal: str = ''  # a condition that ends the run
+  answers: int = 0  # number of prompts of the validation part to answer, for tasks with answers
+  num_beams: int = 1  # for answers; 1: greedy
+  metrics: tuple[str, ...] = ()  # additional metrics, names of METRICS, logged as val/NAME
+  validator: str = ''  # of answers: one of VALIDATORS, or a command that reads stdin and exits with 0 if it is valid
   sections: Sections = sections(METRICS)
 
   def __post_init__(self):
@@ -78,42 +78,42 @@ class EvalConfig:
 
   @property
   def conditions(self) -> tuple[str, ...]:
-    """What a run should reach."""
+    """The capabilities and the goal."""
     return tuple(dict.fromkeys([*self.capabilities, *([self.goal] if self.goal else [])]))
 
   @property
   def required_metrics(self) -> tuple[str, ...]:
-    """The results that are looked at, besides being logged."""
+    """The results that monitor and conditions use."""
     return (self.monitor, *(condition(text).metric for text in self.conditions))
 
 
 @dataclasses.dataclass(frozen=True)
 class StartConfig:
-  """Where a run begins: at nothing, at another run's weights, or, as a branch of it, with all of its state."""
+  """How a run starts: from scratch, from another run's weights, or as a branch with another run's whole state."""
 
-  run: str = ''  # the other run's workdir; '': at nothing
+  run: str = ''  # the other run's workdir; '': start from scratch
   checkpoint: str = 'latest'  # or best, or a step
-  whole: bool = False  # with the optimizer's state and the step, on the same data: a branch
+  whole: bool = False  # branch: also restore the optimizer state and the step; needs the same data
 
   def __post_init__(self):
     if not self.run and (self.whole or self.checkpoint != 'latest'):
-      raise ValueError('run must name the workdir that the run begins from')
+      raise ValueError('run must be set to the workdir of the other run if whole or checkpoint is set')
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-  """What is different from step `begin` on: 'batch_tokens=16384', 'data.seq_len=512', 'data.sources.code.weight=2'."""
+  """Settings that change at step `begin`: 'batch_tokens=16384', 'data.seq_len=512', 'data.sources.code.weight=2'."""
 
   begin: int = 0
   set: tuple[str, ...] = ()
 
   def __post_init__(self):
     if self.begin < 1:
-      raise ValueError(f'begin must be a step after the first; got {self.begin}')
+      raise ValueError(f'begin must be at least 1; got {self.begin}')
     for entry in self.set:
       name = entry.partition('=')[0]
       if '=' not in entry or name.split('.')[0] in FIXED_IN_STAGES:
-        raise ValueError(f'set holds {entry!r}; legal are FIELD=VALUE, of all but {", ".join(FIXED_IN_STAGES)}')
+        raise ValueError(f'set: each entry must be FIELD=VALUE, and not of {", ".join(FIXED_IN_STAGES)}; got {entry!r}')
 
 
 FIXED_IN_STAGES = ('model', 'optim', 'loss', 'mesh', 'num_steps', 'num_epochs', 'seed', 'start', 'stages')
@@ -126,7 +126,7 @@ class CheckpointConfig:
   every: int = 1000  # steps
   keep_last: int = 2
   keep_best: int = 1
-  keep_every: int | None = None  # steps: milestones, kept for good
+  keep_every: int | None = None  # steps: milestones, never deleted
 
   def __post_init__(self):
     for field, least in (('every', 1), ('keep_last', 1), ('keep_best', 0), ('keep_every', 1)):
@@ -137,7 +137,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """What is logged when, and who is told."""
+  """When to log, and the callbacks for logged steps."""
 
   every: int = 10  # steps
   callbacks: tuple[str, ...] = ()  # names of CALLBACKS, called with each logged step
@@ -152,17 +152,16 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """A whole run. Batches are counted in tokens; the number of microbatches follows."""
+  """The config of a whole run. Batch sizes are in tokens; the number of microbatches follows from them."""
 
   num_steps: int = 1000
-  num_epochs: float = 0.0  # passes over the training part, which then make num_steps; 0: num_steps says
+  num_epochs: float = 0.0  # passes over the training part, from which num_steps is computed; 0: use num_steps
   seed: int = 0
-  batch_tokens: int = 524288  # of one optimizer step, over all devices
-  # That one device works on at a time; None: as many as its memory holds.
-  tokens_per_device: int | None = 16384
+  batch_tokens: int = 524288  # tokens per optimizer step, over all devices
+  tokens_per_device: int | None = 16384  # tokens on one device at a time; None: as many as fit in its memory
   model: Any = variant(MODELS, 'decoder')
   start: StartConfig = StartConfig()
-  stages: dict[str, StageConfig] = dataclasses.field(default_factory=dict)  # by their names; see training/stages.py
+  stages: dict[str, StageConfig] = dataclasses.field(default_factory=dict)  # by name; see training/stages.py
   plugins: tuple[str, ...] = ()  # files or modules that register parts; see base/plugins.py
   data: DataConfig = DataConfig()
   loss: LossConfig = LossConfig()
@@ -178,29 +177,30 @@ class Config:
     if self.num_steps < 1:
       problems.append(f'num_steps must be at least 1; got {self.num_steps}')
     if self.num_epochs < 0 or (self.num_epochs and (self.stages or self.data.streaming or self.data.sources)):
-      problems.append(f'num_epochs {self.num_epochs} must be positive, and goes with one source that is no stream, '
-                      'without stages')
+      problems.append(f'num_epochs {self.num_epochs} must not be negative, and needs a single source without '
+                      'data.streaming and without stages; set num_steps instead')
     if self.stages and self.data.streaming:
-      problems.append('stages do not go with data.streaming, whose place is not told by the step alone')
+      problems.append('stages cannot be used with data.streaming, as the step does not determine the position in a '
+                      'stream; set data.streaming=False')
     if not 0 <= self.seed < 2**32:
-      problems.append(f'seed must lie in [0, 2^32); got {self.seed}')
+      problems.append(f'seed must be in [0, 2^32); got {self.seed}')
     if self.batch_tokens < 1 or self.batch_tokens % seq_len:
       near = max(1, self.batch_tokens // seq_len) * seq_len
       problems.append(f'batch_tokens {self.batch_tokens} is not a whole number of rows of data.seq_len {seq_len}; '
-                      f'nearest that are: {near}, {near + seq_len}')
+                      f'nearest possible: {near}, {near + seq_len}')
     if self.tokens_per_device is not None and self.tokens_per_device < seq_len:
-      problems.append(f'tokens_per_device {self.tokens_per_device} does not hold one row of data.seq_len {seq_len}; '
-                      f'the least is {seq_len}, or None for what the memory holds')
+      problems.append(f'tokens_per_device {self.tokens_per_device} is less than one row of data.seq_len {seq_len}; set '
+                      f'{seq_len} or more, or None to use what fits in memory')
     for longest, length in (('max_len', 'seq_len'), ('encoder_len', 'encoder_len')):
       most, needed = getattr(self.model, longest, None), getattr(self.data, length)
       if most is not None and most < needed:
         problems.append(f'model.{longest} {most} is less than data.{length} {needed}')
-    if not self.num_epochs:  # with which num_steps is not known yet
+    if not self.num_epochs:  # otherwise num_steps is not known yet
       problems += self.optim.misfits(self.num_steps)
       if self.profile.start > self.num_steps:
         problems.append(f'profile.start {self.profile.start} is beyond num_steps {self.num_steps}')
     if self.start.whole and self.stages:
-      problems.append('start.whole does not go with stages: a branch reads what its trunk read')
+      problems.append('start.whole cannot be used with stages: a branch reads the same data as its trunk')
     for part in (self.model, self.data, self.loss, self.optim):
       for settings in getattr(part, 'sections', {}).values():
         problems += getattr(settings, 'problems', lambda config: [])(self)
@@ -209,12 +209,12 @@ class Config:
 
   @property
   def writes(self) -> bool:
-    """Whether what is learnt can write text."""
+    """Whether the trained model can generate text."""
     return self.loss.writes and self.data.task_settings.writes
 
   @property
   def answers(self) -> bool:
-    """Whether it learns answers to prompts."""
+    """Whether the model learns answers to prompts."""
     return self.writes and self.data.task_settings.needs == 'answers' and not self.data.task_settings.whole
 
   @property
@@ -222,17 +222,17 @@ class Config:
     return self.batch_tokens // self.data.seq_len
 
   def split_batch(self, num_shards: int) -> tuple[int, int]:
-    """(rows that one shard holds at a time, number of microbatches) for a batch dealt to `num_shards` devices.
+    """(rows on a device at a time, number of microbatches) for a batch split over `num_shards` devices.
 
-    tokens_per_device None counts as the whole batch. Raises ConfigError, with the nearest batches that can be dealt,
-    when this one cannot.
+    tokens_per_device None counts as the whole batch. Raises ConfigError, with the nearest possible sizes, if the batch
+    cannot be split.
     """
     rows = self.rows_per_batch
     if rows % num_shards:
       step = num_shards * self.data.seq_len
       near = self.batch_tokens // step * step
       raise ConfigError(f'config.batch_tokens: {self.batch_tokens} tokens are {rows} rows, which {num_shards} devices '
-                        f'cannot share; nearest that they can: {", ".join(str(n) for n in (near, near + step) if n)}')
+                        f'cannot share; nearest possible: {", ".join(str(n) for n in (near, near + step) if n)}')
     rows //= num_shards
     most = (self.tokens_per_device or self.batch_tokens) // self.data.seq_len
     held = max(n for n in range(1, min(most, rows) + 1) if rows % n == 0)
@@ -240,7 +240,7 @@ class Config:
 
 
 class OpenSection(ml_collections.ConfigDict):
-  """A section of base() in which a registered name opens the section of its settings, at their defaults."""
+  """A section of base() that creates the settings of a registered entry, at their defaults, on first access."""
 
   def __init__(self, values: dict, registries: tuple[Registry, ...]):
     super().__init__(values)
@@ -255,7 +255,7 @@ class OpenSection(ml_collections.ConfigDict):
 
 
 def base(model: str = 'decoder') -> ml_collections.ConfigDict:
-  """Every field of Config at its default, with one of MODELS, as a locked ConfigDict: an unknown name fails."""
+  """All fields of Config at their defaults, with one of MODELS, as a locked ConfigDict that rejects unknown names."""
   config = Config(model=MODELS.settings(model)())
   values = ml_collections.ConfigDict(to_dict(config))
   for name in ('model', 'data', 'loss', 'optim', 'eval', 'log'):
@@ -266,15 +266,15 @@ def base(model: str = 'decoder') -> ml_collections.ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """What a config file says, before it is known what machine it runs on."""
+  """The contents of a config file, before the machine is known."""
 
   path: Path
   full: dict
-  on_cpu: dict | None  # the same with the file's on_cpu applied; None: it has none
-  trials: tuple[dict[str, Any], ...] = ()  # overrides of each trial of its sweep(), if it has one
+  on_cpu: dict | None  # the values with the file's on_cpu applied; None: the file has none
+  trials: tuple[dict[str, Any], ...] = ()  # overrides for each trial of the file's sweep(), if it has one
 
   def resolve(self, overrides: Mapping[str, Any], *, cpu_only: bool) -> Config:
-    """The Config, `overrides` ('model.num_layers' -> '4') last. Raises ConfigError."""
+    """The Config, with `overrides` ({'model.num_layers': '4'}) applied last. Raises ConfigError."""
     values = self.on_cpu if cpu_only and self.on_cpu is not None else self.full
     values = json.loads(json.dumps(values))
     if {'optim.chain', 'optim.schedule'} & overrides.keys():
@@ -293,14 +293,14 @@ def without_defaults(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(path: str | Path) -> Source:
-  """Reads a config: a .py file, which is run (it is code you trust), or a run's config.json, which is only read.
+  """Loads a .py config file, which is executed as trusted code, or a run's config.json, which is only parsed.
 
   Raises ConfigError.
   """
   path = Path(path)
   if not path.is_file():
     known = sorted(map(str, path.parent.glob('*.py'))) or sorted(map(str, Path('configs').glob('*.py')))
-    hint = f'; there are: {", ".join(known)}' if known else ''
+    hint = f'; known: {", ".join(known)}' if known else ''
     raise ConfigError(f'--config: no such file: {path}{hint}')
   if path.suffix == '.json':
     return Source(path, read_values(path, '--config'), None)
@@ -312,7 +312,7 @@ def load(path: str | Path) -> Source:
       module.on_cpu(on_cpu)
     trials = combinations(module.sweep()) if hasattr(module, 'sweep') else ()
     source = Source(path, full.to_dict(), on_cpu.to_dict() if on_cpu is not None else None, trials)
-  except Exception as e:  # whatever a user's file may raise
+  except Exception as e:  # a user's file may raise anything
     raise ConfigError(f'--config: {path}: {type(e).__name__}: {e}') from e
   if has_registered(module.__name__):
     plugins.note(str(path), path.stem)
@@ -321,16 +321,16 @@ def load(path: str | Path) -> Source:
 
 
 def read_values(path: Path, flag: str, trust: bool = False) -> dict:
-  """The nested values of a run's config.json. Raises ConfigError for one that is damaged or needs code of the user's.
+  """The nested values of a run's config.json. Raises ConfigError if it is damaged or needs a plug-in.
 
-  A validator that is a command is left out unless the folder is trusted: `eval.validator` becomes UNTRUSTED.
+  If `eval.validator` is a command, it is replaced by UNTRUSTED unless the folder is trusted.
   """
   try:
     values = json.loads(path.read_text())
   except (OSError, ValueError) as e:
     raise ConfigError(f'{flag}: {path} is not valid JSON: {e}') from None
   if not isinstance(values, dict):
-    raise ConfigError(f'{flag}: {path} holds no object with the fields of a config')
+    raise ConfigError(f'{flag}: {path} does not contain a JSON object with the fields of a config')
   plugins.check_notes(path.parent, trust=trust, flag=flag)
   evaluation = values.get('eval')
   if isinstance(evaluation, dict) and not trust:
@@ -341,14 +341,14 @@ def read_values(path: Path, flag: str, trust: bool = False) -> dict:
 
 
 def combinations(sweep: Any) -> tuple[dict[str, Any], ...]:
-  """{'seed': [0, 1], 'optim.learning_rate': [1e-3, 1e-2]} as every combination; a list of trials as it is."""
+  """All combinations of {'seed': [0, 1], 'optim.learning_rate': [1e-3, 1e-2]}; a list of trials unchanged."""
   if isinstance(sweep, Mapping):
     return tuple(dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values()))
   return tuple(map(dict, sweep))
 
 
 def replace(config: Config, **values: Any) -> Config:
-  """The config with other values. Raises ConfigError where they do not fit the rest."""
+  """The config with `values` replaced. Raises ConfigError if they do not fit the rest."""
   try:
     return dataclasses.replace(config, **values)
   except ValueError as e:

@@ -80,7 +80,7 @@ def test_a_run_ends_when_its_loss_has_stopped_falling_and_says_so(run, monkeypat
   assert {'val/exact_match', 'val/answer_accuracy', 'val/valid'} <= lines[-1].keys()
   monkeypatch.setenv('LLM_JAX_CACHE', environment(folder)['LLM_JAX_CACHE'])
   main.main([f'--config={folder}/backwards.py', f'--workdir={folder}/run'])
-  assert '(config.eval.patience): the run is over; for more, raise what ended it' in capsys.readouterr().out
+  assert '(config.eval.patience); to continue, change that setting' in capsys.readouterr().out
 
 
 def test_the_test_part_is_evaluated_and_its_answers_are_written_down(run, capsys, tmp_path):

@@ -101,7 +101,7 @@ def test_a_training_that_is_left_goes_on_from_its_last_checkpoint(folder):
     if metrics['step'] == 6:
       break
   assert training.status()['state'] == 'stopped'
-  with pytest.raises(ConfigError, match='not under way'):
+  with pytest.raises(ConfigError, match='not running'):
     training.save()
   steps = [metrics['step'] for metrics in training]
   assert steps[0] in (5, 7) and steps[-1] == 12  # 6 was evaluated, so it may be the best and saved
@@ -115,7 +115,7 @@ def test_mistakes_are_told(folder, tmp_path):
     llm_jax.load_config(folder / 'tiny.py', num_steps=1.5)
   training = llm_jax.train(llm_jax.load_config(folder / 'tiny.py', **{'data.path': 'nowhere'}), tmp_path)
   assert training.status() == {'state': 'none'}
-  with pytest.raises(ConfigError, match='not under way'):
+  with pytest.raises(ConfigError, match='not running'):
     training.validate()
   with pytest.raises(Exception, match='nowhere'):
     next(iter(training))

@@ -13,7 +13,7 @@ from llm_jax.base.errors import ConfigError
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.layers import blocked
 from llm_jax.layers.attention import cached_attention, causal_attention, describe_attention
-from llm_jax.layers.kernels import ATTENTION, Case, choose_attention
+from llm_jax.layers.kernels import ATTENTION, AttentionCase, choose_attention
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 0, 0, 0]])
 PREFIX = np.array([[1, 1, 0, 1, 0, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0, 0]], bool)
@@ -146,8 +146,8 @@ def test_splash_compiles_to_its_kernel():
   assert '384x384' not in text
 
 
-H100 = Case('gpu', (9, 0), 'bfloat16', head_dim=64, length=1024)
-TPU = Case('tpu', (0, 0), 'bfloat16', head_dim=128, length=1024)
+H100 = AttentionCase('gpu', (9, 0), 'bfloat16', head_dim=64, length=1024)
+TPU = AttentionCase('tpu', (0, 0), 'bfloat16', head_dim=128, length=1024)
 
 
 @pytest.mark.parametrize(('case', 'chosen'), [
@@ -165,7 +165,7 @@ def test_auto_takes_the_kernel_that_serves(case, chosen):
 
 
 def test_a_kernel_that_cannot_serve_says_why_and_what_can():
-  with pytest.raises(ConfigError, match=r"config.model.attention: 'cudnn' .* not float32\. What can: auto, xla, block"):
+  with pytest.raises(ConfigError, match=r"config.model.attention: 'cudnn' .* not float32; set one of auto, xla, block"):
     choose_attention('cudnn', dataclasses.replace(H100, dtype='float32'))
   with pytest.raises(ConfigError, match='it needs a TPU; the length must be a multiple of 128; got 4'):
     causal_attention(*qkv(1, 4, 2, 2, 8), implementation='splash')

@@ -63,6 +63,6 @@ def test_a_metric_that_is_not_there_is_told_with_those_that_are():
 
 @pytest.mark.parametrize('text', ['val/accuracy', 'val/accuracy = 0.5', 'val/accuracy > much', '> 0.5', '1 > 2 > 3'])
 def test_what_is_no_condition_is_told(text):
-  with pytest.raises(ConfigError, match='is no condition'):
+  with pytest.raises(ConfigError, match='is not a condition'):
     build(Config, {'eval': {'capabilities': [text]}})
   assert condition('val/loss<=-1e-3') == ('val/loss', '<=', -1e-3)

@@ -39,7 +39,7 @@ def test_a_schedule_is_drawn_with_what_begins_when(folder, capsys):
                   '--config.optim.schedule=constant', '--config.optim.warmup_cosine.warmup_steps=0',
                   '--config.optim.constant.warmup_steps=3'])
   printed = capsys.readouterr().out.splitlines()
-  assert len(printed) == 2 and 'constant, 150 steps, at first 0, at most 0.003, at the end 0.003' in printed[0]
+  assert len(printed) == 2 and 'constant, 150 steps, first 0, maximum 0.003, last 0.003' in printed[0]
   assert min(matplotlib.image.imread(folder / 'x.png').shape[:2]) > 100
 
 
@@ -54,13 +54,13 @@ def test_curves_of_several_runs_are_drawn(tmp_path, capsys):
     plot.main([*runs, '--metric', 'val/accuracy', f'--out={tmp_path}/x.png', *flags])
     pictures.append(matplotlib.image.imread(tmp_path / 'x.png'))
   assert pictures[0].shape == pictures[1].shape and (pictures[0] != pictures[1]).any()
-  with pytest.raises(ConfigError, match=r'--metric: none of loss is there; there are: step, val/accuracy'):
+  with pytest.raises(ConfigError, match=r'--metric: no values of loss; known: step, val/accuracy'):
     plot.main([*runs, '--metric', 'loss'])
 
 
 def test_check_tells_what_is_missing_before_it_is_needed(monkeypatch, capsys):
   monkeypatch.setattr(check, 'CORE', (*check.CORE, 'no-such-package'))
-  with pytest.raises(ConfigError, match='no-such-package: needed, and not installed'):
+  with pytest.raises(ConfigError, match='no-such-package: required but not installed'):
     check.main([])
   assert 'no-such-package MISSING' in capsys.readouterr().out
 
@@ -72,10 +72,10 @@ def test_check_tells_what_there_is_and_whether_a_config_runs(folder, capsys):
     assert word in printed
   check.main([f'--config={folder}/tiny.py', '--config.num_steps=3', '--config.optim.warmup_cosine.warmup_steps=1'])
   printed = capsys.readouterr().out
-  assert 'it runs: the loss of step 1 is' in printed and 'GiB are free' in printed
+  assert 'runs: the loss of step 1 is' in printed and 'GiB are free' in printed
   with pytest.raises(DataError, match='nowhere'):
     check.main([f'--config={folder}/tiny.py', '--config.data.path=nowhere'])
-  assert 'would NOT run' in capsys.readouterr().out
+  assert 'does NOT run' in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_sweeps_that_cannot_be_are_told_before_a_trial_runs(folder, tmp_path):
   source = load(folder / 'other.py')
   configs = [to_dict(source.resolve(source.trials[1] | {'seed': 5}, cpu_only=cpu_only)) for cpu_only in (True, False)]
   (trial / 'trial.json').write_text(json.dumps(configs))
-  with pytest.raises(ConfigError, match=r'other settings; name another --workdir:\n  config.seed: it has 5, now 0$'):
+  with pytest.raises(ConfigError, match=r'other settings; name another --workdir:\n  config.seed: trained with 5, now 0$'):
     sweep.main([f'--config={folder}/other.py', f'--workdir={tmp_path}/x'])
   assert combinations({'a': [1, 2], 'b': [3, 4]}) == ({'a': 1, 'b': 3}, {'a': 1, 'b': 4}, {'a': 2, 'b': 3},
                                                       {'a': 2, 'b': 4})

@@ -13,7 +13,7 @@ from llm_jax.base.params import ParamInfo
 from llm_jax.extras.bitnet import BitEinsum, BitNet, PackedEinsum, pack, weight_codes
 from llm_jax.extras.lowbit import LowBitEinsum
 from llm_jax.extras.soap import Soap
-from llm_jax.layers.attention import Visible
+from llm_jax.layers.attention import AttentionMask
 from llm_jax.layers.linear import Einsum, info_of, mixed_einsum, weight
 from llm_jax.layers.mlp import MLP, gelu
 from llm_jax.layers.stack import apply_stack, init_stack, stack_experts
@@ -117,7 +117,7 @@ def test_experts_read_the_copies_of_their_weights(vmapped):
   block, positions = Experts(vmapped), jnp.zeros((2, 5), jnp.int32)
 
   def run(params, dtype):
-    return apply_stack(block, params, x, positions, Visible(), windows=(0,), dtype=dtype)[0]
+    return apply_stack(block, params, x, positions, AttentionMask(), windows=(0,), dtype=dtype)[0]
 
   np.testing.assert_array_equal(run(params, jnp.bfloat16), run(params, jnp.float32))
   for dtype, casts in ((jnp.bfloat16, 0), (jnp.float32, 2)):

@@ -80,7 +80,7 @@ def test_a_full_precision_run_is_rounded_and_loses(folder, capsys):
 
 
 def test_what_cannot_be_done_is_told(folder, tmp_path):
-  with pytest.raises(ConfigError, match=r'--out: .*bitnet is there already'):
+  with pytest.raises(ConfigError, match=r'--out: .*bitnet already exists'):
     export.main([f'--workdir={folder}/bitnet', f'--out={folder}/bitnet'])
   with pytest.raises(ConfigError, match='cannot be packed'):
     export.main([f'--workdir={folder}/bitnet_packed', f'--out={tmp_path}/x'])

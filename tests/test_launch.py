@@ -111,10 +111,10 @@ def test_a_signal_to_one_process_saves_and_stops_all(stopped, folder):
 def test_started_again_it_goes_on_in_two_processes_then_in_one(stopped, folder):
   before = stopped_step(stopped)
   process = launch(folder, '--workdir=run', '--config.mesh.fsdp=2')
-  output, _ = first_lines(process, 'going on from step')
+  output, _ = first_lines(process, 'resuming from step')
   process.send_signal(signal.SIGINT)  # while it compiles: noted, and heeded as soon as there is something to save
   output += finish(process, code=75)
-  assert f'going on from step {before}\n' in output and 'SIGINT: saving' in output
+  assert f'resuming from step {before}\n' in output and 'SIGINT: saving' in output
   step = stopped_step(output)
   assert step > before and steps(folder / 'run') == list(range(1, step + 1))
   last = (step // 10 + 1) * 10
@@ -187,7 +187,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(folder):
   finish(process, code=137)
   assert time.monotonic() - began < 90
   process = launch(folder, '--workdir=killed')
-  output, _ = first_lines(process, 'going on from step')
+  output, _ = first_lines(process, 'resuming from step')
   process.send_signal(signal.SIGTERM)
   assert stopped_step(output + finish(process, code=75)) >= 6
 
@@ -200,7 +200,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(folder)
   largest = max((checkpoints / '20' / 'params' / 'ocdbt.process_1' / 'd').iterdir(), key=lambda p: p.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:1000])
   output = finish(launch(folder, *flags, '--config.num_steps=20'))
-  assert 'cannot read step 20' in output and 'going on from step 10\n' in output
+  assert 'cannot read step 20' in output and 'resuming from step 10\n' in output
   assert (checkpoints / '20').is_dir() and list(checkpoints.glob('20.unreadable-*'))
 
 

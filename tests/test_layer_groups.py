@@ -107,8 +107,8 @@ def test_layers_that_are_not_there_are_reported(pattern, words):
 
 
 @pytest.mark.parametrize(('settings', 'words'), [
-    ({'pattern': 'blocks@'}, ['after @', 'blocks/.*@0:4', "got ''"]), ({'pattern': 'blocks@a'}, ["got 'a'"]),
-    ({'pattern': 'blocks@0:4:0'}, ["got '0:4:0'"]), ({'pattern': '@0'}, ['which parameters']),
+    ({'pattern': 'blocks@'}, ['@ must be followed by', 'blocks/.*@0:4', "got ''"]), ({'pattern': 'blocks@a'}, ["got 'a'"]),
+    ({'pattern': 'blocks@0:4:0'}, ["got '0:4:0'"]), ({'pattern': '@0'}, ['pattern must be set']),
     ({'pattern': '(@0'}, ["'('", 'regular expression']),
     ({'pattern': '.', 'layer_decay': 0.0}, ['layer_decay', '(0, 1]'])])
 def test_patterns_that_cannot_be_are_reported(settings, words):
@@ -118,7 +118,7 @@ def test_patterns_that_cannot_be_are_reported(settings, words):
 
 
 def test_layer_decay_and_schedule_free_exclude_each_other():
-  with pytest.raises(ConfigError, match='factors of groups'):
+  with pytest.raises(ConfigError, match='the factors of groups'):
     optimizer('schedule_free', groups={'x': group('.', layer_decay=0.5)})
 
 

@@ -74,7 +74,7 @@ def test_killed_anywhere_a_run_goes_on_bitwise(whole, folder):
   signal_at(process, workdir, second, signal.SIGKILL)
   finish(process, code=-9)
   output = finish(start(folder, 'main', *flags))
-  assert 'going on from step' in output
+  assert 'resuming from step' in output
 
   names = ('step', 'train/loss', 'train/grad_norm', 'val/loss', 'val/bits_per_byte')
   lines, expected = (
@@ -178,7 +178,7 @@ REFUSED = [
      'encoder_tokens, which the model decoder does not read'),
     (['--config.data.streaming=true'], ConfigError, 'config.data: streaming: validation needs split=count'),
     (['--config.data.sources.a.pth=x'], ConfigError, 'did you mean config.data.sources.a.path?'),
-    (['--config.eval.prompts=' + 'x ' * 99], ConfigError, 'are the most'),
+    (['--config.eval.prompts=' + 'x ' * 99], ConfigError, 'shorten it to at most'),
     (['--config.data.tokenizer=char', '--config.eval.prompts=\u4e2d'], ConfigError, 'config.eval.prompts'),
     (['--config.model.num_heads=3'], ConfigError, 'nearest that do'),
     (['--workdir={folder}/empty.txt/run'], StorageError, 'empty.txt/run cannot be written'),
@@ -303,11 +303,11 @@ def test_the_config_of_a_run_repeats_it(resumable, folder):
 
 def test_the_programs_refuse_what_they_cannot_use(whole, folder):
   for program, flags, error, words in [
-      (generate, ['--workdir', 'nowhere'], StorageError, 'nowhere holds no run'),
+      (generate, ['--workdir', 'nowhere'], StorageError, 'nowhere does not contain a run'),
       (generate, ['--workdir', str(whole[0]), '--top_p=0'], ConfigError, '--top_p'),
-      (generate, ['--workdir', str(whole[0]), '--prompt=' + 'x ' * 99], ConfigError, '31 are the most'),
+      (generate, ['--workdir', str(whole[0]), '--prompt=' + 'x ' * 99], ConfigError, 'at most 31'),
       (generate, ['--workdir', str(whole[0]), '--checkpoint=last'], ConfigError, 'latest, best, or a step'),
-      (generate, ['--workdir', str(whole[0]), '--checkpoint=7'], ConfigError, "'7' is none of latest, best"),
+      (generate, ['--workdir', str(whole[0]), '--checkpoint=7'], ConfigError, "must be latest, best, or a step of"),
       (evaluate, ['--workdir', str(whole[0]), '--data=nowhere'], DataError, 'nowhere')]:
     with pytest.raises(error) as e:
       program.main(flags)

@@ -209,7 +209,7 @@ def test_grad_norm_brings_the_gradients_to_the_norms_they_should_have():
 
 @pytest.mark.parametrize(('values', 'words'), [
     ({'terms': ['classfication']}, ['classfication', 'next_token', "did you mean 'classification'?"]),
-    ({'terms': []}, ['one loss or more']),
+    ({'terms': []}, ['at least one loss']),
     ({'terms': ['next_token', 'next_token']}, ['each once']),
     ({'balance': 'uncertainty'}, ['two terms']),
     ({'classification': {'focal_gamma': 1.0}}, ['classification is set', 'no effect']),
@@ -217,7 +217,7 @@ def test_grad_norm_brings_the_gradients_to_the_norms_they_should_have():
     ({'terms': ['classification'], 'classification': {'num_classes': 1}}, ['num_classes', 'at least 2', '1']),
     ({'terms': ['regression'], 'regression': {'mean': [1.0]}}, ['mean and std']),
     ({'terms': ['contrastive'], 'contrastive': {'temperature': 0.0}}, ['temperature', '0.0']),
-    ({'next_token': {'weight': 0.0}}, ['weight', '0.0', 'left out of terms']),
+    ({'next_token': {'weight': 0.0}}, ['weight', '0.0', 'remove it from terms']),
     ({'next_token': {'weight': 0.5}}, ['lone term', '0.5']),
     ({'terms': ['next_token', 'regression'], 'balance': 'grad_norm', 'regression': {'weight': 2.0}}, ['must be 1']),
     ({'terms': ['next_token', 'contrastive'], 'balance': 'grad_norm'}, ['grad_norm', 'contrastive']),

@@ -106,7 +106,7 @@ def test_labels_of_another_file_are_known_by_their_names(folder, run, capsys, tm
   evaluate.main([f'--workdir={folder}/classification', f'--data={tmp_path}/other.jsonl', f'--out={tmp_path}/r.json'])
   assert report_of(capsys)['accuracy'] > 0.95
   (tmp_path / 'odd.jsonl').write_text(json.dumps({'text': 'qq', 'kind': 'all q'}) + '\n')
-  with pytest.raises(DataError, match=r'all q are no classes.*all x, all y, all z'):
+  with pytest.raises(DataError, match=r'labels all q are not classes.*all x, all y, all z'):
     evaluate.main([f'--workdir={folder}/classification', f'--data={tmp_path}/odd.jsonl'])
 
 
@@ -157,21 +157,22 @@ def test_a_classifier_goes_on_where_it_was_stopped(folder, run):
 
 def test_what_has_not_learnt_to_write_says_so(folder, run):
   run('classification')
-  with pytest.raises(ConfigError, match=r'has not learnt to write.*llm-jax predict'):
+  with pytest.raises(ConfigError, match=r'was not trained to generate text.*llm-jax predict'):
     generate.main([f'--workdir={folder}/classification'])
 
 
 @pytest.mark.parametrize(('flags', 'words'), [
-    (('--config.loss.terms=next_token',), ['gives labels', 'loss.terms=next_token']),
+    (('--config.loss.terms=next_token',), ['provides labels', 'loss.terms=next_token']),
     (('--config.data.task=next_token',), ['loss.terms classification learns from data.task classification']),
     (('--config.data.task=regression',), ['loss.terms classification learns from data.task classification']),
     (('--config.loss.terms=next_token', '--config.data.task=masked_tokens', '--config.data.label_field=none'),
      ['model.prefix_attention', 'masked_tokens']),
-    (('--config.eval.answers=3',), ['eval.answers', 'needs a task with answers']),
+    (('--config.eval.answers=3',), ['eval.answers', 'needs a tokenizer and a task with answers']),
     (('--config.loss.classification.num_classes=2',), ['loss.classification.num_classes: 2', '3 of the data']),
-    ((*TAUGHT, '--config.loss.distillation.teacher=nowhere'), ['loss.distillation.teacher', 'nowhere', 'holds no run']),
+    ((*TAUGHT, '--config.loss.distillation.teacher=nowhere'),
+     ['loss.distillation.teacher', 'nowhere', 'does not contain a run']),
     ((*TAUGHT, '--config.loss.distillation.teacher=regression', '--config.model.vocab_size=300'),
-     ['loss.distillation.teacher', 'another vocabulary', '257']),
+     ['loss.distillation.teacher', 'another tokenizer or vocabulary', '257']),
 ])
 def test_what_does_not_go_together_is_told(folder, run, tmp_path, monkeypatch, flags, words):
   run('regression')
@@ -201,12 +202,12 @@ def test_a_class_that_training_never_saw_is_told(folder, tmp_path):
 
 def test_rows_that_are_compared_are_held_at_once(folder, tmp_path):
   """16 rows of 12 tokens on 8 devices."""
-  with pytest.raises(ConfigError, match=r'tokens_per_device: 12 cuts .* into 2.*terms=contrastive.*at once; set 24'):
+  with pytest.raises(ConfigError, match=r'tokens_per_device: 12 splits .* into 2 .*terms=contrastive.*at once; set 24'):
     main.main([f'--config={folder}/contrastive.py', f'--workdir={tmp_path}/run', '--config.tokens_per_device=12'])
 
 
 def test_another_loss_is_refused_in_the_same_workdir(folder, run):
   run('classification')
-  with pytest.raises(ConfigError, match=r'config\.loss: the checkpoint learns classification .* next_token'):
+  with pytest.raises(ConfigError, match=r'config\.loss: checkpoint classification .* now next_token'):
     main.main([f'--config={folder}/classification.py', f'--workdir={folder}/classification',
                '--config.loss.terms=classification,next_token'])

@@ -95,7 +95,7 @@ def test_every_step_has_a_finite_rate_not_above_what_was_asked_for(name):
     ({'schedule': 'composite', 'composite': {'parts': ['composite']}}, ["'composite'", 'unknown']),
     ({'schedule': 'composite', 'composite': {'parts': ['constant', 'cyclic']}}, ['boundaries', '1 steps for 2 parts']),
     ({'schedule': 'phases', 'phases': {'factors': [], 'boundaries': []}}, ['phases', 'factors', 'at least one']),
-    ({'schedule': 'phases', 'phases': {'boundaries': [3, 2, 1]}}, ['boundaries must grow', '3, 2, 1']),
+    ({'schedule': 'phases', 'phases': {'boundaries': [3, 2, 1]}}, ['boundaries must be increasing', '3, 2, 1']),
     ({'schedule': 'wsd', 'wsd': {'shape': 'round'}}, ['shape', 'linear', 'sqrt', 'cosine']),
     ({'schedule': 'one_cycle', 'one_cycle': {'pct_start': 1.0}}, ['pct_start', '1.0']),
     ({'schedule': 'inverse_sqrt', 'inverse_sqrt': {'warmup_steps': 0}}, ['warmup_steps', 'positive']),

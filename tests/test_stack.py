@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from llm_jax.layers.attention import Visible
+from llm_jax.layers.attention import AttentionMask
 from llm_jax.layers.kernels import cudnn
 from llm_jax.layers.stack import REMAT, apply_stack, init_stack
 from llm_jax.models.decoder import Block, DecoderConfig
@@ -33,7 +33,7 @@ def gradient(remat, unroll=1, windows=(0,), attention='auto'):
   """The traced value_and_grad of a stack's sum of squares."""
   def loss(params, x):
     block = Block(dataclasses.replace(CFG, attention=attention))
-    y, _, _ = apply_stack(block, params, x, POSITIONS, Visible(), windows=windows, unroll=unroll, remat=remat)
+    y, _, _ = apply_stack(block, params, x, POSITIONS, AttentionMask(), windows=windows, unroll=unroll, remat=remat)
     return jnp.mean(y**2)
   return jax.jit(jax.value_and_grad(loss)).trace(*stack())
 
@@ -51,10 +51,10 @@ def num_products(remat):
 def test_the_stack_is_its_blocks_in_turn(unroll, remat):
   """With two windows in turn, so that two blocks share a turn of the loop."""
   params, x = stack()
-  got, _, _ = apply_stack(Block(CFG), params, x, POSITIONS, Visible(), windows=(0, 3), unroll=unroll, remat=remat)
+  got, _, _ = apply_stack(Block(CFG), params, x, POSITIONS, AttentionMask(), windows=(0, 3), unroll=unroll, remat=remat)
   for layer in range(4):
     own = jax.tree.map(lambda p: p[layer], params)  # noqa: B023
-    x, _ = Block(CFG).apply({'params': own}, x, POSITIONS, Visible(), None, (0, 3)[layer % 2], False)
+    x, _ = Block(CFG).apply({'params': own}, x, POSITIONS, AttentionMask(), None, (0, 3)[layer % 2], False)
   np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4)
 
 
@@ -105,7 +105,7 @@ def test_no_weight_is_copied_for_the_backward_pass(remat):
   params = nn.unbox(jax.eval_shape(init_stack(Block(cfg), 4, 64), jax.random.key(0)))
 
   def loss(params, x):
-    y, _, _ = apply_stack(Block(cfg), params, x, POSITIONS[:1, :1], Visible(), windows=(0,), remat=remat)
+    y, _, _ = apply_stack(Block(cfg), params, x, POSITIONS[:1, :1], AttentionMask(), windows=(0,), remat=remat)
     return jnp.sum(y)
 
   memory = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((1, 1, 64), jnp.float32)).compile()

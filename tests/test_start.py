@@ -86,17 +86,17 @@ def test_a_checkpoint_from_before_a_field_was_there_is_still_gone_on_with(folder
 
 
 @pytest.mark.parametrize(('settings', 'flags', 'words'), [
-    pytest.param({'run': 'nowhere'}, [], ['config.start.run', 'nowhere', 'holds no run'], marks=pytest.mark.slow),
+    pytest.param({'run': 'nowhere'}, [], ['config.start.run', 'nowhere', 'not contain a run'], marks=pytest.mark.slow),
     ({'run': 'nowhere', 'whole': 'true'}, [], ['config.start.run', 'nowhere', 'no checkpoints']),
     pytest.param({'checkpoint': 7}, [], ["config.start.checkpoint: '7'", '4, 8, 12'], marks=pytest.mark.slow),
     ({'checkpoint': 7, 'whole': 'true'}, [], ["config.start.checkpoint: '7'", '4, 8, 12']),
-    ({}, ['--config.model.num_layers=3'], ['another shape', 'blocks/attn/q/w', '(2, ', '(3, ']),
+    ({}, ['--config.model.num_layers=3'], ['weights of other shapes', 'blocks/attn/q/w', '(2, ', '(3, ']),
     ({'whole': 'true'}, ['--config.model.num_layers=3'], ['another model', 'num_layers']),
     ({'whole': 'true'}, ['--config.optim.chain=clip_by_global_norm,adamw'], ['optim.chain']),
     ({}, ['--config.data.tokenizer=byte', '--config.model.vocab_size=none'], ['another tokenizer', 'tokenizer.json']),
     ({'whole': 'true', 'checkpoint': 'best'}, ['--config.optim.ema.decay=0.4', '--config.optim.adamw.mu_dtype=bfloat16',
                                                '--config.model.num_heads=4'], ['another model', 'num_heads']),
-    ({'run': ''}, ['--config.start.whole=true'], ['start', 'run must name']),
+    ({'run': ''}, ['--config.start.whole=true'], ['start', 'run must be set']),
 ])
 def test_what_cannot_be_begun_from_is_told(folder, tmp_path, settings, flags, words):
   with pytest.raises(ConfigError) as e:

@@ -1,4 +1,4 @@
-"""The strict builder: nested mappings to frozen dataclasses, every problem told at once, with its path."""
+"""The strict builder: nested mappings to frozen dataclasses; reports all problems at once, each with its path."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def variant(registry: Registry, default: str) -> Any:
 
 
 def sections(*registries: Registry) -> Any:
-  """The field `sections` of a dataclass: beside its fields, its config section has one for each entry that it names."""
+  """The field `sections` of a dataclass: the settings of those entries of `registries` that the dataclass names."""
   return dataclasses.field(default=Sections(), metadata={'registries': registries})
 
 
@@ -66,7 +66,7 @@ def check_names(field: str, names: Iterable[str], registry: Registry) -> None:
 def keep_named(config: Any, names: Iterable[str], where: str) -> None:
   """Reduces config.sections to the entries in `names`, with defaults where nothing was set; called in __post_init__.
 
-  Raises ValueError for settings of an entry that is not named; `where` says by what, such as 'chain does not name it'.
+  Raises ValueError for settings of an entry that is not named; `where` explains it, as in 'chain does not name it'.
   """
   registries, given = registries_of(type(config)), config.sections
   kept = {}
@@ -84,7 +84,7 @@ def keep_named(config: Any, names: Iterable[str], where: str) -> None:
 
 
 def to_dict(config: Any) -> Any:
-  """Nested plain dicts and lists, ready for JSON; sections of registry entries stand beside the other fields."""
+  """Nested plain dicts and lists, ready for JSON; sections of registry entries become keys beside the other fields."""
   if dataclasses.is_dataclass(config):
     values = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     return values | values.pop('sections') if registries_of(type(config)) else values
@@ -108,7 +108,7 @@ class Text(str):
 
 def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
   if not isinstance(values, Mapping):
-    problems.append(f'{path}: expects a group of fields, got {values!r}')
+    problems.append(f'{path}: expects a section of fields, got {values!r}')
     return None
   registries = registries_of(cls)
   fields = {f.name: f for f in dataclasses.fields(cls) if not (registries and f.name == 'sections')}
@@ -153,7 +153,7 @@ def _build_variant(field: dataclasses.Field, value: Any, path: str, problems: li
 
 
 def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-  """`value` as the type `hint` says, or a problem."""
+  """`value` converted to the type `hint`; appends to `problems` what does not fit."""
   if dataclasses.is_dataclass(hint):
     return _build(typing.cast(type, hint), value, path, problems)
   origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -169,7 +169,7 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     return tuple(_convert(args[0], item, f'{path}[{i}]', problems) for i, item in enumerate(value))
   if origin is dict:
     if not isinstance(value, Mapping):
-      problems.append(f'{path}: expects named groups of fields, got {str(value)!r}')
+      problems.append(f'{path}: expects named sections of fields, got {str(value)!r}')
       return {}
     return {name: _convert(args[1], item, f'{path}.{name}', problems) for name, item in value.items()}
   if origin is typing.Literal:
@@ -183,7 +183,7 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
 
 def _scalar(hint: type, value: Any, path: str, problems: list[str]) -> Any:
   if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-    return str(value)  # a number too, such as the step of a checkpoint
+    return str(value)  # also from a number, such as the step of a checkpoint
   parsed = _parse(value) if isinstance(value, Text) else value
   if hint is float and isinstance(parsed, int) and not isinstance(parsed, bool):
     parsed = float(parsed)
@@ -205,7 +205,7 @@ def _parse(text: str) -> Any:
 
 
 def _parse_tuple(text: str, kind: type) -> Any:
-  """(1,2) or 1,2 or a,b or 'a,b' or (); in no text there is one text, and no number."""
+  """The items of (1,2) or 1,2 or a,b or 'a,b' or (). Empty text is one empty string for `kind` str, else no items."""
   value = text if kind is str and text.lstrip()[:1] not in ('(', '[', '"', "'") else _parse(text)
   if value is not text:
     return value
@@ -213,9 +213,9 @@ def _parse_tuple(text: str, kind: type) -> Any:
 
 
 def override(values: dict, overrides: Mapping[str, Any]) -> None:
-  """Puts {'model.num_layers': '4'} into nested dicts; text is parsed by the type of its field.
+  """Sets values by path in nested dicts: {'model.num_layers': '4'}. Text is parsed later, by the type of its field.
 
-  Raises ConfigError where a path crosses a value or is a group.
+  Raises ConfigError where a path leads through a value or names a section.
   """
   problems = []
   for path, text in overrides.items():
@@ -224,9 +224,9 @@ def override(values: dict, overrides: Mapping[str, Any]) -> None:
     for group in groups:
       node = node.setdefault(group, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict):
-      problems.append(f'config.{path}: no such field; config.{".".join(groups)} is a value, not a group')
+      problems.append(f'config.{path}: no such field; config.{".".join(groups)} is a value, not a section')
     elif isinstance(node.get(leaf), dict):
-      problems.append(f'config.{path}: is a group of fields; set one of {", ".join(node[leaf])}')
+      problems.append(f'config.{path}: is a section; set one of its fields: {", ".join(node[leaf])}')
     else:
       node[leaf] = Text(text) if isinstance(text, str) else text
   if problems:

@@ -9,7 +9,7 @@ from llm_jax.base.registry import Registry, settings_from_signature
 
 
 def adapt_callback(name: str, value: Any, settings: type | None) -> tuple[Any, type]:
-  """A function (event, **settings), or a class whose instances are called with the event; stored as a maker."""
+  """Adapts a function (event, **settings), or a class with callable instances, to settings -> callback."""
   own = settings or settings_from_signature(value)
   if isinstance(value, type):
     return lambda section: value(**vars(section)), own

@@ -15,14 +15,14 @@ class Condition(NamedTuple):
   value: float
 
   def holds(self, results: dict[str, float]) -> bool:
-    """Whether it does. Raises ValueError naming what there is where the metric is none of it."""
+    """Whether the results meet the condition. Raises ValueError for an unknown metric, with the known ones."""
     if self.metric not in results:
-      raise ValueError(f'{self.metric} is no result of an evaluation; there are: {", ".join(sorted(results))}')
+      raise ValueError(f'{self.metric} is not a result of the evaluation; known: {", ".join(sorted(results))}')
     return COMPARISONS[self.comparison](results[self.metric], self.value)
 
 
 def condition(text: str) -> Condition:
-  """Raises ValueError for a text that is none."""
+  """Parses a condition. Raises ValueError."""
   parts = re.fullmatch(r'\s*([\w/.-]+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*', text)
   try:
     return Condition(parts[1], parts[2], float(parts[3])) if parts else _no_condition(text)
@@ -31,5 +31,5 @@ def condition(text: str) -> Condition:
 
 
 def _no_condition(text: str) -> Condition:
-  raise ValueError(f"{text!r} is no condition; one is a metric, one of {', '.join(COMPARISONS)}, and a number: "
+  raise ValueError(f"{text!r} is not a condition; write a metric, one of {', '.join(COMPARISONS)} and a number, as in "
                    "'val/accuracy > 0.5'")

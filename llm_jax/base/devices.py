@@ -1,4 +1,4 @@
-"""What is known of a device by its kind: peak FLOP/s, memory, and whether it has fast bfloat16."""
+"""Properties of devices: peak FLOP/s, memory, and whether bfloat16 is fast."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import jax
 
-# Dense bf16 peak FLOP/s of one jax device, with float32 sums, by the words in its device_kind; the first that fits.
-# From the makers' data sheets and white papers (NVIDIA's figures with sparsity halved; Google's per chip).
+# Dense bf16 peak FLOP/s of one jax device, accumulating in float32; the first key found in its device_kind counts.
+# From the vendors' data sheets and white papers (NVIDIA's figures with sparsity are halved; Google's are per chip).
 PEAK_FLOPS = {
     'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12,
     'TPU v6 lite': 918e12, 'TPU v6e': 918e12,
-    'TPU7x': 2307e12 / 2,  # Ironwood: 2307 a chip, which is two devices
+    'TPU7x': 2307e12 / 2,  # Ironwood: 2307 per chip, which is two devices
     'V100-PCIE': 112e12, 'V100': 125e12, 'T4': 65e12,  # fp16, having no bf16
     'A100': 312e12, 'A800': 312e12, 'A40': 149.7e12, 'A30': 165e12, 'A10G': 70e12, 'A10': 125e12, 'RTX A6000': 154.8e12,
     'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H800': 989e12, 'H20': 148e12,
@@ -21,7 +21,7 @@ PEAK_FLOPS = {
     'L4': 121e12, 'L40': 181e12, 'L40S': 362e12,
     'RTX 3090': 71e12, 'RTX 4090': 165e12, 'RTX 5090': 209.5e12, 'RTX 6000 Ada': 364e12,
 }
-# Another chip than the name before it says.
+# Suffixes that make a name another chip's.
 VARIANT = r'(?!\w| ?(Ti|D|SUPER|Laptop|Max-Q|Mobile|lite)\b)'
 
 
@@ -31,7 +31,7 @@ def only_cpus() -> bool:
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:
-  """Of all devices together; None where the kind is not in the table (a CPU has no such figure)."""
+  """The sum over all devices; None where the kind is not in the table, as for CPUs."""
   kind = devices[0].device_kind
   known = (peak for name, peak in PEAK_FLOPS.items() if re.search(rf'\b{name}{VARIANT}', kind, re.IGNORECASE))
   peak = next(known, None)
@@ -39,7 +39,7 @@ def peak_flops(devices: list[jax.Device]) -> float | None:
 
 
 def device_memory(device: jax.Device) -> int | None:
-  """Bytes that arrays may take on it; of a CPU device, its share of what the machine has left. None: unknown."""
+  """Bytes available for arrays; for a CPU device, its share of the machine's free memory. None: unknown."""
   stats = device.memory_stats()
   if stats and 'bytes_limit' in stats:
     return stats['bytes_limit']
@@ -47,10 +47,10 @@ def device_memory(device: jax.Device) -> int | None:
     return None
   left = [int(line.split()[1]) * 1024 for line in read('/proc/meminfo').splitlines() if line.startswith('MemAvailable')]
   limit, used = read('/sys/fs/cgroup/memory.max').strip(), read('/sys/fs/cgroup/memory.current').strip()
-  if limit.isdecimal() and used.isdecimal():  # a container may have less; cached files make room
+  if limit.isdecimal() and used.isdecimal():  # a container may have less; the file cache can be reclaimed
     cached = re.search(r'^inactive_file (\d+)', read('/sys/fs/cgroup/memory.stat'), re.MULTILINE)
     left.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
-  # Several processes may be on one machine: each has its part.
+  # Several processes may share one machine, so each counts on its share only.
   return min(left) // (len(device.client.local_devices()) * jax.process_count()) if left else None
 
 
@@ -63,13 +63,13 @@ def has_fast_bf16() -> bool:
 
 
 def cpu_has_fast_bf16(cpuinfo: str) -> bool:
-  """XLA:CPU has bf16 kernels for these x86 instructions; elsewhere it converts to float32 and back."""
+  """Whether XLA:CPU has bf16 kernels for this x86 CPU; otherwise it converts operands to float32 and back."""
   flags = next((line.split() for line in cpuinfo.splitlines() if line.startswith('flags')), [])
   return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(flags)
 
 
 def read(path: str) -> str:
-  """The text of a file of the kernel's; nothing where there is none."""
+  """The text of a kernel file; '' if it cannot be read."""
   try:
     return Path(path).read_text()
   except OSError:

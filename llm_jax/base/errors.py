@@ -1,4 +1,4 @@
-"""Errors that a user can act on. Apart from types.py, so that reading data does not wait for JAX to load."""
+"""Errors that a user can act on. This module does not import JAX, so that reading data does not wait for it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 
 
 class UserError(Exception):
-  """A mistake that the user can mend: shown as one message without a traceback; the process ends with `exit_code`."""
+  """A mistake that the user can fix: shown as one message without a traceback; the process exits with `exit_code`."""
 
   exit_code = 1
 
 
 class ConfigError(UserError):
-  """A config that cannot be run, or that does not fit the checkpoint it should go on from."""
+  """A config that cannot be run, or that does not fit the checkpoint to resume from."""
 
   exit_code = os.EX_CONFIG  # 78
 
@@ -30,12 +30,12 @@ class StorageError(UserError):
 
 
 class Interrupted(UserError):
-  """A run that was asked to stop and has saved itself: the same command goes on."""
+  """A run that was asked to stop and has saved a checkpoint: the same command resumes it."""
 
   exit_code = os.EX_TEMPFAIL  # 75
 
 
 class DivergedError(UserError):
-  """A run whose gradients stay non-finite."""
+  """A run whose gradients remain non-finite."""
 
   exit_code = os.EX_SOFTWARE  # 70

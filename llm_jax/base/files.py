@@ -1,4 +1,4 @@
-"""Writing into a folder that may come from elsewhere: whole files, and never through a link."""
+"""Writes files atomically and never through a symbolic link, as a folder may come from someone else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llm_jax.base.errors import StorageError
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-  """Replaces a file as a whole; a link in its place is replaced, not followed. Raises OSError."""
+  """Writes or replaces a file atomically; a link in its place is replaced, not followed. Raises OSError."""
   aside = path.with_name(f'{path.name}.partial-{os.getpid()}')
   aside.unlink(missing_ok=True)
   flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_NOFOLLOW', 0)
@@ -26,7 +26,7 @@ def open_append(path: Path) -> TextIO:
 
 
 def check_no_link(path: Path) -> Path:
-  """The path. Raises StorageError where it is a link: what is written there would go elsewhere."""
+  """Returns the path. Raises StorageError if it is a symbolic link, because writes would go elsewhere."""
   if path.is_symlink():
     raise StorageError(f'{path} is a link to {os.readlink(path)}, and nothing is written through links; remove it')
   return path

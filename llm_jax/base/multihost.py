@@ -1,4 +1,4 @@
-"""What several processes do together: collect values, wait for each other, print once."""
+"""Communication between processes: gather values, wait for each other, print once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def gather(value: Any) -> list:
 
 
 def barrier(name: str) -> None:
-  """Waits for every process, however long: by the coordinator, as a collective may give up after 30 seconds."""
+  """Waits for all processes, up to a day; uses the coordinator, as a collective may time out after 30 seconds."""
   multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 60 * 60 * 1000)
 
 

@@ -1,4 +1,4 @@
-"""What an optimizer knows of a parameter: its logical axes, its shape and the role of each dimension."""
+"""ParamInfo: what optimizers know about a parameter: logical axes, shape and the role of each dimension."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import dataclasses
 import math
 from typing import Literal
 
-# batch: the array holds one matrix per index (layers, experts); in: summed over by the product; out: in its result;
-# row: looked up, as in a table of embeddings.
+# batch: the array holds one matrix per index (layers, experts); in: summed over by the product; out: a dimension of
+# the result; row: indexed by lookups, as in a table of embeddings.
 Role = Literal['batch', 'in', 'out', 'row']
 
 # Logical axes that stack parameters. Add the axis of a new kind of stack: STACK_AXES.add('depth').
 STACK_AXES: set[str | None] = {'layers', 'experts'}
-# Logical axes of tables and of readout heads, which are not maps between hidden states.
+# Logical axes of tables and readouts, which do not map hidden states to hidden states.
 TABLE_AXES: set[str | None] = {'vocab', 'positions', 'norm'}
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamInfo:
-  """Logical axes, shape and roles of one parameter, one entry per dimension; a leaf of a tree like the parameters'.
+  """Logical axes, shape and roles of one parameter, one entry per dimension; a leaf in a tree with their structure.
 
   `roles` is empty where the module that owns the parameter does not declare them; see `weight` in layers/linear.py.
   """
@@ -44,7 +44,7 @@ class ParamInfo:
 
   @property
   def fan_in(self) -> int:
-    """Terms in each sum that the matrix computes; 1 for tables, norms, biases and undeclared parameters."""
+    """The number of terms in each sum of the product; 1 for tables, norms, biases and undeclared parameters."""
     return math.prod(self.shape[i] for i in self.inputs)
 
   @property
@@ -58,7 +58,7 @@ class ParamInfo:
 
   @property
   def is_hidden_matrix(self) -> bool:
-    """Whether it maps hidden states to hidden states: no table, readout, norm or bias."""
+    """Whether it maps hidden states to hidden states, unlike tables, readouts, norms and biases."""
     return bool(self.inputs and self.outputs) and not TABLE_AXES & set(self.axes)
 
   @property

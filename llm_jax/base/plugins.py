@@ -1,4 +1,4 @@
-"""Plug-ins: Python files and modules of the user's that register parts. A run notes which it was trained with.
+"""Plug-ins: Python files and modules of the user that register parts. A run records which ones it was trained with.
 
 A plug-in runs only if the user names it: by --plugin, in a config file, or with --trust for the copy in a run's folder.
 """
@@ -20,11 +20,11 @@ from typing import NamedTuple
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import check_no_link, write_file
 
-NOTES = 'plugins.json'  # in a run's folder: name, path and sha256 of each; their sources are in the folder plugins/
+NOTES = 'plugins.json'  # in a run's folder: name, path and sha256 of each; the subfolder plugins/ has their sources
 
 
 class Plugin(NamedTuple):
-  name: str  # of the module, or the file without .py
+  name: str  # of the module, or of the file without .py
   path: str
   sha256: str
   source: bytes
@@ -34,12 +34,12 @@ _loaded: dict[str, Plugin] = {}
 
 
 def add_flags(parser: argparse.ArgumentParser, *, trust: bool) -> None:
-  """--plugin, and --trust."""
+  """Adds --plugin and, if `trust`, --trust."""
   parser.add_argument('--plugin', action='append', default=[], metavar='FILE_OR_MODULE',
                       help='Python code that registers models, losses, ...; may be given several times')
   if trust:
     parser.add_argument('--trust', action='store_true',
-                        help="run the copies of plug-ins, and the validator's command, that are in the run's folder")
+                        help="execute the plug-ins and the validator command that are stored in the run's folder")
 
 
 def loaded() -> dict[str, Plugin]:
@@ -48,19 +48,19 @@ def loaded() -> dict[str, Plugin]:
 
 
 def load_all(names: Iterable[str], folder: Path | None = None) -> None:
-  """Runs plug-ins: .py files, looked for in `folder` first and then here, or modules. Raises ConfigError."""
+  """Runs plug-ins: modules, or .py files, searched for in `folder` and then here. Raises ConfigError."""
   for name in names:
     load(name, folder)
 
 
 def load(name: str, folder: Path | None = None) -> Plugin:
-  """Runs one plug-in, once as long as its source stays the same. Raises ConfigError."""
+  """Runs one plug-in; not again unless its source has changed. Raises ConfigError."""
   if not name.endswith('.py'):
     return note(_imported(name), name)
   paths = [base / Path(name).expanduser() for base in (folder, Path()) if base is not None]
   path = next((path for path in paths if path.is_file()), None)
   if path is None:
-    raise ConfigError(f'--plugin: there is no file {name}; looked for {", ".join(map(str, paths))}')
+    raise ConfigError(f'--plugin: no such file: {name}; tried {", ".join(map(str, paths))}')
   return load_file(path)
 
 
@@ -72,7 +72,7 @@ def load_file(path: Path) -> Plugin:
 
 
 def run_file(path: Path, module_name: str, flag: str) -> object:
-  """Executes a file as a module. Raises ConfigError with the line at fault."""
+  """Executes a file as a module. Raises ConfigError with the line that failed."""
   spec = importlib.util.spec_from_file_location(module_name, path)
   if spec is None or spec.loader is None:
     raise ConfigError(f'{flag}: {path} is not a Python file')
@@ -92,7 +92,7 @@ def _imported(name: str) -> str:
   try:
     return importlib.import_module(name).__file__ or ''
   except ImportError as e:
-    raise ConfigError(f'--plugin: module {name!r} cannot be imported: {e}; a file is named with its .py') from None
+    raise ConfigError(f'--plugin: module {name!r} cannot be imported: {e}; name a file with its .py') from None
 
 
 def read(path: Path | str, name: str) -> Plugin:
@@ -101,13 +101,13 @@ def read(path: Path | str, name: str) -> Plugin:
 
 
 def note(path: str, name: str) -> Plugin:
-  """Remembers a plug-in that has run, for the notes of runs."""
+  """Records a plug-in that has run, for the notes of runs."""
   _loaded[name] = read(path, name)
   return _loaded[name]
 
 
 def write_notes(workdir: Path) -> None:
-  """Keeps name, path, sha256 and a copy of each plug-in in the run's folder. Raises OSError, StorageError."""
+  """Writes name, path, sha256 and a copy of each plug-in to the run's folder. Raises OSError, StorageError."""
   if not _loaded:
     return
   folder = check_no_link(workdir / 'plugins')
@@ -119,9 +119,9 @@ def write_notes(workdir: Path) -> None:
 
 
 def check_notes(workdir: Path, *, trust: bool = False, flag: str = '--workdir') -> list[str]:
-  """Lines on plug-ins that changed since training; with `trust`, runs the copies of those that are not named.
+  """Warnings about plug-ins that changed since training; with `trust`, runs the stored copies of unnamed ones.
 
-  Raises ConfigError for a plug-in that is not named, StorageError for notes or copies that are damaged.
+  Raises ConfigError for a plug-in that has not been loaded, StorageError for damaged notes or copies.
   """
   lines = []
   for entry in _read_notes(workdir / NOTES):
@@ -129,14 +129,14 @@ def check_notes(workdir: Path, *, trust: bool = False, flag: str = '--workdir') 
     copy = workdir / 'plugins' / f'{name}.py'
     if name not in _loaded and trust:
       if not copy.is_file() or read(copy, name).sha256 != sha256:
-        raise StorageError(f'{copy}: is not the plug-in that {workdir / NOTES} describes (sha256 {sha256[:12]}...)')
+        raise StorageError(f'{copy}: missing, or its sha256 is not {sha256[:12]}..., as {workdir / NOTES} records')
       load_file(copy)
     if name not in _loaded:
       raise ConfigError(f'{flag}: {workdir} was trained with the plug-in {name} ({path}, sha256 {sha256[:12]}...); '
-                        f"name it again with --plugin={path}, or run the copy in the run's folder with --trust")
+                        f"pass it again with --plugin={path}, or execute the copy in the run's folder with --trust")
     if _loaded[name].sha256 != sha256:
-      lines.append(f'plug-in {name}: {_loaded[name].path} (sha256 {_loaded[name].sha256[:12]}...) differs from what '
-                   f'{workdir} was trained with (sha256 {sha256[:12]}...)')
+      lines.append(f'plug-in {name}: {_loaded[name].path} (sha256 {_loaded[name].sha256[:12]}...) differs from the '
+                   f'version that {workdir} was trained with (sha256 {sha256[:12]}...)')
   return lines
 
 
@@ -149,5 +149,5 @@ def _read_notes(path: Path) -> list[dict[str, str]]:
     raise StorageError(f'{path}: damaged: {e}') from None
   for entry in notes:
     if not all(part.isidentifier() for part in entry['name'].split('.')):
-      raise StorageError(f'{path}: {entry["name"]!r} is not the name of a module')
+      raise StorageError(f'{path}: {entry["name"]!r} is not a module name')
   return notes

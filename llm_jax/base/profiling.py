@@ -1,4 +1,4 @@
-"""A trace of a few steps, by jax's profiler, for TensorBoard and Perfetto."""
+"""Traces a few steps with JAX's profiler, for TensorBoard and Perfetto."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 import jax
 
-HOW = '''a trace from step {first} on is in {folder}
+HOW = '''the trace from step {first} on is in {folder}
   TensorBoard: pip install xprof, then tensorboard --logdir {workdir}, page PROFILE
   Perfetto: drop {trace} on https://ui.perfetto.dev'''
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-  """Which steps to trace into the workdir. It makes them slower."""
+  """Which steps to trace into the workdir. Traced steps are slower."""
 
-  start: int = 0  # the first one, counted from 1; 0: none
+  start: int = 0  # the first traced step, counted from 1; 0: no trace
   num_steps: int = 3
 
   def __post_init__(self):
@@ -26,7 +26,7 @@ class ProfileConfig:
 
 
 class Profiler:
-  """Traces whole steps on process 0. A context manager: leaving it ends a trace that a signal cut short."""
+  """Traces whole steps on process 0. A context manager: leaving it ends a trace that a signal interrupted."""
 
   def __init__(self, config: ProfileConfig, workdir: Path, begin: int, say: Callable[[str], None]):
     self._before = config.start - 1
@@ -34,7 +34,7 @@ class Profiler:
     self._workdir, self._say = workdir, say
     self._tracing = False
     if 0 <= self._before < begin:
-      say(f'WARNING: no trace: config.profile.start {config.start} has passed, this run begins after step {begin}')
+      say(f'WARNING: no trace: config.profile.start is {config.start}, but this run begins after step {begin}')
 
   def __enter__(self) -> Profiler:
     return self
@@ -43,7 +43,7 @@ class Profiler:
     self._end()
 
   def due(self, step: int) -> bool:
-    """Whether this step must be finished before the next is dispatched, so that none is traced in part."""
+    """Whether this step must finish before the next one is dispatched, so that only whole steps are traced."""
     return step in (self._before, self._last)
 
   def begin_after(self, step: int) -> None:
@@ -58,7 +58,7 @@ class Profiler:
   def _end(self) -> None:
     if self._tracing:
       self._tracing = False
-      try:  # a trace that cannot be written costs the trace, not the run
+      try:  # a trace that cannot be written does not end the run
         jax.profiler.stop_trace()
         [*_, trace] = sorted((self._workdir / 'profile').glob('plugins/profile/*/perfetto_trace.json.gz'))
       except (OSError, RuntimeError, ValueError) as e:

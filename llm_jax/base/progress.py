@@ -1,4 +1,4 @@
-"""One progress bar for everything long: live in a terminal, a plain line now and then elsewhere."""
+"""Progress bars: live in a terminal, plain lines every 10 seconds elsewhere."""
 
 import sys
 from typing import Any
@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 class _Lines:
-  """A file for tqdm that puts each state of a bar on a line of its own, where no cursor can go back."""
+  """A file for tqdm that writes each state of a bar to a new line, for outputs without a cursor."""
 
   def write(self, text: str) -> None:
     if text.strip():
@@ -18,7 +18,7 @@ class _Lines:
 
 
 def progress(desc: str, total: float | None, unit: str, initial: float = 0) -> tqdm:
-  """A bar on stderr that scales its unit (k, M, G) and shows rate and time left."""
+  """A bar on stderr with scaled units (k, M, G), rate and time left."""
   live = sys.stderr.isatty()
   options: dict[str, Any] = {} if live else {'file': _Lines(), 'mininterval': 10, 'ncols': 80, 'ascii': True}
   return tqdm(desc=desc, total=total, unit=unit, initial=initial, unit_scale=True, **options)

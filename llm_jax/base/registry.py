@@ -1,7 +1,7 @@
 """Registries: the parts that a config can name. A plug-in adds one with register(MODELS, 'foo', Foo).
 
-A registry is looked up when a config is built, so everything registered before that counts. The parts in llm_jax/extras
-are listed by name in extras/table.py and imported when first named.
+A config is checked against the registries when it is built, so parts must be registered before. The parts in
+llm_jax/extras are listed in extras/table.py and imported when a config first names them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _registries: list[Any] = []
 
 
 class Entry(NamedTuple):
-  value: Any  # what the registry gives for the name
-  settings: type  # a frozen dataclass: the section of the config that has the entry's name
+  value: Any  # what registry[name] returns
+  settings: type  # a frozen dataclass: the config section with the entry's name
   origin: str  # the module that registered it
-  listed: bool = True  # whether messages offer it
+  listed: bool = True  # whether messages list it
 
 
 class Registry(Mapping[str, Any]):
-  """Parts of one kind by name. `adapt(name, value, settings)` returns what is stored of what is registered."""
+  """Parts of one kind by name. `adapt(name, value, settings)` returns (value, settings) as they are stored."""
 
   def __init__(self, kind: str, adapt: Callable[[str, Any, type | None], tuple[Any, type]] | None = None):
     self.kind = kind
@@ -57,7 +57,7 @@ class Registry(Mapping[str, Any]):
     return id(self)
 
   def settings(self, name: str) -> type:
-    """The class of the config section that has the entry's name."""
+    """The class of the config section with the entry's name."""
     return self._find(name).settings
 
   def origin(self, name: str) -> str:
@@ -65,13 +65,13 @@ class Registry(Mapping[str, Any]):
     return self._find(name).origin
 
   def add(self, name: str, value: Any, settings: type | None, origin: str, listed: bool = True) -> None:
-    """Raises ConfigError for a name that another module has registered."""
+    """Adds an entry. Raises ConfigError for a name that another module has registered."""
     if not name.isidentifier():
-      raise ConfigError(f'{self.kind} {name!r}: a name must be a Python identifier, as it becomes a config section')
+      raise ConfigError(f'{self.kind} {name!r}: the name must be a Python identifier, as it becomes a config section')
     taken = self._entries.get(name)
     by = taken.origin if taken else f'llm_jax.extras.{self._extras()[name]}' if name in self._extras() else origin
     if by != origin:
-      raise ConfigError(f'{self.kind} {name!r} is registered by {by} already; choose another name')
+      raise ConfigError(f'{self.kind} {name!r} is already registered by {by}; choose another name')
     self._entries[name] = Entry(*self._adapt(name, value, settings), origin, listed)
 
   def _find(self, name: str) -> Entry:
@@ -84,7 +84,7 @@ class Registry(Mapping[str, Any]):
 
 
 def register(registry: Registry, name: str, value: Any, settings: type | None = None, *, listed: bool = True) -> None:
-  """Adds `value` to a registry under `name`; its settings become the config section of that name.
+  """Adds `value` to a registry under `name`; its settings become the config section with that name.
 
   `settings` is a frozen dataclass. Without one, the settings are the value's fields or parameters that have a plain
   default (bool, int, float, str, tuple). `listed` False keeps the name out of messages. Raises ConfigError
@@ -99,7 +99,7 @@ def has_registered(origin: str) -> bool:
 
 
 def settings_of(value: Any) -> type:
-  """The frozen dataclass that `value` is, or one made from its parameters with plain defaults."""
+  """`value` itself if it is a frozen dataclass, else a dataclass made from its parameters with plain defaults."""
   if is_frozen(value):
     return value
   return settings_from_signature(value)
@@ -111,7 +111,7 @@ def is_frozen(value: Any) -> bool:
 
 
 def settings_from_signature(value: Any, ignored: tuple[str, ...] = ()) -> type:
-  """A frozen dataclass with a field for each parameter, but the `ignored` ones, that has a plain default."""
+  """A frozen dataclass with a field for each parameter with a plain default, except the `ignored` ones."""
   target = value.func if hasattr(value, 'func') else value  # a functools.partial
   fixed = set(value.keywords) if hasattr(value, 'keywords') else set()
   try:

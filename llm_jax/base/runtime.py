@@ -1,6 +1,6 @@
-"""What a program sets before JAX starts: the C allocator, XLA's flags, and where compiled programs are kept.
+"""Process settings from before JAX starts: the C allocator, XLA's flags, and the cache of compiled programs.
 
-JAX and XLA read all three once, so nothing here imports JAX. What the user has set himself stays.
+They are read once, when JAX starts, so this module does not import JAX. Values that the user has set are kept.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import MutableMapping
 from glob import glob
 from pathlib import Path
 
-# Flags of XLA by platform: the value, and why it is not XLA's own. An unknown flag ends the process: those of GPUs are
-# known to jaxlib 0.10.2 to 0.12, those of TPUs are the ones that MaxText sets.
+# XLA flags by platform: the value, and why it differs from XLA's default. An unknown flag ends the process: jaxlib
+# 0.10.2 to 0.12 know the GPU flags; the TPU flags are those that MaxText sets.
 XLA_FLAGS: dict[str, dict[str, tuple[str, str]]] = {
     'gpu': {
         'xla_gpu_enable_latency_hiding_scheduler': ('true', 'collectives run while matmuls do'),
         'xla_gpu_enable_pipelined_all_gather': ('true', 'a layer\'s shards are gathered during the layer before it'),
-        # Left alone, as XLA now has them so itself: Triton GEMMs, autotuning, command buffers, loops unrolled that hold
-        # collectives, pipelined reduce-scatters, high-priority streams, and how many collectives are combined.
+        # Not set, as XLA's defaults are good now: Triton GEMMs, autotuning, command buffers, unrolling of loops with
+        # collectives, pipelined reduce-scatters, high-priority streams, and combining of collectives.
     },
     'tpu': {
         'xla_enable_async_all_gather': ('true', 'an all-gather need not end before the next operation begins'),
@@ -30,49 +30,49 @@ XLA_FLAGS: dict[str, dict[str, tuple[str, str]]] = {
         'xla_tpu_enable_async_collective_fusion_multiple_steps': ('true', 'and over several matmuls'),
         'xla_tpu_overlap_compute_collective_tc': ('true', 'the core computes while its links are busy'),
     },
-    'cpu': {},  # wider vectors, fast math, other dot emitters: slower, or no different, side by side
+    'cpu': {},  # wider vectors, fast math and other dot emitters were measured to be no faster
 }
 VARIABLE = {'gpu': 'XLA_FLAGS', 'tpu': 'LIBTPU_INIT_ARGS', 'cpu': 'XLA_FLAGS'}
 
-CACHE_BYTES = 2 << 30  # what compiled programs may take on disk; the least recently used go first
-MIN_COMPILE_SECONDS = 0.05  # what compiles faster than this is not worth a file
+CACHE_BYTES = 2 << 30  # limit of compiled programs on disk; the least recently used are removed first
+MIN_COMPILE_SECONDS = 0.05  # programs that compile faster are not cached
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--tuning', choices=('on', 'off'), default='on', help='off: leave the C allocator and the flags '
-                      'of XLA as they are (llm_jax/runtime.py says what is set, and why)')
+  parser.add_argument('--tuning', choices=('on', 'off'), default='on', help='off: do not change the C allocator and '
+                      'the XLA flags (llm_jax/base/runtime.py lists the changes and their reasons)')
 
 
 def prepare(tuning: bool = True) -> str:
-  """Sets allocator and flags (if `tuning`) and the cache of compiled programs; says in one line what it did."""
+  """Sets allocator and flags (if `tuning`) and the cache of compiled programs; returns one line on what was set."""
   if 'jax' in sys.modules:
-    return 'nothing is set, as jax was there before'
+    return 'nothing set, as jax was already imported'
   platform = find_platform()
   kept = tuning and platform == 'cpu' and keep_freed_memory()
   flags = add_flags(platform, os.environ) if tuning else []
-  return '; '.join(['malloc keeps freed memory' if kept else 'malloc as it was', keep_compiled(os.environ),
+  return '; '.join(['malloc keeps freed memory' if kept else 'malloc unchanged', keep_compiled(os.environ),
                     f'XLA flags: {" ".join(flags) or "none"}'])
 
 
 def find_platform() -> str:
-  """'tpu', 'gpu' or 'cpu': what JAX will take, told without it by its plugins and by what lies in /dev."""
+  """The platform that JAX will choose: 'tpu', 'gpu' or 'cpu', from its installed plugins and the files in /dev."""
   asked = os.environ.get('JAX_PLATFORMS', '').split(',')[0].strip().lower()
   if asked:
     return {'cuda': 'gpu', 'rocm': 'gpu'}.get(asked, asked)
   tpu = glob('/dev/accel*') or glob('/dev/vfio/[0-9]*') or any(name.startswith('TPU_') for name in os.environ)
   if tpu and importlib.util.find_spec('libtpu'):
     return 'tpu'
-  gpu = glob('/dev/nvidia*') or glob('/proc/driver/nvidia') or glob('/dev/dxg')  # the last: Windows' Linux
+  gpu = glob('/dev/nvidia*') or glob('/proc/driver/nvidia') or glob('/dev/dxg')  # the last one: WSL
   if gpu and any(importlib.util.find_spec(f'jax_cuda{version}_plugin') for version in (12, 13)):
     return 'gpu'
   return 'cpu'
 
 
 def keep_freed_memory() -> bool:
-  """Has glibc's malloc keep what is freed; False where it is another malloc, or where the user has set it.
+  """Makes glibc's malloc keep freed memory; returns False for another malloc, or where the user has configured it.
 
-  XLA:CPU allocates the temporary arrays of a program at every execution. glibc takes blocks over 128 KiB from the
-  kernel one by one and gives them back when freed, so every step would fault in all its pages again, zeroed.
+  XLA:CPU allocates the temporary arrays of a program at every execution. By default glibc maps each block over 128 KiB
+  and unmaps it when freed, so every step would page-fault and zero all of its memory again.
   """
   if any(name.startswith('MALLOC_') for name in os.environ) or 'malloc' in os.environ.get('GLIBC_TUNABLES', ''):
     return False
@@ -80,21 +80,21 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
     return False
-  options = {  # the numbers are those of malloc.h
-      -4: 0,  # M_MMAP_MAX: no block has a mapping of its own, which free() would undo
-      -1: -1,  # M_TRIM_THRESHOLD: the end of the heap is never given back
+  options = {  # numbers from malloc.h
+      -4: 0,  # M_MMAP_MAX: no block gets its own mapping, which free() would unmap
+      -1: -1,  # M_TRIM_THRESHOLD: the end of the heap is never returned to the kernel
       -2: 64 << 20,  # M_TOP_PAD: the heap grows by 64 MiB at a time
-      -8: 1,  # M_ARENA_MAX: one heap, as what one thread freed would be no use to another one's heap
+      -8: 1,  # M_ARENA_MAX: one heap for all threads, so that any thread can reuse freed memory
   }
   return all([mallopt(option, value) for option, value in options.items()])
 
 
 def add_flags(platform: str, environ: MutableMapping[str, str]) -> list[str]:
-  """Appends the platform's flags to its variable, but those that are set there; returns what was appended."""
+  """Appends the platform's flags to its environment variable, unless set there; returns what was appended."""
   variable = VARIABLE.get(platform, 'XLA_FLAGS')
   present = environ.get(variable, '').split()
   if present and not present[0].startswith('-'):
-    return []  # the name of a file that holds the flags
+    return []  # the variable names a file of flags
   names = {flag.lstrip('-').partition('=')[0] for flag in present}
   added = [f'--{name}={value}' for name, (value, _) in XLA_FLAGS.get(platform, {}).items() if name not in names]
   if added:
@@ -109,9 +109,9 @@ def user_cache() -> Path:
 
 
 def keep_compiled(environ: MutableMapping[str, str]) -> str:
-  """Has JAX keep compiled programs on disk, up to CACHE_BYTES; says where. A folder that cannot be used is left.
+  """Makes JAX cache compiled programs on disk, up to CACHE_BYTES; returns a line on where. Skips an unusable folder.
 
-  JAX's key of a program covers the versions, the flags and the CPU's instructions, so hosts may share the folder.
+  JAX's cache key covers versions, flags and the CPU's instructions, so hosts may share the folder.
   """
   theirs = environ.get('JAX_COMPILATION_CACHE_DIR')
   if theirs == '' or environ.get('JAX_ENABLE_COMPILATION_CACHE', '1').lower() in ('0', 'false', 'no', 'off', 'n', 'f'):
@@ -121,7 +121,7 @@ def keep_compiled(environ: MutableMapping[str, str]) -> str:
   folder = user_cache() / 'compiled'
   try:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():  # whoever writes here has this process run his code
+    if folder.stat().st_uid != os.getuid():  # programs in the cache are executed, so its owner must be this user
       raise PermissionError('the folder is another user\'s')
     if not os.access(folder, os.W_OK):
       raise PermissionError('the folder is read-only')
@@ -135,9 +135,9 @@ def keep_compiled(environ: MutableMapping[str, str]) -> str:
 
 
 def mend(folder: Path) -> None:
-  """Removes what a process that was killed, or a full disk, left half written: an entry without its time of use.
+  """Removes incomplete cache entries, which a killed process or a full disk leaves: those without an access time.
 
-  JAX writes the time last; without it 0.10.2 can neither bound the cache nor write to it again.
+  JAX writes the access time last; with an entry that lacks it, JAX 0.10.2 can neither bound the cache nor write to it.
   """
   import filelock  # JAX needs it too, to bound the cache
   with filelock.FileLock(folder / '.lockfile', timeout=10):

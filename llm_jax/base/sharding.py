@@ -1,4 +1,4 @@
-"""Mesh, logical axes and the one table that joins them. One device is a 1x1x1 mesh."""
+"""The mesh, logical axes, and the one table that maps axes to the mesh. One device is a 1x1x1 mesh."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from llm_jax.base.errors import ConfigError
 MESH_AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
 
-# Logical axis -> mesh axes. `act_` axes belong to activations, so that FSDP may shard a weight's `embed`
-# and leave an activation's alone.
+# Logical axis -> mesh axes. Activations have their own axes `act_...`, so that FSDP shards `embed` of weights but not
+# of activations.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     'act_batch': BATCH_AXES,
     'act_length': None,
@@ -37,7 +37,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     'heads': 'tensor',
     'kv_heads': 'tensor',
     'mlp': 'tensor',
-    'gate': None,  # over tensor XLA 0.10 computed a gate times an unsplit array wrongly on a 2 x 2 x 2 mesh
+    'gate': None,  # sharded over tensor, XLA 0.10 computed gate * unsharded array wrongly on a 2 x 2 x 2 mesh
     'gates': None,
     'patch': None,
     'byte_embed': None,
@@ -46,7 +46,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; -1 (one axis at most) takes what is left."""
+  """Devices along each mesh axis; -1, for one axis at most, takes the remaining devices."""
 
   data: int = -1
   fsdp: int = 1
@@ -59,7 +59,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-  """The mesh over all devices of all processes. Raises ConfigError where the sizes do not fit their number."""
+  """The mesh over all devices of all processes. Raises ConfigError where the sizes do not fit the device count."""
   devices = jax.devices() if devices is None else devices
   sizes = list(dataclasses.astuple(config))
   known = math.prod(s for s in sizes if s != -1)
@@ -68,7 +68,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   if math.prod(sizes) != len(devices):
     raise ConfigError(
         f'config.mesh: data x fsdp x tensor = {" x ".join(map(str, dataclasses.astuple(config)))} does not cover the '
-        f'{len(devices)} device(s) here; their product must be {len(devices)} (-1 takes the rest)')
+        f'{len(devices)} device(s) here; set sizes whose product is {len(devices)} (-1 takes the rest)')
   # Auto: the compiler propagates shardings. jax.make_mesh would default to explicit ones.
   return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
 
@@ -87,7 +87,7 @@ def logical_to_spec(axes: tuple[str | None, ...]) -> P:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Pins an activation's layout; the identity outside `jax.set_mesh`. A dimension that does not divide stays whole."""
+  """Constrains an activation's sharding; no effect outside `jax.set_mesh`. Dimensions that do not divide stay whole."""
   mesh, spec = jax.sharding.get_abstract_mesh(), logical_to_spec(axes)
   if mesh.empty:
     return x
@@ -117,12 +117,12 @@ def check_divisible(abstract: Any, shardings: Any) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over data and fsdp, everything else whole."""
+  """Rows are sharded over data and fsdp; other dimensions are whole."""
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-  """Devices that a batch's rows are dealt to."""
+  """The number of shards of a batch's rows."""
   return _num_shards(BATCH_AXES, mesh)
 
 

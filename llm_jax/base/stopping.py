@@ -1,4 +1,4 @@
-"""Leaving in good order: SIGTERM and Ctrl-C end a run at a step that all its processes agree on."""
+"""Graceful stops: SIGTERM and Ctrl-C end a run at a step that all its processes agree on."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-_QUESTIONS = itertools.count(1)  # of a process, whatever runs or stages it does
+_QUESTIONS = itertools.count(1)  # calls of reached() in this process, over all runs and stages
 
 
 class StopSignal:
-  """A context manager that turns the first SIGTERM or SIGINT into `reached()`; a second one kills at once.
+  """A context manager: after the first SIGTERM or SIGINT `reached()` is true; a second signal kills at once.
 
-  Once jax.distributed is up it hears SIGTERM itself, and its coordinator picks the step for all processes, so that
-  one notified process is enough; see `interrupt_all` for Ctrl-C.
+  With jax.distributed, JAX handles SIGTERM and its coordinator picks the step for all processes, so that a signal to
+  one process is enough; see `interrupt_all` for Ctrl-C.
   """
 
   def __init__(self):
@@ -26,7 +26,7 @@ class StopSignal:
     self._alone = not jax.distributed.is_initialized()
 
   def __enter__(self) -> StopSignal:
-    main = threading.current_thread() is threading.main_thread()  # no other one may handle signals
+    main = threading.current_thread() is threading.main_thread()  # other threads may not handle signals
     handled = (signal.SIGINT, signal.SIGTERM) if self._alone and main else ()
     self._before = {number: signal.signal(number, self._handle) for number in handled}
     return self
@@ -42,15 +42,15 @@ class StopSignal:
     _announce(number)
 
   def reached(self) -> bool:
-    """Whether to stop after this step. With several processes every one must ask at every step."""
-    # jax counts from 0 and stops at the next count: asked by step number, a run that goes on from step 100 would never
-    # hear of a signal that came before its first step.
+    """Whether to stop after this step. With several processes each must call this at every step."""
+    # JAX counts calls from 0 and stops at the next count: with step numbers instead, a run resumed at step 100 would
+    # miss a signal from before its first step.
     number = next(_QUESTIONS)
     return self.requested if self._alone else multihost_utils.reached_preemption_sync_point(number)
 
 
 def interrupt_all(number: int, frame: object) -> None:
-  """A handler of Ctrl-C for one of several processes, which may not leave alone: SIGTERM, for all of them."""
+  """Handles Ctrl-C in one of several processes: sends SIGTERM, which stops all of them together."""
   signal.signal(number, signal.SIG_DFL)
   os.kill(os.getpid(), signal.SIGTERM)
   _announce(number)
@@ -58,4 +58,4 @@ def interrupt_all(number: int, frame: object) -> None:
 
 def _announce(number: int) -> None:
   name = signal.Signals(number).name
-  print(f'\n{name}: saving, then leaving (once more: leave at once)', file=sys.stderr, flush=True)
+  print(f'\n{name}: saving, then stopping (repeat it to stop at once)', file=sys.stderr, flush=True)

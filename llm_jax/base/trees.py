@@ -11,7 +11,7 @@ from llm_jax.base.batch import Params
 
 
 def path_of(path: tuple) -> str:
-  """'blocks/attn/q/w'."""
+  """A key path as text: 'blocks/attn/q/w'."""
   return '/'.join(str(key.key) for key in path)
 
 
@@ -21,15 +21,15 @@ def by_name(params: Params) -> dict[str, Any]:
 
 
 def split(params: Params, is_trainable: Callable[[tuple], bool]) -> tuple[Params, Params]:
-  """(trainable, frozen): two trees that hold the leaves of nested dicts under their own paths, by their path."""
-  def part(tree: Any, path: tuple, wanted: bool) -> Any:
+  """(trainable, frozen): splits nested dicts in two; every leaf keeps its path."""
+  def part(tree: Any, path: tuple, trainable: bool) -> Any:
     found = {}
     for key, value in tree.items():
       here = (*path, jax.tree_util.DictKey(key))
       if isinstance(value, dict):
-        if below := part(value, here, wanted):
+        if below := part(value, here, trainable):
           found[key] = below
-      elif is_trainable(here) == wanted:
+      elif is_trainable(here) == trainable:
         found[key] = value
     return found
 
@@ -37,7 +37,7 @@ def split(params: Params, is_trainable: Callable[[tuple], bool]) -> tuple[Params
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
-  """The tree that `split` was given."""
+  """The inverse of `split`."""
   if not frozen:
     return trainable
   both = {**trainable, **frozen}

@@ -1,7 +1,7 @@
-"""Says what this machine has and lacks, and whether a config would run: llm-jax check [--config=FILE]
+"""Reports devices and packages, and whether a config runs: llm-jax check [--config=FILE]
 
-With a config it trains its first steps, in a folder that goes away: data, model, optimizer, the compiled step, and what
-memory the state takes. Exit code 0 if all is well, else that of the first thing that is not.
+With a config it trains the first logged step in a temporary folder, which checks data, model, optimizer and the
+compiled step, and reports the memory of the state. The exit code is 0, or that of the first error.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from llm_jax.main import out_of_memory_as_config_error, run_as_program
 
 CORE = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-collections', 'numpy', 'tensorboard',
         'tokenizers', 'tiktoken', 'safetensors', 'psutil')
-OPTIONAL = {  # module: what it is for, the extra that has it
-    'matplotlib': ('pictures: plot, schedules, inspect, evaluate, sweep', 'plot'),
+OPTIONAL = {  # module: what it is used for, the extra that installs it
+    'matplotlib': ('figures: plot, schedules, inspect, evaluate, sweep', 'plot'),
     'xprof': ('profiles in TensorBoard', 'profile'),
     'pyarrow': ('Parquet and Arrow files', 'data'),
     'h5py': ('HDF5 files', 'data'),
     'zstandard': ('.zst files', 'data'),
     'datasets': ('folders of Hugging Face datasets', 'data'),
     'sentencepiece': ('SentencePiece tokenizers', 'data'),
-    'fsspec': ('addresses of object stores', 'data'),
+    'fsspec': ('URLs of object stores', 'data'),
     'tree_sitter_wgsl_bevy': ('the WGSL validator', 'wgsl'),
-    'qwix': ('matrices of 8 bits: config.model.einsum=int8, fp8', 'quant'),
+    'qwix': ('8-bit matrices: config.model.einsum=int8, fp8', 'quant'),
     'pynvml': ('utilisation of NVIDIA GPUs (nvidia-ml-py)', None),
 }
 
@@ -43,14 +43,14 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(prog='llm-jax check', allow_abbrev=False, description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', help='a config file, or the config.json of a run')
-  parser.add_argument('--full_size', action='store_true', help='on a CPU, ignore what the config changes for CPUs')
+  parser.add_argument('--full_size', action='store_true', help="without an accelerator, ignore the config's on_cpu")
   flags.add(parser, trust=False)
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, '--config.', '--config, --full_size, --tuning, --config.FIELD')
   lines, missing = packages()
   print('\n'.join(lines), flush=True)
   if missing:
-    raise ConfigError(f'{", ".join(missing)}: needed, and not installed; pip install llm_jax')
+    raise ConfigError(f'{", ".join(missing)}: required but not installed; run pip install llm_jax')
   was_set = flags.apply(args)
   for line in [*machine(), f'runtime      {was_set}']:
     print(line)
@@ -60,26 +60,26 @@ def main(argv: list[str]) -> None:
   from llm_jax.training import loop
   from llm_jax.training.custom import Custom
   config = api.load_config(args.config, full_size=args.full_size, **overrides)
-  print(f'config       {args.config}: fields and values are legal')
+  print(f'config       {args.config}: fields and values are valid')
   try:
     with (out_of_memory_as_config_error(config.tokens_per_device), tempfile.TemporaryDirectory() as folder,
           contextlib.closing(loop.train(config, Path(folder), Custom())) as events):
       first = next(events, None)
   except UserError:
-    print(f'config       {args.config}: would NOT run', flush=True)
+    print(f'config       {args.config}: does NOT run', flush=True)
     raise
   if first is None:
-    print('config       nothing is left to do: it starts from a run that is as far as num_steps')
+    print('config       nothing to train: it starts from a run that has already reached num_steps')
     return
   kept, free = config.checkpoint.keep_last + config.checkpoint.keep_best, shutil.disk_usage('.').free / 2**30
   size = first.status()['state_bytes'] / 2**30
-  print(f'memory       weights and what the optimizer keeps take {size:.2f} GiB, over all devices')
-  print(f'checkpoints  {kept} of {size:.2f} GiB are kept, and {free:.1f} GiB are free here')
-  print(f'config       it runs: the loss of step {first.step} is {first.metrics["train/loss"]:.3f}')
+  print(f'memory       weights and optimizer state take {size:.2f} GiB, over all devices')
+  print(f'checkpoints  {kept} of {size:.2f} GiB are kept; {free:.1f} GiB are free here')
+  print(f'config       runs: the loss of step {first.step} is {first.metrics["train/loss"]:.3f}')
 
 
 def machine() -> list[str]:
-  """Devices, memory, kernels, disk."""
+  """Lines on devices, memory, kernels and disk."""
   import jax
   import psutil
 
@@ -89,13 +89,13 @@ def machine() -> list[str]:
   kind, memory = devices[0].platform, device_memory(jax.local_devices()[0])
   peak, cache = peak_flops(devices), runtime.user_cache()
   here = next(path for path in (cache, *cache.parents) if path.exists())
-  peak_each = 'not in the table: no MFU' if peak is None else f'{peak / len(devices) / 1e12:.0f} TFLOP/s each'
+  peak_each = 'unknown, so no MFU' if peak is None else f'{peak / len(devices) / 1e12:.0f} TFLOP/s each'
   return [
       f'llm_jax      {__version__}, Python {platform.python_version()}, {platform.platform()}',
       f'devices      {len(devices)} x {devices[0].device_kind} ({kind}), {jax.process_count()} process(es)',
       f'peak         {peak_each}',
       f'dtype auto   {"bfloat16" if has_fast_bf16() else "float32"}',
-      f'attention    {", ".join(AUTO.get(kind, ("blocked",)))}, the first that serves the shapes',
+      f'attention    {", ".join(AUTO.get(kind, ("blocked",)))}: the first one that supports the shapes',
       f'memory       host {psutil.virtual_memory().available / 2**30:.1f} of '
       f'{psutil.virtual_memory().total / 2**30:.1f} GiB free'
       + ('' if memory is None else f', device {memory / 2**30:.1f} GiB'),
@@ -106,7 +106,7 @@ def machine() -> list[str]:
 
 
 def packages() -> tuple[list[str], list[str]]:
-  """(versions of what is needed and what is missing for what, the needed ones that are missing)."""
+  """(lines on required versions and missing optional packages, names of missing required packages)."""
   versions, missing = [], []
   for name in CORE:
     try:

@@ -1,6 +1,6 @@
-"""Shows what a run would train on: llm-jax data inspect --config=configs/gpt_small.py --out=data.png
+"""Shows the training data of a config: llm-jax data inspect --config=configs/gpt_small.py --out=data.png
 
-Prints counts, what filters dropped, document lengths, and rows as the model sees them. Without a config, the fields of
+Prints counts, what filters dropped, document lengths, and rows as the model reads them. Without a config, the fields of
 config.data are flags: --path='notes/**/*.md' --seq_len=256 --packing=best_fit
 """
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--part', default='train', choices=('train', 'val', 'test'))
   parser.add_argument('--rows', type=int, default=2, help='number of rows to show per source')
   parser.add_argument('--seed', type=int, default=0, help='selects the rows')
-  parser.add_argument('--out', type=Path, help='PNG file to write: document lengths and pictures of rows')
+  parser.add_argument('--out', type=Path, help='PNG file to write: histograms of document lengths and images of rows')
   config, args = parse(parser, argv)
   if config.streaming:
     raise ConfigError('config.data.streaming: a stream has no rows to inspect; set streaming=False')
@@ -80,7 +80,7 @@ def row_of(examples: Examples, index: int, seed: int) -> Features:
 
 
 def describe(features: Features, data: Data, config: DataConfig) -> list[str]:
-  """Lines with the inputs and targets of each piece; tokens divided by |, special ones in <>."""
+  """Lines with the inputs and targets of each piece; tokens are separated by |, special ones in <>."""
   names = token_names(data.tokenizer, data.vocab_size, config.task_settings.num_sentinels)
   segments = features.get('segment_ids', np.ones_like(features['tokens']))
   mask, has_label = features['loss_mask'] > 0, 'labels' in features
@@ -122,7 +122,7 @@ def show(ids: Iterable[int], names: list[str], most: int = 160) -> str:
 
 
 def draw(stores: dict[str, TokenStore], examples: dict[str, Examples], seed: int, out: Path) -> None:
-  """Draws histograms, and below 24 rows of each source: one colour per piece, pale where nothing is learnt."""
+  """Draws histograms, and below them 24 rows of each source: one colour per piece, pale where the loss is masked."""
   try:
     import matplotlib
   except ImportError:

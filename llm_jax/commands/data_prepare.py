@@ -1,4 +1,4 @@
-"""Makes the token stores of a run in advance: llm-jax data prepare --config=configs/gpt_small.py
+"""Tokenizes the data of a run in advance: llm-jax data prepare --config=configs/gpt_small.py
 
 Without a config, the fields of config.data are flags: --path='data/*.jsonl.gz' --field=text --tokenizer=bpe
 """
@@ -45,7 +45,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[DataConfig,
 
 
 def _refuse(message: str) -> NoReturn:
-  """Replaces argparse's usage message and exit code 2."""
+  """Raises ConfigError instead of argparse's usage message and exit code 2."""
   raise ConfigError(message)
 
 

@@ -1,7 +1,7 @@
 """Evaluates a trained run: llm-jax evaluate --workdir=runs/gpt_small [--data=FILE, FOLDER, GLOB or .bin]
 
-Of a run that learnt answers to prompts it also gives the answers that are right to the token, and those that are valid;
-of one that learnt classes what was taken for what, as numbers and as a picture.
+For a run trained on answers to prompts it also reports the shares of exact and of valid answers; for a classification
+the confusion counts, as numbers and as a figure.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(prog='llm-jax evaluate', allow_abbrev=False, description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=Path, required=True)
-  parser.add_argument('--data', help='what to evaluate on, all of it; without it, a part of the run\'s data')
-  parser.add_argument('--split', choices=('val', 'test'), default='val', help='which part of the run\'s data')
+  parser.add_argument('--data', help='other data to evaluate on (default: a part of the run\'s data)')
+  parser.add_argument('--split', choices=('val', 'test'), default='val', help='the part of the run\'s data')
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
-  parser.add_argument('--answers', type=int, help='how many pairs to answer (default: all)')
-  parser.add_argument('--num_beams', type=int, help='of an answer (default: config.eval.num_beams)')
-  parser.add_argument('--validator', help='of answers (default: config.eval.validator)')
-  parser.add_argument('--out', type=Path, help='the JSON file (default: evaluation.json in the workdir)')
+  parser.add_argument('--answers', type=int, help='number of prompts to answer (default: all)')
+  parser.add_argument('--num_beams', type=int, help='beams for answers (default: config.eval.num_beams)')
+  parser.add_argument('--validator', help='validator of answers (default: config.eval.validator)')
+  parser.add_argument('--out', type=Path, help='JSON file to write (default: evaluation.json in the workdir)')
   flags.add(parser)
   args = parser.parse_args(argv)
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 
 def draw_confusion(counts: np.ndarray, classes: tuple[str, ...], out: Path) -> None:
-  """A picture of what (down) was taken for what, each row in shares of itself; nothing where matplotlib is not."""
+  """Draws the confusion matrix: true classes in rows, normalized per row. Does nothing without matplotlib."""
   try:
     import matplotlib
   except ImportError:
@@ -74,7 +74,7 @@ def draw_confusion(counts: np.ndarray, classes: tuple[str, ...], out: Path) -> N
         axis.text(column, row, f'{count:.0f}', ha='center', va='center', fontsize=6)
     axis.set_xticks(range(len(classes)), classes, rotation=90)
     axis.set_yticks(range(len(classes)), classes)
-  axis.set(xlabel='taken for', ylabel='is')
+  axis.set(xlabel='predicted class', ylabel='true class')
   try:
     figure.savefig(out, dpi=120)
   except (OSError, ValueError) as e:

@@ -1,8 +1,8 @@
-"""Writes a run's model as safetensors, config and tokenizer: llm-jax export --workdir=runs/x --out=FOLDER
+"""Exports a run's model as safetensors, config and tokenizer: llm-jax export --workdir=runs/x --out=FOLDER
 
-What is written is read like a run: llm-jax generate --workdir=FOLDER, and evaluate; `hf upload NAME FOLDER`
-shares it. Matrices are packed at two bits a weight: the model of a run that was trained with config.model.einsum=bitnet
-computes the same as before, one of full precision is rounded, and loses. With --weight_bits=32 nothing is rounded.
+The folder can be used like a run: llm-jax generate --workdir=FOLDER, and evaluate; share it with `hf upload NAME
+FOLDER`. Matrices are packed at two bits per weight: a model trained with config.model.einsum=bitnet computes the same
+as before; one of full precision is rounded, with worse results. --weight_bits=32 writes all weights unchanged.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(prog='llm-jax export', allow_abbrev=False, description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=Path, required=True)
-  parser.add_argument('--out', type=Path, required=True, help='a new folder')
+  parser.add_argument('--out', type=Path, required=True, help='folder to create')
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
   parser.add_argument('--weight_bits', choices=('1.58', '1', '32'),
-                      help='32: as they are (default: as they were trained, else 1.58)')
+                      help='32: unchanged (default: as in training with bitnet, else 1.58)')
   flags.add(parser)
   args = parser.parse_args(argv)
   if args.out.exists() and any(args.out.iterdir() if args.out.is_dir() else [args.out]):
-    raise ConfigError(f'--out: {args.out} is there already; name a new folder')
+    raise ConfigError(f'--out: {args.out} already exists; name a new folder')
 
   flags.apply(args)
   import jax
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 
 def size_table(params: Any, arrays: dict[str, np.ndarray]) -> list[str]:
-  """Bytes of the matrices and of all else: as float32, as bfloat16 and as written."""
+  """A table of bytes of packed matrices and other parameters: as float32, as bfloat16 and as written."""
   written = {'matrices': 0, 'all else': 0}
   for name, x in arrays.items():
     written['matrices' if name not in params else 'all else'] += x.nbytes

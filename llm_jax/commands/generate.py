@@ -1,4 +1,4 @@
-"""Writes text with a trained run: llm-jax generate --workdir=runs/gpt_small --prompt='def main('"""
+"""Generates text with a trained run: llm-jax generate --workdir=runs/gpt_small --prompt='def main('"""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from llm_jax.main import run_as_program
 def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(prog='llm-jax generate', allow_abbrev=False, description=__doc__)
   parser.add_argument('--workdir', type=Path, required=True)
-  parser.add_argument('--prompt', default='', help='the text to go on from; without one a new document begins')
+  parser.add_argument('--prompt', default='', help='the text to continue (default: start a new document)')
   parser.add_argument('--num_samples', type=int, default=1)
-  parser.add_argument('--num_tokens', type=int, default=256, help='at most; a sample also ends with its document')
-  parser.add_argument('--temperature', type=float, default=0.8, help='0: always the likeliest token')
-  parser.add_argument('--top_k', type=int, default=0, help='only among the k likeliest; 0: all')
-  parser.add_argument('--top_p', type=float, default=1.0, help='only among the likeliest that hold this probability')
-  parser.add_argument('--num_beams', type=int, default=0, help='search for a likely text with so many hypotheses, '
-                      'instead of sampling')
+  parser.add_argument('--num_tokens', type=int, default=256, help='maximum; a sample also ends with its document')
+  parser.add_argument('--temperature', type=float, default=0.8, help='0: always take the most likely token')
+  parser.add_argument('--top_k', type=int, default=0, help='sample only from the k most likely tokens; 0: all')
+  parser.add_argument('--top_p', type=float, default=1.0, help='sample only from the most likely tokens with this '
+                      'total probability')
+  parser.add_argument('--num_beams', type=int, default=0, help='use beam search with this many hypotheses instead of '
+                      'sampling')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
   flags.add(parser)
@@ -42,10 +43,10 @@ def main(argv: list[str]) -> None:
 
 
 def print_samples(prompt: str, columns, tokenizer, num_samples: int) -> None:
-  """Shows the first sample while it grows, then the others."""
+  """Prints the first sample as it is generated, then the others."""
   rows: list[list[int]] = [[] for _ in range(num_samples)]
   ended = [False] * num_samples
-  decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # holds back half a character
+  decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # holds back incomplete characters
   show(prompt)
   for column in columns:
     for i, token in enumerate(column.tolist()):

@@ -1,6 +1,6 @@
-"""Looks inside a trained run: llm-jax inspect --workdir=runs/gpt_small
+"""Reports weights and activations of a trained run: llm-jax inspect --workdir=runs/gpt_small
 
-Parameters, and weights and activations layer by layer; of a model that thinks, what its steps do. Text, and a picture.
+Prints and plots parameters, and weights and activations by layer; for a model with thinking steps, the effect of each.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.main import run_as_program
 
-DORMANT = 0.01  # a step that moves the latent by less than this share of its length
-UNSTABLE = 1.0  # or by more than this
+DORMANT = 0.01  # thinking is dormant if no step moves the latent by this share of its norm
+UNSTABLE = 1.0  # and unstable if a step moves it by more than this
 
 
 def main(argv: list[str]) -> None:
@@ -26,9 +26,10 @@ def main(argv: list[str]) -> None:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=Path, required=True)
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
-  parser.add_argument('--tokens', type=int, default=16_384, help='of the validation part, for losses by thinking steps')
-  parser.add_argument('--out', type=Path, help='the picture; its numbers lie beside it as .json (default: inspect.png '
-                      'in the workdir)')
+  parser.add_argument('--tokens', type=int, default=16_384, help='number of validation tokens for the losses by '
+                      'thinking steps')
+  parser.add_argument('--out', type=Path, help='figure to write; a .json file beside it has its numbers (default: '
+                      'inspect.png in the workdir)')
   flags.add(parser)
   args = parser.parse_args(argv)
   if args.tokens < 1:
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
     import matplotlib
     matplotlib.use('agg')
   except ImportError:
-    raise ConfigError("the picture needs matplotlib: pip install 'llm_jax[plot]'") from None
+    raise ConfigError("llm-jax inspect needs matplotlib: pip install 'llm_jax[plot]'") from None
 
   flags.apply(args)
   import jax
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
     batch = Batch(**{name: jax.numpy.asarray(x) for name, x in features.items()})
     def remade(**changes: Any) -> Any:
       return make_model(dataclasses.replace(run.config.model, **changes), objective.heads, objective.num_weights)
-    whole = remade(remat='none')  # remat would hide what is inside
+    whole = remade(remat='none')  # with remat, intermediate values could not be intercepted
     report['activations'], sown = activations(whole, run.params, batch)
     if 'think' in sown:
       def losses(num_steps: int) -> float:
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
 
 
 def weights(params: Any) -> dict[str, dict]:
-  """By path: shape, number, and of each layer (or of the whole, where it is not stacked) rms and largest."""
+  """By path: shape, number of parameters, and rms and largest value of each layer (or of an unstacked parameter)."""
   import jax
   found = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -93,14 +94,14 @@ def weights(params: Any) -> dict[str, dict]:
 
 
 def activations(model: Any, params: Any, batch: Any) -> tuple[dict[str, dict], dict]:
-  """By module: rms and largest of what it gives, each time it is called; and what the model sowed for inspection."""
+  """(rms and largest output value of each module, per call; values that the model sowed into `intermediates`)."""
   import flax.linen as nn
   import jax
   found: dict[str, dict] = {}
   stack: list[str] = []
 
   def watch(next_fn, args, kwargs, context):
-    # The blocks of a stack are roots of their own: told apart by their class.
+    # The blocks of a stack are separate root modules, so their class is used as the path.
     is_block = context.method_name == '__call__' and not context.module.path
     stack.extend([type(context.module).__name__] * is_block)
     result = next_fn(*args, **kwargs)
@@ -108,7 +109,7 @@ def activations(model: Any, params: Any, batch: Any) -> tuple[dict[str, dict], d
       stack.pop()
     first = result[0] if isinstance(result, tuple) else result
     path = context.module.path
-    traced = isinstance(first, jax.core.Tracer)  # Flax looks again at what shapes its parameters would be made with
+    traced = isinstance(first, jax.core.Tracer)  # Flax also evaluates the shapes of parameters, abstractly
     if context.method_name == '__call__' and path and 'Dropout' not in path[-1] and not traced:
       x = np.asarray(first, np.float32)
       entry = found.setdefault('/'.join((*stack[-1:], *path)), {'rms': [], 'largest': []})
@@ -116,14 +117,14 @@ def activations(model: Any, params: Any, batch: Any) -> tuple[dict[str, dict], d
       entry['largest'].append(float(np.abs(x).max()))
     return result
 
-  # Without jit a scan over layers is a loop, so that each layer's values are seen.
+  # Without jit, the scan over layers is a Python loop, so that each layer's values can be intercepted.
   with jax.disable_jit(), nn.intercept_methods(watch):
     _, sown = model.apply({'params': params}, batch, method='readout', mutable=['intermediates', 'losses', 'metrics'])
   return found, jax.tree.map(np.asarray, sown.get('intermediates', {}))
 
 
 def thinking(steps: dict, losses: Any, num_steps: int) -> dict:
-  """What each step does to the latent, the loss with fewer and more of them, and a verdict."""
+  """How far each step moves the latent, the loss by number of steps, and a verdict."""
   moves = steps['move'].reshape(len(steps['move']), -1)
   gates = steps['gate'].reshape(len(steps['gate']), -1)
   by_steps = {n: losses(n) for n in range(num_steps + 3)}

@@ -1,6 +1,6 @@
-"""Draws curves from metrics.jsonl: llm-jax plot --workdir=runs/gpt_small --out=loss.png
+"""Plots curves from metrics.jsonl: llm-jax plot --workdir=runs/gpt_small --out=loss.png
 
-Trials of a sweep that differ in nothing but their seed share a colour.
+Trials of a sweep that differ only in their seed have the same colour.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(prog='llm-jax plot', allow_abbrev=False, description=__doc__)
   parser.add_argument('--workdir', type=Path, nargs='+', required=True, help='one run, or several to compare')
   parser.add_argument('--metric', nargs='+', default=['train/loss', 'val/loss'])
-  parser.add_argument('--log_x', action='store_true', help='steps by their powers of ten')
+  parser.add_argument('--log_x', action='store_true', help='logarithmic axis for steps')
   parser.add_argument('--out', type=Path, default=Path('loss.png'))
   args = parser.parse_args(argv)
   try:
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
   for workdir in args.workdir:
     path = workdir / 'metrics.jsonl'
     if not path.is_file():
-      raise StorageError(f'--workdir: {workdir} holds no metrics.jsonl')
+      raise StorageError(f'--workdir: {workdir} has no metrics.jsonl')
     lines = read_metrics(path)
     known = known.union(*lines)
     for name in args.metric:
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
                            color=colours.get(label), marker='o' if len(points) < 30 else None, markersize=4)
         colours.setdefault(label, line.get_color())
   if not axes.lines:
-    raise ConfigError(f'--metric: none of {", ".join(args.metric)} is there; there are: {", ".join(sorted(known))}')
+    raise ConfigError(f'--metric: no values of {", ".join(args.metric)}; known: {", ".join(sorted(known))}')
   axes.set(xlabel='step', ylabel=args.metric[0] if len(args.metric) == 1 else 'nats per token'
            if all(name.endswith('/loss') for name in args.metric) else '')
   if args.log_x:

@@ -1,7 +1,7 @@
-"""What a trained run tells of texts: llm-jax predict --workdir=runs/package --text='def sleep(delay): ...'
+"""Predicts classes, numbers or embeddings of texts: llm-jax predict --workdir=runs/package --text='def sleep(delay):'
 
-One JSON object a text, in the order given: of a classification its likeliest classes, of a regression the numbers, of
-a contrastive run the embedding (read as a pair's first text). Without --text each line of stdin is one.
+Prints one JSON object per text, in order: the most likely classes for classification, the numbers for regression, the
+embedding for contrastive runs (as the first text of a pair). Without --text, each line of stdin is a text.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
 from llm_jax.main import run_as_program
 
-ROWS = 32  # texts that are read at a time
+ROWS = 32  # texts per batch
 
 
 def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(prog='llm-jax predict', allow_abbrev=False, description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=Path, required=True)
-  parser.add_argument('--text', action='append', help='may be given several times (default: the lines of stdin)')
+  parser.add_argument('--text', action='append', help='may be repeated (default: the lines of stdin)')
   parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
-  parser.add_argument('--top', type=int, default=5, help='how many classes')
+  parser.add_argument('--top', type=int, default=5, help='number of classes to print')
   flags.add(parser)
   args = parser.parse_args(argv)
   if args.top < 1:
@@ -47,23 +47,23 @@ def main(argv: list[str]) -> None:
     run = load_run(args.workdir, mesh, args.checkpoint, trust=args.trust)
     objective = make_objective(run.config.loss).eval_objective()
     if not objective.has_predictions:
-      raise ConfigError(f'--workdir: {args.workdir} learns {", ".join(run.config.loss.terms)}, which tells nothing of '
-                        'a whole text; for new text take llm-jax generate')
+      raise ConfigError(f'--workdir: {args.workdir} was trained with {", ".join(run.config.loss.terms)}, which has no '
+                        'predictions for texts; to generate text, use llm-jax generate')
     if run.tokenizer is None:
-      raise ConfigError(f'--workdir: {args.workdir} was trained on ids without a tokenizer, so it reads no text')
+      raise ConfigError(f'--workdir: {args.workdir} was trained on ids without a tokenizer, so it cannot read text')
     predict = jax.jit(lambda params, batch: run.model.apply(
         {'params': params}, batch, method=lambda module, batch: objective.predict(module, batch)))
     texts = iter(args.text if args.text is not None else (line.rstrip('\n') for line in sys.stdin))
     while part := list(islice(texts, ROWS)):
       features = rows(run.config.data, run.tokenizer, part)
-      told = jax.device_get(predict(run.params, as_batch(features)))
+      predictions = jax.device_get(predict(run.params, as_batch(features)))
       for i, text in enumerate(part):
-        of_text = shown(run.config.loss, {name: x[i] for name, x in told.items()}, args.top)
+        of_text = shown(run.config.loss, {name: x[i] for name, x in predictions.items()}, args.top)
         print(json.dumps({'text': text, **of_text}, ensure_ascii=False), flush=True)
 
 
 def rows(config: Any, tokenizer: Any, texts: list[str]) -> dict[str, np.ndarray]:
-  """Features of ROWS documents, as the run's task makes them: what is too long loses what it lost in training."""
+  """Features of up to ROWS documents, made and truncated as by the run's task."""
   from llm_jax.data.pipeline import stack
   from llm_jax.data.rows.examples import TRUNCATIONS
   from llm_jax.data.rows.tasks import TASKS, Layout, cut, read_whole
@@ -74,17 +74,17 @@ def rows(config: Any, tokenizer: Any, texts: list[str]) -> dict[str, np.ndarray]
   for ids in tokenizer.encode(texts):
     row = np.array([tokenizer.bos_id, *map(int, ids), tokenizer.eos_id], np.int32)
     if len(row) > config.seq_len and truncate == 'left' and config.task != 'pairs':
-      row = np.concatenate([row[:1], row[1 - config.seq_len:]])  # labelled documents open with bos still
+      row = np.concatenate([row[:1], row[1 - config.seq_len:]])  # labelled documents keep their bos
     found.append(read_whole(cut(row, config.seq_len, layout), layout))
   blank = {name: np.zeros_like(x) for name, x in found[0].items()}
   return stack(found + [blank] * (ROWS - len(found)))
 
 
-def shown(config: Any, told: dict[str, np.ndarray], top: int) -> dict[str, Any]:
-  """What is told of one document, for people and programs."""
-  result: dict[str, Any] = {name: x.tolist() for name, x in told.items()}
-  if 'classification' in told:
-    p, classes = told['classification'], config.sections['classification'].classes
+def shown(config: Any, predictions: dict[str, np.ndarray], top: int) -> dict[str, Any]:
+  """The predictions for one document as JSON values, with the `top` classes by name."""
+  result: dict[str, Any] = {name: x.tolist() for name, x in predictions.items()}
+  if 'classification' in predictions:
+    p, classes = predictions['classification'], config.sections['classification'].classes
     best = np.argsort(-p)[:top].tolist()
     result['classification'] = {classes[i] if classes else str(i): round(float(p[i]), 4) for i in best}
   return result

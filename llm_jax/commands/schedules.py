@@ -1,6 +1,6 @@
-"""Draws a config's learning rate: llm-jax schedules --config=configs/gpt_small.py [...] --out=x.png
+"""Plots a config's learning rate: llm-jax schedules --config=configs/gpt_small.py [...] --out=x.png
 
-With it come the phases of Grokfast and the stages, where they are told by steps. --config.FIELD=VALUE as for training.
+Marks stages, and phases of Grokfast that begin at given steps. --config.FIELD=VALUE sets fields as in training.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.main import run_as_program
 
-POINTS = 2000  # of a curve, at most
+POINTS = 2000  # maximum number of points of a curve
 
 
 def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(prog='llm-jax schedules', allow_abbrev=False, description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--config', type=Path, action='append', required=True, help='one, or several to compare')
+  parser.add_argument('--config', type=Path, action='append', required=True, help='may be repeated to compare configs')
   parser.add_argument('--out', type=Path, default=Path('schedules.png'))
-  parser.add_argument('--full_size', action='store_true', help='without what the config changes for CPUs')
+  parser.add_argument('--full_size', action='store_true', help="without an accelerator, ignore the config's on_cpu")
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, '--config.', '--config, --out, --full_size, --config.FIELD')
   try:
     import matplotlib
   except ImportError:
-    raise ConfigError("pictures need matplotlib: pip install 'llm_jax[plot]'") from None
+    raise ConfigError("llm-jax schedules needs matplotlib: pip install 'llm_jax[plot]'") from None
   matplotlib.use('Agg')
   from matplotlib import pyplot as plt
 
@@ -39,15 +39,15 @@ def main(argv: list[str]) -> None:
   for path in args.config:
     config = api.load_config(path, full_size=args.full_size, **overrides)
     if config.num_epochs:
-      raise ConfigError(f'config.num_epochs: only the data tells how many steps {config.num_epochs:g} epochs are; draw '
-                        'it with --config.num_epochs=0 --config.num_steps=...')
+      raise ConfigError(f'config.num_epochs: the number of steps in {config.num_epochs:g} epochs depends on the data; '
+                        'set --config.num_epochs=0 --config.num_steps=...')
     steps, rates = curve(config)
     [line] = axes.plot(steps, rates, label=f'{path.stem}: {config.optim.schedule}')
     for step, name in marks(config):
       axes.axvline(step, color=line.get_color(), linestyle=':', linewidth=1)
       axes.annotate(name, (step, max(rates)), rotation=90, va='top', ha='right', fontsize=7)
-    print(f'{path}: {config.optim.schedule}, {config.num_steps} steps, at first {rates[0]:.3g}, at most '
-          f'{max(rates):.3g}, at the end {rates[-1]:.3g}')
+    print(f'{path}: {config.optim.schedule}, {config.num_steps} steps, first {rates[0]:.3g}, maximum '
+          f'{max(rates):.3g}, last {rates[-1]:.3g}')
   axes.set(xlabel='step', ylabel='learning rate')
   axes.grid(alpha=0.3)
   axes.legend()
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
 
 
 def curve(config: Any) -> tuple[np.ndarray, np.ndarray]:
-  """(steps, learning rates) at the first and last step and evenly between them."""
+  """(steps, learning rates) at evenly spaced steps, including the first and the last."""
   steps = np.unique(np.linspace(0, config.num_steps - 1, POINTS).astype(int))
   import jax
   schedule = config.optim.make_schedule(config.num_steps)
@@ -67,7 +67,7 @@ def curve(config: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def marks(config: Any) -> list[tuple[int, str]]:
-  """(step, what begins there)."""
+  """(step, name) of each stage and phase that begins at a given step."""
   found = [(stage.begin, name) for name, stage in config.stages.items()]
   for name in {'grokfast_ema', 'grokfast_ma'} & set(config.optim.chain):
     link = getattr(config.optim, name)

@@ -1,4 +1,4 @@
-"""Links after the optimizer that scale updates by what training shows: a metric on a plateau, the gradient's noise."""
+"""Links after the optimizer that scale updates: on a plateau of a metric, or by the gradient's noise."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from llm_jax.optim.link import Link, at_least, positive, rates
 
 @dataclasses.dataclass(frozen=True)
 class ReduceOnPlateau(Link):
-  """Multiplies updates by `factor` each time `metric` has not improved for `patience` evaluations.
+  """Multiplies updates by `factor` whenever `metric` has not improved for `patience` evaluations.
 
-  Better is what is so by more than `min_delta`; of a metric that grows, mode is max. Of train/loss an evaluation is the
-  mean of `accumulation_size` steps.
+  An improvement is a change by more than `min_delta`; mode max is for metrics that increase. For train/loss, a mean
+  over `accumulation_size` steps counts as an evaluation.
   """
 
   metric: str = 'val/loss'
@@ -38,9 +38,9 @@ class ReduceOnPlateau(Link):
     positive(patience=self.patience, accumulation_size=self.accumulation_size, min_delta=self.min_delta)
     at_least(0, cooldown=self.cooldown, min_scale=self.min_scale)
     if not 0 < self.factor < 1:
-      raise ValueError(f'factor must lie in (0, 1); got {self.factor}')
+      raise ValueError(f'factor must be in (0, 1); got {self.factor}')
     if self.metric == 'train/loss' and self.mode == 'max':
-      raise ValueError('mode of train/loss is min')
+      raise ValueError('mode must be min for metric train/loss; got max')
 
   @property
   def required_metrics(self) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ class ReduceOnPlateau(Link):
 
   def update_from_eval(self, state: Any, results: dict[str, float]) -> Any:
     if self.metric not in results:
-      raise ValueError(f'{self.metric} is no result of an evaluation; there are: {", ".join(sorted(results))}')
+      raise ValueError(f'{self.metric} is not a result of the evaluation; known: {", ".join(sorted(results))}')
     value = results[self.metric] * (1 if self.mode == 'min' else -1)
     return self._optax().update({}, state, value=value)[1]
 
@@ -70,17 +70,17 @@ class ReduceOnPlateau(Link):
 
 class NoiseState(NamedTuple):
   mean: Params  # of gradients
-  square: jax.Array  # float32: mean of their squared norm
+  square: jax.Array  # float32: mean of the gradients' squared norm
   scale: jax.Array  # float32
   step: jax.Array  # int32
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseAdaptive(Link):
-  """Multiplies updates by the gradient's signal, so that the learning rate falls as noise takes over.
+  """Scales updates by the gradient's signal, so that the learning rate decreases as noise dominates.
 
-  signal = |E g|^2 / E |g|^2, the share of the gradient's energy that persists (1 - it is the noise scale of arXiv
-  1812.06162 as a share), both means decaying by `decay`; the factor is (signal / `target`)^`power`, within
+  signal = |E g|^2 / E |g|^2 is the share of the gradient's energy that persists (1 - signal is the noise scale of
+  arXiv 1812.06162 as a share); both means decay by `decay`. The factor is (signal / `target`)^`power`, clipped to
   [`min_scale`, `max_scale`].
   """
 
@@ -104,7 +104,7 @@ class NoiseAdaptive(Link):
                **extra: Any) -> tuple[Params, NoiseState]:
       mean = jax.tree.map(lambda m, g: self.decay * m + (1 - self.decay) * g, state.mean, grad)
       square = self.decay * state.square + (1 - self.decay) * optax.tree.norm(grad, squared=True)
-      unbiased = 1 - self.decay ** (state.step + 1)  # of both means, so once in their ratio
+      unbiased = 1 - self.decay ** (state.step + 1)  # the mean appears squared, so one correction remains in the ratio
       signal = optax.tree.norm(mean, squared=True) / jnp.maximum(square * unbiased, jnp.finfo(jnp.float32).tiny)
       scale = jnp.clip((signal / self.target) ** self.power, self.min_scale, self.max_scale)
       return optax.tree.scale(scale, updates), NoiseState(mean, square, scale, optax.safe_increment(state.step))

@@ -1,4 +1,4 @@
-"""Losses weighted by their uncertainty, or by the norms of their gradients. See losses/balance.py. Dims: I losses."""
+"""Balances that weight losses by uncertainty or by gradient norms; see losses/balance.py. Dims: I losses."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class Uncertainty:
 
 @dataclasses.dataclass(frozen=True)
 class GradNorm:
-  """GradNorm (Chen et al., arXiv 1711.02257): weights that bring each loss's gradient to the norm that it should have.
+  """GradNorm (Chen et al., arXiv 1711.02257): trains weights that bring each loss's gradient to a target norm.
 
-  With w = I softmax(s), G_i = w_i |grad L_i| and r_i = L_i / L_i(0), over its mean, the weights descend on
-  sum_i |G_i - mean(G) r_i^alpha| and the model on sum_i w_i L_i. Their norms are of a layer's weights; here, as in
-  arXiv 1810.04650, of the hidden states that all losses share, and L_i(0) is the loss of someone who knows nothing.
+  With w = I softmax(s), G_i = w_i |grad L_i| and r_i = L_i / L_i(0), divided by its mean, the weights minimize
+  sum_i |G_i - mean(G) r_i^alpha| and the model minimizes sum_i w_i L_i. The paper takes gradients with respect to a
+  layer's weights; here they are with respect to the shared hidden states, as in arXiv 1810.04650, and L_i(0) is the
+  loss of an uninformed prediction.
   """
 
   alpha: float = 1.5
@@ -42,9 +43,9 @@ class GradNorm:
     del share
     weights_I = s_I.size * jax.nn.softmax(s_I)
     norms_I = jax.lax.stop_gradient(norms())
-    behind_I = jax.lax.stop_gradient(losses_I) / initial_I
-    wanted_I = jnp.mean(weights_I * norms_I) * (behind_I / jnp.mean(behind_I)) ** self.alpha
-    balance = jnp.sum(jnp.abs(weights_I * norms_I - jax.lax.stop_gradient(wanted_I)))
+    ratio_I = jax.lax.stop_gradient(losses_I) / initial_I
+    target_I = jnp.mean(weights_I * norms_I) * (ratio_I / jnp.mean(ratio_I)) ** self.alpha
+    balance = jnp.sum(jnp.abs(weights_I * norms_I - jax.lax.stop_gradient(target_I)))
     return jnp.sum(jax.lax.stop_gradient(weights_I) * losses_I) + balance, weights_I
 
 

@@ -1,7 +1,7 @@
 """BitNet: matrices of one bit (arXiv 2310.11453) or three values (b1.58, arXiv 2402.17764), activations of 8 bits.
 
-Training keeps float32 weights and quantizes them anew in every pass; gradients go straight through (arXiv 1308.3432).
-Dims: I inputs and O outputs of a matrix, flattened; E matrices of a stack, flattened (experts).
+Training keeps float32 weights and quantizes them in each forward pass, with straight-through gradients (arXiv
+1308.3432). Dims: I inputs and O outputs of a matrix, flattened; E matrices of a stack, flattened (experts).
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ EPS = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class BitNet:
-  """How matrices are quantized; embeddings, norms and the readout stay as they are."""
+  """How matrices are quantized; embeddings, norms and the readout are not."""
 
   weight_bits: Literal['1.58', '1'] = '1.58'
   activation_bits: int = 8
-  rounding: Literal['nearest', 'stochastic'] = 'nearest'  # of activations and weights, while training
-  warmup_steps: int = 0  # over which quantization sets in, in a line; evaluation is always quantized
-  sub_norm: bool = False  # RMSNorm without a scale before every matrix, beside the model's own norms
-  penalty: float = 0.0  # on the mean square of what rounding takes from the weights, in units of their scale
-  sparsity_target: float = 0.0  # share of zeros; 0: whatever comes
-  sparsity_weight: float = 1.0  # of its squared distance from the share there is
-  gradient_scale: float = 1.0  # of the weights' gradients
+  rounding: Literal['nearest', 'stochastic'] = 'nearest'  # of activations and weights, in training
+  warmup_steps: int = 0  # steps over which quantization is blended in linearly; evaluation is always fully quantized
+  sub_norm: bool = False  # RMSNorm without a scale before each matrix, in addition to the model's norms
+  penalty: float = 0.0  # weight of the mean squared rounding error of weights, in units of their scale
+  sparsity_target: float = 0.0  # target share of zeros; 0: no target
+  sparsity_weight: float = 1.0  # weight of the squared difference from the target
+  gradient_scale: float = 1.0  # factor on the gradients of weights
 
   def __post_init__(self):
     if not 2 <= self.activation_bits <= 8:
-      raise ValueError(f'activation_bits must lie in 2 to 8; got {self.activation_bits}')
+      raise ValueError(f'activation_bits must be from 2 to 8; got {self.activation_bits}')
     if self.warmup_steps < 0 or self.penalty < 0 or self.sparsity_weight < 0:
       raise ValueError('warmup_steps, penalty and sparsity_weight must not be negative')
     if not 0 <= self.sparsity_target < 1:
-      raise ValueError(f'sparsity_target must lie in [0, 1); got {self.sparsity_target}')
+      raise ValueError(f'sparsity_target must be in [0, 1); got {self.sparsity_target}')
     if not self.sparsity_target and self.sparsity_weight != 1:
       raise ValueError(f'sparsity_weight {self.sparsity_weight} has no effect without a sparsity_target')
     if self.sparsity_target and self.weight_bits == '1':
@@ -55,15 +55,15 @@ class BitNet:
 
 
 def rounded(x: jax.Array, key: jax.Array | None) -> jax.Array:
-  """To the nearest whole number, or, with a key, up or down with the chance that keeps the mean."""
+  """x rounded to the nearest whole number; with a key, stochastically up or down so that the mean is kept."""
   return jnp.round(x) if key is None else jnp.floor(x + jax.random.uniform(key, x.shape))
 
 
 def weight_codes(w: jax.Array, bits: str, key: jax.Array | None = None,
                  axes: tuple[int, ...] | None = None) -> tuple[jax.Array, jax.Array]:
-  """(codes, scale) of a matrix: -1, 0, 1 by the mean of |w|, or the signs of w - mean(w), which chance leaves alone.
+  """(codes, scale) of a matrix: -1, 0, 1 with the mean of |w| as scale, or for one bit the signs of w - mean(w).
 
-  Means are over all of w, or over `axes`, which the scale then keeps with size 1.
+  Signs are not rounded stochastically. Means are over all of w, or over `axes`, which the scale keeps with size 1.
   """
   mean = partial(jnp.mean, axis=axes, keepdims=axes is not None)
   scale = mean(jnp.abs(w)) + EPS
@@ -74,7 +74,7 @@ def weight_codes(w: jax.Array, bits: str, key: jax.Array | None = None,
 
 def activation_codes(x: jax.Array, bits: int, axes: tuple[int, ...],
                      key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-  """(codes, scale): whole numbers up to 2^(bits - 1) - 1, by the largest |x| over `axes`."""
+  """(codes, scale): whole numbers up to 2^(bits - 1) - 1, scaled by the largest |x| over `axes`."""
   most = 2 ** (bits - 1) - 1
   scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axes, keepdims=True), EPS) / most
   return jnp.clip(rounded(x / scale, key), -most, most), scale
@@ -92,7 +92,7 @@ def matrix_axes(eqn: str) -> tuple[int, ...] | None:
 
 
 def over_outputs(eqn: str, x_scale: jax.Array, w_scale: jax.Array) -> jax.Array:
-  """What y is multiplied with: `x_scale` has x's summed axes with size 1, `w_scale` has the batch dimensions only."""
+  """The factor on y: `x_scale` has size 1 along x's summed axes, `w_scale` has only the batch dimensions."""
   x_dims, _, y_dims = re.split(',|->', eqn)
   rows = ''.join(name for name in x_dims if name in y_dims)
   return (aligned(w_scale, batch_dims(eqn), y_dims)
@@ -105,10 +105,10 @@ def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 class BitEinsum(Einsum):
-  """Einsum of quantized operands. Its parameters are those of Einsum, so that a run can be converted.
+  """Einsum of quantized operands. It has the parameters of Einsum, so that runs can be converted.
 
-  It sows `sparsity` and `quantization_error` into metrics, the penalties into losses. Products are of whole numbers,
-  which bfloat16 holds exactly, and are scaled afterwards.
+  It sows `sparsity` and `quantization_error` into metrics, and the penalties into losses. Products are of whole
+  numbers, which bfloat16 represents exactly, and are scaled afterwards.
   """
 
   bitnet: BitNet = BitNet()
@@ -125,7 +125,7 @@ class BitEinsum(Einsum):
     w_codes, w_scale = weight_codes(still(w), cfg.weight_bits, keys[0], matrix_axes(eqn))
     x_codes, x_scale = activation_codes(still(x), cfg.activation_bits, axes, keys[1])
     w_units, x_units = w / w_scale, x / x_scale
-    self._tell(w_units, w_codes)
+    self._sow(w_units, w_codes)
     w_units = cfg.gradient_scale * w_units + still((1 - cfg.gradient_scale) * w_units)
     strength = progress(cfg.warmup_steps)
     y = mixed_einsum(eqn, self.dtype, x_units + strength * still(x_codes - x_units),
@@ -133,14 +133,15 @@ class BitEinsum(Einsum):
     w_scale = jnp.squeeze(w_scale, matrix_axes(eqn))
     return add_bias(self, eqn, checkpoint_name(y, 'matmul') * over_outputs(eqn, x_scale, w_scale))
 
-  def _tell(self, w_units: jax.Array, w_codes: jax.Array) -> None:
+  def _sow(self, w_units: jax.Array, w_codes: jax.Array) -> None:
+    """Sows metrics and penalties of a matrix in units of its scale."""
     cfg = self.bitnet
     off = w_units - w_codes
     self.sow('metrics', 'sparsity', jnp.mean(w_codes == 0))
     self.sow('metrics', 'quantization_error', jnp.sqrt(jnp.sum(off * off) / (jnp.sum(w_units * w_units) + EPS)))
     loss = cfg.penalty * jnp.mean(off * off)
     if cfg.sparsity_target:
-      zeros = jnp.mean(jax.nn.sigmoid(20 * (0.5 - jnp.abs(w_units))))  # a share with a slope
+      zeros = jnp.mean(jax.nn.sigmoid(20 * (0.5 - jnp.abs(w_units))))  # a differentiable share of zeros
       loss += cfg.sparsity_weight * (zeros - cfg.sparsity_target) ** 2
     if cfg.penalty or cfg.sparsity_target:
       self.sow('losses', 'bitnet', loss)
@@ -150,14 +151,14 @@ SHIFTS_1K1 = np.arange(0, 8, 2, dtype=np.uint8)[None, :, None]
 
 
 def pack(codes_IO: jax.Array) -> jax.Array:
-  """uint8 [I / 4 (rounded up), O]: four codes -1, 0, 1 in each byte, two bits each, the first in the lowest."""
+  """uint8 [I / 4 (rounded up), O]: four codes -1, 0, 1 per byte, two bits each, the first in the lowest bits."""
   padded_IO = jnp.pad(codes_IO, ((0, -codes_IO.shape[0] % 4), (0, 0)))
   bits_JKO = (padded_IO + 1).astype(jnp.uint8).reshape(-1, 4, codes_IO.shape[1])
   return jnp.sum(bits_JKO << SHIFTS_1K1, axis=1, dtype=jnp.uint8)
 
 
 def unpack(packed_JO: jax.Array, num_inputs: int) -> jax.Array:
-  """int8 [..., I, O]: what `pack` was given, for one packed matrix or a stack of them."""
+  """The inverse of `pack`, int8 [..., I, O], for one packed matrix or a stack of them."""
   shifts_K1 = SHIFTS_1K1.reshape((1,) * (packed_JO.ndim - 1) + (4, 1))
   bits_JKO = (packed_JO[..., None, :] >> shifts_K1) & 3
   codes_IO = bits_JKO.reshape(*packed_JO.shape[:-2], -1, packed_JO.shape[-1])
@@ -165,7 +166,7 @@ def unpack(packed_JO: jax.Array, num_inputs: int) -> jax.Array:
 
 
 class PackedEinsum(Einsum):
-  """Computes from packed codes what BitEinsum computes from weights; for reading only. See export.py."""
+  """BitEinsum from packed codes instead of weights, for inference only. See bitnet_pack.py."""
 
   bitnet: BitNet = BitNet()
 
@@ -189,5 +190,5 @@ class PackedEinsum(Einsum):
 
 
 register(EINSUMS, 'bitnet', lambda settings: partial(BitEinsum, bitnet=settings), BitNet)
-# For exported models only: it cannot be trained.
+# Inference-only, for exported models.
 register(EINSUMS, 'packed', lambda settings: partial(PackedEinsum, bitnet=settings), BitNet)

@@ -1,4 +1,4 @@
-"""How much an update changes of what quantized matrices are."""
+"""A link that logs how many codes of quantized matrices each update changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llm_jax.optim.masks import Dims, as_matrices, matrix_dims
 
 @dataclasses.dataclass(frozen=True)
 class BitnetFlips(Link):
-  """Logs the share of each matrix's codes that an update has changed (see layers/bitnet.py); changes nothing itself."""
+  """Logs the share of each matrix's codes that an update changed (see extras/bitnet.py); does not change updates."""
 
   weight_bits: Literal['1.58', '1'] = '1.58'
   place = 'control'
@@ -29,8 +29,8 @@ class BitnetFlips(Link):
     bitnet = config.model.sections.get('bitnet') if getattr(config.model, 'einsum', '') == 'bitnet' else None
     if bitnet is not None and bitnet.weight_bits == self.weight_bits:
       return []
-    return ['optim.bitnet_flips counts codes of model.einsum bitnet with the same weight_bits; the model has '
-            f'{getattr(config.model, "einsum", "no einsum")}']
+    return [f'optim.bitnet_flips needs model.einsum bitnet with weight_bits {self.weight_bits}; the model has '
+            f'{getattr(config.model, "einsum", "no einsum")} {bitnet.weight_bits if bitnet else ""}'.rstrip()]
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     dims = matrix_dims(info)

@@ -1,7 +1,7 @@
 """Exports BitNet models with matrices packed at two bits a weight.
 
 Matrices of a stack of L layers (and E experts) are stored as NAME/packed uint8 [L, E, inputs / 4, outputs] and
-NAME/scale float32 [L, E]; other arrays as they were trained.
+NAME/scale float32 [L, E]; other arrays are not changed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from llm_jax.optim.masks import Dims, as_matrices, from_matrices, matrix_dims, s
 
 
 def packed_model(cfg: Any, weight_bits: str) -> Any:
-  """The config of the model that computes from packed matrices. A full-precision one has no norms before them."""
+  """The config of the model with packed matrices; without sub_norm if `cfg` has full precision."""
   bitnet = cfg.sections['bitnet'] if cfg.einsum == 'bitnet' else BitNet(weight_bits=weight_bits)  # type: ignore
   return dataclasses.replace(cfg, einsum='packed', sections=Sections({'packed': bitnet}))
 
 
 def pack_params(params: Params, info: Params, weight_bits: str) -> dict[str, np.ndarray]:
-  """{'blocks/attn/q/packed': ..., 'embed/w': ...} of trained parameters."""
+  """Packs trained parameters: {'blocks/attn/q/packed': ..., 'embed/w': ...}."""
   paths = jax.tree_util.tree_leaves_with_path(matrix_dims(info), is_leaf=lambda x: isinstance(x, Dims))
   dims = {path_of(path): d for path, d in paths}
 
@@ -51,9 +51,10 @@ def pack_params(params: Params, info: Params, weight_bits: str) -> dict[str, np.
 
 
 def unpacked(params: Params, like: Params, info: Params, trained_on: bool) -> dict[str, Any]:
-  """{'blocks/attn/q/w': ...} of an exported model's parameters, as those of `like` lie; others are as they were.
+  """Unpacks an exported model's parameters, in the shapes of `like`: {'blocks/attn/q/w': ...}.
 
-  `trained_on` as BitNet a matrix has the mean of |w| that it was packed with, else the values that it computes with.
+  If the model is `trained_on` with BitNet, each matrix gets the mean of |w| that it was packed with, so that it
+  quantizes to the same codes and scale; otherwise it gets the values that the packed matrix computes with.
   """
   arrays, leaves = by_name(params), by_name(like)
   for path, dims in jax.tree_util.tree_leaves_with_path(matrix_dims(info), is_leaf=lambda x: isinstance(x, Dims)):
@@ -77,11 +78,11 @@ class Packed:
   def export(config: Any, params: Params, info: Params, weight_bits: str | None) -> Exported:
     """Raises ConfigError for a model whose matrices cannot be packed, or that was trained with other weight_bits."""
     if getattr(config.model, 'einsum', 'packed') == 'packed':
-      raise ConfigError(f'--workdir: the run is a {config.model.name} of matrices that cannot be packed; decoder and '
-                        'encdec can be, once; --weight_bits=32 writes any model as it is')
+      raise ConfigError(f'--workdir: matrices of a {config.model.name} that is packed, or not a decoder or encdec, '
+                        'cannot be packed; set --weight_bits=32 to export them unchanged')
     trained = config.model.sections['bitnet'].weight_bits if config.model.einsum == 'bitnet' else None
     if weight_bits and trained not in (None, weight_bits):
-      raise ConfigError(f'--weight_bits: {weight_bits}, and the run was trained with {trained}; leave it out')
+      raise ConfigError(f'--weight_bits: {weight_bits}, but the run was trained with {trained}; leave it out')
     model = packed_model(config.model, weight_bits or trained or '1.58')
     return Exported(model, pack_params(params, info, model.sections['packed'].weight_bits))
 

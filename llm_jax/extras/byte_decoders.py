@@ -1,7 +1,7 @@
-"""Decoders inside a patch: they spell its bytes from a context, each byte after those before it.
+"""Decoders inside a patch: they predict its bytes, one after the other, from a context.
 
-Called on all patches at once, with a table of the bytes' embeddings, or begun from a context and stepped byte by byte.
-Dims: B batch, M patches, P bytes of a patch, D embed, N heads, H head_dim, V vocab, and a row for no byte.
+A decoder is called on all patches at once, with a table of byte embeddings, or started from a context and stepped byte
+by byte. Dims: B batch, M patches, P bytes in a patch, D embed, N heads, H head_dim, V vocab and a row for "no byte".
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.layers.attention import Visible
+from llm_jax.layers.attention import AttentionMask
 from llm_jax.layers.stack import apply_stack, init_stack
 from llm_jax.models.blocks import make_einsum
 from llm_jax.models.decoder import Block, DecoderConfig
 
 
 class GRU(nn.Module):
-  """A gated recurrent unit (Cho et al., arXiv 1406.1078) whose first state is made from the context."""
+  """A gated recurrent unit (Cho et al., arXiv 1406.1078) whose initial state is computed from the context."""
 
   cfg: Any
 
@@ -35,7 +35,7 @@ class GRU(nn.Module):
   def __call__(self, contexts_BMD: jax.Array, table_VD: jax.Array, ids_BMP: jax.Array, train: bool) -> jax.Array:
     del train
     h_BMD, hs = self.begin(contexts_BMD), []
-    # There are far fewer bytes than places: each is read once.
+    # The vocabulary is far smaller than the number of positions, so the product is computed once per byte value.
     read_BMPGD = jnp.take(self.read('BTD,DGE->BTGE', table_VD[None])[0], ids_BMP, axis=0, mode='clip')
     for j in range(ids_BMP.shape[2]):
       h_BMD = self._cell(h_BMD, read_BMPGD[:, :, j])
@@ -47,7 +47,7 @@ class GRU(nn.Module):
     return jnp.tanh(self.first('BTD,DE->BTE', contexts_BMD))
 
   def step(self, state_BMD: jax.Array, contexts_BMD: jax.Array, bytes_BMD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(what tells the next byte, the state)."""
+    """(hidden states for predicting the next byte, state)."""
     del contexts_BMD
     h_BMD = self._cell(state_BMD, self.read('BTD,DGE->BTGE', bytes_BMD))
     return h_BMD, h_BMD
@@ -68,7 +68,7 @@ class GRU(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Blocks as a decoder's over the bytes of one patch, the context added to each."""
+  """Decoder blocks over the bytes of one patch, with the context added to each byte."""
 
   cfg: Any
 
@@ -96,7 +96,7 @@ class Transformer(nn.Module):
   def _run(self, x, positions, cache, train=False, dropout_key=None):
     cfg = self.cfg
     x, cache, _ = apply_stack(
-        self.block, self.blocks, x, positions, Visible(), windows=(0,), cache=cache, train=train,
+        self.block, self.blocks, x, positions, AttentionMask(), windows=(0,), cache=cache, train=train,
         dropout_key=dropout_key, dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
     return x, cache
 

@@ -1,10 +1,10 @@
-"""Bytes in patches, thought over: a hybrid stack over patches, a refined latent, and a decoder inside each patch.
+"""A byte model on patches: a hybrid stack over patches, thinking steps on their latents, a decoder inside each patch.
 
 After AGIFORMER (github.com/inkbytefo/agi-former) and MEGABYTE (arXiv 2305.07185). A patch of P bytes is one position
-of the stack, whose blocks join sliding-window attention with linear attention. The latent of a patch is refined by
-steps that share their weights; a small decoder then spells the next patch from it, byte by byte. The byte at position
-u of a row, u = 1 ..., is told from the patches that end before u and from the bytes between the last of them and u.
-Dims: B batch, T bytes, M patches, P bytes of a patch, Q bytes that a patch looks at, E byte embedding, D embed,
+of the stack, whose blocks combine sliding-window attention and linear attention. Thinking steps with shared weights
+refine the latent of a patch; from it a small decoder predicts the next patch, byte by byte. The byte at position u of
+a row, u = 1 ..., is predicted from the patches that end before u and from the bytes between the last of them and u.
+Dims: B batch, T bytes, M patches, P bytes in a patch, Q input bytes of a patch, E byte embedding, D embed,
 N heads, H head_dim, W window, V vocab, L layers.
 """
 
@@ -46,13 +46,13 @@ from llm_jax.models.registry import MODELS
 
 @dataclasses.dataclass(frozen=True)
 class BytePatchConfig(ModelConfig):
-  """Shape and parts. The defaults are those of AGIFORMER's medium one; here they give 37M parameters."""
+  """Shape and parts of a byte-patch model. The defaults are AGIFORMER's medium model, with 37M parameters here."""
 
   name: str = 'byte_patch'
   vocab_size: int | None = None  # None: the tokenizer's
-  max_len: int | None = None  # bytes of the longest row; None: data.seq_len. Nothing here limits it
+  max_len: int | None = None  # bytes in the longest row; None: data.seq_len. Not limited by the model
   patch_size: int = 4
-  overlap: bool = False  # a patch also looks at the bytes of the patch before it
+  overlap: bool = False  # a patch also reads the bytes of the patch before it
   num_layers: int = 6
   embed_dim: int = 512
   num_heads: int = 8
@@ -60,16 +60,16 @@ class BytePatchConfig(ModelConfig):
   mlp_dim: int | None = None  # None: 4 * embed_dim
   norm: str = 'rms_norm'  # one of NORMS
   use_bias: bool = False  # on matrices and LayerNorms
-  window: int = 128  # patches that attention looks back on, its own included
+  window: int = 128  # patches that attention spans, including the current one
   rope_base: float = 10000.0
-  thinking_steps: int = 3  # with the same weights; 0: none
-  halting: bool = False  # each patch stops by itself (arXiv 1603.08983), after thinking_steps at the latest
-  ponder_cost: float = 0.01  # nats that a step costs, where patches stop by themselves
-  decoder: str = 'gru'  # inside a patch; one of LOCAL
-  decoder_layers: int = 2  # of a transformer
+  thinking_steps: int = 3  # with shared weights; 0: none
+  halting: bool = False  # adaptive number of steps per patch (arXiv 1603.08983), at most thinking_steps
+  ponder_cost: float = 0.01  # loss in nats per step, with halting
+  decoder: str = 'gru'  # the decoder inside a patch; one of LOCAL
+  decoder_layers: int = 2  # for decoder transformer
   dropout: float = 0.0
   init_std: float = 0.02
-  attention: str = 'auto'  # as in DecoderConfig, and so are the next ones
+  attention: str = 'auto'  # this and the following fields as in DecoderConfig
   logit_soft_cap: float = 0.0
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   scan_unroll: int = 1
@@ -90,7 +90,7 @@ class BytePatchConfig(ModelConfig):
     if self.embed_dim % self.patch_size:
       raise ValueError(f'patch_size {self.patch_size} does not divide embed_dim {self.embed_dim}')
     if self.halting and not self.thinking_steps:
-      raise ValueError('halting needs thinking_steps, the most there can be; got 0')
+      raise ValueError('halting needs thinking_steps, its maximum, to be at least 1; got 0')
     for field in ('vocab_size', 'max_len', 'mlp_dim'):
       if getattr(self, field) is not None and getattr(self, field) < 1:
         raise ValueError(f'{field} must be at least 1; got {getattr(self, field)}')
@@ -98,7 +98,7 @@ class BytePatchConfig(ModelConfig):
       if getattr(self, field) <= 0:
         raise ValueError(f'{field} must be positive; got {getattr(self, field)}')
     if self.dropout >= 1:
-      raise ValueError(f'dropout must lie in [0, 1); got {self.dropout}')
+      raise ValueError(f'dropout must be in [0, 1); got {self.dropout}')
     if self.decoder not in LOCAL:
       raise ValueError(f'decoder {self.decoder!r} is unknown; known: {", ".join(LOCAL)}')
     check_parts(self)
@@ -114,7 +114,7 @@ class BytePatchConfig(ModelConfig):
 
   @property
   def V(self) -> int:
-    assert self.vocab_size is not None, 'complete fills it in'
+    assert self.vocab_size is not None, 'resolve fills it in'
     return self.vocab_size
 
   @property
@@ -139,12 +139,12 @@ class BytePatchConfig(ModelConfig):
                                                segments=segments, prefix=False)]
 
   def flops_per_token(self, seq_len: int) -> float:
-    """As DecoderConfig counts them, a byte: what is done once a patch is shared by its bytes."""
+    """As in DecoderConfig, per byte; work done once per patch is divided by patch_size."""
     D, P = self.embed_dim, self.patch_size
     feed_forward = D * self.F * (3 if self.mlp in ('swiglu', 'geglu') else 2)
     seen, patches = min(self.window, seq_len // P), seq_len // P
     attended = seen * (1 - seen / (2 * patches)) if patches else 0
-    # Linear attention: the state read and written, and half of a chunk's weights.
+    # Linear attention: reading and writing the state, and half of a chunk's weights.
     block = 6 * (8 * D * D + feed_forward) + 12 * attended * D + 12 * D * self.H + 6 * min(CHUNK, patches) * D
     think = 6 * self.thinking_steps * (feed_forward + D * D)
     patch = self.num_layers * block + think + 6 * self.Q * (D // P) * D
@@ -152,13 +152,13 @@ class BytePatchConfig(ModelConfig):
 
 
 class Patches(NamedTuple):
-  """What the blocks are told of a cached call: how many patches of each row are real; None: one more of each row."""
+  """The context of the blocks in a cached call: the number of real patches per row; None: one more patch per row."""
 
   num_real_B: jax.Array | None = None
 
 
 class HybridBlock(nn.Module):
-  """Pre-norm attention, by window and linear side by side, then feed-forward, each added to the residual stream."""
+  """Pre-norm window attention and linear attention in parallel, then feed-forward, added to the residual stream."""
 
   cfg: BytePatchConfig
 
@@ -177,7 +177,7 @@ class HybridBlock(nn.Module):
 
 
 class NearAttention(MultiHead):
-  """Attention over a window of patches. Slot s of its cache holds the last patch whose number is s modulo W."""
+  """Attention over a window of patches. Slot s of its cache holds the latest patch whose index is s modulo W."""
 
   @nn.compact
   def __call__(self, x_BMD, positions_BM, patches: Patches, cache, window: int):
@@ -197,7 +197,7 @@ class NearAttention(MultiHead):
 
 
 class FarAttention(MultiHead):
-  """Linear attention over all patches, whose state the cache keeps."""
+  """Linear attention over all patches; the cache holds its state."""
 
   @nn.compact
   def __call__(self, x_BMD, patches: Patches, cache):
@@ -210,14 +210,14 @@ class FarAttention(MultiHead):
 
 
 def ring(x_BMNH: jax.Array, num_real_B: jax.Array, window: int) -> jax.Array:
-  """[B, W, N, H]: in slot s the last of a row's real patches that is s modulo W; anything where there is none."""
+  """Cache slots [B, W, N, H]: slot s holds a row's latest real patch with index s modulo W, or anything if none."""
   slots_BW = jnp.arange(window)[None]
   latest_BW = slots_BW + (num_real_B[:, None] - 1 - slots_BW) // window * window
   return jnp.take_along_axis(x_BMNH, jnp.clip(latest_BW, 0, x_BMNH.shape[1] - 1)[..., None, None], axis=1)
 
 
 class BytePatch(nn.Module):
-  """A LanguageModel (see types.py). Rows are single texts: it reads neither segments nor positions."""
+  """A LanguageModel (see models/protocol.py). A row is a single text: it does not read segments or positions."""
 
   cfg: BytePatchConfig
   reads = frozenset({'tokens', 'targets', 'loss_mask'})  # of a Batch
@@ -250,15 +250,15 @@ class BytePatch(nn.Module):
     M = tokens_BT.shape[1] // P
     latents_BMD, _ = self.latents(tokens_BT, Patches(), None, train)
     contexts_BMD = jnp.concatenate([self._starts(B)[:, None], latents_BMD], axis=1)  # of patch 0 to M
-    # The byte at u = 1 ... T is spelled in patch u // P, after the bytes of that patch before it.
-    none = self.cfg.V  # before the first byte of a patch: a row of zeros
+    # The byte at u = 1 ... T is predicted in patch u // P, after the earlier bytes of that patch.
+    none = self.cfg.V  # the input before the first byte of a patch: a row of zeros in the table
     ids_BMP = jnp.pad(tokens_BT.reshape(B, M, P), ((0, 0), (0, 1), (0, 0)), constant_values=none)[:, :, :-1]
     ids_BMP = jnp.pad(ids_BMP, ((0, 0), (0, 0), (1, 0)), constant_values=none)
     h_BMPD = self.local(contexts_BMD, jnp.pad(self.local_embed.w, ((0, 1), (0, 0))), ids_BMP, train)
     return self.output(h_BMPD.reshape(B, -1, h_BMPD.shape[-1])[:, 1:T + 1])
 
   def latents(self, tokens_BT, patches: Patches, cache, train: bool, positions_BM=None):
-    """A patch's latent, thought over [B, M, D], and the blocks' cache. Bytes of id -1 count as nothing."""
+    """(latents after thinking [B, M, D], cache of the blocks)."""
     cfg, P = self.cfg, self.cfg.patch_size
     B, M = tokens_BT.shape[0], tokens_BT.shape[1] // P
     e_BMPE = self.embed.encode(tokens_BT).reshape(B, M, P, -1)
@@ -287,7 +287,7 @@ class BytePatch(nn.Module):
     return jnp.broadcast_to(self.start, (batch_size, *self.start.shape))
 
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
-    """Of a size that does not depend on `max_len`."""
+    """An empty cache; its size does not depend on `max_len`."""
     cfg, B = self.cfg, batch_size
     slots = jnp.zeros((B, cfg.window, cfg.num_heads, cfg.H), cfg.operand_dtype)
     layer = {'k': slots, 'v': slots, **empty_state(B, cfg.num_heads, cfg.H)}
@@ -303,13 +303,13 @@ class BytePatch(nn.Module):
     contexts_BMD = jnp.concatenate([self._starts(B)[:, None], latents_BMD], axis=1)
     context_BD = jnp.take_along_axis(contexts_BMD, num_real_B[:, None, None], axis=1)[:, 0]
 
-    def byte(places_BX):  # -1 before the beginning
+    def byte(places_BX):  # -1 before the begin of the row
       ids = jnp.take_along_axis(tokens_BT, jnp.clip(places_BX, 0, tokens_BT.shape[1] - 1), axis=1)
       return jnp.where(places_BX >= 0, ids, -1)
 
     context_B1D = context_BD[:, None]
     h_B1D, local = self.local.step(self.local.begin(context_B1D), context_B1D, jnp.zeros_like(context_B1D))
-    for j in range(1, P):  # the bytes of a patch that is not complete
+    for j in range(1, P):  # the bytes of an incomplete patch
       read_B = j <= lengths_B % P
       next_step = self.local.step(local, context_B1D, self.local_embed.encode(byte(num_real_B[:, None] * P + j - 1)))
       h_B1D, local = where(read_B, next_step, (h_B1D, local))
@@ -331,7 +331,7 @@ class BytePatch(nn.Module):
           where(complete_B, jnp.swapaxes(new, 0, 1), jnp.swapaxes(old, 0, 1)), 0, 1), layers, cache['layers'])
       return where(complete_B, latents_B1D[:, 0], cache['context_BD']), layers
 
-    # Not a patch for every byte, unless some row has one.
+    # The stack only runs if at least one row has completed a patch.
     context_BD, layers = jax.lax.cond(complete_B.any(), one_patch_more,
                                       lambda _: (cache['context_BD'], cache['layers']), None)
     local = where(complete_B, self.local.begin(context_BD[:, None]), cache['local'])
@@ -342,7 +342,7 @@ class BytePatch(nn.Module):
 
 
 def where(mask_B: jax.Array, new: Any, old: Any) -> Any:
-  """Row by row, of trees of arrays [B, ...]."""
+  """jnp.where per row, for trees of arrays [B, ...]."""
   return jax.tree.map(lambda x, y: jnp.where(mask_B.reshape(-1, *(1,) * (x.ndim - 1)), x, y), new, old)
 
 

@@ -1,4 +1,4 @@
-"""Embeddings of whole texts, learnt from pairs that belong together.
+"""Contrastive loss: embeddings of whole texts, learned from pairs that belong together.
 
 Dims: B batch, D embed, E embedding.
 """
@@ -23,9 +23,9 @@ from llm_jax.losses.term import Sums, Term, TermInputs, affine, pool, real_rows
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive(Term):
-  """InfoNCE (arXiv 1807.03748) in both directions: of all the batch's texts, over all devices, which is the partner?
+  """InfoNCE (arXiv 1807.03748) in both directions: predicts a text's partner among all texts of the global batch.
 
-  -log softmax_j(cos(a_i, b_j) / temperature) at j = i, and the same from b to a, halved.
+  The mean of -log softmax_j(cos(a_i, b_j) / temperature) at j = i and the same from b to a.
   """
 
   pooling: Pooling = 'mean'
@@ -42,8 +42,8 @@ class Contrastive(Term):
                        f'{self.embedding_dim} and {self.temperature}')
 
   def problems(self, config: Any) -> list[str]:
-    lone = [f'batch_tokens {config.batch_tokens} is one row of data.seq_len {config.data.seq_len}, and loss.terms '
-            'contrastive compares rows; set the double or more'] if config.rows_per_batch < 2 else []
+    lone = [f'batch_tokens {config.batch_tokens} is one row of data.seq_len {config.data.seq_len}, but loss.terms '
+            f'contrastive compares rows; set {2 * config.data.seq_len} or more'] if config.rows_per_batch < 2 else []
     return super().problems(config) + lone
 
   @property
@@ -51,7 +51,7 @@ class Contrastive(Term):
     return self.embedding_dim
 
   def other(self, batch: Batch) -> Batch | None:
-    if batch.encoder_tokens is None:  # texts of which nobody asks for the partner
+    if batch.encoder_tokens is None:  # predictions for single texts
       return None
     return dataclasses.replace(batch, tokens=batch.encoder_tokens, segment_ids=batch.encoder_segment_ids,
                                positions=None)
@@ -60,13 +60,13 @@ class Contrastive(Term):
     return jnp.sum(real_rows(batch))
 
   def embed(self, readout: Readout, segment_ids: jax.Array | None, inputs: TermInputs) -> jax.Array:
-    """[B, E] of length 1."""
+    """Embeddings [B, E] of norm 1."""
     assert segment_ids is not None
     e_BE = affine(inputs, pool(readout.x_BTD, segment_ids, self.pooling))
     return e_BE * jax.lax.rsqrt(jnp.sum(e_BE**2, axis=-1, keepdims=True) + 1e-12)
 
   def similarities(self, inputs: TermInputs) -> jax.Array:
-    """[B, B]: cosines over the temperature, of first texts to second ones; -1e9 for rows that are not real."""
+    """Cosine / temperature of each first text (rows) and second text, [B, B]; -1e9 for padding rows."""
     assert inputs.other is not None
     a_BE = self.embed(inputs.readout, inputs.batch.segment_ids, inputs)
     b_CE = self.embed(inputs.other, inputs.batch.encoder_segment_ids, inputs)
@@ -97,7 +97,7 @@ class Contrastive(Term):
             'reciprocals': jnp.sum(real_B / (rank_B + 1))}
 
   def summarize(self, sums: dict[str, Any]) -> dict[str, float]:
-    """loss, and of the search for a first text's partner among the batch's: accuracy, top5_accuracy, mrr; documents."""
+    """loss; accuracy, top5_accuracy and mrr of retrieving a first text's partner in its batch; documents."""
     n = sums['count']
     return {'loss': sums['nll'] / n, 'accuracy': sums['correct'] / n, 'top5_accuracy': sums['top5'] / n,
             'mrr': sums['reciprocals'] / n, 'documents': n}

@@ -89,7 +89,7 @@ def _name(value: Any) -> str:
 
 def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(prog='llm-jax data convert', allow_abbrev=False, description=__doc__)
-  parser.add_argument('input', type=Path, help='a pickle of plain data; nothing in it is run')
+  parser.add_argument('input', type=Path, help='a pickle of plain data; its code is not executed')
   parser.add_argument('output', type=Path, help='the Parquet file to write')
   args = parser.parse_args(argv)
   if args.output.exists():

@@ -1,4 +1,4 @@
-"""Grokfast: filters that amplify the slow part of gradients (arXiv 2405.20233)."""
+"""Grokfast: filters that amplify the slow components of gradients (arXiv 2405.20233)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from llm_jax.optim.link import Link, at_least, rates
 
 
 class Phase(NamedTuple):
-  """Where a filter stands in its phases."""
+  """The position of a filter in its phases."""
 
-  step: jax.Array  # int32: updates done
-  number: jax.Array  # int32: from 0
+  step: jax.Array  # int32: completed updates
+  number: jax.Array  # int32: index of the phase
 
 
 @dataclasses.dataclass(frozen=True)
 class Phased(Link):
-  """A filter whose amplification changes from phase to phase: by steps, or as soon as something is mastered.
+  """A filter whose amplification changes in phases.
 
-  `phases` multiply `lamb`, one a phase; `until` says what ends each but the last: a step ('1000'), or a condition on an
-  evaluation ('val/accuracy > 0.5'). Warm-up, acceleration, consolidation, refinement: phases (0, 1, 0.2, 0).
+  `phases` has a factor on `lamb` per phase; `until` has the end of each phase but the last: a step ('1000') or a
+  condition on evaluations ('val/accuracy > 0.5'). For example, warm-up, acceleration, consolidation and refinement are
+  phases (0, 1, 0.2, 0).
   """
 
   lamb: float = 2.0
@@ -39,15 +40,15 @@ class Phased(Link):
   def __post_init__(self):
     at_least(0, lamb=self.lamb, **{f'phases[{i}]': factor for i, factor in enumerate(self.phases)})
     if len(self.until) != max(0, len(self.phases) - 1):
-      raise ValueError(f'until must have an entry for each phase but the last: {max(0, len(self.phases) - 1)}; got '
+      raise ValueError(f'until must have {max(0, len(self.phases) - 1)} entries, one for each phase but the last; got '
                        f'{len(self.until)}')
     steps = [end for end in self.ends if isinstance(end, int)]
     if steps != sorted(set(steps)):
-      raise ValueError(f'until names steps that do not grow: {steps}')
+      raise ValueError(f'until: steps must be increasing; got {", ".join(map(str, steps))}')
 
   @property
   def ends(self) -> list[int | Condition]:
-    """Of each phase but the last: a step, or what has to hold."""
+    """The end of each phase but the last: a step or a condition."""
     return [int(text) if text.strip().isdecimal() else condition(text) for text in self.until]
 
   @property
@@ -58,7 +59,7 @@ class Phased(Link):
     return Phase(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
   def next(self, phase: Phase) -> tuple[jax.Array, Phase]:
-    """(the amplification of this update, where the next one stands)."""
+    """(amplification of this update, phase of the next one)."""
     never = jnp.iinfo(jnp.int32).max
     steps = jnp.array([end if isinstance(end, int) else never for end in self.ends] + [never])
     number = phase.number + (phase.step >= steps[phase.number])
@@ -82,9 +83,9 @@ class EmaState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GrokfastEma(Phased):
-  """Amplifies the slow part of gradients (arXiv 2405.20233, equation 9): g + lamb * m, m = alpha m + (1 - alpha) g.
+  """Grokfast-EMA (arXiv 2405.20233, equation 9): g + lamb * m with m = alpha m + (1 - alpha) g.
 
-  As in its authors' code the mean starts at the first gradient.
+  The mean starts at the first gradient, as in the authors' code.
   """
 
   alpha: float = 0.98
@@ -107,16 +108,16 @@ class GrokfastEma(Phased):
 
 
 class MaState(NamedTuple):
-  last: Params  # leaves [window, ...]: a ring, written at step % window
-  total: Params  # its sum
+  last: Params  # leaves [window, ...]: a ring buffer, written at step % window
+  total: Params  # the sum of the ring buffer
   phase: Phase
 
 
 @dataclasses.dataclass(frozen=True)
 class GrokfastMa(Phased):
-  """The same by a moving average (arXiv 2405.20233, equation 7): g + lamb * the mean of the last `window` gradients.
+  """Grokfast-MA (arXiv 2405.20233, equation 7): g + lamb * the mean of the last `window` gradients.
 
-  As in its authors' code nothing is amplified before the window is full. It keeps `window` copies of the parameters.
+  Nothing is amplified before the window is full, as in the authors' code. It stores `window` copies of the gradients.
   """
 
   lamb: float = 5.0
@@ -135,7 +136,7 @@ class GrokfastMa(Phased):
 
     def update(grads: Params, state: MaState, params: Params = None) -> tuple[Params, MaState]:
       place = state.phase.step % size
-      # Summed anew once a round, so that no error piles up.
+      # Recomputed once per round of the ring buffer, so that rounding errors do not accumulate.
       total = jax.tree.map(lambda t, ring, g: g + jax.lax.cond(
           place == 0, lambda t, ring: ring[1:].sum(0), lambda t, ring: t - ring[place], t, ring),
           state.total, state.last, grads)

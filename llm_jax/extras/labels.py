@@ -1,6 +1,6 @@
-"""Losses that learn the label of a whole document from its pooled hidden states.
+"""Losses for labels of whole documents, predicted from pooled hidden states.
 
-Dims: B batch, D embed, C classes, or numbers that a document has.
+Dims: B batch, D embed, C classes, or numbers per document.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Pooling = Literal['last', 'mean']
 class Classification(Term):
   """Cross-entropy of a document's class.
 
-  (1 - p)^focal_gamma * ((1 - label_smoothing) * -log p + label_smoothing * mean_C(-log p)) of the right class's
-  probability p: focal loss (arXiv 1708.02002, over a softmax) turns to what is still wrong. Plus z_loss * log(Z)^2.
+  (1 - p)^focal_gamma * ((1 - label_smoothing) * -log p + label_smoothing * mean_C(-log p)) + z_loss * log(Z)^2, with p
+  the probability of the true class. Focal loss (arXiv 1708.02002, with a softmax) emphasizes misclassified documents.
   """
 
-  pooling: Pooling = 'last'  # of hidden states: the last token's, which alone has read all where attention is causal
-  num_classes: int | None = None  # None: those of the training part
+  pooling: Pooling = 'last'  # of hidden states; with causal attention only the last token has read the whole document
+  num_classes: int | None = None  # None: from the training part
   classes: tuple[str, ...] | None = None  # their names; None: those of the training part, if they have any
   focal_gamma: float = 0.0
   label_smoothing: float = 0.0
@@ -45,7 +45,7 @@ class Classification(Term):
     if min(self.focal_gamma, self.z_loss) < 0:
       raise ValueError(f'focal_gamma and z_loss must not be negative; got {self.focal_gamma}, {self.z_loss}')
     if not 0 <= self.label_smoothing < 1:
-      raise ValueError(f'label_smoothing must lie in [0, 1); got {self.label_smoothing}')
+      raise ValueError(f'label_smoothing must be in [0, 1); got {self.label_smoothing}')
     if self.num_classes is not None and self.num_classes < 2:
       raise ValueError(f'num_classes must be at least 2; got {self.num_classes}')
 
@@ -55,11 +55,11 @@ class Classification(Term):
 
   def with_labels(self, labels: np.ndarray | None, classes: tuple[str, ...]) -> Classification:
     if self.classes and classes and self.classes != classes:
-      raise ValueError(f'classes: {self.classes} are not those of the data, {classes}; leave them out')
+      raise ValueError(f'classes: {self.classes} differ from those of the data, {classes}; leave them out')
     needed = max(len(classes), 0 if labels is None else int(labels.max()) + 1)
     if self.num_classes is not None and self.num_classes < needed:
-      raise ValueError(f'num_classes: {self.num_classes} is less than the {needed} of the data; leave it None or set '
-                       f'it to {needed} or more')
+      raise ValueError(f'num_classes: {self.num_classes} is less than the {needed} classes of the data; leave it None '
+                       f'or set it to {needed} or more')
     return dataclasses.replace(self, num_classes=self.num_classes or max(2, needed), classes=classes or self.classes)
 
   def count(self, batch: Batch) -> jax.Array:
@@ -75,7 +75,7 @@ class Classification(Term):
     nll_B = optax.softmax_cross_entropy(logits_BC, hits_BC)
     objective_B = optax.softmax_cross_entropy(logits_BC, optax.smooth_labels(hits_BC, self.label_smoothing))
     if self.focal_gamma:
-      # 1 - p by expm1, and away from 0, where the power's slope is infinite below gamma 1.
+      # 1 - p by expm1, clipped away from 0, where the power has an infinite slope for gamma below 1.
       objective_B *= jnp.maximum(-jnp.expm1(-nll_B), 1e-6) ** self.focal_gamma
     objective_B += self.z_loss * jax.nn.logsumexp(logits_BC, axis=-1) ** 2
     return jnp.sum(objective_B * weights_B), jnp.sum(nll_B * weights_B)
@@ -98,16 +98,16 @@ class Classification(Term):
             'confusion': confusion}
 
   def summarize(self, sums: dict[str, Any]) -> dict[str, float]:
-    """loss (nats a document), accuracy, top5_accuracy, macro_f1, documents."""
+    """loss (nats per document), accuracy, top5_accuracy, macro_f1, documents."""
     confusion = sums['confusion']
     return {'loss': sums['nll'] / sums['count'], 'accuracy': float(np.trace(confusion)) / sums['count'],
             'top5_accuracy': sums['top5'] / sums['count'], 'macro_f1': macro_f1(confusion), 'documents': sums['count']}
 
 
 def macro_f1(confusion: np.ndarray) -> float:
-  """Mean over classes of 2 TP / (2 TP + FP + FN); confusion[c, d] documents of class c were taken for class d.
+  """The mean over classes of 2 TP / (2 TP + FP + FN), from confusion[true class, predicted class].
 
-  Classes that neither occur nor are answered do not count.
+  Classes that neither occur nor are predicted do not count.
   """
   hits, total = np.diag(confusion), confusion.sum(0) + confusion.sum(1)
   return float(np.mean(2 * hits[total > 0] / total[total > 0])) if total.any() else 0.0
@@ -115,11 +115,11 @@ def macro_f1(confusion: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Regression(Term):
-  """Half the squared error of a document's numbers, in standard deviations of the training part's; or Huber's loss."""
+  """Half the squared error, or Huber's loss, of a document's numbers, in standard deviations of the training part."""
 
   pooling: Pooling = 'last'
-  huber_delta: float = 0.0  # deviations from which on the loss grows linearly (Huber 1964); 0: nowhere
-  mean: tuple[float, ...] | None = None  # of each number; None: that of the training part, and so is the next
+  huber_delta: float = 0.0  # standard deviations beyond which the loss is linear (Huber 1964); 0: squared everywhere
+  mean: tuple[float, ...] | None = None  # of each number; mean and std None: from the training part
   std: tuple[float, ...] | None = None
   reads: ClassVar[frozenset[str]] = frozenset({'labels', 'segment_ids'})
   tasks: ClassVar[tuple[str, ...]] = ('regression',)
@@ -130,7 +130,7 @@ class Regression(Term):
       raise ValueError(f'huber_delta must not be negative; got {self.huber_delta}')
     if (self.mean is None) != (self.std is None) or (self.std and (len(self.std) != len(self.mean or ())
                                                                    or min(self.std) <= 0)):
-      raise ValueError('mean and std are set together, as many of the one as of the other, std positive; got '
+      raise ValueError('mean and std must be set together, with equal lengths and std positive; got '
                        f'{self.mean} and {self.std}')
 
   @property
@@ -150,11 +150,11 @@ class Regression(Term):
     return jnp.sum(real_rows(batch)) * self.head_dim
 
   def predict(self, inputs: TermInputs) -> jax.Array:
-    """[B, C], in the labels' own units."""
+    """Predicted numbers [B, C], in the units of the labels."""
     return _outputs(self.pooling, inputs) * jnp.array([self.std]) + jnp.array([self.mean])
 
   def errors(self, inputs: TermInputs) -> jax.Array:
-    """[B, C], in standard deviations."""
+    """Errors [B, C], in standard deviations."""
     return _outputs(self.pooling, inputs) - (self._labels(inputs) - jnp.array([self.mean])) / jnp.array([self.std])
 
   def loss(self, inputs: TermInputs, count: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -169,14 +169,14 @@ class Regression(Term):
   def score(self, inputs: TermInputs, token_bytes: jax.Array) -> Sums:
     del token_bytes
     errors_BC, real_B1 = self.errors(inputs) * jnp.array([self.std]), real_rows(inputs.batch)[:, None]
-    # Around the mean, so that squares of large labels do not drown what they differ by.
+    # Relative to the mean, so that squares of large labels do not cancel their differences.
     labels_BC = (self._labels(inputs) - jnp.array([self.mean])) * real_B1
     return {'nats': self.loss(inputs, jnp.ones(()))[0], 'count': jnp.sum(real_B1),
             'squares': jnp.sum(errors_BC**2 * real_B1, axis=0), 'absolutes': jnp.sum(jnp.abs(errors_BC) * real_B1, 0),
             'labels': jnp.sum(labels_BC, axis=0), 'label_squares': jnp.sum(labels_BC**2, axis=0)}
 
   def summarize(self, sums: dict[str, Any]) -> dict[str, float]:
-    """loss, and in the labels' units mae, rmse; r2, the share of the labels' variance that is explained; documents."""
+    """loss; mae and rmse in the units of the labels; r2, the explained share of the labels' variance; documents."""
     n, C = sums['count'], self.head_dim
     spread = sums['label_squares'] - sums['labels']**2 / n
     return {'loss': sums['nats'] / n / C, 'mae': float(np.mean(sums['absolutes'])) / n,

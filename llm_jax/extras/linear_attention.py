@@ -1,7 +1,7 @@
 """Causal linear attention (Katharopoulos et al., arXiv 2006.16236): a state of fixed size instead of keys and values.
 
 y_t = phi(q_t) S_t / (phi(q_t) . z_t), where S_t and z_t are the sums over s <= t of phi(k_s) v_s^T and phi(k_s), and
-phi(x) = elu(x) + 1. Computed chunk by chunk: inside a chunk as masked attention, before it from the state.
+phi(x) = elu(x) + 1. Computed chunk by chunk: masked attention inside a chunk, and the state for what is before it.
 Dims: B batch, T length, M chunks, C length of a chunk, N heads, H head_dim, I head_dim of the values.
 """
 
@@ -10,13 +10,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-CHUNK = 64  # tokens: the states that the backward pass keeps, one a chunk, are then no larger than keys and values
+CHUNK = 64  # tokens: then the saved states, one per chunk, are no larger than keys and values
 
 State = dict[str, jax.Array]  # s [B, N, H, I], z [B, N, H]; float32
 
 
 def feature(x: jax.Array) -> jax.Array:
-  """elu(x) + 1, float32, and exact where adding 1 to elu would cancel."""
+  """elu(x) + 1 in float32, computed without cancellation for negative x."""
   x = x.astype(jnp.float32)
   return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
 
@@ -28,9 +28,9 @@ def empty_state(batch_size: int, num_heads: int, head_dim: int) -> State:
 
 def linear_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, state: State | None = None,
                      real_BT: jax.Array | None = None) -> tuple[jax.Array, State]:
-  """(y [B, T, N, H] float32, the state after T). Tokens that are not real leave no trace in either."""
+  """(y [B, T, N, H] float32, the state after T). Keys and values where real_BT is False are ignored."""
   B, T, N, H = q_BTNH.shape
-  # A query's scale cancels, and of negative features it is exp(largest): without it no normaliser is near zero.
+  # Scaling a query cancels in y, so queries with only negative values are shifted to keep the normaliser from zero.
   largest_BTN1 = jnp.minimum(q_BTNH.max(-1, keepdims=True), 0)
   q_BTNH = feature(q_BTNH - jax.lax.stop_gradient(largest_BTN1))
   k_BTNH, v_BTNH = feature(k_BTNH), v_BTNH.astype(jnp.float32)
@@ -40,11 +40,11 @@ def linear_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, st
   M = -(-T // C)
   causal_CC = jnp.tril(jnp.ones((C, C)))
 
-  def chunks(x_BTNH):  # zeros behind the end: a key of zero adds nothing
+  def chunks(x_BTNH):  # zero padding at the end: a key of zero adds nothing
     x_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, M * C - T), (0, 0), (0, 0)))
     return x_BTNH.reshape(B, M, C, N, H).transpose(1, 0, 3, 2, 4)
 
-  @jax.checkpoint  # keeps the states, not the weights inside the chunks
+  @jax.checkpoint  # saves the states, but not the attention weights inside the chunks
   def body(state, chunk):
     q_BNCH, k_BNCH, v_BNCI = chunk
     w_BNCS = jnp.einsum('BNCH,BNSH->BNCS', q_BNCH, k_BNCH) * causal_CC[None, None]

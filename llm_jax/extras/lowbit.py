@@ -1,6 +1,6 @@
-"""Products of 8-bit operands by qwix, for accelerators that multiply them faster: a scale for every row and column.
+"""Products of 8-bit operands by qwix, with a scale per row and column, for accelerators that compute them faster.
 
-The master weights stay float32; each product quantizes its operands anew.
+The master weights are float32; each product quantizes its operands.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from llm_jax.layers.linear import EINSUMS, Einsum, add_bias, roles_of, weight
 
 
 def product(eqn: str, a: jax.Array, b: jax.Array, types: tuple[str, str]) -> jax.Array:
-  """einsum(eqn, a, b), float32; each operand quantized by the largest of what is summed over, if it has a type."""
-  import qwix  # an extra
+  """einsum(eqn, a, b), float32. Operands with a type are quantized by their largest value over the summed axes."""
+  import qwix  # an optional dependency
   operands, out = eqn.split('->')
   quantized: list[Any] = []
   for x, dims, kind in zip((a, b), operands.split(','), types, strict=True):
@@ -32,7 +32,7 @@ def product(eqn: str, a: jax.Array, b: jax.Array, types: tuple[str, str]) -> jax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def lowbit_einsum(eqn: str, forward: str, backward: str, x: jax.Array, w: jax.Array) -> jax.Array:
-  """einsum(eqn, x, w), float32: operands of type `forward`; of gradients, if there is a type `backward`, those too."""
+  """einsum(eqn, x, w), float32, with operands of type `forward`; gradients have type `backward`, or '' for float32."""
   return product(eqn, x, w, (forward, forward))
 
 
@@ -58,14 +58,14 @@ class LowBit:
 
   def __post_init__(self):
     if find_spec('qwix') is None:
-      raise ValueError("einsum int8 needs qwix, and so does fp8: pip install 'llm_jax[quant]'")
+      raise ValueError("einsum int8 needs qwix, as does fp8: pip install 'llm_jax[quant]'")
 
 
 class LowBitEinsum(Einsum):
   """Einsum of 8-bit operands."""
 
   forward: str = 'int8'
-  backward: str = ''  # of incoming gradients; '': products of the backward pass are of float32 operands
+  backward: str = ''  # type of incoming gradients; '': products of the backward pass have float32 operands
 
   @nn.compact
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:

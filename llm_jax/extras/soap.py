@@ -20,7 +20,7 @@ from llm_jax.optim.masks import Dims, as_matrices, check_declared, from_matrices
 
 
 class Basis(NamedTuple):
-  """Of one parameter: both sides' second moments, and their eigenvectors in columns."""
+  """Second moments of both sides of a parameter, and their eigenvectors in columns."""
 
   left_SMM: jax.Array
   right_SNN: jax.Array
@@ -37,9 +37,9 @@ class SoapState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Soap(Link):
-  """SOAP on matrices between hidden states, AdamW on all else. Its bases lie whole on each device.
+  """SOAP for matrices between hidden states, AdamW for other parameters. Its bases are replicated on all devices.
 
-  The bases are found anew every `precondition_every` steps, by one power iteration and a QR decomposition.
+  The bases are updated every `precondition_every` steps by one power iteration and a QR decomposition.
   """
 
   b1: float = 0.95
@@ -66,7 +66,7 @@ class Soap(Link):
 
 
 def scale_by_soap(dims: Params, b1: float, b2: float, eps: float, every: int) -> optax.GradientTransformation:
-  """Adam's updates, as algorithm 3 of the paper has them; `dims` is a tree of Dims."""
+  """Adam's updates in the eigenbasis (algorithm 3 of the paper); `dims` is a tree of Dims."""
 
   def over(f, *trees: Params) -> Params:
     return jax.tree.map(f, dims, *trees, is_leaf=lambda x: isinstance(x, Dims))
@@ -116,7 +116,7 @@ def eigenbasis(basis: Basis) -> Basis:
 
 
 def iterated(basis: Basis) -> Basis:
-  """One power iteration from the basis before (algorithm 4)."""
+  """One power iteration from the previous basis (algorithm 4)."""
   return basis._replace(q_SMA=jnp.linalg.qr(basis.left_SMM @ basis.q_SMA)[0],
                         q_SNC=jnp.linalg.qr(basis.right_SNN @ basis.q_SNC)[0])
 

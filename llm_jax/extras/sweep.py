@@ -1,8 +1,9 @@
-"""Trains every trial of a config's sweep: llm-jax sweep --config=FILE [--workdir=...] [--processes=2]
+"""Trains all trials of a config's sweep: llm-jax sweep --config=FILE [--workdir=...] [--processes=2]
 
-The config offers `sweep()`: {'optim.learning_rate': [1e-3, 3e-3], 'seed': [0, 1]} for every combination, or a list of
-such settings. Trials are runs below the workdir, each a process of its own; the same command again does those that are
-not finished, and another config needs another workdir. It writes sweep.md, sweep.json and sweep.png, of the ten best.
+The config defines `sweep()`, which returns {'optim.learning_rate': [1e-3, 3e-3], 'seed': [0, 1]} for all combinations,
+or a list of settings. Trials are runs in subfolders of the workdir, each in its own process. Repeating the command
+continues unfinished trials; another config needs another workdir. Writes sweep.md, sweep.json, and sweep.png with the
+ten best trials.
 """
 
 from __future__ import annotations
@@ -31,21 +32,23 @@ def main(argv: list[str]) -> None:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', type=Path, required=True)
   parser.add_argument('--workdir', type=Path, help='default: runs/<name of the config>_sweep')
-  parser.add_argument('--processes', type=int, default=1, help='trials at a time')
-  parser.add_argument('--metric', default='', help='to compare by (default: config.eval.monitor)')
-  parser.add_argument('--mode', choices=('min', 'max'), help='which is better (default: config.eval.mode)')
+  parser.add_argument('--processes', type=int, default=1, help='number of trials at a time')
+  parser.add_argument('--metric', default='', help='metric to compare by (default: config.eval.monitor)')
+  parser.add_argument('--mode', choices=('min', 'max'), help='whether lower or higher is better (default: '
+                      'config.eval.mode)')
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, '--config.', '--config, --workdir, --processes, --metric, --mode, --config.FIELD')
   source = load(args.config)
   if not source.trials:
-    raise ConfigError(f"--config: {args.config} has no sweep(); one is: def sweep(): return {{'seed': [0, 1]}}")
+    raise ConfigError(f"--config: {args.config} has no sweep(); add, for example, def sweep(): return "
+                      "{'seed': [0, 1]}")
   if args.processes < 1:
     raise ConfigError(f'--processes must be at least 1; got {args.processes}')
-  # A mistake in any of them is told before the first one runs; which of the two a trial takes, its machine decides.
+  # Reports a mistake in any trial before the first one runs, with and without on_cpu, as the machine is not known here.
   resolved = [[to_dict(source.resolve({**overrides, **trial}, cpu_only=cpu_only)) for cpu_only in (True, False)]
               for trial in source.trials]
   if args.metric and not args.mode:
-    raise ConfigError(f'--mode: say whether the least {args.metric} is the best (min) or the greatest (max)')
+    raise ConfigError(f'--mode: set min or max, whether a lower or higher {args.metric} is better')
   evaluation = resolved[0][0]['eval']
   metric, mode = args.metric or evaluation['monitor'], args.mode or evaluation['mode']
   workdir = args.workdir or Path('runs') / f'{args.config.stem}_sweep'
@@ -84,13 +87,13 @@ def main(argv: list[str]) -> None:
   print('\n'.join(table(rows, metric)))
   draw(workdir, [row['name'] for row in rows[:10]], metric)
   if failed := [row['name'] for row in rows if row['state'] != 'finished']:
-    raise UserError(f'not finished: {", ".join(failed)}; see output.txt in their folders below {workdir}')
+    raise UserError(f'not finished: {", ".join(failed)}; see output.txt in their folders in {workdir}')
 
 
 def check_unchanged(folder: Path, configs: list[dict]) -> None:
-  """Raises ConfigError for a trial that was begun with other settings, whose result is not what is asked for now."""
+  """Raises ConfigError for a trial that was trained with other settings."""
   path, changed = folder / 'trial.json', dict[str, tuple[Any, Any]]()
-  if not (folder / 'metrics.jsonl').is_file():  # nothing was trained yet
+  if not (folder / 'metrics.jsonl').is_file():  # not trained yet
     return
   try:
     for old, new in zip(json.loads(path.read_text()), configs, strict=True):
@@ -99,17 +102,17 @@ def check_unchanged(folder: Path, configs: list[dict]) -> None:
     raise StorageError(f'{path}: damaged: {e}') from None
   if changed:
     raise ConfigError(f'--workdir: {folder} was trained with other settings; name another --workdir:\n  ' + '\n  '.join(
-        f'config.{name}: it has {old}, now {new}' for name, (old, new) in changed.items()))
+        f'config.{name}: trained with {old}, now {new}' for name, (old, new) in changed.items()))
 
 
 def name_of(number: int, trial: dict[str, Any]) -> str:
-  """'003_learning_rate=0.001,seed=1': the folder of a trial."""
+  """The folder name of a trial: '003_learning_rate=0.001,seed=1'."""
   settings = ','.join(f'{field.split(".")[-1]}={plain(value)}' for field, value in trial.items())
   return f'{number:03}_' + ''.join(c if c.isalnum() or c in '=,._-' else '_' for c in settings)[:80]
 
 
 def text_of(value: Any) -> str:
-  """A value as the command line takes it."""
+  """A value in the syntax of the command line."""
   return repr(tuple(value)) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -128,7 +131,7 @@ def row_of(folder: Path, name: str, trial: dict[str, Any], metric: str, mode: st
 
 
 def table(rows: list[dict[str, Any]], metric: str) -> list[str]:
-  """Markdown, the best trial first."""
+  """The lines of a Markdown table of `rows`."""
   fields = list(dict.fromkeys(field for row in rows for field in row['settings']))
   lines = [[*fields, f'best {metric}', 'at step', 'last', 'minutes', 'state'],
            ['---'] * (len(fields) + 5)]
@@ -140,13 +143,13 @@ def table(rows: list[dict[str, Any]], metric: str) -> list[str]:
 
 
 def draw(workdir: Path, names: Iterable[str], metric: str) -> None:
-  """The metric's curve of every trial; nothing where matplotlib is not, or no trial has it."""
+  """Plots the metric of these trials; prints why if that is not possible."""
   from llm_jax.commands import plot
   runs = [workdir / name for name in names if (workdir / name / 'metrics.jsonl').is_file()]
   try:
     plot.main(['--workdir', *map(str, runs), '--metric', metric, '--out', str(workdir / 'sweep.png')])
   except (ConfigError, SystemExit) as e:
-    print(f'no picture: {e}')
+    print(f'no figure: {e}')
 
 
 if __name__ == '__main__':

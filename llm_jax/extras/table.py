@@ -1,6 +1,6 @@
-"""Where the registries find what the package adds beside its core: {kind: {name: module below llm_jax.extras}}.
+"""The registered parts in llm_jax.extras: {kind: {name: module below llm_jax.extras}}.
 
-A module is imported when one of its names is first used.
+A registry imports a module when one of its names is first used.
 """
 
 TABLE: dict[str, dict[str, str]] = {

@@ -1,4 +1,4 @@
-"""Refinement of a latent by steps that share their weights, a fixed number of them or as many as each position wants.
+"""Refinement of a latent by steps with shared weights: a fixed number of steps, or adaptive for each position.
 
 Dims: B batch, M positions, D embed.
 """
@@ -13,13 +13,16 @@ import jax.numpy as jnp
 
 from llm_jax.models.blocks import make_einsum, make_mlp, make_norm
 
-EPSILON = 0.01  # of the probability to go on that counts as none (arXiv 1603.08983)
+EPSILON = 0.01  # a position stops when less than this probability remains (arXiv 1603.08983)
 
 
 class Think(nn.Module):
-  """z + sigmoid(gate(norm z)) * mlp(norm z), thinking_steps times; with `halting` a mean weighted by when it stops."""
+  """z + sigmoid(gate(norm z)) * mlp(norm z), thinking_steps times.
 
-  cfg: Any  # has thinking_steps, halting, ponder_cost, and what norm, mlp and matrices need
+  With `halting`, the result is the mean over steps weighted by the probability of stopping at each.
+  """
+
+  cfg: Any  # has thinking_steps, halting, ponder_cost, and the fields for norm, mlp and matrices
 
   def setup(self):
     cfg = self.cfg
@@ -33,7 +36,7 @@ class Think(nn.Module):
       self.halt = make_einsum(cfg)(shape=(cfg.embed_dim, 1), axes=('embed', 'norm'), bias_dims=1)
 
   def __call__(self, z_BMD: jax.Array) -> jax.Array:
-    """Sows each step's relative move and gate into `intermediates`, and what halting costs into `losses`."""
+    """Sows the relative move and gate of each step into `intermediates`, and the cost of halting into `losses`."""
     cfg = self.cfg
     steps, left_BM = [], jnp.ones(z_BMD.shape[:2])
     mean_BMD, ponder_BM = jnp.zeros_like(z_BMD), jnp.zeros(z_BMD.shape[:2])
@@ -47,7 +50,7 @@ class Think(nn.Module):
         p_BM = jax.nn.sigmoid(self.halt('BTD,DE->BTE', self.norm(z_BMD))[..., 0])
         last = n == cfg.thinking_steps - 1
         weight_BM = jnp.where((left_BM - p_BM < EPSILON) | last, left_BM, p_BM)
-        # Steps taken, and the remainder, through which alone the gradient shortens them.
+        # The number of steps plus the remainder; only the remainder has a gradient.
         ponder_BM += (left_BM > 0) + jnp.where(weight_BM == left_BM, left_BM, 0.0)
         mean_BMD += weight_BM[..., None] * z_BMD
         left_BM -= weight_BM

@@ -1,4 +1,4 @@
-"""The validator of WGSL shaders, by tree-sitter's grammar; types and names are not checked."""
+"""The validator of WGSL shaders by tree-sitter's grammar, which does not check types and names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llm_jax.infer.validators import VALIDATORS, Validator
 
 
 def wgsl() -> Validator:
-  """By tree-sitter's grammar; types and names are not checked."""
+  """Returns the validator. Raises ConfigError if the parser is not installed."""
   try:
     import tree_sitter
     import tree_sitter_wgsl_bevy

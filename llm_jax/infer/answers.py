@@ -1,4 +1,4 @@
-"""Answers of a model to the prompts of a data set, beside the right ones."""
+"""Generates a model's answers to the prompts of a data set and compares them with the expected ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llm_jax.infer.sampling import beam_search
 from llm_jax.infer.validators import Validator, make_validator
 from llm_jax.models.protocol import LanguageModel
 
-ROWS = 32  # prompts that are answered at a time
+ROWS = 32  # prompts per batch
 
 
 class Answer(NamedTuple):
@@ -26,12 +26,12 @@ class Answer(NamedTuple):
   expected: str
   given: str
   exact: bool
-  token_accuracy: float  # places that agree, of the longer one's
-  valid: bool | None  # None: nobody was asked
+  token_accuracy: float  # positions that agree, as a share of the longer answer
+  valid: bool | None  # None: no validator
 
 
 def pairs(examples: Examples, eos_id: int, limit: int | None) -> Iterator[tuple[list[int], list[int]]]:
-  """(what the model reads first, the answer without eos) of the pairs in all rows, or in `limit` evenly spread ones."""
+  """(prompt tokens, answer tokens without eos) of the pairs in all rows, or in `limit` evenly spaced rows."""
   count = len(examples) if limit is None else min(limit, len(examples))
   for i in range(count):
     index = i * len(examples) // count
@@ -48,20 +48,21 @@ def pairs(examples: Examples, eos_id: int, limit: int | None) -> Iterator[tuple[
 def answer(model: LanguageModel, params: Params, examples: Examples, tokenizer: Tokenizer, *, limit: int | None,
            num_beams: int, validator: Validator | None, interrupted: Callable[[], bool] = lambda: False,
            prompt_tokenizer: Tokenizer | None = None) -> list[Answer]:
-  """What `model` answers, greedily with one beam, as far as the longest right answer and one token more.
+  """The model's answers by beam search, with up to one token more than the longest expected answer.
 
-  `prompt_tokenizer` is the prompts' own, where they have one. Raises Interrupted as soon as interrupted() is true.
+  One beam is greedy decoding. `prompt_tokenizer` decodes the prompts; None: `tokenizer` does. Raises Interrupted once
+  interrupted() is true.
   """
   asked = list(pairs(examples, tokenizer.eos_id, limit))
   longest = max(len(expected) for _, expected in asked) + 1
   max_len = model.cfg.max_len
-  if model.prompt_in_row:  # room for every prompt's answer, whatever stands beside it; beyond a row none is right
+  if model.prompt_in_row:  # room for the answer of each prompt, independent of the other prompts in its batch
     max_len = max(max_len, longest + max(len(prompt) for prompt, _ in asked))
   results = []
   for begin in range(0, len(asked), ROWS):
     part = asked[begin:begin + ROWS]
     prompts = [prompt for prompt, _ in part]
-    prompts += prompts[:1] * (ROWS - len(prompts) if len(asked) > ROWS else 0)  # one shape, compiled once
+    prompts += prompts[:1] * (ROWS - len(prompts) if len(asked) > ROWS else 0)  # padded to one shape, compiled once
     rows = beam_search(model, params, prompts, max_len=max_len, num_tokens=longest, eos_id=tokenizer.eos_id,
                        num_beams=num_beams, num_ids=len(tokenizer.token_bytes))
     for (prompt, expected), row in zip(part, rows.tolist(), strict=False):
@@ -69,7 +70,7 @@ def answer(model: LanguageModel, params: Params, examples: Examples, tokenizer: 
         raise Interrupted
       given = before_eos(tokenizer, row)
       same = sum(a == b for a, b in zip(given, expected, strict=False))
-      exact = given == expected and all(tokenizer.token_bytes[token] for token in expected)  # <unk> is no word
+      exact = given == expected and all(tokenizer.token_bytes[token] for token in expected)  # <unk> never counts
       text = decode(tokenizer, given)
       asked_text = decode(prompt_tokenizer or tokenizer, prompt)
       results.append(Answer(asked_text, decode(tokenizer, expected), text, exact,
@@ -78,7 +79,7 @@ def answer(model: LanguageModel, params: Params, examples: Examples, tokenizer: 
 
 
 def summarize_answers(answers: list[Answer]) -> dict[str, float]:
-  """Shares of the answers: exact_match, answer_accuracy (mean over answers), valid."""
+  """Means over the answers: exact_match, answer_accuracy (of tokens), and valid if there is a validator."""
   results = {'exact_match': np.mean([a.exact for a in answers]),
              'answer_accuracy': np.mean([a.token_accuracy for a in answers])}
   if answers[0].valid is not None:
@@ -88,12 +89,12 @@ def summarize_answers(answers: list[Answer]) -> dict[str, float]:
 
 def answer_stores(config: Config, data: Data, model: LanguageModel, params: Params, stores: dict[str, TokenStore],
                   limit: int | None, interrupted: Callable[[], bool] = lambda: False) -> list[Answer]:
-  """Answers to the prompts of all stores, from each an equal part of `limit` rows."""
+  """Answers to the prompts of all stores; each store provides an equal part of `limit` rows."""
   validator = make_validator(config.eval.validator)
   answers: list[Answer] = []
   for store in stores.values():
     examples = open_examples(config.data, data, store, train=False)
-    assert data.tokenizer is not None  # `resolve` has asked for one
+    assert data.tokenizer is not None  # checked by `resolve`
     answers += answer(model, params, examples, data.tokenizer, num_beams=config.eval.num_beams, validator=validator,
                       limit=limit and max(1, limit // len(stores)), interrupted=interrupted,
                       prompt_tokenizer=data.encoder_tokenizer)

@@ -20,12 +20,12 @@ FILE = 'model.safetensors'
 
 
 class Exported(NamedTuple):
-  model: Any  # the config section of the model that reads the arrays
+  model: Any  # the config section of a model with these arrays
   arrays: dict[str, np.ndarray]  # by path: 'blocks/attn/q/w'
 
 
 class Plain:
-  """The exporter `plain`: every parameter as it is."""
+  """The exporter `plain`: writes all parameters unchanged."""
 
   @staticmethod
   def export(config: Any, params: Params, info: Params, weight_bits: str | None) -> Exported:
@@ -43,7 +43,7 @@ register(EXPORTERS, 'plain', Plain, NoSettings)
 
 
 def write_params(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
-  """Raises StorageError."""
+  """Writes arrays and `meta` as safetensors. Raises StorageError."""
   try:
     save_file(arrays, path, metadata={'meta': json.dumps(meta)})
   except (OSError, SafetensorError) as e:
@@ -51,13 +51,14 @@ def write_params(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
 
 
 def read_params(path: Path, abstract: Params) -> tuple[Params, dict]:
-  """(parameters that lie as those of `abstract` say, meta). Raises StorageError for a file that does not have them."""
+  """(parameters with the shardings of `abstract`, meta). Raises StorageError if the file does not fit `abstract`."""
   try:
     with safe_open(path, 'numpy') as f:
       def read(place: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         x = f.get_tensor(path_of(place))
         if (x.shape, x.dtype) != (leaf.shape, leaf.dtype):
-          raise StorageError(f'{path}: {place} is {x.dtype} {x.shape}, and the config asks for {leaf.shape}')
+          raise StorageError(f'{path}: {path_of(place)} is {x.dtype} {x.shape}, but the config needs {leaf.dtype} '
+                             f'{leaf.shape}')
         return jax.device_put(x, leaf.sharding)
 
       return jax.tree_util.tree_map_with_path(read, abstract), json.loads((f.metadata() or {})['meta'])

@@ -1,4 +1,4 @@
-"""Reads a trained run or an exported model from its folder. Nothing in the folder is executed, unless it is trusted."""
+"""Loads a trained run or an exported model from its folder. Code in the folder is only executed if it is trusted."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Loaded:
   config: Config
   tokenizer: Tokenizer | None
   model: LanguageModel
-  params: Params  # the averaged ones where the optimizer averages
+  params: Params  # averaged, if the optimizer averages weights
   meta: dict  # of the checkpoint: step, data fingerprint, ...
-  encoder_tokenizer: Tokenizer | None = None  # of the prompts of pairs; None: tokenizer encodes them too
+  encoder_tokenizer: Tokenizer | None = None  # for prompts; None: tokenizer encodes them too
 
   @property
   def prompt_tokenizer(self) -> Tokenizer | None:
@@ -48,9 +48,9 @@ class Loaded:
 
 def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, trust: bool = False,
              module: Any = None) -> Loaded:
-  """The run in `workdir` at 'latest', 'best' or a step. `module` is its model, where that was passed from Python.
+  """Loads the run in `workdir` at 'latest', 'best' or a step. `module` is its model, if it was passed from Python.
 
-  Its plug-ins must be loaded already; with `trust` the folder's copies are executed. Raises UserErrors.
+  The run's plug-ins must be loaded before; with `trust` the copies in the folder are executed. Raises UserErrors.
   """
   config = read_config(workdir, trust)
   tokenizer = load_tokenizer(workdir / 'tokenizer.json') if (workdir / 'tokenizer.json').exists() else None
@@ -74,10 +74,10 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, trust: bo
 
 
 def read_config(workdir: Path, trust: bool) -> Config:
-  """The config of a run's folder. Raises StorageError, and ConfigError for a plug-in that is not named."""
+  """Reads the config from a run's folder. Raises StorageError, and ConfigError for a plug-in that is not loaded."""
   path = workdir / 'config.json'
   if not path.is_file():
-    raise StorageError(f'--workdir: {workdir} holds no run (no config.json)')
+    raise StorageError(f'--workdir: {workdir} does not contain a run (no config.json)')
   for line in plugins.check_notes(workdir, trust=trust):
     say(line)
   try:
@@ -88,7 +88,7 @@ def read_config(workdir: Path, trust: bool) -> Config:
 
 def read_weights(checkpoints: Checkpoints, step: int | None, config: Config, model: LanguageModel,
                  mesh: Mesh) -> tuple[Params, dict]:
-  """(the weights to evaluate, meta) of a checkpoint; averaged ones where the optimizer averages."""
+  """(weights to evaluate, meta) of a checkpoint; weights are averaged if the optimizer averages them."""
   example = example_batch(config.data)
   if not any(link.averages for link in config.optim.links):
     leaves, shardings = param_shardings(example, mesh, model=model)
@@ -107,10 +107,10 @@ def read_weights(checkpoints: Checkpoints, step: int | None, config: Config, mod
 
 
 def own_data(run: Loaded) -> Data:
-  """The data of a run. Raises DataError if they are no longer those that it was trained on."""
+  """Opens the data of a run. Raises DataError if they have changed since training."""
   data = open_data(run.config.data)
   fingerprint = data_fingerprint(run.config.data, data, 0, 0)
   if any(fingerprint.get(name) != run.meta['data'].get(name) for name in ('train_tokens', 'encoder_tokenizer')):
-    raise DataError(f'config.data.path: {run.config.data.path} is no longer what the run was trained on, so its '
-                    'validation part cannot be told; name a file: --data=FILE')
+    raise DataError(f'config.data.path: {run.config.data.path} has changed since training, so the validation part is '
+                    'unknown; evaluate on other data with --data=FILE')
   return data

@@ -1,4 +1,4 @@
-"""Sampling from a model with a cache. Tokens in, tokens out; text is the caller's affair."""
+"""Sampling and beam search with a cache, on token ids."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llm_jax.models.protocol import LanguageModel
 
 def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: float = 1.0, top_k: int = 0,
            top_p: float = 1.0, num_ids: int | None = None) -> jax.Array:
-  """One token a row, int32 [B]. temperature 0: the likeliest. top_k 0: all. top_p: nucleus (arXiv 1904.09751).
+  """Samples one token per row, int32 [B]. temperature 0: argmax; top_k 0: all; top_p: nucleus (arXiv 1904.09751).
 
-  Only the first `num_ids` can be drawn: a vocabulary may be padded beyond its tokenizer's.
+  Only the first `num_ids` ids are sampled, as the model's vocabulary may be padded.
   """
-  logits_BV = constrain(logits_BV[:, :num_ids], None, None)  # every process gets every token
+  logits_BV = constrain(logits_BV[:, :num_ids], None, None)  # all processes get all tokens
   if temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = logits_BV.astype(jnp.float32) / temperature
@@ -52,9 +52,9 @@ def _decode(params, tokens_B, cache, key, *, model, **options):
 def generate(model: LanguageModel, params: Params, prompts: list[list[int]], *, max_len: int, num_tokens: int,
              seed: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
              num_ids: int | None = None) -> Iterator[np.ndarray]:
-  """Yields int32 [B]: the next token of every prompt, `num_tokens` times or until a row would pass `max_len`.
+  """Yields int32 [B], the next token of each prompt, `num_tokens` times or until a row has `max_len` tokens.
 
-  Prompts need one token or more; the computation for token i+1 starts before token i is handed out.
+  Prompts must not be empty. The computation of token i+1 starts before token i is yielded.
   """
   tokens_BT, lengths_B = pad(model, prompts, max_len)
   options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'num_ids': num_ids}
@@ -70,7 +70,7 @@ def generate(model: LanguageModel, params: Params, prompts: list[list[int]], *, 
 
 
 def pad(model: LanguageModel, prompts: list[list[int]], max_len: int) -> tuple[np.ndarray, np.ndarray]:
-  """int32 [B, T] and their lengths [B]; T is a power of two where that fits, so that few lengths are ever compiled."""
+  """Padded prompts int32 [B, T] and their lengths [B]; T is a power of two if that fits, to compile few lengths."""
   lengths = [len(p) for p in prompts]
   tokens_BT = np.zeros((len(prompts), min(max_len if model.prompt_in_row else model.cfg.longest_prompt,
                                           1 << (max(lengths) - 1).bit_length())), np.int32)
@@ -80,15 +80,15 @@ def pad(model: LanguageModel, prompts: list[list[int]], max_len: int) -> tuple[n
 
 
 def room(model: LanguageModel, lengths_B: np.ndarray, max_len: int) -> int:
-  """Tokens that can be drawn for each of the prompts."""
+  """The number of tokens that can be generated for all of the prompts."""
   return max_len - int(lengths_B.max()) * model.prompt_in_row
 
 
 def beam_search(model: LanguageModel, params: Params, prompts: list[list[int]], *, max_len: int, num_tokens: int,
                 eos_id: int, num_beams: int = 4, alpha: float = 0.6, num_ids: int | None = None) -> np.ndarray:
-  """int32 [B, num_tokens at most]: the best of what `num_beams` hypotheses a row end in, eos and on as eos_id.
+  """The best of `num_beams` hypotheses per row, int32 [B, up to num_tokens], padded with eos_id after the end.
 
-  Best by log p / ((5 + length) / 6)^alpha (Wu et al., arXiv 1609.08144, equation 14). One beam is greedy decoding.
+  The score is log p / ((5 + length) / 6)^alpha (Wu et al., arXiv 1609.08144, equation 14). One beam is greedy decoding.
   """
   tokens_BT, lengths_B = pad(model, prompts, max_len)
   num_tokens = min(num_tokens, room(model, lengths_B, max_len))
@@ -101,7 +101,7 @@ def _beam_search(params, tokens_BT, lengths_B, *, model, max_len, num_tokens, eo
   B, W = tokens_BT.shape[0], num_beams
 
   def rows(tree, take):
-    """`take` of each leaf of a cache, its rows in front."""
+    """Applies `take` to each leaf of a cache, with the batch dimension in front."""
     return {name: jax.tree.map(lambda x: jnp.moveaxis(take(jnp.moveaxis(x, 1, 0)), 0, 1), leaf) if name == 'layers'
             else jax.tree.map(take, leaf) for name, leaf in tree.items()}
 
@@ -111,10 +111,10 @@ def _beam_search(params, tokens_BT, lengths_B, *, model, max_len, num_tokens, eo
   logits_BV, cache = model.apply({'params': params}, tokens_BT, lengths_B, model.init_cache(B, max_len),
                                  method='prefill')
   V = log_p(logits_BV).shape[1]
-  only_eos_V = jnp.where(jnp.arange(V) == eos_id, 0.0, -jnp.inf)  # how a hypothesis that has ended goes on
+  only_eos_V = jnp.where(jnp.arange(V) == eos_id, 0.0, -jnp.inf)  # the continuation of a finished hypothesis
 
   def extend(logits_BWV, scores_BW, ended_BW, hyps_BWT, t):
-    """The best `W` of all continuations, and which hypotheses they continue."""
+    """The best W of all continuations, with the indices of the hypotheses that they continue."""
     next_BWV = jnp.where(ended_BW[..., None], only_eos_V, log_p(logits_BWV.reshape(B * W, -1)).reshape(B, W, V))
     scores_BW, flat_BW = jax.lax.top_k((scores_BW[..., None] + next_BWV).reshape(B, W * V), W)
     parents_BW, token_BW = flat_BW // V, flat_BW % V
@@ -128,7 +128,7 @@ def _beam_search(params, tokens_BT, lengths_B, *, model, max_len, num_tokens, eo
     parents_R = (parents_BW + W * jnp.arange(B)[:, None]).reshape(-1)
     return t + 1, scores_BW, ended_BW, hyps_BWT, rows(cache, lambda x: x[parents_R])
 
-  # At first all hypotheses of a row are one and the same: only one of them may be continued.
+  # All hypotheses of a row are equal at first, so only one of them may be continued.
   scores_BW = jnp.tile(jnp.where(jnp.arange(W) == 0, 0.0, -jnp.inf), (B, 1))
   hyps_BWT = jnp.full((B, W, num_tokens), eos_id, jnp.int32)
   scores_BW, ended_BW, hyps_BWT, _ = extend(jnp.repeat(logits_BV[:, None], W, 1), scores_BW, jnp.zeros((B, W), bool),
@@ -137,7 +137,7 @@ def _beam_search(params, tokens_BT, lengths_B, *, model, max_len, num_tokens, eo
   _, scores_BW, _, hyps_BWT, _ = jax.lax.while_loop(
       lambda carry: (carry[0] < num_tokens) & ~carry[2].all(), body,
       (jnp.int32(1), scores_BW, ended_BW, hyps_BWT, cache))
-  length_BW = jnp.minimum((hyps_BWT != eos_id).sum(-1) + 1, num_tokens)  # with its eos
+  length_BW = jnp.minimum((hyps_BWT != eos_id).sum(-1) + 1, num_tokens)  # including eos
   best_B = jnp.argmax(scores_BW / ((5 + length_BW) / 6) ** alpha, axis=1)
   best_BT = jnp.take_along_axis(hyps_BWT, best_B[:, None, None], axis=1)[:, 0]
-  return constrain(best_BT, None, None)  # every process gets every token
+  return constrain(best_BT, None, None)  # all processes get all tokens

@@ -1,4 +1,4 @@
-"""Evaluation of a model on whole stores: exact sums over all batches, divided once."""
+"""Evaluation of a model on whole stores: sums over all batches, divided once at the end."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Evaluator = Callable[..., Results]
 
 
 def make_evaluator(config: Config, data: Data, model: LanguageModel, objective: Objective, mesh: Mesh) -> Evaluator:
-  """evaluator(params, stores, max_tokens, interrupted): a fixed pass over stores, compiled once.
+  """A function evaluator(params, stores, max_tokens, interrupted): a fixed pass over stores, compiled once.
 
-  It returns ({'loss': ...}, the tables of Objective.tables). With several stores each has its own 'NAME/loss' too, and
-  an equal part of `max_tokens`. It raises Interrupted as soon as interrupted() is true. `objective` is training's.
+  It returns ({'loss': ...}, Objective.tables). Each of several stores also has its own NAME/loss and an equal part of
+  `max_tokens`. It raises Interrupted once interrupted() is true. `objective` is that of training.
   """
   lengths = [len(b) for b in data.tokenizer.token_bytes] if data.tokenizer else []
   token_bytes = np.zeros(max(model.cfg.vocab_size or 0, len(lengths)), np.int32)
@@ -68,8 +68,8 @@ def make_evaluator(config: Config, data: Data, model: LanguageModel, objective: 
 
 
 def num_eval_rows(config: Config, objective: Objective, num_shards: int) -> int:
-  """Rows of a batch of an evaluation."""
-  if not objective.row_wise:  # rows are compared with as many others as in training
+  """The number of rows in an evaluation batch."""
+  if not objective.row_wise:  # the loss depends on the number of rows, so it must be that of training
     return config.rows_per_batch
   return num_shards * ((config.tokens_per_device or config.data.seq_len) // config.data.seq_len)
 

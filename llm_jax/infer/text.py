@@ -1,4 +1,4 @@
-"""From prompts to ids and from samples to text."""
+"""Encodes prompts as token ids and decodes samples to text."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from llm_jax.infer import sampling
 
 
 def prompt_ids(config: Config, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-  """The ids that the model reads for each text, as in training: after bos, or in an encoder before eos."""
+  """The input ids of each text as in training: preceded by bos, or for an encoder followed by eos."""
   encodes = config.data.task_settings.encodes
   return [[*map(int, ids), tokenizer.eos_id] if encodes else [tokenizer.bos_id, *map(int, ids)]
           for ids in tokenizer.encode(texts)]
 
 
 def encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
-  """The ids of config.eval.prompts. Raises ConfigError for one that has no ids or leaves no room for an answer."""
+  """The ids of config.eval.prompts. Raises ConfigError for prompts that cannot be encoded or are too long."""
   try:
     prompts = prompt_ids(config, tokenizer, list(config.eval.prompts))
   except DataError as e:
-    raise ConfigError(f'config.eval.prompts: {e}; set others, for example --config.eval.prompts=') from None
+    raise ConfigError(f'config.eval.prompts: {e}; set other prompts, for example --config.eval.prompts=') from None
   for prompt, ids in zip(config.eval.prompts, prompts, strict=True):
     if len(ids) > config.model.longest_prompt:
-      raise ConfigError(f'config.eval.prompts: {prompt!r} is {len(ids)} tokens, and {config.model.longest_prompt} are '
-                        'the most; shorten it')
+      raise ConfigError(f'config.eval.prompts: {prompt!r} has {len(ids)} tokens; shorten it to at most '
+                        f'{config.model.longest_prompt}')
   return prompts
 
 
 def samples(config: Config, data: Data, model: Any, params: Params) -> list[tuple[str, str]]:
-  """[(prompt, prompt + sample)] for config.eval.prompts; [] without a tokenizer or where the model does not write."""
+  """[(prompt, prompt + sample)] for config.eval.prompts; [] without a tokenizer, or if the model cannot write text."""
   tokenizer, reader = data.tokenizer, data.prompt_tokenizer
   if tokenizer is None or reader is None or not config.eval.sample_tokens or not config.writes:
     return []

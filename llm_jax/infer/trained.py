@@ -1,4 +1,4 @@
-"""A trained run, ready for use: evaluation, generation, predictions."""
+"""Trained: a loaded run, for evaluation and generation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from llm_jax.training.status import read_status
 
 
 class Evaluation(NamedTuple):
-  """The outcome of an evaluation: results such as {'loss': ...}, confusion counts, and answers to prompts."""
+  """Results of an evaluation such as {'loss': ...}, confusion counts, and answers to prompts."""
 
   results: dict[str, float]
   tables: dict[str, np.ndarray]
@@ -39,31 +39,31 @@ class Evaluation(NamedTuple):
 
 
 class Trained:
-  """A run read from its folder."""
+  """A run loaded from its folder."""
 
   def __init__(self, run: Loaded, workdir: Path, loss_terms: dict[str, Any] | None = None):
     self.run, self.workdir, self.config, self._loss_terms = run, workdir, run.config, loss_terms
 
   def validate(self, split: str = 'val') -> dict[str, float]:
-    """The losses and metrics on a part of the run's data, all of it."""
+    """The losses and metrics on a whole split of the run's data."""
     return self.evaluate(split, num_answers=0).results
 
   def evaluate(self, split: str = 'val', data: str | None = None, *, num_answers: int | None = None,
                num_beams: int | None = None, validator: str | None = None) -> Evaluation:
-    """Evaluates on a part of the run's data, or on all that `data` names (file, folder, glob, .bin).
+    """Evaluates on a split of the run's data, or on all of `data` (a file, folder, glob or .bin).
 
-    A run that learnt answers gives `num_answers` of them, or all. Raises ConfigError, DataError.
+    A run trained on answers generates `num_answers` of them; None: all. Raises ConfigError, DataError.
     """
     run, own = self.run, self.config.eval
     if split not in ('train', 'val', 'test'):
-      raise ConfigError(f'--split: {split!r} is none of train, val, test')
+      raise ConfigError(f'--split: must be train, val or test; got {split!r}')
     validator = own.validator if validator is None else validator
     num_beams = own.num_beams if num_beams is None else num_beams
     if (num_answers or 0) < 0 or num_beams < 1:
       raise ConfigError(f'--answers must not be negative, --num_beams at least 1; got {num_answers}, {num_beams}')
     answers_due = self.config.answers and run.tokenizer is not None and num_answers != 0
     if answers_due:
-      make_validator(validator)  # reports an error before the loss is computed
+      make_validator(validator)  # to report an error before the loss is computed
     config = dataclasses.replace(
         self.config, eval=dataclasses.replace(own, answers=0, validator=validator, num_beams=num_beams))
     mesh = make_mesh(MeshConfig())
@@ -78,7 +78,7 @@ class Trained:
       return Evaluation(results | summarize_answers(answers), tables, answers)
 
   def _open(self, split: str, data: str | None) -> Data:
-    """The data to evaluate on. Raises ConfigError, DataError where the model cannot read them."""
+    """Opens the data to evaluate on. Raises ConfigError, DataError if the model cannot read them."""
     run, config = self.run, self.config
     classes = getattr(config.loss.sections.get('classification'), 'classes', None)
     opened = own_data(run) if data is None else renamed_labels(
@@ -88,42 +88,41 @@ class Trained:
       raise ConfigError(f"--data: token {opened.vocab_size - 1} is outside the model's vocabulary of "
                         f'{config.model.vocab_size}')
     if not opened.splits.get(split if data is None else 'val'):
-      raise ConfigError(f'--split: the run has no {split} part; it is set by config.data.{split}_fraction, '
-                        f'{split}_documents or {split}_path')
+      raise ConfigError(f'--split: the run has no {split} part, as none of config.data.{split}_fraction, '
+                        f'{split}_documents and {split}_path was set; set another split')
     return opened
 
   def generate(self, prompt: str = '', *, num_tokens: int = 128, **options: Any) -> str:
     """The text that follows the prompt; `options` are those of `tokens`. Raises ConfigError."""
     columns, tokenizer = self.tokens(prompt, num_tokens=num_tokens, **options), self.run.tokenizer
-    assert tokenizer is not None  # `tokens` has asked for one
+    assert tokenizer is not None  # checked by `tokens`
     return decode(tokenizer, before_eos(tokenizer, [int(column[0]) for column in columns]))
 
   def tokens(self, prompt: str = '', *, num_samples: int = 1, num_tokens: int = 128, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, num_beams: int = 0, seed: int = 0) -> Iterable[np.ndarray]:
-    """int32 [num_samples]: the next token of each sample, one after the other; of a beam search the best alone.
+    """Iterates over columns int32 [num_samples], the next token of each sample; beam search gives one sample.
 
-    Raises ConfigError where the run knows no text, the prompt is too long, or an option is not legal.
+    Raises ConfigError if the run has no tokenizer, the prompt is too long, or an option is invalid.
     """
     for bad, message in ((num_samples < 1, f'--num_samples must be at least 1; got {num_samples}'),
                          (num_tokens < 1, f'--num_tokens must be at least 1; got {num_tokens}'),
                          (temperature < 0, f'--temperature must not be negative; got {temperature}'),
                          (num_beams < 0, f'--num_beams must not be negative; got {num_beams}'),
-                         (num_beams and num_samples > 1, '--num_beams finds one text; leave out --num_samples'),
+                         (num_beams and num_samples > 1, '--num_beams gives one text; leave out --num_samples'),
                          (top_k < 0, f'--top_k must not be negative; got {top_k}'),
-                         (not 0 < top_p <= 1, f'--top_p must lie in (0, 1]; got {top_p}')):
+                         (not 0 < top_p <= 1, f'--top_p must be in (0, 1]; got {top_p}')):
       if bad:
         raise ConfigError(message)
     run, config = self.run, self.config
     if run.tokenizer is None or run.prompt_tokenizer is None:
-      raise ConfigError(f'--workdir: {self.workdir} was trained on ids without a tokenizer, so there is no text to '
-                        'read or write')
+      raise ConfigError(f'--workdir: {self.workdir} was trained on token ids without a tokenizer, so it cannot read or '
+                        'generate text')
     if not config.writes:
-      raise ConfigError(f'--workdir: {self.workdir} has not learnt to write (config.data.task={config.data.task}, '
-                        f'config.loss.terms={", ".join(config.loss.terms)}); see llm-jax predict')
+      raise ConfigError(f'--workdir: {self.workdir} was not trained to generate text (config.data.task='
+                        f'{config.data.task}, config.loss.terms={", ".join(config.loss.terms)}); use llm-jax predict')
     [ids] = prompt_ids(config, run.prompt_tokenizer, [prompt])
     if len(ids) > config.model.longest_prompt:
-      raise ConfigError(f'--prompt: {len(ids)} tokens, and {config.model.longest_prompt} are the most that the model '
-                        'was made for; shorten it')
+      raise ConfigError(f'--prompt: has {len(ids)} tokens; shorten it to at most {config.model.longest_prompt}')
     options = {'max_len': config.model.max_len, 'num_tokens': num_tokens, 'num_ids': len(run.tokenizer.token_bytes)}
     if num_beams:
       return sampling.beam_search(run.model, run.params, [ids], eos_id=run.tokenizer.eos_id, num_beams=num_beams,
@@ -135,17 +134,18 @@ class Trained:
     return read_status(self.workdir)
 
   def export_results(self, path: str | Path) -> None:
-    """See the function."""
+    """Writes config, status, evaluation and all metrics as one JSON file. Raises StorageError."""
     export_results(self.workdir, Path(path))
 
 
 def renamed_labels(data: Data, classes: tuple[str, ...] | None) -> Data:
-  """Other data, its labels numbered like the run's classes. Raises DataError for an unknown class."""
+  """The data with labels renumbered to the run's classes. Raises DataError for an unknown class."""
   def renamed(store: TokenStore) -> TokenStore:
-    if not classes or store.labels is None or not store.classes:  # numbers are the classes' own
+    if not classes or store.labels is None or not store.classes:  # labels are numbers already
       return store
     if unknown := set(store.classes) - set(classes):
-      raise DataError(f'--data: {", ".join(sorted(unknown))} are no classes of the run; known: {", ".join(classes)}')
+      raise DataError(f'--data: labels {", ".join(sorted(unknown))} are not classes of the run; known: '
+                      f'{", ".join(classes)}')
     numbers = np.array([classes.index(name) for name in store.classes], np.float64)
     return dataclasses.replace(store, labels=numbers[np.asarray(store.labels).astype(int)], classes=classes)
 

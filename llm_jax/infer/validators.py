@@ -1,4 +1,4 @@
-"""Is a text well-formed? By a parser that is named here, or by a command of the user's."""
+"""Validators, which check whether a text is well-formed: parsers by name, or a command of the user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import NoSettings, Registry, register
 
 Validator = Callable[[str], bool]
-SECONDS = 60  # that a command may take for one text
+SECONDS = 60  # time limit of a command for one text
 
 
 def python() -> Validator:
@@ -29,28 +29,29 @@ def json_text() -> Validator:
 VALIDATORS = Registry('validator')
 register(VALIDATORS, 'python', python, NoSettings)
 register(VALIDATORS, 'json', json_text, NoSettings)
-UNTRUSTED = '(a command in a config.json)'  # which is never executed, unless the folder is trusted
+UNTRUSTED = '(a command in a config.json)'  # replaces a command that may not be executed, as its folder is not trusted
 
 
 def make_validator(name: str) -> Validator | None:
-  """One of VALIDATORS, or a command that reads the text and exits with 0 if it is valid; '': none.
+  """One of VALIDATORS, or a command that reads the text from stdin and exits with 0 if it is valid; None for ''.
 
-  Raises ConfigError for what is neither.
+  Raises ConfigError for other names.
   """
   if not name:
     return None
   if name == UNTRUSTED:
-    raise ConfigError("config.eval.validator: the run's config.json names a command, and commands from a run's folder "
-                      "are not executed; name it again (--validator=... or --config.eval.validator=...), leave it out "
-                      "(--validator=), or run the folder's with --trust")
+    raise ConfigError("config.eval.validator: the run's config.json has a command, and commands from a run's folder "
+                      "are not executed; pass the command again (--validator=... or --config.eval.validator=...), "
+                      "disable it (--validator=), or allow it with --trust")
   if name in VALIDATORS:
     return VALIDATORS[name]()
   try:
     command = shlex.split(name)
   except ValueError as e:
-    raise ConfigError(f'config.eval.validator: {name!r} is no command: {e}') from None
+    raise ConfigError(f'config.eval.validator: {name!r} is not a valid command line: {e}') from None
   if not command or shutil.which(command[0]) is None:
-    raise ConfigError(f'config.eval.validator: {name!r} is neither a command here nor one of {", ".join(VALIDATORS)}')
+    raise ConfigError(f'config.eval.validator: {name!r} is not a command on this machine, nor one of '
+                      f'{", ".join(VALIDATORS)}')
 
   def accepts(text: str) -> bool:
     try:

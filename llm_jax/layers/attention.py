@@ -14,7 +14,7 @@ from flax.typing import Dtype, Initializer
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.base.sharding import constrain
-from llm_jax.layers.kernels import ATTENTION, AUTO, Case, choose_attention, local_device, look_back, refuse
+from llm_jax.layers.kernels import ATTENTION, AUTO, AttentionCase, choose_attention, local_device, look_back, why_not
 from llm_jax.layers.linear import Einsum
 from llm_jax.layers.norm import RMSNorm
 from llm_jax.layers.rope import apply_rope
@@ -22,38 +22,38 @@ from llm_jax.layers.rope import apply_rope
 KVCache = dict[str, jax.Array]  # k, v: [B, S, K, H]; slot s holds the token at position s
 
 
-class Visible(NamedTuple):
-  """What tokens see apart from the order and the window. With a cache, S are its slots; without, S = T."""
+class AttentionMask(NamedTuple):
+  """The parts of the attention mask beside causality and window. S: the slots of the cache; without a cache S = T."""
 
-  segment_ids_BT: jax.Array | None = None  # a token sees its own segment only; None: there is one
-  prefix_BS: jax.Array | None = None  # bool: seen by its whole segment, by what stands before it too; None: nothing is
+  segment_ids_BT: jax.Array | None = None  # tokens attend within their segment; None: one segment
+  prefix_BS: jax.Array | None = None  # bool: keys that their whole segment attends to, earlier tokens too; None: none
 
 
 def causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, window: int = 0,
                      segment_ids_BT: jax.Array | None = None, prefix_BT: jax.Array | None = None,
                      implementation: str = 'auto') -> jax.Array:
-  """Each token sees itself, the `window - 1` before it (0: all before it) and the prefix, if they share its segment.
+  """Attention of each token to itself, the `window - 1` tokens before it (0: all) and the prefix of its segment.
 
-  Computed by one of kernels.ATTENTION. Raises ConfigError where it cannot serve.
+  Computed by one of kernels.ATTENTION. Raises ConfigError if that one does not support the inputs.
   """
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-  case = Case(*local_device(), str(q_BTNH.dtype), H, T, segment_ids_BT is not None, prefix_BT is not None)
+  case = AttentionCase(*local_device(), str(q_BTNH.dtype), H, T, segment_ids_BT is not None, prefix_BT is not None)
   attend = ATTENTION[choose_attention(implementation, case)]
   return attend(q_BTNH, k_BTKH, v_BTKH, window if window < T else 0, segment_ids_BT, prefix_BT)
 
 
 def describe_attention(implementation: str, dtype: str, head_dim: int, length: int, *, segments: bool,
                        prefix: bool) -> str:
-  """The choice for rows of this length, in words: 'blocked', or 'blocked (cudnn: why not)'."""
-  case = Case(*local_device(), dtype, head_dim, length, segments, prefix)
+  """The chosen implementation for rows of this length: 'blocked', or 'blocked (cudnn: reason against it)'."""
+  case = AttentionCase(*local_device(), dtype, head_dim, length, segments, prefix)
   chosen = choose_attention(implementation, case)
-  passed_over = [f'{name}: {refuse(name, case)}' for name in AUTO.get(case.platform, ()) if refuse(name, case)]
+  passed_over = [f'{name}: {why_not(name, case)}' for name in AUTO.get(case.platform, ()) if why_not(name, case)]
   return chosen + (f' ({"; ".join(passed_over)})' if passed_over and implementation == 'auto' else '')
 
 
 def cached_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, positions_BT: jax.Array,
                      window: int = 0, prefix_BS: jax.Array | None = None) -> jax.Array:
-  """The same over a cache: the query at position p sees the slots p and before. Slots after p may hold anything."""
+  """The same over a cache: a query at position p attends to slots up to p. Later slots may hold anything."""
   mask_BTS = look_back(positions_BT, k_BSKH.shape[1], window)
   if prefix_BS is not None:
     mask_BTS |= prefix_BS[:, None, :]
@@ -61,7 +61,7 @@ def cached_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *,
 
 
 class MultiHead(nn.Module):
-  """What every attention has: queries, keys and values of heads, and the way back. A base class."""
+  """The base class of attention layers: projections to queries, keys and values of heads, and back to the input."""
 
   embed_dim: int
   num_heads: int
@@ -76,7 +76,7 @@ class MultiHead(nn.Module):
   implementation: str = 'auto'  # one of kernels.ATTENTION
 
   def project(self, name: str, x_BTD: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
-    """'q', 'k' or 'v' [B, T, heads, H], in `dtype`; turned by RoPE where positions are given."""
+    """The projection 'q', 'k' or 'v' [B, T, heads, H], in `dtype`; rotated by RoPE if positions are given."""
     num_heads, axis = (self.num_heads, 'heads') if name == 'q' else (self.num_kv_heads, 'kv_heads')
     einsum = self.einsum(shape=(self.embed_dim, num_heads, self.head_dim), axes=('embed', axis, 'head_dim'),
                          bias_dims=2 * self.use_bias, name=name)
@@ -98,33 +98,33 @@ class MultiHead(nn.Module):
 
 
 class Attention(MultiHead):
-  """Self-attention; with a cache it first writes its keys and values at `positions_BT`."""
+  """Self-attention; with a cache, keys and values are first written to its slots `positions_BT`."""
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, visible: Visible,
+  def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, mask: AttentionMask,
                cache: KVCache | None, window: int) -> tuple[jax.Array, KVCache | None]:
     q_BTNH, k_BTKH = (self.project(name, x_BTD, positions_BT) for name in 'qk')
     v_BTKH = self.project('v', x_BTD)
     if cache is None:
-      # Parameters are made from one token, which a kernel may refuse.
+      # Initialization runs on one token, which a kernel may not support.
       implementation = 'xla' if self.is_initializing() else self.implementation
-      y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, window=window, segment_ids_BT=visible.segment_ids_BT,
-                                prefix_BT=visible.prefix_BS, implementation=implementation)
+      y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, window=window, segment_ids_BT=mask.segment_ids_BT,
+                                prefix_BT=mask.prefix_BS, implementation=implementation)
     else:
       write = jax.vmap(lambda slots, positions, x: slots.at[positions].set(x))
       cache = {'k': write(cache['k'], positions_BT, k_BTKH), 'v': write(cache['v'], positions_BT, v_BTKH)}
       y_BTNH = cached_attention(q_BTNH, cache['k'], cache['v'], positions_BT=positions_BT, window=window,
-                                prefix_BS=visible.prefix_BS)
+                                prefix_BS=mask.prefix_BS)
     return self.output(y_BTNH), cache
 
 
 class CrossAttention(MultiHead):
-  """Attention to what an encoder made; with a cache it keeps its keys and values there."""
+  """Attention to an encoder's output; a cache stores its keys and values."""
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, encoded_BSD: jax.Array | None, mask_BTS: jax.Array,
                cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
-    """`mask_BTS` is true where a token sees. `encoded_BSD` None: keys and values are the cache's."""
+    """`mask_BTS` is True where a token attends. `encoded_BSD` None: keys and values come from the cache."""
     q_BTNH = self.project('q', x_BTD)
     if encoded_BSD is not None:
       k_BSKH, v_BSKH = (self.project(name, encoded_BSD) for name in 'kv')

@@ -1,9 +1,9 @@
-"""Causal attention in plain JAX, block by block, with its own backward (FlashAttention, arXiv 2205.14135).
+"""Causal attention in plain JAX, block by block, with its own backward pass (FlashAttention, arXiv 2205.14135).
 
-A Python loop takes a block of queries and the keys it can see, all at once: what causality or the window hides is never
-computed, which halves the work, and no array is larger than one block's scores. The backward pass keeps q, k, v, y
-and the logarithm of each query's normaliser, and computes the weights again from them; for short rows it keeps them.
-Dims: B batch, T length, C queries of a block, S keys they can see, N heads, K kv heads, G = N/K, R = G C, H head_dim.
+A Python loop over blocks of queries computes only the keys that causality and window leave, which halves the work, and
+no array is larger than the scores of one block. The forward pass saves q, k, v, y and the logarithm of each query's
+normaliser, from which the backward pass recomputes the attention weights; for short rows the weights are saved too.
+Dims: B batch, T length, C queries in a block, S their keys, N heads, K kv heads, G = N/K, R = G C, H head_dim.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-KEPT_BYTES = 1024  # of a query's weights, up to which they are kept: reading is faster than computing them again
+KEPT_BYTES = 1024  # weights are saved up to this size per query: then loading is faster than recomputing
 SHORT = 256  # the longest T with short blocks
-BLOCKS = {True: 64, False: 128}  # queries of a block, short and not; the fastest measured
-HIDDEN = -1e30  # added to a score that does not count
-MAX_BLOCKS = 16  # each is compiled on its own: a longer T has longer blocks
+BLOCKS = {True: 64, False: 128}  # queries per block, for short and longer T; the fastest measured
+HIDDEN = -1e30  # added to masked scores
+MAX_BLOCKS = 16  # each block is compiled separately, so a longer T has longer blocks
 
 
 def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, segment_ids_BT: jax.Array | None,
             prefix_BT: jax.Array | None) -> jax.Array:
-  """Attention of each token over what `causal_attention` lets it see; y [B, T, N, H]."""
+  """Attention y [B, T, N, H], masked as in `causal_attention`."""
   B, T, N, H = q_BTNH.shape
   K = k_BTKH.shape[2]
-  # Scaled here, not later: q is smaller than the scores. Exact where H is a power of 4, else rounded once more.
+  # Scales q instead of the scores, which are larger. Exact if H is a power of 4; otherwise one more rounding.
   scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
   q_BKGTH = scaled_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
   k_BKTH, v_BKTH = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
@@ -38,10 +38,10 @@ def blocked(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int
 
 
 def _laid_out(x: jax.Array) -> jax.Array:
-  """x, and later its gradient, as copies in the order of their dimensions.
+  """Copies x, and its gradient, into row-major layout.
 
-  XLA:CPU has no fast bfloat16 product of an array that it transposed in name only. Merging the last two dimensions
-  makes it transpose, and the barrier keeps it from seeing through that.
+  XLA:CPU has no fast bfloat16 product of an array that is transposed only in its layout. Merging the last two
+  dimensions forces the transpose, and the barrier keeps XLA from optimizing that away.
   """
   return jax.lax.optimization_barrier(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
@@ -65,7 +65,7 @@ def _forward(window, q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, prefix_BT):
       y_BKRH = _dot('BKRS,BKSH->BKRH', e_BKRS.astype(v_BKTH.dtype), v_BKTH[:, :, keys]) / z_BKR1
     ys.append(_unmerge(y_BKRH, q_BKGTH))
     log_zs.append(_unmerge(max_BKR1 + jnp.log(z_BKR1), q_BKGTH))
-  # Named here, where all are: a remat policy that kept y alone would have to compute the rest again.
+  # All residuals are named together: a remat policy that saved only y would recompute the others.
   y_BKGTH = jnp.concatenate(ys, 3).astype(q_BKGTH.dtype)
   y_BKGTH, log_z_BKGT1, kept = checkpoint_name((y_BKGTH, jnp.concatenate(log_zs, 3), kept), 'attention')
   return y_BKGTH, (q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, prefix_BT, y_BKGTH, log_z_BKGT1, kept)
@@ -74,7 +74,7 @@ def _forward(window, q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, prefix_BT):
 def _backward(window, residuals, dy_BKGTH):
   q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, prefix_BT, y_BKGTH, log_z_BKGT1, kept = residuals
   dtype = q_BKGTH.dtype
-  # The softmax's own term, sum over s of p ds, is dy . y: known without the weights.
+  # The softmax's own term, sum over s of p dp, equals dy . y and needs no weights.
   own_BKGT1 = (dy_BKGTH.astype(jnp.float32) * y_BKGTH.astype(jnp.float32)).sum(-1, keepdims=True)
   dqs, dks, dvs = [], [], []
   for i, (queries, keys) in enumerate(_blocks(q_BKGTH.shape[3], window, prefix_BT)):
@@ -100,7 +100,7 @@ def _keeps(q_BKGTH: jax.Array) -> bool:
 
 
 def _blocks(T: int, window: int, prefix_BT: jax.Array | None) -> Iterator[tuple[slice, slice]]:
-  """Queries of each block, and the keys that any of them can see."""
+  """(queries, keys that any of them attends to) of each block."""
   size = max(BLOCKS[T <= SHORT], -(-T // MAX_BLOCKS))
   for start in range(0, T, size):
     stop = min(start + size, T)
@@ -109,7 +109,7 @@ def _blocks(T: int, window: int, prefix_BT: jax.Array | None) -> Iterator[tuple[
 
 
 def _scores(q_BKGTH, k_BKTH, queries: slice, keys: slice, window: int, segment_ids_BT, prefix_BT) -> jax.Array:
-  """float32 [B, K, R, S]; hidden keys far below every other one, yet finite."""
+  """Scores, float32 [B, K, R, S]; those of masked keys are far below all others, but finite."""
   distance_CS = np.arange(queries.start, queries.stop)[:, None] - np.arange(keys.start, keys.stop)[None]
   seen_BCS = ((distance_CS >= 0) & ((distance_CS < window) if window else True))[None]
   if prefix_BT is not None:
@@ -125,17 +125,17 @@ def _dot(eqn: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _dot_rows(x_BKRS: jax.Array, y_BKRH: jax.Array) -> jax.Array:
-  """Their product over R, float32 [B, K, S, H]."""
+  """The product summed over R, float32 [B, K, S, H]."""
   if x_BKRS.dtype == jnp.bfloat16 and not x_BKRS.shape[2] % 2:
-    # XLA:CPU's bfloat16 kernels take a sum over two dimensions, five times as fast as what serves one.
+    # XLA:CPU has bfloat16 kernels for a sum over two dimensions; they are five times as fast as its path for one.
     x_BKiRS, y_BKiRH = (a.reshape(*a.shape[:2], 2, -1, a.shape[3]) for a in (x_BKRS, y_BKRH))
     return _dot('BKiRS,BKiRH->BKSH', x_BKiRS, y_BKiRH)
-  # H before S: so XLA:CPU transposes the queries for the product, not the larger weights.
+  # With H before S, XLA:CPU transposes the queries and not the weights, which are larger.
   return _dot('BKRH,BKRS->BKHS', y_BKRH, x_BKRS).swapaxes(2, 3)
 
 
 def _merge(x_BKGTH: jax.Array, queries: slice) -> jax.Array:
-  """[B, K, R, H] of a block: a group's heads one below the other, as products run fastest with one such dimension."""
+  """A block as [B, K, R, H]: merges a group's heads with the queries, as products are fastest with one dimension."""
   x_BKGCH = x_BKGTH[..., queries, :]
   return x_BKGCH.reshape(*x_BKGCH.shape[:2], -1, x_BKGCH.shape[-1])
 
@@ -145,7 +145,7 @@ def _unmerge(x_BKRH: jax.Array, like_BKGTH: jax.Array) -> jax.Array:
 
 
 def _sum(parts: list[tuple[slice, jax.Array]], like_BKTH: jax.Array) -> jax.Array:
-  """The sum over blocks in float32, in the shape and dtype of `like_BKTH`; zero for keys nobody saw."""
+  """The sum over blocks, added in float32, in the shape and dtype of `like_BKTH`; zero for keys in no block."""
   T = like_BKTH.shape[2]
   padded = [jnp.pad(part_BKSH, [(0, 0)] * 2 + [(keys.start, T - keys.stop), (0, 0)]) for keys, part_BKSH in parts]
   return sum(padded[1:], padded[0]).astype(like_BKTH.dtype)

@@ -1,4 +1,4 @@
-"""The step of training that a forward pass belongs to, for modules whose behaviour is scheduled."""
+"""The current training step, for modules whose behaviour depends on it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STEP: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar('step',
 
 @contextlib.contextmanager
 def clock_at(step: jax.Array | None) -> Iterator[None]:
-  """What is traced inside sees `step`, int32 []; None is outside training."""
+  """Sets the step, int32 [], for everything traced inside; None means outside training."""
   token = _STEP.set(step)
   try:
     yield
@@ -22,6 +22,6 @@ def clock_at(step: jax.Array | None) -> Iterator[None]:
 
 
 def progress(num_steps: int) -> jax.Array | float:
-  """How much of a warm-up of `num_steps` is done, 0 to 1; 1 outside training."""
+  """The completed share, 0 to 1, of a warm-up of `num_steps`; 1 outside training."""
   step = _STEP.get()
   return 1.0 if step is None or not num_steps else jax.numpy.minimum(1.0, step / num_steps)

@@ -1,4 +1,4 @@
-"""The ways to compute causal attention, and which of them serves where: one signature, one function that decides.
+"""Implementations of causal attention with one signature, and the function that chooses among them.
 
 Dims: B batch, T length, N heads, K kv heads, H head_dim.
 """
@@ -18,13 +18,13 @@ from llm_jax.base.registry import NoSettings, Registry, register
 from llm_jax.base.sharding import BATCH_AXES, RULES, num_batch_shards
 from llm_jax.layers.blocked import blocked
 
-SPLASH_BLOCKS = (512, 256, 128)  # the largest that divides T
+SPLASH_BLOCKS = (512, 256, 128)  # the largest one that divides T is used
 
 
 def xla(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, segment_ids_BT: jax.Array | None,
         prefix_BT: jax.Array | None, implementation: Literal['xla', 'cudnn'] = 'xla') -> jax.Array:
-  """JAX's own, all T x T scores at once."""
-  plain = prefix_BT is None  # causality and window need no mask
+  """JAX's dot_product_attention: computes all T x T scores at once."""
+  plain = prefix_BT is None  # causality and window are options, without a mask
   mask_BTT = None
   if segment_ids_BT is not None:
     mask_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
@@ -39,9 +39,9 @@ def xla(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, se
 
 def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, segment_ids_BT: jax.Array | None,
           prefix_BT: jax.Array | None) -> jax.Array:
-  """NVIDIA's fused kernel: causality and window are its options, segments and prefix a mask [B, 1, T, T].
+  """NVIDIA's fused kernel: causality and window are options, segments and prefix a mask [B, 1, T, T].
 
-  Its packed layout would need no mask, but a bound on a row's segments, and JAX 0.10 passes it wrong offsets for
+  Its packed layout would need no mask, but a limit on segments per row, and JAX 0.10 passes it wrong offsets for
   grouped heads.
   """
   return xla(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, prefix_BT, 'cudnn')
@@ -49,10 +49,10 @@ def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, 
 
 def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, segment_ids_BT: jax.Array | None,
            prefix_BT: jax.Array | None, interpret: bool = False) -> jax.Array:
-  """The Pallas kernel for TPUs, each device on its own rows and heads; `interpret` runs it anywhere, slowly."""
-  # Here, as nobody but a TPU needs it and importing Pallas takes a second.
+  """The Pallas kernel for TPUs, run per device on its rows and heads; `interpret` runs it on any device, slowly."""
+  # Imported here, as only TPUs need it and importing Pallas takes a second.
   from jax.experimental.pallas.ops.tpu import splash_attention as lib
-  assert prefix_BT is None, 'refuse() says so'
+  assert prefix_BT is None, 'why_not() excludes prefixes'
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
   mask = lib.LocalMask((T, T), (window - 1, 0), 0) if window else lib.CausalMask((T, T))
   size = next(size for size in SPLASH_BLOCKS if T % size == 0)
@@ -63,7 +63,7 @@ def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int,
     kernel = lib.make_splash_mha(lib.MultiHeadMask([mask] * q_BTNH.shape[2]), block_sizes=sizes, head_shards=1,
                                  q_seq_shards=1, interpret=interpret, residual_checkpoint_name='attention')
     segments = None if segment_ids_BT is None else lib.SegmentIds(segment_ids_BT, segment_ids_BT)
-    q_BTNH = (q_BTNH * H ** -0.5).astype(q_BTNH.dtype)  # the kernel does not
+    q_BTNH = (q_BTNH * H ** -0.5).astype(q_BTNH.dtype)  # the kernel does not scale
     y_BNTH = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH)), segments)
     return y_BNTH.swapaxes(1, 2)
 
@@ -79,20 +79,20 @@ def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int,
 
 
 Implementation = Callable[..., jax.Array]
-# (q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT or None, prefix_BT or None) -> y_BTNH. Visible: attention.py.
+# (q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT or None, prefix_BT or None) -> y_BTNH; see attention.AttentionMask.
 ATTENTION = Registry('attention')
 for _function in (cudnn, splash, xla, blocked):
   register(ATTENTION, _function.__name__, _function, NoSettings)
-# What `auto` takes: the first that serves. On a CPU blocked was 1.3 to 2.2 times as fast as xla (T 64 to 512).
+# `auto` takes the first one that supports the case. On a CPU blocked was 1.3 to 2.2 times as fast as xla (T 64 to 512).
 AUTO: dict[str, tuple[str, ...]] = {'gpu': ('cudnn', 'blocked'), 'tpu': ('splash', 'blocked'), 'cpu': ('blocked',)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-  """What the choice depends on. All of it is known while tracing."""
+class AttentionCase:
+  """The properties of an attention call that decide which implementations support it, all known while tracing."""
 
   platform: str  # cpu, gpu or tpu
-  capability: tuple[int, int]  # compute capability of an NVIDIA GPU; (0, 0): there is none
+  capability: tuple[int, int]  # compute capability of an NVIDIA GPU; (0, 0) for other devices
   dtype: str
   head_dim: int
   length: int
@@ -101,7 +101,7 @@ class Case:
 
 
 def local_device() -> tuple[str, tuple[int, int]]:
-  """Platform of the devices JAX runs on, and the compute capability of NVIDIA's."""
+  """(platform of JAX's devices, compute capability of NVIDIA GPUs)."""
   device = jax.devices()[0]
   if device.platform != 'gpu' or 'cuda' not in device.client.platform_version:
     return device.platform, (0, 0)
@@ -109,8 +109,8 @@ def local_device() -> tuple[str, tuple[int, int]]:
   return device.platform, (int(major), int(minor))
 
 
-def refuse(name: str, case: Case) -> str:
-  """Why this implementation cannot serve the case; '' if it can."""
+def why_not(name: str, case: AttentionCase) -> str:
+  """Why this implementation does not support the case; '' if it does."""
   widest = 256 if case.capability >= (9, 0) else 128
   reasons = {
       'cudnn': {
@@ -125,24 +125,24 @@ def refuse(name: str, case: Case) -> str:
           'it needs a TPU': case.platform != 'tpu',
           f'the length must be a multiple of {SPLASH_BLOCKS[-1]}; got {case.length}':
               case.length % SPLASH_BLOCKS[-1] > 0,
-          'it knows no prefix': case.prefix,
+          'it does not support a prefix': case.prefix,
       },
   }
   return '; '.join(reason for reason, holds in reasons.get(name, {}).items() if holds)
 
 
-def choose_attention(name: str, case: Case) -> str:
-  """The implementation that `name`, one of ATTENTION or 'auto', stands for. Raises ConfigError if it cannot serve."""
+def choose_attention(name: str, case: AttentionCase) -> str:
+  """The implementation for `name`, one of ATTENTION or 'auto'. Raises ConfigError if it does not support the case."""
   if name == 'auto':
-    return next(n for n in AUTO.get(case.platform, ('blocked',)) if not refuse(n, case))
-  if why := refuse(name, case):
-    serving = [n for n in ATTENTION if not refuse(n, case)]
-    raise ConfigError(f'config.model.attention: {name!r} cannot serve here: {why}. '
-                      f'What can: auto, {", ".join(serving)}')
+    return next(n for n in AUTO.get(case.platform, ('blocked',)) if not why_not(n, case))
+  if reason := why_not(name, case):
+    supported = [n for n in ATTENTION if not why_not(n, case)]
+    raise ConfigError(f'config.model.attention: {name!r} cannot be used here: {reason}; '
+                      f'set one of auto, {", ".join(supported)}')
   return name
 
 
 def look_back(positions_BT: jax.Array, num_slots: int, window: int) -> jax.Array:
-  """bool [B, T, S]: what a query sees of slots of which s holds the token at position s."""
+  """The causal mask, bool [B, T, S], of queries over slots, where slot s holds the token at position s."""
   distance_BTS = positions_BT[:, :, None] - jnp.arange(num_slots)[None, None, :]
   return (distance_BTS >= 0) & ((distance_BTS < window) if window else True)

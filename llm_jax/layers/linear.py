@@ -1,4 +1,4 @@
-"""Einsum and Embed: the only owners of matrices; the one address of dtype, logical axes and initialisation.
+"""Einsum and Embed, the modules that own all matrices, with their dtype, logical axes and initialization.
 
 Dims: B batch, T length, E experts, D embed, V vocab.
 """
@@ -26,7 +26,7 @@ def mixed_einsum(eqn: str, dtype: Dtype, x: jax.Array, w: jax.Array, copy: jax.A
 
   `eqn` has two operands and no repeated or dropped letters. Without batch dimensions, rows lead in x and y and occur
   nowhere else: 'BTD,DNH->BTNH'. Letters in x, w and y are batch dimensions, anywhere: 'EBD,EDF->EBF', 'BTED,EDF->BTEF'.
-  The gradient is w's, in its own dtype; the products use `copy` in place of w where it is given.
+  The gradient is that of w, in w's dtype; if `copy` is given, the products use it instead of w.
   """
   w = w if copy is None else copy
   if batch_dims(eqn):
@@ -36,13 +36,13 @@ def mixed_einsum(eqn: str, dtype: Dtype, x: jax.Array, w: jax.Array, copy: jax.A
 
 
 def batch_dims(eqn: str) -> str:
-  """The letters of an equation's batch dimensions (experts, for one), in the order of w."""
+  """The letters of an equation's batch dimensions, such as experts, in the order of w."""
   x_dims, w_dims, y_dims = re.split(',|->', eqn)
   return ''.join(d for d in w_dims if d in x_dims and d in y_dims)
 
 
 def _stacked_product(eqn: str, x: jax.Array, w: jax.Array) -> jax.Array:
-  """The product with batch dimensions in front: elsewhere XLA:CPU lacks a kernel for some products in bfloat16."""
+  """The product with batch dimensions moved to the front, as XLA:CPU lacks some bfloat16 kernels for other orders."""
   batch, dims = batch_dims(eqn), re.split(',|->', eqn)
   x_dims, w_dims, y_dims = (batch + ''.join(d for d in part if d not in batch) for part in dims)
   x, w = aligned(x, dims[0], x_dims), aligned(w, dims[1], w_dims)
@@ -51,7 +51,7 @@ def _stacked_product(eqn: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _merge_summed(eqn: str, x: jax.Array, w: jax.Array) -> tuple[str, jax.Array, jax.Array]:
-  """Merges the last dimensions of x if all are summed over: for two of them XLA:CPU copies w, transposed."""
+  """Merges the trailing summed dimensions of x into one, as XLA:CPU would copy and transpose w for two."""
   x_dims, w_dims, y_dims = re.split(',|->', eqn)
   summed = ''.join(d for d in x_dims if d not in y_dims)
   if len(summed) < 2 or not x_dims.endswith(summed) or summed not in w_dims:
@@ -63,7 +63,7 @@ def _merge_summed(eqn: str, x: jax.Array, w: jax.Array) -> tuple[str, jax.Array,
 
 
 def _mixed_einsum_fwd(eqn, dtype, x, w, copy):
-  # x is kept in `dtype`, w as it was read.
+  # x is saved in `dtype`, w as it is used.
   likes = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
   return mixed_einsum(eqn, dtype, x, w, copy), (x.astype(dtype), w if copy is None else copy, *likes)
 
@@ -73,7 +73,7 @@ def _mixed_einsum_bwd(eqn, dtype, residuals, dy):
   x_dims, w_dims, y_dims = re.split(',|->', eqn)
   dx = mixed_einsum(f'{y_dims},{w_dims}->{x_dims}', dtype, dy, w).astype(x_like.dtype)
   if dtype == jnp.float32 and not batch_dims(eqn):
-    # Summed over one dimension instead of B and T, XLA:CPU reads x as it lies; its bfloat16 kernels want the copy.
+    # With B and T merged into one summed dimension XLA:CPU does not copy x; its bfloat16 kernels need the copy.
     num_rows = sum(d not in w_dims for d in x_dims)
     x, dy = (a.reshape(-1, *a.shape[num_rows:]) for a in (x, dy))
     x_dims, y_dims = x_dims[num_rows - 1:], y_dims[num_rows - 1:]
@@ -85,7 +85,7 @@ mixed_einsum.defvjp(_mixed_einsum_fwd, _mixed_einsum_bwd)
 
 
 class Described(nn.LogicallyPartitioned, eq=False):
-  """A parameter boxed with its logical axes and the role of each dimension; an axis that a transform adds is batch."""
+  """A boxed parameter with its logical axes and roles; an axis that a transform adds has the role batch."""
 
   roles: tuple[Role, ...] = flax.struct.field(default=(), pytree_node=False)
 
@@ -98,14 +98,14 @@ class Described(nn.LogicallyPartitioned, eq=False):
 
 
 def info_of(box: Any) -> ParamInfo:
-  """The ParamInfo of a boxed parameter, or of a bare array, which has no logical axes."""
+  """The ParamInfo of a boxed parameter, or of a plain array, which has no logical axes."""
   value = getattr(box, 'value', box)
   axes = (*getattr(box, 'names', ()), *(None,) * value.ndim)[:value.ndim]
   return ParamInfo(axes, value.shape, getattr(box, 'roles', ()))
 
 
 def roles_of(eqn: str) -> tuple[Role, ...]:
-  """The role of each dimension of w in the equation: batch where x, w and y share it, else in (x) or out (y)."""
+  """The role of each dimension of w in the equation: batch if in x and y, in if only in x, out if only in y."""
   x_dims, w_dims, y_dims = re.split(',|->', eqn)
   return tuple('out' if d not in x_dims else 'batch' if d in y_dims else 'in' for d in w_dims)
 
@@ -114,7 +114,7 @@ def weight(module: nn.Module, name: str, initializer: Initializer, shape: tuple[
            axes: tuple[str, ...], roles: tuple[Role, ...] = ()) -> jax.Array:
   """A float32 parameter of `module` with one logical axis and one role per dimension.
 
-  Muon and SOAP need the roles of every parameter of two dimensions or more, stacks not counted; see base/params.py.
+  Muon and SOAP need the roles of all parameters with two or more dimensions besides stacks; see base/params.py.
   """
   def init(*args: Any) -> Described:
     return Described(initializer(*args), axes, roles=roles)
@@ -123,9 +123,9 @@ def weight(module: nn.Module, name: str, initializer: Initializer, shape: tuple[
 
 
 class Einsum(nn.Module):
-  """y = einsum(eqn, x, w) (+ b), float32; with one matrix per expert: Einsum(shape=(E, D, F))('EBCD,EDF->EBCF', x).
+  """y = einsum(eqn, x, w) (+ b), float32. One matrix per expert: Einsum(shape=(E, D, F))('EBCD,EDF->EBCF', x).
 
-  The bias spans the last `bias_dims` output dimensions of the weight, and its batch dimensions.
+  The bias has the last `bias_dims` output dimensions of the weight, and its batch dimensions.
   """
 
   shape: tuple[int, ...]
@@ -137,12 +137,12 @@ class Einsum(nn.Module):
   @nn.compact
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
     w = weight(self, 'w', self.initializer, self.shape, self.axes, roles_of(eqn))
-    copy: jax.Array | None = self.get_variable('copies', 'w')  # see stack.py
+    copy: jax.Array | None = self.get_variable('copies', 'w')  # w in a lower precision; see stack.apply_stack
     return add_bias(self, eqn, checkpoint_name(mixed_einsum(eqn, self.dtype, x, w, copy), 'matmul'))
 
 
 def add_bias(module: Einsum, eqn: str, y: jax.Array) -> jax.Array:
-  """y + b, where the module has a bias."""
+  """y + b if the module has a bias, else y."""
   if not module.bias_dims:
     return y
   _, w_dims, y_dims = re.split(',|->', eqn)
@@ -155,7 +155,7 @@ def add_bias(module: Einsum, eqn: str, y: jax.Array) -> jax.Array:
 
 
 def aligned(x: jax.Array, x_dims: str, y_dims: str) -> jax.Array:
-  """x with the dimensions of y in their order, each that x does not have of size 1."""
+  """x with the dimensions of y in their order; dimensions that x lacks have size 1."""
   sizes = dict(zip(x_dims, x.shape, strict=True))
   x = x.transpose([x_dims.index(d) for d in y_dims if d in sizes])
   return x.reshape([sizes.get(d, 1) for d in y_dims])

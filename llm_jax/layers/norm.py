@@ -23,12 +23,12 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: floa
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _norm(centered: bool, eps: float, x: jax.Array, scale: jax.Array) -> jax.Array:
-  """Both norms, with a gradient that passes over memory less often than the derived one."""
+  """Either norm, with a gradient that needs fewer passes over memory than the automatic one."""
   return _norm_fwd(centered, eps, x, scale)[0]
 
 
 def _norm_fwd(centered, eps, x, scale):
-  # Both sums in one pass; of differences from one feature, or a large mean would cancel the variance.
+  # Both sums in one pass, over differences from the first feature, so that a large mean does not cancel the variance.
   shift = x[..., :1] if centered else jnp.zeros((), x.dtype)
   mean = jnp.mean(x - shift, axis=-1, keepdims=True) if centered else shift
   variance = jnp.mean((x - shift) ** 2, axis=-1, keepdims=True) - mean * mean

@@ -1,9 +1,8 @@
-"""L equal blocks as one: parameters stacked on a leading `layers` axis, run by one scan.
+"""L equal blocks with parameters stacked on a leading `layers` axis, run by one scan.
 
-A block is a Flax module called as block(x, positions, context, cache, window, train) -> (x, cache), with the same
-context for all of a stack: what tokens see, for one.
-Stacked parameters serve laptop and pod alike: the scan's unroll is a config value (unrolled runs faster, rolled
-compiles in a time that does not grow with depth).
+A block is a Flax module called as block(x, positions, context, cache, window, train) -> (x, cache). All blocks of a
+stack get the same context, such as an AttentionMask. The config sets how far the scan is unrolled: unrolled it runs
+faster, rolled its compile time does not grow with depth.
 """
 
 from __future__ import annotations
@@ -20,39 +19,39 @@ from flax.typing import Dtype
 from jax.ad_checkpoint import Offloadable, Recompute, Saveable, checkpoint_name
 
 from llm_jax.base.batch import Params
-from llm_jax.layers.attention import Visible
+from llm_jax.layers.attention import AttentionMask
 
-NOTHING_HIDDEN = Visible()
+UNMASKED = AttentionMask()
 
 
 def keep(*names: str, where: Any = Saveable) -> Callable[..., Any]:
-  """The jax.checkpoint policy that keeps values named so by `checkpoint_name`, and computes all others again.
+  """The jax.checkpoint policy that saves values with these `checkpoint_name`s and recomputes all others.
 
-  By name, not by primitive: a matrix product inside a custom_vjp is not seen by jax.checkpoint_policies.
+  It goes by names because jax.checkpoint_policies does not find matrix products inside a custom_vjp.
   """
   def policy(prim: Any, *_: Any, **params: Any) -> Any:
     named = prim.name == 'name' and params['name'] in names
-    # cuDNN's kernel is one primitive, whose softmax statistics have no name.
+    # cuDNN's kernel is one primitive, and its softmax statistics have no name.
     fused = 'attention' in names and prim.name.startswith('dot_product_attention_fwd')
     return where if named or fused else Recompute
   return policy
 
 
-# What a block keeps from its forward pass for its backward pass, from most memory and least work to the contrary.
+# What a block saves from its forward pass for its backward pass, from most memory and least work to the opposite.
 # Called as REMAT[name](function, prevent_cse=...).
 REMAT: dict[str, Callable[..., Callable]] = {
     'none': lambda f, prevent_cse: f,  # everything
     'save_matmuls': partial(jax.checkpoint, policy=keep('matmul', 'attention')),  # outputs of matrices and attention
-    'save_attention': partial(jax.checkpoint, policy=keep('attention')),  # its outputs, and the block's input
-    'full': jax.checkpoint,  # the block's input
-    # Nothing on the device: the block's input and attention's outputs, in the host's memory.
+    'save_attention': partial(jax.checkpoint, policy=keep('attention')),  # outputs of attention, and the block's input
+    'full': jax.checkpoint,  # only the block's input
+    # The block's input and attention's outputs, in the host's memory; nothing on the device.
     'offload': partial(jax.checkpoint, policy=keep('block', 'attention', where=Offloadable('device', 'pinned_host'))),
 }
 
 
 def init_stack(block: nn.Module, num_layers: int, embed_dim: int,
-               context: Any = NOTHING_HIDDEN) -> Callable[[jax.Array], Params]:
-  """key -> boxed parameters of `num_layers` blocks, each leaf [L, ...] with the logical axis `layers` in front."""
+               context: Any = UNMASKED) -> Callable[[jax.Array], Params]:
+  """A function key -> boxed parameters of `num_layers` blocks: leaves [L, ...] with the logical axis `layers` first."""
   x, positions = jnp.zeros((1, 1, embed_dim)), jnp.zeros((1, 1), jnp.int32)
 
   def init(key: jax.Array) -> Params:
@@ -65,9 +64,9 @@ def init_stack(block: nn.Module, num_layers: int, embed_dim: int,
 
 
 def stack_experts(kind: type[nn.Module], num_experts: int) -> type[nn.Module]:
-  """The module once per expert: parameters, inputs and outputs get a leading dimension, the logical axis `experts`.
+  """The module vmapped over experts: parameters, inputs and outputs get a leading dimension, logical axis `experts`.
 
-  A module vmapped without the collection `copies` casts its weights anew in every layer; see `apply_stack`.
+  A vmap without the collection `copies` would make modules cast their weights again in each layer; see `apply_stack`.
   """
   return nn.vmap(kind, variable_axes={'params': 0, 'copies': 0, 'losses': 0, 'metrics': 0},
                  split_rngs={'params': True, 'dropout': True}, axis_size=num_experts,
@@ -79,10 +78,10 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
                 dropout_key: jax.Array | None = None, train: bool = False,
                 dtype: Dtype = jnp.float32, unroll: int = 1,
                 remat: str = 'none') -> tuple[jax.Array, Any, dict[str, Any]]:
-  """Runs the blocks. Layer l looks back windows[l % len(windows)] tokens; their number must divide L.
+  """Runs the blocks. Layer l attends to windows[l % len(windows)] tokens; len(windows) must divide L.
 
-  `dtype` is that of matrix operands. Returns x [B, T, D], the cache, and what the blocks sowed into `losses` and
-  `metrics`, leaves [L, ...].
+  `dtype` is that of matrix operands. Returns x [B, T, D], the cache, and the values that the blocks sowed into `losses`
+  and `metrics`, leaves [L, ...].
   """
   num_layers = jax.tree.leaves(params)[0].shape[0]
   period = len(windows)
@@ -95,7 +94,7 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
         layer_cache, window, train, rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
     return x, (layer_cache, sown)
 
-  # Blocks in one loop body could be computed again all at once, before the first of them is needed.
+  # Otherwise XLA could recompute all blocks of one loop body at once, before the first one is needed.
   prevent_cse = unroll > 1 or period > 1
   blocks = [REMAT[remat](partial(run, window), prevent_cse=prevent_cse) for window in windows]
 
@@ -106,10 +105,10 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
       outputs.append(output)
     return x, outputs
 
-  # All layers' matrices at once: XLA moves this cast out of a loop over microbatches too, so it runs once a step.
+  # Casts all layers' matrices at once: XLA also moves this out of a loop over microbatches, so it runs once per step.
   copies = {} if dtype == jnp.float32 else jax.tree.map(lambda w: jax.lax.stop_gradient(w).astype(dtype), params)
-  # The layers of one window each are scanned as they lie: of a slice made in the loop, the scan would keep a copy of
-  # every weight for the backward pass.
+  # Layers are grouped by window before the scan: slices made inside the loop would be saved for the backward pass, a
+  # copy of every weight.
   groups = [jax.tree.map(lambda a: a[i::period], (params, copies, cache, keys)) for i in range(period)]  # noqa: B023
   x_BTD, outputs = jax.lax.scan(body, x_BTD, groups, unroll=min(unroll, num_layers // period))
   cache, sown = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(num_layers, *leaves[0].shape[1:]),

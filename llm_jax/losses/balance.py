@@ -1,8 +1,9 @@
-"""How several losses are weighted against each other; here by fixed weights. Others: extras/balances.py.
+"""Balances, which weight several losses against each other; here fixed weights, others in extras/balances.py.
 
-A balance is called with the losses L_i, already multiplied by the config's weights, its trained numbers s_i (zeros at
-first), the microbatch's share of the batch, norms() of the losses' gradients by the hidden states that they share, and
-the losses before training. It returns the objective and the weight of each loss, which is logged. Dims: I losses.
+A balance is called with the losses L_i, already multiplied by the config's weights; its learned parameters s_i, which
+start at zero; the microbatch's share of the batch; norms(), the norms of the losses' gradients with respect to the
+shared hidden states; and the losses before training. It returns the objective and the weight of each loss, for the log.
+Dims: I losses.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class Fixed:
   """sum_i L_i."""
 
   alpha: float = 0.0
-  learns = False  # s
-  row_wise = True  # whether parts of a batch add up to the whole
+  learns = False  # whether s is trained
+  row_wise = True  # whether the objectives of microbatches add up to that of the batch
 
   def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms, initial_I: jax.Array):
     del s_I, share, norms, initial_I

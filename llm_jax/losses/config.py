@@ -1,4 +1,4 @@
-"""The losses of a run by name, and the objective that a config describes."""
+"""LossConfig, the registry of losses, and the objective for a config."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ register(LOSSES, 'distillation', Distillation)
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """The losses that are added up, how they are weighted, and a section for the settings of each."""
+  """The losses that are added up, how they are weighted, and the settings of each."""
 
   terms: tuple[str, ...] = ('next_token',)  # names of LOSSES
   balance: str = 'fixed'  # one of BALANCES
-  alpha: float = 1.5  # of grad_norm: how strongly losses that fall slowly are favoured; 0: not at all
+  alpha: float = 1.5  # of grad_norm: how strongly losses that decrease slowly are favoured; 0: not at all
   sections: Sections = sections(LOSSES)
 
   def __post_init__(self):
     check_names('terms', self.terms, LOSSES)
     if not self.terms or len(set(self.terms)) < len(self.terms):
-      raise ValueError(f'terms holds one loss or more, each once; got {self.terms}')
+      raise ValueError(f'terms must name at least one loss, each once; got {self.terms}')
     if self.balance != 'fixed' and len(self.terms) < 2:
       raise ValueError(f'balance {self.balance} needs two terms or more; got {self.terms}')
     if self.alpha < 0:
       raise ValueError(f'alpha must not be negative; got {self.alpha}')
     if self.balance != 'grad_norm' and self.alpha != LossConfig.alpha:
-      raise ValueError(f'alpha {self.alpha} is of balance grad_norm, and balance is {self.balance}: it would have no '
-                       'effect')
+      raise ValueError(f'alpha {self.alpha} is a setting of balance grad_norm, but balance is {self.balance}: it would '
+                       'have no effect')
     if self.balance not in BALANCES:
       raise ValueError(f'balance {self.balance!r} is unknown; known: {", ".join(BALANCES)}')
     keep_named(self, self.terms, 'terms does not name it')
@@ -53,19 +53,21 @@ class LossConfig:
       raise ValueError(f'the weight of {"a lone term" if len(weights) < 2 else "each term"} must be 1 '
                        f'(balance {self.balance}): it would have no effect; got {weights}')
     if self.balance == 'grad_norm' and 'contrastive' in self.terms:
-      raise ValueError('balance grad_norm reads one text of a row, contrastive two; take fixed or uncertainty')
+      raise ValueError('balance grad_norm does not support contrastive, which reads two texts per row; set balance to '
+                       'fixed or uncertainty')
     if not self.writes and 'distillation' in self.terms and len(self.terms) < 2:
-      raise ValueError('distillation.hidden alone never teaches what to write; add next_token to terms, or set logits')
+      raise ValueError('distillation.hidden alone does not train the readout; add next_token to terms, or set '
+                       'distillation.logits')
     if 'distillation' in self.terms and not self.sections['distillation'].teacher:
-      raise ValueError('distillation.teacher must name the workdir of a trained run')
+      raise ValueError('distillation.teacher must be set to the workdir of a trained run')
 
   @property
   def writes(self) -> bool:
-    """Whether what is learnt can write text."""
+    """Whether a model trained with these losses can generate text."""
     return 'next_token' in self.terms or ('distillation' in self.terms and self.sections['distillation'].logits > 0)
 
   def with_labels(self, labels: np.ndarray | None, classes: tuple[str, ...] = ()) -> LossConfig:
-    """With what the labels of the training part, and their names, decide. Raises ValueError where they do not fit."""
+    """The config with fields filled in from the training part's labels and class names. Raises ValueError."""
     fitted: dict[str, Any] = {}
     for name in self.terms:
       try:
@@ -77,9 +79,9 @@ class LossConfig:
 
 def make_objective(config: LossConfig, teacher: Any = None, given: Mapping[str, Any] | None = None,
                    metrics: tuple[tuple[str, Any], ...] = ()) -> Objective:
-  """The objective of a config that `with_labels` has completed.
+  """The objective for a config that `with_labels` has filled in.
 
-  `teacher` is the model of a distillation; `given` are terms by name that replace those of the config.
+  `teacher` is the teacher's model, for distillation; terms in `given` replace those of the config with their names.
   """
   balance = BALANCES[config.balance](config.alpha)
   terms = {name: config.sections[name] for name in config.terms} | dict(given or {})

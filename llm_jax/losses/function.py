@@ -1,4 +1,4 @@
-"""A loss that is a plain function of logits and batch."""
+"""Losses that are plain functions of logits and batch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LossFunction = Callable[..., tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class FunctionTerm(Term):
-  """The mean of function(logits [B, T, V], batch, **settings) -> (losses [B, T], weights [B, T]), by its weights.
+  """The weighted mean of function(logits [B, T, V], batch, **settings) -> (losses [B, T], weights [B, T]).
 
-  The weights must depend on the batch alone. Other shapes of losses and weights are legal where both agree.
+  Weights may depend on the batch only. Other shapes are allowed if losses and weights have the same.
   """
 
   function: ClassVar[LossFunction]
@@ -51,7 +51,7 @@ class FunctionTerm(Term):
 
 
 def adapt_loss(name: str, value: Any, settings: type | None) -> tuple[Any, type]:
-  """A Term as it is; a function as a FunctionTerm whose fields are its parameters with plain defaults."""
+  """A Term unchanged; a function as a FunctionTerm whose fields are the parameters with plain defaults."""
   if isinstance(value, type) and issubclass(value, Term):
     return value, value
   own = settings or settings_from_signature(value)

@@ -1,4 +1,4 @@
-"""Metrics of an evaluation beside those of the losses: functions of logits and batch."""
+"""Additional evaluation metrics: functions of logits and batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llm_jax.base.registry import Registry, settings_from_signature
 
 
 def adapt_metric(name: str, value: Any, settings: type | None) -> tuple[Any, type]:
-  """A function (logits, batch, **settings) -> (values, weights) of each token, as a function of its settings."""
+  """Adapts a function (logits, batch, **settings) -> (values, weights) per token to settings -> metric."""
   return lambda section: functools.partial(value, **vars(section)), settings or settings_from_signature(value)
 
 
@@ -20,5 +20,5 @@ Metric = Callable[..., Any]
 
 
 def make_metrics(names: tuple[str, ...], sections: Any) -> tuple[tuple[str, Metric], ...]:
-  """(name, function) of each metric that a config names."""
+  """(name, function) of each metric in `names`."""
   return tuple((name, METRICS[name](sections.get(name) or METRICS.settings(name)())) for name in names)

@@ -1,4 +1,4 @@
-"""Losses that every token of a row takes part in: the next token itself, and what a teacher thinks of it."""
+"""Losses on every token: next-token prediction, and distillation from a teacher."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from llm_jax.losses.term import Sums, Term, TermInputs, affine
 
 @dataclasses.dataclass(frozen=True)
 class NextToken(Term):
-  """-log p(target) of the tokens that loss_mask marks, with PaLM's z-loss and label smoothing (see cross_entropy)."""
+  """-log p(target) where loss_mask is 1, with PaLM's z-loss and label smoothing (see cross_entropy)."""
 
   z_loss: float = 0.0
-  label_smoothing: float = 0.0  # of a target's probability, spread over the vocabulary
+  label_smoothing: float = 0.0  # share of the target probability that is spread over the vocabulary
   reads: ClassVar[frozenset[str]] = frozenset()
 
   def __post_init__(self):
@@ -27,13 +27,13 @@ class NextToken(Term):
     if self.z_loss < 0:
       raise ValueError(f'z_loss must not be negative; got {self.z_loss}')
     if not 0 <= self.label_smoothing < 1:
-      raise ValueError(f'label_smoothing must lie in [0, 1); got {self.label_smoothing}')
+      raise ValueError(f'label_smoothing must be in [0, 1); got {self.label_smoothing}')
 
   def count(self, batch: Batch) -> jax.Array:
     return jnp.sum(batch.loss_mask)
 
   def loss(self, inputs: TermInputs, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Weights that are divided already: the gradient that the loss keeps for later is then of its final size.
+    # The weights are divided here, so that the gradient that cross_entropy saves already has its final scale.
     return cross_entropy(inputs.readout, inputs.batch.targets, inputs.batch.loss_mask / count, self.z_loss,
                          self.label_smoothing)
 
@@ -48,7 +48,7 @@ class NextToken(Term):
             'correct': jnp.sum((rank_BT < 1) * batch.loss_mask), 'top5': jnp.sum((rank_BT < 5) * batch.loss_mask)}
 
   def summarize(self, sums: dict[str, Any]) -> dict[str, float]:
-    """loss (nats a token), perplexity, accuracy, top5_accuracy, bits_per_byte (where tokens have bytes), tokens."""
+    """loss (nats per token), perplexity, accuracy, top5_accuracy, bits_per_byte (if tokens have bytes), tokens."""
     loss = sums['nll'] / sums['count']
     results = {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)), 'accuracy': sums['correct'] / sums['count'],
                'top5_accuracy': sums['top5'] / sums['count'], 'tokens': sums['count']}
@@ -59,17 +59,17 @@ class NextToken(Term):
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(Term):
-  """What a trained run, the teacher, thinks of each token: its logits (arXiv 1503.02531), its last hidden state.
+  """Distillation from a trained run, the teacher: from its logits (arXiv 1503.02531) and its last hidden states.
 
-  The hidden states are compared by mean squares, through a matrix that is learnt with the student (arXiv 1412.6550).
+  Hidden states are compared by mean squared error, after a matrix that is trained with the student (arXiv 1412.6550).
   """
 
   teacher: str = ''  # the workdir of a run
-  checkpoint: str = 'best'  # of it: best, latest or a step
+  checkpoint: str = 'best'  # of the teacher: best, latest or a step
   temperature: float = 2.0
   logits: float = 1.0  # weight of the logits' part
   hidden: float = 0.0  # weight of the hidden states' part
-  hidden_dim: int | None = None  # the teacher's width; None: asked of it
+  hidden_dim: int | None = None  # the teacher's width; None: read from its config
   reads: ClassVar[frozenset[str]] = frozenset()
 
   def __post_init__(self):
@@ -77,9 +77,9 @@ class Distillation(Term):
     if self.temperature <= 0:
       raise ValueError(f'temperature must be positive; got {self.temperature}')
     if min(self.logits, self.hidden) < 0 or not self.logits + self.hidden:
-      raise ValueError(f'logits and hidden must not be negative, and one above 0; got {self.logits}, {self.hidden}')
+      raise ValueError(f'logits and hidden must not be negative or both 0; got {self.logits} and {self.hidden}')
     if not self.logits and self.temperature != Distillation.temperature:
-      raise ValueError(f'temperature {self.temperature} is of the logits, whose weight is 0: it would have no effect')
+      raise ValueError(f'temperature {self.temperature} applies to logits, whose weight is 0: it would have no effect')
 
   @property
   def head_dim(self) -> int:
@@ -89,7 +89,7 @@ class Distillation(Term):
     return jnp.sum(batch.loss_mask)
 
   def loss(self, inputs: TermInputs, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    assert inputs.teacher is not None, 'assemble gives the teacher'
+    assert inputs.teacher is not None, 'build_program passes the teacher to the objective'
     weights_BT, loss = inputs.batch.loss_mask / count, jnp.zeros(())
     if self.logits:
       loss += self.logits * distillation(inputs.readout, inputs.teacher, weights_BT, self.temperature)

@@ -1,4 +1,4 @@
-"""One objective from one loss or several: what a step minimises, and what an evaluation measures."""
+"""Objective: combines one or more losses for training steps and evaluations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llm_jax.losses.term import Term, TermInputs
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """Losses by name and how they are weighted. Hashable. `teacher` is the model of a distillation."""
+  """Losses by name and their balance. Hashable. `teacher` is the teacher's model, for distillation."""
 
   terms: tuple[tuple[str, Any], ...] = (('next_token', NextToken()),)
   balance: Any = Fixed()
@@ -28,12 +28,12 @@ class Objective:
 
   @property
   def heads(self) -> tuple[tuple[str, int], ...]:
-    """(name, outputs) of the heads that the model has to have."""
+    """(name, number of outputs) of the heads that the model needs."""
     return tuple((name, term.head_dim) for name, term in self.terms if term.head_dim)
 
   @property
   def num_weights(self) -> int:
-    """Numbers that the balance learns."""
+    """The number of parameters that the balance trains."""
     return len(self.terms) if self.balance.learns else 0
 
   @property
@@ -46,11 +46,11 @@ class Objective:
 
   @property
   def num_readouts(self) -> int:
-    """How often the model reads a batch."""
+    """The number of forward passes per batch."""
     return 1 + sum(type(term).other is not Term.other for _, term in self.terms)
 
   def num_tokens(self, batch: Batch) -> jax.Array:
-    """Tokens that the model reads for a batch."""
+    """The number of input tokens of all forward passes over a batch."""
     others = [term.other(batch) for _, term in self.terms]
     return batch.num_tokens + sum(other.num_tokens for other in others if other is not None)
 
@@ -69,10 +69,10 @@ class Objective:
 
   def train(self, module: Any, batch: Batch, counts: tuple[jax.Array, ...], teacher: Params,
             share: float) -> tuple[jax.Array, Metrics]:
-    """(objective, metrics) of a microbatch that is `share` of the batch whose counts these are: both add up.
+    """(objective, metrics) of a microbatch that is `share` of a batch with these `counts`; both sum to the batch's.
 
-    The metric `loss` is the sum of what terms log as theirs, by the config's weights, `extra_loss` all the rest of the
-    objective. Of several terms each has its own NAME/loss and NAME/weight.
+    The metric `loss` is the weighted sum of the terms' logged losses, `extra_loss` the rest of the objective. With
+    several terms, each also logs NAME/loss and NAME/weight.
     """
     all_inputs = self._inputs(module, batch, teacher, train=True)
     readout = all_inputs[0].readout
@@ -100,7 +100,7 @@ class Objective:
     return objective, metrics
 
   def score(self, module: Any, batch: Batch, token_bytes: jax.Array) -> dict[str, jax.Array]:
-    """Sums over a batch, 'NAME/...' of each term and metric."""
+    """Sums over a batch, named NAME/... for each term and metric."""
     all_inputs = self._inputs(module, batch, None, train=False)
     sums = {f'{name}/{key}': value for (name, term), inputs in zip(self.terms, all_inputs, strict=True)
             for key, value in term.score(inputs, token_bytes).items()}
@@ -110,13 +110,13 @@ class Objective:
     return sums
 
   def predict(self, module: Any, batch: Batch) -> dict[str, jax.Array]:
-    """The predictions of terms for each document, by name."""
+    """The predictions for each document, by term."""
     all_inputs = self._inputs(module, batch, None, train=False)
-    told = {name: term.predict(inputs) for (name, term), inputs in zip(self.terms, all_inputs, strict=True)}
-    return {name: x for name, x in told.items() if x is not None}
+    predictions = {name: term.predict(inputs) for (name, term), inputs in zip(self.terms, all_inputs, strict=True)}
+    return {name: x for name, x in predictions.items() if x is not None}
 
   def summarize(self, sums: dict[str, Any]) -> dict[str, float]:
-    """Results of one term under its own names, of several as NAME/..., and their losses' sum as `loss`."""
+    """Results by name; with several terms as NAME/..., and `loss` is the weighted sum of their losses."""
     results = {name: term.summarize({key.removeprefix(f'{name}/'): value for key, value in sums.items()
                                      if key.startswith(f'{name}/')}) for name, term in self.terms}
     metrics = {name: sums[f'{name}/sum'] / max(sums[f'{name}/count'], 1e-30) for name, _ in self.metrics}
@@ -127,21 +127,21 @@ class Objective:
     return {'loss': loss} | named | metrics
 
   def tables(self, sums: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Of classification the confusion counts: what was (down) and what it was taken for."""
+    """Confusion counts of classification: true classes in rows, predicted classes in columns."""
     return {name: sums[f'{name}/confusion'] for name, _ in self.terms if f'{name}/confusion' in sums}
 
   def _inputs(self, module: Any, batch: Batch, teacher: Params, train: bool) -> list[TermInputs]:
     readout = module.readout(batch, train=train)
-    taught = None
+    teacher_readout = None
     if self.teacher is not None:
       with clock_at(None):  # a teacher is not in training
-        taught = jax.lax.stop_gradient(self.teacher.apply({'params': teacher}, batch, method='readout'))
+        teacher_readout = jax.lax.stop_gradient(self.teacher.apply({'params': teacher}, batch, method='readout'))
     all_inputs = []
     for name, term in self.terms:
       other = term.other(batch)
       head = module.head_weights(name) if term.head_dim else {}
       other_readout = None if other is None else module.readout(other, train=train)
       dtype = module.cfg.operand_dtype if self.heads else None
-      all_inputs.append(TermInputs(batch, readout, head, other_readout, taught, dtype))
+      all_inputs.append(TermInputs(batch, readout, head, other_readout, teacher_readout, dtype))
     return all_inputs
 

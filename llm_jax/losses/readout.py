@@ -1,6 +1,6 @@
-"""Losses over tokens as plain functions, in float32, that hold the logits of one chunk of tokens at a time.
+"""Losses over tokens as plain functions, in float32, with the logits of one chunk of tokens in memory at a time.
 
-Dims: B batch, T length, M chunks, C length of a chunk, S devices that share the batch, R rows of each (B = S R),
+Dims: B batch, T length, M chunks, C length of a chunk, S shards of the batch, R rows of each (B = S R),
 D embed, V vocab.
 """
 
@@ -18,12 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.sharding import BATCH_AXES, constrain, num_batch_shards
 
-CHUNK_BYTES = 2**29  # of float32 logits on a device. Fewer tokens at a time make adding up the weight's gradient dear
+CHUNK_BYTES = 2**29  # of float32 logits per device. With smaller chunks, accumulating the weight's gradient is slow
 
 
 @flax.struct.dataclass
 class Readout:
-  """Logits not yet multiplied out: project(w, x_BTD) -> float32 [B, T, V], each token for itself."""
+  """Logits in factored form: project(w, x_BTD) -> float32 [B, T, V], independently for each token."""
 
   x_BTD: jax.Array
   w: Any  # a tree of arrays
@@ -35,9 +35,9 @@ class Readout:
 
 def cross_entropy(readout: Readout, targets_BT: jax.Array, weights_BT: jax.Array, z_loss: float = 0.0,
                   label_smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-  """(objective, nll), both sums of weighted nats; the nll is for the log and has no gradient.
+  """(objective, nll), weighted sums in nats; the nll is for logging and has no gradient.
 
-  Of a token with target y, logits l and log p = l - log Z the objective is
+  For a token with target y, logits l and log p = l - log Z the objective is
   (1 - label_smoothing) * -log p_y + label_smoothing * mean_V(-log p) (Szegedy et al., arXiv 1512.00567, section 7)
   + z_loss * log(Z)^2, which keeps Z near 1 (PaLM, arXiv 2204.02311, section 5).
   """
@@ -47,7 +47,7 @@ def cross_entropy(readout: Readout, targets_BT: jax.Array, weights_BT: jax.Array
 
 
 def score(readout: Readout, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(nats float32, how many tokens are likelier than the target), each [B, T]."""
+  """(nll in nats, float32; number of tokens more likely than the target), each [B, T]."""
 
   def chunk(_, w_S, x_SRCD, targets_SRC):
     logits_SRCV = _project(readout.project, w_S, x_SRCD)
@@ -67,14 +67,14 @@ def _cross_entropy(project, z_loss, label_smoothing, w, x_BTD, targets_BT, weigh
 
 
 def _cross_entropy_fwd(project, z_loss, label_smoothing, w, x_BTD, targets_BT, weights_BT):
-  # The gradient of a weighted sum is known but for one factor: take it here, while a chunk's logits are at hand.
+  # The gradient of a weighted sum is known up to one factor, so it is computed here, while a chunk's logits exist.
   def chunk(dw_S, w_S, x_SRCD, targets_SRC, weights_SRC):
     logits_SRCV, pull = jax.vjp(functools.partial(_project, project), w_S, x_SRCD)
     objective_SRC, nll_SRC, log_z_SRC, p_SRCV = _nats(logits_SRCV, targets_SRC, z_loss, label_smoothing)
     hit_SRCV = jax.lax.broadcasted_iota(targets_SRC.dtype, p_SRCV.shape, 3) == targets_SRC[..., None]
-    wanted_SRCV = (1 - label_smoothing) * hit_SRCV + label_smoothing / p_SRCV.shape[-1]
+    target_SRCV = (1 - label_smoothing) * hit_SRCV + label_smoothing / p_SRCV.shape[-1]
     slope_SRC1 = (weights_SRC * (1 + 2 * z_loss * log_z_SRC))[..., None]
-    more_S, dx_SRCD = pull(p_SRCV * slope_SRC1 - wanted_SRCV * weights_SRC[..., None])
+    more_S, dx_SRCD = pull(p_SRCV * slope_SRC1 - target_SRCV * weights_SRC[..., None])
     return jax.tree.map(jnp.add, dw_S, more_S), (objective_SRC, nll_SRC, dx_SRCD)
 
   dw_S, (objective_BT, nll_BT, dx_BTD) = _over_chunks(
@@ -92,14 +92,14 @@ _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def rank(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """How many logits [..., V] stand above the target's; of equal ones the first is above."""
+  """The number of logits [..., V] ranked above the target's; among equal logits the first ranks highest."""
   own = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode='clip')
   before = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) < targets[..., None]
   return jnp.sum((logits > own) | ((logits == own) & before), axis=-1)
 
 
 def distillation(readout: Readout, teacher: Readout, weights_BT: jax.Array, temperature: float) -> jax.Array:
-  """Weighted sum of temperature^2 * KL(teacher || student) in nats, of logits divided by the temperature.
+  """The weighted sum of temperature^2 * KL(teacher || student) in nats, with logits divided by the temperature.
 
   Hinton et al., arXiv 1503.02531. The teacher has no gradient.
   """
@@ -126,7 +126,7 @@ def distillation(readout: Readout, teacher: Readout, weights_BT: jax.Array, temp
 
 
 def _project(project, w_S, x_SRCD):
-  if len(x_SRCD) == 1:  # a batch dimension of one costs XLA:CPU a transposed copy of w
+  if len(x_SRCD) == 1:  # with a batch dimension of size one, XLA:CPU makes a transposed copy of w
     logits_SRCV = project(jax.tree.map(lambda w: w[0], w_S), x_SRCD[0])[None]
   else:
     logits_SRCV = jax.vmap(project)(w_S, x_SRCD)
@@ -141,15 +141,16 @@ def _nats(logits, targets, z_loss, label_smoothing):
   log_z = (jnp.log(z) + top)[..., 0]
   nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1, mode='clip')[..., 0]
   objective = nll + z_loss * log_z**2
-  if label_smoothing:  # a pass over the logits
+  if label_smoothing:  # needs another pass over the logits
     objective += label_smoothing * (log_z - jnp.mean(logits, axis=-1) - nll)
   return objective, nll, log_z, e / z
 
 
 def _over_chunks(f, init, project, w, x_BTD, *arrays_BT):
-  """(carry, arrays [B, T, ...]) of f(carry, w_S, *chunks [S, R, C, ...]) -> (carry, chunks), one after the other.
+  """Scans f(carry, w_S, *chunks [S, R, C, ...]) -> (carry, chunks) over chunks: (carry, arrays [B, T, ...]).
 
-  carry begins as init(w_S). Each device has its own w: gathered once, not once a chunk, and so is its gradient.
+  The carry starts as init(w_S). Each shard has its own w, so it is gathered, and its gradient reduced, once and not
+  once per chunk.
   """
   B, T = x_BTD.shape[:2]
   mesh: Any = jax.sharding.get_abstract_mesh()
@@ -158,7 +159,7 @@ def _over_chunks(f, init, project, w, x_BTD, *arrays_BT):
   M = _num_chunks(T, logits_bytes)
   C = math.ceil(T / M)
 
-  def cut(x_BT):  # padded with zeros, so of weight zero
+  def cut(x_BT):  # padded with zeros, also in the weights
     x_BT = jnp.pad(x_BT, [(0, 0), (0, M * C - T)] + [(0, 0)] * (x_BT.ndim - 2))
     return jnp.moveaxis(x_BT.reshape(S, B // S, M, C, *x_BT.shape[2:]), 2, 0)
 
@@ -173,7 +174,7 @@ def _over_chunks(f, init, project, w, x_BTD, *arrays_BT):
 
 
 def _num_chunks(T, logits_bytes):
-  """How often to cut T: as seldom as CHUNK_BYTES allows, or up to twice that where it then divides."""
+  """The number of chunks: the fewest that CHUNK_BYTES allows, or up to twice as many if that divides T."""
   least = min(T, math.ceil(logits_bytes / CHUNK_BYTES))
   return next((n for n in range(least, 2 * least) if T % n == 0), least)
 

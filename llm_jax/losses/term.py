@@ -1,4 +1,4 @@
-"""A loss term: one section of the config, and the inputs it is computed from."""
+"""Term, the base class of losses, and the inputs that a loss is computed from."""
 
 from __future__ import annotations
 
@@ -17,70 +17,70 @@ Sums = dict[str, jax.Array]  # arrays that add up over batches
 
 
 class TermInputs(NamedTuple):
-  """What a term sees of a batch."""
+  """The inputs of a term for one batch."""
 
   batch: Batch
-  readout: Readout  # the model's of batch.tokens
-  head: dict[str, jax.Array]  # the term's own w [D, head_dim] and b; {} if it asked for none
-  other: Readout | None  # the model's of the term's `other` batch
+  readout: Readout  # of the model on batch.tokens
+  head: dict[str, jax.Array]  # the term's own w [D, head_dim] and b; {} if head_dim is 0
+  other: Readout | None  # of the model on the term's `other` batch
   teacher: Readout | None
   dtype: Any  # of matrix operands
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-  """One loss of a run. A new one is a subclass and a line in LOSSES.
+  """A loss, and its config section. To add one, write a subclass and register it in LOSSES.
 
-  count(batch)          what its sums are divided by
-  loss(inputs, count)     (objective, what is logged as its loss): sums over the batch, divided by count
-  initial_loss(inputs)      what the loss is before anything is learnt, about
-  score(inputs, bytes)    sums for `summarize`, exact however the data is cut into batches
-  summarize(sums)       results by name, 'loss' among them
+  count(batch)          the number that its sums are divided by
+  loss(inputs, count)   (objective, logged loss): sums over the batch, divided by count
+  initial_loss(inputs)  the approximate loss before training
+  score(inputs, bytes)  sums for `summarize`, which do not depend on how the data is split into batches
+  summarize(sums)       results by name, including 'loss'
 
-  Of a teacher's opinion there is no score: see Objective.eval_objective.
+  Distillation has no score: see Objective.eval_objective.
   """
 
-  weight: float = 1.0  # where several are added up
+  weight: float = 1.0  # in the sum of several terms
   reads: ClassVar[frozenset[str]] = frozenset()  # features of a Batch, besides what the model reads
-  tasks: ClassVar[tuple[str, ...]] = ()  # that it can learn from; (): all
-  row_wise: ClassVar[bool] = True  # whether rows know nothing of each other, so that microbatches change nothing
-  head_dim: ClassVar[Any] = 0  # outputs of its head; 0: it has none
+  tasks: ClassVar[tuple[str, ...]] = ()  # tasks that it can train on; (): all
+  row_wise: ClassVar[bool] = True  # whether rows are independent, so that microbatches give the same result
+  head_dim: ClassVar[Any] = 0  # outputs of its head; 0: no head
 
   def __post_init__(self):
     if self.weight <= 0:
-      raise ValueError(f'weight must be positive (a loss of none is left out of terms); got {self.weight}')
+      raise ValueError(f'weight must be positive (to disable a loss, remove it from terms); got {self.weight}')
 
   def problems(self, config: Any) -> list[str]:
-    """Fields of the whole config that do not fit this term; each a line for the user."""
+    """Messages about fields of the whole config that do not fit this term."""
     name = next(name for name in config.loss.terms if config.loss.sections[name] is self)
     if not self.tasks or config.data.task in self.tasks:
       return []
-    return [f'loss.terms {name} learns from data.task {" or ".join(self.tasks)}; got {config.data.task}']
+    return [f'loss.terms {name} needs data.task {" or ".join(self.tasks)}; got {config.data.task}']
 
   def other(self, batch: Batch) -> Batch | None:
-    """A second batch that the model is to read for this term."""
+    """A second batch for the model to read for this term, or None."""
     del batch
     return None
 
   def with_labels(self, labels: np.ndarray | None, classes: tuple[str, ...]) -> Any:
-    """The term with what the labels [D] or [D, C] of the training part, and their names, decide."""
+    """The term with fields filled in from the training part's labels [D] or [D, C] and class names."""
     del labels, classes
     return self
 
   def predict(self, inputs: TermInputs) -> jax.Array | None:
-    """What it tells of each document [B, ...], where it tells anything; inputs.batch has no labels then."""
+    """Predictions for each document [B, ...], or None if it makes none; inputs.batch has no labels here."""
     del inputs
     return None
 
 
 def affine(inputs: TermInputs, x: jax.Array) -> jax.Array:
-  """What the term's head makes of hidden states [..., D]: float32 [..., C]."""
+  """The output of the term's head for hidden states [..., D]: float32 [..., C]."""
   y = mixed_einsum('BD,DC->BC', inputs.dtype, x.reshape(-1, x.shape[-1]), inputs.head['w']) + inputs.head['b'][None]
   return y.reshape(*x.shape[:-1], -1)
 
 
 def pool(x_BTD: jax.Array, segment_ids_BT: jax.Array, how: str) -> jax.Array:
-  """[B, D] of each row: of its `last` real token, or the `mean` over all of them."""
+  """The hidden state [B, D] of each row's `last` real token, or the `mean` over its real tokens."""
   real_BT = segment_ids_BT > 0
   num_real_B = jnp.sum(real_BT, axis=1)
   if how == 'last':
@@ -89,6 +89,6 @@ def pool(x_BTD: jax.Array, segment_ids_BT: jax.Array, how: str) -> jax.Array:
 
 
 def real_rows(batch: Batch) -> jax.Array:
-  """float32 [B]: 0 for the rows that fill up a last batch."""
-  assert batch.segment_ids is not None, 'tasks for whole documents give them'
+  """float32 [B]: 1 for real rows, 0 for rows that pad the last batch."""
+  assert batch.segment_ids is not None, 'tasks on whole documents provide them'
   return jnp.any(batch.segment_ids > 0, axis=1).astype(jnp.float32)

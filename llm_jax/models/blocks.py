@@ -1,4 +1,4 @@
-"""What models share: the norm, matrices, heads and feed-forward layer that a config names, and the readout.
+"""Parts that models share: the norm, matrices, heads and feed-forward layer named in a config, and the readout.
 
 Dims: B batch, T length, D embed, V vocab.
 """
@@ -25,12 +25,12 @@ from llm_jax.layers.norm import NORMS
 from llm_jax.layers.stack import REMAT
 from llm_jax.losses.readout import Readout
 
-# Fields of a model's config that name an entry of a registry; each may have settings in a section of its own.
+# Fields of a model's config that name a registry entry; the entry's settings are in the section with its name.
 PARTS: dict[str, Registry] = {'mlp': MLPS, 'norm': NORMS, 'einsum': EINSUMS}
 
 
 def check_parts(cfg: Any) -> None:
-  """Raises ValueError where a field names an entry that its registry does not have."""
+  """Raises ValueError for a field with a name that is not registered."""
   for field, table in (*PARTS.items(), ('remat', REMAT), ('attention', ('auto', *ATTENTION))):
     name = getattr(cfg, field, None)
     if name is not None and name not in table:
@@ -38,20 +38,20 @@ def check_parts(cfg: Any) -> None:
 
 
 def _make(cfg: Any, field: str, default: str) -> Callable[..., Any]:
-  """The entry that a field of the config names, with its settings."""
+  """The registry entry that a config field names, with its settings."""
   name, registry = getattr(cfg, field, default), PARTS[field]
   settings = getattr(cfg, 'sections', {}).get(name)
   return registry[name](registry.settings(name)() if settings is None else settings)
 
 
 def make_norm(cfg: Any) -> Callable[..., nn.Module]:
-  """The class of cfg.norm; called with name=."""
+  """The norm layer that cfg.norm names; called with name=."""
   norm = _make(cfg, 'norm', 'layer_norm')
   return partial(norm, use_bias=cfg.use_bias) if 'use_bias' in inspect.signature(norm).parameters else norm
 
 
 def make_einsum(cfg: Any) -> Callable[..., Any]:
-  """The class of cfg.einsum with the config's initial scale and dtype."""
+  """The kind of matrix that cfg.einsum names, with the config's initial scale and dtype."""
   init = nn.initializers.normal(cfg.init_std)
   return partial(_make(cfg, 'einsum', 'full'), initializer=init, dtype=cfg.operand_dtype)
 
@@ -62,19 +62,19 @@ def make_mlp(cfg: Any, out_init: Initializer, name: str | None = None) -> Any:
 
 
 def make_heads(cfg: Any, kind: type[MultiHead], out_init: Initializer, name: str) -> Any:
-  """An attention layer of the config's shape."""
+  """An attention layer `kind` with the config's shape."""
   return kind(cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, make_einsum(cfg), out_init, cfg.operand_dtype,
               rope_base=cfg.rope_base if cfg.positions == 'rope' else None, qk_norm=cfg.qk_norm, use_bias=cfg.use_bias,
               implementation=cfg.attention, name=name)
 
 
 def operand_dtype(name: str) -> jnp.dtype:
-  """The dtype that 'auto' means on this device, or the one named."""
+  """The dtype with this name; for 'auto' bfloat16 if this device computes it fast, else float32."""
   return jnp.dtype(('bfloat16' if has_fast_bf16() else 'float32') if name == 'auto' else name)
 
 
 class OutputMatrix(nn.Module):
-  """The matrix w [D, V] of logits where they do not share the embedding's."""
+  """The readout matrix w [D, V], where it is not tied to the embedding."""
 
   cfg: Any
   init_std: float
@@ -85,7 +85,7 @@ class OutputMatrix(nn.Module):
 
 
 def make_readout(cfg: Any, x_BTD: jax.Array, table: Embed | OutputMatrix) -> Readout:
-  """The logits of hidden states, by the embedding's table w [V, D] or a matrix w [D, V]."""
+  """The Readout of hidden states by the embedding's table w [V, D] or a matrix w [D, V]."""
   eqn = 'BTD,VD->BTV' if isinstance(table, Embed) else 'BTD,DV->BTV'
   return Readout(x_BTD, table.w, partial(project, eqn, cfg.operand_dtype, cfg.logit_soft_cap))
 

@@ -1,4 +1,4 @@
-"""One decoder whose config spans GPT-2 (arXiv: none; OpenAI 2019) to Llama (2302.13971) and Qwen3 (2505.09388).
+"""A decoder whose config covers GPT-2 (OpenAI 2019), Llama (arXiv 2302.13971) and Qwen3 (arXiv 2505.09388).
 
 Dims: B batch, T length, S cache length, D embed, N heads, K kv heads, H head_dim, F mlp, V vocab, L layers.
 """
@@ -16,7 +16,7 @@ from flax.typing import Initializer
 from llm_jax.base.batch import Batch, Cache
 from llm_jax.base.builder import Sections, keep_named, sections
 from llm_jax.base.sharding import constrain
-from llm_jax.layers.attention import Attention, Visible, describe_attention
+from llm_jax.layers.attention import Attention, AttentionMask, describe_attention
 from llm_jax.layers.linear import Embed
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.stack import apply_stack, init_stack
@@ -36,11 +36,11 @@ from llm_jax.models.protocol import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(ModelConfig):
-  """Shape and parts of a decoder. The defaults are GPT-2's, without biases."""
+  """Shape and parts of a decoder. The defaults are those of GPT-2, without biases."""
 
   name: str = 'decoder'
   vocab_size: int | None = None  # None: the tokenizer's
-  max_len: int | None = None  # longest row; None: data.seq_len. Only learned positions make it a hard limit
+  max_len: int | None = None  # longest row; None: data.seq_len. A hard limit only with learned positions
   num_layers: int = 12
   embed_dim: int = 768
   num_heads: int = 12
@@ -52,21 +52,21 @@ class DecoderConfig(ModelConfig):
   positions: Literal['learned', 'rope'] = 'learned'
   rope_base: float = 10000.0
   use_bias: bool = False  # on matrices and LayerNorms
-  einsum: str = 'full'  # one of EINSUMS: what the matrices between hidden states are
+  einsum: str = 'full'  # one of EINSUMS: the kind of matrices between hidden states
   qk_norm: bool = False
-  attention: str = 'auto'  # one of ATTENTION; auto: the fastest that serves the device, dtype and shapes
+  attention: str = 'auto'  # one of ATTENTION; auto: the fastest that supports the device, dtype and shapes
   tie_embeddings: bool = True
-  windows: tuple[int, ...] = (0,)  # layer l looks back windows[l % len(windows)] tokens; 0: all
-  prefix_attention: bool = False  # what the data's prefix_mask marks, and a prompt, is attended in both directions
+  windows: tuple[int, ...] = (0,)  # layer l attends to windows[l % len(windows)] tokens; 0: all
+  prefix_attention: bool = False  # bidirectional attention within prompts and where the data's prefix_mask is 1
   logit_soft_cap: float = 0.0  # cap * tanh(logits / cap); 0: off
-  dropout: float = 0.0  # on the embedding and on what each layer adds to the residual stream
-  init_std: float = 0.02  # of matrices; those into the residual stream get init_std / sqrt(2 L)
+  dropout: float = 0.0  # on the embedding and on each layer's output, before it is added to the residual stream
+  init_std: float = 0.02  # of matrices; those that write to the residual stream get init_std / sqrt(2 L)
   embed_init_std: float | None = None  # of token and position embeddings; None: init_std
-  readout_init_std: float | None = None  # of the readout that is not the embedding's; None: init_std
-  # Of matrix operands; everything else is float32. auto: bfloat16 where a device multiplies it faster.
+  readout_init_std: float | None = None  # of an untied readout; None: init_std
+  # Of matrix operands; everything else is float32. auto: bfloat16 where the device multiplies it faster than float32.
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   scan_unroll: int = 1
-  remat: str = 'none'  # one of REMAT: what a layer keeps for its backward pass; see layers/stack.py
+  remat: str = 'none'  # one of REMAT: what a layer saves for its backward pass; see layers/stack.py
   sections: Sections = sections(*PARTS.values())
 
   def __post_init__(self):
@@ -83,9 +83,9 @@ class DecoderConfig(ModelConfig):
     if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
       raise ValueError(f'num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}')
     if self.positions == 'rope' and self.H % 2:
-      raise ValueError(f'rope turns pairs of features: head_dim must be even; got {self.H}')
+      raise ValueError(f'positions rope rotates pairs of features: head_dim must be even; got {self.H}')
     if not self.windows or min(self.windows) < 0:
-      raise ValueError(f'windows holds one size or more, each 0 (all) or above; got {self.windows}')
+      raise ValueError(f'windows must have at least one size, each 0 (all tokens) or more; got {self.windows}')
     if self.num_layers % len(self.windows):
       raise ValueError(f'the pattern windows={self.windows} does not divide num_layers {self.num_layers}')
     for field in ('init_std', 'embed_init_std', 'readout_init_std', 'rope_base'):
@@ -98,7 +98,7 @@ class DecoderConfig(ModelConfig):
     if self.logit_soft_cap < 0:
       raise ValueError(f'logit_soft_cap must be positive, or 0 for none; got {self.logit_soft_cap}')
     if not 0 <= self.dropout < 1:
-      raise ValueError(f'dropout must lie in [0, 1); got {self.dropout}')
+      raise ValueError(f'dropout must be in [0, 1); got {self.dropout}')
     check_parts(self)
     keep_named(self, (self.mlp, self.norm, self.einsum), 'none of mlp, norm and einsum names it')
 
@@ -116,7 +116,7 @@ class DecoderConfig(ModelConfig):
 
   @property
   def V(self) -> int:
-    assert self.vocab_size is not None, 'complete fills it in'
+    assert self.vocab_size is not None, 'resolve fills it in'
     return self.vocab_size
 
   @property
@@ -140,9 +140,10 @@ class DecoderConfig(ModelConfig):
   def flops_per_token(self, seq_len: int) -> float | None:
     """FLOPs of a training step per token in rows of seq_len, as MFU counts them; None with a plug-in's MLP.
 
-    Counted: 2 for a multiply-add of every matrix product, forward once and backward twice: q, k, v, o, the feed-forward
-    layer and the readout; attention's two over the keys that a token attends to, which without a window are half of
-    them. Not counted: lookups, norms, softmax, activations, the optimizer, and what remat computes again.
+    Each multiply-add counts 2, once for the forward pass and twice for the backward pass. Counted are the products of
+    q, k, v, o, the feed-forward layer and the readout, and attention's two products over the keys that a token attends
+    to: on average half of the row without a window. Not counted are lookups, norms, softmax, activations, the
+    optimizer, and recomputation by remat.
     """
     if not MLPS.origin(self.mlp).startswith('llm_jax.'):
       return None
@@ -150,23 +151,23 @@ class DecoderConfig(ModelConfig):
     gated = self.mlp in ('swiglu', 'geglu')
     matrices = self.num_layers * (D * N * H * 2 + D * K * H * 2 + D * F * (3 if gated else 2)) + D * self.V
     seen = [min(w or seq_len, seq_len) for w in self.windows]
-    attended = self.num_layers / len(seen) * sum(s * (1 - s / (2 * seq_len)) for s in seen)  # mean keys a token sees
+    attended = self.num_layers / len(seen) * sum(s * (1 - s / (2 * seq_len)) for s in seen)  # mean keys per token
     return 6 * matrices + 12 * attended * N * H
 
 
 class Block(nn.Module):
-  """Pre-norm attention, then pre-norm feed-forward, each added to the residual stream."""
+  """Pre-norm attention, then a pre-norm feed-forward layer, each added to the residual stream."""
 
   cfg: DecoderConfig
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, visible: Visible, cache, window: int, train: bool):
+  def __call__(self, x_BTD, positions_BT, mask: AttentionMask, cache, window: int, train: bool):
     cfg = self.cfg
     norm = make_norm(cfg)
     out_init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
     attend = self.make_attention(out_init)
-    h_BTD, cache = attend(norm(name='attn_norm')(x_BTD), positions_BT, visible, cache, window)
+    h_BTD, cache = attend(norm(name='attn_norm')(x_BTD), positions_BT, mask, cache, window)
     x_BTD = x_BTD + dropout(h_BTD)
     mlp = make_mlp(cfg, out_init, name='mlp')
     x_BTD = x_BTD + dropout(mlp(norm(name='mlp_norm')(x_BTD)))
@@ -178,11 +179,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-  """A LanguageModel (see types.py)."""
+  """A LanguageModel (see models/protocol.py)."""
 
   cfg: DecoderConfig
   reads = frozenset({'tokens', 'targets', 'loss_mask', 'positions', 'segment_ids', 'prefix_mask'})  # of a Batch
-  needs: frozenset[str] = frozenset()  # of features that not every task gives
+  needs: frozenset[str] = frozenset()  # features that not all tasks provide
   prompt_in_row = True
   block_type = Block  # for subclasses to replace
 
@@ -207,10 +208,10 @@ class Decoder(nn.Module):
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     prefix_BT = batch.prefix_mask > 0 if self.cfg.prefix_attention and batch.prefix_mask is not None else None
-    x_BTD, _ = self.hidden(batch.tokens, positions_BT, Visible(batch.segment_ids, prefix_BT), train=train)
+    x_BTD, _ = self.hidden(batch.tokens, positions_BT, AttentionMask(batch.segment_ids, prefix_BT), train=train)
     return self.output(x_BTD)
 
-  def hidden(self, tokens_BT, positions_BT, visible: Visible, cache=None, train: bool = False):
+  def hidden(self, tokens_BT, positions_BT, mask: AttentionMask, cache=None, train: bool = False):
     """The residual stream after all blocks [B, T, D], and the cache."""
     cfg = self.cfg
     x_BTD = self.embed.encode(tokens_BT)
@@ -222,7 +223,7 @@ class Decoder(nn.Module):
       key = jax.random.fold_in(dropout_key, cfg.num_layers)
       x_BTD = self.dropout(x_BTD, deterministic=False, rng=key)
     x_BTD, cache, sown = apply_stack(
-        self.block, self.blocks, x_BTD, positions_BT, visible, windows=cfg.windows, cache=cache,
+        self.block, self.blocks, x_BTD, positions_BT, mask, windows=cfg.windows, cache=cache,
         dropout_key=dropout_key, train=train, dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
     for collection, values in sown.items():
       self.sow(collection, 'blocks', values)
@@ -237,14 +238,14 @@ class Decoder(nn.Module):
     return {'layers': {'k': empty, 'v': empty}, 'length_B': jnp.zeros(batch_size, jnp.int32)}
 
   def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    # Padding behind a prompt writes slots that no query reaches before `decode` has overwritten them.
+    # Padding after a prompt fills slots that no query attends to before `decode` overwrites them.
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     slots_S = jnp.arange(cache['layers']['k'].shape[2])
     prefix_BS = slots_S[None] < lengths_B[:, None] if self.cfg.prefix_attention else None
-    x_BTD, layers = self.hidden(tokens_BT, positions_BT, Visible(prefix_BS=prefix_BS), cache=cache['layers'])
+    x_BTD, layers = self.hidden(tokens_BT, positions_BT, AttentionMask(prefix_BS=prefix_BS), cache=cache['layers'])
     last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
     return self.output(last_B1D).logits()[:, 0], {'layers': layers, 'length_B': lengths_B}
 
   def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    x_B1D, layers = self.hidden(tokens_B[:, None], cache['length_B'][:, None], Visible(), cache=cache['layers'])
+    x_B1D, layers = self.hidden(tokens_B[:, None], cache['length_B'][:, None], AttentionMask(), cache=cache['layers'])
     return self.output(x_B1D).logits()[:, 0], {'layers': layers, 'length_B': cache['length_B'] + 1}

@@ -1,6 +1,6 @@
-"""Encoder-decoder (arXiv 1706.03762; pre-norm, as T5's, 1910.10683): the decoder's blocks also attend to what was read.
+"""Encoder-decoder (arXiv 1706.03762; pre-norm like T5, 1910.10683): the decoder also attends to the encoder's output.
 
-Dims: B batch, T length of the decoder's rows, S of the encoder's, D embed, K kv heads, H head_dim, V vocab, L layers.
+Dims: B batch, T length of decoder rows, S length of encoder rows, D embed, K kv heads, H head_dim, V vocab, L layers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from llm_jax.base.batch import Batch, Cache
 from llm_jax.base.sharding import constrain
-from llm_jax.layers.attention import Attention, CrossAttention, Visible
+from llm_jax.layers.attention import Attention, AttentionMask, CrossAttention
 from llm_jax.layers.linear import Embed
 from llm_jax.layers.stack import apply_stack, init_stack
 from llm_jax.losses.readout import Readout
@@ -24,14 +24,14 @@ from llm_jax.models.decoder import Block, DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class EncDecConfig(DecoderConfig):
-  """A decoder's shape and parts, and what its encoder has of its own; the rest they share."""
+  """Shape and parts of the decoder, and fields for the encoder; it shares the decoder's fields otherwise."""
 
   name: str = 'encdec'
   num_encoder_layers: int | None = None  # None: num_layers
-  encoder_len: int | None = None  # the longest that is read; None: data.encoder_len
-  # Of a table of its own for what is read. None: that of data.encoder_tokenizer, without one a table for both sides.
+  encoder_len: int | None = None  # longest input of the encoder; None: data.encoder_len
+  # Size of the encoder's own embedding table. None: from data.encoder_tokenizer; without one the decoder's is used.
   encoder_vocab_size: int | None = None
-  start_id: int | None = None  # what the decoder reads first; None: the tokenizer's
+  start_id: int | None = None  # the decoder's first input token; None: the tokenizer's
 
   def __post_init__(self):
     super().__post_init__()
@@ -40,7 +40,8 @@ class EncDecConfig(DecoderConfig):
       if value is not None and value < 1:
         raise ValueError(f'{field} must be at least 1; got {value}')
     if self.prefix_attention:
-      raise ValueError('prefix_attention is for decoders that read their prompt; here the encoder does')
+      raise ValueError('prefix_attention is for models whose decoder reads the prompt; here the encoder reads it: set '
+                       'prefix_attention=False')
 
   @property
   def encoder_layers(self) -> int:
@@ -48,7 +49,7 @@ class EncDecConfig(DecoderConfig):
 
   @property
   def S(self) -> int:
-    assert self.encoder_len is not None, 'complete fills it in'
+    assert self.encoder_len is not None, 'resolve fills it in'
     return self.encoder_len
 
   @property
@@ -56,12 +57,12 @@ class EncDecConfig(DecoderConfig):
     return self.S
 
   def flops_per_token(self, seq_len: int) -> float | None:
-    """As DecoderConfig counts them, per token of the decoder's rows: both sides, and cross attention over all of S."""
+    """As in DecoderConfig, per decoder token: encoder, decoder, and cross attention over all of S."""
     decoder = super().flops_per_token(seq_len)
     if decoder is None:
       return None
     D, N, H, K = self.embed_dim, self.num_heads, self.H, self.K
-    queries, keys = D * N * H * 2, D * K * H * 2  # multiply-adds a token: of q and o, of k and v
+    queries, keys = D * N * H * 2, D * K * H * 2  # multiply-adds per token: of q and o, and of k and v
     feed_forward = D * self.F * (3 if self.mlp in ('swiglu', 'geglu') else 2)
     per_read = (self.encoder_layers * (6 * (queries + keys + feed_forward) + 12 * self.S * N * H)
                 + self.num_layers * 6 * keys)
@@ -70,11 +71,11 @@ class EncDecConfig(DecoderConfig):
 
 
 class Read(NamedTuple):
-  """What a block of the decoder sees: of its own row, and of what the encoder made of the other."""
+  """The context of the decoder's blocks: the mask of self-attention, and the encoder's output with its mask."""
 
-  visible: Visible
+  self_mask: AttentionMask
   mask_BTS: jax.Array  # bool
-  encoded_BSD: jax.Array | None = None  # None: its keys and values lie in the cache
+  encoded_BSD: jax.Array | None = None  # None: its keys and values are in the cache
 
 
 class CrossBlock(nn.Module):
@@ -90,7 +91,7 @@ class CrossBlock(nn.Module):
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
     own, crossed = (None, None) if cache is None else (cache['self'], cache['cross'])
     attend = make_heads(cfg, Attention, out_init, name='attn')
-    h_BTD, own = attend(norm(name='attn_norm')(x_BTD), positions_BT, read.visible, own, window)
+    h_BTD, own = attend(norm(name='attn_norm')(x_BTD), positions_BT, read.self_mask, own, window)
     x_BTD = x_BTD + dropout(h_BTD)
     look_up = make_heads(cfg, CrossAttention, out_init, name='cross')
     h_BTD, crossed = look_up(norm(name='cross_norm')(x_BTD), read.encoded_BSD, read.mask_BTS, crossed)
@@ -101,7 +102,7 @@ class CrossBlock(nn.Module):
 
 
 class EncDec(nn.Module):
-  """A LanguageModel (see types.py) whose prompts go to the encoder."""
+  """A LanguageModel (see models/protocol.py) whose encoder reads the prompts."""
 
   cfg: EncDecConfig
   reads = frozenset({'tokens', 'targets', 'loss_mask', 'positions', 'segment_ids', 'encoder_tokens',
@@ -124,7 +125,7 @@ class EncDec(nn.Module):
     self.encoder = self.param('encoder', init_stack(self.encoder_block, cfg.encoder_layers, cfg.embed_dim))
     self.encoder_norm = make_norm(cfg)()
     self.block = CrossBlock(cfg, parent=None)
-    read = Read(Visible(), jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1, cfg.embed_dim)))
+    read = Read(AttentionMask(), jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1, cfg.embed_dim)))
     self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim, read))
     self.final_norm = make_norm(cfg)()
     if not cfg.tie_embeddings:
@@ -134,7 +135,7 @@ class EncDec(nn.Module):
     return self.readout(batch, train=train).logits()
 
   def readout(self, batch: Batch, *, train: bool = False) -> Readout:
-    assert batch.encoder_tokens is not None, 'check_features refuses tasks without'
+    assert batch.encoder_tokens is not None, 'check_features rejects tasks without encoder_tokens'
     segments_BT, segments_BS = batch.segment_ids, batch.encoder_segment_ids
     segments_BT = jnp.ones_like(batch.tokens) if segments_BT is None else segments_BT
     segments_BS = jnp.ones_like(batch.encoder_tokens) if segments_BS is None else segments_BS
@@ -142,18 +143,18 @@ class EncDec(nn.Module):
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     encoded_BSD = self.encode(batch.encoder_tokens, segments_BS, train=train)
-    read = Read(Visible(segments_BT), segments_BT[:, :, None] == segments_BS[:, None, :], encoded_BSD)
+    read = Read(AttentionMask(segments_BT), segments_BT[:, :, None] == segments_BS[:, None, :], encoded_BSD)
     x_BTD, _ = self.hidden(batch.tokens, positions_BT, read, train=train)
     return self.output(x_BTD)
 
   def encode(self, tokens_BS: jax.Array, segments_BS: jax.Array, train: bool = False) -> jax.Array:
-    """What the decoder attends to, [B, S, D]: each token of a segment has seen all of it."""
+    """The encoder's output [B, S, D]; each token attends to its whole segment."""
     cfg = self.cfg
     positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
     x_BSD = (self.encoder_embed if cfg.encoder_vocab_size else self.embed).encode(tokens_BS)
     if cfg.positions == 'learned':
       x_BSD += self.encoder_positions.encode(positions_BS)
-    both_ways = Visible(segments_BS, jnp.ones_like(tokens_BS, bool))
+    both_ways = AttentionMask(segments_BS, jnp.ones_like(tokens_BS, bool))
     x_BSD, _ = self._run(self.encoder_block, self.encoder, x_BSD, positions_BS, both_ways, (0,), None, train)
     return self.encoder_norm(x_BSD)
 
@@ -195,7 +196,7 @@ class EncDec(nn.Module):
     encoded_BSD = self.encode(tokens_BT, real_BS.astype(jnp.int32))
     encoded_BSD = jnp.pad(encoded_BSD, ((0, 0), (0, missing), (0, 0)))
     cache = cache | {'read_BS': jnp.pad(real_BS, ((0, 0), (0, missing)))}
-    assert self.cfg.start_id is not None, 'complete fills it in'
+    assert self.cfg.start_id is not None, 'resolve fills it in'
     start_B = jnp.full(tokens_BT.shape[0], self.cfg.start_id, jnp.int32)
     return self._decode(start_B, cache, encoded_BSD)
 
@@ -203,7 +204,7 @@ class EncDec(nn.Module):
     return self._decode(tokens_B, cache, None)
 
   def _decode(self, tokens_B, cache, encoded_BSD):
-    read = Read(Visible(), cache['read_BS'][:, None], encoded_BSD)
+    read = Read(AttentionMask(), cache['read_BS'][:, None], encoded_BSD)
     x_B1D, layers = self.hidden(tokens_B[:, None], cache['length_B'][:, None], read, cache=cache['layers'])
     cache = cache | {'layers': layers, 'length_B': cache['length_B'] + 1}
     return self.output(x_B1D).logits()[:, 0], cache

@@ -1,4 +1,4 @@
-"""A language model with more outputs than the next token: what losses on whole texts, or on hidden states, read.
+"""A language model with additional heads, for losses on whole texts or on hidden states.
 
 Dims: D embed, C outputs of a head.
 """
@@ -30,11 +30,11 @@ class Head(nn.Module):
 
 
 class WithHeads(nn.Module):
-  """A LanguageModel (see types.py): the trunk, whose parameters keep their paths, and heads_NAME beside them."""
+  """A LanguageModel (see models/protocol.py): `trunk`, whose parameters keep their paths, with added heads_NAME."""
 
   trunk: Any
   heads: tuple[tuple[str, int], ...]  # (name, outputs)
-  num_weights: int = 0  # of losses, if they are learnt
+  num_weights: int = 0  # learned weights of losses
 
   def setup(self):
     nn.share_scope(self, self.trunk)

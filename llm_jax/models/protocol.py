@@ -1,7 +1,7 @@
-"""What the rest of the package asks of a model, and how any Flax module becomes one.
+"""The interface of models, and the adapter that turns any Flax module into one.
 
-A module that maps tokens [B, T] to logits [B, T, V] is enough. Everything else is optional and has a
-default here: hidden states (`readout`), a cache (`init_cache`, `prefill`, `decode`), the attributes of ModelConfig.
+A module that maps tokens [B, T] to logits [B, T, V] is enough. Everything else is optional and has a default here:
+hidden states (`readout`), a cache (`init_cache`, `prefill`, `decode`), the attributes of ModelConfig.
 Dims: B batch, T length, S cache length, V vocab.
 """
 
@@ -26,11 +26,11 @@ FEATURES = frozenset(field.name for field in dataclasses.fields(Batch))
 
 
 class LanguageModel(Protocol):
-  """A Flax module, bound or through `apply(method=...)`. Hashable."""
+  """A hashable Flax module, called bound or through `apply(method=...)`."""
 
   cfg: Any  # a ModelConfig
   reads: frozenset[str]  # features of a Batch that it uses
-  needs: frozenset[str]  # those of them that not every task gives
+  needs: frozenset[str]  # those of `reads` that it requires and not all tasks provide
   prompt_in_row: bool  # whether a prompt and its answer share a row
   init: Callable[..., Any]  # flax.linen.Module.init and apply
   apply: Callable[..., Any]
@@ -40,25 +40,25 @@ class LanguageModel(Protocol):
     ...
 
   def readout(self, batch: Batch, *, train: bool = False) -> Readout:
-    """Hidden states and the function that makes logits of them."""
+    """Hidden states, with the function from them to logits."""
     ...
 
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
-    """An empty cache for rows of at most `max_len` tokens: leaves [L, B, ...] in cache['layers'], else [B, ...]."""
+    """An empty cache for rows of up to `max_len` tokens: leaves [L, B, ...] in cache['layers'], others [B, ...]."""
     ...
 
   def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Reads right-padded prompts; logits [B, V] of the token after each, and the cache."""
+    """Reads right-padded prompts; returns logits [B, V] for the token after each, and the cache."""
     ...
 
   def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Reads one more token a row; logits [B, V] of the token after it, and the cache."""
+    """Reads one more token per row; returns logits [B, V] for the token after it, and the cache."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The config section of a model, with a default for all that the package asks of a model's config."""
+  """The config section of a model, with defaults for everything that the package needs from a model's config."""
 
   name: str = ''
   vocab_size: int | None = None  # None: the tokenizer's
@@ -71,31 +71,31 @@ class ModelConfig:
 
   @property
   def operand_dtype(self) -> jnp.dtype:
-    """Of the operands of matrix products."""
+    """The dtype of operands of matrix products."""
     return jnp.dtype('float32')
 
   @property
   def longest_prompt(self) -> int:
-    """Tokens of the longest prompt that leaves room for one more token."""
+    """Length of the longest prompt that leaves room for one more token."""
     return (self.max_len or 0) - 1
 
   def positions_of(self, seq_len: int) -> int:
-    """Positions that attention works on, for rows of seq_len tokens."""
+    """The number of attention positions for rows of seq_len tokens."""
     return seq_len
 
   def flops_per_token(self, seq_len: int) -> float | None:
-    """Matrix FLOPs of a training step per token; None: counted in the program."""
+    """Matrix FLOPs of a training step per token; None: training/flops.py counts them in the traced forward pass."""
     return None
 
   def describe(self, seq_len: int, segments: bool) -> list[str]:
-    """Lines for the start of a run."""
+    """Lines to print at the start of a run."""
     return [f'model: {self.name}, vocabulary {self.vocab_size}']
 
 
 def adapt_model(name: str, value: Any, settings: type | None) -> tuple[Any, type]:
-  """(function of the config that makes the module, its config class with what ModelConfig asks for).
+  """(function config -> module, the config class with ModelConfig's attributes added).
 
-  With `settings` the module is called with the config; without, with the fields that have its parameters' names.
+  With `settings`, `value` is called with the config; otherwise with the config fields named like its parameters.
   """
   own = settings or settings_from_signature(value)
   if settings is not None and not is_frozen(settings):
@@ -116,15 +116,15 @@ def adapt_model(name: str, value: Any, settings: type | None) -> tuple[Any, type
 
 
 def as_language_model(module: Any, cfg: Any) -> LanguageModel:
-  """The module itself where it has `readout`, else a LanguageModel around one that maps tokens to logits."""
+  """The module itself if it has `readout`, else a LanguageModel around a module that maps tokens to logits."""
   return module if hasattr(type(module), 'readout') else cast(LanguageModel, TokensToLogits(module, cfg))
 
 
 class TokensToLogits(nn.Module):
   """A LanguageModel around a module that maps tokens [B, T] to logits [B, T, V]. Parameters keep their paths.
 
-  The module receives those features of a Batch, and `train`, that its __call__ names as parameters. A module without a
-  cache computes the whole row again for each token that is generated.
+  The module receives the features of a Batch, and `train`, that are parameters of its __call__. A module without a
+  cache recomputes the whole row for each generated token.
   """
 
   module: nn.Module
@@ -181,10 +181,10 @@ class TokensToLogits(nn.Module):
 
 
 def logits_of(w: Any, x_BTV: jax.Array) -> jax.Array:
-  """The projection of a readout whose hidden states are logits already."""
+  """The projection of a readout whose hidden states are already logits."""
   return x_BTV
 
 
 def settings_line(cfg: Any) -> str:
-  """'vocab_size=256, dim=64': the settings of a model in one line."""
+  """A model's settings in one line: 'vocab_size=256, dim=64'."""
   return ', '.join(f'{name}={value}' for name, value in to_dict(cfg).items() if name != 'name')

@@ -1,4 +1,4 @@
-"""Models by name, and the module that a config describes."""
+"""The registry of models, and the module for a config."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ register(MODELS, 'encdec', EncDec, EncDecConfig)
 
 def make_model(config: Any, heads: tuple[tuple[str, int], ...] = (), num_weights: int = 0,
                module: Any = None) -> LanguageModel:
-  """The LanguageModel of a config's model section, or around a given `module`; with what its losses need."""
+  """The LanguageModel for a config's model section, or around a given `module`; with the heads that losses need."""
   model = as_language_model(MODELS[config.name](config) if module is None else module, config)
   return cast(LanguageModel, WithHeads(model, heads, num_weights)) if heads or num_weights else model

@@ -1,4 +1,4 @@
-"""The optimizer and schedule of a config: one Optax chain of links by name, in the order that the config states."""
+"""OptimConfig, and the Optax chain for it: links by name, in the config's order, with a learning rate schedule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llm_jax.optim.groups import Group, trainable_paths, with_groups
 from llm_jax.optim.link import Link, adapt_transform
 from llm_jax.optim.schedules import adapt_schedule
 
-# Links (see optim/link.py), or functions that make an Optax transformation from a schedule, such as optax.adamw.
+# Links (see optim/link.py), or functions from a schedule to an Optax transformation, such as optax.adamw.
 TRANSFORMS = Registry('transform', adapt_transform)
 for _name, _link in (
     ('clip_by_global_norm', filters.ClipByGlobalNorm), ('l2', filters.L2), ('adamw', optimizers.AdamW),
@@ -29,7 +29,7 @@ for _name, _link in (
     ('muon', optimizers.Muon), ('ademamix', optimizers.AdEMAMix), ('prodigy', optimizers.Prodigy),
     ('schedule_free', optimizers.ScheduleFree), ('ema', controls.Ema)):
   register(TRANSFORMS, _name, _link)
-# Frozen dataclasses with make(peak_value, num_steps), or functions of these two, that return an Optax schedule.
+# Frozen dataclasses with make(peak_value, num_steps) -> Optax schedule, or functions with these two parameters.
 SCHEDULES = Registry('schedule', adapt_schedule)
 for _name, _schedule in (
     ('warmup_cosine', schedules.WarmupCosine), ('warmup_linear', schedules.WarmupLinear),
@@ -42,11 +42,11 @@ PLACES = ('filter', 'optimizer', 'control')
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """The chain's links in order, the settings of each, and the learning rate's peak and schedule."""
+  """The links of the chain in order, the settings of each, and the peak and schedule of the learning rate."""
 
   learning_rate: float = 6e-4
   schedule: str = 'warmup_cosine'  # one of SCHEDULES
-  chain: tuple[str, ...] = ('clip_by_global_norm', 'adamw')  # of TRANSFORMS: filters, an optimizer, controls
+  chain: tuple[str, ...] = ('clip_by_global_norm', 'adamw')  # of TRANSFORMS: filters, one optimizer, then controls
   groups: dict[str, Group] = dataclasses.field(default_factory=dict)
   sections: Sections = sections(TRANSFORMS, SCHEDULES)
 
@@ -71,16 +71,17 @@ class OptimConfig:
     if len(set(self.chain)) < len(self.chain):
       raise ValueError(f'chain names a link twice: {", ".join(self.chain)}')
     if sum(link.averages for link in self.links) > 1 or ('ema' in self.chain and self.chain[-1] != 'ema'):
-      raise ValueError('chain can average weights once, and ema at its end')
+      raise ValueError('chain can have one link that averages weights, and ema must be the last link; got '
+                       f'{", ".join(self.chain)}')
     scaling = {'reduce_on_plateau', 'noise_adaptive'} & set(self.chain)
     factors = [g for g in self.groups.values() if not g.frozen and (g.learning_rate, g.layer_decay) != (1, 1)]
     decays = {name for name, group in self.groups.items() if not group.frozen and group.weight_decay != 1}
     if 'schedule_free' in self.chain and (scaling or factors or decays or self.schedule != 'constant'):
-      raise ValueError('schedule_free averages its own steps, which nothing may scale: schedule must be constant, '
-                       'without reduce_on_plateau, noise_adaptive and factors of groups')
+      raise ValueError('schedule_free averages its own steps, so nothing else may scale them: set schedule=constant, '
+                       'and remove reduce_on_plateau, noise_adaptive and the factors of groups')
     if 'prodigy' in self.chain and (decays or self.learning_rate < 0.1):
-      raise ValueError('prodigy finds its learning rate: learning_rate multiplies it and should be 1 or near it; got '
-                       f'{self.learning_rate}; groups have no weight_decay of their own')
+      raise ValueError('prodigy estimates its learning rate, and learning_rate multiplies the estimate: set it to 1 or '
+                       f'near 1; got {self.learning_rate}; groups cannot set weight_decay')
     if decays and not self.weight_decay:
       raise ValueError(f'groups.{min(decays)}.weight_decay is set, but the optimizer has no weight_decay: it would '
                        'have no effect')
@@ -91,7 +92,7 @@ class OptimConfig:
 
   @property
   def weight_decay(self) -> float:
-    """The optimizer's."""
+    """The weight decay of the optimizer."""
     return next(getattr(link, 'weight_decay', 0.0) for link in self.links if link.place == 'optimizer')
 
   def section(self, name: str) -> Any:
@@ -99,13 +100,13 @@ class OptimConfig:
     return self.sections.get(name) or SCHEDULES.settings(name)()
 
   def schedule_parts(self, num_steps: int) -> list[tuple[str, int]]:
-    """(name, steps) of the schedules that follow each other."""
+    """(name, number of steps) of each schedule, in order."""
     if self.schedule != 'composite':
       return [(self.schedule, num_steps)]
     return self.sections['composite'].lengths(num_steps)
 
   def misfits(self, num_steps: int) -> list[str]:
-    """What of the schedule does not fit into a run of so many steps."""
+    """Messages about schedule settings that do not fit a run of `num_steps`."""
     problems = []
     for name, steps in self.schedule_parts(num_steps):
       section = self.section(name)
@@ -116,9 +117,9 @@ class OptimConfig:
       elif warmup + decay >= steps:
         given = ' + '.join(f'{field} {value}' for field, value in (('warmup_steps', warmup), ('decay_steps', decay))
                            if value)
-        problems.append(f'optim.{name}.{given} must be less than the {steps} steps that it has (num_steps {num_steps})')
+        problems.append(f'optim.{name}.{given} must be less than its {steps} steps (num_steps {num_steps})')
       elif boundaries and not warmup <= boundaries[0] <= boundaries[-1] < steps:
-        problems.append(f'optim.{name}.boundaries {", ".join(map(str, boundaries))} must lie between warmup_steps '
+        problems.append(f'optim.{name}.boundaries {", ".join(map(str, boundaries))} must be between warmup_steps '
                         f'{warmup} and num_steps {num_steps}')
     return problems
 
@@ -130,7 +131,7 @@ class OptimConfig:
 
 
 def without_replaced(optim: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-  """The section of a config file without what it says of links and schedules that `overrides` no longer name."""
+  """The section of a config file without the settings of links and schedules that `overrides` remove."""
   named = [overrides.get(f'optim.{field}', optim.get(field, '')) for field in ('chain', 'schedule')]
   parts = overrides.get('optim.composite.parts', optim.get('composite', {}).get('parts', ''))
   kept = set(re.findall(r'\w+', f'{named} {parts}'))
@@ -143,7 +144,7 @@ def _at(place: str) -> str:
 
 
 class Optimizer(NamedTuple):
-  """A gradient transformation (init, update) with its schedule and links, where they are known."""
+  """A gradient transformation (init, update), with its schedule and links if they are known."""
 
   init: Callable[[Params], optax.OptState]
   update: Callable[..., tuple[Params, optax.OptState]]
@@ -151,22 +152,22 @@ class Optimizer(NamedTuple):
   links: tuple[Link, ...] = ()
 
   def learning_rate(self, step: jax.Array) -> Metrics:
-    """{'learning_rate': ...} where the schedule is known."""
+    """{'learning_rate': ...}, or {} if the schedule is not known."""
     return {} if self.schedule is None else {'learning_rate': self.schedule(step)}
 
   def report(self, opt_state: optax.OptState) -> Metrics:
-    """Scalars to log."""
+    """Scalars of all links, for the log."""
     reports = [link.report(state) for link, state in self._pairs(opt_state)]
     return {name: value for report in reports for name, value in report.items()}
 
   @property
   def averages(self) -> bool:
-    """Whether other weights are evaluated than those that are trained."""
+    """Whether the evaluated weights differ from the trained ones."""
     return any(link.averages for link in self.links)
 
   @property
   def required_metrics(self) -> tuple[str, ...]:
-    """The results of evaluations that its links use."""
+    """The evaluation results that its links use."""
     return tuple(name for link in self.links for name in link.required_metrics)
 
   def evaluated(self, opt_state: optax.OptState, params: Params) -> Params:
@@ -178,7 +179,7 @@ class Optimizer(NamedTuple):
     return list(zip(self.links, opt_state, strict=True)) if self.links else []
 
   def update_from_eval(self, opt_state: optax.OptState, results: dict[str, float]) -> optax.OptState:
-    """The state after an evaluation. Raises ConfigError where a link needs a metric that is not among the results."""
+    """The state after an evaluation. Raises ConfigError if `results` lack a metric that a link needs."""
     try:
       updated = tuple(link.update_from_eval(state, results) if link.required_metrics else state
                       for link, state in self._pairs(opt_state)) or opt_state
@@ -189,15 +190,15 @@ class Optimizer(NamedTuple):
 
 
 def as_optimizer(tx: optax.GradientTransformation | Optimizer) -> Optimizer:
-  """Any Optax transformation as an Optimizer without a known schedule."""
+  """An Optax transformation as an Optimizer, without a known schedule."""
   return tx if isinstance(tx, Optimizer) else Optimizer(*optax.with_extra_args_support(tx))
 
 
 def make_optimizer(config: OptimConfig, num_steps: int, info: Params = None) -> Optimizer:
-  """The chain as one gradient transformation of the trainable parameters.
+  """The config's chain as one gradient transformation of the trainable parameters.
 
-  `info` is a tree of ParamInfo of all parameters, which groups, muon and soap need. Raises ConfigError for groups and
-  links that the parameters do not fit.
+  `info` is a tree of ParamInfo of all parameters, needed by groups, muon and soap. Raises ConfigError if groups or
+  links do not fit the parameters.
   """
   schedule = config.make_schedule(num_steps)
   try:

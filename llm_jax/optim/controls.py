@@ -1,4 +1,4 @@
-"""The link after the optimizer that averages weights."""
+"""Links after the optimizer: the moving average of weights."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class AverageState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Ema(Link):
-  """An exponential moving average of the weights, which is what is evaluated and exported; the last link.
+  """An exponential moving average of the weights, used for evaluation and export; must be the last link.
 
-  a = d a + (1 - d) p after each update, with d = min(decay, (1 + t) / (10 + t)) at update t, as in TensorFlow's.
+  a = d a + (1 - d) p after each update, with d = min(decay, (1 + t) / (10 + t)) at update t, as in TensorFlow.
   """
 
   decay: float = 0.999

@@ -15,7 +15,7 @@ from llm_jax.optim.masks import matching
 
 @dataclasses.dataclass(frozen=True)
 class ClipByGlobalNorm(Link):
-  """Scales gradients down to this norm (arXiv 1211.5063)."""
+  """Scales gradients down to at most this norm (arXiv 1211.5063)."""
 
   max_norm: float = 1.0
   place = 'filter'
@@ -24,7 +24,7 @@ class ClipByGlobalNorm(Link):
     positive(max_norm=self.max_norm)
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
-    # Optax's own divides each element, and XLA then writes the clipped gradients to memory: a factor it fuses.
+    # Optax's own divides each element, and XLA writes the clipped gradients to memory; a factor is fused instead.
     def clip(grads: Params, params: Params) -> Params:
       factor = jnp.minimum(1, self.max_norm / optax.tree.norm(grads))
       return jax.tree.map(lambda g: (factor * g).astype(g.dtype), grads)
@@ -34,13 +34,13 @@ class ClipByGlobalNorm(Link):
 
 @dataclasses.dataclass(frozen=True)
 class L2(Link):
-  """Decay as part of the gradient, weight_decay * p, which the optimizer then scales like the rest of it.
+  """L2 regularization: adds weight_decay * p to the gradient, before the optimizer scales it.
 
-  With Adam that pulls hardest where gradients are small (arXiv 1711.05101, section 2): not what adamw does.
+  With Adam, unlike adamw, the decay is strongest where gradients are small (arXiv 1711.05101, section 2).
   """
 
   weight_decay: float = 0.01
-  pattern: str = '/w$'  # of the paths that it is meant for; '^blocks.*/w$' leaves out tables
+  pattern: str = '/w$'  # regular expression for the paths of decayed parameters; '^blocks.*/w$' excludes tables
   place = 'filter'
 
   def __post_init__(self):

@@ -1,4 +1,4 @@
-"""Groups of parameters by path and layer: their own learning rate and decay, or none at all."""
+"""Groups of parameters by path and layer, with their own learning rate and decay, or frozen."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from llm_jax.optim.masks import matrices
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Parameters whose path matches a regular expression; of several groups the first that matches counts.
+  """Settings for parameters whose path matches a regular expression; the first matching group counts.
 
   After an @ the pattern selects layers of a stack, by one index or a Python slice: blocks/.*@0:4, blocks/mlp@-1. Frozen
   parameters have neither gradients nor optimizer state; single frozen layers of a stack get zero updates and keep both.
   """
 
-  pattern: str = ''  # found anywhere in 'blocks/attention/q/w'
-  learning_rate: float = 1.0  # factors
-  weight_decay: float = 1.0
-  # Layer l of a stack of L learns at layer_decay^(L - 1 - l) times the rate, embeddings at layer_decay^L times, with L
-  # of the deepest stack; all else at the whole rate.
+  pattern: str = ''  # may match anywhere in a path such as 'blocks/attn/q/w'
+  learning_rate: float = 1.0  # factor on the learning rate
+  weight_decay: float = 1.0  # factor on the weight decay
+  # The learning rate is multiplied by layer_decay^(L - 1 - l) in layer l of a stack of L, and by layer_decay^L, with L
+  # of the deepest stack, in embeddings; in other parameters not at all.
   layer_decay: float = 1.0
-  frozen: bool = False  # they keep their initial values
+  frozen: bool = False  # keep the initial values
 
   def __post_init__(self):
     if not self.regex:
-      raise ValueError('pattern must say which parameters; for example blocks/.*/w$')
+      raise ValueError('pattern must be set to a regular expression, for example blocks/.*/w$')
     regular(self.regex)
     _ = self.layers  # raises ValueError
     at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
     if not 0 < self.layer_decay <= 1:
-      raise ValueError(f'layer_decay must lie in (0, 1]; got {self.layer_decay}')
+      raise ValueError(f'layer_decay must be in (0, 1]; got {self.layer_decay}')
 
   @property
   def regex(self) -> str:
@@ -50,12 +50,12 @@ class Group:
 
   @property
   def layers(self) -> int | slice | None:
-    """The selected layers; None: all, and parameters that have no layers."""
+    """The selected layers; None: all layers, and parameters without layers."""
     _, at, text = self.pattern.partition('@')
     if not at:
       return None
     if not re.fullmatch(r'-?\d+|(-?\d+)?:(-?\d+)?(:(-?[1-9]\d*)?)?', text):
-      raise ValueError(f'pattern {self.pattern!r}: after @ goes the index of a layer or a slice of layers, as in '
+      raise ValueError(f'pattern {self.pattern!r}: @ must be followed by an index or a slice of layers, as in '
                        f'blocks/.*@3 or blocks/.*@0:4; got {text!r}')
     numbers = [int(number) if number else None for number in text.split(':')]
     return slice(*numbers) if ':' in text else numbers[0]
@@ -66,11 +66,11 @@ class Group:
     if layers is None:
       return range(num_layers or 1)
     if num_layers is None:
-      raise ValueError('has no layers axis; let the pattern before @ match parameters of a stack only, as in blocks/.*')
+      raise ValueError('has no layers axis; the pattern before @ must match only parameters of a stack, as blocks/.*')
     bounds = [layers] if isinstance(layers, int) else [layers.start or 0, layers.stop or 0]
     most = num_layers - isinstance(layers, int)
     if not all(-num_layers <= bound <= most for bound in bounds):
-      raise ValueError(f'has {num_layers} layers, so that indices go from {-num_layers} to {most}')
+      raise ValueError(f'has {num_layers} layers, so indices must be from {-num_layers} to {most}')
     chosen = [range(num_layers)[layers]] if isinstance(layers, int) else range(num_layers)[layers]
     if not chosen:
       raise ValueError(f'has {num_layers} layers, and the slice selects none of them')
@@ -84,7 +84,7 @@ PerLayer = float | np.ndarray  # one number, or one per layer of shape [L, 1, ..
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What the groups make of one parameter."""
+  """The combined settings of the groups for one parameter."""
 
   learning_rate: PerLayer
   weight_decay: PerLayer
@@ -92,7 +92,7 @@ class Settings:
 
 
 def assign(groups: dict[str, Group], info: Params) -> Params:
-  """A tree of Settings. Raises ValueError for a group without parameters, and for layers that a parameter lacks."""
+  """A tree of Settings. Raises ValueError for a group without parameters, or for layers that do not exist."""
   leaves = jax.tree_util.tree_leaves_with_path(info)
   depth = max((num_layers_of(p) or 0 for _, p in leaves), default=0)
   found = set()
@@ -116,8 +116,8 @@ def assign(groups: dict[str, Group], info: Params) -> Params:
   assigned = jax.tree_util.tree_map_with_path(settings_of, info)
   if empty := groups.keys() - found:
     name = min(empty)
-    raise ValueError(f'groups.{name}.pattern: {groups[name].pattern!r} matches no parameter that no group before it '
-                     'has; they are: ' + ', '.join(path_of(path) for path, _ in leaves))
+    raise ValueError(f'groups.{name}.pattern: {groups[name].pattern!r} matches no parameter, except those of earlier '
+                     'groups; parameters: ' + ', '.join(path_of(path) for path, _ in leaves))
   return assigned
 
 
@@ -130,7 +130,7 @@ def combined(groups: list[Group], p: ParamInfo, depth: int) -> Settings:
   def one_or_each(values: list) -> Any:
     return values[0] if len(set(values)) == 1 else np.array(values).reshape(-1, *(1,) * (len(p.shape) - 1))
 
-  # How many layers come after each of the parameter's own; after a table, all.
+  # The number of layers above each of the parameter's layers; above a table, all layers.
   above = range(len(groups))[::-1] if num_layers_of(p) else [depth if p.is_table else 0]
   return Settings(one_or_each([g.learning_rate * g.layer_decay**n for g, n in zip(groups, above, strict=True)]),
                   one_or_each([g.weight_decay for g in groups]), one_or_each([not g.frozen for g in groups]))
@@ -138,10 +138,10 @@ def combined(groups: list[Group], p: ParamInfo, depth: int) -> Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Factors(Link):
-  """Updates as the groups' factors would have them: what decay lacks is added, and all is scaled."""
+  """Applies the groups' factors to updates: corrects their weight decay, then scales them."""
 
   assigned: Params
-  weight_decay: float  # the optimizer's, which is in the updates already
+  weight_decay: float  # of the optimizer, already contained in the updates
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     def update(updates: Params, step: jax.Array, params: Params) -> tuple[Params, jax.Array]:
@@ -160,18 +160,18 @@ class Factors(Link):
 
 
 def trainable_paths(groups: dict[str, Group], info: Params) -> Callable[[tuple], bool]:
-  """A function of a parameter's path: whether any of its layers is trained. Raises ValueError, see `assign`."""
+  """A function from a parameter's path to whether any of its layers is trained. Raises ValueError, as `assign`."""
   if not groups:
     return lambda path: True
   trained = {path: bool(np.any(s.trained)) for path, s in jax.tree_util.tree_leaves_with_path(assign(groups, info))}
   if not any(trained.values()):
-    raise ValueError('groups: every parameter is frozen; leave one out')
+    raise ValueError('groups: all parameters are frozen; leave some out')
   return trained.__getitem__
 
 
 @dataclasses.dataclass(frozen=True)
 class Unfrozen(Link):
-  """A link that sees zeros for the gradients of single frozen layers. `mask` is True or booleans [L, 1, ...]."""
+  """Wraps a link so that gradients of single frozen layers are zero. `mask` leaves: True or booleans [L, 1, ...]."""
 
   link: Link
   mask: Params
@@ -206,7 +206,7 @@ class Unfrozen(Link):
 
 @dataclasses.dataclass(frozen=True)
 class FrozenLayers(Link):
-  """Updates of zero for single layers that are frozen."""
+  """Sets updates of single frozen layers to zero."""
 
   mask: Params
 
@@ -215,17 +215,17 @@ class FrozenLayers(Link):
 
 
 def where(mask: Params, new: Params, old: Params) -> Params:
-  """`new` where the mask is True, else `old`, by parameter or by layer."""
+  """`new` where the mask is True, else `old`, per parameter or per layer."""
   return jax.tree.map(lambda m, x, y: x if isinstance(m, bool) else jnp.where(m, x, y), mask, new, old)
 
 
 def without_frozen(mask: Params, updates: Params) -> Params:
-  """Zeros where the mask is False."""
+  """The updates, with zeros where the mask is False."""
   return where(mask, updates, optax.tree.zeros_like(updates))
 
 
 def with_groups(links: list[Link], groups: dict[str, Group], weight_decay: float, info: Params) -> list[Link]:
-  """The links of a chain that scales and freezes groups; `info` is the tree of all parameters' ParamInfo."""
+  """The links with those added that scale and freeze groups; `info` is a tree of ParamInfo of all parameters."""
   if not groups:
     return links
   assigned, _ = split(assign(groups, info), trainable_paths(groups, info))

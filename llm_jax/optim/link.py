@@ -1,4 +1,4 @@
-"""What a chain is made of: a Link, one section of the config."""
+"""Link, the base class of the elements of an optimizer chain, each with its config section."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from llm_jax.base.registry import settings_from_signature
 
 
 class Link:
-  """A gradient transformation and what it tells of itself. A new one is a subclass and a line in TRANSFORMS.
+  """A gradient transformation with its reports. To add one, write a subclass and register it in TRANSFORMS.
 
-  make(schedule, info)    the transformation; `info` is a tree of ParamInfo: axes, shape, roles, fan_in of a parameter
-  evaluated(state, params)  the weights that are evaluated and exported: averages, for one
-  report(state)           scalars to log
-  update_from_eval(state, results)    the state after an evaluation, whose results ('val/loss', ...) these are
+  make(schedule, info)              the transformation; `info` is a tree of ParamInfo: axes, shape, roles, fan_in
+  evaluated(state, params)          the weights to evaluate and export, for example averages
+  report(state)                     scalars to log
+  update_from_eval(state, results)  the state after an evaluation with these results ('val/loss', ...)
   """
 
-  place: ClassVar[Literal['filter', 'optimizer', 'control']] = 'optimizer'  # filters come before it, controls after
+  # Filters come before the optimizer in a chain, controls after it.
+  place: ClassVar[Literal['filter', 'optimizer', 'control']] = 'optimizer'
 
   @property
   def averages(self) -> bool:
-    """Whether `evaluated` gives other weights."""
+    """Whether `evaluated` returns other weights than `params`."""
     return False
 
   @property
   def required_metrics(self) -> tuple[str, ...]:
-    """The results that `update_from_eval` looks at; without any it is not called."""
+    """The results that `update_from_eval` uses; if empty, it is not called."""
     return ()
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
@@ -50,36 +51,36 @@ class Link:
 
 
 def at_least(least: float, **values: float) -> None:
-  """Raises ValueError naming the values below `least`."""
+  """Raises ValueError for values below `least`."""
   for name, value in values.items():
     if not value >= least:
       raise ValueError(f'{name} must be at least {least}; got {value}')
 
 
 def positive(**values: float) -> None:
-  """Raises ValueError naming the values that are not above 0."""
+  """Raises ValueError for values that are not positive."""
   for name, value in values.items():
     if not value > 0:
       raise ValueError(f'{name} must be positive; got {value}')
 
 
 def regular(pattern: str) -> None:
-  """Raises ValueError for what is no regular expression."""
+  """Raises ValueError for an invalid regular expression."""
   try:
     re.compile(pattern)
   except re.error as e:
-    raise ValueError(f'pattern {pattern!r} is no regular expression: {e}') from None
+    raise ValueError(f'pattern {pattern!r} is not a regular expression: {e}') from None
 
 
 def rates(**values: float) -> None:
-  """Raises ValueError naming the values that are not in [0, 1), as rates of decaying averages are."""
+  """Raises ValueError for values outside [0, 1), the range of decay rates."""
   for name, value in values.items():
     if not 0 <= value < 1:
-      raise ValueError(f'{name} must lie in [0, 1); got {value}')
+      raise ValueError(f'{name} must be in [0, 1); got {value}')
 
 
 def adapt_transform(name: str, value: Any, settings: type | None) -> tuple[Any, type]:
-  """A Link as it is; a function such as optax.lamb, called with the schedule and its settings, as an optimizer."""
+  """A Link unchanged; a function such as optax.lamb as an optimizer, called with the schedule and its settings."""
   if isinstance(value, type) and issubclass(value, Link):
     return value, value
 

@@ -1,4 +1,4 @@
-"""Parameter masks by path; fan-in and fan-out dimensions of each matrix, as its owner declares them."""
+"""Parameter masks by path; fan-in and fan-out dimensions of each matrix, as its module declares them."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ def matrices(params: Params) -> Params:
 
 
 def matching(pattern: str, params: Params) -> Params:
-  """True where the regular expression is found in the parameter's path."""
+  """True where the regular expression matches anywhere in the parameter's path."""
   return jax.tree_util.tree_map_with_path(lambda path, _: re.search(pattern, path_of(path)) is not None, params)
 
 
 def matrix_dims(info: Params) -> Params:
-  """Dims of every matrix between hidden states, None for all else: tables, readouts, norms, biases and undeclared."""
+  """Dims of each matrix between hidden states; None for tables, readouts, norms, biases and undeclared parameters."""
   return jax.tree.map(lambda p: Dims(p.inputs, p.outputs) if p.is_hidden_matrix else None, info)
 
 
 def check_declared(info: Params) -> None:
-  """Raises ValueError naming the parameters that could be matrices but do not declare fan-in and fan-out."""
+  """Raises ValueError for parameters that could be matrices but do not declare fan-in and fan-out."""
   undeclared = [f'{path_of(path)} {p.shape} with axes ({", ".join(map(str, p.axes))})'
                 for path, p in jax.tree_util.tree_leaves_with_path(info) if p.is_undeclared_matrix]
   if undeclared:
     raise ValueError(
-        'chain: muon and soap need to know fan-in and fan-out of every matrix, and these do not declare them:\n  '
-        + '\n  '.join(undeclared) + '\nMake them with layers.linear.Einsum, or with layers.linear.weight(..., '
-        "roles=('in', 'out')), one of batch, in, out, row per dimension; leave tables and readouts to Adam with an "
-        'axis vocab, positions or norm; or use another optimizer')
+        'chain: muon and soap need fan-in and fan-out of every matrix, and these parameters do not declare them:\n  '
+        + '\n  '.join(undeclared) + '\nCreate them with layers.linear.Einsum, or with layers.linear.weight(..., '
+        "roles=('in', 'out')), one of batch, in, out, row per dimension; for tables and readouts, which Adam updates, "
+        'declare an axis vocab, positions or norm; or use another optimizer')
 
 
 def as_matrices(x: jax.Array, dims: Dims) -> jax.Array:
-  """[stack, inputs, outputs] of an array in which they lie as `dims` says."""
+  """An array as [stack, inputs, outputs]; `dims` has the dimensions of inputs and outputs."""
   rows, columns = dims
   stack = [i for i in range(x.ndim) if i not in (*rows, *columns)]
   sizes = [math.prod(x.shape[i] for i in part) for part in (stack, rows, columns)]
@@ -58,7 +58,7 @@ def stack_shape(x: jax.Array, dims: Dims) -> tuple[int, ...]:
 
 
 def from_matrices(m: jax.Array, like: jax.Array, dims: Dims) -> jax.Array:
-  """What `as_matrices` was given."""
+  """The inverse of `as_matrices`, in the shape of `like`."""
   rows, columns = dims
   order = [i for i in range(like.ndim) if i not in (*rows, *columns)] + [*rows, *columns]
   return m.reshape([like.shape[i] for i in order]).transpose([order.index(i) for i in range(like.ndim)])

@@ -1,6 +1,6 @@
-"""The optimizers, each a frozen section of the config that makes Optax's. Weight decay is on matrices and embeddings.
+"""The optimizers: config sections that make Optax's optimizers. Weight decay applies to matrices and embeddings.
 
-`mu_dtype` is the type that the first moment is kept in.
+`mu_dtype` is the dtype of the stored first moment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MuDtype = Literal['float32', 'bfloat16']
 
 def decayed(tx: optax.GradientTransformation, schedule: optax.Schedule, weight_decay: float,
             mask: Any = matrices) -> optax.GradientTransformation:
-  """`tx`, whose updates are final, with decoupled decay (arXiv 1711.05101): p shrinks by learning rate * decay."""
+  """Adds decoupled decay (arXiv 1711.05101) to `tx`, whose updates are final: p shrinks by learning rate * decay."""
   if not weight_decay:
     return tx
   return optax.chain(tx, optax.add_decayed_weights(lambda n: -weight_decay * schedule(n), mask))
@@ -69,7 +69,7 @@ class Adam(Link):
 
 @dataclasses.dataclass(frozen=True)
 class Sgd(Link):
-  """Stochastic gradient descent, with momentum or Nesterov's."""
+  """Stochastic gradient descent with momentum, optionally Nesterov's."""
 
   momentum: float = 0.9
   nesterov: bool = False
@@ -89,7 +89,7 @@ class Sgd(Link):
 
 @dataclasses.dataclass(frozen=True)
 class Lion(Link):
-  """The sign of an interpolated momentum (arXiv 2302.06675): a learning rate 3 to 10 times lower than Adam's."""
+  """Lion (arXiv 2302.06675): the sign of an interpolated momentum. Needs 3 to 10 times lower rates than Adam."""
 
   b1: float = 0.9
   b2: float = 0.99
@@ -106,9 +106,9 @@ class Lion(Link):
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor(Link):
-  """Second moments by rows and columns (arXiv 1804.04235) of each array's two largest sides, where both are large.
+  """Adafactor (arXiv 1804.04235): second moments factored over each array's two largest sides, if both are large.
 
-  Clipping, and scaling by the parameter, are of a whole array, which of a stack holds all layers.
+  Clipping and scaling by the parameter apply to whole arrays; for a stack that is all layers together.
   """
 
   decay_rate: float = 0.8
@@ -133,10 +133,10 @@ class Adafactor(Link):
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Link):
-  """Momentum orthogonalised by Newton-Schulz on matrices between hidden states; Adam on all else.
+  """Muon: momentum orthogonalized by Newton-Schulz for matrices between hidden states; Adam for other parameters.
 
-  kellerjordan.github.io/posts/muon; `consistent_rms` of arXiv 2502.16982 makes updates as large as Adam's, so that one
-  learning rate serves both. A stack of layers or experts is a stack of matrices.
+  See kellerjordan.github.io/posts/muon. `consistent_rms` (arXiv 2502.16982) gives updates the size of Adam's, so that
+  both use one learning rate. Each matrix of a stack of layers or experts is orthogonalized separately.
   """
 
   beta: float = 0.95
@@ -163,13 +163,13 @@ class Muon(Link):
 
 @dataclasses.dataclass(frozen=True)
 class AdEMAMix(Link):
-  """Adam with a second, much slower momentum (arXiv 2409.03137), both it and its weight warmed up."""
+  """AdEMAMix (arXiv 2409.03137): Adam with a second, much slower momentum, with warm-up of its rate and weight."""
 
   b1: float = 0.9
   b2: float = 0.999
   b3: float = 0.9999
   alpha: float = 5.0
-  slow_steps: int = 0  # of the warm-up of alpha and b3; 0: none. The paper takes all of training
+  slow_steps: int = 0  # warm-up steps of alpha and b3; 0: none. The paper uses all of training
   eps: float = 1e-8
   weight_decay: float = 0.1
   mu_dtype: MuDtype = 'float32'
@@ -179,7 +179,7 @@ class AdEMAMix(Link):
     positive(eps=self.eps, alpha=self.alpha)
     at_least(0, weight_decay=self.weight_decay, slow_steps=self.slow_steps)
     if self.b3 < self.b1:
-      raise ValueError(f'b3 {self.b3} is the slower one and must not be less than b1 {self.b1}')
+      raise ValueError(f'b3 {self.b3} must not be less than b1 {self.b1}: it is the rate of the slower momentum')
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     alpha: optax.ScalarOrSchedule = self.alpha
@@ -193,13 +193,13 @@ class AdEMAMix(Link):
 
 
 def half_life(b: float) -> float:
-  """Steps after which a decaying average of rate b has forgotten half, less one: equation 4 of arXiv 2409.03137."""
+  """The half-life in steps, less one, of a decaying average with rate b: equation 4 of arXiv 2409.03137."""
   return math.log(0.5) / math.log(b) - 1 if b else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Prodigy(Link):
-  """Adam that finds its own learning rate (arXiv 2306.06101); config.optim.learning_rate multiplies it: 1."""
+  """Prodigy (arXiv 2306.06101): Adam that estimates its learning rate; config.optim.learning_rate is a factor on it."""
 
   b1: float = 0.9
   b2: float = 0.999
@@ -219,9 +219,9 @@ class Prodigy(Link):
 
     def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
       updates, new = inner.update(grads, state, params)
-      rate = self.weight_decay * state.estim_lr * schedule(state.count)  # Optax's decays biases as well
+      rate = self.weight_decay * state.estim_lr * schedule(state.count)  # Optax's own decay includes biases
       updates = jax.tree.map(lambda u, p, m: u - rate * p if m else u, updates, params, matrices(params))
-      # As long as all gradients have been zero it divides zero by zero.
+      # Optax divides zero by zero while all gradients so far are zero.
       finite = jnp.isfinite(new.estim_lr)
       return jax.tree.map(lambda u: jnp.where(finite, u, 0), updates), optax.tree.where(finite, new, state)
 
@@ -233,7 +233,7 @@ class Prodigy(Link):
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleFree(Link):
-  """AdamW whose weights are averaged as it goes (arXiv 2405.15682): schedule `constant`, with warm-up, no decay."""
+  """AdamW with schedule-free averaging of weights (arXiv 2405.15682). Needs schedule `constant`, with warm-up."""
 
   b1: float = 0.9
   b2: float = 0.95

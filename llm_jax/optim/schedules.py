@@ -1,7 +1,7 @@
-"""Learning rates by step, each a frozen section of the config. `warmup_steps` climb in a line from 0 to the peak.
+"""Learning rate schedules, each a config section. During `warmup_steps` the rate rises linearly from 0 to the peak.
 
-Factors are shares of the peak, which is config.optim.learning_rate. Where a schedule takes all of training, its last
-step is config.num_steps.
+Factors are relative to the peak, config.optim.learning_rate. Schedules that span all of training end at
+config.num_steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llm_jax.optim.link import at_least, positive
 
 @dataclasses.dataclass(frozen=True)
 class Warmup:
-  """What schedules share: the climb, then `after`."""
+  """The base class of schedules with a warm-up: a linear rise, then `after`."""
 
   warmup_steps: int = 0
 
@@ -27,23 +27,23 @@ class Warmup:
     at_least(0, warmup_steps=self.warmup_steps)
     for name in ('end_factor', 'min_factor'):
       if not 0 <= getattr(self, name, 0) <= 1:
-        raise ValueError(f'{name} must lie in [0, 1]; got {getattr(self, name)}')
+        raise ValueError(f'{name} must be in [0, 1]; got {getattr(self, name)}')
 
   def make(self, peak_value: float, num_steps: int) -> optax.Schedule:
     after = self.after(peak_value, num_steps - self.warmup_steps)
     if not self.warmup_steps:
       return after
-    climb = optax.linear_schedule(0.0, peak_value, self.warmup_steps)
-    return optax.join_schedules([climb, after], [self.warmup_steps])
+    rise = optax.linear_schedule(0.0, peak_value, self.warmup_steps)
+    return optax.join_schedules([rise, after], [self.warmup_steps])
 
   def after(self, peak_value: float, num_steps: int) -> optax.Schedule:
-    """The schedule once warm, over the `num_steps` that are left."""
+    """The schedule after the warm-up, over the remaining `num_steps`."""
     raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class WarmupCosine(Warmup):
-  """Half a cosine (arXiv 1608.03983) down to `end_factor` at the last step."""
+  """Cosine decay (arXiv 1608.03983) to `end_factor` at the last step."""
 
   end_factor: float = 0.1
 
@@ -53,7 +53,7 @@ class WarmupCosine(Warmup):
 
 @dataclasses.dataclass(frozen=True)
 class WarmupLinear(Warmup):
-  """A line down to `end_factor` at the last step."""
+  """Linear decay to `end_factor` at the last step."""
 
   end_factor: float = 0.0
 
@@ -63,7 +63,7 @@ class WarmupLinear(Warmup):
 
 @dataclasses.dataclass(frozen=True)
 class Polynomial(Warmup):
-  """(1 - progress)^power, down to `end_factor` at the last step."""
+  """Polynomial decay, (1 - progress)^power, to `end_factor` at the last step."""
 
   power: float = 2.0
   end_factor: float = 0.0
@@ -78,7 +78,7 @@ class Polynomial(Warmup):
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Warmup):
-  """The peak."""
+  """The peak at every step after the warm-up."""
 
   def after(self, peak_value: float, num_steps: int) -> optax.Schedule:
     return optax.constant_schedule(peak_value)
@@ -86,7 +86,7 @@ class Constant(Warmup):
 
 @dataclasses.dataclass(frozen=True)
 class InverseSqrt(Warmup):
-  """Falls with 1 / sqrt(step) from the end of the warm-up (arXiv 1706.03762): it knows no last step."""
+  """Decay as 1 / sqrt(step) after the warm-up (arXiv 1706.03762), independent of the number of steps."""
 
   warmup_steps: int = 1000
 
@@ -98,7 +98,7 @@ class InverseSqrt(Warmup):
     return lambda step: peak_value * jnp.sqrt(self.warmup_steps / (self.warmup_steps + jnp.maximum(step, 0)))
 
 
-SHAPES: dict[str, Callable[[Any], Any]] = {  # of a cool-down, by its progress from 0 to 1
+SHAPES: dict[str, Callable[[Any], Any]] = {  # of a cool-down: functions of its progress, 0 to 1
     'linear': lambda x: 1 - x,
     'sqrt': lambda x: 1 - jnp.sqrt(x),  # arXiv 2405.18392
     'cosine': lambda x: 0.5 * (1 + jnp.cos(jnp.pi * x)),
@@ -107,9 +107,9 @@ SHAPES: dict[str, Callable[[Any], Any]] = {  # of a cool-down, by its progress f
 
 @dataclasses.dataclass(frozen=True)
 class Wsd(Warmup):
-  """Warm-up, stable, decay (arXiv 2404.06395): the peak, but for the last `decay_steps`, which cool down.
+  """Warm-up, stable, decay (arXiv 2404.06395): the peak, then a cool-down over the last `decay_steps`.
 
-  A run can be cooled down from any of its checkpoints: see config.start.
+  A cool-down can branch off any checkpoint of a run: see config.start.
   """
 
   decay_steps: int = 0
@@ -141,7 +141,7 @@ class OneCycle:
   def __post_init__(self):
     positive(div_factor=self.div_factor, final_div_factor=self.final_div_factor)
     if not 0 < self.pct_start < 1:
-      raise ValueError(f'pct_start must lie in (0, 1); got {self.pct_start}')
+      raise ValueError(f'pct_start must be in (0, 1); got {self.pct_start}')
 
   def make(self, peak_value: float, num_steps: int) -> optax.Schedule:
     return optax.cosine_onecycle_schedule(num_steps, peak_value, self.pct_start, self.div_factor,
@@ -150,9 +150,9 @@ class OneCycle:
 
 @dataclasses.dataclass(frozen=True)
 class Cyclic:
-  """Triangles (arXiv 1506.01186): `half_steps` up from `min_factor` to the peak, as many down; again and again.
+  """Triangular cycles (arXiv 1506.01186): `half_steps` up from `min_factor` to the peak, as many down, repeated.
 
-  `shrink` multiplies the height of each triangle after the first: 1 is triangular, 0.5 triangular2.
+  `shrink` scales the height of each cycle relative to the one before: 1 is "triangular", 0.5 "triangular2".
   """
 
   half_steps: int = 1000
@@ -162,7 +162,7 @@ class Cyclic:
   def __post_init__(self):
     positive(half_steps=self.half_steps, shrink=self.shrink)
     if not 0 <= self.min_factor <= 1 or self.shrink > 1:
-      raise ValueError(f'min_factor must lie in [0, 1], shrink in (0, 1]; got {self.min_factor} and {self.shrink}')
+      raise ValueError(f'min_factor must be in [0, 1], shrink in (0, 1]; got {self.min_factor} and {self.shrink}')
 
   def make(self, peak_value: float, num_steps: int) -> optax.Schedule:
     def schedule(step: Any) -> Any:
@@ -174,9 +174,9 @@ class Cyclic:
 
 @dataclasses.dataclass(frozen=True)
 class Restarts(Warmup):
-  """Cosines with warm restarts (SGDR, arXiv 1608.03983): each `multiply` as long as the one before.
+  """Cosine decays with warm restarts (SGDR, arXiv 1608.03983), each `multiply` times as long as the one before.
 
-  `shrink` multiplies the peak of each after the first; `end_factor` is a share of its own peak.
+  `shrink` scales the peak of each decay relative to the one before; `end_factor` is relative to its own peak.
   """
 
   period: int = 1000
@@ -206,9 +206,9 @@ class Restarts(Warmup):
 
 @dataclasses.dataclass(frozen=True)
 class Phases(Warmup):
-  """The peak times `factors[k]` from step `boundaries[k - 1]` on, as Grokfast's phases have it.
+  """The peak times `factors[k]` from step `boundaries[k - 1]` on.
 
-  Warm-up, acceleration, consolidation, refinement: factors (1, 5, 0.2, 0.1), three boundaries.
+  The defaults are four phases as in Grokfast: warm-up, acceleration, consolidation, refinement.
   """
 
   factors: tuple[float, ...] = (1.0, 5.0, 0.2, 0.1)
@@ -226,9 +226,9 @@ class Phases(Warmup):
 
 @dataclasses.dataclass(frozen=True)
 class Composite:
-  """Schedules one after the other: `parts` by name, each as its own section has it, over the steps that are its own.
+  """A sequence of schedules: `parts` by name, each with the settings of its section and its own range of steps.
 
-  Part k begins at `boundaries[k - 1]`, at its own step 0.
+  Part k starts at step `boundaries[k - 1]` of the run, which is its own step 0.
   """
 
   parts: tuple[str, ...] = ()
@@ -239,7 +239,7 @@ class Composite:
       _check_boundaries(self.boundaries, 'parts', len(self.parts))
 
   def lengths(self, num_steps: int) -> list[tuple[str, int]]:
-    """(name, steps) of each part."""
+    """(name, number of steps) of each part."""
     ends = [*self.boundaries, num_steps]
     return [(name, end - begin) for name, begin, end in zip(self.parts, [0, *self.boundaries], ends, strict=True)]
 
@@ -250,11 +250,11 @@ def _check_boundaries(boundaries: tuple[int, ...], what: str, count: int) -> Non
   if len(boundaries) != count - 1:
     raise ValueError(f'boundaries must be {count - 1} steps for {count} {what}; got {len(boundaries)}')
   if any(b >= c for b, c in zip((0, *boundaries), boundaries, strict=False)):
-    raise ValueError(f'boundaries must grow, from 1 on; got {", ".join(map(str, boundaries))}')
+    raise ValueError(f'boundaries must be increasing, from 1 on; got {", ".join(map(str, boundaries))}')
 
 
 def adapt_schedule(name: str, value: Any, settings: type | None) -> tuple[Any, type]:
-  """A class with `make` as it is; a function (peak_value, num_steps, **settings) -> Optax schedule as such a class."""
+  """A frozen dataclass unchanged; a function (peak_value, num_steps, **settings) -> Optax schedule as such a class."""
   if is_frozen(value):
     return value, value
 

@@ -1,4 +1,4 @@
-"""The best evaluation of a run, its patience and its goals."""
+"""Tracks the best evaluation of a run, its patience and its goals."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from llm_jax.config import EvalConfig
 
 @dataclasses.dataclass
 class Best:
-  """Scores are the monitored metric, negated where larger is better: a lower score is better."""
+  """The state of early stopping. A score is the monitored metric, negated if larger is better: lower scores win."""
 
   config: EvalConfig
-  since: int = 0  # the step from which on scores are of the same metric on the same data
+  since: int = 0  # the first step whose scores are of the current metric on the current data
   saved: float = float('inf')  # the best score that a checkpoint was saved for
   best: float = float('inf')  # of all evaluations
-  stale: int = 0  # evaluations since the best one
-  reached: dict[str, int] = dataclasses.field(default_factory=dict)  # capability: the first step that has it
+  stale: int = 0  # number of evaluations since the best one
+  reached: dict[str, int] = dataclasses.field(default_factory=dict)  # capability: the first step that reached it
 
   @classmethod
   def from_meta(cls, config: EvalConfig, meta: dict[str, Any], other_data: bool = False) -> Best:
-    """Restored from a checkpoint. Scores of another metric, or on other data, are dropped."""
+    """The state from a checkpoint, without scores of another metric or on other data."""
     kept = meta.get('best')
     if kept is None:
       return cls(config)
@@ -39,23 +39,23 @@ class Best:
 
   @property
   def best_value(self) -> float | None:
-    """Of the monitored metric."""
+    """The best value of the monitored metric."""
     return None if self.best == float('inf') else self.best * (1 if self.config.mode == 'min' else -1)
 
   @property
   def over(self) -> str:
-    """Why the run ends before its last step; '' if it does not."""
+    """Why the run ends early; '' if it continues."""
     if self.config.goal in self.reached:
-      return f'{self.config.goal} since step {self.reached[self.config.goal]} (config.eval.goal)'
+      return f'{self.config.goal} was reached at step {self.reached[self.config.goal]} (config.eval.goal)'
     if 0 < self.config.patience <= self.stale:
       return f'{self.config.monitor} has not improved for {self.stale} evaluations (config.eval.patience)'
     return ''
 
   def update(self, step: int, results: dict[str, float]) -> tuple[float, list[str]]:
-    """(score, capabilities reached for the first time). Raises ConfigError for a metric that is missing."""
+    """(score, capabilities reached for the first time). Raises ConfigError for a missing metric."""
     try:
       if self.config.monitor not in results:
-        raise ValueError(f'monitor {self.config.monitor!r} is no result of an evaluation; there are: '
+        raise ValueError(f'monitor {self.config.monitor!r} is not a result of the evaluation; known: '
                          f'{", ".join(sorted(results))}')
       new = [text for text in self.config.conditions if text not in self.reached and condition(text).holds(results)]
     except ValueError as e:

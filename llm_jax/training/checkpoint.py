@@ -1,4 +1,4 @@
-"""Checkpoints in a run's folder, by Orbax: written asynchronously; the last, the best and milestones are kept.
+"""Checkpoints of a run, by Orbax: written asynchronously; the last, the best and milestones are kept.
 
 Each holds three items: `params`, `opt_state` (trees of arrays) and `meta` (JSON: step, config, data fingerprint, ...).
 """
@@ -24,12 +24,12 @@ from llm_jax.base.batch import Params
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.config import CheckpointConfig
 
-# Orbax warns of what is meant, such as a save without metrics.
+# Orbax warns about things that are intended here, such as a save without metrics.
 logging.getLogger('absl').addFilter(lambda record: record.levelno >= logging.ERROR or 'orbax' not in record.pathname)
 
 
 def latest_step(workdir: Path) -> int:
-  """Of the checkpoints in a run's folder; -1 without any."""
+  """The latest step with a checkpoint in a run's folder; -1 if there is none."""
   paths = (workdir / 'checkpoints').glob('*')
   return max((int(path.name) for path in paths if path.name.isdigit()), default=-1)
 
@@ -37,12 +37,12 @@ def latest_step(workdir: Path) -> int:
 class _Manager(ocp.CheckpointManager):
 
   def reached_preemption(self, step: int) -> bool:
-    """No: that is StopSignal's affair, and to ask jax here would upset the count of steps that it goes by."""
+    """Always False: StopSignal handles preemption, and asking JAX here would disturb its count of steps."""
     return False
 
 
 class Checkpoints:
-  """The checkpoints of one run. A context manager: leaving it waits for the save in flight."""
+  """The checkpoints of one run. A context manager: leaving it waits for a save in progress."""
 
   def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
     kept = [policies.LatestN(config.keep_last),
@@ -50,11 +50,11 @@ class Checkpoints:
                            keep_checkpoints_without_metrics=False)]
     if config.keep_every:
       kept.append(policies.EveryNSteps(config.keep_every))
-    # Orbax cuts each array among the devices that hold copies of it, with a program for each shape and device, compiled
-    # while the first save keeps training waiting. That pays where the parts are large.
+    # Orbax splits each array over the devices that hold copies of it, with one program per shape and device; compiling
+    # them blocks training during the first save. That is worth it only for large slices.
     ocp.type_handlers.register_type_handler(
         jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 26), override=True)
-    # Compressed, weights are 8% smaller, for as much work as all the rest of a save: on a CPU, training waits for it.
+    # Compression makes weights only 8% smaller and doubles the work of a save, for which training on a CPU waits.
     self._manager = _manager(
         directory, partial(ocp.PyTreeCheckpointHandler, use_compression=False),
         best_fn=_score, best_mode='min',  # else Orbax drops the metrics
@@ -71,26 +71,26 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def best_step(self) -> int | None:
-    """The step with the least score."""
+    """The step with the lowest score among the saves with the newest `since`."""
     return self._manager.best_step()
 
   def named(self, name: str, flag: str) -> int | None:
-    """The step that 'latest' (None), 'best' or a number means. Raises ConfigError naming the `flag`."""
+    """The step for 'latest' (None), 'best' or a number. Raises ConfigError with the name of `flag`."""
     if name == 'latest':
       return None
     if name == 'best' and self.best_step() is None:
-      raise ConfigError(f'{flag}: no checkpoint of {self._manager.directory.parent} was validated, so none is the best')
+      raise ConfigError(f'{flag}: no checkpoint of {self._manager.directory.parent} was evaluated, so there is no best '
+                        'one; set it to latest or a step')
     if name != 'best' and not (name.isdigit() and int(name) in self.steps()):
-      raise ConfigError(f'{flag}: {name!r} is none of latest, best, or a step of {self.steps()}')
+      raise ConfigError(f'{flag}: must be latest, best, or a step of {self.steps()}; got {name!r}')
     return self.best_step() if name == 'best' else int(name)
 
   def save(self, step: int, params: Params, opt_state: Any, meta: dict, score: float | None = None,
            since: int = 0) -> bool:
-    """Starts a save and returns once the arrays are copied; False if this step is saved already.
+    """Starts a save and returns once the arrays are copied; returns False if this step is already saved.
 
-    Of all steps with a `score`, the best is the one with the least, of those with the latest `since`.
-
-    Raises StorageError, also for a save that failed before.
+    The best checkpoint has the lowest `score` among the saves with the newest `since`. Raises StorageError, also if an
+    earlier save has failed.
     """
     if step in self._manager.all_steps():
       return False
@@ -102,11 +102,11 @@ class Checkpoints:
     except (OSError, ValueError) as e:
       raise StorageError(f'{self._manager.directory}: checkpoint {step} could not be saved: {_first_line(e)}') from e
     if not saved:
-      raise StorageError(f'{self._manager.directory}: Orbax refused to save step {step}')
+      raise StorageError(f'{self._manager.directory}: Orbax did not save step {step}')
     return True
 
   def wait(self) -> None:
-    """Blocks until the save in flight is durable. Raises StorageError if it failed."""
+    """Blocks until a save in progress is complete on disk. Raises StorageError if it failed."""
     try:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
@@ -115,31 +115,31 @@ class Checkpoints:
 
   def restore(self, params: Params, opt_state: Any | None = None, *, step: int | None = None,
               check: Callable[[dict], None] = lambda meta: None) -> tuple[Params, Any, dict]:
-    """(params, opt_state, meta) of `step`, or of the newest checkpoint that can be read.
+    """(params, opt_state, meta) of `step`, or of the newest readable checkpoint.
 
-    `params` and `opt_state` are trees of ShapeDtypeStruct with shardings; opt_state None is not read. `check(meta)` may
-    raise ConfigError before any array is read. Raises StorageError when no checkpoint can be read.
+    `params` and `opt_state` are trees of ShapeDtypeStruct with shardings; with opt_state None, it is not read.
+    `check(meta)` may raise ConfigError before any array is read. Raises StorageError if no checkpoint is readable.
     """
     if step is not None and step not in self.steps():
-      raise StorageError(f'{self._manager.directory}: no checkpoint of step {step}; there are {self.steps()}')
+      raise StorageError(f'{self._manager.directory}: no checkpoint of step {step}; steps: {self.steps()}')
     failures = []
     for candidate in reversed(self.steps()) if step is None else [step]:
       failure = ''
       try:
         result = self._read(candidate, params, opt_state, check)
-      except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # no fault of the checkpoint
+      except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # not caused by the checkpoint
         raise
-      except Exception as e:  # Orbax raises many kinds for a damaged folder
+      except Exception as e:  # Orbax raises many types for a damaged folder
         failure = f'{type(e).__name__}: {_first_line(e)}'
-      if not np.any(multihost_utils.process_allgather(bool(failure))):  # all go on from one step
+      if not np.any(multihost_utils.process_allgather(bool(failure))):  # all processes use the same step
         return result
-      failures.append(f'step {candidate}: {failure or "another process cannot"}')
+      failures.append(f'step {candidate}: {failure or "another process cannot read it"}')
       if jax.process_index() == 0:
         print(f'WARNING: {self._manager.directory}: cannot read {failures[-1]}', file=sys.stderr, flush=True)
     raise StorageError(f'{self._manager.directory}: no checkpoint can be read:\n  ' + '\n  '.join(failures))
 
   def _read(self, step: int, params: Params, opt_state: Any | None, check: Callable) -> tuple[Params, Any, dict]:
-    # Without Orbax's barriers: where only one process finds damage, they would pair its next try with this one.
+    # Without Orbax's barriers: if only one process fails, they would match its next attempt with this one of others.
     process = jax.process_index()
     options = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     items = {} if opt_state is None else {'opt_state': ocp.args.StandardRestore(opt_state)}
@@ -151,7 +151,7 @@ class Checkpoints:
     return restored.params, restored.get('opt_state'), meta
 
   def set_aside_after(self, step: int) -> None:
-    """Renames the checkpoints newer than `step`, which could not be read, to N.unreadable."""
+    """Renames the checkpoints newer than `step`, which could not be read, to STEP.unreadable-TIME."""
     newer = [s for s in self.steps() if s > step]
     if newer and jax.process_index() == 0:
       for path in (Path(self._manager.directory) / str(s) for s in newer):
@@ -169,8 +169,8 @@ def _manager(directory: Path, of_arrays: Callable[[], Any], **options: Any) -> _
 
 
 def _score(metrics: dict[str, float]) -> Any:
-  """What the best has least of."""
-  score = metrics['score'] if 'score' in metrics else metrics['val_loss']  # where the score can only be that
+  """The sort key of checkpoints: the best one has the lowest."""
+  score = metrics['score'] if 'score' in metrics else metrics['val_loss']
   return -metrics.get('since', 0), score
 
 

@@ -1,6 +1,6 @@
 """Parts of a run that are passed from Python instead of being named in its config.
 
-The config names them `custom` and describes them, so config.json stays complete and a resumed run notices another one.
+The config names them `custom` and describes them, so config.json stays complete and a resumed run detects a change.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAME = 'custom'
 
 @dataclasses.dataclass(frozen=True)
 class CustomModel(ModelConfig):
-  """A Flax module that is passed from Python."""
+  """The config section of a Flax module passed from Python."""
 
   name: str = NAME
   description: str = ''
@@ -39,32 +39,32 @@ class CustomModel(ModelConfig):
 
 @dataclasses.dataclass(frozen=True)
 class CustomLoss(Term):
-  """A loss that is passed from Python."""
+  """The config section of a loss passed from Python."""
 
   description: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
 class CustomOptimizer(Link):
-  """An Optax transformation that is passed from Python."""
+  """The config section of an Optax transformation passed from Python."""
 
   description: str = ''
 
 
-def refuse(cfg: CustomModel) -> Any:
-  """Raises ConfigError: a config cannot make a module that was passed from Python."""
+def fail_without_module(cfg: CustomModel) -> Any:
+  """Raises ConfigError: a config cannot create a module that was passed from Python."""
   raise ConfigError(f'config.model: {cfg.description} was passed from Python; pass it again: '
                     'llm_jax.train(config, workdir, model=...), llm_jax.load(workdir, model=...)')
 
 
-register(MODELS, NAME, refuse, CustomModel, listed=False)
+register(MODELS, NAME, fail_without_module, CustomModel, listed=False)
 register(LOSSES, NAME, CustomLoss, listed=False)
 register(TRANSFORMS, NAME, CustomOptimizer, listed=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Custom:
-  """What llm_jax.train was given beside config and folder; None: as the config says."""
+  """The arguments of llm_jax.train besides config and folder; None: as in the config."""
 
   model: Any = None  # a Flax module
   tx: optax.GradientTransformation | None = None
@@ -74,12 +74,12 @@ class Custom:
 
   @property
   def loss_terms(self) -> dict[str, Any]:
-    """{'custom': the term of the loss function}, if there is one."""
+    """{'custom': the term for the loss function}; {} without one."""
     return {} if self.loss is None else {NAME: adapt_loss(NAME, self.loss, None)[1]()}
 
 
 def with_custom(config: Config, custom: Custom) -> Config:
-  """The config with the custom parts named in it. Raises ConfigError where it names one that is not given."""
+  """The config with the custom parts named in it. Raises ConfigError if it names one that was not passed."""
   if custom.model is not None:
     config = replace(config, model=CustomModel(
         vocab_size=getattr(custom.model, 'vocab_size', None) or config.model.vocab_size,
@@ -98,20 +98,20 @@ def with_custom(config: Config, custom: Custom) -> Config:
   given = {'model': custom.model, 'loss': custom.loss, 'tx': custom.tx}
   named = {'model': config.model.name == NAME, 'loss': NAME in config.loss.terms, 'tx': NAME in config.optim.chain}
   if missing := [part for part in given if named[part] and given[part] is None]:
-    raise ConfigError(f'config: the run was trained with a {" and a ".join(missing)} passed from Python; pass it '
+    raise ConfigError(f'config: the run was trained with {" and ".join(missing)} passed from Python; pass it '
                       f'again: llm_jax.train(config, workdir, {", ".join(f"{part}=..." for part in missing)})')
   return config
 
 
 def with_named_callbacks(custom: Custom, config: Config) -> Custom:
-  """The callbacks from Python, and those that config.log names."""
+  """`custom` with the callbacks added that config.log names."""
   log = config.log
   named = [CALLBACKS[name](log.sections.get(name) or CALLBACKS.settings(name)()) for name in log.callbacks]
   return dataclasses.replace(custom, callbacks=(*custom.callbacks, *named))
 
 
 def describe(part: Any) -> str:
-  """A module's fields or a function's name, without addresses in memory."""
+  """A description of a module by its fields, or of a function by its name, without memory addresses."""
   text = f'{part.__module__}.{part.__qualname__}' if hasattr(part, '__qualname__') else repr(part)
   return re.sub(r' at 0x[0-9a-f]+', '', re.sub(r'\s+', ' ', text))
 
@@ -120,5 +120,5 @@ def as_callbacks(callbacks: Iterable[Callable[[Any], Any]] | Callable[[Any], Any
   """One callback or several. Raises ConfigError for what cannot be called."""
   found = (callbacks,) if callable(callbacks) else tuple(callbacks)
   if wrong := [callback for callback in found if not callable(callback)]:
-    raise ConfigError(f'callbacks: {wrong[0]!r} cannot be called; a callback is a function of an event')
+    raise ConfigError(f'callbacks: {wrong[0]!r} is not callable; pass functions of an Event')
   return found

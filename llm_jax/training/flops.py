@@ -13,11 +13,11 @@ from llm_jax.models.protocol import LanguageModel
 
 
 def flops_per_token(config: Config, model: LanguageModel, params: Params, batch: Batch, teacher: Any = None) -> float:
-  """Matrix FLOPs per token of a training step: by the model's formula, else three times those of a forward pass."""
+  """Matrix FLOPs per token of a training step, by the model's formula, else three times those of a forward pass."""
   own = config.model.flops_per_token(config.data.seq_len)
   if own is None:
     own = 3 * count_matmuls(model, params, batch) / batch.tokens.size
-  if teacher is not None:  # which has no backward pass
+  if teacher is not None:  # the teacher has no backward pass
     own += (teacher.config.model.flops_per_token(config.data.seq_len) or 0.0) / 3
   return own
 
@@ -28,7 +28,7 @@ def count_matmuls(model: LanguageModel, params: Params, batch: Batch) -> float:
 
 
 def count_in(jaxpr: Any) -> float:
-  """FLOPs of the matrix products in a jaxpr, those inside a scan once for each iteration."""
+  """FLOPs of the matrix products in a jaxpr; those inside a scan count once per iteration."""
   total = 0.0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name in ('dot_general', 'conv_general_dilated'):

@@ -1,4 +1,4 @@
-"""Logs of a run: metrics.jsonl, TensorBoard (without TensorFlow), the console; throughput, goodput, means by epoch."""
+"""Logs of a run: metrics.jsonl, TensorBoard (without TensorFlow), console; throughput, goodput, means of epochs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llm_jax.data.open import Data
 
 @flax.struct.dataclass
 class PackedMetrics:
-  """Scalars in one array, which a program returns, and the host fetches, faster than a dozen arrays."""
+  """Scalars packed in one array: faster to return from a program and to fetch than many arrays."""
 
   values: jax.Array  # float32 [M]
   names: tuple[str, ...] = flax.struct.field(pytree_node=False)
@@ -39,14 +39,14 @@ def pack(metrics: Metrics) -> PackedMetrics:
 
 
 def unpack(packed: PackedMetrics) -> dict[str, float]:
-  """Waits for the program that packed them."""
+  """The scalars by name; waits for the program that computes them."""
   return dict(zip(packed.names, np.asarray(packed.values).tolist(), strict=True))
 
 
 class Writer:
-  """Appends to metrics.jsonl and a TensorBoard event file in `workdir`; going on at `step` forgets what came after.
+  """Appends to metrics.jsonl and a TensorBoard event file in `workdir`; removes entries after `step` on resume.
 
-  Only process 0 writes. A full or read-only disk costs the log, not the run: one warning, then silence.
+  Only process 0 writes. If the disk is full or read-only, it warns once and stops writing; the run continues.
   """
 
   def __init__(self, workdir: Path, step: int):
@@ -61,16 +61,16 @@ class Writer:
     self._rewrite(kept)
     self._last: dict[str, float] = json.loads(kept[-1]) if kept else {}
     self._events = EventFileWriter(str(workdir), flush_secs=10)
-    # Tells TensorBoard to drop what an interrupted run wrote after this step.
+    # Makes TensorBoard drop what an interrupted run wrote after this step.
     self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
   def _rewrite(self, lines: list[str]) -> None:
-    """Puts these lines in the file's place, whole or not at all, and goes on behind them."""
+    """Atomically replaces the contents of the file with these lines, and reopens it for appending."""
     write_file(self._path, ''.join(line + '\n' for line in lines))
     self._jsonl = open_append(self._path)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    """A point of each curve at `step` completed updates, and a line of metrics.jsonl, which has one line a step."""
+    """Writes scalars of `step`; metrics.jsonl has one line per step, so a second call extends that line."""
     if not values:
       return
 
@@ -83,13 +83,14 @@ class Writer:
       else:
         self._jsonl.write(json.dumps(self._last) + '\n')
         self._jsonl.flush()
-      # Not tensors, which TensorBoard's EventAccumulator neither lists as scalars nor drops at a restart.
+      # Written as simple values: TensorBoard's EventAccumulator neither lists tensors as scalars nor drops them after
+      # a restart.
       points = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
       self._events.add_event(Event(wall_time=time.time(), step=step, summary=points))
     self._guarded(write)
 
   def text(self, step: int, name: str, value: str) -> None:
-    """A text of TensorBoard's TEXT page, shown as it is (an indented block of Markdown)."""
+    """Writes a text for TensorBoard's TEXT page, shown verbatim (an indented block of Markdown)."""
     block = '\n'.join('    ' + line for line in value.splitlines())
     self._guarded(lambda: self._events.add_event(
         Event(wall_time=time.time(), step=step, summary=text_pb(name, block))))
@@ -107,21 +108,21 @@ class Writer:
       write()
     except OSError as e:
       self._enabled = False
-      print(f'WARNING: metrics are no longer written ({e}); training goes on', file=sys.stderr, flush=True)
+      print(f'WARNING: metrics are no longer written ({e}); training continues', file=sys.stderr, flush=True)
 
 
 class Throughput:
-  """Tokens a second, MFU and the share of time spent waiting for data, over the steps since the last `take`."""
+  """Tokens per second, MFU and the share of time spent waiting for data, over the steps since the last `take`."""
 
   def __init__(self, flops_per_token: float, peak: float | None):
     self._flops_per_token, self._peak = flops_per_token, peak
     self._tokens = self._seconds = self._waited = self._away = 0.0
     self._steps = 0
     self._start: float | None = None
-    self.seconds_per_step: float | None = None  # until steps were timed
+    self.seconds_per_step: float | None = None  # None until steps were timed
 
   def restart(self) -> None:
-    """Begins the next step's time now: after compiling, evaluation or a save, and what a caller did then."""
+    """Restarts the clock of the current step, after compiling, an evaluation or a save."""
     self._start, self._away = time.perf_counter(), 0.0
 
   def waited(self, seconds: float) -> None:
@@ -133,12 +134,12 @@ class Throughput:
 
   def step_done(self, num_tokens: float) -> None:
     now = time.perf_counter()
-    if self._start is None:  # the first step compiles: not averaged in
+    if self._start is None:  # the first step includes compiling and is not counted
       self._waited = 0.0
       return
     seconds, away = now - self._start, self._away
     self._start, self._away = now, 0.0
-    if away > 0.1 * seconds:  # its end is not known
+    if away > 0.1 * seconds:  # the step may have ended while the caller had control, so its time is unknown
       return
     self._seconds += seconds
     self._tokens += num_tokens
@@ -159,14 +160,14 @@ class Throughput:
 
 
 class Goodput:
-  """Shares of the time since a run began: steps, and what is none of them; `caller` is who iterates over the run."""
+  """Shares of a run's time: steps, and overheads by kind; `caller` is the code that iterates over the run."""
 
   def __init__(self) -> None:
     self._begin = time.perf_counter()
     self._seconds = dict.fromkeys(('start', 'data', 'evaluation', 'save', 'caller'), 0.0)
 
   def starting(self) -> None:
-    """A stage begins: all until its first step is done is loading and compiling."""
+    """Marks the begin of a stage: the time until its first step is done counts as start (loading and compiling)."""
     self._stage, self._before = time.perf_counter(), sum(self._seconds.values())
 
   def started(self) -> None:
@@ -191,14 +192,14 @@ class Goodput:
 
 
 class Epochs:
-  """Means of each epoch's steps, logged with its last one; `sums` are kept in checkpoints."""
+  """Means over the steps of each epoch, logged with its last step; `sums` are stored in checkpoints."""
 
   def __init__(self, epoch_at: Callable[[int], int], sums: dict[str, float]):
-    """`epoch_at(step)` epochs are over when `step` steps are done."""
-    self._epoch_at, self.sums = lru_cache(2)(epoch_at), dict(sums)  # each step asks for its own and the one before
+    """`epoch_at(step)`: the number of completed epochs after `step` steps."""
+    self._epoch_at, self.sums = lru_cache(2)(epoch_at), dict(sums)  # called for each step and the step before
 
   def add(self, step: int, values: dict[str, float]) -> dict[str, float]:
-    """{'epoch/loss': ..., 'epoch/number': 3} after an epoch's last step, else nothing."""
+    """{'epoch/loss': ..., 'epoch/number': 3} after an epoch's last step, else {}."""
     for name, value in (('steps', 1.0), ('loss', values['loss']), ('grad_norm', values['grad_norm'])):
       self.sums[name] = self.sums.get(name, 0.0) + value
     number = self._epoch_at(step)
@@ -211,7 +212,7 @@ class Epochs:
 
 
 class Console:
-  """What a person sees of process 0: a bar that stays below the lines in a terminal, plain lines elsewhere."""
+  """The console output of process 0: in a terminal a progress bar below the lines, elsewhere plain lines."""
 
   def __init__(self, num_steps: int, step: int):
     self._enabled = jax.process_index() == 0
@@ -219,7 +220,7 @@ class Console:
     self._bar = progress('training', num_steps, 'step', step) if self._enabled and sys.stderr.isatty() else None
 
   def step(self, step: int, values: dict[str, float], seconds_per_step: float | None) -> None:
-    """One line: step, loss, tokens/s, MFU where known, time left."""
+    """Shows step, loss, tokens/s, MFU if known, and time left."""
     if not self._enabled:
       return
     parts = [f'loss {values["train/loss"]:.4f}', f'grad norm {values["train/grad_norm"]:.2f}']
@@ -251,14 +252,14 @@ class Console:
 
 
 def duration(seconds: float) -> str:
-  """'1:02:03' or '2:03'."""
+  """Seconds as '1:02:03' or '2:03'."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-  """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+  """The lines of a metrics.jsonl, without an incomplete last line from a killed process."""
   return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < float('inf')]
 
 
@@ -270,7 +271,7 @@ def _step_of(line: str) -> float:
 
 
 def text_metrics(split: str, loss: float | None, data: Data, task: str) -> dict[str, float]:
-  """Perplexity of a loss in nats a token, and bits per byte by the training part's mean bytes per token."""
+  """Perplexity of a loss in nats per token, and bits per byte, from the training part's mean bytes per token."""
   if loss is None:
     return {}
   values = {f'{split}/perplexity': float(np.exp(min(loss, 700.0)))}

@@ -36,20 +36,20 @@ from llm_jax.training.status import Status
 
 
 class Due(NamedTuple):
-  """What comes between a step and the next."""
+  """What to do between a step and the next one."""
 
   evaluate: bool
   save: bool
   sample: bool
-  settle: bool  # whether the step must be finished first
+  settle: bool  # whether to wait for the step to finish
 
 
 def due(step: int, config: Config, *, end: int, first: bool = False, stopping: bool = False, traced: bool = False,
         has_val: bool = True) -> Due:
-  """What is due after `step`. Pure.
+  """What is due after `step`. A pure function.
 
-  `end` is the stage's last step; `first` the first step of this process; `stopping` whether a signal came; `traced`
-  whether a profile begins or ends here.
+  `end`: the stage's last step; `first`: whether this is the first step of this process; `stopping`: whether a signal
+  arrived; `traced`: whether a profile begins or ends here.
   """
   last = step == config.num_steps
   evaluate = has_val and (step % config.eval.every == 0 or last)
@@ -58,7 +58,7 @@ def due(step: int, config: Config, *, end: int, first: bool = False, stopping: b
 
 
 def train(config: Config, workdir: Path, custom: Custom) -> Generator[Event, None, None]:
-  """Trains to `num_steps`, resuming from what `workdir` holds, and yields each logged step.
+  """Trains to `num_steps`, resuming from the checkpoints in `workdir`, and yields each logged step.
 
   Each stage is trained like a resumed run with another config. Raises Interrupted after a signal, and UserErrors.
   """
@@ -75,7 +75,7 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
                 goodput: Goodput) -> Generator[Event, None, str]:
   """Trains one stage. Returns why the run ended early, or ''."""
   mesh = make_mesh(stage.config.mesh)
-  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:  # everything is traced under it; one device is 1x1x1
+  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:  # everything is traced under the mesh
     goodput.starting()
     program = build_program(stage, workdir, mesh, custom)
     session = open_session(program, custom, workdir, mesh, stack, status, goodput)
@@ -114,11 +114,11 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
       if ((stopping or session.stop.requested) and step < config.num_steps) or (now.evaluate and session.score is None):
         session.checkpoints.wait()
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
-                          'the same command goes on from there')
+                          'repeat the command to resume')
       profiler.begin_after(step)
       session.throughput.restart()
     if session.best.over and session.step > session.begin:
-      console.line(f'step {session.step}: {session.best.over}: the run ends')
+      console.line(f'step {session.step}: the run ends: {session.best.over}')
     session.checkpoints.wait()
     barrier('end')
     return session.best.over
@@ -126,7 +126,7 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
 
 def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, stack: contextlib.ExitStack,
                  status: Status, goodput: Goodput) -> Session:
-  """The session of a stage with its state, logs and batches, which `stack` closes."""
+  """The session of a stage, with its state, logs and batches; `stack` closes them."""
   config = program.config
   checkpoints = stack.enter_context(Checkpoints(check_no_link(workdir / 'checkpoints'), config.checkpoint))
   state, meta = first_state(program, checkpoints, mesh)
@@ -140,7 +140,7 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   if begin == 0:
     writer.text(0, 'config', json.dumps(to_dict(config), indent=2))
   batches = stack.enter_context(contextlib.closing(open_batches(program, custom, begin, meta.get('stream_states'))))
-  # In one process the step's dispatch puts NumPy rows itself, ten times as fast as arrays can be made here.
+  # In a single process the step takes NumPy rows directly: ten times as fast as creating sharded arrays here.
   put = as_batch if jax.process_count() == 1 else partial(
       put_batch, rows=program.rows, num_rows=config.rows_per_batch, mesh=mesh)
   session = Session(program, state, meta, batches, checkpoints, Logs(writer, console, status, goodput),
@@ -162,9 +162,9 @@ def open_batches(program: Program, custom: Custom, begin: int, states: list[dict
 
 
 def announce(session: Session, end: int) -> None:
-  """Says why nothing is left to train, if so."""
+  """Prints why there is nothing left to train, if so."""
   if session.best.over:
-    session.console.line(f'{session.best.over}: the run is over; for more, raise what ended it')
+    session.console.line(f'the run is over: {session.best.over}; to continue, change that setting')
   elif session.begin >= end:
-    session.console.line(f'already at step {session.begin} of {session.config.num_steps}; for more, raise '
+    session.console.line(f'already at step {session.begin} of {session.config.num_steps}; to continue, raise '
                          '--config.num_steps')

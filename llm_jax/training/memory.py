@@ -1,4 +1,4 @@
-"""How much of a batch a device can hold at a time: found by compiling, not by running out of memory."""
+"""Finds how many rows of a batch fit in a device's memory at a time, by compiling instead of by running out of it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llm_jax.base.errors import ConfigError
 from llm_jax.base.multihost import gather
 from llm_jax.config import Config
 
-SHARE = 0.9  # of a device's memory: the rest is for evaluation, samples, fragments
+SHARE = 0.9  # of a device's memory; the rest is for evaluation, samples and fragmentation
 
 
 def needed(compiled: Any) -> int:
-  """Bytes that one call of a compiled program takes on one device, its arguments and results included."""
+  """Bytes that one call of a compiled program needs on one device, including arguments and results."""
   stats = compiled.memory_analysis()
   return (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
           + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes)
@@ -28,50 +28,49 @@ def needed(compiled: Any) -> int:
 
 def most_rows(num_rows: int, bytes_needed: Callable[[int], int], limit: int, say: Callable[[str], None],
               likely: int = 0) -> int:
-  """The largest divisor of `num_rows` for which bytes_needed(divisor), which grows with it, is within `limit`.
+  """The largest divisor of `num_rows` whose bytes_needed(divisor), an increasing function, is within `limit`.
 
-  `likely` is kept if it fits. A search that has to go on takes logarithmically many trials. Raises ConfigError when
-  not even one row fits.
+  `likely` is returned if it fits; otherwise a binary search. Raises ConfigError if not even one row fits.
   """
   @functools.cache
   def fits(rows: int) -> bool:
     try:
       size = bytes_needed(rows)
-    except jax.errors.JaxRuntimeError as e:  # some compilers refuse what cannot fit
+    except jax.errors.JaxRuntimeError as e:  # some compilers fail if a program cannot fit
       if 'RESOURCE_EXHAUSTED' not in str(e):
         raise
       size = 2 * limit
     verdict = 'fits' if size <= limit else 'does not fit'
-    say(f'tokens_per_device: {rows} row(s) at a time take {size / 1e9:.3g} of {limit / 1e9:.3g} GB: {verdict}')
+    say(f'tokens_per_device: {rows} row(s) at a time need {size / 1e9:.3g} of {limit / 1e9:.3g} GB: {verdict}')
     return size <= limit
 
   divisors = [n for n in range(1, num_rows + 1) if num_rows % n == 0]
-  for favourite in dict.fromkeys((likely, num_rows)):  # most often one of them is the answer, after one trial
-    if favourite in divisors and fits(favourite):
-      return favourite
+  for candidate in dict.fromkeys((likely, num_rows)):  # most often one of these is the answer, after one trial
+    if candidate in divisors and fits(candidate):
+      return candidate
   low, high = 0, len(divisors) - 1  # divisors[low - 1] fits, divisors[high] does not
   while low < high:
     middle = (low + high) // 2
     low, high = (middle + 1, high) if fits(divisors[middle]) else (low, middle)
   if low == 0:
-    raise ConfigError(f'config.tokens_per_device: not even one row fits the {limit / 1e9:.3g} GB that a device has for '
-                      'it; set --config.model.remat=full, take a shorter data.seq_len or a smaller model, or shard it '
+    raise ConfigError(f'config.tokens_per_device: not even one row fits in the {limit / 1e9:.3g} GB of a device; set '
+                      '--config.model.remat=full, use a shorter data.seq_len or a smaller model, or shard the model '
                       'over more devices (--config.mesh.fsdp)')
   return divisors[low - 1]
 
 
 def fit_memory(config: Config, num_shards: int, workdir: Path, compile_step: Callable[[int], Any]) -> Config:
-  """The config with a number for tokens_per_device None: the most with which compile_step(num_microbatches) fits.
+  """Replaces tokens_per_device None by the largest number for which compile_step(num_microbatches) fits.
 
-  A run that goes on keeps its number where that fits. Raises ConfigError where none does.
+  A resumed run keeps its number if that fits. Raises ConfigError if nothing fits.
   """
   if config.tokens_per_device is not None:
     return config
   memory = [device_memory(device) for device in jax.local_devices()]
   known = [size for size in memory if size is not None]
   if len(known) < len(memory):
-    raise ConfigError('config.tokens_per_device: None goes by the memory of the device, which '
-                      f'{jax.devices()[0].device_kind} does not tell; set a number')
+    raise ConfigError('config.tokens_per_device: None needs the size of the device memory, which '
+                      f'{jax.devices()[0].device_kind} does not report; set a number')
   path = workdir / 'config.json'
   before = json.loads(path.read_text())['tokens_per_device'] or 0 if path.exists() else 0
   limit, before = min(gather([int(SHARE * min(known)), before]))  # one answer for all processes

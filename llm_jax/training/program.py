@@ -1,4 +1,4 @@
-"""Everything that a stage trains with, built once: data, model, objective, optimizer and compiled programs."""
+"""Program: everything needed to train a stage: data, model, objective, optimizer and compiled programs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from llm_jax.training.teacher import load_teacher, with_teacher
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A stage ready to be trained. Its config has no value left open."""
+  """A stage ready to be trained. All values of its config are resolved."""
 
   stage: Stage
   data: Data
@@ -55,11 +55,11 @@ class Program:
   tx: Optimizer
   is_trainable: Callable[[tuple], bool]  # of a parameter's path
   teacher: Loaded | None
-  example: Batch  # one row, for its shapes
+  example: Batch  # one row; only its shapes are used
   abstract: TrainState  # of ShapeDtypeStructs, with shardings
   shardings: TrainState
   rows: np.ndarray  # indices of this process's rows in each batch
-  held_rows: int  # on a device at a time
+  held_rows: int  # rows on a device at a time
   num_microbatches: int
   init: Callable[[], TrainState]
   step: Callable[[TrainState, Batch, Params], tuple[TrainState, PackedMetrics]]
@@ -74,7 +74,7 @@ class Program:
 
   @property
   def state_key(self) -> str:
-    """Identifies the arrays of the optimizer's state."""
+    """A hash of the paths and shapes of the optimizer's state."""
     return key_of([[jax.tree_util.keystr(path), leaf.shape] for path, leaf
                    in jax.tree_util.tree_leaves_with_path(self.abstract.opt_state)])
 
@@ -84,9 +84,9 @@ class Program:
 
 
 def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Program:
-  """The program of a stage, under its mesh. Raises UserErrors."""
+  """Builds the program of a stage, under its mesh. Raises UserErrors."""
   num_shards = num_batch_shards(mesh)
-  stage.config.split_batch(num_shards)  # reports an error before the data are read
+  stage.config.split_batch(num_shards)  # to report an error before the data are read
   config, batches = stage.config, custom.batches
   data = open_together(config.data) if batches is None else batches.data(config.model.vocab_size)
   config = resolve(config, data)
@@ -108,7 +108,7 @@ def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Pr
   check_results(config, data, model, objective, abstract.params, batch,
                 (*config.eval.required_metrics, *tx.required_metrics))
   teacher_params = teacher and teacher.params
-  # Cached, so that a step compiled to see how much memory it needs is not compiled again to run.
+  # Cached, so that a step that was compiled to measure its memory is not compiled again.
   make_step = functools.cache(partial(jit_step, config, mesh, shardings, teacher_params, model=model, tx=tx,
                                       objective=objective))
   config = fit_memory(config, num_shards, workdir, compile_step=lambda num_microbatches: make_step(
@@ -129,7 +129,7 @@ def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Pr
 
 
 def example_features(config: DataConfig, data: Data) -> Features:
-  """The features of one row. Raises ConfigError where the config's settings do not go together."""
+  """The features of one row. Raises ConfigError for settings that contradict each other."""
   store = next(iter((data.val or data.train).values()))
   return pipeline.open_examples(config, data, store, train=False).make(0, np.random.default_rng(0))
 
@@ -145,7 +145,7 @@ def build_optimizer(config: Config, info: Params, custom: Custom) -> tuple[Optim
     return make_optimizer(config.optim, config.num_steps, info), is_trainable
   if any(not group.frozen or group.layers is not None for group in groups.values()):
     raise ConfigError('config.optim.groups: with an optimizer passed from Python, groups can only freeze whole '
-                      'parameters; put factors into the optimizer (optax.multi_transform)')
+                      'parameters; put factors into your optimizer (optax.multi_transform)')
   return as_optimizer(custom.tx), is_trainable
 
 
@@ -153,37 +153,38 @@ def check_microbatches(config: Config, objective: Objective, num_microbatches: i
   """Raises ConfigError for an objective that compares rows of different microbatches."""
   if num_microbatches > 1 and not objective.row_wise:
     size = config.rows_per_batch // num_shards * config.data.seq_len
-    raise ConfigError(f'config.tokens_per_device: {config.tokens_per_device} cuts a batch into {num_microbatches}, '
-                      f'and config.loss (terms={", ".join(config.loss.terms)}, balance={config.loss.balance}) needs '
-                      f'all of its rows at once; set {size} or smaller batches')
+    raise ConfigError(f'config.tokens_per_device: {config.tokens_per_device} splits a batch into {num_microbatches} '
+                      f'microbatches, but config.loss (terms={", ".join(config.loss.terms)}, '
+                      f'balance={config.loss.balance}) needs all of its rows at once; set {size}, or a smaller '
+                      'config.batch_tokens')
 
 
 def fingerprint_of(stage: Stage, data: Data) -> dict:
-  """All that the stage's batches depend on, the same on all processes. Raises ConfigError where it is not."""
+  """Everything that determines the stage's batches. Raises ConfigError if it differs between processes."""
   config = stage.config
   fingerprint = data_fingerprint(config.data, data, config.rows_per_batch, config.seed)
   if stage.begin:
     fingerprint['first_row'] = stage.rows_at(stage.begin)
   if any(theirs != json.loads(json.dumps(fingerprint)) for theirs in gather(fingerprint)):
-    raise ConfigError('config.data: the processes do not see the same data; share a cache (config.data.cache_dir), '
-                      'or give every host the same files and versions')
+    raise ConfigError('config.data: the processes read different data; set config.data.cache_dir to a shared folder, '
+                      'or give all hosts the same files and package versions')
   return fingerprint
 
 
 def open_together(config: DataConfig) -> Data:
-  """The data: made by process 0, then opened by all. Raises UserErrors."""
+  """Opens the data on all processes after process 0 has prepared them. Raises UserErrors."""
   data = None
   try:
     if jax.process_index() == 0:
       data = open_data(config)
-  finally:  # also after an error, which the others then meet themselves instead of waiting
+  finally:  # also after an error, so that the others meet the same error instead of waiting
     barrier('data')
   return data or open_data(config)
 
 
 def jit_step(config: Config, mesh: Mesh, shardings: TrainState, teacher: Params, num_microbatches: int,
              **parts: Any) -> Any:
-  """The jitted (state, batch, teacher) -> (state, PackedMetrics); the state is donated."""
+  """The jitted step (state, batch, teacher) -> (state, PackedMetrics); the state is donated."""
   def step(state: TrainState, batch: Batch, teacher: Params) -> tuple[TrainState, PackedMetrics]:
     state, metrics = train_step(state, batch, seed=config.seed, num_microbatches=num_microbatches, teacher=teacher,
                                 **parts)

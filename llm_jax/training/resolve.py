@@ -25,7 +25,7 @@ from llm_jax.training.state import eval_step
 
 
 def resolve(config: Config, data: Data) -> Config:
-  """The config with all that data and device determine: vocabulary, lengths, dtype, classes. Raises ConfigError."""
+  """The config with values filled in from data and device: vocabulary, lengths, dtype, classes. Raises ConfigError."""
   if getattr(config.model, 'einsum', '') == 'packed':
     raise ConfigError('config.model.einsum: packed is inference-only (exported models); train with einsum=bitnet')
   needed = data.vocab_size + config.data.task_settings.num_sentinels
@@ -42,7 +42,7 @@ def resolve(config: Config, data: Data) -> Config:
     unset['dtype'] = config.model.operand_dtype.name
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size, **unset))
   if len(set(gather(config.model.operand_dtype.name))) > 1:
-    raise ConfigError('config.model.dtype: auto means another dtype on each of these machines; set one')
+    raise ConfigError('config.model.dtype: auto means different dtypes on these machines; set bfloat16 or float32')
   check_encoder_vocabulary(config, data, needed)
   config = with_labels(config, data)
   check_generation(config, data)
@@ -50,7 +50,7 @@ def resolve(config: Config, data: Data) -> Config:
 
 
 def with_labels(config: Config, data: Data) -> Config:
-  """The config with the classes, or the means and deviations, of the training part's labels."""
+  """The config with the classes, or means and standard deviations, of the training part's labels."""
   reads_labels = any('labels' in term.reads for term in config.loss.sections.values())
   labels, classes = all_labels(data) if reads_labels else (None, ())
   try:
@@ -62,7 +62,7 @@ def with_labels(config: Config, data: Data) -> Config:
 
 
 def with_num_steps(config: Config, data: Data) -> Config:
-  """The config with the number of steps that num_epochs make."""
+  """The config with num_steps computed from num_epochs."""
   if not config.num_epochs:
     return config
   [rows_of_all] = map(len, pipeline.train_sources(config.data, data).values())
@@ -70,45 +70,45 @@ def with_num_steps(config: Config, data: Data) -> Config:
 
 
 def check_generation(config: Config, data: Data) -> None:
-  """Raises ConfigError for a validator, answers or prompts that cannot be."""
+  """Raises ConfigError for an invalid validator, number of answers or prompt."""
   make_validator(config.eval.validator)
   if config.eval.answers and (data.tokenizer is None or not config.answers):
-    raise ConfigError(f'config.eval.answers: {config.eval.answers} needs a task with answers, and a tokenizer; the '
-                      f'task is {config.data.task}')
+    raise ConfigError(f'config.eval.answers: {config.eval.answers} needs a tokenizer and a task with answers; the task '
+                      f'is {config.data.task}; set 0')
   if data.prompt_tokenizer is not None and config.eval.sample_tokens and config.writes:
     encode_prompts(config, data.prompt_tokenizer)
 
 
 def check_encoder_vocabulary(config: Config, data: Data, vocab_size: int) -> None:
-  """Raises ConfigError where the model has no table, or too small a one, for what its encoder reads."""
+  """Raises ConfigError if the encoder's embedding table is missing or too small."""
   size, other = getattr(config.model, 'encoder_vocab_size', None), data.encoder_tokenizer
   if other is not None and size is None:
     raise ConfigError(f'config.data.encoder_tokenizer: {config.data.encoder_tokenizer} needs a model whose encoder has '
-                      f'a table of its own (encoder_vocab_size), and {config.model.name} has none; leave it None')
+                      f'its own embedding table (encoder_vocab_size), but {config.model.name} has none; leave it None')
   needed = vocab_size if other is None else len(other.token_bytes)
   if size is not None and size < needed:
-    raise ConfigError(f'config.model.encoder_vocab_size: {size} is less than the {needed} tokens that the encoder may '
-                      f'read; leave it None or set it to {needed} or more')
+    raise ConfigError(f'config.model.encoder_vocab_size: {size} is less than the {needed} tokens of the encoder input; '
+                      f'leave it None or set it to {needed} or more')
 
 
 def all_labels(data: Data) -> tuple[np.ndarray | None, tuple[str, ...]]:
-  """(labels, their names if they have any) of the training part.
+  """(labels, class names if there are any) of the training part.
 
-  Raises DataError where sources name their classes differently.
+  Raises DataError if sources have different class names.
   """
   stores = [store for store in data.splits.get('train', {}).values() if store.labels is not None]
   if len({store.classes for store in stores}) > 1:
-    raise DataError('config.data.sources: their labels are not the same classes: '
+    raise DataError('config.data.sources: the sources have different classes: '
                     + '; '.join(f'{name} has {", ".join(store.classes)}' for name, store in data.train.items()))
   if not stores:
     return None, ()
   if len(widths := {np.asarray(store.labels).shape[1:] for store in stores}) > 1:
-    raise DataError(f'config.data.sources: their documents have different numbers of labels: {sorted(widths)}')
+    raise DataError(f'config.data.sources: the sources have different numbers of labels per document: {sorted(widths)}')
   return np.concatenate([np.asarray(store.labels) for store in stores]), stores[0].classes
 
 
 def check_classes(config: Config, data: Data) -> None:
-  """Raises DataError for a class that is not among those that are learnt."""
+  """Raises DataError for a label outside the classes that the model learns."""
   term = config.loss.sections.get('classification')
   num_classes = getattr(term, 'num_classes', None)
   if num_classes is None:
@@ -116,37 +116,37 @@ def check_classes(config: Config, data: Data) -> None:
   for split, stores in data.splits.items():
     for store in stores.values():
       if store.labels is not None and (most := int(np.max(store.labels, initial=0))) >= num_classes:
-        raise DataError(f'config.data.label_field: the {split} part has class {most}, and those that are learnt are 0 '
+        raise DataError(f'config.data.label_field: the {split} part has class {most}, but the model learns classes 0 '
                         f'to {num_classes - 1}; set config.loss.classification.num_classes to {most + 1} or more')
 
 
 def check_features(config: Config, model: LanguageModel, objective: Objective, features: dict[str, Any]) -> None:
-  """Raises ConfigError when the task lacks features that model or losses need, or gives some that neither uses."""
+  """Raises ConfigError if the task lacks features that model or losses need, or has features that neither uses."""
   terms, given = ', '.join(config.loss.terms), features.keys()
   for who, needs in ((f'the model {config.model.name}', model.needs), (f'config.loss.terms={terms}', objective.reads)):
     if missing := needs - given:
-      raise ConfigError(f'config.data.task: {config.data.task} does not give {", ".join(sorted(missing))}, which {who} '
-                        'needs')
+      raise ConfigError(f'config.data.task: {config.data.task} does not provide {", ".join(sorted(missing))}, which '
+                        f'{who} needs; set another task')
   if 'encoder_tokens' in model.reads and objective.num_readouts > 1:
-    raise ConfigError(f'config.model.name: {config.model.name} reads both texts of a row at once, and '
-                      f'config.loss.terms={terms} compares the two; take another model: decoder, byte_patch')
+    raise ConfigError(f'config.model.name: {config.model.name} reads both texts of a row at once, but '
+                      f'config.loss.terms={terms} needs them separately; set decoder or byte_patch')
   if ignored := given - model.reads - objective.reads:
     hint = '; set config.data.mask_documents=False' if ignored <= {'segment_ids', 'positions'} else ''
-    raise ConfigError(f'config.data.task: {config.data.task} gives {", ".join(sorted(ignored))}, which the model '
+    raise ConfigError(f'config.data.task: {config.data.task} provides {", ".join(sorted(ignored))}, which the model '
                       f'{config.model.name} does not read, nor does config.loss.terms={terms}{hint}')
 
 
 def without_masks(config: Config, model: LanguageModel) -> Config:
-  """The config with mask_documents=False for a plain module that has no parameter for segments; says so."""
+  """The config with mask_documents=False for a plain module without a segment_ids parameter; prints a line."""
   if not config.data.mask_documents or 'segment_ids' in model.reads or getattr(model, 'hidden_states', True):
     return config
-  say(f'the model {config.model.name} has no segment_ids parameter: config.data.mask_documents is False, so documents '
-      'in one row attend to each other')
+  say(f'the model {config.model.name} has no segment_ids parameter, so config.data.mask_documents is set to False: '
+      'documents in one row attend to each other')
   return dataclasses.replace(config, data=dataclasses.replace(config.data, mask_documents=False))
 
 
 def with_logits(config: Config, data: Data, model: LanguageModel, example: Batch) -> Config:
-  """The config with the vocabulary of a plain module's logits. Raises ConfigError for one smaller than the data's."""
+  """The config with the vocabulary size of a plain module's logits. Raises ConfigError if the data's is larger."""
   if getattr(model, 'hidden_states', True):
     return config
   logits = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), example)[0])  # type: ignore[attr-defined]
@@ -158,8 +158,8 @@ def with_logits(config: Config, data: Data, model: LanguageModel, example: Batch
 
 def check_results(config: Config, data: Data, model: LanguageModel, objective: Objective, params: Params, batch: Batch,
                   required: tuple[str, ...]) -> None:
-  """Raises ConfigError for a required metric that no evaluation gives; params and batch are abstract."""
-  if config.eval.answers or not data.val:  # the validator determines the metrics of answers
+  """Raises ConfigError for a required metric that evaluations do not compute; params and batch are abstract."""
+  if config.eval.answers or not data.val:  # metrics of answers depend on the validator
     return
   eval_objective, size = objective.eval_objective(), jnp.zeros(model.cfg.vocab_size, jnp.int32)
   sums = jax.eval_shape(partial(eval_step, model=model, token_bytes=size, objective=eval_objective), params, batch)
@@ -167,5 +167,5 @@ def check_results(config: Config, data: Data, model: LanguageModel, objective: O
   known = {f'val/{name}' for name in results}
   known |= {f'val/{name}/{key}' for name in data.val if len(data.val) > 1 for key in ('loss', 'bits_per_byte')}
   if missing := sorted(set(required) - known):
-    raise ConfigError(f'{", ".join(missing)} is no result of an evaluation of this run (config.eval.monitor, '
-                      f'capabilities and goal, config.optim); there are: {", ".join(sorted(known))}')
+    raise ConfigError(f'{", ".join(missing)} is not a result of evaluations in this run (config.eval.monitor, '
+                      f'capabilities and goal, config.optim); known: {", ".join(sorted(known))}')

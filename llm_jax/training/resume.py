@@ -29,53 +29,53 @@ FIXED_LOSS = ('classification.num_classes', 'classification.classes', 'contrasti
 
 
 def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: str, begin: int = 0) -> None:
-  """Raises ConfigError naming what differs when a checkpoint belongs to another model, loss, optimizer or other data.
+  """Raises ConfigError with the differences if a checkpoint is of another model, loss, optimizer or other data.
 
-  At the step `begin`, where a stage begins, the data may change.
+  At step `begin`, the begin of a stage, the data may change.
   """
   changed = {name: values for name, values in differences(meta['config']['model'], to_dict(config.model)).items()
              if name not in ('scan_unroll', 'remat', 'dropout', 'attention')}
   if changed:
-    raise ConfigError('the checkpoint is of another model:\n  ' + '\n  '.join(
+    raise ConfigError('the checkpoint has another model:\n  ' + '\n  '.join(
         f'config.model.{name}: checkpoint {old}, now {new}' for name, (old, new) in changed.items())
-        + '\nPut it back, or start in another --workdir.')
-  learnt = meta['config']['loss']
-  if (tuple(learnt['terms']), learnt['balance']) != (config.loss.terms, config.loss.balance):
-    raise ConfigError(f'config.loss: the checkpoint learns {", ".join(learnt["terms"])} (balance {learnt["balance"]}), '
-                      f'now it is {", ".join(config.loss.terms)} ({config.loss.balance}); put it back, or start in '
+        + '\nRestore the old value, or use another --workdir.')
+  saved = meta['config']['loss']
+  if (tuple(saved['terms']), saved['balance']) != (config.loss.terms, config.loss.balance):
+    raise ConfigError(f'config.loss: checkpoint {", ".join(saved["terms"])} (balance {saved["balance"]}), now '
+                      f'{", ".join(config.loss.terms)} (balance {config.loss.balance}); restore the old values, or use '
                       'another --workdir')
-  for name, (old, new) in differences(learnt, to_dict(config.loss)).items():
+  for name, (old, new) in differences(saved, to_dict(config.loss)).items():
     if name in FIXED_LOSS:
-      raise ConfigError(f'config.loss.{name}: the checkpoint has {old}, now it is {new}; put it back, or start in '
-                        'another --workdir')
+      raise ConfigError(f'config.loss.{name}: checkpoint {old}, now {new}; restore the old value, or use another '
+                        '--workdir')
   chain = tuple(meta['config']['optim']['chain'])
   if chain != config.optim.chain:
-    raise ConfigError(f'config.optim.chain: the checkpoint holds the state of {chain}, now it is {config.optim.chain}; '
-                      'put it back, or start in another --workdir')
+    raise ConfigError(f'config.optim.chain: checkpoint {", ".join(chain)}, now {", ".join(config.optim.chain)}; '
+                      'restore the old value, or use another --workdir')
   if meta['state_key'] != state_key:
     settings = differences(meta['config']['optim'], to_dict(config.optim))
     raise ConfigError(
-        'config.optim: the optimizer would keep other arrays than the checkpoint holds; put back what was changed, or '
-        'start in another --workdir:\n  ' + '\n  '.join(
+        'config.optim: the optimizer state has other arrays than that of the checkpoint; restore the old values, or '
+        'use another --workdir:\n  ' + '\n  '.join(
             f'config.optim.{name}: checkpoint {old}, now {new}' for name, (old, new) in settings.items()))
   if meta['step'] < begin:
-    raise ConfigError(f'config.stages: a stage begins at step {begin}, and the newest checkpoint that can be read is '
-                      f'of step {meta["step"]}; move the newer ones out of checkpoints/ to go on from there')
+    raise ConfigError(f'config.stages: a stage begins at step {begin}, but the newest readable checkpoint is of step '
+                      f'{meta["step"]}; to resume from it, move the newer ones out of checkpoints/')
   if not begin or meta['step'] != begin:
     check_fingerprint(meta['data'], fingerprint, meta['step'])
 
 
 def report_resume(config: Config, meta: dict) -> None:
-  """Prints the step that a run goes on from and the fields that changed."""
-  say(f'going on from step {meta["step"]}')
+  """Prints the step that a run resumes from and the config fields that changed."""
+  say(f'resuming from step {meta["step"]}')
   for name, (old, new) in differences(meta['config'], to_dict(config)).items():
-    say(f'  changed since: config.{name}: {old} -> {new}')
+    say(f'  changed: config.{name}: {old} -> {new}')
 
 
 def first_state(program: Program, checkpoints: Checkpoints, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
-  """(state, meta of its checkpoint): from the newest checkpoint, else the branched run's, else fresh with {}.
+  """(state, meta of its checkpoint): from the newest checkpoint, else from the run to branch from, else fresh and {}.
 
-  A branch keeps nothing of the other run's best metric. Raises UserErrors.
+  A branch does not take over the other run's best metric. Raises UserErrors.
   """
   config = program.config
   check = partial(check_resume, config=config, fingerprint=program.fingerprint, state_key=program.state_key)
@@ -87,7 +87,7 @@ def first_state(program: Program, checkpoints: Checkpoints, mesh: Mesh) -> tuple
   if config.start.whole:
     folder = Path(config.start.run).expanduser() / 'checkpoints'
     if not folder.is_dir():
-      raise ConfigError(f'config.start.run: {config.start.run} has no checkpoints')
+      raise ConfigError(f'config.start.run: {config.start.run} has no checkpoints; set the workdir of a trained run')
     with Checkpoints(folder, config.checkpoint, read_only=True) as theirs:
       state, meta = restore(program, theirs, check, theirs.named(config.start.checkpoint, 'config.start.checkpoint'))
     report_resume(config, meta)
@@ -104,7 +104,7 @@ def restore(program: Program, checkpoints: Checkpoints, check: Any, step: int | 
 
 
 def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
-  """A fresh state with the other run's weights, where it has them. Raises ConfigError for weights of other shapes."""
+  """A fresh state with all weights that the other run has. Raises ConfigError for weights of other shapes."""
   config, fresh = program.config, program.init()
   try:
     run = load_run(Path(config.start.run).expanduser(), mesh, config.start.checkpoint)
@@ -112,24 +112,25 @@ def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
     raise ConfigError(str(e).replace('--workdir', 'config.start.run')
                       .replace('--checkpoint', 'config.start.checkpoint')) from None
   if tokenizers_of(program.data) != tokenizers_of(run):
-    raise ConfigError(f'config.start.run: {config.start.run} has another tokenizer; give config.data.tokenizer its '
+    raise ConfigError(f'config.start.run: {config.start.run} has another tokenizer; set config.data.tokenizer to its '
                       'tokenizer.json')
   mine, info = by_name(fresh.params), param_info(program.example, model=program.model)
   exporter = EXPORTERS['packed' if getattr(run.config.model, 'einsum', '') == 'packed' else 'plain']
   other = exporter.restore(config, run.params, fresh.params, info)
   wrong = [name for name in mine.keys() & other.keys() if mine[name].shape != other[name].shape]
   if wrong:
-    raise ConfigError(f'config.start.run: {config.start.run} is of another shape:\n  ' + '\n  '.join(
+    raise ConfigError(f'config.start.run: {config.start.run} has weights of other shapes:\n  ' + '\n  '.join(
         f'{name}: {other[name].shape}, here {mine[name].shape}' for name in sorted(wrong)))
-  for what, names in (('begin fresh', mine.keys() - other.keys()), ('are left out', other.keys() - mine.keys())):
+  for what, names in (('not found, so initialized', mine.keys() - other.keys()),
+                      ('not used', other.keys() - mine.keys())):
     if names:
-      say(f'of {config.start.run}, {what}: {", ".join(sorted(names))}')
+      say(f'weights of {config.start.run}: {what}: {", ".join(sorted(names))}')
 
   def pick(path: Any, leaf: jax.Array) -> jax.Array:
     return jax.device_put(other.get(path_of(path), leaf), leaf.sharding)
 
   params: Params = jax.tree_util.tree_map_with_path(pick, merge(fresh.trainable, fresh.frozen))
   trainable, frozen = split(params, program.is_trainable)
-  # An optimizer that keeps a copy of the weights must keep the new ones.
+  # Initialized again, as an optimizer may keep a copy of the weights.
   opt_state = jax.jit(program.tx.init, out_shardings=program.shardings.opt_state)(trainable)
   return TrainState(fresh.step, trainable, frozen, opt_state)

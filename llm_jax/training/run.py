@@ -25,7 +25,7 @@ from llm_jax.training.state import TrainState
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-  """Makes the folder and holds its lock, one run at a time. Raises StorageError."""
+  """Creates the folder and holds its lock, so that only one run uses it. Raises StorageError."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     lock = open_append(workdir / '.lock')
@@ -40,8 +40,8 @@ def locked(workdir: Path) -> Iterator[None]:
         taken = True
       except OSError:
         pass  # a file system without locks
-    if multihost.broadcast_one_to_all(taken):  # all processes leave, or none
-      raise StorageError(f'--workdir: another run is training in {workdir}; name another one, or stop it')
+    if multihost.broadcast_one_to_all(taken):  # all processes fail, or none
+      raise StorageError(f'--workdir: another run is training in {workdir}; set another --workdir, or stop that run')
     yield
 
 
@@ -62,7 +62,7 @@ def write_files(config: Config, data: Data, workdir: Path) -> None:
 
 
 def describe(program: Program, state: TrainState, workdir: Path, console: Console) -> None:
-  """Prints what is trained, on what and where."""
+  """Prints a summary of devices, model, data, batch and workdir."""
   config, data, devices = program.config, program.data, jax.devices()
   seq_len, held_rows, num_microbatches = config.data.seq_len, program.held_rows, program.num_microbatches
   num_params, num_frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
@@ -80,4 +80,4 @@ def describe(program: Program, state: TrainState, workdir: Path, console: Consol
                + (f'; {config.num_steps} steps are {epochs:.2f} epochs' if num_train else ''))
   console.line(f'batch: {config.batch_tokens} tokens = {num_microbatches} microbatch(es) x {held_rows} row(s) '
                f'x {seq_len} tokens on each of {config.rows_per_batch // num_microbatches // held_rows} device(s)')
-  console.line(f'workdir: {workdir}; watch it: tensorboard --logdir {workdir}')
+  console.line(f'workdir: {workdir}; to watch the run: tensorboard --logdir {workdir}')

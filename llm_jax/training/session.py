@@ -1,4 +1,4 @@
-"""A training in progress: one stage's state, advanced step by step, with everything that is due between steps."""
+"""Session: a training in progress, with the state of one stage and the operations between its steps."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-  """A logged step, and what can be asked of the run before it goes on."""
+  """A logged step, and operations on the run before it continues."""
 
   step: int
-  metrics: dict[str, float]  # 'train/loss', and 'val/loss' where the step was evaluated
+  metrics: dict[str, float]  # 'train/loss', and 'val/loss' if the step was evaluated
   session: Session
 
   def validate(self) -> dict[str, float]:
@@ -45,7 +45,7 @@ class Event:
     return self.session.measure()
 
   def save(self) -> None:
-    """Writes a checkpoint now and waits until it is durable."""
+    """Writes a checkpoint now and waits until it is complete on disk."""
     self.session.save_now()
 
   def read(self) -> Loaded:
@@ -56,12 +56,12 @@ class Event:
     return dict(self.session.status.values)
 
   def stop(self) -> None:
-    """Ends the run after this step, as a signal does: saved, so that it can be resumed."""
+    """Saves and ends the run after this step, as a signal does; it can be resumed."""
     self.session.stop.requested = True
 
 
 class Logs(NamedTuple):
-  """Where a session reports to."""
+  """The outputs of a session."""
 
   writer: Writer
   console: Console
@@ -70,9 +70,9 @@ class Logs(NamedTuple):
 
 
 class Session:
-  """Methods that each do one thing to a training; loop.py calls them in order.
+  """The operations of a training, one per method; loop.py calls them in order.
 
-  Metrics are fetched one step late, so that a step and its batch are on the device while the host logs the one before.
+  Metrics are fetched one step late, so that the device computes a step while the host logs the one before.
   """
 
   def __init__(self, program: Program, state: TrainState, meta: dict[str, Any], batches: Batches,
@@ -86,8 +86,8 @@ class Session:
     self.best = Best.from_meta(self.config.eval, meta, other_data=stage.new_data and self.begin == stage.begin)
     self.evaluated_at = self.begin if meta.get('evaluated', True) else -1
     self.score: float | None = None  # of this step's evaluation
-    self.pending: tuple[int, PackedMetrics] | None = None  # a step whose metrics are not fetched yet
-    self.logged: dict[str, float] = {}  # metrics of the step that is fetched, until its event is yielded
+    self.pending: tuple[int, PackedMetrics] | None = None  # a step whose metrics have not been fetched
+    self.logged: dict[str, float] = {}  # metrics of the fetched step, until its event is yielded
     self._logged_step, self._unwritten = self.begin, dict[str, float]()
     self._skipped_in_a_row = 0
     self.step_started = time.perf_counter()
@@ -118,13 +118,13 @@ class Session:
       self._write()
 
   def settle(self) -> None:
-    """Waits for the step in flight and fetches its metrics."""
+    """Waits for the current step and fetches its metrics."""
     pending, self.pending = self.pending, None
     if pending is not None:
       self._fetch(*pending)
 
   def evaluate(self) -> None:
-    """Evaluates this step, unless a signal cuts it short, and updates the best metric and the optimizer."""
+    """Evaluates this step, unless a signal interrupts it, and updates the best metric and the optimizer."""
     with contextlib.suppress(Interrupted), self.goodput.of('evaluation'):
       results = self.measure()
       self.score, reached = self.best.update(self.step, results)
@@ -133,7 +133,7 @@ class Session:
       opt_state = self.program.tx.update_from_eval(self.state.opt_state, results)
       self.state = dataclasses.replace(self.state, opt_state=opt_state)
       for text in reached:
-        self.console.line(f'step {self.step}: {text}, for the first time')
+        self.console.line(f'step {self.step}: {text} reached for the first time')
 
   def measure(self) -> dict[str, float]:
     """The results of an evaluation of the current weights. Raises Interrupted after a signal."""
@@ -147,7 +147,7 @@ class Session:
 
   @property
   def improved(self) -> bool:
-    """Whether this step's evaluation is better than every saved one."""
+    """Whether this step's score is better than that of all checkpoints."""
     return self.score is not None and self.score < self.best.saved
 
   def save(self) -> None:
@@ -159,14 +159,14 @@ class Session:
         self.best = best
 
   def save_now(self) -> None:
-    """Saves between two steps and waits until the checkpoint is durable."""
+    """Saves between two steps and waits until the checkpoint is complete on disk."""
     self.settle()
     self._write()
     self._save(None, self.best)
     self.checkpoints.wait()
 
   def sample(self) -> None:
-    """Writes a sample for each of config.eval.prompts, if this step was evaluated."""
+    """Generates and logs a sample for each of config.eval.prompts, if this step was evaluated."""
     if self.score is None:
       return
     for prompt, sample in samples(self.config, self.program.data, self.program.model, self.weights):
@@ -182,7 +182,7 @@ class Session:
                        metrics=(self.status.values.get('metrics') or {}) | self.logged)
 
   def events(self, callbacks: tuple[Callable[[Event], Any], ...]) -> Iterator[Event]:
-    """The event of the step that was logged, if one was, given to the callbacks and then to the caller."""
+    """Passes the event of the logged step, if there is one, to the callbacks and yields it."""
     start = time.perf_counter()
     self._write()
     logged, self.logged = self.logged, {}
@@ -196,12 +196,12 @@ class Session:
 
   def read(self) -> Loaded:
     """The model with a copy of its current weights."""
-    data, params = self.program.data, jax.tree.map(jnp.copy, self.weights)  # the next step overwrites its own
+    data, params = self.program.data, jax.tree.map(jnp.copy, self.weights)  # the next step overwrites the originals
     meta = {'step': self.step, 'data': self.program.fingerprint}
     return Loaded(self.config, data.tokenizer, self.program.model, params, meta, data.encoder_tokenizer)
 
   def _fetch(self, step: int, metrics: PackedMetrics) -> None:
-    """Waits for a step; logs it where it is due, or the means of the epoch that it ends."""
+    """Waits for a step; logs its metrics if due, and the means of an epoch that ends with it."""
     values, config = unpack(metrics), self.config
     self.throughput.step_done(values['num_tokens'])
     self._check_finite(step, bool(values['skipped']))
@@ -223,20 +223,20 @@ class Session:
     if self._skipped_in_a_row == 1:
       self.console.line(f'WARNING: step {step}: the gradient is not finite; the update is skipped')
     if self._skipped_in_a_row >= MAX_SKIPPED:
-      raise DivergedError(f'the gradients of steps {step - MAX_SKIPPED + 1} to {step} were not finite, so none was '
-                          'applied; lower config.optim.learning_rate, or look at the data of these steps')
+      raise DivergedError(f'the gradients of steps {step - MAX_SKIPPED + 1} to {step} were not finite and not applied; '
+                          'lower config.optim.learning_rate, or inspect the data of these steps')
 
   def _log(self, values: dict[str, float]) -> None:
     self.logged |= values
     self._unwritten |= values
 
   def _write(self) -> None:
-    """Writes the logged metrics: they are on disk before a checkpoint of their step is."""
+    """Writes the logged metrics; called before saving, so that they are on disk before a checkpoint of their step."""
     self.writer.scalars(self._logged_step, self._unwritten)
     self._unwritten = {}
 
   def _save(self, score: float | None, best: Best) -> bool:
-    # The step is saved with the optimizer's state, as Orbax refuses the empty state that some optimizers have.
+    # The step is saved with the optimizer's state, as some optimizers have an empty state, which Orbax rejects.
     state = self.state
     return self.checkpoints.save(
         self.step, state.params, (state.step, state.opt_state), score=score, since=best.since, meta={

@@ -1,7 +1,7 @@
-"""Stages of a run: larger batches, other mixtures or longer rows from stated steps on.
+"""Stages of a run: changes of batch size, mixture or row length at given steps.
 
-Each stage is trained like a resumed run with another config. Its first row follows from the tokens that the stages
-before it have used, so the order of the same rows continues.
+Each stage is trained like a resumed run with another config. Its first row is computed from the number of tokens that
+earlier stages have used, so the order of rows continues.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from llm_jax.config import Config
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """A config with its place in the run."""
+  """The config of a stage with its range of steps."""
 
   run: Config  # of the whole run
   config: Config
   begin: int  # steps done before it
   end: int
   sizes: tuple[tuple[int, int], ...]  # (first step, tokens of a batch) of each stage up to this one
-  new_data: bool  # whether its data differ from those of the stage before
+  new_data: bool  # whether its data settings differ from those of the stage before
 
   def rows_at(self, step: int) -> int:
     """Row offset after `step` steps, in rows of this stage's seq_len."""
@@ -33,7 +33,7 @@ class Stage:
 
 
 def make_stages(config: Config) -> list[Stage]:
-  """The stages in their order, at least one. Raises ConfigError, for all of them at once."""
+  """The stages in order, at least one. Raises ConfigError with the problems of all stages."""
   stages = sorted(config.stages.items(), key=lambda item: item[1].begin)
   begins = [0, *(stage.begin for _, stage in stages)]
   problems, configs = [], [config]
@@ -45,7 +45,7 @@ def make_stages(config: Config) -> list[Stage]:
     except ConfigError as e:
       problems.append(f'config.stages.{name}: {e}')
   if begins[-1] >= config.num_steps or len(set(begins)) < len(begins):
-    problems.append(f'config.stages: they must begin at different steps before num_steps {config.num_steps}; got '
+    problems.append(f'config.stages: stages must begin at different steps before num_steps {config.num_steps}; got '
                     f'{", ".join(map(str, begins[1:]))}')
   if problems:
     raise ConfigError('\n'.join(problems))
@@ -62,6 +62,6 @@ def make_stages(config: Config) -> list[Stage]:
 
 
 def config_at(config: Config, step: int) -> Config:
-  """The config of the stage that did this step."""
+  """The config of the stage that this step belongs to."""
   stages = make_stages(config)
   return next((stage for stage in stages if step <= stage.end), stages[-1]).config

@@ -1,4 +1,4 @@
-"""TrainState, and one step of training and of evaluation: pure functions, compiled in program.py."""
+"""TrainState, and the steps of training and evaluation: pure functions, compiled in program.py."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ NEXT_TOKEN = Objective()
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything that changes during training, and the frozen parameters beside it. Arrays only."""
+  """Everything that changes during training, and the frozen parameters. Arrays only."""
 
   step: jax.Array  # int32: completed updates
   trainable: Params
-  frozen: Params  # parameters that no update changes; {} if all are trained
-  opt_state: optax.OptState  # of the trainable ones
+  frozen: Params  # {} if all parameters are trained
+  opt_state: optax.OptState  # of the trainable parameters
 
   @property
   def params(self) -> Params:
@@ -42,7 +42,7 @@ class TrainState:
 
 def init_state(key: jax.Array, example: Batch, *, model: LanguageModel, tx: optax.GradientTransformation,
                is_trainable: Callable[[tuple], bool] = lambda path: True) -> TrainState:
-  """A fresh state. Pure; of `example` only the shapes matter."""
+  """A fresh state. A pure function; only the shapes of `example` are used."""
   trainable, frozen = split(nn.unbox(model.init(key, example)['params']), is_trainable)
   return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))
 
@@ -50,8 +50,8 @@ def init_state(key: jax.Array, example: Batch, *, model: LanguageModel, tx: opta
 def param_shardings(example: Batch, mesh: Mesh, *, model: LanguageModel) -> tuple[Params, Params]:
   """(abstract parameters, their NamedShardings by logical axes).
 
-  A parameter without logical axes is sharded over fsdp along its largest dimension that divides. Raises ConfigError
-  where a dimension with an axis does not divide over its mesh axis.
+  A parameter without logical axes is sharded over fsdp along its largest divisible dimension. Raises ConfigError if a
+  dimension with a logical axis does not divide over its mesh axes.
   """
   boxed = jax.eval_shape(model.init, jax.random.key(0), example)['params']
   abstract = nn.unbox(boxed)
@@ -66,7 +66,7 @@ def param_shardings(example: Batch, mesh: Mesh, *, model: LanguageModel) -> tupl
 
 
 def largest_over_fsdp(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> P:
-  """The spec of an array without logical axes."""
+  """The spec of an array without logical axes: its largest divisible dimension over fsdp."""
   sizes = [size if size % mesh.shape['fsdp'] == 0 else 0 for size in leaf.shape]
   if mesh.shape['fsdp'] == 1 or leaf.ndim < 2 or not max(sizes):
     return P()
@@ -90,11 +90,11 @@ def state_shardings(example: Batch, mesh: Mesh, *, model: LanguageModel, tx: opt
   replicated: Any = NamedSharding(mesh, P())
 
   def sharding_of(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    # A moment is found below the path of its parameter, whatever wraps it. (optax.tree_map_params cannot look into
-    # transformations that were told each parameter's role.)
+    # The path of a moment ends with the path of its parameter, whatever wraps it. (optax.tree_map_params does not work
+    # for transformations that hold trees of per-parameter settings.)
     names = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
     shape, sharding = by_path.get(tuple(names)[::-1], (None, replicated))
-    if shape == leaf.shape[1:]:  # several of them, as a moving average keeps
+    if shape == leaf.shape[1:]:  # a stack of past gradients, as a moving average keeps
       return NamedSharding(mesh, P(None, *sharding.spec))
     return sharding if shape == leaf.shape else replicated
 
@@ -104,7 +104,7 @@ def state_shardings(example: Batch, mesh: Mesh, *, model: LanguageModel, tx: opt
 
 def abstract_state(example: Batch, shardings: TrainState, *, model: LanguageModel, tx: optax.GradientTransformation,
                    is_trainable: Callable[[tuple], bool] = lambda path: True) -> TrainState:
-  """The state as ShapeDtypeStructs with these shardings."""
+  """The state as ShapeDtypeStructs with the given shardings."""
   state = jax.eval_shape(lambda key: init_state(key, example, model=model, tx=tx, is_trainable=is_trainable),
                          jax.random.key(0))
   return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, shardings)
@@ -115,11 +115,11 @@ def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: opt
                teacher: Params = None) -> tuple[TrainState, Metrics]:
   """One optimizer update. The same state, batch and seed give the same result.
 
-  It minimises the objective plus the losses that modules sow into `losses`, whatever the number of microbatches; an
-  objective that is not row_wise needs the whole batch. `teacher` are the parameters of the objective's teacher. The
-  metric `loss` is the sum of the terms' losses (-log p(target) for next_token), `extra_loss` the rest of the objective.
-  Values sown into `metrics` are averaged and logged. A non-finite objective or gradient leaves all but the step as it
-  was and sets the metric `skipped` to 1.
+  It minimizes the objective plus the losses that modules sow into `losses`. The result does not depend on the number
+  of microbatches, except that an objective that is not row_wise needs the whole batch. `teacher` has the parameters of
+  the objective's teacher. The metric `loss` is the sum of the terms' losses (-log p(target) for next_token),
+  `extra_loss` the rest of the objective. Values sown into `metrics` are averaged and logged. If the objective or a
+  gradient is not finite, only the step changes and the metric `skipped` is 1.
   """
   optimizer, share, counts = as_optimizer(tx), 1 / num_microbatches, objective.counts(batch)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -140,8 +140,8 @@ def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: opt
     return value + sown_loss, metrics | {'extra_loss': metrics['extra_loss'] + sown_loss} | logged
 
   grads, metrics = accumulate(jax.grad(loss_fn, has_aux=True), state.trainable, batch, key, num_microbatches)
-  # Decided before the update, which then writes in place: every link in optim.TRANSFORMS keeps finite values finite
-  # where the sum of squares is.
+  # Decided before the update, so that the update can write in place: all links in optim.TRANSFORMS produce finite
+  # values if the sum of squares is finite.
   squares = optax.tree.norm(grads, squared=True)
   finite = jnp.isfinite(metrics['loss'] + metrics['extra_loss']) & jnp.isfinite(squares)
 
@@ -158,12 +158,12 @@ def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: opt
 
 def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,
                num_microbatches: int) -> tuple[Params, Metrics]:
-  """Sums grad_fn(params, microbatch, key) over the microbatches, one after the other in memory."""
+  """Sums grad_fn(params, microbatch, key) over microbatches, with one of them in memory at a time."""
   if num_microbatches == 1:
     return grad_fn(params, batch, key)
 
   def split(x: jax.Array) -> jax.Array:
-    # Microbatch i takes rows i, i + m, ...: every device keeps its own rows, none cross the mesh.
+    # Microbatch i takes rows i, i + m, ..., so that no row moves to another device.
     x = jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1)
     return constrain(x, None, 'act_batch', *(None,) * (x.ndim - 2))
 
@@ -179,12 +179,12 @@ def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,
 
 def eval_step(params: Params, batch: Batch, *, model: LanguageModel, token_bytes: jax.Array,
               objective: Objective = NEXT_TOKEN) -> Metrics:
-  """Sums over a batch, 'NAME/...' of each loss, so that any split of a data set adds up to the same."""
+  """Sums over a batch, NAME/... for each loss; they add up to the same total for any split of a data set."""
   return model.apply({'params': params}, batch,
                      method=lambda module, batch: objective.score(module, batch, token_bytes))
 
 
 def _by_layer(path: Any, leaf: jax.Array) -> list[tuple[str, jax.Array]]:
-  """[(name, scalar)] of a sown value: NAME/00, NAME/01, ... where it has one value a layer."""
+  """[(name, scalar)] of a sown value; NAME/00, NAME/01, ... if it has one value per layer."""
   name = '/'.join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
   return [(f'{name}/{i:02}', x) for i, x in enumerate(leaf)] if leaf.ndim == 1 else [(name, jnp.mean(leaf))]

@@ -1,4 +1,4 @@
-"""status.json, which shows other programs how a run is doing, and the load of the machine."""
+"""status.json, which reports the progress of a run to other programs, and the load of the machine."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import psutil
 from llm_jax.base.errors import Interrupted
 from llm_jax.base.files import write_file
 
-SECONDS = 1.0  # how old a file, or what the machine said, may get: both cost half a millisecond, and steps can be short
+SECONDS = 1.0  # between updates of the file, and of system metrics: each takes half a millisecond, steps can be short
 
 
 class Status:
-  """Keeps `workdir`/status.json, whole at any time: `state` is starting, training, finished, stopped or failed.
+  """Writes `workdir`/status.json atomically; `state` is starting, training, finished, stopped or failed.
 
-  A context manager: how it is left is the last state. `seconds` are of all times that the run was under way. Only
-  process 0 writes; a disk that is full costs the file alone.
+  A context manager: how it is left determines the final state. `seconds` is the total time of the run, including
+  earlier processes. Only process 0 writes; a full disk does not stop the run.
   """
 
   def __init__(self, workdir: Path, num_steps: int):
@@ -37,7 +37,7 @@ class Status:
     self._system: dict[str, float] = {}
 
   def update(self, *, at_once: bool = True, **values: Any) -> None:
-    """Takes the values, and writes the file: at once, or only if it is older than SECONDS."""
+    """Stores the values and writes the file: at once, or only if it is older than SECONDS."""
     now = time.time()
     self.values |= {**values, 'updated': now, 'seconds': self._seconds + now - self.values['started']}
     if jax.process_index() != 0 or (not at_once and time.perf_counter() < self._written + SECONDS):
@@ -47,13 +47,13 @@ class Status:
       write_file(self._path, json.dumps(self.values, indent=2))
 
   def system(self) -> dict[str, float]:
-    """What `system` says, or has just said."""
+    """The values of `system`, at most SECONDS old."""
     if time.perf_counter() > self._asked + SECONDS:
       self._asked, self._system = time.perf_counter(), system()
     return self._system
 
   def __enter__(self) -> Status:
-    psutil.cpu_percent()  # counts from the call before, and this is the first
+    psutil.cpu_percent()  # measures since the previous call, so a first call is needed
     self.update()
     return self
 
@@ -68,14 +68,14 @@ class Status:
 
 
 def read_status(workdir: Path) -> dict[str, Any]:
-  """status.json; {'state': 'none'} where nothing has begun."""
+  """The contents of status.json; {'state': 'none'} if it does not exist."""
   with contextlib.suppress(OSError, ValueError):
     return json.loads((workdir / 'status.json').read_text())
   return {'state': 'none'}
 
 
 def system() -> dict[str, float]:
-  """What this host and its first device have in use: shares, and bytes of this process; a device only if it tells."""
+  """Usage of this host (shares, and bytes of this process) and of its first device, if the device reports it."""
   values = {'system/host_cpu': psutil.cpu_percent() / 100, 'system/host_memory': psutil.virtual_memory().percent / 100,
             'system/process_bytes': float(psutil.Process().memory_info().rss)}
   stats = jax.local_devices()[0].memory_stats() or {}
@@ -89,7 +89,7 @@ def system() -> dict[str, float]:
 
 
 def device_utilization() -> float | None:
-  """Share of the last second in which the first GPU of NVIDIA's that this process sees computed; None if none tells."""
+  """The share of the last second in which the first visible NVIDIA GPU was busy; None if unknown."""
   if jax.default_backend() != 'gpu':
     return None
   try:
@@ -99,5 +99,5 @@ def device_utilization() -> float | None:
     device = (pynvml.nvmlDeviceGetHandleByUUID(first) if first.startswith('GPU-')
               else pynvml.nvmlDeviceGetHandleByIndex(int(first or 0)))
     return pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100
-  except Exception:  # no library, no driver, or a GPU that does not tell: whichever, there is nothing to log
+  except Exception:  # no library, no driver, or a GPU that does not report it: nothing to log
     return None
