@@ -277,6 +277,9 @@ class Source:
     """The Config, `overrides` ('model.num_layers' -> '4') last. Raises ConfigError."""
     values = self.on_cpu if cpu_only and self.on_cpu is not None else self.full
     values = json.loads(json.dumps(values))
+    name = overrides.get('model.name', values.get('model', {}).get('name'))
+    if name != values.get('model', {}).get('name'):  # what the file sets is of another model
+      values['model'] = {}
     if {'optim.chain', 'optim.schedule'} & overrides.keys():
       values['optim'] = without_replaced(values.get('optim', {}), overrides)
     override(values, overrides)

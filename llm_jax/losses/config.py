@@ -62,7 +62,7 @@ class LossConfig:
   @property
   def writes(self) -> bool:
     """Whether what is learnt can write text."""
-    return 'next_token' in self.terms or ('distillation' in self.terms and self.sections['distillation'].logits > 0)
+    return any(self.sections[name].writes for name in self.terms)
 
   def with_labels(self, labels: np.ndarray | None, classes: tuple[str, ...] = ()) -> LossConfig:
     """With what the labels of the training part, and their names, decide. Raises ValueError where they do not fit."""
