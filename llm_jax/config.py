@@ -256,6 +256,9 @@ class OpenSection(ml_collections.ConfigDict):
 
 def base(model: str = 'decoder') -> ml_collections.ConfigDict:
   """Every field of Config at its default, with one of MODELS, as a locked ConfigDict: an unknown name fails."""
+  if model not in MODELS:
+    raise ConfigError(f'model {model!r} is unknown; known: {", ".join(MODELS)}; load the plug-in that registers it '
+                      'with --plugin')
   config = Config(model=MODELS.settings(model)())
   values = ml_collections.ConfigDict(to_dict(config))
   for name in ('model', 'data', 'loss', 'optim', 'eval', 'log'):

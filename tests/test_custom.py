@@ -13,7 +13,7 @@ from flax import nnx
 
 import llm_jax
 from llm_jax.base.batch import Batch
-from llm_jax.base.errors import ConfigError
+from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.trees import split
 from llm_jax.config import CheckpointConfig, Config, EvalConfig, LogConfig
 from llm_jax.data.config import DataConfig
@@ -115,6 +115,33 @@ def test_it_is_loaded_and_generates_with_the_model_given_again(tmp_path):
     list(llm_jax.train(llm_jax.load_config(tmp_path / 'run' / 'config.json'), tmp_path / 'run', model=Bigram()))
   with pytest.raises(ConfigError, match=r'vocab_size'):
     list(train(tmp_path / 'run', data=TEXTS, model=Bigram(300)))
+
+
+def test_all_texts_of_a_generator_are_data_and_batches_must_be_readable_again(tmp_path):
+  train(tmp_path / 'run', data=(text for text in TEXTS))
+  assert (tmp_path / 'run' / 'data.jsonl').read_text().count('\n') == len(TEXTS)
+  with pytest.raises(DataError, match='generator of batches can be read only once'):
+    train(tmp_path / 'other', data=iter(batch for batch in ready_batches()))
+
+
+class Switched(nn.Module):
+  """Takes everything that a plain module may ask for."""
+
+  @nn.compact
+  def __call__(self, tokens_BT, segment_ids, positions, train):
+    x_BTD = nn.Embed(257, 8)(tokens_BT) + nn.Embed(SEQ_LEN, 8)(positions) + nn.Embed(99, 8)(segment_ids)
+    self.sow('losses', 'size', 1e-3 * jnp.mean(x_BTD ** 2))
+    self.sow('metrics', 'size', jnp.mean(x_BTD ** 2))
+    return nn.Dense(257)(nn.Dropout(0.5, deterministic=not train)(x_BTD))
+
+
+def test_a_module_takes_the_features_that_it_names_and_sows_losses_and_metrics(tmp_path):
+  training = train(tmp_path / 'run', model=Switched(), data=TEXTS)
+  lines = list(training)
+  assert lines[0]['train/extra_loss'] == pytest.approx(1e-3 * lines[0]['train/size'], rel=1e-4)
+  assert training.config.data.mask_documents
+  trained = llm_jax.load(tmp_path / 'run', model=Switched())
+  assert trained.config.data.mask_documents and isinstance(trained.generate('cat', num_tokens=3), str)
 
 
 def test_a_run_with_a_loss_of_ones_own_generates_and_is_evaluated(tmp_path):
