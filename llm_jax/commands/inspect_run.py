@@ -62,7 +62,8 @@ def main(argv: list[str]) -> None:
     batch = Batch(**{name: jax.numpy.asarray(x) for name, x in features.items()})
     def remade(**changes: Any) -> Any:
       return make_model(dataclasses.replace(run.config.model, **changes), objective.heads, objective.num_weights)
-    whole = remade(remat='none')  # remat would hide what is inside
+    # remat would hide what is inside
+    whole = remade(remat='none') if hasattr(run.config.model, 'remat') else run.model
     report['activations'], sown = activations(whole, run.params, batch)
     if 'think' in sown:
       def losses(num_steps: int) -> float:
