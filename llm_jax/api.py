@@ -103,9 +103,10 @@ def train(config: Config, workdir: str | Path = 'runs/run', *, model: nn.Module 
   functions called with the Event of each logged step. Raises UserErrors.
   """
   custom = Custom(model, tx, loss, callbacks=as_callbacks(callbacks))
-  if data is not None and given.holds_batches(data):
-    return Training(config, workdir, dataclasses.replace(custom, batches=given.GivenBatches(data)))
   if data is not None:
+    holds_batches, data = given.inspect(data)
+    if holds_batches:
+      return Training(config, workdir, dataclasses.replace(custom, batches=given.GivenBatches(data)))
     config = config_lib.replace(config, data=dataclasses.replace(
         config.data, **given.write_documents(data, Path(workdir))))
   return Training(config, workdir, custom)

@@ -256,6 +256,9 @@ class OpenSection(ml_collections.ConfigDict):
 
 def base(model: str = 'decoder') -> ml_collections.ConfigDict:
   """All fields of Config at their defaults, with one of MODELS, as a locked ConfigDict that rejects unknown names."""
+  if model not in MODELS:
+    raise ConfigError(f'model {model!r} is unknown; known: {", ".join(MODELS)}; load the plug-in that registers it '
+                      'with --plugin')
   config = Config(model=MODELS.settings(model)())
   values = ml_collections.ConfigDict(to_dict(config))
   for name in ('model', 'data', 'loss', 'optim', 'eval', 'log'):
@@ -280,16 +283,19 @@ class Source:
     if {'optim.chain', 'optim.schedule'} & overrides.keys():
       values['optim'] = without_replaced(values.get('optim', {}), overrides)
     if 'model.name' in overrides:
-      values['model'] = without_defaults(values.get('model', {}))
+      values['model'] = model_values(values.get('model', {}), str(overrides['model.name']))
     override(values, overrides)
     return build(Config, values)
 
 
-def without_defaults(model: Mapping[str, Any]) -> dict[str, Any]:
-  """The model section without values that are only the defaults of the file's model; another model has its own."""
-  name = model.get('name', 'decoder')
-  defaults = to_dict(MODELS.settings(name)()) if name in MODELS else {}
-  return {field: value for field, value in model.items() if field == 'name' or value != defaults.get(field)}
+def model_values(model: Mapping[str, Any], name: str) -> dict[str, Any]:
+  """The values of a model section that another model takes over: those that are set, in fields that it has too."""
+  old = model.get('name', 'decoder')
+  if name == old or name not in MODELS or old not in MODELS:
+    return dict(model)
+  defaults, fields = to_dict(MODELS.settings(old)()), to_dict(MODELS.settings(name)())
+  return {field: value for field, value in model.items()
+          if field in fields and field != 'name' and value != defaults.get(field)}
 
 
 def load(path: str | Path) -> Source:

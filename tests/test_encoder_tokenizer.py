@@ -18,7 +18,7 @@ from llm_jax.data.config import DataConfig
 from llm_jax.data.open import Data, check_fingerprint, data_fingerprint, open_data, open_examples, tokenize
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.stores.store import read_manifest
-from llm_jax.data.tokenizers.tokenizer import FITTED, ByteTokenizer, CharTokenizer, TokenizerConfig, decode
+from llm_jax.data.tokenizers.tokenizer import TOKENIZERS, ByteTokenizer, CharTokenizer, TokenizerConfig, decode
 from llm_jax.models.registry import MODELS
 from llm_jax.training.log import read_metrics
 from llm_jax.training.resolve import resolve
@@ -55,8 +55,8 @@ def rows_of(config, data, store):
            row['targets'][row['loss_mask'] > 0].tolist()) for row in rows]
 
 
-@pytest.mark.parametrize('encoder_tokenizer', FITTED)
-@pytest.mark.parametrize('tokenizer', FITTED)
+@pytest.mark.parametrize('encoder_tokenizer', TOKENIZERS)
+@pytest.mark.parametrize('tokenizer', TOKENIZERS)
 def test_both_sides_of_every_pair_can_be_decoded(tmp_path, tokenizer, encoder_tokenizer):
   pairs = pairs_of(0)
   write(tmp_path / 'pairs.jsonl', pairs)
@@ -86,8 +86,8 @@ def test_each_tokenizer_is_fitted_to_its_own_training_texts(tmp_path, name):
   data = open_data(config_of(tmp_path, tokenizer=name, encoder_tokenizer=name, val_path=str(held_out)))
   settings = TokenizerConfig(300)
   prompts, answers = zip(*pairs, strict=True)
-  assert data.encoder_tokenizer.to_json() == FITTED[name](prompts, settings).to_json()
-  assert data.tokenizer.to_json() == FITTED[name](answers, settings).to_json()
+  assert data.encoder_tokenizer.to_json() == TOKENIZERS[name].fit(prompts, settings).to_json()
+  assert data.tokenizer.to_json() == TOKENIZERS[name].fit(answers, settings).to_json()
 
 
 def test_bytes_scale_covers_the_answers_alone(tmp_path):

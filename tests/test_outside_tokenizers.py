@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.data.tokenizers.tokenizer import FITTED, TokenizerConfig, decode, load_tokenizer, open_tokenizer
+from llm_jax.data.tokenizers.tokenizer import TOKENIZERS, TokenizerConfig, decode, load_tokenizer, open_tokenizer
 
 CORPUS = [
     'the cat sat on the mat and the cat ate the rat. ' * 20,
@@ -278,7 +278,7 @@ print(json.dumps([[encoding.encode_ordinary(text) for text in texts], tokenizer.
 
 
 def test_tiktoken_is_loaded_from_its_cache_and_saved(tmp_path):
-  tokens = FITTED['bpe'](CORPUS, TokenizerConfig(300)).token_bytes[1:]
+  tokens = TOKENIZERS['bpe'].fit(CORPUS, TokenizerConfig(300)).token_bytes[1:]
   cache = tmp_path / 'cache'
   cache.mkdir()
   (cache / hashlib.sha1(b'https://example.invalid/tiny.tiktoken').hexdigest()).write_bytes(

@@ -14,7 +14,7 @@ from llm_jax.data.open import check_fingerprint, data_fingerprint, open_data, to
 from llm_jax.data.sources.documents import SourceConfig
 from llm_jax.data.sources.files import open_source
 from llm_jax.data.sources.filters import FilterConfig
-from llm_jax.data.tokenizers.tokenizer import FITTED, TokenizerConfig, decode
+from llm_jax.data.tokenizers.tokenizer import TOKENIZERS, TokenizerConfig, decode
 
 WORDS = ['the', 'cat', 'wörter', '中文', '\U0001F600', 'x = 1', '\t', '\r\n', '<|endoftext|>', 'é', 'zzz']
 LOSSLESS = ['byte', 'char', 'bpe']
@@ -79,13 +79,14 @@ def test_both_splits_together_are_the_corpus(tmp_path, tokenizer, split):
 
 
 @pytest.mark.parametrize('split', ['document', 'tail'])
-@pytest.mark.parametrize('tokenizer', list(FITTED))
+@pytest.mark.parametrize('tokenizer', list(TOKENIZERS))
 def test_store_equals_tokenizing_by_hand(tmp_path, tokenizer, split):
   write_corpus(tmp_path / 'corpus', 25)
   texts = dict(zip(('train', 'val'), sides_of(config_of(tmp_path, split=split)), strict=True))
   data = open_data(config_of(tmp_path, tokenizer=tokenizer, split=split))
   # Merges and words are learnt from the training split only, characters from both.
-  by_hand = FITTED[tokenizer](texts['train'] + (texts['val'] if tokenizer == 'char' else []), TokenizerConfig(300))
+  by_hand = TOKENIZERS[tokenizer].fit(texts['train'] + (texts['val'] if tokenizer == 'char' else []),
+                                      TokenizerConfig(300))
   assert data.tokenizer.to_json() == by_hand.to_json()
   assert data.vocab_size == len(by_hand.token_bytes)
   end = [by_hand.eos_id] if by_hand.eos_id != by_hand.bos_id else []
@@ -301,7 +302,7 @@ def test_an_unwritable_cache_dir_is_an_error(tmp_path, below):
 
 def test_tokenize_puts_a_whole_source_in_one_store(tmp_path):
   corpus = write_corpus(tmp_path / 'corpus', 6)
-  tokenizer = FITTED['byte']([], TokenizerConfig())
+  tokenizer = TOKENIZERS['byte'].fit([], TokenizerConfig())
   store = tokenize(str(tmp_path / 'corpus'), config_of(tmp_path, path='elsewhere'), tokenizer).val['data']
   assert texts_of(store, tokenizer) == list(corpus.values())
   assert store.num_bytes == len(''.join(corpus.values()).encode())

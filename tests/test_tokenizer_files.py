@@ -6,11 +6,11 @@ import pytest
 from test_tokenizers import TEXTS, fit, with_merges
 
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.data.tokenizers.tokenizer import FITTED, decode, identity, is_fitted, load_tokenizer, open_tokenizer
+from llm_jax.data.tokenizers.tokenizer import TOKENIZERS, decode, identity, is_fitted, load_tokenizer, open_tokenizer
 
 
 def test_tokenizers_are_identified_without_opening_them(tmp_path):
-  assert all(is_fitted(name) and identity(name) == name for name in FITTED)
+  assert all(is_fitted(name) and identity(name) == name for name in TOKENIZERS)
   path = tmp_path / 'tokenizer.json'
   path.write_text(fit('byte', []).to_json())
   first = identity(str(path))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.tokenizers import bpe
 from llm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
-from llm_jax.data.tokenizers.tokenizer import FITTED, TokenizerConfig, decode, load_tokenizer
+from llm_jax.data.tokenizers.tokenizer import TOKENIZERS, TokenizerConfig, decode, load_tokenizer
 
 EOT = '<|endoftext|>'
 TEXTS = [
@@ -36,7 +36,7 @@ ANY_TEXT = st.text(max_size=60) | st.text('ab c\n1.\'\u00a0\x1c\u0301é中', max
 
 
 def fit(name, texts, **config):
-  return FITTED[name](iter(texts), TokenizerConfig(**config))
+  return TOKENIZERS[name].fit(iter(texts), TokenizerConfig(**config))
 
 
 def saved_and_loaded(tokenizer, folder):
@@ -56,7 +56,7 @@ def library_ids(tokenizer, texts):
   return [e.ids for e in library.encode_batch(texts, add_special_tokens=False)]
 
 
-@pytest.fixture(scope='module', params=list(FITTED))
+@pytest.fixture(scope='module', params=list(TOKENIZERS))
 def tokenizer(request):
   return fit(request.param, TEXTS, vocab_size=320)
 
@@ -65,7 +65,7 @@ def test_decoding_gives_the_text_back(tokenizer):
   assert [decode(tokenizer, ids) for ids in tokenizer.encode(TEXTS)] == TEXTS
 
 
-@pytest.mark.parametrize('name', FITTED)
+@pytest.mark.parametrize('name', TOKENIZERS)
 def test_lossless_tokenizers_give_every_text_back(name):
   tokenizer = fit(name, ['zebra', 'the cat'])
   texts = ['the zebra'] if name == 'char' else ['the dog', 'Ä']
@@ -98,7 +98,7 @@ def test_a_loaded_tokenizer_gives_the_same_ids(tokenizer, tmp_path):
 
 
 def test_fitting_is_deterministic(tokenizer):
-  name = next(name for name in FITTED if type(fit(name, TEXTS, vocab_size=320)) is type(tokenizer))
+  name = next(name for name in TOKENIZERS if type(fit(name, TEXTS, vocab_size=320)) is type(tokenizer))
   assert fit(name, TEXTS, vocab_size=320).to_json() == tokenizer.to_json()
 
 

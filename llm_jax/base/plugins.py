@@ -123,7 +123,6 @@ def check_notes(workdir: Path, *, trust: bool = False, flag: str = '--workdir') 
 
   Raises ConfigError for a plug-in that has not been loaded, StorageError for damaged notes or copies.
   """
-  lines = []
   for entry in _read_notes(workdir / NOTES):
     name, path, sha256 = entry['name'], entry['path'], entry['sha256']
     copy = workdir / 'plugins' / f'{name}.py'
@@ -134,9 +133,20 @@ def check_notes(workdir: Path, *, trust: bool = False, flag: str = '--workdir') 
     if name not in _loaded:
       raise ConfigError(f'{flag}: {workdir} was trained with the plug-in {name} ({path}, sha256 {sha256[:12]}...); '
                         f"pass it again with --plugin={path}, or execute the copy in the run's folder with --trust")
-    if _loaded[name].sha256 != sha256:
-      lines.append(f'plug-in {name}: {_loaded[name].path} (sha256 {_loaded[name].sha256[:12]}...) differs from the '
-                   f'version that {workdir} was trained with (sha256 {sha256[:12]}...)')
+  return changes(workdir)
+
+
+def changes(workdir: Path) -> list[str]:
+  """Lines on plug-ins that are missing or differ from those that the run in `workdir` notes. Raises StorageError."""
+  lines = []
+  for entry in _read_notes(workdir / NOTES):
+    name, sha256 = entry['name'], entry['sha256']
+    now = _loaded.get(name)
+    if now is None:
+      lines.append(f'plug-in {name}: {workdir} was trained with it ({entry["path"]}), and it is not loaded now')
+    elif now.sha256 != sha256:
+      lines.append(f'plug-in {name}: {now.path} (sha256 {now.sha256[:12]}...) differs from the version that {workdir} was '
+                   f'trained with (sha256 {sha256[:12]}...)')
   return lines
 
 

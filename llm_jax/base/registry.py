@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib
 import inspect
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_jax.base.errors import ConfigError
@@ -63,6 +65,16 @@ class Registry(Mapping[str, Any]):
   def origin(self, name: str) -> str:
     """The module that registered the entry."""
     return self._find(name).origin
+
+  def code(self, name: str) -> list[str]:
+    """[sha256] of the file that registered the entry; [] for the package's own entries.
+
+    It belongs in the key of what is cached, as a plug-in's file is edited between two runs.
+    """
+    path = getattr(sys.modules.get(self.origin(name)), '__file__', None)
+    if path is None or self.origin(name).startswith('llm_jax.'):
+      return []
+    return [hashlib.sha256(Path(path).read_bytes()).hexdigest()]
 
   def add(self, name: str, value: Any, settings: type | None, origin: str, listed: bool = True) -> None:
     """Adds an entry. Raises ConfigError for a name that another module has registered."""

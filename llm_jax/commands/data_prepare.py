@@ -9,6 +9,7 @@ import argparse
 import time
 from typing import NoReturn
 
+from llm_jax.base import plugins
 from llm_jax.base.builder import build, override, parse_overrides
 from llm_jax.base.errors import ConfigError
 from llm_jax.data.config import DataConfig, cache_dir
@@ -30,12 +31,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[DataConfig,
   parser.error = _refuse  # type: ignore[method-assign]
   parser.add_argument('--config', help='a config file, or the config.json of a run')
   parser.add_argument('--full_size', action='store_true', help='ignore the changes that the config makes on CPUs')
+  plugins.add_flags(parser, trust=False)
   args, rest = parser.parse_known_args(argv)
+  plugins.load_all(args.plugin)
   if args.config is not None:
     from llm_jax.config import load
-    overrides = parse_overrides(rest, '--config.', '--config, --full_size, --config.FIELD')
+    overrides = parse_overrides(rest, '--config.', '--config, --full_size, --plugin, --config.FIELD')
     return load(args.config).resolve(overrides, cpu_only=not args.full_size).data, args
-  overrides = parse_overrides(rest, '--', '--config, --FIELD of config.data, such as --path')
+  overrides = parse_overrides(rest, '--', '--config, --plugin, --FIELD of config.data, such as --path')
   values: dict = {'data': {}}
   override(values, {f'data.{name}': value for name, value in overrides.items()})
   config = build(DataConfig, values['data'], 'config.data')

@@ -63,7 +63,8 @@ def main(argv: list[str]) -> None:
     batch = Batch(**{name: jax.numpy.asarray(x) for name, x in features.items()})
     def remade(**changes: Any) -> Any:
       return make_model(dataclasses.replace(run.config.model, **changes), objective.heads, objective.num_weights)
-    whole = remade(remat='none')  # with remat, intermediate values could not be intercepted
+    # With remat, intermediate values could not be intercepted.
+    whole = remade(remat='none') if hasattr(run.config.model, 'remat') else run.model
     report['activations'], sown = activations(whole, run.params, batch)
     if 'think' in sown:
       def losses(num_steps: int) -> float:

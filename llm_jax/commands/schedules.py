@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax.base import plugins
 from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.main import run_as_program
@@ -25,8 +26,10 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--config', type=Path, action='append', required=True, help='may be repeated to compare configs')
   parser.add_argument('--out', type=Path, default=Path('schedules.png'))
   parser.add_argument('--full_size', action='store_true', help="without an accelerator, ignore the config's on_cpu")
+  plugins.add_flags(parser, trust=False)
   args, rest = parser.parse_known_args(argv)
-  overrides = parse_overrides(rest, '--config.', '--config, --out, --full_size, --config.FIELD')
+  overrides = parse_overrides(rest, '--config.', '--config, --out, --full_size, --plugin, --config.FIELD')
+  plugins.load_all(args.plugin)
   try:
     import matplotlib
   except ImportError:

@@ -13,7 +13,7 @@ from llm_jax.data.rows.tasks import TASKS, Task
 from llm_jax.data.sources.documents import SourceConfig
 from llm_jax.data.sources.filters import FilterConfig
 from llm_jax.data.sources.splits import SplitConfig
-from llm_jax.data.tokenizers.tokenizer import FITTED
+from llm_jax.data.tokenizers.tokenizer import TOKENIZERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +26,14 @@ class DataConfig(SourceConfig, SplitConfig):
   max_bad_fraction: float = 0.01  # of all records, if bad ones are skipped
   filters: FilterConfig = FilterConfig()
 
-  tokenizer: str = 'bpe'  # byte, char, word, bpe; a tokenizer.json or SentencePiece .model; tiktoken:NAME; none (ids)
+  tokenizer: str = 'bpe'  # one of TOKENIZERS; a tokenizer.json or SentencePiece .model; tiktoken:NAME; none (ids)
   encoder_tokenizer: str | None = None  # for the prompts of seq2seq; `tokenizer` is then for answers. None: for both
   vocab_size: int = 8192  # of bpe; maximum for word. The same for both tokenizers
   min_frequency: int = 1  # of a word, or of a pair merged by bpe
   pattern: str | None = None  # regular expression for words; None: the one in tokenizers/word.py
 
   task: str = 'next_token'  # one of TASKS (see rows/tasks.py); its settings are in the section of its name
-  sections: Sections = sections(TASKS)
+  sections: Sections = sections(TASKS, TOKENIZERS)
   augment: Augment = Augment()
   seq_len: int = 1024
   encoder_len: int = 512  # for tasks with an encoder
@@ -55,7 +55,7 @@ class DataConfig(SourceConfig, SplitConfig):
     if self.task not in TASKS:
       problems.append(f'task {self.task!r} is unknown; known: {", ".join(TASKS)}')
     else:
-      keep_named(self, (self.task,), 'task does not name it')
+      keep_named(self, (self.task, self.tokenizer, self.encoder_tokenizer or ''), 'neither task nor tokenizer names it')
     if not self.path:
       problems.append("path must not be empty; set 'stdlib', a file, a folder, a glob or a URL")
     for field in ('seq_len', 'encoder_len', 'shard_tokens', 'shuffle_buffer', 'max_record_bytes', 'min_frequency'):
@@ -72,9 +72,9 @@ class DataConfig(SourceConfig, SplitConfig):
       problems.append(f'max_bad_fraction must lie in [0, 1]; got {self.max_bad_fraction}')
     if self.split == 'count' and not self.val_documents and self.val_path is None:
       problems.append('val_documents must be at least 1 if split is count')
-    if self.tokenizer not in (*FITTED, 'none') and not set(self.tokenizer) & set('./:'):
-      problems.append(f'tokenizer {self.tokenizer!r} is not one of {", ".join(FITTED)}, none, a path ending in .json '
-                      'or .model, tiktoken:NAME')
+    if self.tokenizer not in (*TOKENIZERS, 'none') and not set(self.tokenizer) & set('./:'):
+      problems.append(f'tokenizer {self.tokenizer!r} is not one of {", ".join(TOKENIZERS)}, none, a path ending in '
+                      '.json or .model, tiktoken:NAME')
     if self.encoder_tokenizer is not None:
       problems += self._encoder_tokenizer_problems(self.encoder_tokenizer)
     if 'bpe' in (self.tokenizer, self.encoder_tokenizer) and self.vocab_size < 257:
@@ -97,8 +97,8 @@ class DataConfig(SourceConfig, SplitConfig):
 
   def _encoder_tokenizer_problems(self, name: str) -> list[str]:
     return [f'encoder_tokenizer {name!r} {message}' for wrong, message in (
-        (name not in FITTED and not set(name) & set('./:'),
-         f'is not one of {", ".join(FITTED)}, a path ending in .json or .model, tiktoken:NAME; or set '
+        (name not in TOKENIZERS and not set(name) & set('./:'),
+         f'is not one of {", ".join(TOKENIZERS)}, a path ending in .json or .model, tiktoken:NAME; or set '
          'it to None to use tokenizer for both sides'),
         (self.task != 'seq2seq', f'is for task seq2seq, where an encoder reads the prompts; the task is {self.task!r}: '
          'set it to None'),

@@ -24,12 +24,19 @@ from llm_jax.data.sources.splits import SPLITS
 FILE = 'data.jsonl'  # in a run's folder: the documents that it was given
 
 
-def holds_batches(data: Any) -> bool:
-  """Whether the first element is a batch: a Batch, or a dict with `tokens` [B, T]. Raises DataError for no element."""
+def inspect(data: Any) -> tuple[bool, Any]:
+  """(whether the first element is a batch: a Batch, or a dict with `tokens` [B, T]; the same data, all of it).
+
+  Raises DataError for no element, and for batches from an iterator, which a resumed run could not read again.
+  """
   first = next(iter(data), None)
   if first is None:
     raise DataError('data: is empty')
-  return isinstance(first, Batch) or (isinstance(first, dict) and np.ndim(first.get('tokens', 0)) == 2)
+  is_batch = isinstance(first, Batch) or (isinstance(first, dict) and np.ndim(first.get('tokens', 0)) == 2)
+  if is_batch and isinstance(data, Iterator):
+    raise DataError(f'data: {type(data).__name__} of batches can be read only once, and a resumed run reads it again; '
+                    'pass a list, a Grain dataset, or an object whose __iter__ starts anew')
+  return is_batch, itertools.chain([first], data) if isinstance(data, Iterator) else data
 
 
 def write_documents(data: Iterable[Any], workdir: Path) -> dict[str, Any]:

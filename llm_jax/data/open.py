@@ -27,7 +27,7 @@ from llm_jax.data.stores import store
 from llm_jax.data.stores.store import TokenStore, mapped_store, open_split
 from llm_jax.data.stores.token_files import TokenFile, open_bin
 from llm_jax.data.tokenizers.tokenizer import (
-  FITTED,
+  TOKENIZERS,
   ByteTokenizer,
   Tokenizer,
   TokenizerConfig,
@@ -187,16 +187,16 @@ def tokenizer_of(config: DataConfig, name: str, corpora: dict[str, Corpus],
   if name == 'none' or not corpora or any(corpus.holds_ids() for corpus in corpora.values()):
     if name == 'byte':
       return ByteTokenizer(), 'byte'
-    return (None, 'none') if name in ('none', *FITTED) else (open_tokenizer(name), identity(name))
-  if name in FITTED:
-    settings = TokenizerConfig(config.vocab_size, config.min_frequency, config.pattern)
+    return (None, 'none') if name in ('none', *TOKENIZERS) else (open_tokenizer(name), identity(name))
+  if name in TOKENIZERS:
+    settings = TokenizerConfig(config.vocab_size, config.min_frequency, config.pattern, config.sections.get(name))
     return fit_tokenizer(name, settings, corpora.values(), cache_dir(config), parts)
   return open_tokenizer(name), identity(name)
 
 
 def _takes_ids(config: DataConfig) -> bool:
   """Whether documents of token ids can use the tokenizer's ids: not if it is fitted here, or there are two."""
-  return (config.tokenizer not in FITTED or config.tokenizer == 'byte') and config.encoder_tokenizer is None
+  return (config.tokenizer not in TOKENIZERS or config.tokenizer == 'byte') and config.encoder_tokenizer is None
 
 
 def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer: Tokenizer | None,

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from llm_jax.base import plugins
 from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError, StorageError, UserError
 from llm_jax.config import differences, load, to_dict
@@ -36,8 +37,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--metric', default='', help='metric to compare by (default: config.eval.monitor)')
   parser.add_argument('--mode', choices=('min', 'max'), help='whether lower or higher is better (default: '
                       'config.eval.mode)')
+  plugins.add_flags(parser, trust=False)
   args, rest = parser.parse_known_args(argv)
-  overrides = parse_overrides(rest, '--config.', '--config, --workdir, --processes, --metric, --mode, --config.FIELD')
+  overrides = parse_overrides(rest, '--config.', '--config, --workdir, --processes, --metric, --mode, --plugin, '
+                              '--config.FIELD')
+  plugins.load_all(args.plugin)
   source = load(args.config)
   if not source.trials:
     raise ConfigError(f"--config: {args.config} has no sweep(); add, for example, def sweep(): return "
@@ -63,7 +67,8 @@ def main(argv: list[str]) -> None:
     if read_status(folder)['state'] != 'finished':
       folder.mkdir(parents=True, exist_ok=True)
       (folder / 'trial.json').write_text(json.dumps(configs, indent=2))
-      flags = [f'--config.{field}={text_of(value)}' for field, value in {**overrides, **trial}.items()]
+      flags = [f'--plugin={name}' for name in args.plugin]
+      flags += [f'--config.{field}={text_of(value)}' for field, value in {**overrides, **trial}.items()]
       with open(folder / 'output.txt', 'a') as output:
         subprocess.run([sys.executable, '-m', 'llm_jax.main', f'--config={args.config}', f'--workdir={folder}', *flags],
                        stdout=output, stderr=subprocess.STDOUT, check=False)

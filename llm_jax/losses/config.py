@@ -64,7 +64,7 @@ class LossConfig:
   @property
   def writes(self) -> bool:
     """Whether a model trained with these losses can generate text."""
-    return 'next_token' in self.terms or ('distillation' in self.terms and self.sections['distillation'].logits > 0)
+    return any(self.sections[name].writes for name in self.terms)
 
   def with_labels(self, labels: np.ndarray | None, classes: tuple[str, ...] = ()) -> LossConfig:
     """The config with fields filled in from the training part's labels and class names. Raises ValueError."""

@@ -25,6 +25,10 @@ class FunctionTerm(Term):
 
   function: ClassVar[LossFunction]
 
+  @property
+  def writes(self) -> bool:
+    return True
+
   def evaluate(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != 'weight'}
     return type(self).function(logits, batch, **settings)

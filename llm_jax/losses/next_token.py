@@ -29,6 +29,10 @@ class NextToken(Term):
     if not 0 <= self.label_smoothing < 1:
       raise ValueError(f'label_smoothing must be in [0, 1); got {self.label_smoothing}')
 
+  @property
+  def writes(self) -> bool:
+    return True
+
   def count(self, batch: Batch) -> jax.Array:
     return jnp.sum(batch.loss_mask)
 
@@ -84,6 +88,10 @@ class Distillation(Term):
   @property
   def head_dim(self) -> int:
     return (self.hidden_dim or 0) if self.hidden else 0
+
+  @property
+  def writes(self) -> bool:
+    return self.logits > 0
 
   def count(self, batch: Batch) -> jax.Array:
     return jnp.sum(batch.loss_mask)

@@ -50,6 +50,11 @@ class Term:
     if self.weight <= 0:
       raise ValueError(f'weight must be positive (to disable a loss, remove it from terms); got {self.weight}')
 
+  @property
+  def writes(self) -> bool:
+    """Whether a model that learns it can continue a text."""
+    return False
+
   def problems(self, config: Any) -> list[str]:
     """Messages about fields of the whole config that do not fit this term."""
     name = next(name for name in config.loss.terms if config.loss.sections[name] is self)

@@ -145,7 +145,12 @@ class TokensToLogits(nn.Module):
     return (self.accepts & FEATURES) | {'tokens', 'targets', 'loss_mask'}
 
   def __call__(self, batch: Batch, *, train: bool = False) -> jax.Array:
-    given = {name: getattr(batch, name) for name in self.accepts & FEATURES - {'tokens'}}
+    parameters = inspect.signature(type(self.module).__call__).parameters
+    given = {}
+    for name in self.accepts & FEATURES - {'tokens'}:
+      x = getattr(batch, name)
+      if x is not None or parameters[name].default is inspect.Parameter.empty:
+        given[name] = feature_of_one_document(name, batch.tokens) if x is None else x
     if 'train' in self.accepts:
       given['train'] = train
     return self.module(batch.tokens, **given).astype(jnp.float32)
@@ -178,6 +183,13 @@ class TokensToLogits(nn.Module):
     blank = jnp.zeros_like(tokens_BS)
     logits_BSV = self(Batch(tokens=tokens_BS, targets=blank, loss_mask=blank.astype(jnp.float32)))
     return jnp.take_along_axis(logits_BSV, (cache['length_B'] - 1)[:, None, None], axis=1)[:, 0]
+
+
+def feature_of_one_document(name: str, tokens_BT: jax.Array) -> jax.Array:
+  """A feature that a batch does not have, as when text is generated: each row is one document."""
+  if name == 'positions':
+    return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+  return jnp.full_like(tokens_BT, int(name == 'segment_ids'))
 
 
 def logits_of(w: Any, x_BTV: jax.Array) -> jax.Array:

@@ -43,6 +43,10 @@ class CustomLoss(Term):
 
   description: str = ''
 
+  @property
+  def writes(self) -> bool:
+    return True
+
 
 @dataclasses.dataclass(frozen=True)
 class CustomOptimizer(Link):

@@ -224,7 +224,7 @@ class Console:
     if not self._enabled:
       return
     parts = [f'loss {values["train/loss"]:.4f}', f'grad norm {values["train/grad_norm"]:.2f}']
-    if 'train/learning_rate' in values:  # unknown for an optimizer from elsewhere
+    if 'train/learning_rate' in values:  # an optimizer that is passed from Python does not report it
       parts.append(f'lr {values["train/learning_rate"]:.2e}')
     if 'train/tokens_per_second' in values:
       parts.append(f'{values["train/tokens_per_second"]:,.0f} tokens/s')

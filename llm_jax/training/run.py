@@ -15,6 +15,7 @@ from llm_jax.base import plugins
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import StorageError
 from llm_jax.base.files import open_append, write_file
+from llm_jax.base.multihost import say
 from llm_jax.config import Config
 from llm_jax.data.open import Data
 from llm_jax.data.sources.fetch import shown
@@ -56,6 +57,8 @@ def write_files(config: Config, data: Data, workdir: Path) -> None:
   try:
     for name, content in files.items():
       write_file(workdir / name, content)
+    for line in plugins.changes(workdir):
+      say(line)
     plugins.write_notes(workdir)
   except OSError as e:
     raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None

@@ -22,7 +22,7 @@ from llm_jax.data.sources.splits import SplitConfig, Splitter, content_hash, siz
 from llm_jax.data.stores import store
 from llm_jax.data.stores.store import TokenStore, open_split
 from llm_jax.data.stores.writer import SEEN, Writer, chunks, locked, write_whole
-from llm_jax.data.tokenizers.tokenizer import FITTED, Tokenizer, TokenizerConfig, load_tokenizer
+from llm_jax.data.tokenizers.tokenizer import TOKENIZERS, Tokenizer, TokenizerConfig, load_tokenizer
 
 FEW = 20  # validation documents; if fewer are expected, split='auto' uses 'tail' instead of 'document'
 FIT_BYTES = 50_000_000  # bytes of text, spread over the corpus, to fit a tokenizer to
@@ -182,8 +182,9 @@ def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus],
                   parts: tuple[str, ...] = PARTS) -> tuple[Tokenizer, str]:
   """(the tokenizer fitted to the training splits of all corpora, its key); made once and kept in the cache."""
   corpora = list(corpora)
-  key = key_of([name, dataclasses.asdict(config), [corpus.fingerprint() for corpus in corpora], store.VERSION,
-                *(parts if parts != PARTS else ())])
+  settings = {field: value for field, value in dataclasses.asdict(config).items() if field != 'own' or value}
+  key = key_of([name, settings, [corpus.fingerprint() for corpus in corpora], store.VERSION,
+                *(parts if parts != PARTS else ()), *TOKENIZERS.code(name)])
   path = cache_dir / 'tokenizers' / f'{name}-{key}.json'
   with locked(path):
     if not path.exists():
@@ -191,7 +192,7 @@ def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus],
       # Characters that occur only in validation need an id too; everything else is learnt from the training split.
       texts = ((t for corpus in corpora for t in corpus.all_texts(parts)) if name == 'char' else
                (t for corpus in corpora for t in corpus.train_texts(corpus.start(), parts)))
-      tokenizer = FITTED[name](texts, config)
+      tokenizer = TOKENIZERS[name].fit(texts, config)
       try:
         write_whole(path, tokenizer.to_json())
       except OSError as e:

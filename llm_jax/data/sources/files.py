@@ -51,8 +51,9 @@ class Source:
     return [sum(size for _, size, _ in _stats(file)) for file in self.files]
 
   def fingerprint(self) -> list:
-    """Names, formats, sizes and modification times of the files."""
-    return [[file.name, fmt, _stats(file)] for file, fmt in zip(self.files, self.formats, strict=True)]
+    """Names, formats, sizes and modification times of the files, and the code of formats that are not the package's."""
+    return [[file.name, fmt, _stats(file), *FORMATS.code(fmt)]
+            for file, fmt in zip(self.files, self.formats, strict=True)]
 
 
 def open_source(config: SourceConfig, cache_dir: Path) -> Source:

@@ -90,18 +90,26 @@ class HuggingFaceTokenizer:
     return self._model.to_str()
 
 
-def fit_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int) -> HuggingFaceTokenizer:
-  """Byte-level BPE (arXiv 1508.07909): merges the most frequent pairs until there are `vocab_size` tokens."""
-  model = tokenizers.Tokenizer(tokenizers.models.BPE())
-  splitter = tokenizers.pre_tokenizers
-  model.pre_tokenizer = splitter.Sequence([splitter.Split(tokenizers.Regex(bpe.WORDS), 'isolated'),
-                                           splitter.ByteLevel(add_prefix_space=False, use_regex=False)])
-  model.decoder = tokenizers.decoders.ByteLevel()
-  trainer = tokenizers.trainers.BpeTrainer(
-      vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=[EOT], show_progress=False,
-      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-  model.train_from_iterator(texts, trainer)
-  return HuggingFaceTokenizer(model.to_str())
+class Bpe:
+  """The tokenizer `bpe`."""
+
+  @staticmethod
+  def fit(texts: Iterable[str], vocab_size: int, min_frequency: int) -> HuggingFaceTokenizer:
+    """Byte-level BPE (arXiv 1508.07909): merges the most frequent pairs until there are `vocab_size` tokens."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    splitter = tokenizers.pre_tokenizers
+    model.pre_tokenizer = splitter.Sequence([splitter.Split(tokenizers.Regex(bpe.WORDS), 'isolated'),
+                                             splitter.ByteLevel(add_prefix_space=False, use_regex=False)])
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=[EOT], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model.train_from_iterator(texts, trainer)
+    return HuggingFaceTokenizer(model.to_str())
+
+  @staticmethod
+  def from_json(spec: dict) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(json.dumps(spec))
 
 
 def _components(spec: dict, name: str) -> list[dict]:

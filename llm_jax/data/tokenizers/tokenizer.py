@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.base.registry import NoSettings, Registry, register, settings_from_signature
 from llm_jax.data.sources.text_checks import utf8
-from llm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer, fit_bpe
+from llm_jax.data.tokenizers.huggingface import Bpe, HuggingFaceTokenizer
 from llm_jax.data.tokenizers.outside import SentencePieceTokenizer, TiktokenTokenizer, open_sentencepiece, open_tiktoken
-from llm_jax.data.tokenizers.word import WordTokenizer, fit_word
+from llm_jax.data.tokenizers.word import WordTokenizer
 
 
 class Tokenizer(Protocol):
@@ -34,7 +36,7 @@ class Tokenizer(Protocol):
     ...
 
   def to_json(self) -> str:
-    """Everything that `load_tokenizer` needs, without other files or a network."""
+    """Everything that `load_tokenizer` needs, without other files or a network: "type": NAME and what it adds."""
     ...
 
 
@@ -45,6 +47,7 @@ class TokenizerConfig:
   vocab_size: int = 8192  # bpe: number of ids; word: maximum
   min_frequency: int = 1  # bpe: of a pair to be merged; word: of a word to be in the vocabulary
   pattern: str | None = None  # word: the regular expression whose matches are words
+  own: Any = None  # the settings of an entry of TOKENIZERS that has some
 
 
 class ByteTokenizer:
@@ -55,6 +58,14 @@ class ByteTokenizer:
   def __init__(self):
     self.token_bytes = [bytes([i]) for i in range(256)] + [b'']
     self.bos_id = self.eos_id = 256
+
+  @classmethod
+  def fit(cls, texts: Iterable[str]) -> ByteTokenizer:
+    return cls()
+
+  @classmethod
+  def from_json(cls, spec: dict) -> ByteTokenizer:
+    return cls()
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     return [np.frombuffer(utf8(text), np.uint8) for text in texts]
@@ -77,6 +88,14 @@ class CharTokenizer:
     self._ids = np.full(codes.max(initial=-1) + 2, self.bos_id, np.uint32)
     self._ids[codes] = np.arange(len(codes))
 
+  @classmethod
+  def fit(cls, texts: Iterable[str]) -> CharTokenizer:
+    return cls(set[str]().union(*texts))
+
+  @classmethod
+  def from_json(cls, spec: dict) -> CharTokenizer:
+    return cls(spec['chars'])
+
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     return [self._encode(text) for text in texts]
 
@@ -93,34 +112,47 @@ class CharTokenizer:
     return json.dumps({'type': 'char', 'chars': ''.join(self.chars)})
 
 
-def fit_char(texts: Iterable[str]) -> CharTokenizer:
-  chars: set[str] = set()
-  for text in texts:
-    chars.update(text)
-  return CharTokenizer(chars)
+class Kind(NamedTuple):
+  """A kind of tokenizer that is fitted to texts."""
+
+  fit: Callable[[Iterable[str], TokenizerConfig], Tokenizer]  # reads the texts once
+  from_json: Callable[[dict], Tokenizer]  # of what `to_json` saved with "type": NAME
 
 
-# name -> function (texts, config) -> Tokenizer; texts are read once, and memory grows with their distinct words only.
-FITTED: dict[str, Callable[[Iterable[str], TokenizerConfig], Tokenizer]] = {
-    'byte': lambda texts, config: ByteTokenizer(),
-    'char': lambda texts, config: fit_char(texts),
-    'word': lambda texts, config: fit_word(texts, config.vocab_size, config.min_frequency, config.pattern),
-    'bpe': lambda texts, config: fit_bpe(texts, config.vocab_size, config.min_frequency),
-}
+# "type" of a saved tokenizer that is opened from files or by name -> function of its JSON.
+OPENED: dict[str, Callable[[dict], Tokenizer]] = {
+    'sentencepiece': SentencePieceTokenizer.from_json, 'tiktoken': TiktokenTokenizer.from_json}
+COMMON = tuple(field.name for field in dataclasses.fields(TokenizerConfig) if field.name != 'own')
 
-# "type" of a saved tokenizer -> function of its JSON; a Hugging Face tokenizer.json has none.
-LOADED: dict[str, Callable[[dict], Tokenizer]] = {
-    'byte': lambda spec: ByteTokenizer(),
-    'char': lambda spec: CharTokenizer(spec['chars']),
-    'word': lambda spec: WordTokenizer(spec['words'], spec['pattern']),
-    'sentencepiece': SentencePieceTokenizer.from_json,
-    'tiktoken': TiktokenTokenizer.from_json,
-}
+
+def adapt_tokenizer(name: str, value: Any, settings: type | None) -> tuple[Kind, type]:
+  """A class with fit(texts, **settings) and from_json(spec) as a Kind.
+
+  `fit` receives those of vocab_size, min_frequency and pattern that it names; its other parameters with plain
+  defaults are the settings.
+  """
+  if not (hasattr(value, 'fit') and hasattr(value, 'from_json')) or name in ('none', *OPENED):
+    raise ConfigError(f'tokenizer {name!r}: needs fit(texts) and from_json(spec), and a name other than '
+                      f'none, {", ".join(OPENED)}')
+  common = [field for field in COMMON if field in inspect.signature(value.fit).parameters]
+
+  def fit(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    own = {} if config.own is None else vars(config.own)
+    return value.fit(texts, **{field: getattr(config, field) for field in common}, **own)
+
+  return Kind(fit, value.from_json), settings or settings_from_signature(value.fit, COMMON)
+
+
+# Classes with fit(texts) and from_json(spec), both of which return a Tokenizer. A bpe is saved as a Hugging Face
+# tokenizer.json, which has no "type".
+TOKENIZERS = Registry('tokenizer', adapt_tokenizer)
+for _name, _kind in (('byte', ByteTokenizer), ('char', CharTokenizer), ('word', WordTokenizer), ('bpe', Bpe)):
+  register(TOKENIZERS, _name, _kind, NoSettings)
 
 
 def is_fitted(name: str) -> bool:
   """Whether the tokenizer is fitted to the corpus."""
-  return name in FITTED
+  return name in TOKENIZERS
 
 
 def open_tokenizer(name: str) -> Tokenizer:
@@ -132,9 +164,9 @@ def open_tokenizer(name: str) -> Tokenizer:
     return load_tokenizer(path)
   if path.suffix == '.model':
     return open_sentencepiece(path)
-  near = difflib.get_close_matches(name, FITTED, 1)
+  near = difflib.get_close_matches(name, TOKENIZERS, 1)
   raise ConfigError(f'tokenizer {name!r} is unknown{f"; did you mean {near[0]!r}?" if near else ""} '
-                    f'Use one of {", ".join(FITTED)}, a path to a tokenizer.json or a SentencePiece *.model, '
+                    f'Use one of {", ".join(TOKENIZERS)}, a path to a tokenizer.json or a SentencePiece *.model, '
                     'and tiktoken:NAME')
 
 
@@ -161,11 +193,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     raise DataError(f'{path}: not a tokenizer: not JSON ({e})') from None
   kind = spec.get('type') if isinstance(spec, dict) else None
   try:
-    if isinstance(kind, str) and kind in LOADED:
-      return LOADED[kind](spec)
+    if isinstance(kind, str) and kind in OPENED:
+      return OPENED[kind](spec)
+    if isinstance(kind, str) and kind in TOKENIZERS:
+      return TOKENIZERS[kind].from_json(spec)
     if isinstance(spec, dict) and kind is None and 'model' in spec:
       return HuggingFaceTokenizer(text)
-    raise DataError(f'not a tokenizer: a saved one has a "type", one of {", ".join(LOADED)}, but this has {kind!r}; '
+    known = ', '.join([*TOKENIZERS, *OPENED])
+    raise DataError(f'not a tokenizer: a saved one has a "type", one of {known}, but this has {kind!r}; '
                     'a Hugging Face tokenizer.json has a "model" instead')
   except (DataError, ConfigError) as e:
     raise type(e)(f'{path}: {e}') from None

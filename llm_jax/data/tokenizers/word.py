@@ -32,6 +32,24 @@ class WordTokenizer:
     self._regex = _compiled(pattern)
     self._ids = _Ids((word, i) for i, word in enumerate(words, len(SPECIALS)))
 
+  @classmethod
+  def fit(cls, texts: Iterable[str], vocab_size: int, min_frequency: int, pattern: str | None) -> WordTokenizer:
+    """The words that occur `min_frequency` times or more, most frequent first, ties by text, `vocab_size` at most."""
+    if vocab_size <= len(SPECIALS):
+      raise ConfigError(f'vocab_size={vocab_size} leaves no word beside {", ".join(SPECIALS)}; set 5 or more')
+    regex = _compiled(pattern or PATTERN)
+    counts: Counter[str] = Counter()
+    for text in texts:
+      counts.update(regex.findall(text))
+    counts.pop('', None)
+    known = [word for word, count in counts.items() if count >= min_frequency]
+    known.sort(key=lambda word: (-counts[word], word))
+    return cls(known[:vocab_size - len(SPECIALS)], regex.pattern)
+
+  @classmethod
+  def from_json(cls, spec: dict) -> WordTokenizer:
+    return cls(spec['words'], spec['pattern'])
+
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     ids, words = self._ids.__getitem__, self._regex.findall
     return [np.fromiter(map(ids, words(text)), np.uint32) for text in texts]
@@ -43,20 +61,6 @@ class WordTokenizer:
 class _Ids(dict):
   def __missing__(self, word: str) -> int:
     return UNK
-
-
-def fit_word(texts: Iterable[str], vocab_size: int, min_frequency: int, pattern: str | None) -> WordTokenizer:
-  """The words that occur `min_frequency` times or more, the most frequent first, ties by text, `vocab_size` at most."""
-  if vocab_size <= len(SPECIALS):
-    raise ConfigError(f'vocab_size={vocab_size} leaves no word beside {", ".join(SPECIALS)}; set 5 or more')
-  regex = _compiled(pattern or PATTERN)
-  counts: Counter[str] = Counter()
-  for text in texts:
-    counts.update(regex.findall(text))
-  counts.pop('', None)
-  known = [word for word, count in counts.items() if count >= min_frequency]
-  known.sort(key=lambda word: (-counts[word], word))
-  return WordTokenizer(known[:vocab_size - len(SPECIALS)], regex.pattern)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
