@@ -123,7 +123,8 @@ def test_sweeps_that_cannot_be_are_told_before_a_trial_runs(folder, tmp_path):
   source = load(folder / 'other.py')
   configs = [to_dict(source.resolve(source.trials[1] | {'seed': 5}, cpu_only=cpu_only)) for cpu_only in (True, False)]
   (trial / 'trial.json').write_text(json.dumps(configs))
-  with pytest.raises(ConfigError, match=r'other settings; name another --workdir:\n  config.seed: trained with 5, now 0$'):
+  message = r'other settings; name another --workdir:\n  config.seed: trained with 5, now 0$'
+  with pytest.raises(ConfigError, match=message):
     sweep.main([f'--config={folder}/other.py', f'--workdir={tmp_path}/x'])
   assert combinations({'a': [1, 2], 'b': [3, 4]}) == ({'a': 1, 'b': 3}, {'a': 1, 'b': 4}, {'a': 2, 'b': 3},
                                                       {'a': 2, 'b': 4})

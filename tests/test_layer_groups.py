@@ -107,7 +107,8 @@ def test_layers_that_are_not_there_are_reported(pattern, words):
 
 
 @pytest.mark.parametrize(('settings', 'words'), [
-    ({'pattern': 'blocks@'}, ['@ must be followed by', 'blocks/.*@0:4', "got ''"]), ({'pattern': 'blocks@a'}, ["got 'a'"]),
+    ({'pattern': 'blocks@'}, ['@ must be followed by', 'blocks/.*@0:4', "got ''"]),
+    ({'pattern': 'blocks@a'}, ["got 'a'"]),
     ({'pattern': 'blocks@0:4:0'}, ["got '0:4:0'"]), ({'pattern': '@0'}, ['pattern must be set']),
     ({'pattern': '(@0'}, ["'('", 'regular expression']),
     ({'pattern': '.', 'layer_decay': 0.0}, ['layer_decay', '(0, 1]'])])

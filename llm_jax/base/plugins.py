@@ -145,8 +145,8 @@ def changes(workdir: Path) -> list[str]:
     if now is None:
       lines.append(f'plug-in {name}: {workdir} was trained with it ({entry["path"]}), and it is not loaded now')
     elif now.sha256 != sha256:
-      lines.append(f'plug-in {name}: {now.path} (sha256 {now.sha256[:12]}...) differs from the version that {workdir} was '
-                   f'trained with (sha256 {sha256[:12]}...)')
+      lines.append(f'plug-in {name}: {now.path} (sha256 {now.sha256[:12]}...) differs from the version that {workdir} '
+                   f'was trained with (sha256 {sha256[:12]}...)')
   return lines
 
 
