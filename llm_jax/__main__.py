@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 from llm_jax.base.errors import ConfigError
 from llm_jax.main import run_as_program
@@ -25,17 +26,24 @@ COMMANDS = {
 }
 
 
+def commands() -> dict[str, tuple[str, str]]:
+  """COMMANDS without those of extras that this copy of the package lacks."""
+  if importlib.util.find_spec('llm_jax.extras') is not None:
+    return COMMANDS
+  return {name: entry for name, entry in COMMANDS.items() if not entry[0].startswith('extras.')}
+
+
 def main(argv: list[str]) -> None:
   """Runs the command that argv names. Raises UserErrors."""
   num_words = 2 if argv[:1] == ['data'] else 1
-  name, rest = ' '.join(argv[:num_words]), argv[num_words:]
+  name, rest, known = ' '.join(argv[:num_words]), argv[num_words:], commands()
   if not argv or name in ('-h', '--help'):
     print('usage: llm-jax COMMAND [...]; llm-jax COMMAND --help shows its flags\n')
-    print('\n'.join(f'  {command:14} {line}' for command, (_, line) in COMMANDS.items()))
-  elif name in COMMANDS:
-    importlib.import_module(f'llm_jax.{COMMANDS[name][0]}').main(rest)
+    print('\n'.join(f'  {command:14} {line}' for command, (_, line) in known.items()))
+  elif name in known:
+    importlib.import_module(f'llm_jax.{known[name][0]}').main(rest)
   else:
-    raise ConfigError(f'llm-jax: {name!r} is not a command; known: {", ".join(COMMANDS)}')
+    raise ConfigError(f'llm-jax: {name!r} is not a command; known: {", ".join(known)}')
 
 
 def run() -> None:

@@ -112,11 +112,12 @@ class StageConfig:
       raise ValueError(f'begin must be at least 1; got {self.begin}')
     for entry in self.set:
       name = entry.partition('=')[0]
-      if '=' not in entry or name.split('.')[0] in FIXED_IN_STAGES:
+      if '=' not in entry or any(f'{name}.'.startswith(f'{fixed}.') for fixed in FIXED_IN_STAGES):
         raise ValueError(f'set: each entry must be FIELD=VALUE, and not of {", ".join(FIXED_IN_STAGES)}; got {entry!r}')
 
 
-FIXED_IN_STAGES = ('model', 'optim', 'loss', 'mesh', 'num_steps', 'num_epochs', 'seed', 'start', 'stages')
+FIXED_IN_STAGES = ('model', 'optim', 'loss', 'mesh', 'num_steps', 'num_epochs', 'seed', 'start', 'stages', 'plugins',
+                   'eval.validator')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +322,7 @@ def load(path: str | Path) -> Source:
   except Exception as e:  # a user's file may raise anything
     raise ConfigError(f'--config: {path}: {type(e).__name__}: {e}') from e
   if has_registered(module.__name__):
-    plugins.note(str(path), path.stem)
+    plugins.note(str(path), plugins.name_of(path))
   plugins.load_all(source.full.get('plugins', ()), path.parent)
   return source
 

@@ -115,7 +115,7 @@ def test_every_registry_has_a_section_and_every_plugin_at_most_40_lines():
 
 
 def test_killed_and_resumed_a_plugin_model_under_a_stock_optimizer_trains_the_same_bits(outputs, folder):
-  assert 'going on from step' in outputs['killed']
+  assert 'resuming from step' in outputs['killed']
   assert 'plug-in causal_conv: edited/causal_conv.py' in outputs['killed'], 'it differs from the one of the run'
   names = ('step', 'train/loss', 'train/grad_norm', 'val/loss')
   killed, whole = ([{name: line.get(name) for name in names} for line in read_metrics(folder / run / 'metrics.jsonl')]

@@ -54,13 +54,18 @@ def registries_of(cls: type) -> tuple[Registry, ...]:
   return field.metadata.get('registries', ()) if field else ()
 
 
+def known_names(name: str, known: Iterable[str]) -> str:
+  """'known: adam, adamw (did you mean 'adamw'?)': the end of a message on a name that is unknown."""
+  known = list(known)
+  near = difflib.get_close_matches(name, known, n=1)
+  return f'known: {", ".join(known) or "none"}' + (f' (did you mean {near[0]!r}?)' if near else '')
+
+
 def check_names(field: str, names: Iterable[str], registry: Registry) -> None:
   """Raises ValueError for a name that the registry does not have."""
   for name in names:
     if name not in registry:
-      near = difflib.get_close_matches(name, registry, n=1)
-      hint = f' (did you mean {near[0]!r}?)' if near else ''
-      raise ValueError(f'{field} names {name!r}, which is unknown; known: {", ".join(registry) or "none"}{hint}')
+      raise ValueError(f'{field} names {name!r}, which is unknown; {known_names(name, registry)}')
 
 
 def keep_named(config: Any, names: Iterable[str], where: str) -> None:
@@ -145,9 +150,7 @@ def _build_variant(field: dataclasses.Field, value: Any, path: str, problems: li
     return value
   name = str(value.get('name', default)) if isinstance(value, Mapping) else default
   if name not in registry:
-    near = difflib.get_close_matches(name, registry, n=1)
-    problems.append(f'{path}.name: {name!r} is unknown; known: {", ".join(registry)}'
-                    + (f' (did you mean {near[0]!r}?)' if near else ''))
+    problems.append(f'{path}.name: {name!r} is unknown; {known_names(name, registry)}')
     return None
   return _build(registry.settings(name), value, path, problems)
 

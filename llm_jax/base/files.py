@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from llm_jax.base.errors import StorageError
 
@@ -17,6 +18,13 @@ def write_file(path: Path, content: str | bytes) -> None:
   with os.fdopen(os.open(aside, flags, 0o666), 'wb') as f:
     f.write(content.encode() if isinstance(content, str) else content)
   os.replace(aside, path)
+
+
+def write_picture(path: Path, figure: Any, dpi: int = 120) -> None:
+  """Writes a figure of matplotlib in the format that the file's ending names. Raises OSError, ValueError."""
+  picture = io.BytesIO()
+  figure.savefig(picture, format=path.suffix.removeprefix('.') or 'png', dpi=dpi)
+  write_file(path, picture.getvalue())
 
 
 def open_append(path: Path) -> TextIO:

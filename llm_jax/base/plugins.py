@@ -61,11 +61,16 @@ def load(name: str, folder: Path | None = None) -> Plugin:
   path = next((path for path in paths if path.is_file()), None)
   if path is None:
     raise ConfigError(f'--plugin: no such file: {name}; tried {", ".join(map(str, paths))}')
-  return load_file(path)
+  return load_file(path, name_of(path))
 
 
-def load_file(path: Path) -> Plugin:
-  plugin = read(path, re.sub(r'\W', '_', path.stem))
+def name_of(path: Path) -> str:
+  """The name under which a file is noted: an identifier."""
+  return re.sub(r'\W|^(?=\d)', '_', path.stem)
+
+
+def load_file(path: Path, name: str) -> Plugin:
+  plugin = read(path, name)
   if _loaded.get(plugin.name, plugin._replace(sha256='')).sha256 != plugin.sha256:
     run_file(path, f'llm_jax_plugin_{plugin.name}', '--plugin')
   return note(plugin.path, plugin.name)
@@ -129,7 +134,7 @@ def check_notes(workdir: Path, *, trust: bool = False, flag: str = '--workdir') 
     if name not in _loaded and trust:
       if not copy.is_file() or read(copy, name).sha256 != sha256:
         raise StorageError(f'{copy}: missing, or its sha256 is not {sha256[:12]}..., as {workdir / NOTES} records')
-      load_file(copy)
+      load_file(copy, name)
     if name not in _loaded:
       raise ConfigError(f'{flag}: {workdir} was trained with the plug-in {name} ({path}, sha256 {sha256[:12]}...); '
                         f"pass it again with --plugin={path}, or execute the copy in the run's folder with --trust")

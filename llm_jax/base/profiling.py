@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+from llm_jax.base.files import check_no_link
+
 HOW = '''the trace from step {first} on is in {folder}
   TensorBoard: pip install xprof, then tensorboard --logdir {workdir}, page PROFILE
   Perfetto: drop {trace} on https://ui.perfetto.dev'''
@@ -48,6 +50,8 @@ class Profiler:
 
   def begin_after(self, step: int) -> None:
     if step == self._before and jax.process_index() == 0:
+      for folder in ('profile', 'profile/plugins', 'profile/plugins/profile'):
+        check_no_link(self._workdir / folder)
       jax.profiler.start_trace(self._workdir / 'profile', create_perfetto_trace=True)
       self._tracing = True
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.files import write_picture
 from llm_jax.commands.data_prepare import parse, table
 from llm_jax.data.config import DataConfig
 from llm_jax.data.open import Data, open_data, open_examples
@@ -144,7 +145,7 @@ def draw(stores: dict[str, TokenStore], examples: dict[str, Examples], seed: int
     below.imshow(np.stack(image), aspect='auto', interpolation='nearest')
     below.set(title='rows: one colour per piece, pale: not learnt', xlabel='position', ylabel='row')
   try:
-    fig.savefig(out, dpi=110)
+    write_picture(out, fig, dpi=110)
   except (OSError, ValueError) as e:
     raise StorageError(f'--out: {out} cannot be written: {e}') from None
   plt.close(fig)

@@ -14,6 +14,7 @@ import numpy as np
 
 from llm_jax.base import flags
 from llm_jax.base.errors import StorageError
+from llm_jax.base.files import write_file, write_picture
 from llm_jax.main import run_as_program
 
 
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
     files[out.with_name('answers.jsonl')] = ''.join(json.dumps(a._asdict(), ensure_ascii=False) + '\n' for a in answers)
   for path, content in files.items():
     try:
-      path.write_text(content)
+      write_file(path, content)
     except OSError as e:
       raise StorageError(f'--out: {path} cannot be written: {e.strerror}') from None
 
@@ -76,7 +77,7 @@ def draw_confusion(counts: np.ndarray, classes: tuple[str, ...], out: Path) -> N
     axis.set_yticks(range(len(classes)), classes)
   axis.set(xlabel='predicted class', ylabel='true class')
   try:
-    figure.savefig(out, dpi=120)
+    write_picture(out, figure)
   except (OSError, ValueError) as e:
     raise StorageError(f'--out: {out} cannot be written: {e}') from None
 

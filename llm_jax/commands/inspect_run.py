@@ -15,6 +15,7 @@ import numpy as np
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.files import write_file, write_picture
 from llm_jax.main import run_as_program
 
 DORMANT = 0.01  # thinking is dormant if no step moves the latent by this share of its norm
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
   print('\n'.join(lines(report)))
   out = args.out or args.workdir / 'inspect.png'
   try:
-    out.with_suffix('.json').write_text(json.dumps(report, indent=1) + '\n')
+    write_file(out.with_suffix('.json'), json.dumps(report, indent=1) + '\n')
     draw(report, out)
   except (OSError, ValueError) as e:
     raise StorageError(f'--out: {out} cannot be written: {e}') from None
@@ -185,7 +186,7 @@ def draw(report: dict, out: Path) -> None:
     axes[1, 1].set(title='val/loss by number of steps', xlabel='steps', ylabel='nats a token')
     axes[1, 1].legend()
   figure.suptitle(f'{report["workdir"]}, step {report["step"]}')
-  figure.savefig(out, dpi=120)
+  write_picture(out, figure)
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.files import write_picture
 from llm_jax.main import run_as_program
 
 
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
   else:
     figure.legend(loc='outside upper center')
   try:
-    figure.savefig(args.out, dpi=120)
+    write_picture(args.out, figure)
   except (OSError, ValueError) as e:
     raise StorageError(f'--out: {args.out} cannot be written: {e}') from None
   print(f'wrote {args.out}')

@@ -15,6 +15,7 @@ import numpy as np
 from llm_jax.base import plugins
 from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.files import write_picture
 from llm_jax.main import run_as_program
 
 POINTS = 2000  # maximum number of points of a curve
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
   axes.grid(alpha=0.3)
   axes.legend()
   try:
-    figure.savefig(args.out, dpi=120)
+    write_picture(args.out, figure)
   except (OSError, ValueError) as e:
     raise StorageError(f'--out: {args.out} cannot be written: {e}') from None
   print(f'wrote {args.out}', file=sys.stderr)
@@ -73,7 +74,7 @@ def marks(config: Any) -> list[tuple[int, str]]:
   """(step, name) of each stage and phase that begins at a given step."""
   found = [(stage.begin, name) for name, stage in config.stages.items()]
   for name in {'grokfast_ema', 'grokfast_ma'} & set(config.optim.chain):
-    link = getattr(config.optim, name)
+    link = config.optim.sections[name]
     found += [(end, f'{name} x {link.lamb * factor:g}') for end, factor in zip(link.ends, link.phases[1:], strict=False)
               if isinstance(end, int)]
   return found

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from llm_jax.base.builder import Sections, keep_named, sections
+from llm_jax.base.builder import Sections, keep_named, known_names, sections
 from llm_jax.base.runtime import user_cache
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.rows.tasks import TASKS, Task
@@ -53,7 +53,7 @@ class DataConfig(SourceConfig, SplitConfig):
   def __post_init__(self):
     problems = []
     if self.task not in TASKS:
-      problems.append(f'task {self.task!r} is unknown; known: {", ".join(TASKS)}')
+      problems.append(f'task {self.task!r} is unknown; {known_names(self.task, TASKS)}')
     else:
       keep_named(self, (self.task, self.tokenizer, self.encoder_tokenizer or ''), 'neither task nor tokenizer names it')
     if not self.path:

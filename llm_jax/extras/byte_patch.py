@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.base.batch import Batch, Cache
-from llm_jax.base.builder import Sections, keep_named, sections
+from llm_jax.base.builder import Sections, keep_named, known_names, sections
 from llm_jax.base.registry import register
 from llm_jax.base.sharding import constrain
 from llm_jax.extras.byte_decoders import LOCAL
@@ -100,7 +100,7 @@ class BytePatchConfig(ModelConfig):
     if self.dropout >= 1:
       raise ValueError(f'dropout must be in [0, 1); got {self.dropout}')
     if self.decoder not in LOCAL:
-      raise ValueError(f'decoder {self.decoder!r} is unknown; known: {", ".join(LOCAL)}')
+      raise ValueError(f'decoder {self.decoder!r} is unknown; {known_names(self.decoder, LOCAL)}')
     check_parts(self)
     keep_named(self, (self.mlp, self.norm), 'neither mlp nor norm names it')
 

@@ -22,6 +22,7 @@ from typing import Any
 from llm_jax.base import plugins
 from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError, StorageError, UserError
+from llm_jax.base.files import check_no_link, open_append, write_file
 from llm_jax.config import differences, load, to_dict
 from llm_jax.main import run_as_program
 from llm_jax.training.log import duration, read_metrics
@@ -66,10 +67,10 @@ def main(argv: list[str]) -> None:
     folder = workdir / name
     if read_status(folder)['state'] != 'finished':
       folder.mkdir(parents=True, exist_ok=True)
-      (folder / 'trial.json').write_text(json.dumps(configs, indent=2))
+      write_file(check_no_link(folder) / 'trial.json', json.dumps(configs, indent=2))
       flags = [f'--plugin={name}' for name in args.plugin]
       flags += [f'--config.{field}={text_of(value)}' for field, value in {**overrides, **trial}.items()]
-      with open(folder / 'output.txt', 'a') as output:
+      with open_append(folder / 'output.txt') as output:
         subprocess.run([sys.executable, '-m', 'llm_jax.main', f'--config={args.config}', f'--workdir={folder}', *flags],
                        stdout=output, stderr=subprocess.STDOUT, check=False)
     done += 1
@@ -87,8 +88,8 @@ def main(argv: list[str]) -> None:
   rows = [row_of(workdir / name, name, trial, metric, mode)
           for name, trial in zip(names, source.trials, strict=True)]
   rows.sort(key=lambda row: (row['best'] is None, (row['best'] or 0) * (1 if mode == 'min' else -1)))
-  (workdir / 'sweep.json').write_text(json.dumps({'metric': metric, 'trials': rows}, indent=2))
-  (workdir / 'sweep.md').write_text('\n'.join(table(rows, metric)) + '\n')
+  write_file(workdir / 'sweep.json', json.dumps({'metric': metric, 'trials': rows}, indent=2))
+  write_file(workdir / 'sweep.md', '\n'.join(table(rows, metric)) + '\n')
   print('\n'.join(table(rows, metric)))
   draw(workdir, [row['name'] for row in rows[:10]], metric)
   if failed := [row['name'] for row in rows if row['state'] != 'finished']:

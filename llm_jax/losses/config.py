@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.base.builder import Sections, check_names, keep_named, sections
+from llm_jax.base.builder import Sections, check_names, keep_named, known_names, sections
 from llm_jax.base.registry import Registry, register
 from llm_jax.losses.balance import BALANCES
 from llm_jax.losses.function import adapt_loss
@@ -46,7 +46,7 @@ class LossConfig:
       raise ValueError(f'alpha {self.alpha} is a setting of balance grad_norm, but balance is {self.balance}: it would '
                        'have no effect')
     if self.balance not in BALANCES:
-      raise ValueError(f'balance {self.balance!r} is unknown; known: {", ".join(BALANCES)}')
+      raise ValueError(f'balance {self.balance!r} is unknown; {known_names(self.balance, BALANCES)}')
     keep_named(self, self.terms, 'terms does not name it')
     weights = {name: self.sections[name].weight for name in self.terms}
     if set(weights.values()) != {1.0} and (len(self.terms) < 2 or self.balance == 'grad_norm'):

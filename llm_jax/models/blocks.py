@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Initializer
 
+from llm_jax.base.builder import known_names
 from llm_jax.base.devices import has_fast_bf16
 from llm_jax.base.registry import Registry
 from llm_jax.layers.attention import MultiHead
@@ -34,7 +35,7 @@ def check_parts(cfg: Any) -> None:
   for field, table in (*PARTS.items(), ('remat', REMAT), ('attention', ('auto', *ATTENTION))):
     name = getattr(cfg, field, None)
     if name is not None and name not in table:
-      raise ValueError(f'{field} {name!r} is unknown; known: {", ".join(table)}')
+      raise ValueError(f'{field} {name!r} is unknown; {known_names(name, table)}')
 
 
 def _make(cfg: Any, field: str, default: str) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from llm_jax.base.batch import Metrics, Params
-from llm_jax.base.builder import Sections, check_names, keep_named, sections
+from llm_jax.base.builder import Sections, check_names, keep_named, known_names, sections
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import Registry, register
 from llm_jax.base.trees import split
@@ -55,12 +55,12 @@ class OptimConfig:
       raise ValueError(f'learning_rate must be positive; got {self.learning_rate}')
     check_names('chain', self.chain, TRANSFORMS)
     if self.schedule not in SCHEDULES:
-      raise ValueError(f'schedule {self.schedule!r} is unknown; known: {", ".join(SCHEDULES)}')
+      raise ValueError(f'schedule {self.schedule!r} is unknown; {known_names(self.schedule, SCHEDULES)}')
     parts = self.sections['composite'].parts if 'composite' in self.sections else ()
     known = [name for name in SCHEDULES if name != 'composite']
     for name in parts:
       if name not in known:
-        raise ValueError(f'composite.parts names {name!r}, which is unknown; known: {", ".join(known)}')
+        raise ValueError(f'composite.parts names {name!r}, which is unknown; {known_names(name, known)}')
     if self.schedule == 'composite' and not parts:
       raise ValueError(f'composite.parts must name schedules: {", ".join(known)}')
     keep_named(self, [*self.chain, self.schedule, *parts], 'neither chain nor schedule names it')

@@ -44,12 +44,12 @@ class Due(NamedTuple):
   settle: bool  # whether to wait for the step to finish
 
 
-def due(step: int, config: Config, *, end: int, first: bool = False, stopping: bool = False, traced: bool = False,
-        has_val: bool = True) -> Due:
+def due(step: int, config: Config, *, end: int, has_val: bool, first: bool = False, stopping: bool = False,
+        traced: bool = False) -> Due:
   """What is due after `step`. A pure function.
 
-  `end`: the stage's last step; `first`: whether this is the first step of this process; `stopping`: whether a signal
-  arrived; `traced`: whether a profile begins or ends here.
+  `end`: the stage's last step; `has_val`: whether there is a validation part; `first`: whether this is the first step of
+  this process; `stopping`: whether a signal arrived; `traced`: whether a profile begins or ends here.
   """
   last = step == config.num_steps
   evaluate = has_val and (step % config.eval.every == 0 or last)
@@ -79,9 +79,10 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
     goodput.starting()
     program = build_program(stage, workdir, mesh, custom)
     session = open_session(program, custom, workdir, mesh, stack, status, goodput)
-    config, end, console = program.config, program.stage.end, session.console
+    config, end, console, has_val = program.config, program.stage.end, session.console, bool(program.data.val)
     profiler = stack.enter_context(Profiler(config.profile, workdir, session.begin, console.line))
-    if session.begin and session.evaluated_at != session.begin and due(session.begin, config, end=end).evaluate:
+    missed = due(session.begin, config, end=end, has_val=has_val).evaluate and session.evaluated_at != session.begin
+    if session.begin and missed:
       session.evaluate()
       session.save()
       session.sample()
@@ -92,8 +93,7 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
       session.advance()
       yield from session.events(custom.callbacks)
       step, first, stopping = session.step, session.step == session.begin + 1, session.stop.reached()
-      now = due(step, config, end=end, first=first, stopping=stopping, traced=profiler.due(step),
-                has_val=bool(program.data.val))
+      now = due(step, config, end=end, first=first, stopping=stopping, traced=profiler.due(step), has_val=has_val)
       if not now.settle:
         yield from session.events(custom.callbacks)
         continue
@@ -112,6 +112,7 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
       session.report()
       yield from session.events(custom.callbacks)
       if ((stopping or session.stop.requested) and step < config.num_steps) or (now.evaluate and session.score is None):
+        session.save()  # if the request came after the save above
         session.checkpoints.wait()
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
                           'repeat the command to resume')

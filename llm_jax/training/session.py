@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from llm_jax import __version__
 from llm_jax.base.batch import Batch, Params
 from llm_jax.base.builder import to_dict
-from llm_jax.base.errors import DivergedError, Interrupted
+from llm_jax.base.errors import ConfigError, DivergedError, Interrupted
 from llm_jax.base.multihost import gather
 from llm_jax.base.stopping import StopSignal
 from llm_jax.config import Config
@@ -136,8 +136,11 @@ class Session:
         self.console.line(f'step {self.step}: {text} reached for the first time')
 
   def measure(self) -> dict[str, float]:
-    """The results of an evaluation of the current weights. Raises Interrupted after a signal."""
+    """The results of an evaluation of the current weights. Raises Interrupted after a signal, ConfigError without a
+    validation part."""
     evaluation = self.config.eval
+    if not self.program.data.val:
+      raise ConfigError('the run has no validation part, so there is nothing to evaluate on; ready batches have none')
     results, _ = self.program.evaluator(self.weights, self.program.data.val, evaluation.max_tokens,
                                         lambda: self.stop.requested)
     results = {f'val/{name}': value for name, value in results.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llm_jax.base.builder import known_names
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, Registry, register
 from llm_jax.data.formats import text
@@ -35,7 +36,8 @@ COMPRESSED = ('.gz', '.zst', '.bz2', '.xz')
 def format_of(file: File, config: SourceConfig) -> str:
   """The configured format, or the one by the file's ending or first bytes. Raises ConfigError."""
   if config.format not in ('auto', *FORMATS):
-    raise ConfigError(f'config.data.format: {config.format!r} is unknown; known: auto, {", ".join(FORMATS)}')
+    raise ConfigError(f'config.data.format: {config.format!r} is unknown; '
+                      f'{known_names(config.format, ["auto", *FORMATS])}')
   if config.format != 'auto':
     return config.format
   kind = file.name.split(':')[0]

@@ -1,0 +1,285 @@
+"""A run's folder may come from anywhere: nothing in it is executed, and nothing is written through its links."""
+
+import hashlib
+import json
+import re
+import shutil
+
+import matplotlib.image
+import pytest
+from matplotlib.figure import Figure
+from program import ROOT, finish, start
+
+from llm_jax import main
+from llm_jax.base import plugins
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.files import write_picture
+from llm_jax.commands import evaluate, export, generate
+from llm_jax.infer.load import read_config
+
+CONFIG = '''
+from llm_jax.config import base
+
+def get_config():
+  config = base()
+  config.num_steps = 2
+  config.batch_tokens = config.tokens_per_device = 8 * 16
+  config.model.num_layers = 1
+  config.model.embed_dim = 16
+  config.model.num_heads = 2
+  config.data.path = {path!r}
+  config.data.answer_field = 'answer'
+  config.data.split = 'document'
+  config.data.val_fraction = 0.2
+  config.data.tokenizer = 'word'
+  config.data.task = 'prompt_answer'
+  config.data.packing = 'pad'
+  config.data.seq_len = 16
+  config.optim.warmup_cosine.warmup_steps = 1
+  config.eval.every = 2
+  config.eval.max_tokens = 64
+  config.eval.sample_tokens = 0
+  return config
+'''
+PACKAGE = ROOT / 'llm_jax'
+PLUGIN = 'from pathlib import Path\nPath({mark!r}).touch()\n'
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('security')
+  lines = [json.dumps({'text': f'a w{i} c{i % 3}', 'answer': f'c{i % 3} b'}) for i in range(40)]
+  (folder / 'pairs.jsonl').write_text('\n'.join(lines) + '\n')
+  (folder / 'tiny.py').write_text(CONFIG.format(path=str(folder / 'pairs.jsonl')))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def trained(folder):
+  """A run of two steps into whose folder links to files and folders outside were put before; and these."""
+  run, outside = folder / 'run', folder / 'outside'
+  run.mkdir()
+  outside.mkdir()
+  for name in ('config.json', 'status.json', 'metrics.jsonl', 'tokenizer.json'):
+    plant(run / name, outside / name)
+  (outside / 'status.json').unlink()  # a link that leads nowhere yet
+  train(folder, 'run')
+  return run, outside
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+  """A copy of the trained run."""
+  return shutil.copytree(trained[0], tmp_path / 'run')
+
+
+@pytest.fixture
+def mark(tmp_path):
+  """A file that hostile code would make."""
+  return tmp_path / 'MARK'
+
+
+def train(folder, name, *flags):
+  main.main([f'--config={folder}/tiny.py', f'--workdir={folder / name}', *flags])
+
+
+def plant(link, target):
+  """Puts a link where the package would write; its target has content of its own."""
+  target.write_text('precious')
+  link.symlink_to(target)
+
+
+def change_config(run, change):
+  values = json.loads((run / 'config.json').read_text())
+  change(values)
+  (run / 'config.json').write_text(json.dumps(values))
+
+
+def touch(mark):
+  return f"sh -c 'touch {mark}'"
+
+
+def with_command(run, mark):
+  change_config(run, lambda values: values['eval'].update(validator=touch(mark)))
+
+
+REFUSED = ("config.eval.validator: the run's config.json names a command, and commands from a run's folder are not "
+           'executed')
+
+
+def test_a_validators_command_in_a_config_json_is_not_executed(run, mark, tmp_path):
+  with_command(run, mark)
+  for command, flags in [
+      (evaluate.main, [f'--workdir={run}', '--answers=1']),
+      (main.main, [f'--config={run}/config.json', f'--workdir={tmp_path}/again', '--config.eval.answers=1'])]:
+    with pytest.raises(ConfigError) as e:
+      command(flags)
+    assert str(e.value).startswith(REFUSED) and '--validator' in str(e.value)
+  for command, flags in [  # which run no validator
+      (generate.main, [f'--workdir={run}', '--num_tokens=2']), (evaluate.main, [f'--workdir={run}', '--answers=0']),
+      (evaluate.main, [f'--workdir={run}', '--answers=1', '--validator=']),
+      (export.main, [f'--workdir={run}', f'--out={tmp_path}/exported'])]:
+    command(flags)
+  assert not mark.exists()
+
+
+def test_the_refusal_is_one_message_and_an_exit_code(run, mark, folder):
+  with_command(run, mark)
+  output = finish(start(folder, 'evaluate', f'--workdir={run}', '--answers=1'), code=78)
+  assert output.startswith(f'error: {REFUSED}') and output.count('\n') == 1 and not mark.exists()
+
+
+@pytest.mark.parametrize('how', ['--validator', '--trust'])
+def test_the_command_runs_if_the_user_names_it_or_trusts_the_folder(how, run, mark):
+  with_command(run, mark)
+  flag = f'--validator={touch(mark)}' if how == '--validator' else how
+  evaluate.main([f'--workdir={run}', '--answers=1', flag])
+  assert mark.exists()
+
+
+def test_stages_of_a_config_json_bring_in_no_command(run, mark):
+  """Neither a validator nor plug-ins can be set by a stage."""
+  for entry in (f'eval.validator={touch(mark)}', f'plugins={mark}.py'):
+    change_config(run, lambda values, entry=entry: values.update(stages={'late': {'begin': 1, 'set': [entry]}}))
+    with pytest.raises(StorageError, match=r'config\.stages\.late: set holds'):
+      evaluate.main([f'--workdir={run}', '--answers=1'])
+    with pytest.raises(ConfigError, match=r'config\.stages\.late: set holds'):
+      main.main([f'--config={run}/config.json', f'--workdir={run}'])
+  assert not mark.exists()
+
+
+def test_plugins_that_a_config_json_names_are_not_executed(run, mark):
+  (run / 'evil.py').write_text(PLUGIN.format(mark=str(mark)))
+  change_config(run, lambda values: values.update(plugins=['evil.py', str(run / 'evil.py')]))
+  assert read_config(run, trust=False).plugins == ('evil.py', str(run / 'evil.py'))
+  generate.main([f'--workdir={run}', '--num_tokens=2'])
+  assert not mark.exists()
+
+
+def plant_plugin(run, mark, name='lab', sha256=None):
+  source = PLUGIN.format(mark=str(mark))
+  (run / 'plugins').mkdir()
+  if '/' not in name:
+    (run / 'plugins' / f'{name}.py').write_text(source)
+  sha256 = sha256 or hashlib.sha256(source.encode()).hexdigest()
+  (run / 'plugins.json').write_text(json.dumps([{'name': name, 'path': f'{name}.py', 'sha256': sha256}]))
+
+
+@pytest.fixture(autouse=True)
+def no_plugins(monkeypatch):
+  monkeypatch.setattr(plugins, '_loaded', {})
+
+
+def test_the_copy_of_a_plugin_is_executed_only_with_trust(run, mark):
+  plant_plugin(run, mark)
+  for command, flags in [(generate.main, [f'--workdir={run}']), (evaluate.main, [f'--workdir={run}']),
+                         (export.main, [f'--workdir={run}', f'--out={run}/x']),
+                         (main.main, [f'--config={run}/config.json', f'--workdir={run}'])]:
+    with pytest.raises(ConfigError, match=r'name it again with --plugin=lab\.py, or .* with --trust') as e:
+      command(flags)
+    assert str(e.value).startswith('--config' if command is main.main else '--workdir')
+  assert not mark.exists()
+  read_config(run, trust=True)
+  assert mark.exists() and plugins.loaded()['lab'].path == str(run / 'plugins' / 'lab.py')
+
+
+def test_the_copy_of_a_module_is_executed_with_trust(run, mark):
+  """Modules have dots in their names."""
+  plant_plugin(run, mark, 'my_package.lab')
+  read_config(run, trust=True)
+  assert mark.exists()
+
+
+def test_a_copy_that_the_notes_do_not_describe_is_refused_even_with_trust(run, mark):
+  plant_plugin(run, mark, sha256='0' * 64)
+  with pytest.raises(StorageError, match=r'plugins/lab\.py: is not the plug-in that .*plugins\.json describes'):
+    read_config(run, trust=True)
+  assert not mark.exists()
+
+
+@pytest.mark.parametrize('name', ['../lab', '/tmp/lab', 'a/b', '..', '', 'lab\\x', 'lab.', 'lab\n'])
+def test_names_of_plugins_are_names_of_modules(name, run, mark):
+  plant_plugin(run, mark)
+  notes = json.loads((run / 'plugins.json').read_text())
+  (run / 'plugins.json').write_text(json.dumps([{**notes[0], 'name': name}]))
+  with pytest.raises(StorageError, match='is not the name of a module'):
+    read_config(run, trust=True)
+  assert not mark.exists()
+
+
+def test_a_config_file_that_registers_is_noted_under_a_name_that_can_be_read_back(tmp_path):
+  path = tmp_path / '2-my config.py'
+  path.write_text(PLUGIN.format(mark=str(tmp_path / 'ran')))
+  plugins.note(str(path), plugins.name_of(path))
+  plugins.write_notes(tmp_path)
+  assert plugins.check_notes(tmp_path) == []
+  plugins._loaded.clear()
+  assert plugins.load(str(path)).name in plugins.loaded() and plugins.check_notes(tmp_path) == []
+
+
+def contents(folder):
+  return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+def test_training_writes_through_no_link(trained):
+  run, outside = trained
+  assert set(contents(outside).values()) == {'precious'} and not (outside / 'status.json').exists()
+  for name in ('config.json', 'status.json', 'metrics.jsonl', 'tokenizer.json'):
+    assert not (run / name).is_symlink() and (run / name).read_text() != 'precious'
+
+
+def test_evaluating_writes_through_no_link(run, tmp_path):
+  outside = tmp_path / 'outside'
+  outside.mkdir()
+  for name in ('evaluation.json', 'answers.jsonl'):
+    plant(run / name, outside / name)
+  evaluate.main([f'--workdir={run}', '--answers=2'])
+  assert set(contents(outside).values()) == {'precious'}
+  assert json.loads((run / 'evaluation.json').read_text())['loss'] > 0
+  assert len((run / 'answers.jsonl').read_text().splitlines()) == 2
+
+
+def test_pictures_are_written_through_no_link(tmp_path):
+  plant(tmp_path / 'curve.png', tmp_path / 'outside')
+  write_picture(tmp_path / 'curve.png', Figure(figsize=(1, 1)))
+  assert (tmp_path / 'outside').read_text() == 'precious' and not (tmp_path / 'curve.png').is_symlink()
+  assert matplotlib.image.imread(tmp_path / 'curve.png').shape[:2] == (120, 120)
+
+
+def test_only_write_picture_saves_figures():
+  """And what else writes a file at a given path is known: the rest is base/files.py's."""
+  allowed = {'base/files.py', 'data/stores/writer.py', 'data/sources/fetch.py'}  # the latter two: in the user's cache
+  writes = re.compile(r'\.write_text\(|\.write_bytes\(|\.savefig\(|open\([^)]*, [\'"][wa]')
+  found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob('*.py') if writes.search(path.read_text())}
+  assert found == allowed
+
+
+@pytest.mark.parametrize(('name', 'flags'), [
+    ('.lock', []), ('checkpoints', []), ('plugins', ['--plugin={folder}/lab.py']),
+    ('profile/plugins', ['--config.profile.start=1'])])
+def test_a_link_in_the_place_of_a_folder_or_the_lock_is_refused(name, flags, folder, tmp_path):
+  (folder / 'lab.py').write_text('')
+  (tmp_path / 'run' / name).parent.mkdir(parents=True)
+  outside = tmp_path / 'outside'
+  if name == '.lock':
+    outside.write_text('precious')
+  else:
+    outside.mkdir()
+  (tmp_path / 'run' / name).symlink_to(outside)
+  with pytest.raises(StorageError) as e:
+    train(folder, tmp_path / 'run', *(flag.format(folder=folder) for flag in flags))
+  assert str(tmp_path / 'run') in str(e.value) and '\n' not in str(e.value)
+  assert outside.read_text() == 'precious' if name == '.lock' else not list(outside.iterdir())
+
+
+def test_a_link_to_a_checkpoint_leads_to_no_change_outside(run, folder):
+  """Old checkpoints are removed; what a link in their place points to is not."""
+  outside = run.parent / 'outside'
+  shutil.move(run / 'checkpoints' / '2', outside)
+  (run / 'checkpoints' / '2').symlink_to(outside)
+  before = sorted(path.relative_to(outside) for path in outside.rglob('*'))
+  try:
+    train(folder, run, '--config.num_steps=4', '--config.checkpoint.keep_last=1', '--config.checkpoint.keep_best=0')
+  except StorageError as e:
+    assert '\n' not in str(e)
+  assert sorted(path.relative_to(outside) for path in outside.rglob('*')) == before
