@@ -48,8 +48,8 @@ def due(step: int, config: Config, *, end: int, has_val: bool, first: bool = Fal
         traced: bool = False) -> Due:
   """What is due after `step`. A pure function.
 
-  `end`: the stage's last step; `has_val`: whether there is a validation part; `first`: whether this is the first step of
-  this process; `stopping`: whether a signal arrived; `traced`: whether a profile begins or ends here.
+  `end`: the stage's last step; `has_val`: whether there is a validation part; `first`: whether this is the first step
+  of this process; `stopping`: whether a signal arrived; `traced`: whether a profile begins or ends here.
   """
   last = step == config.num_steps
   evaluate = has_val and (step % config.eval.every == 0 or last)
