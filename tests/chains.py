@@ -45,7 +45,7 @@ def descend(tx, steps=STEPS, groups=None):
 
 
 def by_equation(rule, steps=STEPS, decay=0.0):
-  """The same by `rule(memory, g, t) -> direction`, of each array alone; decay on matrices and tables, not biases."""
+  """The parameters by `rule(memory, g, t) -> direction`, applied to each array; decay on matrices and tables only."""
   def one(path, p):
     memory = {}
     for t in range(1, steps + 1):
@@ -74,5 +74,5 @@ def momentum(beta, nesterov):
 
 
 def trainable(params, groups):
-  """The parameters that no frozen group holds."""
+  """The parameters that are in no frozen group."""
   return split(jax.tree.map(jnp.asarray, params), trainable_paths({n: Group(**g) for n, g in groups.items()}, INFO))[0]

@@ -1,4 +1,4 @@
-"""Training on a mesh of virtual devices, for tests of what must not depend on the mesh."""
+"""Training on a mesh of virtual devices, to test what must not depend on the mesh."""
 
 from functools import partial
 
@@ -10,9 +10,9 @@ from llm_jax.training.state import init_state, state_shardings, train_step
 
 
 def train_on(sizes, model, tx, features, *, num_steps, state=None, is_trainable=lambda path: True, **parts):
-  """(metrics of each step, the last state, its shardings) of features(0), features(1), ...; `state`, if given, first.
+  """(metrics of each step, final state, its shardings) after training on features(0), features(1), ...
 
-  `parts` go to train_step.
+  Training starts from `state`, if given. `parts` are passed to train_step.
   """
   mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
   num_rows = len(features(0)['tokens'])

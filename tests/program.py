@@ -1,4 +1,4 @@
-"""Runs the package's programs as a user does: real processes, real signals, real files."""
+"""Runs the package's programs as real processes, with real signals and files."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-TINY = '''"""A run of seconds."""
+TINY = '''"""A run of a few seconds."""
 from llm_jax.config import base
 
 def get_config():
@@ -23,7 +23,7 @@ def get_config():
   config.model.dropout = 0.1
   config.data.path = {corpus!r}
   config.data.vocab_size = 300
-  config.model.vocab_size = 320  # padded: no sample may draw an id without text
+  config.model.vocab_size = 320  # padded: samples must not contain ids without text
   config.data.seq_len = 32
   config.optim.learning_rate = 3e-3
   config.optim.warmup_cosine.warmup_steps = 5
@@ -37,7 +37,7 @@ def get_config():
 
 
 def write_config(folder: Path) -> Path:
-  """A tiny config on a corpus of its own: three files of this project."""
+  """Writes a tiny config, with three files of this project as corpus."""
   corpus = folder / 'corpus'
   corpus.mkdir()
   for name in ('training/loop.py', 'config.py', 'training/log.py'):
@@ -52,7 +52,7 @@ def environment(folder: Path) -> dict[str, str]:
   kept = {k: v for k, v in os.environ.items() if k != 'JAX_NUM_CPU_DEVICES'}
   return kept | {
       'JAX_PLATFORMS': 'cpu', 'LLM_JAX_CACHE': str(folder / 'cache'), 'PYTHONPATH': str(ROOT),
-      # The same small programs are compiled again and again: once is enough.
+      # All tests share compiled programs, as the same small programs occur in many of them.
       'JAX_COMPILATION_CACHE_DIR': os.environ['LLM_JAX_CACHE'] + '/programs',
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'}
 

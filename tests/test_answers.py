@@ -1,4 +1,4 @@
-"""Answers to prompts: read back from rows, judged by validators; a whole run that learns, stops and is evaluated."""
+"""Answers to prompts: pairs read from rows, validators, and a run that learns answers and is evaluated."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from llm_jax.models.decoder import DecoderConfig
 from llm_jax.models.registry import make_model
 from llm_jax.training.log import read_metrics
 
-CONFIG = '''"""Repeat what was read, backwards."""
+CONFIG = '''"""Reverse the prompt."""
 from llm_jax.config import base
 
 def get_config():
@@ -68,7 +68,7 @@ def run(tmp_path_factory):
   return folder, output
 
 
-def test_a_run_ends_when_its_loss_has_stopped_falling_and_says_so(run, monkeypatch, capsys):
+def test_patience_ends_the_run_and_is_reported(run, monkeypatch, capsys):
   folder, output = run
   lines = [line for line in read_metrics(folder / 'run' / 'metrics.jsonl') if 'val/loss' in line]
   losses, last = [line['val/loss'] for line in lines], lines[-1]['step']
@@ -83,7 +83,7 @@ def test_a_run_ends_when_its_loss_has_stopped_falling_and_says_so(run, monkeypat
   assert '(config.eval.patience); to continue, change that setting' in capsys.readouterr().out
 
 
-def test_the_test_part_is_evaluated_and_its_answers_are_written_down(run, capsys, tmp_path):
+def test_evaluate_writes_answers_of_the_test_split(run, capsys, tmp_path):
   folder, _ = run
   evaluate.main([f'--workdir={folder}/run', '--split=test', '--num_beams=2', f'--out={tmp_path}/result.json'])
   printed = capsys.readouterr().out
@@ -99,13 +99,13 @@ def test_the_test_part_is_evaluated_and_its_answers_are_written_down(run, capsys
   assert report['valid'] == np.mean([a['valid'] for a in answers])
 
 
-def test_generate_answers_by_beams(run):
+def test_generate_answers_with_beam_search(run):
   folder, _ = run
   output = finish(start(folder, 'generate', '--workdir=run', '--prompt=a b', '--num_beams=3'))
   assert output.split() and set(output.split()) <= set('abcdefgh'), 'an answer, without its prompt'
 
 
-def test_answers_need_a_task_that_has_them(run, tmp_path):
+def test_answers_need_a_task_with_answers(run, tmp_path):
   folder, _ = run
   with pytest.raises(ConfigError, match=r'eval\.answers'):
     main.main([f'--config={folder}/backwards.py', f'--workdir={tmp_path}', '--config.data.task=span_corruption',
@@ -115,7 +115,7 @@ def test_answers_need_a_task_that_has_them(run, tmp_path):
 
 
 def store(documents):
-  """bos 0, eos 1; (prompt, answer) each."""
+  """A store of (prompt, answer) documents with bos 0 and eos 1."""
   tokens = [[0, *prompt, *answer, 1] for prompt, answer in documents]
   return TokenStore(tokens=np.concatenate(tokens).astype(np.uint16), starts=np.cumsum([0, *map(len, tokens[:-1])]),
                     answers=np.array([1 + len(prompt) for prompt, _ in documents]), sha256='', num_bytes=0.0)
@@ -123,7 +123,7 @@ def store(documents):
 
 @pytest.mark.parametrize(('task', 'packing'), [
     (Seq2Seq(), 'pad'), (PromptAnswer(), 'pad'), (PromptAnswer(), 'best_fit')])
-def test_pairs_are_those_of_the_store(task, packing):
+def test_pairs_are_read_back_from_the_store(task, packing):
   documents = [([5, 6], [7]), ([8], [9, 10, 11]), ([12, 13, 14], [15, 16])]
   examples = make_examples(store(documents), task=task, seq_len=12, encoder_len=6, packing=packing, vocab_size=20,
                            bos_id=0, eos_id=1)
@@ -131,7 +131,7 @@ def test_pairs_are_those_of_the_store(task, packing):
   assert sorted(pairs(examples, 1, None)) == sorted(zip(first, [answer for _, answer in documents], strict=True))
 
 
-def test_shares_of_answers():
+def test_answers_are_summarized_as_means():
   answers = [Answer('', 'a', 'a', True, 1.0, True), Answer('', 'ab', 'a', False, 0.5, False)]
   assert summarize_answers(answers) == {'exact_match': 0.5, 'answer_accuracy': 0.75, 'valid': 0.5}
   assert 'valid' not in summarize_answers([a._replace(valid=None) for a in answers])
@@ -144,14 +144,14 @@ BAD = {'python': ['x = = 1', '"\0"'], 'json': ['{"a": }', ''],
 
 
 @pytest.mark.parametrize('name', VALIDATORS)
-def test_validators_tell_good_from_bad(name):
+def test_validators_reject_bad_text(name):
   valid = make_validator(name)
   assert valid(GOOD[name])
   assert not any(valid(text) for text in BAD[name])
 
 
 @pytest.mark.skipif(shutil.which('grep') is None, reason='the command of this test')
-def test_a_command_is_a_validator():
+def test_a_command_can_be_a_validator():
   valid = make_validator('grep -q "two words"')
   assert valid('here are two words') and not valid('here are two  words')
   assert make_validator('') is None
@@ -160,8 +160,8 @@ def test_a_command_is_a_validator():
       make_validator(name)
 
 
-def test_a_prompt_gets_its_answer_whatever_stands_beside_it():
-  """A long prompt in the same batch takes no room from a short one's answer, nor does one that fills the row."""
+def test_an_answer_does_not_depend_on_its_batch():
+  """A long prompt in the batch, even one that fills the row, does not shorten the answer to a short one."""
   documents = [([5], list(range(5, 14))), (list(range(5, 14)), [5])]
   model = make_model(DecoderConfig(vocab_size=20, max_len=10, num_layers=1, embed_dim=8, num_heads=2, dtype='float32'))
   blank = jnp.zeros((1, 10), jnp.int32)

@@ -1,4 +1,4 @@
-"""The package as a library: configs, trainings that are iterated over, runs that are loaded; and the notebook."""
+"""The Python API: configs, trainings that are iterated over, loaded runs; and the notebook."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def finished(folder):
-  """A training that was asked and saved on its way, and what it gave."""
+  """(training, metrics of all iterations, results of method calls) of a training that was used while it ran."""
   training = llm_jax.train(llm_jax.load_config(folder / 'tiny.py', **SETTINGS), folder / 'run')
   rounds, asked = [], {}
   for metrics in training:
@@ -40,7 +40,7 @@ def finished(folder):
   return training, rounds, asked
 
 
-def test_a_round_is_a_step_that_is_logged(finished, folder):
+def test_each_iteration_is_a_logged_step(finished, folder):
   _, rounds, _ = finished
   lines = read_metrics(folder / 'run' / 'metrics.jsonl')
   assert [r['step'] for r in rounds] == [line['step'] for line in lines] == list(range(1, 13))
@@ -48,16 +48,16 @@ def test_a_round_is_a_step_that_is_logged(finished, folder):
   assert [r['step'] for r in rounds if 'val/loss' in r] == [6, 12]
 
 
-def test_between_two_rounds_it_can_be_asked(finished):
+def test_methods_work_between_iterations(finished):
   _, _, asked = finished
   assert asked['validated']['val/loss'] > 0 and isinstance(asked['text'], str)
   assert asked['status']['state'] == 'training' and asked['status']['step'] == 4
   assert asked['status']['metrics']['train/tokens_per_second'] > 0 and asked['status']['seconds_left'] > 0
-  assert asked['saved'] == [['5'], ['10', '6']]  # the state is a step ahead of what was told; 6 is the best
+  assert asked['saved'] == [['5'], ['10', '6']]  # the state is a step ahead of the metrics; 6 is the best
 
 
-def test_being_asked_changes_nothing(finished, folder):
-  """The same run by the command line: the same losses to the bit."""
+def test_method_calls_do_not_change_losses(finished, folder):
+  """The same run from the command line has bitwise the same losses."""
   _, rounds, _ = finished
   main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/plain',
              *(f'--config.{name}={value}' for name, value in SETTINGS.items())])
@@ -66,7 +66,7 @@ def test_being_asked_changes_nothing(finished, folder):
     assert [line.get(name) for line in plain] == [r.get(name) for r in rounds]
 
 
-def test_shares_of_time_and_the_load_of_the_machine_are_logged(finished):
+def test_goodput_and_system_load_are_logged(finished):
   _, rounds, _ = finished
   shares = {name: x for name, x in rounds[-1].items() if name.startswith('goodput/')}
   assert sum(shares.values()) == pytest.approx(1)
@@ -74,7 +74,7 @@ def test_shares_of_time_and_the_load_of_the_machine_are_logged(finished):
   assert 0 <= rounds[-1]['system/host_memory'] <= 1 and rounds[-1]['system/process_bytes'] > 1e7
 
 
-def test_a_run_is_loaded_and_asked(finished, folder):
+def test_a_loaded_run_validates_and_generates(finished, folder):
   training, rounds, _ = finished
   trained = llm_jax.load(folder / 'run')
   assert trained.validate()['loss'] == pytest.approx(rounds[-1]['val/loss'], abs=1e-5)
@@ -94,7 +94,7 @@ def test_a_run_is_loaded_and_asked(finished, folder):
 
 
 @pytest.mark.slow
-def test_a_training_that_is_left_goes_on_from_its_last_checkpoint(folder):
+def test_an_interrupted_iteration_resumes_from_the_checkpoint(folder):
   config = llm_jax.load_config(folder / 'tiny.py', **SETTINGS | {'checkpoint.every': 4, 'log.every': 1})
   training = llm_jax.train(config, folder / 'left')
   for metrics in training:
@@ -108,7 +108,7 @@ def test_a_training_that_is_left_goes_on_from_its_last_checkpoint(folder):
   assert training.status()['state'] == 'finished'
 
 
-def test_mistakes_are_told(folder, tmp_path):
+def test_mistakes_raise_clear_errors(folder, tmp_path):
   with pytest.raises(ConfigError, match=r'did you mean config\.optim\.learning_rate'):
     llm_jax.load_config(folder / 'tiny.py', **{'optim.learnin_rate': 1.0})
   with pytest.raises(ConfigError, match=r"num_steps: expects a whole number, got '1\.5'"):
@@ -125,7 +125,7 @@ def test_mistakes_are_told(folder, tmp_path):
 
 
 def test_the_notebook_runs(folder):
-  """Its cells in their order, as they stand, in a process of its own."""
+  """Runs the notebook's cells in order, unchanged except for the corpus, in a separate process."""
   cells = [''.join(cell['source']) for cell in json.loads((ROOT / 'docs' / 'notebook.ipynb').read_text())['cells']
            if cell['cell_type'] == 'code']
   corpus = {'data.path': str(folder / 'corpus'), 'data.vocab_size': 300}

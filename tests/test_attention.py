@@ -1,4 +1,4 @@
-"""Every way to compute attention against one float64 reference, and where each is taken."""
+"""All implementations of attention against a float64 reference, and the choice among them."""
 
 import dataclasses
 from functools import partial
@@ -28,7 +28,7 @@ def qkv(B, T, N, K, H):
 
 
 def reference(q, k, v, dy, window=0, segment_ids=None, prefix=None):
-  """y, dq, dk, dv in float64 for the gradient dy of y: by the full matrix of weights."""
+  """y, dq, dk, dv in float64 for the gradient dy of y, from the full matrix of weights."""
   (_, T, N, H), K = q.shape, k.shape[2]
   q, k, v, dy = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v, dy))
   k, v = (x.repeat(N // K, 1) for x in (k, v))
@@ -59,8 +59,8 @@ CASES = [  # heads, kv heads, window, segments, prefix
 
 
 @pytest.mark.parametrize(('name', 'kept'), [('xla', 0), ('blocked', 0), ('blocked', 9)])
-def test_attention_and_its_gradient_are_their_equations(name, kept, monkeypatch):
-  """Nine tokens in blocks of four: the last block is short, and windows hide whole blocks. Weights kept, and not."""
+def test_attention_and_gradient_match_the_equations(name, kept, monkeypatch):
+  """Nine tokens in blocks of four: the last block is short, and windows mask whole blocks; weights saved or not."""
   monkeypatch.setattr(blocked, 'BLOCKS', {True: 4, False: 4})
   monkeypatch.setattr(blocked, 'KEPT_BYTES', kept * 4)
   inputs = [(*qkv(2, 9, N, K, 6), normal(3, 2, 9, N, 6)) for N, K, *_ in CASES]
@@ -77,8 +77,8 @@ def test_attention_and_its_gradient_are_their_equations(name, kept, monkeypatch)
 @pytest.mark.parametrize('kept', [True, False])
 @pytest.mark.parametrize(('T', 'N', 'K', 'H'), [
     (4, 4, 4, 8), (6, 4, 2, 8), (9, 4, 4, 8), (9, 6, 2, 8), (3, 4, 4, 8), (64, 4, 4, 32), (63, 2, 2, 64)])
-def test_bfloat16_attention_is_within_its_rounding(T, N, K, H, kept, monkeypatch):
-  """In one block and several, of even and odd numbers of rows: each takes other products of XLA's."""
+def test_bfloat16_attention_is_within_rounding(T, N, K, H, kept, monkeypatch):
+  """One block or several, with even and odd numbers of rows, which XLA computes with different kernels."""
   monkeypatch.setattr(blocked, 'BLOCKS', {True: 64 if T > 60 else 4})
   monkeypatch.setattr(blocked, 'KEPT_BYTES', 1024 * kept)
   arrays = [jnp.asarray(x, jnp.bfloat16) for x in (*qkv(2, T, N, K, H), normal(3, 2, T, N, H))]
@@ -88,7 +88,7 @@ def test_bfloat16_attention_is_within_its_rounding(T, N, K, H, kept, monkeypatch
 
 
 def test_a_long_row_has_few_blocks(monkeypatch):
-  """Every query in one block, and each block with the keys up to its end at least."""
+  """Each query is in one block, and each block has at least the keys up to its end."""
   monkeypatch.setattr(blocked, 'BLOCKS', {True: 4, False: 4})
   for T, window in ((1, 0), (4, 0), (9, 3), (1000, 0), (1001, 7)):
     blocks = list(blocked._blocks(T, window, None))
@@ -100,7 +100,7 @@ def test_a_long_row_has_few_blocks(monkeypatch):
 
 
 def test_all_kernels_agree_on_a_mesh():
-  """Rows over data and fsdp, heads over tensor; splash interpreted, at the smallest length that it takes."""
+  """Rows over data and fsdp, heads over tensor; splash interpreted, at its smallest length."""
   q, k, v = qkv(4, 128, 4, 2, 8)
   dy, segment_ids = normal(3, 4, 128, 4, 8), np.arange(4 * 128).reshape(4, 128) // 50
   expected = reference(q, k, v, dy, 40, segment_ids)
@@ -119,7 +119,7 @@ def test_all_kernels_agree_on_a_mesh():
 
 
 def lowered(name, platform, B, T, N, K, H, *, window=0, segments=False):
-  """StableHLO of the gradient, for a platform that need not be here."""
+  """StableHLO of the gradient, lowered for a platform that this machine may lack."""
   shapes = [jax.ShapeDtypeStruct((B, T, heads, H), jnp.bfloat16) for heads in (N, K, K)]
   segment_ids = jax.ShapeDtypeStruct((B, T), jnp.int32) if segments else None
 
@@ -130,7 +130,7 @@ def lowered(name, platform, B, T, N, K, H, *, window=0, segments=False):
       lowering_platforms=(platform,)).as_text()
 
 
-def test_cudnn_takes_causality_and_window_without_a_matrix(monkeypatch):
+def test_cudnn_needs_no_mask_for_causality_and_window(monkeypatch):
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91400)  # none is here
   text = lowered('cudnn', 'cuda', 2, 46, 4, 2, 64, window=5)
   assert '__cudnn$fmhaSoftmaxBackward' in text
@@ -159,12 +159,12 @@ TPU = AttentionCase('tpu', (0, 0), 'bfloat16', head_dim=128, length=1024)
     (dataclasses.replace(H100, length=1023, prefix=True), 'blocked'), (TPU, 'splash'),
     (dataclasses.replace(TPU, segments=True), 'splash'), (dataclasses.replace(TPU, prefix=True), 'blocked'),
     (dataclasses.replace(TPU, length=1000), 'blocked'), (dataclasses.replace(H100, platform='cpu'), 'blocked')])
-def test_auto_takes_the_kernel_that_serves(case, chosen):
+def test_auto_chooses_a_supported_kernel(case, chosen):
   assert choose_attention('auto', case) == chosen
   assert choose_attention('xla', case) == 'xla'
 
 
-def test_a_kernel_that_cannot_serve_says_why_and_what_can():
+def test_an_unsupported_kernel_reports_alternatives():
   with pytest.raises(ConfigError, match=r"config.model.attention: 'cudnn' .* not float32; set one of auto, xla, block"):
     choose_attention('cudnn', dataclasses.replace(H100, dtype='float32'))
   with pytest.raises(ConfigError, match='it needs a TPU; the length must be a multiple of 128; got 4'):
@@ -173,7 +173,7 @@ def test_a_kernel_that_cannot_serve_says_why_and_what_can():
 
 
 @pytest.mark.parametrize('window', [0, 3])
-def test_cached_attention_ignores_what_lies_behind_the_position(window):
+def test_cached_attention_ignores_later_slots(window):
   q, k, v = qkv(1, 8, 4, 2, 6)
   rubbish = np.full((1, 4, 2, 6), 1e9, np.float32)
   got = cached_attention(q[:, 5:6], np.concatenate([k[:, :6], rubbish], 1), np.concatenate([v[:, :6], rubbish], 1),

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'benchmarks').glob('*.py')), ids=lambda path: path.stem)
-def test_what_it_imports_of_the_package_is_there(path):
+def test_benchmark_imports_exist(path):
   """Inside functions too: most import only after the allocator's settings."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom) and re.match(r'llm_jax|benchmarks(?!\.torch)', node.module or ''):
@@ -24,7 +24,7 @@ def test_what_it_imports_of_the_package_is_there(path):
           importlib.import_module(f'{node.module}.{name.name}')
 
 
-def test_a_step_is_timed_and_told_in_one_line_of_json():
+def test_step_prints_its_timing_as_json():
   command = [sys.executable, '-m', 'benchmarks.step', '--preset=char_tiny', '--steps=1', '--warmup=1', '--batch=8']
   result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert result.returncode == 0, result.stderr

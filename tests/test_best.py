@@ -27,7 +27,7 @@ def test_patience_counts_evaluations_since_the_best(mode, values, stale):
   assert best.stale == stale and bool(best.over) == (stale >= 2)
 
 
-def test_it_is_kept_through_a_checkpoint_unless_something_else_is_monitored():
+def test_checkpoints_restore_best_for_the_same_monitor():
   config = EvalConfig(monitor='val/accuracy', mode='max', patience=3, capabilities=('val/accuracy > 0.3',))
   best = seen(config, [0.2, 0.5, 0.4])
   kept = json.loads(json.dumps(best.to_meta()))
@@ -39,7 +39,7 @@ def test_it_is_kept_through_a_checkpoint_unless_something_else_is_monitored():
   assert Best.from_meta(EvalConfig(), {}) == Best(EvalConfig())
 
 
-def test_a_capability_is_told_once_with_the_first_step_that_has_it():
+def test_a_capability_is_reported_once_with_its_first_step():
   config = EvalConfig(monitor='val/accuracy', mode='max', capabilities=('val/accuracy > 0.5', 'val/accuracy >= 0.9'))
   best = Best(config)
   told = [best.update(step, {'val/accuracy': value})[1] for step, value in ((10, 0.4), (20, 0.6), (30, 0.4), (40, 0.9))]
@@ -47,22 +47,22 @@ def test_a_capability_is_told_once_with_the_first_step_that_has_it():
   assert best.reached == {'val/accuracy > 0.5': 20, 'val/accuracy >= 0.9': 40}
 
 
-def test_a_goal_ends_the_run_whatever_comes_after():
+def test_a_reached_goal_ends_the_run_for_good():
   best = Best(EvalConfig(monitor='val/accuracy', mode='max', goal='val/accuracy >= 0.9'))
   for step, value in ((10, 0.5), (20, 0.95), (30, 0.1)):
     best.update(step, {'val/accuracy': value})
     assert bool(best.over) == (step > 10)
-  assert best.over == 'val/accuracy >= 0.9 since step 20 (config.eval.goal)'
+  assert best.over == 'val/accuracy >= 0.9 was reached at step 20 (config.eval.goal)'
 
 
-def test_a_metric_that_is_not_there_is_told_with_those_that_are():
+def test_a_missing_metric_is_reported_with_known_ones():
   for config in (EvalConfig(monitor='val/accuracy'), EvalConfig(capabilities=('val/accuracy > 0.5',))):
     with pytest.raises(ConfigError, match=r'config\.eval: .*val/accuracy.*val/loss'):
       Best(config).update(1, {'val/loss': 1.0})
 
 
 @pytest.mark.parametrize('text', ['val/accuracy', 'val/accuracy = 0.5', 'val/accuracy > much', '> 0.5', '1 > 2 > 3'])
-def test_what_is_no_condition_is_told(text):
+def test_an_invalid_condition_is_reported(text):
   with pytest.raises(ConfigError, match='is not a condition'):
     build(Config, {'eval': {'capabilities': [text]}})
   assert condition('val/loss<=-1e-3') == ('val/loss', '<=', -1e-3)

@@ -1,4 +1,4 @@
-"""BitNet's matrices against the papers' equations in NumPy; what training does with them; the packed form."""
+"""BitNet's matrices against the papers' equations in NumPy; training with them; the packed form."""
 
 import dataclasses
 from functools import partial
@@ -51,16 +51,16 @@ def quantized(x, w, bits='1.58', activation_bits=8, sub_norm=False):
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('settings', [{}, {'bits': '1'}, {'activation_bits': 4}, {'sub_norm': True}], ids=str)
-def test_the_product_is_that_of_the_papers(dtype, settings):
-  """Also of bfloat16 operands, which hold the codes exactly."""
+def test_products_match_the_papers(dtype, settings):
+  """Also with bfloat16 operands, which represent the codes exactly."""
   x_q, w_q = quantized(X, W, **settings)
   settings = {{'bits': 'weight_bits'}.get(k, k): v for k, v in settings.items()}
   np.testing.assert_allclose(run(X, W, dtype, **settings), np.einsum('BTNH,NHD->BTD', x_q, w_q), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('scale', [1.0, 0.25])
-def test_gradients_go_straight_through(scale):
-  """As if the quantized operands were the operands themselves."""
+def test_gradients_are_straight_through(scale):
+  """The gradients are those of a product of the quantized operands."""
   x_q, w_q = quantized(X, W)
   dy = RNG.standard_normal((2, 3, 6)).astype(np.float32)
   dx, dw = jax.grad(lambda x, w: jnp.sum(run(x, w, gradient_scale=scale) * dy), argnums=(0, 1))(X, W)
@@ -68,7 +68,7 @@ def test_gradients_go_straight_through(scale):
   np.testing.assert_allclose(dw, scale * np.einsum('BTNH,BTD->NHD', x_q, dy), rtol=1e-3, atol=1e-4)
 
 
-def test_quantization_sets_in_with_the_steps_and_is_whole_in_evaluation():
+def test_warmup_blends_in_quantization_except_in_evaluation():
   exact = np.einsum('BTNH,NHD->BTD', X, W)
   full = run(X, W)
 
@@ -81,10 +81,10 @@ def test_quantization_sets_in_with_the_steps_and_is_whole_in_evaluation():
   np.testing.assert_allclose(at(99), full, rtol=1e-5, atol=1e-5)
   assert 0 < np.abs(at(5) - exact).max() < np.abs(full - exact).max()
   np.testing.assert_allclose(run(X, W, warmup_steps=10), full, rtol=1e-5, atol=1e-5)
-  assert progress(10) == 1.0, 'outside it is over'
+  assert progress(10) == 1.0, 'outside training the warm-up is over'
 
 
-def test_stochastic_rounding_keeps_the_mean_and_needs_a_key():
+def test_stochastic_rounding_keeps_the_mean():
   settings = {'rounding': 'stochastic'}
   np.testing.assert_array_equal(run(X, W, **settings), run(X, W))
   runs = jax.vmap(lambda key: run(X, W, rngs={'dropout': key}, **settings))(jax.random.split(jax.random.key(0), 4000))
@@ -93,7 +93,7 @@ def test_stochastic_rounding_keeps_the_mean_and_needs_a_key():
   np.testing.assert_allclose(runs.mean(0), np.einsum('BTNH,NHD->BTD', X, np.clip(W, -gamma, gamma)), atol=0.1)
 
 
-def test_what_is_told_of_a_matrix():
+def test_sown_metrics_and_penalties_of_a_matrix():
   _, sown = einsum(penalty=2.0, sparsity_target=0.5, sparsity_weight=3.0).apply(
       {'params': {'w': W}}, EQN, X, mutable=['losses', 'metrics'])
   units = W / (np.abs(W).mean() + 1e-5)
@@ -107,7 +107,7 @@ def test_what_is_told_of_a_matrix():
 
 
 @pytest.mark.parametrize('num_inputs', [1, 4, 7])
-def test_packing_loses_nothing(num_inputs):
+def test_packing_is_lossless(num_inputs):
   codes = np.random.default_rng(num_inputs).integers(-1, 2, (num_inputs, 6))
   packed = pack(jnp.asarray(codes))
   assert packed.dtype == jnp.uint8 and packed.shape == (-(-num_inputs // 4), 6)
@@ -115,7 +115,7 @@ def test_packing_loses_nothing(num_inputs):
 
 
 @pytest.mark.parametrize('settings', [{}, {'weight_bits': '1'}], ids=str)
-def test_a_packed_matrix_computes_the_same(settings):
+def test_packed_matrices_compute_the_same(settings):
   codes, scale = weight_codes(jnp.asarray(W), settings.get('weight_bits', '1.58'))
   params = {'packed': pack(codes.reshape(20, 6)), 'scale': scale}
   got = einsum(kind=PackedEinsum, **settings).apply({'params': params}, EQN, X)
@@ -128,7 +128,7 @@ def trained(cfg, num_steps=15, **parts):
   return history, state
 
 
-def test_a_model_of_them_learns_and_tells_of_each_layer():
+def test_a_bitnet_model_learns_and_logs_each_layer():
   history, state = trained(CFG)
   assert history[-1]['loss'] < 0.8 * history[0]['loss']
   names = [f'blocks/{name}/{kind}/{layer:02}' for name in ('attn/q', 'attn/o', 'mlp/down') for layer in (0, 1)
@@ -139,7 +139,7 @@ def test_a_model_of_them_learns_and_tells_of_each_layer():
   assert jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, shapes), 'so that runs can be converted'
 
 
-def test_codes_that_an_update_changes_are_counted_by_layer():
+def test_changed_codes_are_counted_by_layer():
   config = build(OptimConfig, {'learning_rate': 1.0, 'schedule': 'constant', 'chain': ['sgd', 'bitnet_flips'],
                                'sgd': {'momentum': 0.0}})
   info = ParamInfo(('layers', 'embed', 'mlp'), (2, 8, 8), ('batch', 'in', 'out'))
@@ -148,13 +148,13 @@ def test_codes_that_an_update_changes_are_counted_by_layer():
   step[1] = 0
   _, state = tx.update({'q': {'w': -step}}, tx.init({'q': {'w': before}}), {'q': {'w': before}}, value=1.0, grad=None)
   code = lambda w: np.clip(np.round(w / (np.abs(w).mean((1, 2), keepdims=True) + 1e-5)), -1, 1)  # noqa: E731
-  told = tx.report(state)
-  assert told['q/flipped/00'] == pytest.approx(np.mean(code(before) != code(before + step), (1, 2))[0])
-  assert told['q/flipped/00'] > 0.2 and told['q/flipped/01'] == 0
+  report = tx.report(state)
+  assert report['q/flipped/00'] == pytest.approx(np.mean(code(before) != code(before + step), (1, 2))[0])
+  assert report['q/flipped/00'] > 0.2 and report['q/flipped/01'] == 0
 
 
 @pytest.mark.slow
-def test_its_losses_do_not_depend_on_the_mesh_nor_on_microbatches():
+def test_losses_do_not_depend_on_mesh_or_microbatches():
   alone, _ = trained(CFG, 5)
   sharded, _, _ = train_on((2, 2, 2), make_model(CFG), make_optimizer(OPTIM, 20), features, num_steps=5,
                            num_microbatches=2)
@@ -162,14 +162,14 @@ def test_its_losses_do_not_depend_on_the_mesh_nor_on_microbatches():
 
 
 @pytest.mark.slow
-def test_a_sparsity_that_is_asked_for_comes():
+def test_a_sparsity_target_raises_sparsity():
   target = dataclasses.replace(CFG, sections=Sections({'bitnet': BitNet(sparsity_target=0.8, sparsity_weight=100.0)}))
   share = [trained(cfg, 15)[0][-1]['blocks/mlp/up/sparsity/00'] for cfg in (CFG, target)]
   assert share[1] > share[0] + 0.05
 
 
 @pytest.mark.slow
-def test_cached_decoding_is_the_full_forward():
+def test_cached_decoding_equals_the_full_forward_pass():
   cfg = dataclasses.replace(CFG, sections=Sections({'bitnet': BitNet(rounding='stochastic')}))
   model, batch = make_model(cfg), Batch(**features(0, 2)).replace(segment_ids=None)
   params = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch)['params'])
@@ -185,7 +185,7 @@ def test_cached_decoding_is_the_full_forward():
 @pytest.mark.parametrize(('values', 'word'), [
     ({'activation_bits': 9}, 'activation_bits'), ({'sparsity_target': 1.0}, 'sparsity_target'),
     ({'sparsity_target': 0.5, 'weight_bits': '1'}, 'no zero'), ({'gradient_scale': 0.0}, 'gradient_scale')])
-def test_settings_that_cannot_be_are_told(values, word):
+def test_invalid_settings_are_reported(values, word):
   with pytest.raises(ValueError, match=word):
     BitNet(**values)
   with pytest.raises(ValueError, match='no effect'):

@@ -1,4 +1,4 @@
-"""What must hold for the byte-patch model: causality to the byte, its cache, its thinking, one loss on any mesh."""
+"""The byte-patch model: causality of bytes, its cache, thinking, and equal losses on any mesh."""
 
 import dataclasses
 import functools
@@ -49,8 +49,8 @@ def init(cfg):
 
 
 @every_shape
-def test_no_byte_depends_on_a_later_one_and_every_one_on_all_before_it(cfg):
-  """By gradient, through both tables of bytes, of a row whose bytes all differ; the borders of patches are nothing."""
+def test_each_byte_depends_on_exactly_the_earlier_bytes(cfg):
+  """Tested by gradients through both embedding tables, with a row of distinct bytes; patch borders do not matter."""
   model, params = init(dataclasses.replace(cfg, vocab_size=31))
   tokens = np.random.default_rng(1).permutation(30) + 1  # 0 fills up the last patch
 
@@ -63,8 +63,8 @@ def test_no_byte_depends_on_a_later_one_and_every_one_on_all_before_it(cfg):
 
 
 @most_shapes
-def test_cached_decoding_is_the_full_forward(cfg):
-  """Prompts that end within patches, on a border and before the first; far enough for the window to turn around."""
+def test_cached_decoding_equals_the_full_forward_pass(cfg):
+  """Prompts end inside a patch, at a border, and before the first; the window's ring buffer wraps around."""
   model, params = init(cfg)
   tokens = np.concatenate([TOKENS, TOKENS[:1]])
   full = jax.jit(lambda b: model.apply({'params': params}, b))(batch(tokens))
@@ -77,8 +77,8 @@ def test_cached_decoding_is_the_full_forward(cfg):
     logits, cache = decode(jnp.asarray(tokens)[np.arange(3), lengths + i], cache)
 
 
-def test_a_byte_costs_the_same_wherever_it_stands():
-  """The cache has one size, so has what is computed from it."""
+def test_cache_size_does_not_depend_on_length():
+  """The size of the cache is constant, and so is the work per byte."""
   model, _ = init(SHAPES['gru'])
   short, long = (jax.eval_shape(lambda n=n: model.init_cache(1, n)) for n in (64, 1 << 20))
   assert jax.tree.map(lambda x: (x.shape, x.dtype), short) == jax.tree.map(lambda x: (x.shape, x.dtype), long)
@@ -97,8 +97,8 @@ def reference(q, k, v):
 
 
 @pytest.mark.parametrize(('length', 'shift'), [(1, 0), (CHUNK, -20), (2 * CHUNK + 5, 0)])
-def test_linear_attention_is_its_equation_and_goes_on_from_its_state(length, shift):
-  """Also where all features are tiny."""
+def test_linear_attention_matches_its_equation_and_resumes(length, shift):
+  """Also if all features are tiny."""
   q, k, v = np.random.default_rng(0).normal(size=(3, 2, length, 2, 4))
   q, k = q + shift, k + shift
   attend = jax.jit(linear_attention)
@@ -111,7 +111,7 @@ def test_linear_attention_is_its_equation_and_goes_on_from_its_state(length, shi
     np.testing.assert_allclose(np.concatenate([first, second], 1), y, rtol=1e-4, atol=1e-5)
 
 
-def test_the_memory_of_linear_attention_grows_with_length_and_holds_no_state_per_token():
+def test_linear_attention_keeps_no_state_per_token():
   H = 64
 
   def temporary(length):
@@ -123,7 +123,7 @@ def test_the_memory_of_linear_attention_grows_with_length_and_holds_no_state_per
   assert long < 10 * short and long < 8192 * H * H * 4 / 4
 
 
-def test_thinking_is_its_equations():
+def test_thinking_matches_its_equations():
   """Steps with shared weights, and the halting of arXiv 1603.08983, section 2, in NumPy."""
   cfg = dataclasses.replace(TINY, thinking_steps=3, halting=True, mlp='gelu', norm='layer_norm')
   z = np.random.default_rng(1).normal(size=(2, 5, 16))
@@ -157,7 +157,7 @@ def test_thinking_is_its_equations():
   np.testing.assert_allclose(sown['losses']['ponder'][0], cfg.ponder_cost * ponder.mean(), rtol=1e-5)
 
 
-def test_no_thinking_has_no_weights_for_it():
+def test_zero_thinking_steps_have_no_weights():
   assert 'think' not in init(SHAPES['transformer'])[1]
   assert 'think' in init(SHAPES['gru'])[1]
 
@@ -184,7 +184,7 @@ def train(sizes, num_microbatches, decoder):
 
 
 @pytest.mark.parametrize('decoder', ['gru', pytest.param('transformer', marks=pytest.mark.slow)])
-def test_losses_do_not_depend_on_the_mesh_nor_on_microbatches(decoder):
+def test_losses_do_not_depend_on_mesh_or_microbatches(decoder):
   losses, params = train((1, 1, 1), 1, decoder)
   assert losses[-1] < losses[0]
   others, other_params = train((2, 2, 2), 2, decoder)
@@ -193,8 +193,8 @@ def test_losses_do_not_depend_on_the_mesh_nor_on_microbatches(decoder):
 
 
 @pytest.mark.parametrize('decoder', ['gru', 'transformer'])
-def test_flops_are_those_that_xla_counts(decoder):
-  """Of the whole gradient, with all scores of a window as long as the row, half of which our count leaves out."""
+def test_flops_agree_with_xla(decoder):
+  """For the whole gradient; XLA computes all scores of a window as long as the row, of which we count half."""
   cfg = BytePatchConfig(vocab_size=64, num_layers=2, embed_dim=256, num_heads=4, window=64, thinking_steps=2,
                         decoder=decoder, dtype='float32', attention='xla', scan_unroll=2)
   model, example = make_model(cfg), batch(np.zeros((1, 256)))
@@ -205,8 +205,8 @@ def test_flops_are_those_that_xla_counts(decoder):
 
 
 @pytest.mark.slow
-def test_remat_changes_no_gradient():
-  """Of blocks that hold a scan with a checkpoint of its own."""
+def test_remat_does_not_change_gradients():
+  """With blocks that contain a scan with its own jax.checkpoint."""
   cfg = dataclasses.replace(TINY, num_layers=1, thinking_steps=0)
   _, params = init(cfg)
 
@@ -220,6 +220,6 @@ def test_remat_changes_no_gradient():
 @pytest.mark.parametrize(('values', 'word'), [
     ({'patch_size': 3}, 'patch_size'), ({'num_heads': 16}, 'num_heads'), ({'decoder': 'lstm'}, 'gru, transformer'),
     ({'halting': True, 'thinking_steps': 0}, 'thinking_steps'), ({'window': 0}, 'window')])
-def test_what_cannot_be_is_told(values, word):
+def test_invalid_settings_are_reported(values, word):
   with pytest.raises(ValueError, match=word):
     dataclasses.replace(TINY, **values)

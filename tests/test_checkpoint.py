@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, what comes back on another mesh, and what a damaged folder costs."""
+"""Checkpoints: which are kept, restoring on another mesh, and damaged folders."""
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,13 @@ def save_all(path, losses, **config):
     return checkpoints.steps(), checkpoints.best_step()
 
 
-def test_the_last_the_best_and_milestones_are_kept(tmp_path):
+def test_last_best_and_milestones_are_kept(tmp_path):
   losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: None, 5: 3.0, 6: float('nan'), 7: 2.0}
   kept, best = save_all(tmp_path, losses, keep_last=2, keep_best=1, keep_every=5)
   assert (kept, best) == ([2, 5, 6, 7], 2)
 
 
-def test_a_score_counts_no_more_where_later_ones_are_of_something_else(tmp_path):
+def test_scores_before_the_newest_since_do_not_count(tmp_path):
   with Checkpoints(tmp_path, CheckpointConfig(keep_last=1)) as checkpoints:
     for step, score, since in ((1, 1.0, 0), (2, 5.0, 2), (3, 4.0, 2), (4, 6.0, 2)):
       checkpoints.save(step, arrays(step), (arrays(step), ()), {}, score=score, since=since)
@@ -44,15 +44,15 @@ def test_a_score_counts_no_more_where_later_ones_are_of_something_else(tmp_path)
     assert (checkpoints.steps(), checkpoints.best_step()) == ([3, 4], 3)
 
 
-def test_the_latest_is_kept_though_another_is_best(tmp_path):
+def test_the_latest_is_kept_beside_the_best(tmp_path):
   assert save_all(tmp_path, {1: 1.0, 2: 2.0, 3: 3.0}, keep_last=1, keep_best=1) == ([1, 3], 1)
 
 
-def test_no_best_where_none_is_wanted(tmp_path):
+def test_keep_best_0_keeps_no_best(tmp_path):
   assert save_all(tmp_path, {1: 1.0, 2: 2.0, 3: 3.0}, keep_last=2, keep_best=0)[0] == [2, 3]
 
 
-def test_what_comes_back_is_what_went_in_on_any_mesh(tmp_path):
+def test_restored_arrays_are_equal_on_another_mesh(tmp_path):
   save_all(tmp_path, {3: 1.0})
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   tree = arrays(3)
@@ -66,8 +66,8 @@ def test_what_comes_back_is_what_went_in_on_any_mesh(tmp_path):
   assert meta == {'step': 3, 'note': 'x'} and nothing is None
 
 
-def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
-  """A save in flight keeps what it was given, though the next step overwrites the buffers at once."""
+def test_arrays_may_be_donated_during_a_save(tmp_path):
+  """A save in progress keeps its values although the next step overwrites the buffers."""
   step = jax.jit(lambda a: a + 1, donate_argnums=0)
   x = jnp.zeros((1024, 1024))
   with Checkpoints(tmp_path, CheckpointConfig(keep_last=9)) as checkpoints:
@@ -82,7 +82,7 @@ def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
 
 
 @pytest.mark.parametrize('damage', ['empty folder', 'no meta', 'cut data'])
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, tmp_path, capsys):
+def test_a_damaged_checkpoint_falls_back_to_an_older_one(damage, tmp_path, capsys):
   save_all(tmp_path, {1: 1.0, 2: 2.0})
   if damage == 'empty folder':
     (tmp_path / '3').mkdir()
@@ -102,7 +102,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, tmp_pa
   assert 'WARNING' in capsys.readouterr().err
 
 
-def test_when_none_can_be_read_it_says_so_and_never_starts_afresh(tmp_path):
+def test_only_unreadable_checkpoints_are_an_error(tmp_path):
   save_all(tmp_path, {1: 1.0})
   for path in (tmp_path / '1' / 'meta').iterdir():
     path.unlink()
@@ -110,7 +110,7 @@ def test_when_none_can_be_read_it_says_so_and_never_starts_afresh(tmp_path):
     checkpoints.restore(abstract(arrays(1)))
 
 
-def test_a_refusal_by_the_caller_is_no_damage(tmp_path):
+def test_an_error_of_the_check_is_not_damage(tmp_path):
   save_all(tmp_path, {1: 1.0, 2: 1.0})
 
   def refuse(meta):
@@ -120,14 +120,14 @@ def test_a_refusal_by_the_caller_is_no_damage(tmp_path):
     checkpoints.restore(abstract(arrays(1)), check=refuse)
 
 
-def test_another_shape_is_refused(tmp_path):
+def test_another_shape_is_rejected(tmp_path):
   save_all(tmp_path, {1: 1.0})
   other = {'a': {'w': jnp.zeros((8, 8))}, 'step': jnp.zeros((), jnp.int32)}
   with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, pytest.raises(StorageError, match=r'8'):
     checkpoints.restore(abstract(other))
 
 
-def test_a_step_that_is_not_there_lists_those_that_are(tmp_path):
+def test_a_missing_step_is_reported_with_known_ones(tmp_path):
   save_all(tmp_path, {1: 1.0})
   with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, pytest.raises(StorageError, match=r'\[1\]'):
     checkpoints.restore(abstract(arrays(1)), step=7)

@@ -1,4 +1,4 @@
-"""The door: what a config accepts, what it refuses and how it says so; and that every shipped config builds."""
+"""What configs accept and reject, the error messages, and that all shipped configs build."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def resolve(text='', *overrides, tmp_path, cpu_only=False):
   return load(path).resolve(parse_overrides(overrides, '--config.', '--config'), cpu_only=cpu_only)
 
 
-BAD = [  # overrides, and words that the message must hold: the path, the value, the legal ones
+BAD = [  # overrides, and words that the message must contain: the path, the value, legal values
     (['--config.modle.num_layers=3'], ['config.modle', 'config.model']),
     (['--config.model.num_layer=3'], ['config.model.num_layer', 'config.model.num_layers']),
     (['--config.optim.adamw.beta1=0.9'], ['config.optim.adamw.beta1', 'b1']),
@@ -81,14 +81,14 @@ BAD = [  # overrides, and words that the message must hold: the path, the value,
 
 
 @pytest.mark.parametrize(('overrides', 'words'), BAD, ids=[' '.join(o) for o, _ in BAD])
-def test_bad_values_are_told_by_path_value_and_legal_ones(overrides, words, tmp_path):
+def test_bad_values_are_reported_with_path_and_legal_values(overrides, words, tmp_path):
   with pytest.raises(ConfigError) as e:
     resolve('', *overrides, tmp_path=tmp_path)
   for word in words:
     assert word in str(e.value)
 
 
-def test_all_problems_at_once(tmp_path):
+def test_all_problems_are_reported_at_once(tmp_path):
   with pytest.raises(ConfigError) as e:
     resolve('', '--config.model.num_layer=3', '--config.num_steps=x', '--config.eval.every=0', tmp_path=tmp_path)
   for word in ('num_layer', 'num_steps', 'eval'):
@@ -108,7 +108,7 @@ def test_a_mistake_in_the_file_names_the_file(line, words, tmp_path):
     assert word in str(e.value)
 
 
-def test_a_missing_file_lists_what_there_is():
+def test_a_missing_file_is_reported_with_known_ones():
   with pytest.raises(ConfigError, match='gpt_small'):
     load(CONFIGS / 'gpt_smal.py')
 
@@ -120,13 +120,13 @@ def leaves(values, path=()):
 
 @pytest.mark.parametrize(('path', 'value'), list(leaves(to_dict(Config()))), ids=lambda v: str(v)[:40])
 def test_every_field_can_be_set_from_the_command_line(path, value, tmp_path):
-  """Its own default, written as text, comes back as the same value of the same type."""
+  """Each default, written as text, is parsed to the same value of the same type."""
   text = '()' if value == [] else ','.join(map(str, value)) if isinstance(value, list) else str(value)
   config = resolve('', f'--config.{".".join(path)}={text}', tmp_path=tmp_path)
   assert config == Config()
 
 
-def test_types_from_the_command_line(tmp_path):
+def test_command_line_values_get_the_type_of_their_field(tmp_path):
   config = resolve('', '--config.optim.learning_rate', '1', '--config.model.windows=(128,0)', '--config.data.path=1234',
                    '--config.model.qk_norm=True', '--config.eval.prompts=a b,c', '--config.model.num_kv_heads=4',
                    '--config.checkpoint.keep_every=none', tmp_path=tmp_path)
@@ -135,7 +135,7 @@ def test_types_from_the_command_line(tmp_path):
   assert config.eval.prompts == ('a b', 'c') and config.model.num_kv_heads == 4 and config.checkpoint.keep_every is None
 
 
-def test_the_command_line_wins_over_on_cpu_and_on_cpu_over_the_file(tmp_path):
+def test_command_line_overrides_on_cpu_overrides_file(tmp_path):
   path = tmp_path / 'c.py'
   path.write_text('from llm_jax.config import base\ndef get_config():\n  c = base()\n  c.num_steps = 7\n  c.seed = 7\n'
                   '  return c\ndef on_cpu(c):\n  c.num_steps = 8\n  c.log.every = 8\n')
@@ -145,12 +145,12 @@ def test_the_command_line_wins_over_on_cpu_and_on_cpu_over_the_file(tmp_path):
   assert (config.num_steps, config.seed, config.log.every) == (9, 7, 8)
 
 
-def test_json_round_trip_builds_the_same_config():
+def test_a_json_round_trip_builds_the_same_config():
   config = load(CONFIGS / 'gpt_small.py').resolve({'model.windows': '(0,64)'}, cpu_only=True)
   assert build(Config, json.loads(json.dumps(to_dict(config)))) == config
 
 
-def test_a_config_of_a_workdir_is_read_not_run(tmp_path):
+def test_config_json_is_not_executed(tmp_path):
   (tmp_path / 'config.json').write_text('__import__("os").abort()')
   with pytest.raises(ConfigError, match='not valid JSON'):
     load(tmp_path / 'config.json')
@@ -169,13 +169,13 @@ def test_batches_split_exactly(rows, shards, held, expected):
   assert expected[0] * expected[1] * shards == rows
 
 
-def test_a_batch_that_devices_cannot_share_names_the_nearest_that_they_can():
+def test_an_indivisible_batch_is_reported_with_nearest_sizes():
   config = build(Config, {'batch_tokens': 30 * 64, 'tokens_per_device': 64, 'data': {'seq_len': 64}})
   with pytest.raises(ConfigError, match=f'{24 * 64}, {32 * 64}'):
     config.split_batch(8)
 
 
-def test_base_refuses_unknown_names():
+def test_base_rejects_unknown_names():
   with pytest.raises(AttributeError, match='num_layer'):
     base().model.num_layer = 3
 
@@ -204,7 +204,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.py')), ids=lambda p: p.stem)
 @pytest.mark.parametrize('cpu_only', [False, True], ids=['full', 'on_cpu'])
-def test_every_config_builds_with_its_parameter_count(path, cpu_only):
+def test_shipped_configs_have_their_parameter_counts(path, cpu_only):
   assert path.read_text().startswith('"""'), 'a config opens with its command and expected result'
   config = load(path).resolve({'eval.answers': '0'}, cpu_only=cpu_only)
   vocab_size = {'char': 66, 'byte': 257, 'bpe': config.data.vocab_size, 'word': 246, 'none': 99}[config.data.tokenizer]
@@ -220,8 +220,8 @@ def test_differences_name_each_leaf():
   assert found == {'a.c': (2, 5), 'd': (3, None)}
 
 
-def test_what_replaces_a_schedule_or_a_link_is_rid_of_its_settings(tmp_path):
-  """Those that the file made; what the command line says itself has to have an effect."""
+def test_replaced_links_and_schedules_lose_their_settings(tmp_path):
+  """Settings from the file are removed; settings from the command line must have an effect."""
   text = 'config.optim.warmup_cosine.warmup_steps = 7; config.optim.adamw.b2 = 0.9'
   optim = resolve(text, '--config.optim.schedule=one_cycle', tmp_path=tmp_path).optim
   assert 'warmup_cosine' not in optim.sections and optim.sections['adamw'].b2 == 0.9

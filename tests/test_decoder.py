@@ -1,4 +1,4 @@
-"""What must hold for every shape of the decoder: causality, segments, windows, cache, FLOPs."""
+"""Properties of all shapes of the decoder: causality, segments, windows, cache, FLOPs."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ def compiled(cfg):
 
 
 def dependence(model, params, **features):
-  """bool [T, S]: does the logit at t change with the embedding at s? By gradient, so exactly 0 where it cannot."""
+  """bool [T, S]: whether the logit at t depends on the embedding at s, by gradient (exactly 0 if it does not)."""
   x = params['embed']['w'][TOKENS[:1]]
   gradient = jax.jit(jax.grad(lambda x, t: logits_of_embedding(model, params, x, features)[t].sum()))
   return np.stack([np.abs(gradient(x, t)).sum((0, 2)) > 0 for t in range(16)])
@@ -69,13 +69,13 @@ def logits_of_embedding(model, params, x, features):
 
 
 @every_shape
-def test_no_logit_depends_on_a_later_token_and_every_one_on_all_it_may_see(cfg):
+def test_each_logit_depends_on_exactly_the_earlier_tokens(cfg):
   model, params = init(cfg)
   seen = dependence(model, params)
   np.testing.assert_array_equal(seen, np.tril(np.ones((16, 16), bool)))
 
 
-def test_windows_limit_the_view():
+def test_windows_limit_attention():
   """Two layers of window 3 reach back 2 + 2 tokens."""
   model, params = init(dataclasses.replace(TINY, windows=(3,)))
   t, s = np.indices((16, 16))
@@ -83,7 +83,7 @@ def test_windows_limit_the_view():
 
 
 @every_shape
-def test_segments_do_not_see_each_other(cfg):
+def test_segments_are_independent(cfg):
   model, params = init(cfg)
   segment_ids = jnp.array([[1] * 5 + [2] * 7 + [0] * 4])
   seen = dependence(model, params, segment_ids=segment_ids)
@@ -91,7 +91,7 @@ def test_segments_do_not_see_each_other(cfg):
 
 
 @every_shape
-def test_a_packed_document_gets_the_logits_that_it_gets_alone(cfg):
+def test_packing_does_not_change_logits(cfg):
   tokens, length = TOKENS[:1], 6
   packed = batch(tokens, segment_ids=jnp.array([[1] * 10 + [2] * 6]),
                  positions=jnp.array([[*range(10), *range(6)]]))
@@ -100,8 +100,8 @@ def test_a_packed_document_gets_the_logits_that_it_gets_alone(cfg):
 
 
 @every_shape
-def test_cached_decoding_is_the_full_forward(cfg):
-  """Prompts of different lengths, then token by token, against one pass over everything."""
+def test_cached_decoding_equals_the_full_forward_pass(cfg):
+  """Prompts of different lengths, then token by token, against one pass over the whole rows."""
   model, params = init(cfg)
   full = compiled(cfg)(batch(TOKENS))
   lengths = jnp.array([3, 7])
@@ -113,7 +113,7 @@ def test_cached_decoding_is_the_full_forward(cfg):
     logits, cache = decode(jnp.asarray(TOKENS)[jnp.arange(2), lengths + i], cache)
 
 
-def test_a_prefix_is_seen_from_everywhere_and_nothing_else_is():
+def test_only_the_prefix_is_attended_to_bidirectionally():
   model, params = init(dataclasses.replace(TINY, prefix_attention=True, num_layers=1, windows=(0,)))
   prefix = jnp.array([[1] * 6 + [0] * 10])
   t, s = np.indices((16, 16))
@@ -122,7 +122,7 @@ def test_a_prefix_is_seen_from_everywhere_and_nothing_else_is():
   np.testing.assert_array_equal(dependence(plain, params, prefix_mask=prefix), s <= t)
 
 
-def test_a_prompt_is_the_prefix_that_was_trained():
+def test_a_prompt_is_treated_as_prefix():
   cfg = dataclasses.replace(TINY, prefix_attention=True)
   model, params = init(cfg)
   lengths = jnp.array([3, 7])
@@ -135,7 +135,7 @@ def test_a_prompt_is_the_prefix_that_was_trained():
                                 method='decode')
 
 
-def test_dropout_is_seeded_and_off_outside_training():
+def test_dropout_is_seeded_and_off_in_evaluation():
   model, params = init(dataclasses.replace(TINY, dropout=0.1))
 
   @functools.partial(jax.jit, static_argnums=0)
@@ -155,7 +155,7 @@ def test_logits_are_capped():
   assert 2.9 < float(jnp.abs(logits).max()) <= 3.0
 
 
-def test_bfloat16_is_float32_up_to_its_rounding():
+def test_bfloat16_logits_are_within_rounding():
   cfg = SHAPES['llama']
   _, params = init(cfg)
   exact = compiled(cfg)(batch(TOKENS))
@@ -165,8 +165,8 @@ def test_bfloat16_is_float32_up_to_its_rounding():
 
 
 @pytest.mark.parametrize('cfg', [SHAPES['nanogpt'], SHAPES['llama']], ids=['nanogpt', 'llama'])
-def test_flops_are_those_that_xla_counts(cfg):
-  """Of the whole gradient, with all T x T scores: the half that causality hides is 11% here, and not in our count."""
+def test_flops_agree_with_xla(cfg):
+  """For the whole gradient; XLA computes all T x T scores, of which we do not count the masked half, 11% here."""
   cfg = dataclasses.replace(cfg, max_len=512, embed_dim=256, mlp_dim=1024, vocab_size=1024, attention='xla',
                             scan_unroll=2)
   model, example = make_model(cfg), batch(np.zeros((1, 512)))
@@ -178,8 +178,8 @@ def test_flops_are_those_that_xla_counts(cfg):
   assert gradient.lower(params).cost_analysis()['flops'] == pytest.approx(ours, rel=0.05)
 
 
-def test_flops_of_attention_grow_with_what_a_token_sees():
-  """The products' multiply-adds counted one by one, over a window of 3 and all tokens in turn."""
+def test_attention_flops_count_attended_tokens():
+  """Against multiply-adds counted one by one, with alternating windows of 3 and of all tokens."""
   cfg = dataclasses.replace(TINY, windows=(3, 0))
   keys = [sum(min(t + 1, window or 512) for t in range(512)) for window in cfg.windows]
   without = dataclasses.replace(cfg, windows=(1,)).flops_per_token(512)

@@ -1,4 +1,4 @@
-"""What is known of a device by its kind."""
+"""Properties of devices by kind."""
 
 from types import SimpleNamespace
 
@@ -29,30 +29,30 @@ def test_peak_flops_of_a_kind(kind, expected):
 @pytest.mark.parametrize('kind', [
     'cpu', 'TPU v4 lite', 'TPU v9', 'NVIDIA RTX A1000', 'NVIDIA GeForce GTX 1080', 'NVIDIA GeForce RTX 3090 Ti',
     'NVIDIA GeForce RTX 4090 D', 'NVIDIA GeForce RTX 4090 Laptop GPU', 'Quadro RTX 6000', 'Tesla V100S-PCIE-32GB'])
-def test_no_figure_is_better_than_a_wrong_one(kind):
+def test_unknown_kinds_have_no_peak_flops(kind):
   assert peak(kind) is None
 
 
-def test_every_entry_is_found_by_its_own_name():
+def test_each_table_entry_matches_its_own_name():
   assert {name: peak(name) for name in PEAK_FLOPS} == PEAK_FLOPS
 
 
-def test_memory_of_cpu_devices_is_shared_by_them():
+def test_cpu_devices_share_the_memory():
   device = jax.devices('cpu')[0]
   total = next(int(line.split()[1]) * 1024 for line in read('/proc/meminfo').splitlines() if 'MemTotal' in line)
   assert 0 < device_memory(device) * len(jax.devices('cpu')) <= total
 
 
-def test_memory_of_an_accelerator_is_what_it_says():
+def test_accelerators_report_their_memory():
   assert device_memory(SimpleNamespace(memory_stats=lambda: {'bytes_limit': 123, 'bytes_in_use': 4})) == 123
   assert device_memory(SimpleNamespace(memory_stats=lambda: None, platform='tpu')) is None
 
 
-def test_bf16_is_fast_only_where_there_are_instructions_for_it(monkeypatch):
+def test_bf16_is_fast_only_with_instructions_for_it(monkeypatch):
   assert cpu_has_fast_bf16('processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 amx_tile\n')
   assert cpu_has_fast_bf16('flags : amx_bf16 sse')
   assert not cpu_has_fast_bf16('processor\t: 0\nmodel name : avx512_bf16\nflags\t\t: fpu avx512f avx512_bf16x\n')
-  assert not cpu_has_fast_bf16('Features : fp asimd bf16 i8mm')  # ARM: not known of XLA
+  assert not cpu_has_fast_bf16('Features : fp asimd bf16 i8mm')  # ARM: unknown for XLA
   assert not cpu_has_fast_bf16('')
   for capability, version, fast in (('7.5', 'cuda 12', False), ('8.0', 'cuda 12', True), ('12.0', 'cuda 13', True),
                                     ('gfx90a', 'rocm 7', True)):

@@ -1,4 +1,4 @@
-"""What must hold for the encoder-decoder: who sees what, its cache, its FLOPs, one step on any mesh, beam search."""
+"""The encoder-decoder: dependencies, cache, FLOPs, equal losses on any mesh, and beam search."""
 
 import dataclasses
 import functools
@@ -51,8 +51,8 @@ def init(cfg):
 
 
 @every_shape
-def test_a_logit_sees_all_that_was_read_and_of_its_own_row_nothing_later(cfg):
-  """By gradient with respect to both sides' embeddings; padding of what was read is not seen."""
+def test_logits_depend_on_the_encoder_and_earlier_tokens(cfg):
+  """By gradients with respect to both sides' embeddings; padding of the encoder's input has none."""
   model, params = init(cfg)
   example = batch(lengths=(5, 8))
   table = 'encoder_embed' if cfg.encoder_vocab_size else 'embed'
@@ -72,8 +72,8 @@ def test_a_logit_sees_all_that_was_read_and_of_its_own_row_nothing_later(cfg):
 
 
 @every_shape
-def test_cached_decoding_is_the_full_forward(cfg):
-  """Prompts of two lengths in a row that is shorter than the longest, then token by token."""
+def test_cached_decoding_equals_the_full_forward_pass(cfg):
+  """Prompts of two lengths, padded to less than encoder_len, then token by token."""
   model, params = init(cfg)
   tokens = np.concatenate([np.full((2, 1), cfg.start_id), TOKENS[:, 1:]], axis=1)
   full = model.apply({'params': params}, batch(tokens, lengths=(3, 6)))
@@ -86,13 +86,13 @@ def test_cached_decoding_is_the_full_forward(cfg):
 
 
 @pytest.mark.parametrize('cfg', [SHAPES['vaswani'], SHAPES['t5']], ids=['vaswani', 't5'])
-def test_flops_are_those_that_xla_counts(cfg):
+def test_flops_agree_with_xla(cfg):
   cfg = dataclasses.replace(cfg, max_len=256, encoder_len=128, embed_dim=256, mlp_dim=1024, vocab_size=1024,
                             attention='xla', scan_unroll=2)
   model, example = make_model(cfg), batch(np.zeros((1, 256)), np.zeros((1, 128)), (128,))
   params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), example)['params'])
   gradient = jax.jit(jax.grad(lambda params: jnp.sum(model.apply({'params': params}, example) ** 2)))
-  hidden = 6 * cfg.num_layers * cfg.num_heads * cfg.H * 256  # the half of the decoder's own scores that nobody counts
+  hidden = 6 * cfg.num_layers * cfg.num_heads * cfg.H * 256  # the masked half of self-attention, which we do not count
   ours = (cfg.flops_per_token(256) + hidden) * 256
   assert gradient.lower(params).cost_analysis()['flops'] == pytest.approx(ours, rel=0.05)
 
@@ -105,7 +105,7 @@ def first_state(cfg):
 
 
 def train(sizes, num_microbatches, num_steps=5):
-  """Losses and parameters of a run that learns to repeat what it read, on a mesh of virtual devices."""
+  """Losses and parameters of a run that learns to copy its input, on a mesh of virtual devices."""
   cfg = dataclasses.replace(SHAPES['t5'], vocab_size=16, max_len=8)
 
   def features(n):
@@ -119,7 +119,7 @@ def train(sizes, num_microbatches, num_steps=5):
   return np.array([metrics['loss'] for metrics in history]), jax.device_get(state.params)
 
 
-def test_losses_do_not_depend_on_the_mesh_nor_on_microbatches():
+def test_losses_do_not_depend_on_mesh_or_microbatches():
   losses, params = train((1, 1, 1), 1)
   assert losses[-1] < losses[0]
   others, other_params = train((2, 2, 2), 2)
@@ -142,7 +142,7 @@ def forward(model):
   return jax.jit(lambda params, batch: model.apply({'params': params}, batch))
 
 
-def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_answers():
+def test_a_wide_beam_finds_the_best_answer():
   model, params = init(SHAPES['vaswani'])
   eos, num_ids, length = 2, 4, 3
   ended = [[*first, eos] for n in range(length) for first in itertools.product((0, 1, 3), repeat=n)]
@@ -156,7 +156,7 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_answers():
 
 
 @pytest.mark.slow
-def test_one_beam_is_greedy_decoding_and_rows_do_not_mix():
+def test_one_beam_is_greedy_and_rows_are_independent():
   model, params = init(SHAPES['t5'])
   prompts, options = [[3, 4, 8], [5, 6, 7, 2]], {'max_len': 12, 'num_tokens': 6}
   greedy = np.stack(list(generate(model, params, prompts, temperature=0, **options)), axis=1)
@@ -167,7 +167,7 @@ def test_one_beam_is_greedy_decoding_and_rows_do_not_mix():
 
 
 @pytest.mark.slow
-def test_on_a_mesh_every_process_gets_all_that_beams_found():
+def test_beam_search_results_are_replicated_on_a_mesh():
   model, params = init(SHAPES['t5'])
   prompts, options = [[3, 4, 8], [5, 6, 7, 2]] * 4, {'max_len': 12, 'num_tokens': 6, 'eos_id': 2, 'num_beams': 3}
   with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
@@ -179,6 +179,6 @@ def test_on_a_mesh_every_process_gets_all_that_beams_found():
 @pytest.mark.parametrize(('values', 'word'), [
     ({'encoder_len': 0}, 'encoder_len'), ({'prefix_attention': True}, 'prefix_attention'),
     ({'num_heads': 3}, 'num_heads')])
-def test_what_cannot_be_is_told(values, word):
+def test_invalid_settings_are_reported(values, word):
   with pytest.raises(ValueError, match=word):
     dataclasses.replace(TINY, **values)

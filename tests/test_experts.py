@@ -32,7 +32,7 @@ def normal(seed, *shape):
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(('eqn', 'x_shape', 'w_shape'), EQUATIONS)
-def test_products_with_batch_dimensions_are_the_einsum_and_its_gradients(eqn, x_shape, w_shape, dtype):
+def test_batched_products_match_einsum_and_gradients(eqn, x_shape, w_shape, dtype):
   """Operands rounded to `dtype` forward and backward, sums in float32."""
   x, w = normal(0, *x_shape), normal(1, *w_shape)
   y, vjp = jax.vjp(jax.jit(lambda x, w: mixed_einsum(eqn, dtype, x, w)), x, w)
@@ -55,7 +55,7 @@ def test_plain_matrices_keep_the_products_over_one_dimension():
 
 @pytest.mark.parametrize(('eqn', 'x_shape', 'w_shape'), EQUATIONS[:3])
 @pytest.mark.parametrize('kind', [Einsum, BitEinsum, LowBitEinsum])
-def test_every_matrix_of_experts_is_each_experts_matrix_alone(kind, eqn, x_shape, w_shape):
+def test_expert_matrices_compute_like_single_matrices(kind, eqn, x_shape, w_shape):
   """Also its bias, and the scales of quantized ones."""
   sizes = jnp.array([1.0, 5.0, 0.1]).reshape(3, *(1,) * (len(w_shape) - 1))
   x, w, b = normal(0, *x_shape), sizes * normal(1, *w_shape), normal(2, 3, w_shape[-1])
@@ -68,7 +68,7 @@ def test_every_matrix_of_experts_is_each_experts_matrix_alone(kind, eqn, x_shape
     np.testing.assert_allclose(jnp.take(got, e, eqn.split('->')[1].index('E')), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_packed_experts_compute_what_trained_ones_do():
+def test_packed_experts_compute_the_same():
   x, w = normal(0, 3, 2, 5, 8), normal(1, 3, 8, 4) * jnp.array([1.0, 5.0, 0.1]).reshape(3, 1, 1)
   kinds = [kind((3, 8, 4), ('experts', 'embed', 'mlp'), NORMAL, jnp.float32, bitnet=BitNet())
            for kind in (BitEinsum, PackedEinsum)]
@@ -127,7 +127,7 @@ def test_experts_read_the_copies_of_their_weights(vmapped):
 
 
 @pytest.mark.parametrize('vmapped', [False, True])
-def test_experts_know_their_dimensions_in_a_stack(vmapped):
+def test_experts_in_a_stack_have_their_param_info(vmapped):
   info = jax.tree.map(info_of, init(vmapped), is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
   info = info['mlp'] if vmapped else info
   for name, axes in (('up', ('layers', 'experts', 'embed', 'mlp')), ('down', ('layers', 'experts', 'mlp', 'embed'))):
@@ -180,7 +180,7 @@ def plugin(roles=()):
 
 
 @pytest.mark.parametrize('link', [Muon(), Soap()])
-def test_muon_and_soap_refuse_to_guess(link):
+def test_muon_and_soap_reject_undeclared_matrices(link):
   rate = optax.constant_schedule(0.1)
   with pytest.raises(ValueError, match=r'(?s)fan-in.*down \(8, 2\) with axes \(embed, mlp\).*roles='):
     link.make(rate, plugin())
@@ -193,7 +193,7 @@ def test_muon_and_soap_refuse_to_guess(link):
 
 
 @pytest.mark.parametrize('link', [Muon(beta=0.9), Soap(precondition_every=2)])
-def test_a_stack_of_experts_is_optimized_as_each_expert_alone(link):
+def test_experts_are_optimized_like_single_matrices(link):
   """Layers and experts of either direction, of unlike scales."""
   shapes = {'up': (2, 3, 8, 16), 'down': (2, 3, 16, 8)}
   roles = ('batch', 'batch', 'in', 'out')

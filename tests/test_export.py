@@ -35,7 +35,7 @@ def loss(workdir, capsys):
   return json.loads(printed[printed.index('{\n'):])['loss']
 
 
-def test_what_is_exported_computes_what_was_trained(folder, capsys):
+def test_an_exported_model_computes_the_same(folder, capsys):
   trained = loss(folder / 'bitnet', capsys)
   assert loss(folder / 'bitnet_packed', capsys) == pytest.approx(trained, abs=1e-4)
   generate.main([f'--workdir={folder}/bitnet_packed', '--prompt=def ', '--num_tokens=4', '--temperature=0'])
@@ -44,7 +44,7 @@ def test_what_is_exported_computes_what_was_trained(folder, capsys):
   assert packed == capsys.readouterr().out
 
 
-def test_matrices_take_two_bits_a_weight(folder, capsys, tmp_path):
+def test_packed_matrices_take_two_bits_per_weight(folder, capsys, tmp_path):
   export.main([f'--workdir={folder}/bitnet', f'--out={tmp_path}/new'])
   table = {line.split('  ')[0].strip(): line for line in capsys.readouterr().out.splitlines()}
   arrays = load_file(tmp_path / 'new' / 'model.safetensors')
@@ -55,7 +55,7 @@ def test_matrices_take_two_bits_a_weight(folder, capsys, tmp_path):
   assert 'together' in table and arrays['embed/w'].dtype == np.float32
 
 
-def test_what_is_written_as_it_is_is_the_run(folder, capsys):
+def test_an_unpacked_export_equals_the_run(folder, capsys):
   export.main([f'--workdir={folder}/bitnet', f'--out={folder}/whole', '--weight_bits=32'])
   assert '32.00 bits each' in capsys.readouterr().out.splitlines()[-2]
   assert loss(folder / 'whole', capsys) == loss(folder / 'bitnet', capsys)
@@ -63,7 +63,7 @@ def test_what_is_written_as_it_is_is_the_run(folder, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('einsum', 'off'), [('bitnet', 1e-4), ('full', 0.02)])
-def test_what_was_exported_is_trained_on_from_where_it_was(folder, capsys, einsum, off):
+def test_training_can_start_from_an_export(folder, capsys, einsum, off):
   """As BitNet it computes the same at first; in full precision its activations are not rounded."""
   main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/on_{einsum}', f'--config.model.einsum={einsum}',
              f'--config.start.run={folder}/bitnet_packed', '--config.num_steps=1', '--config.model.num_layers=1',
@@ -74,12 +74,12 @@ def test_what_was_exported_is_trained_on_from_where_it_was(folder, capsys, einsu
 
 
 @pytest.mark.slow
-def test_a_full_precision_run_is_rounded_and_loses(folder, capsys):
+def test_packing_a_full_precision_run_worsens_its_loss(folder, capsys):
   train(folder, 'full')
   assert loss(folder / 'full_packed', capsys) > loss(folder / 'full', capsys)
 
 
-def test_what_cannot_be_done_is_told(folder, tmp_path):
+def test_invalid_exports_are_reported(folder, tmp_path):
   with pytest.raises(ConfigError, match=r'--out: .*bitnet already exists'):
     export.main([f'--workdir={folder}/bitnet', f'--out={folder}/bitnet'])
   with pytest.raises(ConfigError, match='cannot be packed'):

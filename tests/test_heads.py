@@ -78,7 +78,7 @@ def test_losses_do_not_depend_on_the_number_of_microbatches(balance):
   assert cut[2] == pytest.approx(alone[2], abs=1e-3)
 
 
-def test_several_losses_are_told_apart_and_added_by_their_weights():
+def test_losses_are_logged_apart_and_summed_by_weight():
   _, state, metrics = train(BOTH, 3)
   both = metrics['next_token/loss'] + 0.5 * metrics['classification/loss']
   assert metrics['loss'] == pytest.approx(both, rel=1e-5) and metrics['extra_loss'] == pytest.approx(0, abs=1e-5)
@@ -86,7 +86,7 @@ def test_several_losses_are_told_apart_and_added_by_their_weights():
 
 
 @pytest.mark.parametrize('balance', [pytest.param('uncertainty', marks=pytest.mark.slow), 'grad_norm'])
-def test_learnt_weights_move_and_are_logged(balance):
+def test_learned_weights_change_and_are_logged(balance):
   config = LossConfig(terms=BOTH.terms, balance=balance,
                       sections=Sections({'classification': Classification(num_classes=4)}))
   losses, state, metrics = train(config, 12)
@@ -103,7 +103,7 @@ def test_grad_norm_needs_the_whole_batch():
   assert not make_objective(LossConfig(terms=BOTH.terms, balance='grad_norm')).row_wise
 
 
-def test_heads_beside_a_model_leave_its_parameters_where_they_are():
+def test_heads_do_not_move_other_parameters():
   plain = nn.unbox(jax.jit(make_model(CFG).init)(jax.random.key(0), Batch(**features(0)))['params'])
   model = make_model(CFG, (('classification', 4),))
   headed = nn.unbox(jax.jit(model.init)(jax.random.key(0), Batch(**features(0)))['params'])
@@ -117,14 +117,14 @@ def test_heads_beside_a_model_leave_its_parameters_where_they_are():
                  marks=pytest.mark.slow, id='encdec'),
     pytest.param(BytePatchConfig(vocab_size=32, max_len=16, num_layers=1, embed_dim=16, num_heads=2, window=8,
                                  thinking_steps=1), marks=pytest.mark.slow, id='byte_patch')])
-def test_heads_beside_other_models_learn_in_bfloat16(cfg):
+def test_heads_on_other_models_learn_in_bfloat16(cfg):
   losses, state, metrics = train(BOTH, 12, cfg=dataclasses.replace(cfg, dtype='bfloat16'))
   assert losses[-1, 0] < losses[0, 0] and metrics['skipped'] == 0
   assert np.abs(state.params['heads_classification']['b']).min() > 1e-3
 
 
 @pytest.mark.slow
-def test_a_student_comes_closer_to_its_teacher():
+def test_a_student_approaches_its_teacher():
   """The same on a mesh, and in microbatches."""
   teacher = jax.device_get(train(LossConfig(), 12)[1].params)
   config = LossConfig(terms=('distillation',), sections=Sections(
@@ -137,7 +137,7 @@ def test_a_student_comes_closer_to_its_teacher():
   np.testing.assert_allclose(others, losses, atol=2e-5, rtol=0)
 
 
-def test_what_is_read_is_counted_without_padding():
+def test_num_tokens_excludes_padding():
   """A pair's second text too, whatever is learnt of it."""
   batch = Batch(**features(0))
   first, second = (np.sum(x > 0) for x in (batch.segment_ids, batch.encoder_segment_ids))
@@ -147,7 +147,7 @@ def test_what_is_read_is_counted_without_padding():
   assert make_objective(LossConfig(terms=('next_token', 'contrastive'))).num_tokens(batch) == first + second
 
 
-def test_a_class_is_told_from_tokens_that_came_before_alone():
+def test_class_logits_ignore_padding_and_other_rows():
   """The counterpart of causality: padding behind a document, and other rows, change nothing of its logits."""
   objective = make_objective(LossConfig(
       terms=('classification',), sections=Sections({'classification': Classification(num_classes=4)})))
@@ -168,7 +168,7 @@ def test_a_class_is_told_from_tokens_that_came_before_alone():
   assert np.abs(run({'params': params}, changed) - before).min(-1).max() > 1e-3
 
 
-def test_evaluation_of_several_losses_adds_up_over_ragged_batches():
+def test_evaluation_sums_do_not_depend_on_batches():
   objective = make_objective(BOTH)
   model, data = make_model(CFG, objective.heads), features(0, 12)
   params = nn.unbox(jax.jit(model.init)(jax.random.key(0), Batch(**data))['params'])
@@ -187,6 +187,6 @@ def test_evaluation_of_several_losses_adds_up_over_ragged_batches():
   assert objective.tables(whole)['classification'].sum() == 12
 
 
-def test_an_evaluation_of_a_pupil_asks_for_the_next_token():
+def test_distillation_is_evaluated_as_next_token():
   config = LossConfig(terms=('distillation',), sections=Sections({'distillation': Distillation(teacher='x')}))
   assert make_objective(config).eval_objective() == Objective()

@@ -39,7 +39,7 @@ def write(path, rows):
 ROWS = [{'text': f'text {i}', 'a': i % 2, 'b': i % 3} for i in range(30)]
 
 
-def test_labels_answers_and_borders_are_part_of_it(tmp_path):
+def test_fingerprint_covers_labels_answers_and_borders(tmp_path):
   rows = write(tmp_path / 'rows.jsonl', ROWS)
   early = write(tmp_path / 'early.jsonl', [{'text': 'ab', 'answer': 'cde'}] * 9)
   late = write(tmp_path / 'late.jsonl', [{'text': 'abc', 'answer': 'de'}] * 9)
@@ -56,7 +56,7 @@ def test_labels_answers_and_borders_are_part_of_it(tmp_path):
       check_fingerprint(one, other, 5)
 
 
-def test_the_order_of_sources_and_their_weights_so_far_are_part_of_it(tmp_path):
+def test_fingerprint_covers_source_order_and_past_weights(tmp_path):
   paths = {name: str(write(tmp_path / f'{name}.jsonl', [{'text': name * i} for i in range(1, 30)])) for name in 'ab'}
 
   def mixture(names, weight, weights_from=(0, 10)):
@@ -74,7 +74,7 @@ def test_the_order_of_sources_and_their_weights_so_far_are_part_of_it(tmp_path):
     check_fingerprint(now, mixture('ab', (1.0, 1.0), (0, 12)), 15)
 
 
-def test_another_folder_with_like_files_is_another_store(tmp_path):
+def test_equal_files_in_another_folder_are_another_store(tmp_path):
   for name, text in (('v1', 'one text here'), ('v2', 'two text here')):
     (tmp_path / name).mkdir()
     (tmp_path / name / 'x.txt').write_text(text)
@@ -84,7 +84,7 @@ def test_another_folder_with_like_files_is_another_store(tmp_path):
 
 
 @pytest.mark.parametrize('path', ['stdlib', 'synthetic:50:2000'])
-def test_what_is_no_path_is_the_same_store_from_any_folder(path, tmp_path, monkeypatch):
+def test_sources_without_a_path_do_not_depend_on_the_folder(path, tmp_path, monkeypatch):
   def key():
     return key_of(Corpus('x', ((None, open_source(SourceConfig(path), tmp_path)),), SplitConfig(), FilterConfig(),
                          'fail', 0.0).fingerprint())
@@ -94,7 +94,7 @@ def test_what_is_no_path_is_the_same_store_from_any_folder(path, tmp_path, monke
   assert keys == {key()}
 
 
-def test_a_stream_is_known_again_where_its_files_were_copied(tmp_path):
+def test_a_stream_of_copied_files_has_the_same_fingerprint(tmp_path):
   keys = set()
   for name, when in (('a', 1e9), ('b', 2e9)):
     path = write(tmp_path / name / 'x.jsonl', ROWS)
@@ -103,7 +103,7 @@ def test_a_stream_is_known_again_where_its_files_were_copied(tmp_path):
   assert len(keys) == 1
 
 
-def test_labels_are_numbers_where_they_spell_some_and_names_in_order_where_not(tmp_path):
+def test_labels_are_numbers_or_sorted_names(tmp_path):
   (tmp_path / 'stars.csv').write_text('text,stars\n' + ''.join(f'review {i},{5.5 - i % 3}\n' for i in range(30)))
   _, data = opened(tmp_path, tmp_path / 'stars.csv', field='text', label_field='stars')
   assert sorted(set(data.train['data'].labels.tolist())) == [3.5, 4.5, 5.5]
@@ -117,7 +117,7 @@ def test_labels_are_numbers_where_they_spell_some_and_names_in_order_where_not(t
 
 
 @pytest.mark.parametrize('kind', ['folder', 'mixture'])
-def test_ids_are_not_taken_for_those_of_a_tokenizer_that_is_fitted_here(kind, tmp_path):
+def test_ids_cannot_be_mixed_with_a_fitted_tokenizer(kind, tmp_path):
   (tmp_path / 'both').mkdir()
   (tmp_path / 'both/a.txt').write_text('some text ' * 50)
   if kind == 'folder':
@@ -132,13 +132,13 @@ def test_ids_are_not_taken_for_those_of_a_tokenizer_that_is_fitted_here(kind, tm
           'a': source(str(tmp_path / 'both')), 'b': source(str(tmp_path / 'b.bin'))})
 
 
-def test_a_stream_of_ids_needs_their_tokenizer(tmp_path):
+def test_a_stream_of_ids_needs_a_tokenizer(tmp_path):
   path = write(tmp_path / 'ids.jsonl', [{'ids': list(range(i, i + 5))} for i in range(50)])
   with pytest.raises(ConfigError, match='vocabulary of a stream of token ids is unknown'):
     opened(tmp_path, path, tokenizer='none', streaming=True, split='count', val_documents=5)
 
 
-def test_sentinels_are_as_many_as_are_configured(tmp_path):
+def test_the_number_of_sentinels_is_configured(tmp_path):
   (tmp_path / 'x.txt').write_text('many words to corrupt ' * 500)
   config, data = opened(tmp_path, tmp_path / 'x.txt', task='span_corruption', packing='pad', seq_len=1024,
                         encoder_len=2048)

@@ -31,7 +31,7 @@ def params(cfg):
 @pytest.mark.parametrize(('field', 'mine'), [
     ('embed_init_std', TABLES.__contains__), ('readout_init_std', 'head/w'.__eq__),
     ('init_std', lambda name: name.endswith('w') and name not in TABLES | {'head/w'})])
-def test_a_scale_moves_its_own_parameters_and_no_other(cfg, field, mine):
+def test_each_scale_changes_only_its_own_parameters(cfg, field, mine):
   std = cfg.init_std
   before = params(dataclasses.replace(cfg, embed_init_std=std, readout_init_std=std))
   after = params(dataclasses.replace(cfg, **{'embed_init_std': std, 'readout_init_std': std, field: 4 * std}))
@@ -41,7 +41,7 @@ def test_a_scale_moves_its_own_parameters_and_no_other(cfg, field, mine):
 
 
 @both
-def test_scales_left_open_are_the_matrices(cfg):
+def test_unset_scales_default_to_init_std(cfg):
   open_, named = params(cfg), params(dataclasses.replace(cfg, embed_init_std=0.02, readout_init_std=0.02))
   for name, x in open_.items():
     np.testing.assert_array_equal(named[name], x)
@@ -53,6 +53,6 @@ def test_scales_left_open_are_the_matrices(cfg):
     ({'embed_init_std': 0.0}, 'embed_init_std must be positive; got 0.0'),
     ({'tie_embeddings': False, 'readout_init_std': -1.0}, 'readout_init_std must be positive'),
     ({'readout_init_std': 0.1}, 'tie_embeddings the readout is the embedding: set embed_init_std')])
-def test_scales_that_cannot_be_are_reported(name, values, words):
+def test_invalid_scales_are_reported(name, values, words):
   with pytest.raises(ConfigError, match=words):
     build({'decoder': DecoderConfig, 'encdec': type(ENCDEC)}[name], values)

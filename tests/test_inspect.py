@@ -47,7 +47,7 @@ def report(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_parameter_and_every_layer_is_in_the_report(report):
+def test_the_report_covers_all_parameters_and_layers(report):
   found, output = report
   shapes = {name: entry['shape'] for name, entry in found['weights'].items()}
   assert shapes['blocks/near/q/w'] == [2, 16, 2, 8] and shapes['start'] == [16]
@@ -60,7 +60,7 @@ def test_every_parameter_and_every_layer_is_in_the_report(report):
 
 
 @pytest.mark.slow
-def test_losses_are_given_for_fewer_and_more_steps(report):
+def test_losses_cover_fewer_and_more_thinking_steps(report):
   found, output = report
   think = found['thinking']
   assert list(think['loss']) == ['0', '1', '2', '3'] and all(np.isfinite(list(think['loss'].values())))
@@ -71,12 +71,12 @@ def test_losses_are_given_for_fewer_and_more_steps(report):
 @pytest.mark.parametrize(('moves', 'verdict'), [
     ((0.3, 0.2, 0.1), 'active'), ((0.001, 0.001, 0.002), 'dormant'), ((0.5, 1.0, 2.5), 'unstable'),
     ((0.1, np.nan, 0.1), 'unstable')])
-def test_the_verdict(moves, verdict):
+def test_the_verdict_follows_from_the_steps(moves, verdict):
   move = np.array(moves)[:, None, None] * np.ones((1, 2, 5))
   assert thinking({'move': move, 'gate': np.full_like(move, 0.5)}, lambda n: 1.0 / (n + 1), 3)['verdict'] == verdict
 
 
-def test_every_call_of_every_module_is_seen():
+def test_each_call_of_each_module_is_recorded():
   cfg = DecoderConfig(vocab_size=8, max_len=4, num_layers=2, embed_dim=8, num_heads=2, dtype='float32')
   model, tokens = make_model(cfg), jnp.zeros((1, 4), jnp.int32)
   batch = Batch(tokens, tokens, tokens * 1.0)
@@ -88,7 +88,7 @@ def test_every_call_of_every_module_is_seen():
   assert len(found['final_norm']['rms']) == 1
 
 
-def test_weights_of_a_stack_are_told_layer_by_layer():
+def test_weights_of_a_stack_are_reported_by_layer():
   params = {'blocks': {'w': np.stack([np.full((3, 3), 2.0), np.full((3, 3), -4.0)])},
             'embed': {'w': np.array([3.0, -4.0])}}
   found = weights(params)

@@ -1,4 +1,4 @@
-"""Several processes as one run: real processes, real signals. They must train what one process trains."""
+"""Runs of several real processes with real signals; they must train the same as one process."""
 
 import fcntl
 import os
@@ -20,7 +20,7 @@ from llm_jax.config import base
 
 def get_config():
   config = base()
-  config.num_steps = 100_000  # however fast the machine, a signal comes in the middle
+  config.num_steps = 100_000  # so that a signal arrives before the end on any machine
   config.batch_tokens = 512
   config.tokens_per_device = 128  # of 4 rows: two microbatches
   config.model.num_layers = 2
@@ -59,7 +59,7 @@ def launch(folder, *flags, devices=1):
 
 
 def first_lines(process, pattern):
-  """What the launcher has printed when a line matches; with the pids of its processes."""
+  """(output of the launcher up to the first line that matches, pids of its processes)."""
   lines = []
   for line in process.stdout:
     lines.append(line)
@@ -82,7 +82,7 @@ def steps(workdir):
 
 
 def assert_same_losses(workdir, reference, num_steps):
-  """Of training, which tells batches apart, and of evaluation: within the noise of float32."""
+  """Compares losses of training, which differ between batches, and of evaluation, within float32 noise."""
   one, other = (read_metrics(path / 'metrics.jsonl') for path in (workdir, reference))
   assert [line['step'] for line in one] == [line['step'] for line in other] == list(range(1, num_steps + 1))
   for a, b in zip(one, other, strict=True):
@@ -93,7 +93,7 @@ def assert_same_losses(workdir, reference, num_steps):
 
 @pytest.fixture(scope='module')
 def stopped(folder):
-  """A run of two processes, over which each parameter is split. The second one alone is told to stop."""
+  """A run of two processes that share each parameter; only the second one gets a signal to stop."""
   process = launch(folder, '--workdir=run', '--config.mesh.fsdp=2')
   output, pids = first_lines(process, r'step 3/')
   os.kill(pids[1], signal.SIGTERM)
@@ -108,17 +108,17 @@ def test_a_signal_to_one_process_saves_and_stops_all(stopped, folder):
   assert len(list((folder / 'run').glob('events.out.tfevents.*'))) == 1
 
 
-def test_started_again_it_goes_on_in_two_processes_then_in_one(stopped, folder):
+def test_a_run_resumes_in_two_processes_then_in_one(stopped, folder):
   before = stopped_step(stopped)
   process = launch(folder, '--workdir=run', '--config.mesh.fsdp=2')
   output, _ = first_lines(process, 'resuming from step')
-  process.send_signal(signal.SIGINT)  # while it compiles: noted, and heeded as soon as there is something to save
+  process.send_signal(signal.SIGINT)  # while it compiles: takes effect as soon as there is something to save
   output += finish(process, code=75)
   assert f'resuming from step {before}\n' in output and 'SIGINT: saving' in output
   step = stopped_step(output)
   assert step > before and steps(folder / 'run') == list(range(1, step + 1))
   last = (step // 10 + 1) * 10
-  for workdir in ('run', 'uninterrupted'):  # 8 devices: 32 tokens, a row, are again half of a device's part
+  for workdir in ('run', 'uninterrupted'):  # on 8 devices, 32 tokens (a row) are again half of a device's share
     main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/{workdir}', f'--config.num_steps={last}',
                '--config.tokens_per_device=32', '--config.eval.sample_tokens=0'])
   assert_same_losses(folder / 'run', folder / 'uninterrupted', last)
@@ -128,17 +128,17 @@ def test_started_again_it_goes_on_in_two_processes_then_in_one(stopped, folder):
     ('--config.model.num_layer=3', 78, 'did you mean config.model.num_layers?'),
     ('--config.data.path=nowhere', 65, 'nowhere'),
 ])
-def test_bad_input_is_told_once_and_ends_all(folder, flag, code, words):
+def test_an_error_is_printed_once_and_ends_all_processes(folder, flag, code, words):
   began = time.monotonic()
   output = finish(launch(folder, '--workdir=refused', flag), code=code)
   assert output.count('error: ') == 1 and words in output and 'Traceback' not in output
-  assert time.monotonic() - began < 50, 'nobody waits for one that has left'
+  assert time.monotonic() - began < 50, 'processes wait for one that has exited'
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh', ['data=4', 'fsdp=4', 'tensor=2'])
-def test_any_mesh_over_two_processes_trains_what_one_process_trains(folder, mesh):
-  # Without dropout, whose masks depend on the number of microbatches, and so on that of devices.
+def test_two_processes_train_like_one_on_any_mesh(folder, mesh):
+  # Without dropout, whose masks depend on the number of microbatches, and so on the number of devices.
   flags = ['--config.num_steps=10', '--config.model.dropout=0', '--config.model.vocab_size=260']
   finish(launch(folder, f'--workdir={mesh}', f'--config.mesh.{mesh}', *flags, devices=2))
   main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/{mesh}_one_process', *flags])
@@ -163,8 +163,8 @@ def get_config():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stop', [5, 9])
-def test_a_staged_mixture_goes_on_in_one_process(folder, stop, monkeypatch):
-  """Weights change at step 4, the batch at step 7; stopped between the two, and after both."""
+def test_a_staged_mixture_resumes_in_one_process(folder, stop, monkeypatch):
+  """Weights change at step 4, the batch size at step 7; the run is stopped between the two, or after both."""
   (folder / 'staged.py').write_text(STAGED)
   monkeypatch.syspath_prepend(folder)
   run = f'staged{stop}'
@@ -179,7 +179,7 @@ def test_a_staged_mixture_goes_on_in_one_process(folder, stop, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others_and_the_run_goes_on(folder):
+def test_a_killed_process_ends_all_and_the_run_resumes(folder):
   process = launch(folder, '--workdir=killed', '--config.checkpoint.every=5')
   _, pids = first_lines(process, 'step 8/')
   os.kill(pids[1], signal.SIGKILL)
@@ -193,9 +193,9 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(folder):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(folder):
+def test_a_checkpoint_unreadable_by_one_is_skipped_by_all(folder):
   flags = ['--workdir=damaged', '--config.mesh.fsdp=2', '--config.eval.sample_tokens=0']
-  finish(launch(folder, *flags, '--config.num_steps=20'))  # saves at 10, for its validation, and at 20
+  finish(launch(folder, *flags, '--config.num_steps=20'))  # saves at 10, after its evaluation, and at 20
   checkpoints = folder / 'damaged' / 'checkpoints'
   largest = max((checkpoints / '20' / 'params' / 'ocdbt.process_1' / 'd').iterdir(), key=lambda p: p.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:1000])
@@ -205,7 +205,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(folder)
 
 
 @pytest.mark.slow
-def test_a_folder_in_use_is_told_once(folder):
+def test_a_locked_folder_is_reported_once(folder):
   (folder / 'used').mkdir()
   with open(folder / 'used' / '.lock', 'w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)

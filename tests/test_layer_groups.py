@@ -1,4 +1,4 @@
-"""Groups that reach single layers of a stack: factors, layer-wise decay, frozen layers. A link from outside: muP."""
+"""Groups for single layers of a stack: factors, layer-wise decay, frozen layers. A plug-in's link: muP."""
 
 import dataclasses
 
@@ -33,13 +33,13 @@ def test_a_pattern_selects_layers_by_index_and_slice(pattern, expected):
   assert rates([group(pattern, learning_rate=0.5)]) == expected
 
 
-def test_the_first_group_that_matches_counts_layer_by_layer():
+def test_the_first_matching_group_counts_per_layer():
   assert rates([group('blocks@1', learning_rate=3.0), group('blocks', learning_rate=0.5)]) == [0.5, 3.0]
   assert rates([group('blocks', learning_rate=0.5), group('.', learning_rate=2.0)]) == [0.5, 0.5]
 
 
 def test_single_layers_have_their_own_rate_and_decay():
-  """Each layer goes where it goes in a run whose groups treat the whole stack so."""
+  """Each layer changes as in a run whose groups treat the whole stack like this layer."""
   def run(pattern):
     return descend(optimizer('sgd', sgd=SGD, groups={'x': group(pattern, learning_rate=0.1, weight_decay=3.0)}))[0]
 
@@ -51,7 +51,7 @@ def test_single_layers_have_their_own_rate_and_decay():
   np.testing.assert_allclose(some['embed']['w'], plain['embed']['w'], rtol=1e-6)
 
 
-def test_layer_decay_lowers_the_rate_from_the_last_layer_down_to_the_embedding():
+def test_layer_decay_lowers_the_rate_towards_the_embedding():
   got, _ = descend(optimizer('sgd', sgd={'momentum': 0.0}, groups={'all': group('.', layer_decay=0.5)}), 1)
   moved = jax.tree.map(lambda new, old, g: (old - new) / (RATE * g), got, tree(0), tree(1))
   for leaf in ('q', 'out'):
@@ -63,7 +63,7 @@ def test_layer_decay_lowers_the_rate_from_the_last_layer_down_to_the_embedding()
 @pytest.mark.parametrize(('name', 'settings', 'controls'), [
     ('adamw', {'weight_decay': 0.3}, []), ('adamw', {}, ['ema']), ('adamw', {}, ['noise_adaptive', 'ema']),
     ('sgd', SGD, []), ('muon', {}, []), ('soap', {}, []), ('schedule_free', {}, [])])
-def test_a_frozen_layer_stays_to_the_bit_and_others_do_not_notice(name, settings, controls):
+def test_a_frozen_layer_keeps_its_bits_and_affects_no_other(name, settings, controls):
   tx = optimizer(name, controls=controls, groups={'low': group('blocks@0', frozen=True)}, **{name: settings})
   got, state = descend(tx)
   with jax.enable_x64(True):
@@ -79,7 +79,7 @@ def test_a_frozen_layer_stays_to_the_bit_and_others_do_not_notice(name, settings
     np.testing.assert_allclose(got['embed']['w'], free['embed']['w'], rtol=1e-5)
 
 
-def test_gradients_of_frozen_layers_do_not_count_in_the_norm_that_is_clipped():
+def test_clipping_ignores_gradients_of_frozen_layers():
   def run(**groups):
     return descend(optimizer('sgd', filters=['clip_by_global_norm'], sgd={'momentum': 0.0}, groups=groups), 1)[0]
 
@@ -90,7 +90,7 @@ def test_gradients_of_frozen_layers_do_not_count_in_the_norm_that_is_clipped():
   np.testing.assert_allclose(move(got), move(free) * float(norm / left), rtol=1e-5)
 
 
-def test_a_stack_whose_layers_are_all_frozen_has_no_optimizer_state():
+def test_a_frozen_stack_has_no_optimizer_state():
   groups = {'all': group('blocks/q@0:2', frozen=True)}
   _, state = descend(optimizer('adamw', groups=groups), 1, groups)
   assert not [path for path, _ in jax.tree_util.tree_leaves_with_path(state) if "'q'" in jax.tree_util.keystr(path)]
@@ -100,7 +100,7 @@ def test_a_stack_whose_layers_are_all_frozen_has_no_optimizer_state():
     ('blocks@2', ["groups.x.pattern: 'blocks@2' matches blocks/", '2 layers', '-2 to 1']),
     ('blocks@0:3', ['2 layers', '-2 to 2']), ('blocks@-3:', ['2 layers']), ('blocks@1:1', ['selects none']),
     ('.@0', ['embed/w', 'no layers axis', 'blocks/.*']), ('attn@0', ['matches no parameter', 'blocks/q/w'])])
-def test_layers_that_are_not_there_are_reported(pattern, words):
+def test_missing_layers_are_reported(pattern, words):
   with pytest.raises(ConfigError) as e:
     optimizer('adamw', groups={'x': group(pattern, learning_rate=0.5)})
   assert all(word in str(e.value) for word in words), e.value
@@ -112,13 +112,13 @@ def test_layers_that_are_not_there_are_reported(pattern, words):
     ({'pattern': 'blocks@0:4:0'}, ["got '0:4:0'"]), ({'pattern': '@0'}, ['pattern must be set']),
     ({'pattern': '(@0'}, ["'('", 'regular expression']),
     ({'pattern': '.', 'layer_decay': 0.0}, ['layer_decay', '(0, 1]'])])
-def test_patterns_that_cannot_be_are_reported(settings, words):
+def test_invalid_patterns_are_reported(settings, words):
   with pytest.raises(ConfigError) as e:
     build(OptimConfig, {'groups': {'x': settings}})
   assert all(word in str(e.value) for word in words), e.value
 
 
-def test_layer_decay_and_schedule_free_exclude_each_other():
+def test_layer_decay_excludes_schedule_free():
   with pytest.raises(ConfigError, match='the factors of groups'):
     optimizer('schedule_free', groups={'x': group('.', layer_decay=0.5)})
 
@@ -138,7 +138,7 @@ class MuP(Link):
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: u * s, updates, scale))
 
 
-def test_a_link_from_outside_scales_the_rate_by_fan_in():
+def test_a_plugin_link_can_scale_by_fan_in():
   plain = optimizer('sgd', sgd={'momentum': 0.0})
   links = (*plain.links, MuP())
   tx = optax.chain(*(link.make(plain.schedule, INFO) for link in links))
@@ -151,7 +151,7 @@ def test_a_link_from_outside_scales_the_rate_by_fan_in():
 
 
 @pytest.mark.parametrize('name', TRANSFORMS)
-def test_every_link_takes_the_info_of_parameters_and_serves_a_stack(name):
+def test_all_links_accept_param_info_of_a_stack(name):
   tx = TRANSFORMS[name]().make(optax.constant_schedule(1e-3), INFO)
   params = jax.tree.map(lambda x: x.astype(np.float32), tree(0))
   grads = jax.tree.map(lambda x: x.astype(np.float32), tree(1))

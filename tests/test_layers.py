@@ -22,7 +22,7 @@ def normal(seed, *shape):
 @pytest.mark.parametrize(('eqn', 'x_shape', 'w_shape'), [
     ('BTD,DNH->BTNH', (2, 3, 8), (8, 2, 5)), ('BTNH,NHD->BTD', (2, 3, 2, 5), (2, 5, 8)),
     ('BTD,VD->BTV', (2, 3, 8), (7, 8)), ('BTPE,PED->BTD', (2, 3, 2, 5), (2, 5, 8))])
-def test_mixed_einsum_is_the_einsum_and_its_gradient(eqn, x_shape, w_shape):
+def test_mixed_einsum_matches_einsum_and_gradient(eqn, x_shape, w_shape):
   x, w = normal(0, *x_shape), normal(1, *w_shape)
 
   def loss(f):
@@ -48,7 +48,7 @@ def test_bfloat16_products_accumulate_in_float32():
   np.testing.assert_allclose(dw, 17.0, rtol=1e-6)
 
 
-def test_norms_are_their_equations():
+def test_norms_match_their_equations():
   x, scale, bias = normal(0, 2, 3, 8) * 5 + 1, normal(1, 8), normal(2, 8)
   np.testing.assert_allclose(
       rms_norm(x, scale, 1e-6), x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale, rtol=1e-5, atol=1e-6)
@@ -56,7 +56,7 @@ def test_norms_are_their_equations():
   np.testing.assert_allclose(layer_norm(x, scale, bias, 1e-5), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gelu_is_its_equation():
+def test_gelu_matches_its_equation():
   x = normal(0, 64) * 4
   expected = [v * 0.5 * (1 + math.erf(v / 2**0.5)) for v in x.tolist()]
   np.testing.assert_allclose(MLPS['gelu'](NoSettings()).keywords['activation'](x), expected, rtol=1e-4, atol=1e-6)
@@ -64,20 +64,20 @@ def test_gelu_is_its_equation():
 
 @pytest.mark.parametrize('norm', [lambda x, scale: rms_norm(x, scale, 1e-6),
                                   lambda x, scale: layer_norm(x, scale, None, 1e-5)])
-def test_the_gradients_of_norms_are_their_differences(norm):
+def test_norm_gradients_match_finite_differences(norm):
   """Against central differences, in the directions of random changes of x and scale."""
   x, scale, weights = normal(0, 2, 3, 8) + 1, normal(1, 8), normal(3, 2, 3, 8)
   check_grads(lambda x, scale: jnp.sum(norm(x, scale) * weights), (x, scale), order=1, modes=('rev',), rtol=2e-2,
               atol=2e-2, eps=1e-2)
 
 
-def test_layer_norm_stands_a_large_mean():
+def test_layer_norm_is_exact_for_a_large_mean():
   x = normal(0, 4, 64).astype(np.float64) + 1000
   expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
   np.testing.assert_allclose(layer_norm(x.astype(np.float32), np.ones(64, np.float32), None, 1e-5), expected, atol=1e-3)
 
 
-def test_a_copy_is_what_products_read_and_the_gradient_is_the_weights():
+def test_products_use_the_copy_and_gradients_go_to_w():
   x, w = normal(0, 2, 3, 8), normal(1, 8, 5)
 
   def run(*copy):
@@ -90,7 +90,7 @@ def test_a_copy_is_what_products_read_and_the_gradient_is_the_weights():
   np.testing.assert_array_equal(run(jnp.zeros_like(w))[0], 0)
 
 
-def test_rope_turns_pairs_by_their_angle_and_sees_only_distances():
+def test_rope_rotates_pairs_and_depends_on_distances():
   q, k = normal(0, 1, 1, 1, 8), normal(1, 1, 1, 1, 8)
 
   def turned(x, position):

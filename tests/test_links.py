@@ -1,4 +1,4 @@
-"""What stands before and after an optimizer: filters, controls, groups of parameters; and chains that cannot be."""
+"""Filters and controls around an optimizer, groups of parameters, and invalid chains."""
 
 import dataclasses
 
@@ -35,12 +35,12 @@ def moving(window, lamb):
     ('grokfast_ema', {'alpha': 0.7, 'lamb': 3.0, 'phases': [0.0, 1.0, 0.5], 'until': ['2', '5']},
      ema(0.7, lambda t: 0.0 if t <= 2 else 3.0 if t <= 5 else 1.5)),
 ])
-def test_grokfast_is_its_equations(name, settings, rule):
+def test_grokfast_matches_its_equations(name, settings, rule):
   got, _ = descend(optimizer('sgd', filters=[name], sgd={'momentum': 0.0}, **{name: settings}))
   close(got, by_equation(rule))
 
 
-def test_a_phase_ends_when_something_is_mastered():
+def test_a_phase_ends_when_its_condition_holds():
   tx = optimizer('sgd', filters=['grokfast_ema'], sgd={'momentum': 0.0}, grokfast_ema={
       'phases': [0.0, 1.0, 2.0], 'until': ['val/accuracy > 0.5', 'val/accuracy > 0.9']})
   state = tx.init({'w': jnp.ones(3)})
@@ -53,7 +53,7 @@ def test_a_phase_ends_when_something_is_mastered():
     tx.update_from_eval(tx.init({'w': jnp.ones(3)}), {'val/loss': 1.0})
 
 
-def test_decay_in_the_gradient_is_part_of_it():
+def test_l2_adds_decay_to_the_gradient():
   got, _ = descend(optimizer('sgd', filters=['l2'], sgd={'momentum': 0.7}, l2={'weight_decay': 0.3}))
 
   def one(path, p):
@@ -72,7 +72,7 @@ def test_decay_in_the_gradient_is_part_of_it():
 # Learning rates that follow what is seen.
 
 
-def test_updates_shrink_when_a_metric_has_stopped_falling():
+def test_updates_shrink_on_a_plateau():
   tx = optimizer('sgd', controls=['reduce_on_plateau'], sgd={'momentum': 0.0},
                  reduce_on_plateau={'factor': 0.5, 'patience': 2})
   state, params = tx.init({'w': jnp.zeros(3)}), {'w': jnp.zeros(3)}
@@ -84,7 +84,7 @@ def test_updates_shrink_when_a_metric_has_stopped_falling():
   np.testing.assert_allclose(sizes, [1, 1, 1, 0.5, 0.5, 0.5, 0.25], rtol=1e-6)
 
 
-def test_a_metric_that_grows_below_zero_is_no_plateau():
+def test_an_increasing_negative_metric_is_no_plateau():
   tx = optimizer('sgd', controls=['reduce_on_plateau'],
                  reduce_on_plateau={'metric': 'val/r2', 'mode': 'max', 'patience': 1})
   state = tx.init({'w': jnp.zeros(3)})
@@ -93,7 +93,7 @@ def test_a_metric_that_grows_below_zero_is_no_plateau():
     assert tx.report(state)['plateau_scale'] == scale
 
 
-def test_updates_shrink_with_the_loss_of_training():
+def test_updates_shrink_on_a_plateau_of_train_loss():
   tx = optimizer('sgd', controls=['reduce_on_plateau'], sgd={'momentum': 0.0},
                  reduce_on_plateau={'metric': 'train/loss', 'factor': 0.1, 'patience': 1, 'accumulation_size': 2})
   state, params = tx.init({'w': jnp.zeros(3)}), {'w': jnp.zeros(3)}
@@ -105,7 +105,7 @@ def test_updates_shrink_with_the_loss_of_training():
   jax.tree.map(np.testing.assert_array_equal, tx.update_from_eval(state, {}), state)  # asks for nothing
 
 
-def test_noise_lowers_updates_and_a_steady_gradient_does_not():
+def test_noise_scales_updates_down():
   def scale(gradients):
     tx = optimizer('sgd', controls=['noise_adaptive'], sgd={'momentum': 0.0},
                    noise_adaptive={'decay': 0.9, 'target': 0.5, 'power': 1.0, 'min_scale': 0.01})
@@ -126,13 +126,13 @@ def test_noise_lowers_updates_and_a_steady_gradient_does_not():
 
 
 @pytest.mark.parametrize('given', ['100,200', '(100,200)', "('100','200')", (100, 200), ['100', '200']])
-def test_phases_end_at_steps_however_they_are_written(given):
+def test_phases_end_at_the_given_steps(given):
   settings = {'optim.grokfast_ma.phases': (1, 2, 3), 'optim.grokfast_ma.until': given}
   config = load_config(ROOT / 'configs' / 'grokking.py', **settings)
   assert config.optim.sections['grokfast_ma'].ends == [100, 200]
 
 
-def test_groups_have_their_own_rate_and_decay_and_frozen_ones_stay():
+def test_groups_have_their_own_rate_and_decay():
   groups = {'tables': {'pattern': 'embed', 'learning_rate': 0.1, 'weight_decay': 3.0},
             'outs': {'pattern': r'out/w$', 'frozen': True}, 'biases': {'pattern': '/b$', 'learning_rate': 2.0}}
   for name, settings in (('adamw', {'weight_decay': 0.3}), ('sgd', {'momentum': 0.7, 'weight_decay': 0.3}),
@@ -154,7 +154,7 @@ def test_groups_have_their_own_rate_and_decay_and_frozen_ones_stay():
       np.testing.assert_allclose(got['blocks']['q']['b'], moved['blocks']['q']['b'], rtol=1e-5)
 
 
-def test_averaged_steps_of_frozen_groups_leave_them_alone():
+def test_averaging_keeps_frozen_groups():
   groups = {'outs': {'pattern': r'out/w$', 'frozen': True}}
   tx = optimizer('schedule_free', groups=groups)
   got, state = descend(tx, groups=groups)
@@ -166,14 +166,14 @@ def test_averaged_steps_of_frozen_groups_leave_them_alone():
   np.testing.assert_allclose(got['embed']['w'], free['embed']['w'], rtol=1e-6)
 
 
-def test_a_group_without_parameters_is_told_with_those_there_are():
+def test_a_group_without_parameters_is_reported():
   with pytest.raises(ConfigError, match=r"groups\.x\.pattern: 'attn' matches no parameter.*blocks/q/w"):
     optimizer('adamw', groups={'x': {'pattern': 'attn'}})
 
 
 @pytest.mark.parametrize('name', [name for name, cls in TRANSFORMS.items() if any(
     field.name in ('mu_dtype', 'accumulator_dtype') for field in dataclasses.fields(cls))])
-def test_moments_can_be_kept_in_bfloat16(name):
+def test_moments_can_be_stored_in_bfloat16(name):
   field = 'accumulator_dtype' if name == 'sgd' else 'mu_dtype'
   momentum = {'momentum': 0.9} if name == 'adafactor' else {}
   def sizes(dtype):
@@ -195,16 +195,16 @@ def test_moments_can_be_kept_in_bfloat16(name):
     ({'groups': {'x': {}}}, ['pattern must be set']),
     ({'chain': ['grokfast_ema', 'adamw'], 'grokfast_ema': {'phases': [1.0, 2.0]}}, ['until', '1', 'got 0']),
     ({'chain': ['grokfast_ema', 'adamw'], 'grokfast_ema': {'phases': [1.0, 2.0], 'until': ['soon']}},
-     ["'soon' is no condition", 'val/accuracy > 0.5']),
+     ["'soon' is not a condition", 'val/accuracy > 0.5']),
     ({'chain': ['sgd'], 'sgd': {'nesterov': True, 'momentum': 0.0}}, ['nesterov']),
     ({'chain': ['adamw', 'reduce_on_plateau'], 'reduce_on_plateau': {'factor': 1.0}}, ['factor', '1.0']),
     ({'chain': ['schedule_free']}, ['set schedule=constant']),
     ({'chain': ['schedule_free', 'noise_adaptive'], 'schedule': 'constant'}, ['nothing else may scale']),
-    ({'chain': ['prodigy']}, ['learning_rate multiplies it', '0.0006']),
+    ({'chain': ['prodigy']}, ['learning_rate multiplies the estimate', '0.0006']),
     ({'chain': ['prodigy'], 'learning_rate': 1.0, 'groups': {'x': {'pattern': 'b', 'weight_decay': 0.0}}}, ['groups']),
     ({'chain': ['adam'], 'groups': {'x': {'pattern': 'b', 'weight_decay': 0.0}}}, ['x.weight_decay', 'no effect']),
 ])
-def test_settings_that_cannot_be_are_told(values, words):
+def test_invalid_settings_are_reported(values, words):
   with pytest.raises(ConfigError) as e:
     build(OptimConfig, values)
   assert all(word in str(e.value) for word in words), e.value

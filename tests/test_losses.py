@@ -50,7 +50,7 @@ def equation(readout, targets, weights, z_loss, smoothing, soft_cap):
 
 @pytest.mark.parametrize(('num_tokens', 'z_loss', 'smoothing', 'soft_cap'), [
     (10, 0.0, 0.0, 0.0), (5, 0.1, 0.0, 0.0), (4, 0.1, 0.2, 3.0)])
-def test_cross_entropy_and_its_gradients_are_their_equations(monkeypatch, num_tokens, z_loss, smoothing, soft_cap):
+def test_cross_entropy_and_gradients_match_the_equations(monkeypatch, num_tokens, z_loss, smoothing, soft_cap):
   """In one chunk, in two, in three of 4 with padding; the gradient scales with what is asked of the sum."""
   in_chunks(monkeypatch, num_tokens)
   readout, targets, weights = some(soft_cap)
@@ -69,7 +69,7 @@ def test_cross_entropy_and_its_gradients_are_their_equations(monkeypatch, num_to
 
 
 @pytest.mark.parametrize('num_tokens', [10, 3])
-def test_score_is_each_tokens_nats_and_its_place(monkeypatch, num_tokens):
+def test_score_gives_nll_and_rank_of_each_token(monkeypatch, num_tokens):
   in_chunks(monkeypatch, num_tokens)
   readout, targets, _ = some()
   logits = np.asarray(readout.x_BTD, np.float64) @ np.asarray(readout.w, np.float64).T
@@ -82,7 +82,7 @@ def test_score_is_each_tokens_nats_and_its_place(monkeypatch, num_tokens):
   assert readouts.rank(jnp.zeros((1, 3)), jnp.array([1])) == 1  # of equals the first comes first: ties are no hits
 
 
-def test_bfloat16_products_round_no_more_than_plain_ones(monkeypatch):
+def test_chunks_add_no_rounding_in_bfloat16(monkeypatch):
   """The weight's gradient is added up in float32, over chunks too."""
   in_chunks(monkeypatch, 2)
   readout, targets, weights = some()
@@ -104,7 +104,7 @@ def test_bfloat16_products_round_no_more_than_plain_ones(monkeypatch):
 
 @pytest.mark.parametrize(('length', 'most_bytes', 'expected'), [(8, 8, 1), (8, 4, 2), (10, 4, 5), (11, 4, 3), (3, 1, 3),
                                                                  (1, 0.1, 1)])
-def test_chunks_divide_where_they_can_and_never_outgrow_their_bytes(monkeypatch, length, most_bytes, expected):
+def test_chunks_stay_within_the_limit_of_bytes(monkeypatch, length, most_bytes, expected):
   """A token is a byte here. 10 tokens in threes or fours need padding, in twos they do not; 11 have no good divisor."""
   monkeypatch.setattr(readouts, 'CHUNK_BYTES', most_bytes)
   num_chunks = readouts._num_chunks(length, length)
@@ -112,7 +112,7 @@ def test_chunks_divide_where_they_can_and_never_outgrow_their_bytes(monkeypatch,
   assert -(-length // num_chunks) <= max(1, most_bytes)
 
 
-def test_all_logits_never_are_in_memory(monkeypatch):
+def test_the_full_logits_are_never_in_memory(monkeypatch):
   """Neither for the gradient nor for the score. The plain way does hold them."""
   T, D, V = 256, 4, 512
   monkeypatch.setattr(readouts, 'CHUNK_BYTES', B * T * V * 4 // 16)
@@ -131,7 +131,7 @@ def test_all_logits_never_are_in_memory(monkeypatch):
   assert held(lambda x, w, y, m: score(Readout(x, w, fn), y)) < 0.4
 
 
-def test_on_a_mesh_it_is_the_same_and_its_vocabulary_stays_cut(monkeypatch):
+def test_a_mesh_gives_the_same_and_keeps_vocabulary_sharded(monkeypatch):
   """One gather of the weight and one sum of its gradient, however many chunks; no logits leave their device."""
   V, T, D = 64, 12, 8
   rng = np.random.default_rng(0)

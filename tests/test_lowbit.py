@@ -21,7 +21,7 @@ KINDS = {'int8': ('int8', '', 'i8', 0.015), 'fp8': ('float8_e4m3fn', 'float8_e5m
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_products_and_gradients_are_near_the_exact_ones(kind):
+def test_products_and_gradients_are_nearly_exact(kind):
   forward, backward, name, error = KINDS[kind]
   rng = np.random.default_rng(0)
   x, w = rng.standard_normal((2, 8, 16)).astype(np.float32), rng.standard_normal((16, 4, 6)).astype(np.float32)
@@ -42,7 +42,7 @@ def test_products_and_gradients_are_near_the_exact_ones(kind):
 
 
 @pytest.mark.parametrize('kind', [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
-def test_a_model_of_them_learns_as_well(kind):
+def test_a_lowbit_model_learns(kind):
   losses = {}
   for einsum in ('full', kind):
     cfg = dataclasses.replace(CFG, einsum=einsum)
@@ -51,7 +51,7 @@ def test_a_model_of_them_learns_as_well(kind):
   assert losses[kind] == pytest.approx(losses['full'], rel=0.03)
 
 
-def test_without_qwix_it_is_told_how_to_get_it(monkeypatch):
+def test_missing_qwix_is_reported(monkeypatch):
   monkeypatch.setattr(lowbit, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match=r"int8 needs qwix.*: pip install 'llm_jax\[quant\]'"):
     dataclasses.replace(CFG, einsum='int8')

@@ -1,10 +1,11 @@
-"""The whole program as a user runs it: train, kill, go on, watch, generate, evaluate, and be told what is wrong."""
+"""The whole program as a user runs it: train, kill, resume, watch, generate, evaluate, and error messages."""
 
 import contextlib
 import gzip
 import io
 import json
 import logging
+import os
 import random
 import re
 import signal
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def whole(folder):
-  """An uninterrupted run, and what it printed."""
+  """(workdir, output) of an uninterrupted run."""
   return folder / 'runs' / 'tiny', finish(start(folder, 'main', '--config=tiny.py'))
 
 
@@ -47,7 +48,7 @@ def final_arrays(workdir):
   return jax.tree.map(np.asarray, restored)
 
 
-def test_a_run_learns_and_leaves_what_it_promises(whole):
+def test_a_run_learns_and_writes_its_files(whole):
   workdir, output = whole
   metrics = read_metrics(workdir / 'metrics.jsonl')
   assert [line['step'] for line in metrics] == list(range(1, STEPS + 1))
@@ -62,10 +63,16 @@ def test_a_run_learns_and_leaves_what_it_promises(whole):
   assert re.search(rf'step {STEPS}/{STEPS} .*tokens/s', output) and '\r' not in output
 
 
-def test_killed_anywhere_a_run_goes_on_bitwise(whole, folder):
-  """SIGTERM (also as validation begins), then SIGKILL, at random steps; then to the end: the same to the bit."""
+def test_a_killed_run_resumes_bitwise(whole, folder):
+  """SIGTERM (also as validation begins), then SIGKILL, at random steps, then to the end: bitwise the same losses.
+
+  pytest shows the printed seed if the test fails; set TEST_KILL_SEED to it to repeat the same steps.
+  """
   workdir, flags = folder / 'killed', ('--config=tiny.py', '--workdir=killed')
-  first, second = random.choice([49, random.randint(5, 48)]), random.randint(80, 110)
+  seed = int(os.environ.get('TEST_KILL_SEED', time.time_ns() % 2**32))
+  rng = random.Random(seed)
+  first, second = rng.choice([49, rng.randint(5, 48)]), rng.randint(80, 110)
+  print(f'TEST_KILL_SEED={seed}: SIGTERM at step {first}, SIGKILL at step {second}')
   process = start(folder, 'main', *flags)
   signal_at(process, workdir, first, signal.SIGTERM)
   output = finish(process, code=75)
@@ -84,7 +91,7 @@ def test_killed_anywhere_a_run_goes_on_bitwise(whole, folder):
   jax.tree.map(np.testing.assert_array_equal, final_arrays(workdir), final_arrays(whole[0]))
 
 
-def test_ctrl_c_saves_and_starting_again_when_done_says_so(whole, folder):
+def test_ctrl_c_saves_and_a_finished_run_is_reported(whole, folder):
   process = start(folder, 'main', '--config=tiny.py', '--workdir=stopped', '--config.num_steps=100000')
   signal_at(process, folder / 'stopped', 3, signal.SIGINT)
   output = finish(process, code=75)
@@ -95,7 +102,7 @@ def test_ctrl_c_saves_and_starting_again_when_done_says_so(whole, folder):
   assert f'already at step {STEPS}' in again
 
 
-def test_a_second_run_in_the_same_workdir_is_refused(folder):
+def test_a_second_run_in_a_workdir_is_rejected(folder):
   process = start(folder, 'main', '--config=tiny.py', '--workdir=locked', '--config.num_steps=100000')
   signal_at(process, folder / 'locked', 1, signal.SIGCONT)
   with pytest.raises(StorageError, match='another run'):
@@ -111,7 +118,7 @@ def test_generate_streams_text(whole, folder):
   assert finish(start(folder, 'generate', *flags)) == output, 'the same seed, the same text'
 
 
-def test_evaluate_agrees_with_the_run_and_takes_other_data(whole, folder, monkeypatch, capsys):
+def test_evaluate_agrees_with_the_run_and_reads_other_data(whole, folder, monkeypatch, capsys):
   monkeypatch.setenv('LLM_JAX_CACHE', environment(folder)['LLM_JAX_CACHE'])
   evaluate.main(['--workdir', str(whole[0]), '--checkpoint', 'best', '--out', str(folder / 'out.json')])
   report = json.loads(capsys.readouterr().out)
@@ -187,7 +194,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(('flags', 'error', 'words'), REFUSED, ids=[f[0] for f, _, _ in REFUSED])
-def test_bad_input_is_one_clear_message(flags, error, words, folder):
+def test_bad_input_gives_one_clear_message(flags, error, words, folder):
   (folder / 'empty.txt').touch()
   (folder / 'latin.txt').write_bytes('caf\xe9'.encode('latin-1') * 9)
   (folder / 'odd.bin').write_bytes(b'123')
@@ -196,7 +203,7 @@ def test_bad_input_is_one_clear_message(flags, error, words, folder):
   assert words in str(e.value)
 
 
-def test_a_bad_value_ends_the_process_with_its_code_and_no_traceback(folder):
+def test_a_bad_value_exits_without_traceback(folder):
   output = finish(start(folder, 'main', '--config=tiny.py', '--config.num_stesp=3'), code=78)
   assert output == 'error: config.num_stesp: no such field; did you mean config.num_steps?\n'
 
@@ -214,7 +221,7 @@ RESUME_REFUSED = [
 
 @pytest.fixture(scope='module')
 def watched(folder):
-  """A run in this process, on its eight devices: its workdir, what it printed, what jax compiled."""
+  """(workdir, output, log of compiled programs) of a run in this process on its eight devices."""
   compiled, handler = [], logging.Handler()
   handler.emit = lambda record: compiled.append(record.getMessage())
   logging.getLogger('jax').addHandler(handler)
@@ -233,12 +240,12 @@ def resumable(watched):
 
 
 def test_evaluation_and_the_step_compile_once(watched):
-  """Also where an evaluation's last batch is ragged, and where the step was compiled to see what memory it needs."""
+  """Also if the last batch of an evaluation is ragged, and if the step was compiled to measure its memory."""
   for name in ('eval_step', 'step'):
     assert len([line for line in watched[2] if line.startswith(f'Compiling jit({name})')]) == 1, name
 
 
-def test_a_trace_holds_the_steps_asked_for_and_says_where_it_lies(watched):
+def test_a_profile_has_the_configured_steps(watched):
   workdir, printed, _ = watched
   [path] = workdir.glob('profile/plugins/profile/*/perfetto_trace.json.gz')
   assert list(path.parent.glob('*.xplane.pb')), "what TensorBoard's profiler reads"
@@ -249,21 +256,21 @@ def test_a_trace_holds_the_steps_asked_for_and_says_where_it_lies(watched):
   assert str(path) in printed and f'tensorboard --logdir {workdir}' in printed
 
 
-def test_a_trace_that_will_not_come_is_told(tmp_path):
+def test_a_profile_in_the_past_is_reported(tmp_path):
   said = []
   for begin in (3, 4):
     Profiler(ProfileConfig(start=4), tmp_path, begin, said.append)
   assert len(said) == 1 and 'config.profile.start 4' in said[0] and 'after step 4' in said[0]
 
 
-def test_the_rows_that_fit_are_a_number_in_the_config_of_the_run(watched):
+def test_the_rows_that_fit_are_stored_in_config_json(watched):
   workdir, printed, _ = watched
   assert json.loads((workdir / 'config.json').read_text())['tokens_per_device'] == 2048 // 8
   assert re.search(r'8 row\(s\) at a time take .* GB: fits', printed)
 
 
 @pytest.mark.parametrize(('flag', 'words'), RESUME_REFUSED, ids=[f for f, _ in RESUME_REFUSED])
-def test_going_on_with_other_data_or_another_model_is_refused_by_name(flag, words, resumable, folder):
+def test_resuming_with_changed_data_or_model_is_rejected(flag, words, resumable, folder):
   extra = ['--config.model.max_len=32'] if 'seq_len' in flag else []
   before = (resumable / 'metrics.jsonl').read_bytes()
   with pytest.raises(ConfigError) as e:
@@ -280,7 +287,7 @@ MIXTURE = ['sources.a.path={folder}/corpus/loop.py', 'sources.b.path={folder}/co
 
 @pytest.mark.slow
 @pytest.mark.parametrize('data', [STREAM, MIXTURE], ids=['stream', 'mixture'])
-def test_any_data_goes_on_where_it_was(data, folder):
+def test_streams_and_mixtures_resume_exactly(data, folder):
   def losses(workdir):
     return [line['train/loss'] for line in read_metrics(workdir / 'metrics.jsonl')]
 
@@ -294,14 +301,14 @@ def test_any_data_goes_on_where_it_was(data, folder):
 
 
 @pytest.mark.slow
-def test_the_config_of_a_run_repeats_it(resumable, folder):
+def test_config_json_repeats_a_run(resumable, folder):
   main.main([f'--config={resumable}/config.json', f'--workdir={folder}/repeated'])
   losses = [[line['train/loss'] for line in read_metrics(path / 'metrics.jsonl')]
             for path in (resumable, folder / 'repeated')]
   assert losses[0] == losses[1] and len(losses[0]) == 10
 
 
-def test_the_programs_refuse_what_they_cannot_use(whole, folder):
+def test_commands_reject_bad_arguments(whole, folder):
   for program, flags, error, words in [
       (generate, ['--workdir', 'nowhere'], StorageError, 'nowhere does not contain a run'),
       (generate, ['--workdir', str(whole[0]), '--top_p=0'], ConfigError, '--top_p'),

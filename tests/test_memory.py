@@ -16,7 +16,7 @@ def search(num_rows, limit, likely=0, step_bytes=10, row_bytes=3):
 
 
 @pytest.mark.parametrize('num_rows', [1, 7, 12, 360, 512])
-def test_the_most_rows_that_fit_are_found_in_few_trials(num_rows):
+def test_most_rows_are_found_in_few_trials(num_rows):
   divisors = [n for n in range(1, num_rows + 1) if num_rows % n == 0]
   for limit in (13, 16, 18, 40, 500, 10**6):
     rows, tried = search(num_rows, limit)
@@ -24,18 +24,18 @@ def test_the_most_rows_that_fit_are_found_in_few_trials(num_rows):
     assert len(tried) == len(set(tried)) <= 2 + len(divisors).bit_length()
 
 
-def test_what_a_run_had_is_kept_where_it_fits_and_searched_anew_where_not():
+def test_the_previous_number_is_kept_if_it_fits():
   assert search(12, 100, likely=4) == (4, [4])
   assert search(12, 30, likely=12)[0] == 6
   assert search(12, 100, likely=5)[0] == 12, 'which does not divide the batch'
 
 
-def test_not_even_one_row_fits():
+def test_an_error_if_not_even_one_row_fits():
   with pytest.raises(ConfigError, match=r'tokens_per_device.*not even one row'):
     search(8, 12)
 
 
-def test_an_error_of_the_program_is_none_of_memory():
+def test_other_errors_are_not_memory_errors():
   def fails(rows):
     raise ZeroDivisionError
 

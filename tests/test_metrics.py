@@ -39,14 +39,14 @@ def curves(workdir, reader=event_accumulator):
   return read | {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in tags.get('scalars', [])}
 
 
-def test_jsonl_has_one_line_a_step(tmp_path):
+def test_jsonl_has_one_line_per_step(tmp_path):
   write(tmp_path, 0, 7)
   assert [line['step'] for line in lines_of(tmp_path)] == list(range(1, 8))
   assert lines_of(tmp_path)[2] == {'step': 3, 'train/loss': 3.0, 'val/loss': -3.0}
   assert read_metrics(tmp_path / 'metrics.jsonl') == lines_of(tmp_path)
 
 
-def test_what_comes_later_of_a_step_joins_its_line(tmp_path):
+def test_later_values_of_a_step_extend_its_line(tmp_path):
   write(tmp_path, 0, 2)
   writer = Writer(tmp_path, 2)
   writer.scalars(2, {'val/loss': 9.0})
@@ -57,7 +57,7 @@ def test_what_comes_later_of_a_step_joins_its_line(tmp_path):
                                 {'step': 3, 'train/loss': 3.0, 'val/loss': 8.0}]
 
 
-def test_lines_can_be_read_while_the_run_goes_on(tmp_path):
+def test_lines_can_be_read_during_the_run(tmp_path):
   writer = Writer(tmp_path, 0)
   for step in range(1, 4):
     writer.scalars(step, {'train/loss': 1.0})
@@ -67,7 +67,7 @@ def test_lines_can_be_read_while_the_run_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize('step', [0, 3, 4, 7, 9])
-def test_going_on_at_a_step_forgets_what_came_after(tmp_path, step):
+def test_resuming_removes_later_lines(tmp_path, step):
   write(tmp_path, 0, 7)
   before = lines_of(tmp_path)
   Writer(tmp_path, step).close()
@@ -78,7 +78,7 @@ def test_going_on_at_a_step_forgets_what_came_after(tmp_path, step):
   assert [line['train/loss'] for line in after if line['step'] > step] == [100.0 * s for s in range(step + 1, 11)]
 
 
-def test_a_last_line_cut_anywhere_is_mended(tmp_path):
+def test_a_truncated_last_line_is_removed(tmp_path):
   write(tmp_path, 0, 4)
   path = tmp_path / 'metrics.jsonl'
   whole = path.read_bytes()
@@ -118,7 +118,7 @@ def test_tensorboard_reads_scalars_and_texts(tmp_path, reader):
 
 @READERS
 @pytest.mark.parametrize('step', [1, 3, 4])
-def test_tensorboard_sees_no_orphans_after_going_on(tmp_path, step, reader):
+def test_tensorboard_drops_points_after_a_resume(tmp_path, step, reader):
   write(tmp_path, 0, 8)
   Writer(tmp_path, step).close()  # even before a new point is written, and for curves that get none
   read = curves(tmp_path, reader)
@@ -154,7 +154,7 @@ print('goes on')
 '''
 
 
-def test_a_full_disk_costs_the_log_and_not_the_run(tmp_path):
+def test_a_full_disk_stops_only_the_log(tmp_path):
   done = subprocess.run([sys.executable, '-c', FULL_DISK, tmp_path], text=True, timeout=120,
                         env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True)
   assert (done.returncode, done.stdout) == (0, 'goes on\n'), done.stderr
@@ -166,7 +166,7 @@ def test_a_full_disk_costs_the_log_and_not_the_run(tmp_path):
   assert [line['step'] for line in read_metrics(tmp_path / 'going_on/metrics.jsonl')] == [1, 2, 3]
 
 
-def test_a_workdir_that_is_gone_costs_the_log_and_not_the_run(tmp_path, capsys):
+def test_a_deleted_workdir_stops_only_the_log(tmp_path, capsys):
   writer = Writer(tmp_path / 'gone', 0)
   writer.scalars(1, {'train/loss': 1.0})
   writer.text(1, 'sample', 'text')
@@ -180,7 +180,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def test_duration():
+def test_durations_are_formatted():
   for seconds, text in ((0, '0:00'), (9, '0:09'), (59.6, '1:00'), (61, '1:01'), (3599, '59:59'), (3599.5, '1:00:00'),
                         (3661, '1:01:01'), (100 * 3600, '100:00:00')):
     assert duration(seconds) == text
@@ -199,7 +199,7 @@ def steps(throughput, count, seconds, tokens):
   return time.perf_counter() - begin
 
 
-def test_throughput_leaves_out_the_first_step():
+def test_throughput_excludes_the_first_step():
   throughput = Throughput(flops_per_token=2.0, peak=1000.0)
   time.sleep(0.1)  # compiling
   throughput.waited(0.1)
@@ -214,7 +214,7 @@ def test_throughput_leaves_out_the_first_step():
   assert throughput.take() == {}
 
 
-def test_throughput_leaves_out_a_step_that_somebody_held_up():
+def test_throughput_excludes_steps_delayed_by_the_caller():
   throughput = Throughput(flops_per_token=1.0, peak=None)
   throughput.away(1.0)  # before the time begins, as after an evaluation
   throughput.restart()
@@ -226,7 +226,7 @@ def test_throughput_leaves_out_a_step_that_somebody_held_up():
   assert values['tokens_per_second'] * values['seconds_per_step'] == pytest.approx(100), 'of the first alone'
 
 
-def test_throughput_leaves_out_what_comes_between_steps():
+def test_throughput_excludes_time_between_steps():
   throughput = Throughput(flops_per_token=1.0, peak=None)
   throughput.step_done(1)
   passed = steps(throughput, 1, 0.01, tokens=100)
@@ -240,7 +240,7 @@ def test_throughput_leaves_out_what_comes_between_steps():
   assert 50 / passed <= throughput.take()['tokens_per_second'] <= 50 / 0.01
 
 
-def test_a_status_that_need_not_be_written_at_once_is_written_once_a_second(tmp_path, monkeypatch):
+def test_status_is_written_at_most_once_per_second(tmp_path, monkeypatch):
   with Status(tmp_path, 10) as status:
     status.update(at_once=False, step=3)
     assert read_status(tmp_path)['step'] == 0 and status.values['step'] == 3

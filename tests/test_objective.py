@@ -48,7 +48,7 @@ def log_softmax(x):
 
 
 @pytest.mark.parametrize('how', ['last', 'mean'])
-def test_pooling_sees_real_tokens_alone(how):
+def test_pooling_ignores_padding(how):
   seen = look()
   got = pool(seen.readout.x_BTD, seen.batch.segment_ids, how)
   real = LENGTHS > 0
@@ -59,7 +59,7 @@ def test_pooling_sees_real_tokens_alone(how):
 
 @pytest.mark.parametrize('settings', [{}, {'focal_gamma': 2.0}, {'label_smoothing': 0.2, 'z_loss': 0.1},
                                       {'focal_gamma': 0.5, 'label_smoothing': 0.1, 'pooling': 'mean'}], ids=str)
-def test_classification_is_its_equation(settings):
+def test_classification_matches_its_equation(settings):
   term = Classification(num_classes=C, **settings)
   labels = RNG.integers(0, C, B).astype(np.int32)
   seen, count = look(labels), 5.0
@@ -76,7 +76,7 @@ def test_classification_is_its_equation(settings):
   assert all(np.isfinite(slope).all() and np.abs(slope).max() > 0 for slope in jax.tree.leaves(slopes))
 
 
-def test_a_class_that_is_certain_has_a_finite_slope():
+def test_a_certain_class_has_a_finite_gradient():
   """(1 - p)^0.5 has an infinite one at p = 1."""
   term = Classification(num_classes=2, focal_gamma=0.5)
   seen = look(np.zeros(B, np.int32), 2)
@@ -85,7 +85,7 @@ def test_a_class_that_is_certain_has_a_finite_slope():
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
 
 
-def test_metrics_of_classes_are_exact_however_the_data_is_cut():
+def test_class_metrics_do_not_depend_on_batches():
   term, labels = Classification(num_classes=C), np.random.default_rng(1).integers(0, C, B).astype(np.int32)
   seen = look(labels)
   guesses = np.argmax(pooled(seen.readout.x_BTD, 'last') @ seen.head['w'] + seen.head['b'], axis=1)
@@ -108,7 +108,7 @@ def test_metrics_of_classes_are_exact_however_the_data_is_cut():
 
 
 @pytest.mark.parametrize('delta', [0.0, 0.7])
-def test_regression_is_its_equation_in_the_labels_own_units(delta):
+def test_regression_matches_its_equation(delta):
   labels = (1000 + 50 * normal(B, 2)).astype(np.float32)
   term = Regression(huber_delta=delta).with_labels(labels.astype(np.float64), ())
   seen, real = look(labels, 2), LENGTHS > 0
@@ -126,7 +126,7 @@ def test_regression_is_its_equation_in_the_labels_own_units(delta):
   assert results['r2'] == pytest.approx(r2.mean(), rel=1e-3)
 
 
-def test_contrastive_is_info_nce_both_ways_over_real_rows():
+def test_contrastive_is_info_nce_over_real_rows():
   term = Contrastive(embedding_dim=C, temperature=0.3)
   other = Readout(normal(B, T, D) + normal(D), None, None)
   seen, real = look(other=other), LENGTHS > 0
@@ -146,7 +146,7 @@ def test_contrastive_is_info_nce_both_ways_over_real_rows():
 
 
 @pytest.mark.parametrize('chunk_tokens', [1000, 2])
-def test_distillation_is_its_equation_in_any_chunks(monkeypatch, chunk_tokens):
+def test_distillation_matches_its_equation_in_any_chunks(monkeypatch, chunk_tokens):
   monkeypatch.setattr(readouts, 'CHUNK_BYTES', 2 * 4 * B * chunk_tokens * V)
   theirs = Readout(normal(B, T, 3), normal(3, V), lambda w, x: jnp.einsum('BTD,DV->BTV', x, w))
   term = Distillation(teacher='x', temperature=3.0, logits=0.5, hidden=2.0, hidden_dim=3)
@@ -169,14 +169,14 @@ def test_distillation_is_its_equation_in_any_chunks(monkeypatch, chunk_tokens):
   np.testing.assert_allclose(dx, du @ np.asarray(seen.readout.w).T + dhidden, rtol=1e-3, atol=1e-5)
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn():
+def test_a_student_equal_to_its_teacher_has_no_loss():
   readout = look().readout
   term = Distillation(teacher='x')
   slope = jax.grad(lambda x: term.loss(look(teacher=readout)._replace(readout=readout.replace(x_BTD=x)), 1.0)[0])
   np.testing.assert_allclose(slope(jnp.asarray(readout.x_BTD)), 0, atol=1e-5)
 
 
-def test_uncertainty_weighs_as_its_equation_says():
+def test_uncertainty_matches_its_equation():
   losses, s = jnp.array([2.0, 0.5]), jnp.array([0.3, -0.4])
   objective, weights = BALANCES['uncertainty']()(losses, s, 1.0, None, None)
   assert objective == pytest.approx(float(np.sum(np.exp(-s) * losses + s / 2)))
@@ -185,7 +185,7 @@ def test_uncertainty_weighs_as_its_equation_says():
   np.testing.assert_allclose(slope, -np.exp(-s) * losses + 0.5, rtol=1e-5)
 
 
-def test_grad_norm_brings_the_gradients_to_the_norms_they_should_have():
+def test_grad_norm_reaches_its_target_norms():
   """Descending on what it gives, G_i goes to mean(G) r_i^alpha; the weights' sum stays, and no loss is pushed."""
   losses, norms, first = jnp.array([2.0, 0.5, 1.0]), jnp.array([10.0, 0.2, 1.0]), jnp.array([4.0, 0.5, 4.0])
   balance = BALANCES['grad_norm'](1.5)
@@ -224,7 +224,7 @@ def test_grad_norm_brings_the_gradients_to_the_norms_they_should_have():
     ({'alpha': 1.0}, ['alpha 1.0', 'grad_norm']),
     ({'terms': ['distillation'], 'distillation': {'teacher': 'x', 'logits': 0.0, 'hidden': 1.0}}, ['hidden alone']),
 ])
-def test_settings_that_cannot_be_are_told(values, words):
+def test_invalid_settings_are_reported(values, words):
   with pytest.raises(ConfigError) as e:
     build(LossConfig, values)
   assert all(word in str(e.value) for word in words), e.value

@@ -26,7 +26,7 @@ def warmup_cosine(step, peak, warmup, total, factor):
   return least + 0.5 * (peak - least) * (1 + np.cos(np.pi * progress))
 
 
-def test_warmup_cosine_is_its_equation():
+def test_warmup_cosine_matches_its_equation():
   config = build(OptimConfig, {'learning_rate': 0.3, 'warmup_cosine': {'warmup_steps': 10, 'end_factor': 0.2}})
   schedule = make_optimizer(config, 50).schedule
   got = [float(schedule(step)) for step in range(51)]
@@ -35,7 +35,7 @@ def test_warmup_cosine_is_its_equation():
 
 
 @pytest.mark.parametrize('name', TRANSFORMS)
-def test_what_is_finite_in_the_square_leaves_the_state_finite(name):
+def test_finite_squares_give_a_finite_state(name):
   """What the step's guard rests on: it looks at the gradients' squares alone."""
   info = {'w': ParamInfo(('embed', 'mlp'), (4, 4), ('in', 'out'))}
   link = optax.with_extra_args_support(TRANSFORMS[name]().make(optax.constant_schedule(1e-3), info))
@@ -51,13 +51,13 @@ def test_what_is_finite_in_the_square_leaves_the_state_finite(name):
                  (params, state), begin)  # the best loss so far begins as infinity
 
 
-def test_constant_warms_up_and_stays():
+def test_constant_warms_up_and_stays_constant():
   config = build(OptimConfig, {'learning_rate': 0.3, 'schedule': 'constant', 'constant': {'warmup_steps': 4}})
   schedule = make_optimizer(config, 50).schedule
   np.testing.assert_allclose([schedule(s) for s in (0, 2, 4, 30)], [0, 0.15, 0.3, 0.3], rtol=1e-6)
 
 
-def test_the_chain_is_clipping_then_adamw_with_decay_on_matrices_only():
+def test_the_default_chain_matches_clipping_and_adamw():
   """Twenty steps in float64 NumPy, from the papers' equations: within 1e-6 at a usual learning rate."""
   config = build(OptimConfig, {
       'learning_rate': 0.003, 'adamw': {'b1': 0.8, 'b2': 0.9, 'weight_decay': 0.3},
@@ -85,11 +85,11 @@ def test_the_chain_is_clipping_then_adamw_with_decay_on_matrices_only():
   jax.tree.map(lambda p, e: np.testing.assert_allclose(p, e, rtol=0, atol=1e-6), params, expected)
 
 
-def test_matrices_are_told_from_norms_and_biases_stacked_or_not():
+def test_matrices_exclude_norms_and_biases():
   assert matrices(tree(0)) == {'blocks': {'q': {'w': True, 'b': False}, 'norm': {'scale': False}}, 'embed': {'w': True}}
 
 
-def test_a_first_moment_in_bfloat16_is_the_float32_one_up_to_its_rounding():
+def test_a_bfloat16_first_moment_is_within_rounding():
   def run(mu_dtype):
     tx = make_optimizer(build(OptimConfig, {'adamw': {'mu_dtype': mu_dtype}}), 20)
     params = jax.tree.map(jnp.float32, tree(0))

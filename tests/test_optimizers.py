@@ -48,12 +48,12 @@ def ademamix(b1, b2, b3, alpha, eps=1e-8):
     ('ademamix', {'b1': 0.8, 'b2': 0.9, 'b3': 0.99, 'alpha': 3.0, 'weight_decay': 0.2}, ademamix(0.8, 0.9, 0.99, 3.0),
      0.2),
 ], ids=lambda x: x if isinstance(x, str) else None)
-def test_optimizers_are_their_equations(name, settings, rule, decay):
+def test_optimizers_match_their_equations(name, settings, rule, decay):
   got, _ = descend(optimizer(name, **{name: settings}))
   close(got, by_equation(rule, decay=decay), rtol=3e-6)  # first moments are kept in float32
 
 
-def test_what_warms_up_in_ademamix_ends_at_its_settings():
+def test_ademamix_warmup_ends_at_its_settings():
   slow, _ = descend(optimizer('ademamix', ademamix={'b3': 0.99, 'alpha': 3.0, 'slow_steps': 3}))
   close(slow, by_equation(warming_ademamix(3, 0.9, 0.999, 0.99, 3.0), decay=0.1), rtol=1e-5)
 
@@ -69,7 +69,7 @@ def warming_ademamix(T, b1, b2, b3, alpha):
   return rule
 
 
-def test_adafactor_factors_the_second_moment_of_large_sides():
+def test_adafactor_factors_large_second_moments():
   """arXiv 1804.04235, algorithm 4, on one matrix: row and column means, their product over the rows' mean."""
   tx = make_optimizer(build(OptimConfig, {
       'learning_rate': RATE, 'schedule': 'constant', 'chain': ['adafactor'],
@@ -102,7 +102,7 @@ def newton_schulz(g):
   return x.T if g.shape[0] > g.shape[1] else x
 
 
-def test_muon_orthogonalises_each_layers_matrix_alone_and_leaves_the_rest_to_adam():
+def test_muon_orthogonalizes_each_layer_separately():
   """Of q [D, N, H] the matrix is D x NH, of out [N, H, D] it is NH x D."""
   got, _ = descend(optimizer('muon', muon={'weight_decay': 0.2, 'beta': 0.9, 'nesterov': False}))
 
@@ -121,7 +121,7 @@ def test_muon_orthogonalises_each_layers_matrix_alone_and_leaves_the_rest_to_ada
   close(got, expected, rtol=2e-4)  # the polynomial magnifies the float32 moments' rounding
 
 
-def test_a_matrix_is_fan_in_by_fan_out_and_back():
+def test_as_matrices_is_fan_in_by_fan_out():
   dims = matrix_dims(INFO)
   assert dims['embed']['w'] is None and dims['blocks']['q']['b'] is None
   x = jnp.arange(96.0).reshape(2, 2, 4, 6)
@@ -161,7 +161,7 @@ def test_soap_is_adam_in_the_eigenbasis():
   close(got, expected, rtol=1e-5)
 
 
-def test_prodigy_is_its_equations():
+def test_prodigy_matches_its_equations():
   """Algorithm 4 of arXiv 2306.06101, over all parameters together."""
   got, state = descend(optimizer('prodigy', learning_rate=1.0, prodigy={'b1': 0.8, 'b2': 0.9, 'estim_lr0': 1e-3,
                                                                           'safeguard_warmup': False}))
@@ -181,7 +181,7 @@ def test_prodigy_is_its_equations():
   assert state[0].estim_lr == pytest.approx(d, rel=1e-5)
 
 
-def test_prodigy_decays_matrices_alone_and_outlives_a_gradient_of_zero():
+def test_prodigy_decays_matrices_and_survives_zero_gradients():
   decayed, _ = descend(optimizer('prodigy', learning_rate=1.0, prodigy={'weight_decay': 0.5, 'estim_lr0': 1e-3}), 1)
   plain, _ = descend(optimizer('prodigy', learning_rate=1.0, prodigy={'estim_lr0': 1e-3}), 1)
   np.testing.assert_array_equal(decayed['blocks']['q']['b'], plain['blocks']['q']['b'])
@@ -196,7 +196,7 @@ def test_prodigy_decays_matrices_alone_and_outlives_a_gradient_of_zero():
   assert (params['w'] < 1).all()
 
 
-def test_schedule_free_trains_one_point_and_evaluates_another():
+def test_schedule_free_evaluates_its_average():
   """Algorithm 1 of arXiv 2405.15682: z by Adam without momentum, x its mean, gradients at y between them."""
   b1, b2 = 0.7, 0.9
   tx = optimizer('schedule_free', schedule_free={'b1': b1, 'b2': b2, 'weight_decay': 0.2})
@@ -223,7 +223,7 @@ def test_schedule_free_trains_one_point_and_evaluates_another():
     close(tx.evaluated(state, jax.tree.map(jnp.asarray, y)), pick(0), 1e-5)
 
 
-def test_an_average_of_weights_is_what_is_evaluated():
+def test_averaged_weights_are_evaluated():
   tx = optimizer('sgd', controls=['ema'], sgd={'momentum': 0.0}, ema={'decay': 0.5})
   last, state = descend(tx)
   plain, _ = descend(optimizer('sgd', sgd={'momentum': 0.0}))

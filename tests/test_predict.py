@@ -1,4 +1,4 @@
-"""Runs that learn what whole documents are: trained, stopped, evaluated and asked as a user does."""
+"""Runs that learn labels of whole documents: trained, stopped, evaluated and used for predictions."""
 
 import functools
 import json
@@ -86,7 +86,7 @@ def told(capsys, *flags):
   return [json.loads(line) for line in lines if line.startswith('{')]
 
 
-def test_a_classifier_is_evaluated_with_its_confusions(folder, run, capsys, tmp_path):
+def test_a_classifier_is_evaluated_with_confusion_counts(folder, run, capsys, tmp_path):
   output = run('classification')
   evaluate.main([f'--workdir={folder}/classification', f'--out={tmp_path}/result.json'])
   printed, written = report_of(capsys), json.loads((tmp_path / 'result.json').read_text())
@@ -99,8 +99,8 @@ def test_a_classifier_is_evaluated_with_its_confusions(folder, run, capsys, tmp_
   assert last['val/accuracy'] == pytest.approx(written['accuracy'])
 
 
-def test_labels_of_another_file_are_known_by_their_names(folder, run, capsys, tmp_path):
-  """Though it holds but two of the classes, which would be numbers 0 and 1 there."""
+def test_labels_of_other_data_are_matched_by_name(folder, run, capsys, tmp_path):
+  """The other file has only two of the classes, which would be numbers 0 and 1 on their own."""
   run('classification')
   write(tmp_path / 'other.jsonl', seed=1, only='yz')
   evaluate.main([f'--workdir={folder}/classification', f'--data={tmp_path}/other.jsonl', f'--out={tmp_path}/r.json'])
@@ -110,7 +110,7 @@ def test_labels_of_another_file_are_known_by_their_names(folder, run, capsys, tm
     evaluate.main([f'--workdir={folder}/classification', f'--data={tmp_path}/odd.jsonl'])
 
 
-def test_texts_are_told_what_they_are(folder, run, capsys):
+def test_texts_are_classified(folder, run, capsys):
   run('classification')
   first, second = told(capsys, f'--workdir={folder}/classification', '--text=yyyya', '--text=zzc', '--top=2')
   assert [next(iter(x['classification'])) for x in (first, second)] == ['all y', 'all z']
@@ -118,7 +118,7 @@ def test_texts_are_told_what_they_are(folder, run, capsys):
 
 
 @pytest.mark.slow
-def test_numbers_are_learnt_and_told_in_their_own_units(folder, run, capsys, monkeypatch):
+def test_numbers_are_predicted_in_their_own_units(folder, run, capsys, monkeypatch):
   run('regression')
   assert read_metrics(folder / 'regression' / 'metrics.jsonl')[-1]['val/r2'] > 0.7
   monkeypatch.setattr('sys.stdin', ['xxxxxxxxa\n', 'xxa\n'])
@@ -127,7 +127,7 @@ def test_numbers_are_learnt_and_told_in_their_own_units(folder, run, capsys, mon
 
 
 @pytest.mark.slow
-def test_pairs_are_learnt_compared_and_not_answered(folder, run, capsys, tmp_path):
+def test_pairs_are_embedded(folder, run, capsys, tmp_path):
   run('contrastive')
   assert read_metrics(folder / 'contrastive' / 'metrics.jsonl')[-1]['val/top5_accuracy'] > 0.5
   evaluate.main([f'--workdir={folder}/contrastive', f'--out={tmp_path}/r.json'])
@@ -140,8 +140,8 @@ def test_pairs_are_learnt_compared_and_not_answered(folder, run, capsys, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_classifier_goes_on_where_it_was_stopped(folder, run):
-  """Bitwise: the labels of batch n, the head and its optimizer state are the run's that was never stopped."""
+def test_a_stopped_classifier_resumes_bitwise(folder, run):
+  """Labels of batches, the head and its optimizer state equal those of an uninterrupted run."""
   run('classification')
   flags = ('--config=classification.py', '--workdir=stopped')
   process = start(folder, 'main', *flags)
@@ -155,7 +155,7 @@ def test_a_classifier_goes_on_where_it_was_stopped(folder, run):
   assert {'train/loss', 'train/grad_norm', 'val/loss'} <= learnt.keys()
 
 
-def test_what_has_not_learnt_to_write_says_so(folder, run):
+def test_generate_rejects_a_classifier(folder, run):
   run('classification')
   with pytest.raises(ConfigError, match=r'was not trained to generate text.*llm-jax predict'):
     generate.main([f'--workdir={folder}/classification'])
@@ -163,18 +163,18 @@ def test_what_has_not_learnt_to_write_says_so(folder, run):
 
 @pytest.mark.parametrize(('flags', 'words'), [
     (('--config.loss.terms=next_token',), ['provides labels', 'loss.terms=next_token']),
-    (('--config.data.task=next_token',), ['loss.terms classification learns from data.task classification']),
-    (('--config.data.task=regression',), ['loss.terms classification learns from data.task classification']),
+    (('--config.data.task=next_token',), ['loss.terms classification needs data.task classification']),
+    (('--config.data.task=regression',), ['loss.terms classification needs data.task classification']),
     (('--config.loss.terms=next_token', '--config.data.task=masked_tokens', '--config.data.label_field=none'),
      ['model.prefix_attention', 'masked_tokens']),
     (('--config.eval.answers=3',), ['eval.answers', 'needs a tokenizer and a task with answers']),
-    (('--config.loss.classification.num_classes=2',), ['loss.classification.num_classes: 2', '3 of the data']),
+    (('--config.loss.classification.num_classes=2',), ['loss.classification.num_classes: 2', '3 classes of the data']),
     ((*TAUGHT, '--config.loss.distillation.teacher=nowhere'),
      ['loss.distillation.teacher', 'nowhere', 'does not contain a run']),
     ((*TAUGHT, '--config.loss.distillation.teacher=regression', '--config.model.vocab_size=300'),
      ['loss.distillation.teacher', 'another tokenizer or vocabulary', '257']),
 ])
-def test_what_does_not_go_together_is_told(folder, run, tmp_path, monkeypatch, flags, words):
+def test_conflicting_settings_are_reported(folder, run, tmp_path, monkeypatch, flags, words):
   run('regression')
   monkeypatch.chdir(folder)
   with pytest.raises(ConfigError) as e:
@@ -182,16 +182,16 @@ def test_what_does_not_go_together_is_told(folder, run, tmp_path, monkeypatch, f
   assert all(word in str(e.value) for word in words), e.value
 
 
-def test_a_model_that_reads_both_texts_cannot_compare_them(folder, tmp_path):
-  """It would find the partner in what it has read."""
+def test_contrastive_rejects_an_encoder_decoder(folder, tmp_path):
+  """An encoder-decoder would already have read the partner."""
   text = (folder / 'contrastive.py').read_text().replace('config = base()', "config = base('encdec')")
   (tmp_path / 'both.py').write_text(text)
   with pytest.raises(ConfigError, match=r'encdec reads both texts.*decoder, byte_patch'):
     main.main([f'--config={tmp_path}/both.py', f'--workdir={tmp_path}/run'])
 
 
-def test_a_class_that_training_never_saw_is_told(folder, tmp_path):
-  """Not a loss of NaN, nor one document less in the confusions."""
+def test_a_class_missing_in_training_is_reported(folder, tmp_path):
+  """Otherwise the loss would be NaN, or a document would be missing in the confusion counts."""
   for name, label in (('train', 0), ('train', 1), ('val', 2)):
     with open(tmp_path / f'{name}.jsonl', 'a') as f:
       f.writelines(json.dumps({'text': f'{label}{i}', 'kind': label}) + '\n' for i in range(16))
@@ -200,13 +200,13 @@ def test_a_class_that_training_never_saw_is_told(folder, tmp_path):
                f'--config.data.path={tmp_path}/train.jsonl', f'--config.data.val_path={tmp_path}/val.jsonl'])
 
 
-def test_rows_that_are_compared_are_held_at_once(folder, tmp_path):
+def test_contrastive_rejects_microbatches(folder, tmp_path):
   """16 rows of 12 tokens on 8 devices."""
   with pytest.raises(ConfigError, match=r'tokens_per_device: 12 splits .* into 2 .*terms=contrastive.*at once; set 24'):
     main.main([f'--config={folder}/contrastive.py', f'--workdir={tmp_path}/run', '--config.tokens_per_device=12'])
 
 
-def test_another_loss_is_refused_in_the_same_workdir(folder, run):
+def test_another_loss_in_the_same_workdir_is_rejected(folder, run):
   run('classification')
   with pytest.raises(ConfigError, match=r'config\.loss: checkpoint classification .* now next_token'):
     main.main([f'--config={folder}/classification.py', f'--workdir={folder}/classification',

@@ -59,14 +59,14 @@ def compiled(cache, **variables):
 
 @pytest.mark.skipif(not sys.platform.startswith('linux') or 'glibc' not in os.confstr('CS_GNU_LIBC_VERSION'),
                     reason='glibc alone')
-def test_freed_memory_is_not_faulted_in_again():
+def test_freed_memory_is_reused_without_page_faults():
   (tuned, faults), _ = python(FAULTS)
   assert tuned == 'True' and int(faults) < 100
   (tuned, faults), _ = python(FAULTS, MALLOC_ARENA_MAX='4')  # the user's own settings stay
   assert tuned == 'False' and int(faults) > 100
 
 
-def test_flags_are_added_but_for_the_users_own():
+def test_the_users_xla_flags_are_kept():
   name, (value, _) = next(iter(runtime.XLA_FLAGS['gpu'].items()))
   for mine in ('--xla_dump_to=/tmp/x', f'--{name}=false', f'--xla_dump_to=/tmp/x --{name}'):
     environ = {'XLA_FLAGS': mine}
@@ -81,20 +81,20 @@ def test_flags_are_added_but_for_the_users_own():
     assert runtime.add_flags(platform, environ) == [] and environ == before
 
 
-def test_every_flag_for_gpus_is_known_to_this_xla_which_else_would_end_the_process():
+def test_this_xla_knows_all_gpu_flags():
   code = ('import os; from llm_jax.base import runtime; runtime.add_flags("gpu", os.environ); '
           'import jaxlib.xla_client as xla; xla.CompileOptions(); print(os.environ["XLA_FLAGS"])')
   (flags,), _ = python(code)
   assert flags.count('--xla_gpu') == len(runtime.XLA_FLAGS['gpu'])
 
 
-def test_platform_is_what_jax_platforms_says(monkeypatch):
+def test_platform_follows_jax_platforms(monkeypatch):
   for asked, platform in (('cpu', 'cpu'), ('cuda,cpu', 'gpu'), ('tpu', 'tpu'), ('ROCM', 'gpu')):
     monkeypatch.setenv('JAX_PLATFORMS', asked)
     assert runtime.find_platform() == platform
 
 
-def test_compiled_programs_are_found_again_bounded_and_mended(tmp_path):
+def test_the_cache_is_reused_bounded_and_repaired(tmp_path):
   folder = tmp_path / 'compiled'
   folder.mkdir()
   # As a kill or a full disk leaves it: jax 0.10.2 would stumble over it whenever it looks for room.
@@ -112,7 +112,7 @@ def test_compiled_programs_are_found_again_bounded_and_mended(tmp_path):
   assert sum(entry.stat().st_size for entry in after) <= bound
 
 
-def test_what_the_user_set_of_the_cache_stays(tmp_path):
+def test_the_users_cache_settings_are_kept(tmp_path):
   environ = {'JAX_COMPILATION_CACHE_DIR': '/mine'}
   assert runtime.keep_compiled(environ) == 'compiled programs kept in /mine'
   off = {'JAX_ENABLE_COMPILATION_CACHE': '0'}
@@ -120,7 +120,7 @@ def test_what_the_user_set_of_the_cache_stays(tmp_path):
   assert (len(environ), len(off)) == (1, 1)
 
 
-def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_not_used(tmp_path, monkeypatch):
   (tmp_path / 'file').write_text('in the way')
   monkeypatch.setenv('LLM_JAX_CACHE', str(tmp_path / 'file'))
   environ = {}
@@ -134,20 +134,20 @@ def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_the_cache_and_not_the_run(tmp_path):
+def test_a_full_disk_only_disables_the_cache(tmp_path):
   full = 'import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n' + COMPILE
   (_, first, _), errors = python(full, size_limit=100, LLM_JAX_CACHE=str(tmp_path),
                                  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0')
   assert first == '42.0 0' and 'Traceback' not in errors
 
 
-def test_nothing_is_set_once_jax_is_there():
+def test_nothing_is_set_after_jax_is_imported():
   before = dict(os.environ)
   assert 'jax was there before' in runtime.prepare()  # conftest.py imported it
   assert dict(os.environ) == before
 
 
-def test_the_programs_of_the_command_line_do_not_import_jax_before():
+def test_commands_prepare_before_importing_jax():
   code = 'import sys, llm_jax.main, llm_jax.commands.evaluate, llm_jax.commands.generate; print("jax" in sys.modules)'
   assert python(code)[0] == ['False']
   assert 'import jax' not in Path(runtime.__file__).read_text()

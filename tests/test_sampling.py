@@ -43,7 +43,7 @@ def reference(logits, temperature=1.0, top_k=0, top_p=1.0):
     {}, {'temperature': 0.5}, {'temperature': 3.0}, {'top_k': 1}, {'top_k': 4}, {'top_k': 12}, {'top_k': 100},
     {'top_p': 0.1}, {'top_p': 0.5}, {'top_p': 0.9}, {'top_p': 0.999}, {'top_p': 1e-9}, {'top_k': 5, 'top_p': 0.8},
     {'temperature': 2.0, 'top_k': 6, 'top_p': 0.7}], ids=str)
-def test_draws_follow_the_renormalised_softmax_of_the_allowed_set(options):
+def test_samples_follow_the_renormalized_softmax(options):
   expected = reference(LOGITS, **options)
   counts = np.bincount(draws(LOGITS, **options), minlength=len(LOGITS))
   assert not counts[expected == 0].any()
@@ -52,13 +52,13 @@ def test_draws_follow_the_renormalised_softmax_of_the_allowed_set(options):
   assert chi_square < 4 * len(LOGITS)  # its mean is the number of allowed tokens less 1
 
 
-def test_top_p_keeps_the_fewest_that_reach_it():
+def test_top_p_keeps_the_smallest_sufficient_set():
   logits = np.log(np.array([0.5, 0.25, 0.125, 0.0625, 0.0625, *[1e-9] * 7], np.float32))
   for top_p, allowed in ((0.4, {0}), (0.6, {0, 1}), (0.8, {0, 1, 2}), (0.9, {0, 1, 2, 3, 4})):
     assert set(draws(logits, top_p=top_p).tolist()) == allowed  # the last two are equally likely: both or neither
 
 
-def test_temperature_0_is_the_likeliest():
+def test_temperature_0_is_argmax():
   logits = np.random.default_rng(1).normal(size=(64, 50)).astype(np.float32)
   for seed in range(3):
     tokens = sample(jnp.asarray(logits), jax.random.key(seed), temperature=0.0, top_k=3, top_p=0.5)
@@ -66,14 +66,14 @@ def test_temperature_0_is_the_likeliest():
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 
-def test_rows_are_drawn_each_from_their_own_logits():
+def test_each_row_is_sampled_from_its_own_logits():
   expected = np.random.default_rng(2).integers(0, len(LOGITS), NUM_DRAWS)
   logits = np.where(np.arange(len(LOGITS)) == expected[:, None], 0, -40).astype(np.float32)
   for options in ({}, {'top_k': 2}, {'top_p': 0.5}):
     np.testing.assert_array_equal(draws(logits, **options), expected)
 
 
-def test_same_seed_same_tokens():
+def test_the_same_seed_gives_the_same_tokens():
   np.testing.assert_array_equal(draws(LOGITS, seed=5), draws(LOGITS, seed=5))
   assert (draws(LOGITS, seed=5) != draws(LOGITS, seed=6)).any()
 
@@ -129,7 +129,7 @@ def run(name, prompts, num_tokens, **options):
 
 
 @pytest.mark.parametrize('name', list(CONFIGS))
-def test_greedy_generation_is_the_argmax_of_the_full_forward_pass(name):
+def test_greedy_generation_matches_the_full_forward_pass(name):
   model, params = model_and_params(name)
   forward = jax.jit(lambda batch: model.apply({'params': params}, batch))
   generated = run(name, PROMPTS, 12, temperature=0.0)

@@ -62,19 +62,19 @@ def restarts(step):
     ('phases', {'warmup_steps': 10, 'factors': [1.0, 5.0, 0.2], 'boundaries': [20, 60]},
      lambda s: climb(s, 10) if s < 10 else PEAK * (1 if s < 20 else 5 if s < 60 else 0.2)),
 ])
-def test_schedules_are_their_equations(name, settings, expected):
+def test_schedules_match_their_equations(name, settings, expected):
   np.testing.assert_allclose(values(name, **{name: settings}), [expected(s) for s in range(STEPS + 1)], rtol=1e-6,
                              atol=1e-6 * PEAK)
 
 
-def test_a_restarted_cosine_only_falls_between_restarts():
+def test_restarts_decrease_between_restarts():
   got = values('restarts', restarts={'period': 10, 'multiply': 1.0, 'shrink': 0.5, 'end_factor': 0.1})[:STEPS]
   cycles = got.reshape(-1, 10)
   assert (np.diff(cycles) < 0).all() and (np.diff(cycles[:, 0]) < 0).all()
   np.testing.assert_allclose(cycles, PEAK * 0.5 ** np.arange(10)[:, None] * (cycles[0] / PEAK), rtol=1e-5)
 
 
-def test_parts_follow_each_other_each_over_its_own_steps():
+def test_composite_runs_parts_in_sequence():
   got = values('composite', composite={'parts': ['constant', 'warmup_cosine', 'warmup_linear'], 'boundaries': [20, 60]},
                constant={'warmup_steps': 4}, warmup_cosine={'end_factor': 0.0})
   np.testing.assert_allclose(got[:20], values('constant', 20, constant={'warmup_steps': 4})[:20], rtol=1e-6)
@@ -83,7 +83,7 @@ def test_parts_follow_each_other_each_over_its_own_steps():
 
 
 @pytest.mark.parametrize('name', [name for name in SCHEDULES if name != 'composite'])
-def test_every_step_has_a_finite_rate_not_above_what_was_asked_for(name):
+def test_rates_are_finite_and_at_most_the_peak(name):
   config = build(OptimConfig, {'learning_rate': PEAK, 'schedule': name})
   rates = np.array([float(config.make_schedule(3000)(step)) for step in (*range(0, 3000, 100), 3000)])
   assert np.isfinite(rates).all() and (rates >= 0).all()
@@ -101,7 +101,7 @@ def test_every_step_has_a_finite_rate_not_above_what_was_asked_for(name):
     ({'schedule': 'inverse_sqrt', 'inverse_sqrt': {'warmup_steps': 0}}, ['warmup_steps', 'positive']),
     ({'schedule': 'warmup_linear', 'warmup_linear': {'end_factor': 2.0}}, ['end_factor', '[0, 1]', '2.0']),
 ])
-def test_settings_that_cannot_be_are_told(given, words):
+def test_invalid_settings_are_reported(given, words):
   with pytest.raises(ConfigError) as e:
     build(OptimConfig, given)
   assert all(word in str(e.value) for word in words), e.value
@@ -110,14 +110,14 @@ def test_settings_that_cannot_be_are_told(given, words):
 @pytest.mark.parametrize(('given', 'words'), [
     ({'schedule': 'wsd', 'wsd': {'decay_steps': 1000}}, ['wsd.decay_steps 1000', 'num_steps 1000']),
     ({'schedule': 'composite', 'composite': {'parts': ['constant', 'warmup_cosine'], 'boundaries': [900]},
-      'warmup_cosine': {'warmup_steps': 200}}, ['warmup_cosine.warmup_steps 200', 'the 100 steps']),
+      'warmup_cosine': {'warmup_steps': 200}}, ['warmup_cosine.warmup_steps 200', 'its 100 steps']),
     ({'schedule': 'composite', 'composite': {'parts': ['constant', 'warmup_cosine'], 'boundaries': [2000]}},
      ['composite.boundaries', 'no steps', '1000']),
     ({'schedule': 'wsd', 'wsd': {'warmup_steps': 600, 'decay_steps': 500}}, ['600 + decay_steps 500', '1000 steps']),
     ({'schedule': 'phases'}, ['phases.boundaries 1000, 6000, 8000', 'num_steps 1000']),
     ({'schedule': 'phases', 'phases': {'warmup_steps': 50, 'factors': [1.0, 2.0], 'boundaries': [20]}}, ['20', '50']),
 ])
-def test_what_does_not_fit_the_run_is_told(given, words):
+def test_settings_that_do_not_fit_the_run_are_reported(given, words):
   with pytest.raises(ConfigError) as e:
     build(Config, {'optim': given})
   assert all(word in str(e.value) for word in words), e.value

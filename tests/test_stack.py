@@ -48,7 +48,7 @@ def num_products(remat):
 
 
 @pytest.mark.parametrize(('unroll', 'remat'), [(1, 'none'), (2, 'save_matmuls'), (4, 'full')])
-def test_the_stack_is_its_blocks_in_turn(unroll, remat):
+def test_the_stack_equals_its_blocks_in_sequence(unroll, remat):
   """With two windows in turn, so that two blocks share a turn of the loop."""
   params, x = stack()
   got, _, _ = apply_stack(Block(CFG), params, x, POSITIONS, AttentionMask(), windows=(0, 3), unroll=unroll, remat=remat)
@@ -58,7 +58,7 @@ def test_the_stack_is_its_blocks_in_turn(unroll, remat):
   np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_start_different():
+def test_layers_have_different_initial_values():
   cfg = dataclasses.replace(CFG, num_layers=2)
   up = nn.unbox(jax.jit(init_stack(Block(cfg), 2, 32))(jax.random.key(0)))['mlp']['up']['w']
   assert not np.allclose(up[0], up[1])
@@ -71,7 +71,7 @@ def test_remat_changes_neither_loss_nor_gradients(remat):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
-def test_what_is_kept_less_is_computed_again():
+def test_saving_less_recomputes_more():
   """Through the custom gradients of matrices and attention, which hide their insides from JAX's own policies."""
   ladder = ('none', 'save_matmuls', 'save_attention', 'full')
   memory = [compiled(remat).memory_analysis().temp_size_in_bytes for remat in ladder]
@@ -83,14 +83,14 @@ def test_what_is_kept_less_is_computed_again():
 
 
 @pytest.mark.parametrize('platform', ['cuda', 'tpu'])
-def test_what_is_offloaded_lies_in_the_hosts_memory(platform):
+def test_offloaded_values_are_in_host_memory(platform):
   def in_host_memory(remat):
     return gradient(remat).lower(lowering_platforms=(platform,)).as_text().count('pinned_host')
   assert in_host_memory('offload') == 3  # the block's input, attention's output and its normaliser
   assert in_host_memory('save_attention') == 0
 
 
-def test_blocks_that_share_a_turn_are_computed_again_one_after_the_other():
+def test_blocks_of_one_iteration_are_recomputed_in_sequence():
   """Or the compiler computes all of them before it needs the first, and holds as much as without remat."""
   full = functools.partial(gradient, 'full', attention='xla')  # which has no barriers of its own
   assert 'optimization_barrier' not in full().lower().as_text()  # alone in its turn: the loop is enough
@@ -99,7 +99,7 @@ def test_blocks_that_share_a_turn_are_computed_again_one_after_the_other():
 
 
 @pytest.mark.parametrize('remat', ['none', 'full'])
-def test_no_weight_is_copied_for_the_backward_pass(remat):
+def test_no_weights_are_saved_for_the_backward_pass(remat):
   """Of layers that are all weights and hardly a token, what is held between the passes is next to nothing."""
   cfg = dataclasses.replace(CFG, embed_dim=64)
   params = nn.unbox(jax.eval_shape(init_stack(Block(cfg), 4, 64), jax.random.key(0)))
@@ -113,7 +113,7 @@ def test_no_weight_is_copied_for_the_backward_pass(remat):
   assert memory.memory_analysis().temp_size_in_bytes < size / 2
 
 
-def test_cudnns_attention_is_not_computed_again_where_it_is_kept(monkeypatch):
+def test_saved_cudnn_attention_is_not_recomputed(monkeypatch):
   """It is one primitive that no name reaches; lowered for a GPU that is not here."""
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91400)
   q = jnp.zeros((2, 64, 4, 64), jnp.bfloat16)

@@ -23,7 +23,7 @@ def config(**stages):
                         'optim': {'warmup_cosine': {'warmup_steps': 2}}, 'stages': stages})
 
 
-def test_a_plan_says_where_each_stage_begins_in_the_data():
+def test_each_stage_begins_at_its_row():
   stages = make_stages(config(more={'begin': 10, 'set': ['batch_tokens=128']},
                        longer={'begin': 30, 'set': ['data.seq_len=32', 'eval.every=5']}))
   assert [(s.begin, s.end, s.config.batch_tokens, s.config.data.seq_len) for s in stages] == [
@@ -37,7 +37,7 @@ def test_a_plan_says_where_each_stage_begins_in_the_data():
   assert alone.config == config() and alone.rows_at(7) == 28
 
 
-def test_rows_of_earlier_stages_are_counted_as_they_were_read():
+def test_rows_of_earlier_stages_are_counted_in_their_size():
   """What a mixture's weights from step 5 on begin with, asked in the second stage."""
   first, second = make_stages(config(more={'begin': 10, 'set': ['batch_tokens=128']}))
   assert [first.rows_at(n) for n in (0, 5, 10)] == [second.rows_at(n) for n in (0, 5, 10)] == [0, 20, 40]
@@ -53,7 +53,7 @@ def test_rows_of_earlier_stages_are_counted_as_they_were_read():
     ({'a': {'begin': 5, 'set': ['batch_token=128']}}, ['config.stages.a', 'did you mean config.batch_tokens']),
     ({'a': {'begin': 5, 'set': ['batch_tokens=100']}}, ['config.stages.a', 'batch_tokens 100', '96, 112']),
 ])
-def test_stages_that_cannot_be_are_told(stages, words):
+def test_invalid_stages_are_reported(stages, words):
   with pytest.raises(ConfigError) as e:
     make_stages(config(**stages))
   assert all(word in str(e.value) for word in words), e.value
@@ -91,7 +91,7 @@ def train(folder, name, *flags, config='staged'):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stop', [2, 6])
-def test_a_staged_run_reads_what_its_plan_says_and_goes_on_after_a_stop(folder, monkeypatch, stop):
+def test_a_staged_run_reads_its_rows_and_resumes(folder, monkeypatch, stop):
   """Each row of the two first stages once and in order; stopped within a stage or between two, the same bits."""
   read = {}
   original = pipeline.train_batches
@@ -122,7 +122,7 @@ def test_a_staged_run_reads_what_its_plan_says_and_goes_on_after_a_stop(folder, 
 
 
 @pytest.mark.slow
-def test_the_best_is_of_the_data_that_it_was_validated_with(folder):
+def test_the_best_is_reset_when_the_data_change(folder):
   """Rows of 128 tokens have lower losses than those of 32 whatever was learnt."""
   train(folder, 'scores', '--config.eval.every=2', '--config.optim.learning_rate=1e-6', '--config.eval.patience=3')
   saved = [json.loads(path.read_text()) for path in sorted((folder / 'scores').glob('checkpoints/*/meta/metadata'))]
@@ -130,7 +130,7 @@ def test_the_best_is_of_the_data_that_it_was_validated_with(folder):
   assert saved[-1]['record']['stale'] < 3
 
 
-def test_a_goal_reached_in_a_stage_ends_the_run_and_stays_reached(folder):
+def test_a_goal_reached_in_a_stage_ends_the_run(folder):
   flags = ['--config.eval.every=2', '--config.eval.goal=val/loss < 100']
   assert [line['step'] for line in train(folder, 'goal', *flags)] == [1, 2]
   assert [line['step'] for line in train(folder, 'goal', *flags)] == [1, 2]
@@ -141,14 +141,14 @@ def test_a_goal_reached_in_a_stage_ends_the_run_and_stays_reached(folder):
 @pytest.mark.parametrize('flag', [pytest.param('eval.monitor=val/acuracy', marks=pytest.mark.slow),
                                   pytest.param('eval.goal=val/acuracy > 1', marks=pytest.mark.slow),
                                   'optim.reduce_on_plateau.metric=val/acuracy'])
-def test_a_result_that_will_never_come_is_told_before_the_first_step(folder, tmp_path, flag):
+def test_an_unknown_metric_is_reported_before_training(folder, tmp_path, flag):
   chain = ['--config.optim.chain=adamw,reduce_on_plateau'] if 'plateau' in flag else []
   with pytest.raises(ConfigError, match=r'val/acuracy is not a result .*known: val/accuracy'):
     train(folder, tmp_path / 'x', f'--config.{flag}', *chain, config='tiny')
 
 
 @pytest.mark.slow
-def test_an_epoch_is_every_row_once_and_has_its_means(folder):
+def test_an_epoch_reads_each_row_once_and_logs_means(folder):
   lines = train(folder, 'epochs', '--config.num_epochs=2', '--config.batch_tokens=2048', '--config.eval.every=1000',
                 '--config.optim.warmup_cosine.warmup_steps=0', '--config.eval.sample_tokens=0', config='tiny')
   ends = [line['step'] for line in lines if 'epoch/number' in line]
@@ -158,7 +158,7 @@ def test_an_epoch_is_every_row_once_and_has_its_means(folder):
   assert lines[ends[0] - 1]['epoch/loss'] == pytest.approx(np.mean(first), rel=1e-5)
 
 
-def test_means_of_an_epoch_go_on_after_a_stop():
+def test_epoch_means_continue_after_a_resume():
   values = [{'loss': float(n), 'grad_norm': 1.0} for n in range(10)]
   at = lambda step: int(step // 4.5)  # noqa: E731
   whole = Epochs(at, {})
@@ -176,13 +176,13 @@ def test_means_of_an_epoch_go_on_after_a_stop():
 @pytest.mark.parametrize(('values', 'word'), [
     ({'num_epochs': -1.0}, 'num_epochs -1'), ({'num_epochs': 1.0, 'stages': {'a': {'begin': 3}}}, 'without stages'),
     ({'stages': {'a': {'begin': 3}}, 'data': {'streaming': True, 'split': 'count', 'val_documents': 1}}, 'streaming')])
-def test_what_does_not_go_together_is_told(values, word):
+def test_conflicting_settings_are_reported(values, word):
   with pytest.raises(ConfigError, match=word):
     build(Config, values)
 
 
 @pytest.mark.slow
-def test_what_is_yielded_is_what_is_logged(folder):
+def test_yielded_metrics_equal_logged_ones(folder):
   events = list(loop.train(load_config(folder / 'staged.py'), folder / 'yielded', Custom()))
   assert [e.step for e in events] == list(range(1, 10)) and 'val/loss' in events[-1].metrics
   status = events[-1].status()

@@ -34,7 +34,7 @@ def start(folder, **settings):
   return [f'--config.start.{name}={value}' for name, value in {'run': folder / 'first', **settings}.items()]
 
 
-def test_a_branch_goes_on_as_its_trunk_did_and_may_cool_down(folder):
+def test_a_branch_continues_its_trunk_and_can_cool_down(folder):
   """From a checkpoint in the middle: the same bits; or with the learning rate falling to nothing."""
   first = {line['step']: line for line in read_metrics(folder / 'first' / 'metrics.jsonl')}
   same = train(folder, 'same', *start(folder, checkpoint=8, whole='true'))
@@ -47,7 +47,7 @@ def test_a_branch_goes_on_as_its_trunk_did_and_may_cool_down(folder):
 
 
 @pytest.mark.slow
-def test_weights_are_taken_over_and_the_count_begins_anew(folder, capsys):
+def test_a_warm_start_takes_weights_and_resets_the_step(folder, capsys):
   """Those that are evaluated: the averages. What the average keeps begins there too."""
   first = {line['step']: line for line in read_metrics(folder / 'first' / 'metrics.jsonl')}
   tuned = train(folder, 'tuned', *start(folder), '--config.optim.learning_rate=1e-12', '--config.eval.every=1')
@@ -60,20 +60,20 @@ def test_weights_are_taken_over_and_the_count_begins_anew(folder, capsys):
 
 
 @pytest.mark.slow
-def test_a_full_precision_run_goes_on_as_bitnet(folder):
+def test_bitnet_can_start_from_a_full_precision_run(folder):
   lines = train(folder, 'bits', *start(folder), '--config.model.einsum=bitnet', '--config.optim.learning_rate=1e-3')
   losses = [lines[n]['train/loss'] for n in sorted(lines)]
   assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
 @pytest.mark.slow
-def test_what_is_missing_begins_fresh_and_is_named(folder, capsys):
+def test_missing_weights_are_initialized_and_reported(folder, capsys):
   train(folder, 'untied', *start(folder), '--config.model.tie_embeddings=false', '--config.num_steps=1')
   assert 'begin fresh: head/w' in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_checkpoint_from_before_a_field_was_there_is_still_gone_on_with(folder, tmp_path):
+def test_a_checkpoint_without_newer_fields_resumes(folder, tmp_path):
   shutil.copytree(folder / 'first', tmp_path / 'old')
   for path in (tmp_path / 'old' / 'checkpoints').glob('*/meta/metadata'):
     meta = json.loads(path.read_text())
@@ -98,7 +98,7 @@ def test_a_checkpoint_from_before_a_field_was_there_is_still_gone_on_with(folder
                                                '--config.model.num_heads=4'], ['another model', 'num_heads']),
     ({'run': ''}, ['--config.start.whole=true'], ['start', 'run must be set']),
 ])
-def test_what_cannot_be_begun_from_is_told(folder, tmp_path, settings, flags, words):
+def test_invalid_starts_are_reported(folder, tmp_path, settings, flags, words):
   with pytest.raises(ConfigError) as e:
     train(folder, tmp_path / 'x', *start(folder, **settings), *flags,
           *(['--config.optim.ema.decay=0.999'] if any('chain' in flag for flag in flags) else []))

@@ -80,7 +80,7 @@ def long_chain():
   return make_optimizer(LONG, 20, info), trainable_paths(LONG.groups, info)
 
 
-def test_states_that_are_partitioned_masked_and_averaged_lie_like_their_parameters():
+def test_optimizer_states_are_sharded_like_parameters():
   tx, is_trainable = long_chain()
   shardings = state_shardings(Batch(**features(0)), make_mesh(MeshConfig(2, 2, 2)), model=make_model(CFG), tx=tx,
                               is_trainable=is_trainable)
@@ -92,7 +92,7 @@ def test_states_that_are_partitioned_masked_and_averaged_lie_like_their_paramete
 
 
 @pytest.mark.slow
-def test_a_long_chain_does_the_same_on_a_mesh():
+def test_a_long_chain_gives_the_same_on_a_mesh():
   (tx, is_trainable), losses, averages = long_chain(), [], []
   for sizes in ((1, 1, 1), (2, 2, 2)):
     history, state, _ = train_on(sizes, make_model(CFG), tx, features, num_steps=8, is_trainable=is_trainable)
@@ -111,7 +111,7 @@ def test_losses_do_not_depend_on_the_number_of_microbatches(alone, count):
 
 
 @pytest.mark.slow
-def test_losses_are_those_of_the_plain_cross_entropy(alone, monkeypatch):
+def test_losses_match_plain_cross_entropy(alone, monkeypatch):
   def plain(readout, targets, weights, z_loss, label_smoothing):
     nll = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(readout.logits(), targets) * weights)
     return nll, nll
@@ -120,11 +120,11 @@ def test_losses_are_those_of_the_plain_cross_entropy(alone, monkeypatch):
   np.testing.assert_allclose(train(20)[0], alone[0], atol=1e-5, rtol=0)
 
 
-def test_the_loss_falls(alone):
+def test_the_loss_decreases(alone):
   assert alone[0][-1] < 0.7 * alone[0][0]
 
 
-def test_parameters_and_optimizer_state_really_are_sharded():
+def test_parameters_and_optimizer_state_are_sharded():
   _, state, _ = train(1, mesh=(2, 2, 2))
   specs = {'q': P(None, 'fsdp', 'tensor', None), 'o': P(None, 'tensor', None, 'fsdp')}
   adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: isinstance(s, optax.ScaleByAdamState))
@@ -187,7 +187,7 @@ def test_non_finite_gradients_never_reach_the_state(bad):
 
 
 @pytest.mark.parametrize('num_microbatches', [1, 2])
-def test_what_modules_sow_is_added_or_logged(num_microbatches):
+def test_sown_losses_are_added_and_metrics_logged(num_microbatches):
   tx = make_optimizer(build(OptimConfig, {'chain': ('sgd',)}), 20)
   zeros = jnp.zeros((2, 3), jnp.int32)
   batch = Batch(zeros, zeros, jnp.ones((2, 3)))
@@ -198,7 +198,7 @@ def test_what_modules_sow_is_added_or_logged(num_microbatches):
   assert metrics['loss'] == pytest.approx(np.log(2)) and metrics['weight'] == pytest.approx(1.0)
 
 
-def test_evaluation_adds_up_over_any_ragged_batches():
+def test_evaluation_does_not_depend_on_batch_sizes():
   model = make_model(CFG)
   data = features(0, 12)
   params = jax.jit(model.init)(jax.random.key(0), Batch(**data))['params']
@@ -229,12 +229,12 @@ def test_colliding_and_unknown_logical_axes_raise():
     constrain(jnp.zeros(3), 'haeds')
 
 
-def test_a_dimension_that_does_not_divide_is_named():
+def test_an_indivisible_dimension_is_reported():
   with pytest.raises(ConfigError, match=r'embed/w.*33'):
     train(1, mesh=(1, 1, 2), cfg=DecoderConfig(**{**CFG.__dict__, 'vocab_size': 33}))
 
 
-def test_a_mesh_that_does_not_cover_the_devices_is_told():
+def test_a_mesh_must_cover_all_devices():
   with pytest.raises(ConfigError, match='8 device'):
     make_mesh(MeshConfig(data=3))
   assert num_batch_shards(make_mesh(MeshConfig(data=-1, tensor=2))) == 4
