@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.common import GEMM_SIZE, rates
 
 RESULTS = Path(__file__).parent / 'results'
-# What llm_jax.runtime sets by mallopt, in the words that glibc reads from the environment.
+# What llm_jax.base.runtime sets by mallopt, as environment variables that glibc reads.
 MALLOC = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '-1', 'MALLOC_TOP_PAD_': str(64 << 20),
           'MALLOC_ARENA_MAX': '1'}
 SECONDS = {'char_tiny': 1.5, 'char_small': 5.0, 'gpt2_cpu': 5.0}  # of each variant in a round; one step at least

@@ -74,7 +74,7 @@ def test_patience_ends_the_run_and_is_reported(run, monkeypatch, capsys):
   losses, last = [line['val/loss'] for line in lines], lines[-1]['step']
   best = int(np.argmin(losses))
   assert last < 400 and len(losses) - 1 - best == 2, 'two evaluations after the best one'
-  assert f'step {last}: val/loss has not improved for 2 evaluations' in output
+  assert f'step {last}: the run ends: val/loss has not improved for 2 evaluations' in output
   steps = {int(path.name) for path in (folder / 'run' / 'checkpoints').iterdir() if path.name.isdigit()}
   assert steps == {last}, 'no checkpoint is needed to know the best'
   assert {'val/exact_match', 'val/answer_accuracy', 'val/valid'} <= lines[-1].keys()

@@ -1,4 +1,4 @@
-"""Exported models: packed at two bits, read like a run, computing what was trained."""
+"""Exported models: packed at two bits, loaded like a run, with equal results."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Several losses at once, and heads beside models: trained, over meshes and microbatches, and evaluated."""
+"""Several losses at once, with heads on models: training over meshes and microbatches, and evaluation."""
 
 import dataclasses
 from functools import partial
@@ -148,7 +148,7 @@ def test_num_tokens_excludes_padding():
 
 
 def test_class_logits_ignore_padding_and_other_rows():
-  """The counterpart of causality: padding behind a document, and other rows, change nothing of its logits."""
+  """Padding after a document, and other rows, do not change its logits."""
   objective = make_objective(LossConfig(
       terms=('classification',), sections=Sections({'classification': Classification(num_classes=4)})))
   model, batch = make_model(CFG, objective.heads), Batch(**features(0))

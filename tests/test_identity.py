@@ -1,4 +1,4 @@
-"""What a run's data is: whatever changes its batches changes its fingerprint, and what is not its own is refused."""
+"""Fingerprints of data: whatever changes batches changes the fingerprint, and other data are rejected."""
 
 import dataclasses
 import json

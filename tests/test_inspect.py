@@ -1,4 +1,4 @@
-"""A look inside runs: what it counts is what is there, and its verdict follows from what the steps do."""
+"""llm-jax inspect: its counts are complete, and its verdict follows from the thinking steps."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against its equation, plain autodiff and itself on a mesh; and that it stays small."""
+"""The chunked cross-entropy against its equation, autodiff and itself on a mesh, and its memory."""
 
 from functools import partial
 

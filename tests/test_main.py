@@ -260,7 +260,7 @@ def test_a_profile_in_the_past_is_reported(tmp_path):
   said = []
   for begin in (3, 4):
     Profiler(ProfileConfig(start=4), tmp_path, begin, said.append)
-  assert len(said) == 1 and 'config.profile.start 4' in said[0] and 'after step 4' in said[0]
+  assert len(said) == 1 and 'config.profile.start is 4' in said[0] and 'after step 4' in said[0]
 
 
 def test_the_rows_that_fit_are_stored_in_config_json(watched):

@@ -1,4 +1,4 @@
-"""How many rows fit: the search finds the most, keeps what a run had, and says when nothing fits."""
+"""The search for rows per device: it finds the most that fit, and keeps a run's number if that fits."""
 
 import pytest
 

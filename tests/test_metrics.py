@@ -1,4 +1,4 @@
-"""Metrics: one line a step, nothing twice after a restart, and a full disk costs the log alone."""
+"""Metrics: one line per step, no duplicates after a restart, and a full disk stops only the log."""
 
 import json
 import os

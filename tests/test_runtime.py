@@ -1,4 +1,4 @@
-"""What is set before JAX starts: in processes of their own, as it cannot be undone."""
+"""Settings from before JAX starts; tested in separate processes, as they cannot be undone."""
 
 import os
 import re
@@ -39,7 +39,7 @@ print(jax.jit(lambda x: eval(os.environ.get('SECOND', 'x')))(3.0))
 
 
 def python(code, *, size_limit=None, **variables):
-  """What a fresh Python prints, with these variables and none of JAX's or malloc's."""
+  """The output of a new Python process with these variables and none of JAX's or malloc's."""
   kept = {name: value for name, value in os.environ.items() if not name.startswith(('JAX_', 'XLA_', 'MALLOC_'))}
   limit = f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size_limit}, {size_limit}))\n'
   done = subprocess.run([sys.executable, '-c', (limit if size_limit else '') + code], capture_output=True, text=True,
@@ -49,7 +49,7 @@ def python(code, *, size_limit=None, **variables):
 
 
 def compiled(cache, **variables):
-  """What prepare said, and how many programs came from the cache."""
+  """(line returned by prepare, number of programs loaded from the cache)."""
   (said, first, _), _ = python(COMPILE, LLM_JAX_CACHE=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
                                **variables)
   value, hits = first.split()

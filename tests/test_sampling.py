@@ -1,4 +1,4 @@
-"""Sampling draws what it says; cached generation equals the full forward pass."""
+"""Sampling follows its distribution; cached generation equals the full forward pass."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The stack is its blocks in turn; remat policies change memory and work, never the result."""
+"""The stack equals its blocks in sequence; remat policies change memory and work, never the result."""
 
 import dataclasses
 import functools

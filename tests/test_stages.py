@@ -1,4 +1,4 @@
-"""Stages: batches that grow read the rows in the same order; longer rows, other mixtures; epochs."""
+"""Stages: growing batches read rows in the same order; longer rows, other mixtures; epochs."""
 
 import json
 
