@@ -143,7 +143,7 @@ def test_a_full_disk_only_disables_the_cache(tmp_path):
 
 def test_nothing_is_set_after_jax_is_imported():
   before = dict(os.environ)
-  assert 'jax was there before' in runtime.prepare()  # conftest.py imported it
+  assert 'jax was already imported' in runtime.prepare()  # conftest.py imported it
   assert dict(os.environ) == before
 
 

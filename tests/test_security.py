@@ -103,7 +103,7 @@ def with_command(run, mark):
   change_config(run, lambda values: values['eval'].update(validator=touch(mark)))
 
 
-REFUSED = ("config.eval.validator: the run's config.json names a command, and commands from a run's folder are not "
+REFUSED = ("config.eval.validator: the run's config.json has a command, and commands from a run's folder are not "
            'executed')
 
 
@@ -141,9 +141,9 @@ def test_stages_of_a_config_json_bring_in_no_command(run, mark):
   """Neither a validator nor plug-ins can be set by a stage."""
   for entry in (f'eval.validator={touch(mark)}', f'plugins={mark}.py'):
     change_config(run, lambda values, entry=entry: values.update(stages={'late': {'begin': 1, 'set': [entry]}}))
-    with pytest.raises(StorageError, match=r'config\.stages\.late: set holds'):
+    with pytest.raises(StorageError, match=r'config\.stages\.late: set: each entry'):
       evaluate.main([f'--workdir={run}', '--answers=1'])
-    with pytest.raises(ConfigError, match=r'config\.stages\.late: set holds'):
+    with pytest.raises(ConfigError, match=r'config\.stages\.late: set: each entry'):
       main.main([f'--config={run}/config.json', f'--workdir={run}'])
   assert not mark.exists()
 
@@ -175,7 +175,7 @@ def test_the_copy_of_a_plugin_is_executed_only_with_trust(run, mark):
   for command, flags in [(generate.main, [f'--workdir={run}']), (evaluate.main, [f'--workdir={run}']),
                          (export.main, [f'--workdir={run}', f'--out={run}/x']),
                          (main.main, [f'--config={run}/config.json', f'--workdir={run}'])]:
-    with pytest.raises(ConfigError, match=r'name it again with --plugin=lab\.py, or .* with --trust') as e:
+    with pytest.raises(ConfigError, match=r'pass it again with --plugin=lab\.py, or .* with --trust') as e:
       command(flags)
     assert str(e.value).startswith('--config' if command is main.main else '--workdir')
   assert not mark.exists()
@@ -192,7 +192,7 @@ def test_the_copy_of_a_module_is_executed_with_trust(run, mark):
 
 def test_a_copy_that_the_notes_do_not_describe_is_refused_even_with_trust(run, mark):
   plant_plugin(run, mark, sha256='0' * 64)
-  with pytest.raises(StorageError, match=r'plugins/lab\.py: is not the plug-in that .*plugins\.json describes'):
+  with pytest.raises(StorageError, match=r'plugins/lab\.py: missing, or its sha256 is not .*plugins\.json records'):
     read_config(run, trust=True)
   assert not mark.exists()
 
@@ -202,7 +202,7 @@ def test_names_of_plugins_are_names_of_modules(name, run, mark):
   plant_plugin(run, mark)
   notes = json.loads((run / 'plugins.json').read_text())
   (run / 'plugins.json').write_text(json.dumps([{**notes[0], 'name': name}]))
-  with pytest.raises(StorageError, match='is not the name of a module'):
+  with pytest.raises(StorageError, match='is not a module name'):
     read_config(run, trust=True)
   assert not mark.exists()
 
