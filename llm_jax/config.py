@@ -266,7 +266,7 @@ def base(model: str = 'decoder') -> ml_collections.ConfigDict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ConfigFile:
   """What a config file says, before it is known what machine it runs on."""
 
   path: Path
@@ -284,7 +284,7 @@ class Source:
     return build(Config, values)
 
 
-def load(path: str | Path) -> Source:
+def open_config(path: str | Path) -> ConfigFile:
   """Reads a config: a .py file, which is run (it is code you trust), or a run's config.json, which is only read.
 
   Raises ConfigError.
@@ -295,7 +295,7 @@ def load(path: str | Path) -> Source:
     hint = f'; there are: {", ".join(known)}' if known else ''
     raise ConfigError(f'--config: no such file: {path}{hint}')
   if path.suffix == '.json':
-    return Source(path, read_values(path, '--config'), None)
+    return ConfigFile(path, read_values(path, '--config'), None)
   module: Any = plugins.run_file(path, f'llm_jax_config_{path.stem}', '--config')
   try:
     full, on_cpu = module.get_config(), None
@@ -303,7 +303,7 @@ def load(path: str | Path) -> Source:
       on_cpu = module.get_config()
       module.on_cpu(on_cpu)
     trials = combinations(module.sweep()) if hasattr(module, 'sweep') else ()
-    source = Source(path, full.to_dict(), on_cpu.to_dict() if on_cpu is not None else None, trials)
+    source = ConfigFile(path, full.to_dict(), on_cpu.to_dict() if on_cpu is not None else None, trials)
   except Exception as e:  # whatever a user's file may raise
     raise ConfigError(f'--config: {path}: {type(e).__name__}: {e}') from e
   if has_registered(module.__name__):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from llm_jax.base import flags
-from llm_jax.main import run_as_program
+from llm_jax.base.process import run_as_program
 
 
 def main(argv: list[str]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import write_file, write_picture
-from llm_jax.main import run_as_program
+from llm_jax.base.process import run_as_program
 
 DORMANT = 0.01  # a step that moves the latent by less than this share of its length
 UNSTABLE = 1.0  # or by more than this
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
   out = args.out or args.workdir / 'inspect.png'
   try:
     write_file(out.with_suffix('.json'), json.dumps(report, indent=1) + '\n')
-    draw(report, out)
+    draw_report(report, out)
   except (OSError, ValueError) as e:
     raise StorageError(f'--out: {out} cannot be written: {e}') from None
   print(f'\nwritten: {out}, {out.with_suffix(".json")}')
@@ -161,7 +161,7 @@ def lines(report: dict) -> list[str]:
   return text
 
 
-def draw(report: dict, out: Path) -> None:
+def draw_report(report: dict, out: Path) -> None:
   from matplotlib import pyplot
   think = report.get('thinking')
   figure, axes = pyplot.subplots(2 if think else 1, 2, figsize=(12, 8 if think else 4), layout='constrained',

@@ -17,7 +17,7 @@ import numpy as np
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
-from llm_jax.main import run_as_program
+from llm_jax.base.process import run_as_program
 
 ROWS = 32  # texts that are read at a time
 
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
       features = rows(run.config.data, run.tokenizer, part)
       told = jax.device_get(predict(run.params, as_batch(features)))
       for i, text in enumerate(part):
-        of_text = shown(run.config.loss, {name: x[i] for name, x in told.items()}, args.top)
+        of_text = prediction(run.config.loss, {name: x[i] for name, x in told.items()}, args.top)
         print(json.dumps({'text': text, **of_text}, ensure_ascii=False), flush=True)
 
 
@@ -80,7 +80,7 @@ def rows(config: Any, tokenizer: Any, texts: list[str]) -> dict[str, np.ndarray]
   return stack(found + [blank] * (ROWS - len(found)))
 
 
-def shown(config: Any, told: dict[str, np.ndarray], top: int) -> dict[str, Any]:
+def prediction(config: Any, told: dict[str, np.ndarray], top: int) -> dict[str, Any]:
   """What is told of one document, for people and programs."""
   result: dict[str, Any] = {name: x.tolist() for name, x in told.items()}
   if 'classification' in told:

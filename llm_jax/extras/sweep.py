@@ -21,8 +21,8 @@ from typing import Any
 from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError, StorageError, UserError
 from llm_jax.base.files import check_no_link, open_append, write_file
-from llm_jax.config import differences, load, to_dict
-from llm_jax.main import run_as_program
+from llm_jax.base.process import run_as_program
+from llm_jax.config import differences, open_config, to_dict
 from llm_jax.training.log import duration, read_metrics
 from llm_jax.training.status import read_status
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--mode', choices=('min', 'max'), help='which is better (default: config.eval.mode)')
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, '--config.', '--config, --workdir, --processes, --metric, --mode, --config.FIELD')
-  source = load(args.config)
+  source = open_config(args.config)
   if not source.trials:
     raise ConfigError(f"--config: {args.config} has no sweep(); one is: def sweep(): return {{'seed': [0, 1]}}")
   if args.processes < 1:

@@ -36,9 +36,16 @@ from llm_jax.optim.chain import Optimizer, as_optimizer, make_optimizer
 from llm_jax.optim.groups import trainable_paths
 from llm_jax.training.custom import Custom
 from llm_jax.training.flops import flops_per_token
-from llm_jax.training.log import PackedMetrics, pack
+from llm_jax.training.log import PackedMetrics, pack_metrics
 from llm_jax.training.memory import fit_memory
-from llm_jax.training.resolve import check_features, check_results, resolve, with_logits, without_masks
+from llm_jax.training.resolve import (
+  check_features,
+  check_microbatches,
+  check_results,
+  resolve,
+  with_logits,
+  without_masks,
+)
 from llm_jax.training.stages import Stage
 from llm_jax.training.state import TrainState, abstract_state, init_state, param_info, state_shardings, train_step
 from llm_jax.training.teacher import load_teacher, with_teacher
@@ -149,15 +156,6 @@ def build_optimizer(config: Config, info: Params, custom: Custom) -> tuple[Optim
   return as_optimizer(custom.tx), is_trainable
 
 
-def check_microbatches(config: Config, objective: Objective, num_microbatches: int, num_shards: int) -> None:
-  """Raises ConfigError for an objective that compares rows of different microbatches."""
-  if num_microbatches > 1 and not objective.row_wise:
-    size = config.rows_per_batch // num_shards * config.data.seq_len
-    raise ConfigError(f'config.tokens_per_device: {config.tokens_per_device} cuts a batch into {num_microbatches}, '
-                      f'and config.loss (terms={", ".join(config.loss.terms)}, balance={config.loss.balance}) needs '
-                      f'all of its rows at once; set {size} or smaller batches')
-
-
 def fingerprint_of(stage: Stage, data: Data) -> dict:
   """All that the stage's batches depend on, the same on all processes. Raises ConfigError where it is not."""
   config = stage.config
@@ -187,7 +185,7 @@ def jit_step(config: Config, mesh: Mesh, shardings: TrainState, teacher: Params,
   def step(state: TrainState, batch: Batch, teacher: Params) -> tuple[TrainState, PackedMetrics]:
     state, metrics = train_step(state, batch, seed=config.seed, num_microbatches=num_microbatches, teacher=teacher,
                                 **parts)
-    return state, pack(metrics)
+    return state, pack_metrics(metrics)
 
   teacher_shardings = jax.tree.map(lambda x: x.sharding, teacher)
   return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), teacher_shardings),

@@ -156,6 +156,15 @@ def with_logits(config: Config, data: Data, model: LanguageModel, example: Batch
   return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=logits.shape[-1]))
 
 
+def check_microbatches(config: Config, objective: Objective, num_microbatches: int, num_shards: int) -> None:
+  """Raises ConfigError for an objective that compares rows of different microbatches."""
+  if num_microbatches > 1 and not objective.row_wise:
+    size = config.rows_per_batch // num_shards * config.data.seq_len
+    raise ConfigError(f'config.tokens_per_device: {config.tokens_per_device} cuts a batch into {num_microbatches}, '
+                      f'and config.loss (terms={", ".join(config.loss.terms)}, balance={config.loss.balance}) needs '
+                      f'all of its rows at once; set {size} or smaller batches')
+
+
 def check_results(config: Config, data: Data, model: LanguageModel, objective: Objective, params: Params, batch: Batch,
                   required: tuple[str, ...]) -> None:
   """Raises ConfigError for a required metric that no evaluation gives; params and batch are abstract."""

@@ -24,7 +24,7 @@ from llm_jax.training.state import TrainState
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def lock_run(workdir: Path) -> Iterator[None]:
   """Makes the folder and holds its lock, one run at a time. Raises StorageError."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def write_files(config: Config, data: Data, workdir: Path) -> None:
     raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
 
 
-def describe(program: Program, state: TrainState, workdir: Path, console: Console) -> None:
+def print_summary(program: Program, state: TrainState, workdir: Path, console: Console) -> None:
   """Prints what is trained, on what and where."""
   config, data, devices = program.config, program.data, jax.devices()
   seq_len, held_rows, num_microbatches = config.data.seq_len, program.held_rows, program.num_microbatches
