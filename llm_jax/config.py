@@ -64,7 +64,7 @@ class EvalConfig:
   validator: str = ''  # of answers: one of validators.VALIDATORS, or a command that reads one and exits with 0 if valid
   sections: Sections = sections(METRICS)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if min(self.sample_tokens, self.temperature, self.top_k, self.patience, self.min_delta, self.answers) < 0:
       raise ValueError('sample_tokens, temperature, top_k, patience, min_delta and answers must not be negative')
     for text in self.conditions:
@@ -95,7 +95,7 @@ class StartConfig:
   checkpoint: str = 'latest'  # or best, or a step
   whole: bool = False  # with the optimizer's state and the step, on the same data: a branch
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not self.run and (self.whole or self.checkpoint != 'latest'):
       raise ValueError('run must name the workdir that the run begins from')
 
@@ -107,7 +107,7 @@ class StageConfig:
   begin: int = 0
   set: tuple[str, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.begin < 1:
       raise ValueError(f'begin must be a step after the first; got {self.begin}')
     for entry in self.set:
@@ -129,7 +129,7 @@ class CheckpointConfig:
   keep_best: int = 1
   keep_every: int | None = None  # steps: milestones, kept for good
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field, least in (('every', 1), ('keep_last', 1), ('keep_best', 0), ('keep_every', 1)):
       value = getattr(self, field)
       if value is not None and value < least:
@@ -144,7 +144,7 @@ class LogConfig:
   callbacks: tuple[str, ...] = ()  # names of CALLBACKS, called with each logged step
   sections: Sections = sections(CALLBACKS)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.every < 1:
       raise ValueError(f'every must be at least 1; got {self.every}')
     check_names('callbacks', self.callbacks, CALLBACKS)
@@ -174,7 +174,7 @@ class Config:
   log: LogConfig = LogConfig()
   profile: ProfileConfig = ProfileConfig()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     seq_len, problems = self.data.seq_len, []
     if self.num_steps < 1:
       problems.append(f'num_steps must be at least 1; got {self.num_steps}')

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import codecs
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from llm_jax.base import flags
 from llm_jax.base.process import run_as_program
@@ -41,7 +45,7 @@ def main(argv: list[str]) -> None:
                   1 if args.num_beams else args.num_samples)
 
 
-def print_samples(prompt: str, columns, tokenizer, num_samples: int) -> None:
+def print_samples(prompt: str, columns: Iterable[np.ndarray], tokenizer: Any, num_samples: int) -> None:
   """Shows the first sample while it grows, then the others."""
   rows: list[list[int]] = [[] for _ in range(num_samples)]
   ended = [False] * num_samples

@@ -100,7 +100,7 @@ def activations(model: Any, params: Any, batch: Any) -> tuple[dict[str, dict], d
   found: dict[str, dict] = {}
   stack: list[str] = []
 
-  def watch(next_fn, args, kwargs, context):
+  def watch(next_fn: Any, args: Any, kwargs: Any, context: Any) -> Any:
     # The blocks of a stack are roots of their own: told apart by their class.
     is_block = context.method_name == '__call__' and not context.module.path
     stack.extend([type(context.module).__name__] * is_block)

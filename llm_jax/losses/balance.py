@@ -26,7 +26,8 @@ class Fixed:
   learns = False  # s
   row_wise = True  # whether parts of a batch add up to the whole
 
-  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms, initial_I: jax.Array):
+  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms,
+               initial_I: jax.Array) -> tuple[jax.Array, jax.Array]:
     del s_I, share, norms, initial_I
     return jnp.sum(losses_I), jnp.ones_like(losses_I)
 

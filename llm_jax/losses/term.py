@@ -46,7 +46,7 @@ class Term:
   row_wise: ClassVar[bool] = True  # whether rows know nothing of each other, so that microbatches change nothing
   head_dim: ClassVar[Any] = 0  # outputs of its head; 0: it has none
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.weight <= 0:
       raise ValueError(f'weight must be positive (a loss of none is left out of terms); got {self.weight}')
 

@@ -68,7 +68,7 @@ class DecoderConfig(ModelConfig):
   remat: str = 'none'  # one of REMAT: what a layer keeps for its backward pass; see layers/stack.py
   sections: Sections = sections(*PARTS.values())
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     positive = {f: getattr(self, f) for f in ('vocab_size', 'max_len', 'num_layers', 'embed_dim', 'num_heads',
                                               'num_kv_heads', 'head_dim', 'mlp_dim', 'scan_unroll')}
     for field, value in positive.items():
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
   needs: frozenset[str] = frozenset()  # of features that not every task gives
   prompt_in_row = True
 
-  def setup(self):
+  def setup(self) -> None:
     cfg = self.cfg
     init = nn.initializers.normal(cfg.embed_std)
     self.embed = Embed(cfg.V, cfg.embed_dim, init)

@@ -75,7 +75,7 @@ class MetricsWriter:
     if not values:
       return
 
-    def write():
+    def write() -> None:
       joins = self._last.get('step') == step
       self._last = {**(self._last if joins else {}), 'step': step, **values}
       if joins:
