@@ -14,7 +14,7 @@ from llm_jax.base.builder import Sections, build, sections, to_dict
 from llm_jax.base.callbacks import CALLBACKS
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import Registry, _registries, register, settings_from_signature
-from llm_jax.config import Config, base, load
+from llm_jax.config import Config, base, open_config
 from llm_jax.data.formats.registry import FORMATS
 from llm_jax.extras.table import TABLE
 from llm_jax.infer.export import EXPORTERS
@@ -55,7 +55,7 @@ def test_a_module_may_register_its_own_name_again_but_no_other_modules():
   register(registry, 'foo', len)
   assert registry['foo'] is len
   exec('register(registry, "bar", len)', {'register': register, 'registry': registry, '__name__': 'my_lab'})
-  with pytest.raises(ConfigError, match="thing 'bar' is registered by my_lab already; choose another name"):
+  with pytest.raises(ConfigError, match="thing 'bar' is already registered by my_lab; choose another name"):
     register(registry, 'bar', print)
 
 
@@ -64,12 +64,12 @@ def test_a_module_may_register_its_own_name_again_but_no_other_modules():
     (MODELS, 'byte_patch', 'llm_jax.extras.byte_patch')])
 def test_names_of_the_package_are_taken(registry, name, by):
   """Also those of extras, before any of them is imported."""
-  with pytest.raises(ConfigError, match=f"{name}' is registered by {by} already"):
+  with pytest.raises(ConfigError, match=f"{name}' is already registered by {by}"):
     register(registry, name, len)
 
 
 def test_a_name_must_be_an_identifier():
-  with pytest.raises(ConfigError, match="thing 'my-foo': a name must be a Python identifier"):
+  with pytest.raises(ConfigError, match="thing 'my-foo': the name must be a Python identifier"):
     register(Registry('thing'), 'my-foo', len)
 
 
@@ -167,7 +167,7 @@ def test_the_command_line_sets_the_section_of_an_entry(registered, tmp_path):
   registered(CALLBACKS, 'tell', lambda event, host='here', port=80: None)
   path = tmp_path / 'c.py'
   path.write_text('from llm_jax.config import base\n\ndef get_config():\n  return base()\n')
-  source = load(path)
+  source = open_config(path)
   config = source.resolve({'log.callbacks': 'tell', 'log.tell.port': '81'}, cpu_only=False)
   assert vars(config.log.sections['tell']) == {'host': 'here', 'port': 81}
   for overrides, words in [
