@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from llm_jax.config import load
+from llm_jax.config import open_config
 from llm_jax.data import pipeline
 from llm_jax.data.open import open_data, open_examples
 from llm_jax.extras.labels import macro_f1
@@ -26,7 +26,7 @@ from llm_jax.losses.config import make_objective
 def main():
   flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   flags.add_argument('--config', required=True)
-  config = load(flags.parse_args().config).resolve({}, cpu_only=True)
+  config = open_config(flags.parse_args().config).resolve({}, cpu_only=True)
   data = open_data(config.data)
   train, val = (open_examples(config.data, data, next(iter(split.values())), train=False)
                 for split in (data.train, data.val))

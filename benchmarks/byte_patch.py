@@ -43,14 +43,14 @@ def serve_ours(path: str) -> None:
   import jax.numpy as jnp
 
   from benchmarks.loop import bare_step
-  from llm_jax.config import load
+  from llm_jax.config import open_config
   from llm_jax.data.open import Data
   from llm_jax.data.pipeline import example_batch
   from llm_jax.data.tokenizers.tokenizer import ByteTokenizer
   from llm_jax.models.registry import make_model
   from llm_jax.training.resolve import resolve
 
-  config = load(path).resolve({}, cpu_only=jax.default_backend() == 'cpu')
+  config = open_config(path).resolve({}, cpu_only=jax.default_backend() == 'cpu')
   config = resolve(config, Data({'train': {}}, None, len(ByteTokenizer().token_bytes)))
   shapes = jax.eval_shape(make_model(config.model).init, jax.random.key(0), example_batch(config.data))
   run = bare_step(config)

@@ -61,14 +61,14 @@ def main() -> None:
   runtime.keep_freed_memory()  # as the programs do
   finished: list[float] = []
 
-  def unpack(packed):
-    values = metrics.unpack(packed)  # which waits for the step
+  def unpack_metrics(packed):
+    values = metrics.unpack_metrics(packed)  # which waits for the step
     finished.append(time.perf_counter())
     return values
 
   with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
     config = make_config(Path(name), args.saves)
-    with mock.patch.object(session, 'unpack', unpack):
+    with mock.patch.object(session, 'unpack_metrics', unpack_metrics):
       collections.deque(loop.train(config, Path(name) / 'run', Custom()), maxlen=0)
     last = Path(name) / 'run' / 'checkpoints' / str(config.num_steps)
     size = sum(path.stat().st_size for path in last.rglob('*') if path.is_file())

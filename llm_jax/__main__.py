@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 
 from llm_jax.base.errors import ConfigError
-from llm_jax.main import run_as_program
+from llm_jax.base.process import run_as_program
 
 # Command: (module below llm_jax, what it does).
 COMMANDS = {

@@ -41,7 +41,7 @@ def load_config(path: str | Path, *, full_size: bool = False, **overrides: Any) 
 
   Without an accelerator the file's on_cpu is applied, unless `full_size`. Raises ConfigError with all problems.
   """
-  return config_lib.load(path).resolve(overrides, cpu_only=only_cpus() and not full_size)
+  return config_lib.open_config(path).resolve(overrides, cpu_only=only_cpus() and not full_size)
 
 
 class Training:

@@ -64,7 +64,7 @@ class EvalConfig:
   validator: str = ''  # of answers: one of VALIDATORS, or a command that reads stdin and exits with 0 if it is valid
   sections: Sections = sections(METRICS)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if min(self.sample_tokens, self.temperature, self.top_k, self.patience, self.min_delta, self.answers) < 0:
       raise ValueError('sample_tokens, temperature, top_k, patience, min_delta and answers must not be negative')
     for text in self.conditions:
@@ -95,7 +95,7 @@ class StartConfig:
   checkpoint: str = 'latest'  # or best, or a step
   whole: bool = False  # branch: also restore the optimizer state and the step; needs the same data
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not self.run and (self.whole or self.checkpoint != 'latest'):
       raise ValueError('run must be set to the workdir of the other run if whole or checkpoint is set')
 
@@ -107,7 +107,7 @@ class StageConfig:
   begin: int = 0
   set: tuple[str, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.begin < 1:
       raise ValueError(f'begin must be at least 1; got {self.begin}')
     for entry in self.set:
@@ -129,7 +129,7 @@ class CheckpointConfig:
   keep_best: int = 1
   keep_every: int | None = None  # steps: milestones, never deleted
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field, least in (('every', 1), ('keep_last', 1), ('keep_best', 0), ('keep_every', 1)):
       value = getattr(self, field)
       if value is not None and value < least:
@@ -144,7 +144,7 @@ class LogConfig:
   callbacks: tuple[str, ...] = ()  # names of CALLBACKS, called with each logged step
   sections: Sections = sections(CALLBACKS)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.every < 1:
       raise ValueError(f'every must be at least 1; got {self.every}')
     check_names('callbacks', self.callbacks, CALLBACKS)
@@ -173,7 +173,7 @@ class Config:
   log: LogConfig = LogConfig()
   profile: ProfileConfig = ProfileConfig()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     seq_len, problems = self.data.seq_len, []
     if self.num_steps < 1:
       problems.append(f'num_steps must be at least 1; got {self.num_steps}')
@@ -269,7 +269,7 @@ def base(model: str = 'decoder') -> ml_collections.ConfigDict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ConfigFile:
   """The contents of a config file, before the machine is known."""
 
   path: Path
@@ -299,7 +299,7 @@ def model_values(model: Mapping[str, Any], name: str) -> dict[str, Any]:
           if field in fields and field != 'name' and value != defaults.get(field)}
 
 
-def load(path: str | Path) -> Source:
+def open_config(path: str | Path) -> ConfigFile:
   """Loads a .py config file, which is executed as trusted code, or a run's config.json, which is only parsed.
 
   Raises ConfigError.
@@ -310,7 +310,7 @@ def load(path: str | Path) -> Source:
     hint = f'; known: {", ".join(known)}' if known else ''
     raise ConfigError(f'--config: no such file: {path}{hint}')
   if path.suffix == '.json':
-    return Source(path, read_values(path, '--config'), None)
+    return ConfigFile(path, read_values(path, '--config'), None)
   module: Any = plugins.run_file(path, f'llm_jax_config_{path.stem}', '--config')
   try:
     full, on_cpu = module.get_config(), None
@@ -318,7 +318,7 @@ def load(path: str | Path) -> Source:
       on_cpu = module.get_config()
       module.on_cpu(on_cpu)
     trials = combinations(module.sweep()) if hasattr(module, 'sweep') else ()
-    source = Source(path, full.to_dict(), on_cpu.to_dict() if on_cpu is not None else None, trials)
+    source = ConfigFile(path, full.to_dict(), on_cpu.to_dict() if on_cpu is not None else None, trials)
   except Exception as e:  # a user's file may raise anything
     raise ConfigError(f'--config: {path}: {type(e).__name__}: {e}') from e
   if has_registered(module.__name__):

@@ -22,12 +22,12 @@ from bad_files import MARKER, PROSE, TEXTS, cut, raw
 from program import environment
 
 from llm_jax.base.errors import DataError
+from llm_jax.base.process import run_as_program
 from llm_jax.data.config import DataConfig
 from llm_jax.data.open import open_data
 from llm_jax.data.sources.documents import BadRecord, SourceConfig
 from llm_jax.data.sources.files import open_source
 from llm_jax.data.tokenizers.tokenizer import decode
-from llm_jax.main import run_as_program
 
 SECONDS = 5
 PROGRESS = ('tokenizing', 'fetching')  # progress bars on stderr

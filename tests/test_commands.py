@@ -8,7 +8,7 @@ from program import finish, start, write_config
 
 from llm_jax.base.errors import ConfigError, DataError, UserError
 from llm_jax.commands import check, plot, schedules
-from llm_jax.config import combinations, load, to_dict
+from llm_jax.config import combinations, open_config, to_dict
 from llm_jax.extras import sweep
 
 SWEEP = """
@@ -120,7 +120,7 @@ def test_invalid_sweeps_are_reported_before_training(folder, tmp_path):
   trial = tmp_path / 'x' / '001_learning_rate=0.003,chain=adam'
   trial.mkdir(parents=True)
   (trial / 'metrics.jsonl').touch()
-  source = load(folder / 'other.py')
+  source = open_config(folder / 'other.py')
   configs = [to_dict(source.resolve(source.trials[1] | {'seed': 5}, cpu_only=cpu_only)) for cpu_only in (True, False)]
   (trial / 'trial.json').write_text(json.dumps(configs))
   with pytest.raises(ConfigError, match=r'other settings; .*\n  config.seed: trained with 5, now 0$'):

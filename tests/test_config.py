@@ -10,7 +10,7 @@ import pytest
 from llm_jax import config as config_lib
 from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError
-from llm_jax.config import Config, base, build, load, to_dict
+from llm_jax.config import Config, base, build, open_config, to_dict
 from llm_jax.data.open import Data
 from llm_jax.data.pipeline import example_batch
 from llm_jax.losses.config import make_objective
@@ -24,7 +24,7 @@ def resolve(text='', *overrides, tmp_path, cpu_only=False):
   path = tmp_path / 'c.py'
   path.write_text(f'from llm_jax.config import base\ndef get_config():\n  config = base()\n  {text or "pass"}\n'
                   '  return config\n')
-  return load(path).resolve(parse_overrides(overrides, '--config.', '--config'), cpu_only=cpu_only)
+  return open_config(path).resolve(parse_overrides(overrides, '--config.', '--config'), cpu_only=cpu_only)
 
 
 BAD = [  # overrides, and words that the message must contain: the path, the value, legal values
@@ -110,7 +110,7 @@ def test_a_mistake_in_the_file_names_the_file(line, words, tmp_path):
 
 def test_a_missing_file_is_reported_with_known_ones():
   with pytest.raises(ConfigError, match='gpt_small'):
-    load(CONFIGS / 'gpt_smal.py')
+    open_config(CONFIGS / 'gpt_smal.py')
 
 
 def leaves(values, path=()):
@@ -139,21 +139,21 @@ def test_command_line_overrides_on_cpu_overrides_file(tmp_path):
   path = tmp_path / 'c.py'
   path.write_text('from llm_jax.config import base\ndef get_config():\n  c = base()\n  c.num_steps = 7\n  c.seed = 7\n'
                   '  return c\ndef on_cpu(c):\n  c.num_steps = 8\n  c.log.every = 8\n')
-  source = load(path)
+  source = open_config(path)
   assert (source.resolve({}, cpu_only=False).num_steps, source.resolve({}, cpu_only=True).num_steps) == (7, 8)
   config = source.resolve({'num_steps': '9'}, cpu_only=True)
   assert (config.num_steps, config.seed, config.log.every) == (9, 7, 8)
 
 
 def test_a_json_round_trip_builds_the_same_config():
-  config = load(CONFIGS / 'gpt_small.py').resolve({'model.windows': '(0,64)'}, cpu_only=True)
+  config = open_config(CONFIGS / 'gpt_small.py').resolve({'model.windows': '(0,64)'}, cpu_only=True)
   assert build(Config, json.loads(json.dumps(to_dict(config)))) == config
 
 
 def test_config_json_is_not_executed(tmp_path):
   (tmp_path / 'config.json').write_text('__import__("os").abort()')
   with pytest.raises(ConfigError, match='not valid JSON'):
-    load(tmp_path / 'config.json')
+    open_config(tmp_path / 'config.json')
 
 
 def test_config_is_frozen():
@@ -206,7 +206,7 @@ PARAMETERS = {
 @pytest.mark.parametrize('cpu_only', [False, True], ids=['full', 'on_cpu'])
 def test_shipped_configs_have_their_parameter_counts(path, cpu_only):
   assert path.read_text().startswith('"""'), 'a config opens with its command and expected result'
-  config = load(path).resolve({'eval.answers': '0'}, cpu_only=cpu_only)
+  config = open_config(path).resolve({'eval.answers': '0'}, cpu_only=cpu_only)
   vocab_size = {'char': 66, 'byte': 257, 'bpe': config.data.vocab_size, 'word': 246, 'none': 99}[config.data.tokenizer]
   config = resolve_config(config, Data({split: {} for split in ('train', 'val', 'test')}, None, vocab_size))
   objective = make_objective(config.loss)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from llm_jax.base.devices import PEAK_FLOPS, cpu_has_fast_bf16, device_memory, has_fast_bf16, peak_flops, read
+from llm_jax.base.devices import PEAK_FLOPS, cpu_has_fast_bf16, device_memory, has_fast_bf16, peak_flops, read_text
 
 
 def peak(kind, count=1):
@@ -39,7 +39,7 @@ def test_each_table_entry_matches_its_own_name():
 
 def test_cpu_devices_share_the_memory():
   device = jax.devices('cpu')[0]
-  total = next(int(line.split()[1]) * 1024 for line in read('/proc/meminfo').splitlines() if 'MemTotal' in line)
+  total = next(int(line.split()[1]) * 1024 for line in read_text('/proc/meminfo').splitlines() if 'MemTotal' in line)
   assert 0 < device_memory(device) * len(jax.devices('cpu')) <= total
 
 

@@ -182,7 +182,7 @@ def test_lora_trains_beside_frozen_weights_of_another_run(outputs, folder):
 
 def test_data_of_an_edited_format_are_made_again(folder, tmp_path):
   def words():
-    plugins.load(str(tmp_path / 'fortune.py'))
+    plugins.load_plugin(str(tmp_path / 'fortune.py'))
     config = DataConfig(path=str(folder / 'fortunes'), format='fortune', tokenizer='byte', cache_dir=str(tmp_path))
     return bytes(open_data(config).train['data'].tokens[1:4].astype(np.uint8))
 

@@ -77,9 +77,36 @@ def test_the_core_imports_no_extras():
     assert own.startswith(('extras', '__main__')) or not [n for n in imports(path) if n.startswith('extras')], own
 
 
-def test_files_have_at_most_400_lines():
+def test_files_and_functions_are_short():
   sizes = {path.name: len(path.read_text().splitlines()) for path in PATHS}
   assert not {name: size for name, size in sizes.items() if size > 400}
+  assert not {f'{module_of(path)}.{node.name}': size for path in PATHS for node in ast.walk(ast.parse(path.read_text()))
+              if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+              and (size := node.end_lineno - node.lineno + 1) > 60}
+
+
+READING_PATH = ['main', 'api', 'training.loop', 'training.session', 'training.program', 'training.state',
+                'models.decoder', 'layers.linear', 'layers.attention', 'layers.norm', 'layers.rope', 'layers.mlp']
+
+
+def test_the_reading_path_is_short():
+  sizes = {module_of(path): len(path.read_text().splitlines()) for path in PATHS if module_of(path) in READING_PATH}
+  print('\n'.join(f'{sizes[name]:5} {name}' for name in READING_PATH), f'\n{sum(sizes.values()):5} together')
+  assert sum(sizes.values()) < 1700 and sizes['training.loop'] < 200
+
+
+# Names that are the same on purpose: each command's main, the door and the loop behind it, a task and its loss.
+SHARED_NAMES = {'main', 'train', 'NextToken'}
+
+
+def test_public_names_of_the_core_are_unique():
+  places = {}
+  for path in PATHS:
+    for node in ast.parse(path.read_text()).body:
+      public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith('_')
+      if public and not module_of(path).startswith('extras'):
+        places.setdefault(node.name, []).append(module_of(path))
+  assert not {name: modules for name, modules in places.items() if len(modules) > 1 and name not in SHARED_NAMES}
 
 
 def test_init_files_hold_no_logic():

@@ -17,9 +17,9 @@ from llm_jax.data.pipeline import Batches
 from llm_jax.models.decoder import DecoderConfig
 from llm_jax.optim.chain import as_optimizer
 from llm_jax.training.checkpoint import latest_step
-from llm_jax.training.log import Goodput, PackedMetrics, Throughput, read_metrics
+from llm_jax.training.log import Goodput, Logs, PackedMetrics, Throughput, read_metrics
 from llm_jax.training.loop import due
-from llm_jax.training.session import MAX_SKIPPED, Logs, Session
+from llm_jax.training.session import MAX_SKIPPED, Session
 from llm_jax.training.state import TrainState
 
 CONFIG = Config(

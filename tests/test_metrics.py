@@ -11,13 +11,13 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
 from tensorboard.util import tensor_util
 
-from llm_jax.training.log import Throughput, Writer, duration, read_metrics
+from llm_jax.training.log import MetricsWriter, Throughput, duration, read_metrics
 from llm_jax.training.status import Status, read_status
 
 
 def write(workdir, begin, end, scale=1.0, text=None):
   """One run from `begin` to `end`: a loss at every step, a val/loss at every third."""
-  writer = Writer(workdir, begin)
+  writer = MetricsWriter(workdir, begin)
   for step in range(begin + 1, end + 1):
     writer.scalars(step, {'train/loss': scale * step, **({'val/loss': -scale * step} if step % 3 == 0 else {})})
     if text:
@@ -48,7 +48,7 @@ def test_jsonl_has_one_line_per_step(tmp_path):
 
 def test_later_values_of_a_step_extend_its_line(tmp_path):
   write(tmp_path, 0, 2)
-  writer = Writer(tmp_path, 2)
+  writer = MetricsWriter(tmp_path, 2)
   writer.scalars(2, {'val/loss': 9.0})
   writer.scalars(3, {'train/loss': 3.0})
   writer.scalars(3, {'val/loss': 8.0})
@@ -58,7 +58,7 @@ def test_later_values_of_a_step_extend_its_line(tmp_path):
 
 
 def test_lines_can_be_read_during_the_run(tmp_path):
-  writer = Writer(tmp_path, 0)
+  writer = MetricsWriter(tmp_path, 0)
   for step in range(1, 4):
     writer.scalars(step, {'train/loss': 1.0})
     writer.scalars(step, {})  # nothing to say: no line
@@ -70,7 +70,7 @@ def test_lines_can_be_read_during_the_run(tmp_path):
 def test_resuming_removes_later_lines(tmp_path, step):
   write(tmp_path, 0, 7)
   before = lines_of(tmp_path)
-  Writer(tmp_path, step).close()
+  MetricsWriter(tmp_path, step).close()
   assert lines_of(tmp_path) == before[:step]
   write(tmp_path, step, 10, scale=100.0)
   after = lines_of(tmp_path)
@@ -86,14 +86,14 @@ def test_a_truncated_last_line_is_removed(tmp_path):
   for cut in range(1, last + 1):  # 1: only the line's end is gone
     path.write_bytes(whole[:-cut])
     assert [line['step'] for line in read_metrics(path)] == ([1, 2, 3] if cut > 1 else [1, 2, 3, 4])
-    writer = Writer(tmp_path, 4)
+    writer = MetricsWriter(tmp_path, 4)
     writer.scalars(5, {'train/loss': 5.0})
     writer.close()
     assert [line['step'] for line in lines_of(tmp_path)] in ([1, 2, 3, 5], [1, 2, 3, 4, 5]), cut
 
 
 def test_non_finite_values_survive(tmp_path):
-  writer = Writer(tmp_path, 0)
+  writer = MetricsWriter(tmp_path, 0)
   writer.scalars(1, {'train/loss': float('nan'), 'train/grad_norm': float('inf')})
   writer.close()
   [line] = read_metrics(tmp_path / 'metrics.jsonl')
@@ -120,7 +120,7 @@ def test_tensorboard_reads_scalars_and_texts(tmp_path, reader):
 @pytest.mark.parametrize('step', [1, 3, 4])
 def test_tensorboard_drops_points_after_a_resume(tmp_path, step, reader):
   write(tmp_path, 0, 8)
-  Writer(tmp_path, step).close()  # even before a new point is written, and for curves that get none
+  MetricsWriter(tmp_path, step).close()  # even before a new point is written, and for curves that get none
   read = curves(tmp_path, reader)
   assert [s for s, _ in read['train/loss']] == list(range(1, step + 1))
   assert [s for s, _ in read['val/loss']] == [s for s in (3, 6) if s <= step]
@@ -131,7 +131,7 @@ def test_tensorboard_drops_points_after_a_resume(tmp_path, step, reader):
 FULL_DISK = '''
 import resource, signal, sys, time
 from pathlib import Path
-from llm_jax.training.log import Writer
+from llm_jax.training.log import MetricsWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails with an OSError, as on a full disk
 
 def limit(size):
@@ -145,7 +145,7 @@ for name, size, begin in (('later', 4000, 0), ('from_the_start', 0, 0), ('going_
     limit(resource.RLIM_INFINITY)
     (folder / 'metrics.jsonl').write_text(''.join('{"step": %d, "train/loss": 0.5}\\n' % i for i in (1, 2, 3)))
   limit(size)
-  writer = Writer(folder, begin)
+  writer = MetricsWriter(folder, begin)
   for step in range(begin + 1, 200):
     writer.scalars(step, {'train/loss': 0.5, 'train/grad_norm': 1.0})
     writer.text(step, 'sample', 'text ' * 10)
@@ -167,7 +167,7 @@ def test_a_full_disk_stops_only_the_log(tmp_path):
 
 
 def test_a_deleted_workdir_stops_only_the_log(tmp_path, capsys):
-  writer = Writer(tmp_path / 'gone', 0)
+  writer = MetricsWriter(tmp_path / 'gone', 0)
   writer.scalars(1, {'train/loss': 1.0})
   writer.text(1, 'sample', 'text')
   writer.close()

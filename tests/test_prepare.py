@@ -92,13 +92,13 @@ def test_a_changed_file_or_option_makes_another_store(corpus, cache, capsys):
 
 
 def test_prepare_makes_the_stores_that_the_run_opens(tmp_path, cache, capsys):
-  from llm_jax.config import load
+  from llm_jax.config import open_config
   from llm_jax.data.open import open_data
   path = write_config(tmp_path)
   prepare.main([f'--config={path}', '--config.data.val_fraction=0.3'])
   out = capsys.readouterr().out
   before = state(cache)
-  config = load(path).resolve({'data.val_fraction': '0.3'}, cpu_only=True)
+  config = open_config(path).resolve({'data.val_fraction': '0.3'}, cpu_only=True)
   data = open_data(config.data)
   assert state(cache) == before, 'open_data must use the prepared stores'
   assert numbers(out, 'train/data')[1] == len(data.train['data'].tokens)

@@ -14,7 +14,7 @@ from llm_jax.base.builder import Sections, build, sections, to_dict
 from llm_jax.base.callbacks import CALLBACKS
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import Registry, _registries, register, settings_from_signature
-from llm_jax.config import Config, base, load
+from llm_jax.config import Config, base, open_config
 from llm_jax.data.formats.registry import FORMATS
 from llm_jax.extras.table import TABLE
 from llm_jax.infer.export import EXPORTERS
@@ -167,7 +167,7 @@ def test_the_command_line_sets_the_section_of_an_entry(registered, tmp_path):
   registered(CALLBACKS, 'tell', lambda event, host='here', port=80: None)
   path = tmp_path / 'c.py'
   path.write_text('from llm_jax.config import base\n\ndef get_config():\n  return base()\n')
-  source = load(path)
+  source = open_config(path)
   config = source.resolve({'log.callbacks': 'tell', 'log.tell.port': '81'}, cpu_only=False)
   assert vars(config.log.sections['tell']) == {'host': 'here', 'port': 81}
   for overrides, words in [

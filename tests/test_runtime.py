@@ -70,19 +70,19 @@ def test_the_users_xla_flags_are_kept():
   name, (value, _) = next(iter(runtime.XLA_FLAGS['gpu'].items()))
   for mine in ('--xla_dump_to=/tmp/x', f'--{name}=false', f'--xla_dump_to=/tmp/x --{name}'):
     environ = {'XLA_FLAGS': mine}
-    added = runtime.add_flags('gpu', environ)
+    added = runtime.add_xla_flags('gpu', environ)
     assert environ['XLA_FLAGS'].split() == mine.split() + added
     assert (f'--{name}={value}' in added) == (name not in mine)
-    assert runtime.add_flags('gpu', environ) == []  # a child process finds them there
+    assert runtime.add_xla_flags('gpu', environ) == []  # a child process finds them there
   environ = {}
-  assert runtime.add_flags('tpu', environ) == environ['LIBTPU_INIT_ARGS'].split()
+  assert runtime.add_xla_flags('tpu', environ) == environ['LIBTPU_INIT_ARGS'].split()
   for environ, platform in (({}, 'cpu'), ({}, 'metal'), ({'XLA_FLAGS': 'flags.txt'}, 'gpu')):
     before = dict(environ)
-    assert runtime.add_flags(platform, environ) == [] and environ == before
+    assert runtime.add_xla_flags(platform, environ) == [] and environ == before
 
 
 def test_this_xla_knows_all_gpu_flags():
-  code = ('import os; from llm_jax.base import runtime; runtime.add_flags("gpu", os.environ); '
+  code = ('import os; from llm_jax.base import runtime; runtime.add_xla_flags("gpu", os.environ); '
           'import jaxlib.xla_client as xla; xla.CompileOptions(); print(os.environ["XLA_FLAGS"])')
   (flags,), _ = python(code)
   assert flags.count('--xla_gpu') == len(runtime.XLA_FLAGS['gpu'])

@@ -214,7 +214,7 @@ def test_a_config_file_that_registers_is_noted_under_a_name_that_can_be_read_bac
   plugins.write_notes(tmp_path)
   assert plugins.check_notes(tmp_path) == []
   plugins._loaded.clear()
-  assert plugins.load(str(path)).name in plugins.loaded() and plugins.check_notes(tmp_path) == []
+  assert plugins.load_plugin(str(path)).name in plugins.loaded() and plugins.check_notes(tmp_path) == []
 
 
 def contents(folder):

@@ -45,10 +45,11 @@ def device_memory(device: jax.Device) -> int | None:
     return stats['bytes_limit']
   if device.platform != 'cpu':
     return None
-  left = [int(line.split()[1]) * 1024 for line in read('/proc/meminfo').splitlines() if line.startswith('MemAvailable')]
-  limit, used = read('/sys/fs/cgroup/memory.max').strip(), read('/sys/fs/cgroup/memory.current').strip()
+  lines = read_text('/proc/meminfo').splitlines()
+  left = [int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable')]
+  limit, used = read_text('/sys/fs/cgroup/memory.max').strip(), read_text('/sys/fs/cgroup/memory.current').strip()
   if limit.isdecimal() and used.isdecimal():  # a container may have less; the file cache can be reclaimed
-    cached = re.search(r'^inactive_file (\d+)', read('/sys/fs/cgroup/memory.stat'), re.MULTILINE)
+    cached = re.search(r'^inactive_file (\d+)', read_text('/sys/fs/cgroup/memory.stat'), re.MULTILINE)
     left.append(int(limit) - int(used) + (int(cached[1]) if cached else 0))
   # Several processes may share one machine, so each counts on its share only.
   return min(left) // (len(device.client.local_devices()) * jax.process_count()) if left else None
@@ -59,7 +60,7 @@ def has_fast_bf16() -> bool:
   device = jax.devices()[0]
   if device.platform != 'cpu':
     return 'cuda' not in device.client.platform_version or float(device.compute_capability) >= 8
-  return cpu_has_fast_bf16(read('/proc/cpuinfo'))
+  return cpu_has_fast_bf16(read_text('/proc/cpuinfo'))
 
 
 def cpu_has_fast_bf16(cpuinfo: str) -> bool:
@@ -68,7 +69,7 @@ def cpu_has_fast_bf16(cpuinfo: str) -> bool:
   return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(flags)
 
 
-def read(path: str) -> str:
+def read_text(path: str) -> str:
   """The text of a kernel file; '' if it cannot be read."""
   try:
     return Path(path).read_text()

@@ -50,10 +50,10 @@ def loaded() -> dict[str, Plugin]:
 def load_all(names: Iterable[str], folder: Path | None = None) -> None:
   """Runs plug-ins: modules, or .py files, searched for in `folder` and then here. Raises ConfigError."""
   for name in names:
-    load(name, folder)
+    load_plugin(name, folder)
 
 
-def load(name: str, folder: Path | None = None) -> Plugin:
+def load_plugin(name: str, folder: Path | None = None) -> Plugin:
   """Runs one plug-in; not again unless its source has changed. Raises ConfigError."""
   if not name.endswith('.py'):
     return note(_imported(name), name)
@@ -70,7 +70,7 @@ def name_of(path: Path) -> str:
 
 
 def load_file(path: Path, name: str) -> Plugin:
-  plugin = read(path, name)
+  plugin = read_plugin(path, name)
   if _loaded.get(plugin.name, plugin._replace(sha256='')).sha256 != plugin.sha256:
     run_file(path, f'llm_jax_plugin_{plugin.name}', '--plugin')
   return note(plugin.path, plugin.name)
@@ -100,14 +100,14 @@ def _imported(name: str) -> str:
     raise ConfigError(f'--plugin: module {name!r} cannot be imported: {e}; name a file with its .py') from None
 
 
-def read(path: Path | str, name: str) -> Plugin:
+def read_plugin(path: Path | str, name: str) -> Plugin:
   source = Path(path).read_bytes()
   return Plugin(name, str(path), hashlib.sha256(source).hexdigest(), source)
 
 
 def note(path: str, name: str) -> Plugin:
   """Records a plug-in that has run, for the notes of runs."""
-  _loaded[name] = read(path, name)
+  _loaded[name] = read_plugin(path, name)
   return _loaded[name]
 
 
@@ -132,7 +132,7 @@ def check_notes(workdir: Path, *, trust: bool = False, flag: str = '--workdir') 
     name, path, sha256 = entry['name'], entry['path'], entry['sha256']
     copy = workdir / 'plugins' / f'{name}.py'
     if name not in _loaded and trust:
-      if not copy.is_file() or read(copy, name).sha256 != sha256:
+      if not copy.is_file() or read_plugin(copy, name).sha256 != sha256:
         raise StorageError(f'{copy}: missing, or its sha256 is not {sha256[:12]}..., as {workdir / NOTES} records')
       load_file(copy, name)
     if name not in _loaded:

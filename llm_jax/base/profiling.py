@@ -22,7 +22,7 @@ class ProfileConfig:
   start: int = 0  # the first traced step, counted from 1; 0: no trace
   num_steps: int = 3
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.start < 0 or self.num_steps < 1:
       raise ValueError(f'start must not be negative and num_steps at least 1; got {self.start}, {self.num_steps}')
 

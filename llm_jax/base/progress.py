@@ -17,7 +17,7 @@ class _Lines:
     sys.stderr.flush()
 
 
-def progress(desc: str, total: float | None, unit: str, initial: float = 0) -> tqdm:
+def progress_bar(desc: str, total: float | None, unit: str, initial: float = 0) -> tqdm:
   """A bar on stderr with scaled units (k, M, G), rate and time left."""
   live = sys.stderr.isatty()
   options: dict[str, Any] = {} if live else {'file': _Lines(), 'mininterval': 10, 'ncols': 80, 'ascii': True}

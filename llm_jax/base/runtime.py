@@ -49,7 +49,7 @@ def prepare(tuning: bool = True) -> str:
     return 'nothing set, as jax was already imported'
   platform = find_platform()
   kept = tuning and platform == 'cpu' and keep_freed_memory()
-  flags = add_flags(platform, os.environ) if tuning else []
+  flags = add_xla_flags(platform, os.environ) if tuning else []
   return '; '.join(['malloc keeps freed memory' if kept else 'malloc unchanged', keep_compiled(os.environ),
                     f'XLA flags: {" ".join(flags) or "none"}'])
 
@@ -89,7 +89,7 @@ def keep_freed_memory() -> bool:
   return all([mallopt(option, value) for option, value in options.items()])
 
 
-def add_flags(platform: str, environ: MutableMapping[str, str]) -> list[str]:
+def add_xla_flags(platform: str, environ: MutableMapping[str, str]) -> list[str]:
   """Appends the platform's flags to its environment variable, unless set there; returns what was appended."""
   variable = VARIABLE.get(platform, 'XLA_FLAGS')
   present = environ.get(variable, '').split()

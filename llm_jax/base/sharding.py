@@ -52,7 +52,7 @@ class MeshConfig:
   fsdp: int = 1
   tensor: int = 1
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     sizes = dataclasses.astuple(self)
     if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
       raise ValueError(f'sizes must be positive, with at most one -1 for "the rest"; got {sizes}')
@@ -104,7 +104,7 @@ def check_divisible(abstract: Any, shardings: Any) -> None:
   """Raises ConfigError naming each array whose dimension does not divide over its mesh axes."""
   problems = []
 
-  def check(path, leaf, sharding):
+  def check(path: Any, leaf: Any, sharding: NamedSharding) -> None:
     try:
       sharding.shard_shape(leaf.shape)
     except ValueError:
@@ -137,7 +137,7 @@ def put_batch(features: dict[str, np.ndarray], rows: np.ndarray, num_rows: int, 
   sharding = batch_sharding(mesh)
 
   def put(x: np.ndarray) -> jax.Array:
-    def shard(index):
+    def shard(index: Any) -> np.ndarray:
       return x[np.searchsorted(rows, np.arange(num_rows)[index[0]])][(slice(None), *index[1:])]
     return jax.make_array_from_callback((num_rows, *x.shape[1:]), sharding, shard)
 

@@ -21,7 +21,7 @@ class StopSignal:
   one process is enough; see `interrupt_all` for Ctrl-C.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.requested = False
     self._alone = not jax.distributed.is_initialized()
 

@@ -20,7 +20,7 @@ from llm_jax import __version__
 from llm_jax.base import flags, runtime
 from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError, UserError
-from llm_jax.main import out_of_memory_as_config_error, run_as_program
+from llm_jax.base.process import out_of_memory_as_config_error, run_as_program
 
 CORE = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-collections', 'numpy', 'tensorboard',
         'tokenizers', 'tiktoken', 'safetensors', 'psutil')

@@ -14,6 +14,7 @@ import numpy as np
 
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import write_picture
+from llm_jax.base.process import run_as_program
 from llm_jax.commands.data_prepare import parse, table
 from llm_jax.data.config import DataConfig
 from llm_jax.data.open import Data, open_data, open_examples
@@ -22,7 +23,6 @@ from llm_jax.data.rows.tasks import Features
 from llm_jax.data.sources.filters import Report
 from llm_jax.data.stores.store import TokenStore
 from llm_jax.data.tokenizers.tokenizer import Tokenizer
-from llm_jax.main import run_as_program
 
 BAR = 50  # characters
 
@@ -56,9 +56,9 @@ def main(argv: list[str]) -> None:
           f'{examples[name].dropped_tokens:,} tokens are in no row')
     for index in np.random.default_rng(args.seed).permutation(len(examples[name]))[:args.rows].tolist():
       print(f'\nrow {index}')
-      print('\n'.join(describe(row_of(examples[name], index, args.seed), data, config)))
+      print('\n'.join(row_lines(row_of(examples[name], index, args.seed), data, config)))
   if args.out is not None:
-    draw(data.splits[args.part], examples, args.seed, args.out)
+    draw_data(data.splits[args.part], examples, args.seed, args.out)
     print(f'\nwrote {args.out}')
 
 
@@ -80,7 +80,7 @@ def row_of(examples: Examples, index: int, seed: int) -> Features:
   return examples.make(index, np.random.default_rng([seed, index]))
 
 
-def describe(features: Features, data: Data, config: DataConfig) -> list[str]:
+def row_lines(features: Features, data: Data, config: DataConfig) -> list[str]:
   """Lines with the inputs and targets of each piece; tokens are separated by |, special ones in <>."""
   names = token_names(data.tokenizer, data.vocab_size, config.task_settings.num_sentinels)
   segments = features.get('segment_ids', np.ones_like(features['tokens']))
@@ -90,14 +90,14 @@ def describe(features: Features, data: Data, config: DataConfig) -> list[str]:
     real = features['encoder_segment_ids'] > 0
     other = data.encoder_tokenizer
     read_names = names if other is None else token_names(other, len(other.token_bytes), 0)
-    lines.append(f'  encoder reads {real.sum()}: {show(features["encoder_tokens"][real], read_names)}')
+    lines.append(f'  encoder reads {real.sum()}: {join_tokens(features["encoder_tokens"][real], read_names)}')
   for segment in range(1, int(segments.max(initial=0)) + 1):
     inside = segments == segment
     learnt = inside & mask
     lines.append(f'  piece {segment}: {inside.sum()} tokens' + ('' if has_label else f', {learnt.sum()} learnt'))
-    lines.append(f'    reads   {show(features["tokens"][inside], names)}')
+    lines.append(f'    reads   {join_tokens(features["tokens"][inside], names)}')
     if learnt.any() and not has_label:
-      lines.append(f'    learns  {show(features["targets"][learnt], names)}')
+      lines.append(f'    learns  {join_tokens(features["targets"][learnt], names)}')
   padding = int((segments == 0).sum())
   if has_label:
     lines.append(f'  learns the label {features["labels"]}')
@@ -116,13 +116,13 @@ def token_names(tokenizer: Tokenizer | None, vocab_size: int, num_sentinels: int
   return names + [f'<sentinel {k}>' for k in range(num_sentinels)]
 
 
-def show(ids: Iterable[int], names: list[str], most: int = 160) -> str:
+def join_tokens(ids: Iterable[int], names: list[str], most: int = 160) -> str:
   ids = [int(i) for i in ids]
   shown = '|'.join(names[i] for i in ids[:most])
   return shown + (f' ... {len(ids) - most} more' if len(ids) > most else '')
 
 
-def draw(stores: dict[str, TokenStore], examples: dict[str, Examples], seed: int, out: Path) -> None:
+def draw_data(stores: dict[str, TokenStore], examples: dict[str, Examples], seed: int, out: Path) -> None:
   """Draws histograms, and below them 24 rows of each source: one colour per piece, pale where the loss is masked."""
   try:
     import matplotlib

@@ -12,9 +12,9 @@ from typing import NoReturn
 from llm_jax.base import plugins
 from llm_jax.base.builder import build, override, parse_overrides
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.process import run_as_program
 from llm_jax.data.config import DataConfig, cache_dir
 from llm_jax.data.open import Data, open_data
-from llm_jax.main import run_as_program
 
 
 def main(argv: list[str]) -> None:
@@ -35,9 +35,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[DataConfig,
   args, rest = parser.parse_known_args(argv)
   plugins.load_all(args.plugin)
   if args.config is not None:
-    from llm_jax.config import load
+    from llm_jax.config import open_config
     overrides = parse_overrides(rest, '--config.', '--config, --full_size, --plugin, --config.FIELD')
-    return load(args.config).resolve(overrides, cpu_only=not args.full_size).data, args
+    return open_config(args.config).resolve(overrides, cpu_only=not args.full_size).data, args
   overrides = parse_overrides(rest, '--', '--config, --plugin, --FIELD of config.data, such as --path')
   values: dict = {'data': {}}
   override(values, {f'data.{name}': value for name, value in overrides.items()})

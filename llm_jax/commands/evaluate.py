@@ -15,7 +15,7 @@ import numpy as np
 from llm_jax.base import flags
 from llm_jax.base.errors import StorageError
 from llm_jax.base.files import write_file, write_picture
-from llm_jax.main import run_as_program
+from llm_jax.base.process import run_as_program
 
 
 def main(argv: list[str]) -> None:

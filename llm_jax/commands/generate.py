@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import codecs
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from llm_jax.base import flags
-from llm_jax.main import run_as_program
+from llm_jax.base.process import run_as_program
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +46,7 @@ def main(argv: list[str]) -> None:
                   1 if args.num_beams else args.num_samples)
 
 
-def print_samples(prompt: str, columns, tokenizer, num_samples: int) -> None:
+def print_samples(prompt: str, columns: Iterable[np.ndarray], tokenizer: Any, num_samples: int) -> None:
   """Prints the first sample as it is generated, then the others."""
   rows: list[list[int]] = [[] for _ in range(num_samples)]
   ended = [False] * num_samples

@@ -16,7 +16,7 @@ import numpy as np
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import write_file, write_picture
-from llm_jax.main import run_as_program
+from llm_jax.base.process import run_as_program
 
 DORMANT = 0.01  # thinking is dormant if no step moves the latent by this share of its norm
 UNSTABLE = 1.0  # and unstable if a step moves it by more than this
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
   out = args.out or args.workdir / 'inspect.png'
   try:
     write_file(out.with_suffix('.json'), json.dumps(report, indent=1) + '\n')
-    draw(report, out)
+    draw_report(report, out)
   except (OSError, ValueError) as e:
     raise StorageError(f'--out: {out} cannot be written: {e}') from None
   print(f'\nwritten: {out}, {out.with_suffix(".json")}')
@@ -102,7 +102,7 @@ def activations(model: Any, params: Any, batch: Any) -> tuple[dict[str, dict], d
   found: dict[str, dict] = {}
   stack: list[str] = []
 
-  def watch(next_fn, args, kwargs, context):
+  def watch(next_fn: Any, args: Any, kwargs: Any, context: Any) -> Any:
     # The blocks of a stack are separate root modules, so their class is used as the path.
     is_block = context.method_name == '__call__' and not context.module.path
     stack.extend([type(context.module).__name__] * is_block)
@@ -163,7 +163,7 @@ def lines(report: dict) -> list[str]:
   return text
 
 
-def draw(report: dict, out: Path) -> None:
+def draw_report(report: dict, out: Path) -> None:
   from matplotlib import pyplot
   think = report.get('thinking')
   figure, axes = pyplot.subplots(2 if think else 1, 2, figsize=(12, 8 if think else 4), layout='constrained',

@@ -12,7 +12,7 @@ from typing import Any
 
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import write_picture
-from llm_jax.main import run_as_program
+from llm_jax.base.process import run_as_program
 
 
 def main(argv: list[str]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
-from llm_jax.main import run_as_program
+from llm_jax.base.process import run_as_program
 
 ROWS = 32  # texts per batch
 
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
       features = rows(run.config.data, run.tokenizer, part)
       predictions = jax.device_get(predict(run.params, as_batch(features)))
       for i, text in enumerate(part):
-        of_text = shown(run.config.loss, {name: x[i] for name, x in predictions.items()}, args.top)
+        of_text = prediction(run.config.loss, {name: x[i] for name, x in predictions.items()}, args.top)
         print(json.dumps({'text': text, **of_text}, ensure_ascii=False), flush=True)
 
 
@@ -80,7 +80,7 @@ def rows(config: Any, tokenizer: Any, texts: list[str]) -> dict[str, np.ndarray]
   return stack(found + [blank] * (ROWS - len(found)))
 
 
-def shown(config: Any, predictions: dict[str, np.ndarray], top: int) -> dict[str, Any]:
+def prediction(config: Any, predictions: dict[str, np.ndarray], top: int) -> dict[str, Any]:
   """The predictions for one document as JSON values, with the `top` classes by name."""
   result: dict[str, Any] = {name: x.tolist() for name, x in predictions.items()}
   if 'classification' in predictions:

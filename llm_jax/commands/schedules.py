@@ -16,7 +16,7 @@ from llm_jax.base import plugins
 from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import write_picture
-from llm_jax.main import run_as_program
+from llm_jax.base.process import run_as_program
 
 POINTS = 2000  # maximum number of points of a curve
 

@@ -50,7 +50,7 @@ class DataConfig(SourceConfig, SplitConfig):
   verify: bool = False  # check the sha256 of every file of a store when opening it
   cache_dir: str | None = None  # None: $LLM_JAX_CACHE, else ~/.cache/llm_jax
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     problems = []
     if self.task not in TASKS:
       problems.append(f'task {self.task!r} is unknown; {known_names(self.task, TASKS)}')

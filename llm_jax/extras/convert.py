@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError, StorageError
+from llm_jax.base.process import run_as_program
 from llm_jax.extras.formats.pickles import load_plain
-from llm_jax.main import run_as_program
 
 _SHAPES = 'a list of texts, pairs, dicts or integer arrays, or a dict of lists of one length'
 

@@ -27,7 +27,7 @@ from llm_jax.data.sources.documents import Document
 from llm_jax.data.sources.filters import Deduplicator
 from llm_jax.data.sources.splits import SPLITS
 from llm_jax.data.stores.store import TokenStore
-from llm_jax.data.stores.writer import encode
+from llm_jax.data.stores.writer import encode_documents
 from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
 
@@ -102,7 +102,7 @@ class _DocumentsIterator(grain.DatasetIterator):
     ids = self._cache.get(number)
     if ids is None:
       counters.cache_misses += 1
-      [(text, _)] = encode(tokenizer, [document])
+      [(text, _)] = encode_documents(tokenizer, [document])
       bos, eos = ([tokenizer.bos_id], [tokenizer.eos_id]) if tokenizer else ([], [])
       ids = np.concatenate([bos, text, eos]).astype(np.int32)
       if self._cached_bytes + ids.nbytes <= self._dataset.cache_bytes:

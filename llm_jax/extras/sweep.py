@@ -23,27 +23,16 @@ from llm_jax.base import plugins
 from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError, StorageError, UserError
 from llm_jax.base.files import check_no_link, open_append, write_file
-from llm_jax.config import differences, load, to_dict
-from llm_jax.main import run_as_program
+from llm_jax.base.process import run_as_program
+from llm_jax.config import differences, open_config, to_dict
 from llm_jax.training.log import duration, read_metrics
 from llm_jax.training.status import read_status
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax sweep', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--config', type=Path, required=True)
-  parser.add_argument('--workdir', type=Path, help='default: runs/<name of the config>_sweep')
-  parser.add_argument('--processes', type=int, default=1, help='number of trials at a time')
-  parser.add_argument('--metric', default='', help='metric to compare by (default: config.eval.monitor)')
-  parser.add_argument('--mode', choices=('min', 'max'), help='whether lower or higher is better (default: '
-                      'config.eval.mode)')
-  plugins.add_flags(parser, trust=False)
-  args, rest = parser.parse_known_args(argv)
-  overrides = parse_overrides(rest, '--config.', '--config, --workdir, --processes, --metric, --mode, --plugin, '
-                              '--config.FIELD')
+  args, overrides = parse_args(argv)
   plugins.load_all(args.plugin)
-  source = load(args.config)
+  source = open_config(args.config)
   if not source.trials:
     raise ConfigError(f"--config: {args.config} has no sweep(); add, for example, def sweep(): return "
                       "{'seed': [0, 1]}")
@@ -94,6 +83,22 @@ def main(argv: list[str]) -> None:
   draw(workdir, [row['name'] for row in rows[:10]], metric)
   if failed := [row['name'] for row in rows if row['state'] != 'finished']:
     raise UserError(f'not finished: {", ".join(failed)}; see output.txt in their folders in {workdir}')
+
+
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+  """The flags of the command, and the overrides of config fields."""
+  parser = argparse.ArgumentParser(prog='llm-jax sweep', allow_abbrev=False, description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--config', type=Path, required=True)
+  parser.add_argument('--workdir', type=Path, help='default: runs/<name of the config>_sweep')
+  parser.add_argument('--processes', type=int, default=1, help='number of trials at a time')
+  parser.add_argument('--metric', default='', help='metric to compare by (default: config.eval.monitor)')
+  parser.add_argument('--mode', choices=('min', 'max'), help='whether lower or higher is better (default: '
+                      'config.eval.mode)')
+  plugins.add_flags(parser, trust=False)
+  args, rest = parser.parse_known_args(argv)
+  return args, parse_overrides(rest, '--config.', '--config, --workdir, --processes, --metric, --mode, --plugin, '
+                               '--config.FIELD')
 
 
 def check_unchanged(folder: Path, configs: list[dict]) -> None:

@@ -59,7 +59,7 @@ def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int,
   sizes = lib.BlockSizes(block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size,
                          block_kv_dq=size)
 
-  def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+  def local(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     kernel = lib.make_splash_mha(lib.MultiHeadMask([mask] * q_BTNH.shape[2]), block_sizes=sizes, head_shards=1,
                                  q_seq_shards=1, interpret=interpret, residual_checkpoint_name='attention')
     segments = None if segment_ids_BT is None else lib.SegmentIds(segment_ids_BT, segment_ids_BT)

@@ -62,13 +62,13 @@ def _merge_summed(eqn: str, x: jax.Array, w: jax.Array) -> tuple[str, jax.Array,
   return eqn.replace(summed, summed[0]), x, w
 
 
-def _mixed_einsum_fwd(eqn, dtype, x, w, copy):
+def _mixed_einsum_fwd(eqn: str, dtype: Any, x: jax.Array, w: jax.Array, copy: Any) -> tuple[jax.Array, Any]:
   # x is saved in `dtype`, w as it is used.
   likes = jnp.zeros((), x.dtype), jnp.zeros((), w.dtype)
   return mixed_einsum(eqn, dtype, x, w, copy), (x.astype(dtype), w if copy is None else copy, *likes)
 
 
-def _mixed_einsum_bwd(eqn, dtype, residuals, dy):
+def _mixed_einsum_bwd(eqn: str, dtype: Any, residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
   x, w, x_like, w_like = residuals
   x_dims, w_dims, y_dims = re.split(',|->', eqn)
   dx = mixed_einsum(f'{y_dims},{w_dims}->{x_dims}', dtype, dy, w).astype(x_like.dtype)
@@ -169,7 +169,7 @@ class Embed(nn.Module):
   initializer: Initializer
   axes: tuple[str, str] = ('vocab', 'embed')
 
-  def setup(self):
+  def setup(self) -> None:
     self.w = weight(self, 'w', self.initializer, (self.num_embeddings, self.embed_dim), self.axes,
                     ('row', 'out'))
 

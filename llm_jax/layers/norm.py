@@ -1,6 +1,7 @@
 """RMSNorm and LayerNorm, in float32."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,7 +28,7 @@ def _norm(centered: bool, eps: float, x: jax.Array, scale: jax.Array) -> jax.Arr
   return _norm_fwd(centered, eps, x, scale)[0]
 
 
-def _norm_fwd(centered, eps, x, scale):
+def _norm_fwd(centered: bool, eps: float, x: jax.Array, scale: jax.Array) -> tuple[jax.Array, Any]:
   # Both sums in one pass, over differences from the first feature, so that a large mean does not cancel the variance.
   shift = x[..., :1] if centered else jnp.zeros((), x.dtype)
   mean = jnp.mean(x - shift, axis=-1, keepdims=True) if centered else shift
@@ -37,7 +38,7 @@ def _norm_fwd(centered, eps, x, scale):
   return (x - mean) * inv_std * _like(scale, x), (x, mean, inv_std, scale)
 
 
-def _norm_bwd(centered, eps, residuals, dy):
+def _norm_bwd(centered: bool, eps: float, residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
   del eps
   x, mean, inv_std, scale = residuals
   x_hat = (x - mean) * inv_std

@@ -55,7 +55,7 @@ def init_stack(block: nn.Module, num_layers: int, embed_dim: int,
   x, positions = jnp.zeros((1, 1, embed_dim)), jnp.zeros((1, 1), jnp.int32)
 
   def init(key: jax.Array) -> Params:
-    def init_block(key):
+    def init_block(key: jax.Array) -> Params:
       return block.init(key, x, positions, context, None, 0, False)['params']
     stacked = jax.vmap(init_block)(jax.random.split(key, num_layers))
     return meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
@@ -87,7 +87,7 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
   period = len(windows)
   keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
 
-  def run(window, x, layer):
+  def run(window: int, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
     layer_params, layer_copies, layer_cache, key = layer
     (x, layer_cache), sown = block.apply(
         {'params': layer_params, 'copies': layer_copies}, checkpoint_name(x, 'block'), positions_BT, context,
@@ -98,7 +98,7 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
   prevent_cse = unroll > 1 or period > 1
   blocks = [REMAT[remat](partial(run, window), prevent_cse=prevent_cse) for window in windows]
 
-  def body(x, group):
+  def body(x: jax.Array, group: Any) -> tuple[jax.Array, list[Any]]:
     outputs = []
     for run_block, layer in zip(blocks, group, strict=True):
       x, output = run_block(x, layer)

@@ -27,7 +27,8 @@ class Fixed:
   learns = False  # whether s is trained
   row_wise = True  # whether the objectives of microbatches add up to that of the batch
 
-  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms, initial_I: jax.Array):
+  def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms,
+               initial_I: jax.Array) -> tuple[jax.Array, jax.Array]:
     del s_I, share, norms, initial_I
     return jnp.sum(losses_I), jnp.ones_like(losses_I)
 

@@ -34,7 +34,7 @@ class LossConfig:
   alpha: float = 1.5  # of grad_norm: how strongly losses that decrease slowly are favoured; 0: not at all
   sections: Sections = sections(LOSSES)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_names('terms', self.terms, LOSSES)
     if not self.terms or len(set(self.terms)) < len(self.terms):
       raise ValueError(f'terms must name at least one loss, each once; got {self.terms}')

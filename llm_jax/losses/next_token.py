@@ -22,7 +22,7 @@ class NextToken(Term):
   label_smoothing: float = 0.0  # share of the target probability that is spread over the vocabulary
   reads: ClassVar[frozenset[str]] = frozenset()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     if self.z_loss < 0:
       raise ValueError(f'z_loss must not be negative; got {self.z_loss}')
@@ -76,7 +76,7 @@ class Distillation(Term):
   hidden_dim: int | None = None  # the teacher's width; None: read from its config
   reads: ClassVar[frozenset[str]] = frozenset()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     if self.temperature <= 0:
       raise ValueError(f'temperature must be positive; got {self.temperature}')

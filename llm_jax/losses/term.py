@@ -46,7 +46,7 @@ class Term:
   row_wise: ClassVar[bool] = True  # whether rows are independent, so that microbatches give the same result
   head_dim: ClassVar[Any] = 0  # outputs of its head; 0: no head
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.weight <= 0:
       raise ValueError(f'weight must be positive (to disable a loss, remove it from terms); got {self.weight}')
 

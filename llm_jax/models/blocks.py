@@ -80,7 +80,7 @@ class OutputMatrix(nn.Module):
   cfg: Any
   init_std: float
 
-  def setup(self):
+  def setup(self) -> None:
     init = nn.initializers.normal(self.init_std)
     self.w = weight(self, 'w', init, (self.cfg.embed_dim, self.cfg.V), ('embed', 'vocab'), ('in', 'out'))
 

@@ -69,7 +69,7 @@ class DecoderConfig(ModelConfig):
   remat: str = 'none'  # one of REMAT: what a layer saves for its backward pass; see layers/stack.py
   sections: Sections = sections(*PARTS.values())
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     positive = {f: getattr(self, f) for f in ('vocab_size', 'max_len', 'num_layers', 'embed_dim', 'num_heads',
                                               'num_kv_heads', 'head_dim', 'mlp_dim', 'scan_unroll')}
     for field, value in positive.items():
@@ -187,7 +187,7 @@ class Decoder(nn.Module):
   prompt_in_row = True
   block_type = Block  # for subclasses to replace
 
-  def setup(self):
+  def setup(self) -> None:
     cfg = self.cfg
     init = nn.initializers.normal(cfg.embed_std)
     self.embed = Embed(cfg.V, cfg.embed_dim, init)

@@ -33,7 +33,7 @@ class EncDecConfig(DecoderConfig):
   encoder_vocab_size: int | None = None
   start_id: int | None = None  # the decoder's first input token; None: the tokenizer's
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     for field in ('num_encoder_layers', 'encoder_len', 'encoder_vocab_size'):
       value = getattr(self, field)
@@ -110,7 +110,7 @@ class EncDec(nn.Module):
   needs = frozenset({'encoder_tokens'})
   prompt_in_row = False
 
-  def setup(self):
+  def setup(self) -> None:
     cfg = self.cfg
     init = nn.initializers.normal(cfg.embed_std)
     self.embed = Embed(cfg.V, cfg.embed_dim, init)

@@ -36,7 +36,7 @@ class WithHeads(nn.Module):
   heads: tuple[tuple[str, int], ...]  # (name, outputs)
   num_weights: int = 0  # learned weights of losses
 
-  def setup(self):
+  def setup(self) -> None:
     nn.share_scope(self, self.trunk)
     self.head_modules = {name: Head(self.trunk.cfg.embed_dim, outputs, name=f'heads_{name}')
                          for name, outputs in self.heads}

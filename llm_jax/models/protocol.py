@@ -133,7 +133,7 @@ class TokensToLogits(nn.Module):
   prompt_in_row: ClassVar[bool] = True
   hidden_states: ClassVar[bool] = False
 
-  def setup(self):
+  def setup(self) -> None:
     nn.share_scope(self, self.module)
 
   @property

@@ -50,7 +50,7 @@ class OptimConfig:
   groups: dict[str, Group] = dataclasses.field(default_factory=dict)
   sections: Sections = sections(TRANSFORMS, SCHEDULES)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 < self.learning_rate < float('inf'):
       raise ValueError(f'learning_rate must be positive; got {self.learning_rate}')
     check_names('chain', self.chain, TRANSFORMS)

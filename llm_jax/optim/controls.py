@@ -28,7 +28,7 @@ class Ema(Link):
   decay: float = 0.999
   place = 'control'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     rates(decay=self.decay)
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:

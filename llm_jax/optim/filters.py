@@ -20,7 +20,7 @@ class ClipByGlobalNorm(Link):
   max_norm: float = 1.0
   place = 'filter'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     positive(max_norm=self.max_norm)
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
@@ -43,7 +43,7 @@ class L2(Link):
   pattern: str = '/w$'  # regular expression for the paths of decayed parameters; '^blocks.*/w$' excludes tables
   place = 'filter'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     positive(weight_decay=self.weight_decay)
     regular(self.pattern)
 

@@ -35,7 +35,7 @@ class Group:
   layer_decay: float = 1.0
   frozen: bool = False  # keep the initial values
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not self.regex:
       raise ValueError('pattern must be set to a regular expression, for example blocks/.*/w$')
     regular(self.regex)

@@ -39,7 +39,7 @@ class AdamW(Link):
   weight_decay: float = 0.1
   mu_dtype: MuDtype = 'float32'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     rates(b1=self.b1, b2=self.b2)
     positive(eps=self.eps)
     at_least(0, weight_decay=self.weight_decay)
@@ -59,7 +59,7 @@ class Adam(Link):
   nesterov: bool = False
   mu_dtype: MuDtype = 'float32'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     rates(b1=self.b1, b2=self.b2)
     positive(eps=self.eps)
 
@@ -76,7 +76,7 @@ class Sgd(Link):
   weight_decay: float = 0.0
   accumulator_dtype: MuDtype = 'float32'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     rates(momentum=self.momentum)
     at_least(0, weight_decay=self.weight_decay)
     if self.nesterov and not self.momentum:
@@ -96,7 +96,7 @@ class Lion(Link):
   weight_decay: float = 0.5
   mu_dtype: MuDtype = 'float32'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     rates(b1=self.b1, b2=self.b2)
     at_least(0, weight_decay=self.weight_decay)
 
@@ -119,7 +119,7 @@ class Adafactor(Link):
   weight_decay: float = 0.0
   mu_dtype: MuDtype = 'float32'  # of the momentum
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     rates(decay_rate=self.decay_rate, momentum=self.momentum)
     positive(clipping_threshold=self.clipping_threshold, min_dim_size_to_factor=self.min_dim_size_to_factor)
     at_least(0, weight_decay=self.weight_decay)
@@ -148,7 +148,7 @@ class Muon(Link):
   adam_b2: float = 0.95
   mu_dtype: MuDtype = 'float32'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     rates(beta=self.beta, adam_b1=self.adam_b1, adam_b2=self.adam_b2)
     positive(ns_steps=self.ns_steps, consistent_rms=self.consistent_rms)
     at_least(0, weight_decay=self.weight_decay)
@@ -174,7 +174,7 @@ class AdEMAMix(Link):
   weight_decay: float = 0.1
   mu_dtype: MuDtype = 'float32'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     rates(b1=self.b1, b2=self.b2, b3=self.b3)
     positive(eps=self.eps, alpha=self.alpha)
     at_least(0, weight_decay=self.weight_decay, slow_steps=self.slow_steps)
@@ -208,7 +208,7 @@ class Prodigy(Link):
   safeguard_warmup: bool = True
   weight_decay: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     rates(b1=self.b1, b2=self.b2)
     positive(estim_lr0=self.estim_lr0, estim_lr_coef=self.estim_lr_coef)
     at_least(0, weight_decay=self.weight_decay)
@@ -241,7 +241,7 @@ class ScheduleFree(Link):
   weight_decay: float = 0.1
   weight_lr_power: float = 2.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     rates(b1=self.b1, b2=self.b2)
     positive(b1=self.b1, eps=self.eps)
     at_least(0, weight_decay=self.weight_decay)

@@ -23,7 +23,7 @@ class Warmup:
 
   warmup_steps: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     at_least(0, warmup_steps=self.warmup_steps)
     for name in ('end_factor', 'min_factor'):
       if not 0 <= getattr(self, name, 0) <= 1:
@@ -68,7 +68,7 @@ class Polynomial(Warmup):
   power: float = 2.0
   end_factor: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     positive(power=self.power)
 
@@ -90,7 +90,7 @@ class InverseSqrt(Warmup):
 
   warmup_steps: int = 1000
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     positive(warmup_steps=self.warmup_steps)
 
@@ -116,7 +116,7 @@ class Wsd(Warmup):
   shape: Literal['linear', 'sqrt', 'cosine'] = 'sqrt'
   end_factor: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     at_least(0, decay_steps=self.decay_steps)
 
@@ -138,7 +138,7 @@ class OneCycle:
   div_factor: float = 25.0
   final_div_factor: float = 1e4
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     positive(div_factor=self.div_factor, final_div_factor=self.final_div_factor)
     if not 0 < self.pct_start < 1:
       raise ValueError(f'pct_start must be in (0, 1); got {self.pct_start}')
@@ -159,7 +159,7 @@ class Cyclic:
   min_factor: float = 0.1
   shrink: float = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     positive(half_steps=self.half_steps, shrink=self.shrink)
     if not 0 <= self.min_factor <= 1 or self.shrink > 1:
       raise ValueError(f'min_factor must be in [0, 1], shrink in (0, 1]; got {self.min_factor} and {self.shrink}')
@@ -184,7 +184,7 @@ class Restarts(Warmup):
   shrink: float = 1.0
   end_factor: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     positive(period=self.period, shrink=self.shrink)
     at_least(1, multiply=self.multiply)
@@ -214,7 +214,7 @@ class Phases(Warmup):
   factors: tuple[float, ...] = (1.0, 5.0, 0.2, 0.1)
   boundaries: tuple[int, ...] = (1000, 6000, 8000)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     at_least(0, **{f'factors[{i}]': factor for i, factor in enumerate(self.factors)})
     _check_boundaries(self.boundaries, 'factors', len(self.factors))
@@ -234,7 +234,7 @@ class Composite:
   parts: tuple[str, ...] = ()
   boundaries: tuple[int, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.parts:
       _check_boundaries(self.boundaries, 'parts', len(self.parts))
 

@@ -55,13 +55,13 @@ class CustomOptimizer(Link):
   description: str = ''
 
 
-def fail_without_module(cfg: CustomModel) -> Any:
+def refuse_custom(cfg: CustomModel) -> Any:
   """Raises ConfigError: a config cannot create a module that was passed from Python."""
   raise ConfigError(f'config.model: {cfg.description} was passed from Python; pass it again: '
                     'llm_jax.train(config, workdir, model=...), llm_jax.load(workdir, model=...)')
 
 
-register(MODELS, NAME, fail_without_module, CustomModel, listed=False)
+register(MODELS, NAME, refuse_custom, CustomModel, listed=False)
 register(LOSSES, NAME, CustomLoss, listed=False)
 register(TRANSFORMS, NAME, CustomOptimizer, listed=False)
 
@@ -87,9 +87,9 @@ def with_custom(config: Config, custom: Custom) -> Config:
   if custom.model is not None:
     config = replace(config, model=CustomModel(
         vocab_size=getattr(custom.model, 'vocab_size', None) or config.model.vocab_size,
-        description=describe(custom.model)))
+        description=describe_part(custom.model)))
   if custom.loss is not None:
-    term = CustomLoss(description=describe(custom.loss))
+    term = CustomLoss(description=describe_part(custom.loss))
     config = replace(config, loss=LossConfig(terms=(NAME,), sections=Sections({NAME: term})))
   if custom.tx is not None:
     link = CustomOptimizer(description='an optax.GradientTransformation')
@@ -114,7 +114,7 @@ def with_named_callbacks(custom: Custom, config: Config) -> Custom:
   return dataclasses.replace(custom, callbacks=(*custom.callbacks, *named))
 
 
-def describe(part: Any) -> str:
+def describe_part(part: Any) -> str:
   """A description of a module by its fields, or of a function by its name, without memory addresses."""
   text = f'{part.__module__}.{part.__qualname__}' if hasattr(part, '__qualname__') else repr(part)
   return re.sub(r' at 0x[0-9a-f]+', '', re.sub(r'\s+', ' ', text))

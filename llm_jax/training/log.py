@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -22,8 +22,9 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from llm_jax.base.batch import Metrics
 from llm_jax.base.files import open_append, write_file
-from llm_jax.base.progress import progress
+from llm_jax.base.progress import progress_bar
 from llm_jax.data.open import Data
+from llm_jax.training.status import Status
 
 
 @flax.struct.dataclass
@@ -34,16 +35,16 @@ class PackedMetrics:
   names: tuple[str, ...] = flax.struct.field(pytree_node=False)
 
 
-def pack(metrics: Metrics) -> PackedMetrics:
+def pack_metrics(metrics: Metrics) -> PackedMetrics:
   return PackedMetrics(jnp.stack([jnp.asarray(value, jnp.float32) for value in metrics.values()]), tuple(metrics))
 
 
-def unpack(packed: PackedMetrics) -> dict[str, float]:
+def unpack_metrics(packed: PackedMetrics) -> dict[str, float]:
   """The scalars by name; waits for the program that computes them."""
   return dict(zip(packed.names, np.asarray(packed.values).tolist(), strict=True))
 
 
-class Writer:
+class MetricsWriter:
   """Appends to metrics.jsonl and a TensorBoard event file in `workdir`; removes entries after `step` on resume.
 
   Only process 0 writes. If the disk is full or read-only, it warns once and stops writing; the run continues.
@@ -74,7 +75,7 @@ class Writer:
     if not values:
       return
 
-    def write():
+    def write() -> None:
       joins = self._last.get('step') == step
       self._last = {**(self._last if joins else {}), 'step': step, **values}
       if joins:
@@ -217,7 +218,7 @@ class Console:
   def __init__(self, num_steps: int, step: int):
     self._enabled = jax.process_index() == 0
     self._num_steps = num_steps
-    self._bar = progress('training', num_steps, 'step', step) if self._enabled and sys.stderr.isatty() else None
+    self._bar = progress_bar('training', num_steps, 'step', step) if self._enabled and sys.stderr.isatty() else None
 
   def step(self, step: int, values: dict[str, float], seconds_per_step: float | None) -> None:
     """Shows step, loss, tokens/s, MFU if known, and time left."""
@@ -249,6 +250,15 @@ class Console:
   def close(self) -> None:
     if self._bar is not None:
       self._bar.close()
+
+
+class Logs(NamedTuple):
+  """The outputs of a session."""
+
+  writer: MetricsWriter
+  console: Console
+  status: Status
+  goodput: Goodput
 
 
 def duration(seconds: float) -> str:

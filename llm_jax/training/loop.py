@@ -27,10 +27,10 @@ from llm_jax.data import pipeline
 from llm_jax.training import run
 from llm_jax.training.checkpoint import Checkpoints, latest_step
 from llm_jax.training.custom import Custom, with_custom, with_named_callbacks
-from llm_jax.training.log import Console, Goodput, Throughput, Writer
+from llm_jax.training.log import Console, Goodput, Logs, MetricsWriter, Throughput
 from llm_jax.training.program import Program, build_program
 from llm_jax.training.resume import first_state
-from llm_jax.training.session import Event, Logs, Session
+from llm_jax.training.session import Event, Session
 from llm_jax.training.stages import Stage, make_stages
 from llm_jax.training.status import Status
 
@@ -64,7 +64,7 @@ def train(config: Config, workdir: Path, custom: Custom) -> Generator[Event, Non
   """
   goodput, config = Goodput(), with_custom(config, custom)
   custom = with_named_callbacks(custom, config)
-  with run.locked(workdir), Status(workdir, config.num_steps) as status:
+  with run.lock_run(workdir), Status(workdir, config.num_steps) as status:
     for stage in (stages := make_stages(config)):
       done = stage is not stages[-1] and latest_step(workdir) >= stage.end
       if not done and (yield from train_stage(stage, workdir, custom, status, goodput)):
@@ -134,13 +134,13 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   begin = int(state.step)
   run.write_files(replace(program.stage.run, model=config.model, loss=config.loss) if config.stages else config,
                   program.data, workdir)
-  writer, console = Writer(workdir, begin), Console(config.num_steps, begin)
+  writer, console = MetricsWriter(workdir, begin), Console(config.num_steps, begin)
   stack.callback(writer.close)
   stack.callback(console.close)
-  run.describe(program, state, workdir, console)
+  run.print_summary(program, state, workdir, console)
   if begin == 0:
     writer.text(0, 'config', json.dumps(to_dict(config), indent=2))
-  batches = stack.enter_context(contextlib.closing(open_batches(program, custom, begin, meta.get('stream_states'))))
+  batches = stack.enter_context(contextlib.closing(open_own_batches(program, custom, begin, meta.get('stream_states'))))
   # In a single process the step takes NumPy rows directly: ten times as fast as creating sharded arrays here.
   put = as_batch if jax.process_count() == 1 else partial(
       put_batch, rows=program.rows, num_rows=config.rows_per_batch, mesh=mesh)
@@ -152,7 +152,7 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   return session
 
 
-def open_batches(program: Program, custom: Custom, begin: int, states: list[dict] | None) -> pipeline.Batches:
+def open_own_batches(program: Program, custom: Custom, begin: int, states: list[dict] | None) -> pipeline.Batches:
   """This process's rows of batches begin, begin + 1, ..."""
   config = program.config
   if custom.batches is not None:

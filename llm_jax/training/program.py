@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,13 @@ from jax.sharding import Mesh
 
 from llm_jax.base.batch import Batch, Params
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.multihost import barrier, gather
+from llm_jax.base.multihost import barrier
 from llm_jax.base.sharding import batch_sharding, local_rows, num_batch_shards
 from llm_jax.base.trees import merge
 from llm_jax.config import Config
 from llm_jax.data import pipeline
 from llm_jax.data.config import DataConfig
-from llm_jax.data.open import Data, data_fingerprint, open_data
+from llm_jax.data.open import Data, open_data
 from llm_jax.data.rows.tasks import Features
 from llm_jax.data.sources.corpus import key_of
 from llm_jax.infer.load import Loaded
@@ -36,10 +35,17 @@ from llm_jax.optim.chain import Optimizer, as_optimizer, make_optimizer
 from llm_jax.optim.groups import trainable_paths
 from llm_jax.training.custom import Custom
 from llm_jax.training.flops import flops_per_token
-from llm_jax.training.log import PackedMetrics, pack
+from llm_jax.training.log import PackedMetrics, pack_metrics
 from llm_jax.training.memory import fit_memory
-from llm_jax.training.resolve import check_features, check_results, resolve, with_logits, without_masks
-from llm_jax.training.stages import Stage
+from llm_jax.training.resolve import (
+  check_features,
+  check_microbatches,
+  check_results,
+  resolve,
+  with_logits,
+  without_masks,
+)
+from llm_jax.training.stages import Stage, fingerprint_of
 from llm_jax.training.state import TrainState, abstract_state, init_state, param_info, state_shardings, train_step
 from llm_jax.training.teacher import load_teacher, with_teacher
 
@@ -149,28 +155,6 @@ def build_optimizer(config: Config, info: Params, custom: Custom) -> tuple[Optim
   return as_optimizer(custom.tx), is_trainable
 
 
-def check_microbatches(config: Config, objective: Objective, num_microbatches: int, num_shards: int) -> None:
-  """Raises ConfigError for an objective that compares rows of different microbatches."""
-  if num_microbatches > 1 and not objective.row_wise:
-    size = config.rows_per_batch // num_shards * config.data.seq_len
-    raise ConfigError(f'config.tokens_per_device: {config.tokens_per_device} splits a batch into {num_microbatches} '
-                      f'microbatches, but config.loss (terms={", ".join(config.loss.terms)}, '
-                      f'balance={config.loss.balance}) needs all of its rows at once; set {size}, or a smaller '
-                      'config.batch_tokens')
-
-
-def fingerprint_of(stage: Stage, data: Data) -> dict:
-  """Everything that determines the stage's batches. Raises ConfigError if it differs between processes."""
-  config = stage.config
-  fingerprint = data_fingerprint(config.data, data, config.rows_per_batch, config.seed)
-  if stage.begin:
-    fingerprint['first_row'] = stage.rows_at(stage.begin)
-  if any(theirs != json.loads(json.dumps(fingerprint)) for theirs in gather(fingerprint)):
-    raise ConfigError('config.data: the processes read different data; set config.data.cache_dir to a shared folder, '
-                      'or give all hosts the same files and package versions')
-  return fingerprint
-
-
 def open_together(config: DataConfig) -> Data:
   """Opens the data on all processes after process 0 has prepared them. Raises UserErrors."""
   data = None
@@ -188,7 +172,7 @@ def jit_step(config: Config, mesh: Mesh, shardings: TrainState, teacher: Params,
   def step(state: TrainState, batch: Batch, teacher: Params) -> tuple[TrainState, PackedMetrics]:
     state, metrics = train_step(state, batch, seed=config.seed, num_microbatches=num_microbatches, teacher=teacher,
                                 **parts)
-    return state, pack(metrics)
+    return state, pack_metrics(metrics)
 
   teacher_shardings = jax.tree.map(lambda x: x.sharding, teacher)
   return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), teacher_shardings),

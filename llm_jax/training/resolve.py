@@ -156,6 +156,16 @@ def with_logits(config: Config, data: Data, model: LanguageModel, example: Batch
   return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=logits.shape[-1]))
 
 
+def check_microbatches(config: Config, objective: Objective, num_microbatches: int, num_shards: int) -> None:
+  """Raises ConfigError for an objective that compares rows of different microbatches."""
+  if num_microbatches > 1 and not objective.row_wise:
+    size = config.rows_per_batch // num_shards * config.data.seq_len
+    raise ConfigError(f'config.tokens_per_device: {config.tokens_per_device} splits a batch into {num_microbatches} '
+                      f'microbatches, but config.loss (terms={", ".join(config.loss.terms)}, '
+                      f'balance={config.loss.balance}) needs all of its rows at once; set {size}, or a smaller '
+                      'config.batch_tokens')
+
+
 def check_results(config: Config, data: Data, model: LanguageModel, objective: Objective, params: Params, batch: Batch,
                   required: tuple[str, ...]) -> None:
   """Raises ConfigError for a required metric that evaluations do not compute; params and batch are abstract."""

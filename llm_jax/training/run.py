@@ -25,7 +25,7 @@ from llm_jax.training.state import TrainState
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def lock_run(workdir: Path) -> Iterator[None]:
   """Creates the folder and holds its lock, so that only one run uses it. Raises StorageError."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def write_files(config: Config, data: Data, workdir: Path) -> None:
     raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
 
 
-def describe(program: Program, state: TrainState, workdir: Path, console: Console) -> None:
+def print_summary(program: Program, state: TrainState, workdir: Path, console: Console) -> None:
   """Prints a summary of devices, model, data, batch and workdir."""
   config, data, devices = program.config, program.data, jax.devices()
   seq_len, held_rows, num_microbatches = config.data.seq_len, program.held_rows, program.num_microbatches

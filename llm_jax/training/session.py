@@ -7,7 +7,7 @@ import dataclasses
 import platform
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,9 @@ from llm_jax.infer.load import Loaded
 from llm_jax.infer.text import samples
 from llm_jax.training.best import Best
 from llm_jax.training.checkpoint import Checkpoints
-from llm_jax.training.log import Console, Epochs, Goodput, PackedMetrics, Throughput, Writer, text_metrics, unpack
+from llm_jax.training.log import Epochs, Logs, PackedMetrics, Throughput, text_metrics, unpack_metrics
 from llm_jax.training.program import Program
 from llm_jax.training.state import TrainState
-from llm_jax.training.status import Status
 
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
@@ -58,15 +57,6 @@ class Event:
   def stop(self) -> None:
     """Saves and ends the run after this step, as a signal does; it can be resumed."""
     self.session.stop.requested = True
-
-
-class Logs(NamedTuple):
-  """The outputs of a session."""
-
-  writer: Writer
-  console: Console
-  status: Status
-  goodput: Goodput
 
 
 class Session:
@@ -205,7 +195,7 @@ class Session:
 
   def _fetch(self, step: int, metrics: PackedMetrics) -> None:
     """Waits for a step; logs its metrics if due, and the means of an epoch that ends with it."""
-    values, config = unpack(metrics), self.config
+    values, config = unpack_metrics(metrics), self.config
     self.throughput.step_done(values['num_tokens'])
     self._check_finite(step, bool(values['skipped']))
     self._logged_step = step

@@ -7,10 +7,13 @@ earlier stages have used, so the order of rows continues.
 from __future__ import annotations
 
 import dataclasses
+import json
 
 from llm_jax.base.builder import build, override, to_dict
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.multihost import gather
 from llm_jax.config import Config
+from llm_jax.data.open import Data, data_fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,3 +68,15 @@ def config_at(config: Config, step: int) -> Config:
   """The config of the stage that this step belongs to."""
   stages = make_stages(config)
   return next((stage for stage in stages if step <= stage.end), stages[-1]).config
+
+
+def fingerprint_of(stage: Stage, data: Data) -> dict:
+  """Everything that determines the stage's batches. Raises ConfigError if it differs between processes."""
+  config = stage.config
+  fingerprint = data_fingerprint(config.data, data, config.rows_per_batch, config.seed)
+  if stage.begin:
+    fingerprint['first_row'] = stage.rows_at(stage.begin)
+  if any(theirs != json.loads(json.dumps(fingerprint)) for theirs in gather(fingerprint)):
+    raise ConfigError('config.data: the processes read different data; set config.data.cache_dir to a shared folder, '
+                      'or give all hosts the same files and package versions')
+  return fingerprint

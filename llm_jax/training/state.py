@@ -167,7 +167,7 @@ def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,
     x = jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1)
     return constrain(x, None, 'act_batch', *(None,) * (x.ndim - 2))
 
-  def body(total, xs):
+  def body(total: Any, xs: Any) -> tuple[Any, Any]:
     return jax.tree.map(jnp.add, total, grad_fn(params, *xs)), None
 
   keys = jax.random.split(key, num_microbatches)

@@ -13,7 +13,7 @@ class Augment:
   token_dropout: float = 0.0  # share of input tokens replaced by bos (arXiv 1511.06349)
   token_replace: float = 0.0  # share of input tokens replaced by a random token
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if min(self.token_dropout, self.token_replace) < 0 or self.token_dropout + self.token_replace > 1:
       raise ValueError('token_dropout and token_replace must be 0 or more, and their sum at most 1; '
                        f'got {self.token_dropout} and {self.token_replace}')

@@ -96,7 +96,7 @@ class FillInTheMiddle(Task):
   num_sentinels = 3
   random: ClassVar[bool] = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 <= self.rate <= 1 or not 0 <= self.spm_rate <= 1:
       raise ValueError(f'rate and spm_rate must lie in [0, 1]; got {self.rate} and {self.spm_rate}')
 
@@ -147,7 +147,7 @@ class SpanCorruption(Task):
   random: ClassVar[bool] = True
   encodes: ClassVar[bool] = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 < self.noise_density < 1 or self.mean_span_length < 1 or self.num_sentinels < 1:
       raise ValueError('noise_density must lie between 0 and 1, mean_span_length and num_sentinels be at least 1; '
                        f'got {self.noise_density}, {self.mean_span_length} and {self.num_sentinels}')
@@ -235,7 +235,7 @@ class MaskedTokens(Task):
   random: ClassVar[bool] = True
   writes: ClassVar[bool] = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 < self.rate < 1:
       raise ValueError(f'rate must lie between 0 and 1; got {self.rate}')
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from llm_jax.base.errors import DataError, StorageError
-from llm_jax.base.progress import progress
+from llm_jax.base.progress import progress_bar
 from llm_jax.data.sources.documents import BadRecord, Document
 from llm_jax.data.sources.files import Position, Source
 from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Quality, Report
 from llm_jax.data.sources.splits import SplitConfig, Splitter, content_hash, size
 from llm_jax.data.stores import store
 from llm_jax.data.stores.store import TokenStore, open_split
-from llm_jax.data.stores.writer import SEEN, Writer, chunks, locked, write_whole
+from llm_jax.data.stores.writer import SEEN, StoreWriter, chunks, locked, write_whole
 from llm_jax.data.tokenizers.tokenizer import TOKENIZERS, Tokenizer, TokenizerConfig, load_tokenizer
 
 FEW = 20  # validation documents; if fewer are expected, split='auto' uses 'tail' instead of 'document'
@@ -210,13 +210,13 @@ def make_store(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype:
       return
     try:
       aside = folder.with_name(f'{folder.name}.partial')
-      writer = Writer(aside, tokenizer, dtype, shard_tokens, takes_ids, encoder_tokenizer)
+      writer = StoreWriter(aside, tokenizer, dtype, shard_tokens, takes_ids, encoder_tokenizer)
       _write(corpus, writer, folder, about)
     except OSError as e:
       raise StorageError(f'{folder}: cannot be written: {e.strerror or e}') from None
 
 
-def _write(corpus: Corpus, writer: Writer, folder: Path, about: dict) -> None:
+def _write(corpus: Corpus, writer: StoreWriter, folder: Path, about: dict) -> None:
   sizes = [source.sizes() for _, source in corpus.sides]
   total = sum(map(sum, sizes))
   num_files = sum(len(source.files) for _, source in corpus.sides)
@@ -228,7 +228,7 @@ def _write(corpus: Corpus, writer: Writer, folder: Path, about: dict) -> None:
     seen.load(seen_file.read_bytes())
   reading = {**state, 'seen': seen}
   committed = time.monotonic()
-  with progress(f'tokenizing {corpus.name}', total, 'B', initial=_bytes_before(sizes, state['position'])) as bar:
+  with progress_bar(f'tokenizing {corpus.name}', total, 'B', initial=_bytes_before(sizes, state['position'])) as bar:
     for state, parts in chunks(corpus.documents(reading)):
       writer.add(parts)
       if time.monotonic() - committed > COMMIT_SECONDS:
@@ -248,7 +248,7 @@ def memory_stores(dealt: Iterable[tuple[str, Document]], sides: tuple[str, ...],
                   encoder_tokenizer: Tokenizer | None = None) -> dict[str, TokenStore]:
   """Stores of the (split, document) pairs in memory, for small data that is used once."""
   with tempfile.TemporaryDirectory() as folder:
-    writer = Writer(Path(folder) / 'partial', tokenizer, 'uint32', 1 << 40, encoder_tokenizer=encoder_tokenizer)
+    writer = StoreWriter(Path(folder) / 'partial', tokenizer, 'uint32', 1 << 40, encoder_tokenizer=encoder_tokenizer)
     for _, parts in chunks((None, [pair]) for pair in dealt):
       writer.add(parts)
     writer.finish(Path(folder) / 'store', {})

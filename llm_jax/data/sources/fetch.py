@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from llm_jax.base.errors import ConfigError, DataError, StorageError, UserError
-from llm_jax.base.progress import progress
+from llm_jax.base.progress import progress_bar
 
 TIMEOUT = 30  # seconds without a byte
 RETRY_SECONDS = 1.0  # before a broken download is resumed
@@ -178,7 +178,7 @@ def _download(url: str, name: str, out: BinaryIO) -> str:
           if not done:
             size = int(response.headers.get('Content-Length') or 0)
             validator = _validator(response)
-          bar = bar if bar is not None else stack.enter_context(progress(f'fetching {name}', size or None, 'B'))
+          bar = bar if bar is not None else stack.enter_context(progress_bar(f'fetching {name}', size or None, 'B'))
           bar.n = done
           while chunk := response.read(1 << 20):
             _write(out, chunk)
@@ -256,7 +256,7 @@ def _fetch_by_fsspec(url: str, sha256: str | None, folder: Path) -> list[tuple[s
   if sha256 and len(files) > 1:
     raise ConfigError(f'config.data.sha256 is for one file; {shown(url)} holds {len(files)}')
   missing = sum(f['size'] or 1 for f in files if not (folder / 'about' / f'{f["name"]}.json').exists())
-  bar = progress(f'fetching {len(files)} file(s)', missing, 'B') if missing else None
+  bar = progress_bar(f'fetching {len(files)} file(s)', missing, 'B') if missing else None
   with contextlib.closing(bar) if bar is not None else contextlib.nullcontext():
     with ThreadPoolExecutor(NUM_THREADS) as pool:
       jobs = [pool.submit(_once, url, folder, f['name'], sha256, functools.partial(_copy, url, f['remote'], bar))

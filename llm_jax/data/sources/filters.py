@@ -15,6 +15,7 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class FilterConfig:
   max_duplicate_ngram_ratio: tuple[float, ...] = ()  # characters in any n-gram that occurs twice; n = 5, 6, 7, ...
   deduplicate: bool = False  # keep the first of equal documents; documents read in pieces are not compared
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in MEASURES:
       limit = getattr(self, name)
       values = limit if isinstance(limit, tuple) else () if limit is None else (limit,)
@@ -235,7 +236,7 @@ class Quality:
     return None
 
 
-def _beyond(rule: str, value, limit) -> bool:
+def _beyond(rule: str, value: Any, limit: Any) -> bool:
   if isinstance(limit, tuple):
     return any(v > most for v, most in zip(value, limit, strict=True))
   return value < limit if rule.startswith('min_') else value > limit

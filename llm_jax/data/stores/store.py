@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.base.errors import DataError
-from llm_jax.base.progress import progress
+from llm_jax.base.progress import progress_bar
 from llm_jax.data.stores.token_files import TokenFile, document_starts, sampled_sha256
 
 VERSION = 3
@@ -122,7 +122,7 @@ def read_manifest(folder: Path) -> dict:
 def verify(folder: Path) -> None:
   """Checks the sha256 of every file. Raises DataError naming the first file that differs from the manifest."""
   files = read_manifest(folder)['files']
-  with progress(f'verifying {folder.name}', sum(entry['size'] for entry in files.values()), 'B') as bar:
+  with progress_bar(f'verifying {folder.name}', sum(entry['size'] for entry in files.values()), 'B') as bar:
     for name, entry in files.items():
       if (found := file_sha256(folder / name)) != entry['sha256']:
         raise DataError(f'{folder / name}: sha256 is {found}, the manifest says {entry["sha256"]}: '

@@ -22,10 +22,10 @@ SEEN = 'documents.seen'  # hashes of the documents so far, when duplicates are r
 CHUNK = 4 << 20  # characters or ids tokenized at once: enough work for all cores, little memory
 
 
-class Writer:
+class StoreWriter:
   """Appends documents to the splits of a store; everything up to the last `commit` survives a kill.
 
-  `progress.json` holds the length of each file and the reader's state at the last commit; a new Writer truncates the
+  `progress.json` holds the length of each file and the reader's state at the last commit; a new writer truncates the
   files to these lengths. Raises OSError.
   """
 
@@ -58,7 +58,8 @@ class Writer:
 
   def add(self, documents: list[tuple[str, Document]]) -> None:
     """Tokenizes (split, document) pairs and appends them."""
-    texts = encode(self.tokenizer, [document for _, document in documents], self.takes_ids, self.encoder_tokenizer)
+    texts = encode_documents(
+        self.tokenizer, [document for _, document in documents], self.takes_ids, self.encoder_tokenizer)
     for (split, document), (text, answer) in zip(documents, texts, strict=True):
       self._check(document)
       if not document.continues or not self.counts[split]['documents']:
@@ -176,16 +177,17 @@ class Writer:
       self._files[name] = open(self.folder / name, 'ab')  # noqa: SIM115
 
 
-def encode(tokenizer: Tokenizer | None, documents: list[Document], takes_ids: bool = True,
-           encoder_tokenizer: Tokenizer | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+def encode_documents(tokenizer: Tokenizer | None, documents: list[Document], takes_ids: bool = True,
+                     encoder_tokenizer: Tokenizer | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
   """(ids of the text, ids of the answer) of each document; contents that are token ids already stay as they are.
 
   `encoder_tokenizer`, if given, encodes the texts and `tokenizer` the answers. `takes_ids`: whether token ids may be
   the tokenizer's; a tokenizer that was fitted to this data cannot have made them. Raises DataError naming the document.
   """
   if encoder_tokenizer is not None:  # encode prompts and answers apart
-    prompts = encode(encoder_tokenizer, [Document(d.name, d.text) for d in documents], takes_ids)
-    answers = encode(tokenizer, [Document(d.name, '' if d.answer is None else d.answer) for d in documents], takes_ids)
+    prompts = encode_documents(encoder_tokenizer, [Document(d.name, d.text) for d in documents], takes_ids)
+    answers = encode_documents(
+        tokenizer, [Document(d.name, '' if d.answer is None else d.answer) for d in documents], takes_ids)
     return [(prompt, answer) for (prompt, _), (answer, _) in zip(prompts, answers, strict=True)]
   contents = [c for d in documents for c in (d.text, d.answer if d.answer is not None else '')]
   texts = [c for c in contents if isinstance(c, str)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -47,7 +48,7 @@ class SentencePieceTokenizer:
     return json.dumps({'type': 'sentencepiece', 'model': base64.b64encode(self._proto).decode()})
 
 
-def _piece_bytes(model, i: int) -> bytes:
+def _piece_bytes(model: Any, i: int) -> bytes:
   if model.IsControl(i) or model.IsUnknown(i) or model.IsUnused(i):
     return b''
   piece = model.IdToPiece(i)

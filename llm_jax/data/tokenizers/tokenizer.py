@@ -55,7 +55,7 @@ class ByteTokenizer:
 
   lossless = True
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.token_bytes = [bytes([i]) for i in range(256)] + [b'']
     self.bos_id = self.eos_id = 256
 
