@@ -42,7 +42,7 @@ def make_validator(name: str) -> Validator | None:
   if name == UNTRUSTED:
     raise ConfigError("config.eval.validator: the run's config.json has a command, and commands from a run's folder "
                       "are not executed; pass the command again (--validator=... or --config.eval.validator=...), "
-                      "disable it (--validator=), or allow it with --trust")
+                      "disable it (--validator=), or, in commands on a run, allow it with --trust")
   if name in VALIDATORS:
     return VALIDATORS[name]()
   try:

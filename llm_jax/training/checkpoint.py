@@ -170,7 +170,7 @@ def _manager(directory: Path, of_arrays: Callable[[], Any], **options: Any) -> _
 
 def _score(metrics: dict[str, float]) -> Any:
   """The sort key of checkpoints: the best one has the lowest."""
-  score = metrics['score'] if 'score' in metrics else metrics['val_loss']
+  score = metrics['score']
   return -metrics.get('since', 0), score
 
 

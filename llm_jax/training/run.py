@@ -78,7 +78,10 @@ def print_summary(program: Program, state: TrainState, workdir: Path, console: C
   first, *more = config.model.describe(seq_len, config.data.mask_documents)
   for line in (f'{first}, {num_params / 1e6:.2f} M parameters{frozen}', *more):
     console.line(line)
-  console.line(f'data: {", ".join(shown(s.path) for s in config.data.named_sources.values())}: {amount} to train '
+  sources = ', '.join(shown(s.path) for s in config.data.named_sources.values())
+  if not data.train and not data.streams:
+    sources = 'batches passed from Python'
+  console.line(f'data: {sources}: {amount} to train '
                f'on, {num_val / 1e6:.2f} M to validate with'
                + (f'; {config.num_steps} steps are {epochs:.2f} epochs' if num_train else ''))
   console.line(f'batch: {config.batch_tokens} tokens = {num_microbatches} microbatch(es) x {held_rows} row(s) '
