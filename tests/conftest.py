@@ -9,6 +9,7 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:  # all workers share one
   os.environ['LLM_JAX_CACHE'] = tempfile.mkdtemp(prefix='llm_jax_tests_')
 
 import jax
+import pytest
 
 if jax.__version_info__ < (0, 11):  # compiles in 60% of the time; later versions abort on this unknown flag
   os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false'
@@ -18,3 +19,10 @@ jax.config.update('jax_disable_most_optimizations', True)
 # All tests share compiled programs, as the same small programs occur in many of them.
 jax.config.update('jax_compilation_cache_dir', os.path.join(os.environ['LLM_JAX_CACHE'], 'compiled'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+@pytest.fixture(autouse=True)
+def no_plugins(monkeypatch):
+  """Each test begins without the plug-ins that another one loaded, which would be noted in its runs."""
+  from llm_jax.base import plugins
+  monkeypatch.setattr(plugins, '_loaded', {})
