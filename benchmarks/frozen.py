@@ -29,12 +29,13 @@ def main() -> None:
   from jax.interpreters import partial_eval
 
   from llm_jax.base.batch import Batch
-  from llm_jax.models.decoder import DecoderConfig
+  from llm_jax.models.decoder_config import DecoderConfig
   from llm_jax.models.registry import make_model
   from llm_jax.optim.chain import OptimConfig, make_optimizer
   from llm_jax.optim.groups import Group, trainable_paths
   from llm_jax.training.flops import count_in
-  from llm_jax.training.state import init_state, param_info, train_step
+  from llm_jax.training.shardings import param_info
+  from llm_jax.training.state import init_state, train_step
 
   def used_part(jaxpr):
     """The program without what no result depends on, which the compiler removes too."""

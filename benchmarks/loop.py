@@ -38,7 +38,8 @@ from llm_jax.optim.chain import make_optimizer
 from llm_jax.training import loop
 from llm_jax.training.custom import Custom
 from llm_jax.training.program import jit_step
-from llm_jax.training.state import init_state, state_shardings
+from llm_jax.training.shardings import state_shardings
+from llm_jax.training.state import init_state
 
 CASES = [  # preset, the milliseconds of a step for which rows are found, steps of a window
     ('char_tiny', 5, 200),

@@ -31,7 +31,7 @@ def main():
 
   from llm_jax.base.devices import has_fast_bf16
   from llm_jax.layers.stack import REMAT
-  from llm_jax.models.decoder import DecoderConfig
+  from llm_jax.models.decoder_config import DecoderConfig
 
   dtype: Any = ('bfloat16' if has_fast_bf16() else 'float32') if args.dtype == 'auto' else args.dtype
   runs, rows = {}, {}

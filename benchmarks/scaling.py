@@ -97,7 +97,7 @@ def main():
   import jax
 
   from llm_jax.base.devices import has_fast_bf16
-  from llm_jax.models.decoder import DecoderConfig
+  from llm_jax.models.decoder_config import DecoderConfig
 
   dtype: Any = 'bfloat16' if has_fast_bf16() else 'float32'
   sizes = {tuple({**BASE, axis: value}.items()) for axis, values in AXES.items() for value in values}

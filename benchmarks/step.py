@@ -34,11 +34,13 @@ def main():
   from llm_jax.base.builder import Sections
   from llm_jax.base.devices import has_fast_bf16, peak_flops
   from llm_jax.base.sharding import MeshConfig, batch_sharding, make_mesh
-  from llm_jax.models.decoder import Decoder, DecoderConfig
+  from llm_jax.models.decoder import Decoder
+  from llm_jax.models.decoder_config import DecoderConfig
   from llm_jax.optim.chain import OptimConfig, make_optimizer
   from llm_jax.optim.optimizers import AdamW
   from llm_jax.optim.schedules import Constant
-  from llm_jax.training.state import init_state, state_shardings, train_step
+  from llm_jax.training.shardings import state_shardings
+  from llm_jax.training.state import init_state, train_step
 
   preset = PRESETS[args.preset]
   batch = args.batch or preset.batch

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from llm_jax.base.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, put_batch
-from llm_jax.training.state import init_state, state_shardings, train_step
+from llm_jax.training.shardings import state_shardings
+from llm_jax.training.state import init_state, train_step
 
 
 def train_on(sizes, model, tx, features, *, num_steps, state=None, is_trainable=lambda path: True, **parts):

@@ -20,7 +20,7 @@ from llm_jax.data.rows.tasks import PromptAnswer, Seq2Seq
 from llm_jax.data.stores.store import TokenStore
 from llm_jax.infer.answers import Answer, answer, pairs, summarize_answers
 from llm_jax.infer.validators import VALIDATORS, make_validator
-from llm_jax.models.decoder import DecoderConfig
+from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
 from llm_jax.training.log import read_metrics
 

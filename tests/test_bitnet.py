@@ -16,7 +16,7 @@ from llm_jax.base.builder import Sections, build
 from llm_jax.base.params import ParamInfo
 from llm_jax.extras.bitnet import BitEinsum, BitNet, PackedEinsum, pack, unpack, weight_codes
 from llm_jax.layers.clock import clock_at, progress
-from llm_jax.models.decoder import DecoderConfig
+from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import OptimConfig, make_optimizer
 

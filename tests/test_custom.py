@@ -17,7 +17,8 @@ from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.trees import split
 from llm_jax.config import CheckpointConfig, Config, EvalConfig, LogConfig
 from llm_jax.data.config import DataConfig
-from llm_jax.models.decoder import Decoder, DecoderConfig
+from llm_jax.models.decoder import Decoder
+from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.protocol import TokensToLogits
 from llm_jax.optim.chain import OptimConfig
 from llm_jax.training.flops import count_in, count_matmuls

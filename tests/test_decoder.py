@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llm_jax.base.batch import Batch
-from llm_jax.models.decoder import DecoderConfig
+from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
 
 TINY = DecoderConfig(vocab_size=17, max_len=16, num_layers=2, embed_dim=16, num_heads=4, dtype='float32')

@@ -14,8 +14,9 @@ from llm_jax.extras.bitnet import BitEinsum, BitNet, PackedEinsum, pack, weight_
 from llm_jax.extras.lowbit import LowBitEinsum
 from llm_jax.extras.soap import Soap
 from llm_jax.layers.attention import AttentionMask
-from llm_jax.layers.linear import Einsum, info_of, mixed_einsum, weight
+from llm_jax.layers.linear import Einsum, info_of, weight
 from llm_jax.layers.mlp import MLP, gelu
+from llm_jax.layers.product import mixed_einsum
 from llm_jax.layers.stack import apply_stack, init_stack, stack_experts
 from llm_jax.optim.masks import as_matrices, check_declared, from_matrices, matrix_dims
 from llm_jax.optim.optimizers import Muon

@@ -20,7 +20,7 @@ from llm_jax.infer.score import add_up
 from llm_jax.losses.config import LossConfig, make_objective
 from llm_jax.losses.next_token import Distillation
 from llm_jax.losses.objective import Objective
-from llm_jax.models.decoder import DecoderConfig
+from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.encdec import EncDecConfig
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import make_optimizer

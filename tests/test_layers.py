@@ -9,9 +9,9 @@ import pytest
 from jax.test_util import check_grads
 
 from llm_jax.base.registry import NoSettings
-from llm_jax.layers.linear import mixed_einsum
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.norm import layer_norm, rms_norm
+from llm_jax.layers.product import mixed_einsum
 from llm_jax.layers.rope import apply_rope
 
 

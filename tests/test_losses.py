@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.sharding import MeshConfig, batch_sharding, make_mesh
-from llm_jax.layers.linear import mixed_einsum
+from llm_jax.layers.product import mixed_einsum
 from llm_jax.losses import readout as readouts
 from llm_jax.losses.readout import Readout, cross_entropy, score
 from llm_jax.models.blocks import project

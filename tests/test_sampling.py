@@ -10,7 +10,8 @@ import pytest
 
 from llm_jax.base.batch import Batch
 from llm_jax.infer.sampling import generate, sample
-from llm_jax.models.decoder import Decoder, DecoderConfig
+from llm_jax.models.decoder import Decoder
+from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.training.state import init_state
 
 NUM_DRAWS = 20000

@@ -13,7 +13,8 @@ from jax._src.cudnn import fused_attention_stablehlo
 from llm_jax.layers.attention import AttentionMask
 from llm_jax.layers.kernels import cudnn
 from llm_jax.layers.stack import REMAT, apply_stack, init_stack
-from llm_jax.models.decoder import Block, DecoderConfig
+from llm_jax.models.decoder import Block
+from llm_jax.models.decoder_config import DecoderConfig
 
 CFG = DecoderConfig(vocab_size=1, num_layers=4, embed_dim=32, num_heads=4, dtype='float32')
 POSITIONS = jnp.tile(jnp.arange(64), (2, 1))

@@ -25,11 +25,12 @@ from llm_jax.base.sharding import (
 from llm_jax.config import build
 from llm_jax.infer.score import add_up
 from llm_jax.losses.readout import Readout
-from llm_jax.models.decoder import DecoderConfig
+from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import OptimConfig, make_optimizer
 from llm_jax.optim.groups import trainable_paths
-from llm_jax.training.state import NEXT_TOKEN, eval_step, init_state, param_info, state_shardings, train_step
+from llm_jax.training.shardings import param_info, state_shardings
+from llm_jax.training.state import NEXT_TOKEN, eval_step, init_state, train_step
 
 CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, dtype='float32',
                     positions='rope', norm='rms_norm', mlp='swiglu')

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
   from llm_jax.data.pipeline import example_batch
   from llm_jax.infer.export import EXPORTERS, FILE, write_params
   from llm_jax.infer.load import load_run
-  from llm_jax.training.state import param_info
+  from llm_jax.training.shardings import param_info
 
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):

@@ -20,7 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.base.registry import register
 from llm_jax.layers.clock import progress
-from llm_jax.layers.linear import EINSUMS, Einsum, add_bias, aligned, batch_dims, mixed_einsum, roles_of, weight
+from llm_jax.layers.linear import EINSUMS, Einsum, add_bias, roles_of, weight
+from llm_jax.layers.product import aligned, batch_dims, mixed_einsum
 
 EPS = 1e-5
 

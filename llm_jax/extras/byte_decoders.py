@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from llm_jax.layers.attention import AttentionMask
 from llm_jax.layers.stack import apply_stack, init_stack
 from llm_jax.models.blocks import make_einsum
-from llm_jax.models.decoder import Block, DecoderConfig
+from llm_jax.models.decoder import Block
+from llm_jax.models.decoder_config import DecoderConfig
 
 
 class GRU(nn.Module):

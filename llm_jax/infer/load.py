@@ -26,8 +26,9 @@ from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import make_optimizer
 from llm_jax.optim.groups import trainable_paths
 from llm_jax.training.checkpoint import Checkpoints
+from llm_jax.training.shardings import param_info, param_shardings, state_shardings
 from llm_jax.training.stages import config_at
-from llm_jax.training.state import abstract_state, param_info, param_shardings, state_shardings
+from llm_jax.training.state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)

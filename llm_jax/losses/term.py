@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.base.batch import Batch
-from llm_jax.layers.linear import mixed_einsum
+from llm_jax.layers.product import mixed_einsum
 from llm_jax.losses.readout import Readout
 
 Sums = dict[str, jax.Array]  # arrays that add up over batches

@@ -20,9 +20,10 @@ from llm_jax.base.devices import has_fast_bf16
 from llm_jax.base.registry import Registry
 from llm_jax.layers.attention import MultiHead
 from llm_jax.layers.kernels import ATTENTION
-from llm_jax.layers.linear import EINSUMS, Embed, mixed_einsum, weight
+from llm_jax.layers.linear import EINSUMS, Embed, weight
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.norm import NORMS
+from llm_jax.layers.product import mixed_einsum
 from llm_jax.layers.stack import REMAT
 from llm_jax.losses.readout import Readout
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 from llm_jax.base.registry import Registry, register
-from llm_jax.models.decoder import Decoder, DecoderConfig
+from llm_jax.models.decoder import Decoder
+from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.encdec import EncDec, EncDecConfig
 from llm_jax.models.heads import WithHeads
 from llm_jax.models.protocol import LanguageModel, adapt_model, as_language_model

@@ -45,8 +45,9 @@ from llm_jax.training.resolve import (
   with_logits,
   without_masks,
 )
+from llm_jax.training.shardings import param_info, state_shardings
 from llm_jax.training.stages import Stage, fingerprint_of
-from llm_jax.training.state import TrainState, abstract_state, init_state, param_info, state_shardings, train_step
+from llm_jax.training.state import TrainState, abstract_state, init_state, train_step
 from llm_jax.training.teacher import load_teacher, with_teacher
 
 

@@ -20,7 +20,8 @@ from llm_jax.infer.export import EXPORTERS
 from llm_jax.infer.load import load_run
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.program import Program
-from llm_jax.training.state import TrainState, param_info
+from llm_jax.training.shardings import param_info
+from llm_jax.training.state import TrainState
 from llm_jax.training.teacher import tokenizers_of
 
 # Settings of losses that cannot change on resume: shapes of heads, the order of classes, the teacher's checkpoint.

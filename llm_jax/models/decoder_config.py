@@ -1,0 +1,138 @@
+"""DecoderConfig: the shape and parts of a decoder.
+
+Dims: D embed, N heads, K kv heads, H head_dim, F mlp, V vocab.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from llm_jax.base.builder import Sections, keep_named, sections
+from llm_jax.layers.attention import describe_attention
+from llm_jax.layers.mlp import MLPS
+from llm_jax.models.blocks import PARTS, check_parts, operand_dtype
+from llm_jax.models.protocol import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig(ModelConfig):
+  """Shape and parts of a decoder. The defaults are those of GPT-2, without biases."""
+
+  name: str = 'decoder'
+  vocab_size: int | None = None  # None: the tokenizer's
+  max_len: int | None = None  # longest row; None: data.seq_len. A hard limit only with learned positions
+  num_layers: int = 12
+  embed_dim: int = 768
+  num_heads: int = 12
+  num_kv_heads: int | None = None  # None: num_heads
+  head_dim: int | None = None  # None: embed_dim / num_heads
+  mlp_dim: int | None = None  # None: 4 * embed_dim
+  mlp: str = 'gelu_tanh'  # one of MLPS
+  norm: str = 'layer_norm'  # one of NORMS
+  positions: Literal['learned', 'rope'] = 'learned'
+  rope_base: float = 10000.0
+  use_bias: bool = False  # on matrices and LayerNorms
+  einsum: str = 'full'  # one of EINSUMS: the kind of matrices between hidden states
+  qk_norm: bool = False
+  attention: str = 'auto'  # one of ATTENTION; auto: the fastest that supports the device, dtype and shapes
+  tie_embeddings: bool = True
+  windows: tuple[int, ...] = (0,)  # layer l attends to windows[l % len(windows)] tokens; 0: all
+  prefix_attention: bool = False  # bidirectional attention within prompts and where the data's prefix_mask is 1
+  logit_soft_cap: float = 0.0  # cap * tanh(logits / cap); 0: off
+  dropout: float = 0.0  # on the embedding and on each layer's output, before it is added to the residual stream
+  init_std: float = 0.02  # of matrices; those that write to the residual stream get init_std / sqrt(2 L)
+  embed_init_std: float | None = None  # of token and position embeddings; None: init_std
+  readout_init_std: float | None = None  # of an untied readout; None: init_std
+  # Of matrix operands; everything else is float32. auto: bfloat16 where the device multiplies it faster than float32.
+  dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
+  scan_unroll: int = 1
+  remat: str = 'none'  # one of REMAT: what a layer saves for its backward pass; see layers/stack.py
+  sections: Sections = sections(*PARTS.values())
+
+  def __post_init__(self) -> None:
+    positive = {f: getattr(self, f) for f in ('vocab_size', 'max_len', 'num_layers', 'embed_dim', 'num_heads',
+                                              'num_kv_heads', 'head_dim', 'mlp_dim', 'scan_unroll')}
+    for field, value in positive.items():
+      if value is not None and value < 1:
+        raise ValueError(f'{field} must be at least 1; got {value}')
+    if self.head_dim is None and self.embed_dim % self.num_heads:
+      legal = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
+      near = sorted(sorted(legal, key=lambda n: abs(n - self.num_heads))[:3])
+      raise ValueError(f'num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}; '
+                       f'nearest that do: {", ".join(map(str, near))} (or set head_dim)')
+    if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+      raise ValueError(f'num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}')
+    if self.positions == 'rope' and self.H % 2:
+      raise ValueError(f'positions rope rotates pairs of features: head_dim must be even; got {self.H}')
+    if not self.windows or min(self.windows) < 0:
+      raise ValueError(f'windows must have at least one size, each 0 (all tokens) or more; got {self.windows}')
+    if self.num_layers % len(self.windows):
+      raise ValueError(f'the pattern windows={self.windows} does not divide num_layers {self.num_layers}')
+    for field in ('init_std', 'embed_init_std', 'readout_init_std', 'rope_base'):
+      value = getattr(self, field)
+      if value is not None and value <= 0:
+        raise ValueError(f'{field} must be positive; got {value}')
+    if self.tie_embeddings and self.readout_init_std is not None:
+      raise ValueError('readout_init_std is set, but with tie_embeddings the readout is the embedding: set '
+                       'embed_init_std, or tie_embeddings=False')
+    if self.logit_soft_cap < 0:
+      raise ValueError(f'logit_soft_cap must be positive, or 0 for none; got {self.logit_soft_cap}')
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'dropout must be in [0, 1); got {self.dropout}')
+    check_parts(self)
+    keep_named(self, (self.mlp, self.norm, self.einsum), 'none of mlp, norm and einsum names it')
+
+  @property
+  def K(self) -> int:
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def H(self) -> int:
+    return self.head_dim or self.embed_dim // self.num_heads
+
+  @property
+  def operand_dtype(self) -> jnp.dtype:
+    return operand_dtype(self.dtype)
+
+  @property
+  def V(self) -> int:
+    assert self.vocab_size is not None, 'resolve fills it in'
+    return self.vocab_size
+
+  @property
+  def F(self) -> int:
+    return self.mlp_dim or 4 * self.embed_dim
+
+  def describe(self, seq_len: int, segments: bool) -> list[str]:
+    return [f'model: {self.name}, {self.num_layers} layers, {self.embed_dim} wide, vocabulary {self.vocab_size}, '
+            f'{self.dtype}',
+            'attention: ' + describe_attention(self.attention, self.dtype, self.H, self.positions_of(seq_len),
+                                               segments=segments, prefix=self.prefix_attention)]
+
+  @property
+  def embed_std(self) -> float:
+    return self.init_std if self.embed_init_std is None else self.embed_init_std
+
+  @property
+  def readout_std(self) -> float:
+    return self.init_std if self.readout_init_std is None else self.readout_init_std
+
+  def flops_per_token(self, seq_len: int) -> float | None:
+    """FLOPs of a training step per token in rows of seq_len, as MFU counts them; None with a plug-in's MLP.
+
+    Each multiply-add counts 2, once for the forward pass and twice for the backward pass. Counted are the products of
+    q, k, v, o, the feed-forward layer and the readout, and attention's two products over the keys that a token attends
+    to: on average half of the row without a window. Not counted are lookups, norms, softmax, activations, the
+    optimizer, and recomputation by remat.
+    """
+    if not MLPS.origin(self.mlp).startswith('llm_jax.'):
+      return None
+    D, N, H, K, F = self.embed_dim, self.num_heads, self.H, self.K, self.F
+    gated = self.mlp in ('swiglu', 'geglu')
+    matrices = self.num_layers * (D * N * H * 2 + D * K * H * 2 + D * F * (3 if gated else 2)) + D * self.V
+    seen = [min(w or seq_len, seq_len) for w in self.windows]
+    attended = self.num_layers / len(seen) * sum(s * (1 - s / (2 * seq_len)) for s in seen)  # mean keys per token
+    return 6 * matrices + 12 * attended * N * H

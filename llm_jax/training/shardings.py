@@ -1,0 +1,75 @@
+"""Where parameters and optimizer state are placed on the mesh, by the parameters' logical axes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llm_jax.base.batch import Batch, Params
+from llm_jax.base.sharding import check_divisible, logical_to_spec
+from llm_jax.base.trees import split
+from llm_jax.layers.linear import info_of
+from llm_jax.models.protocol import LanguageModel
+from llm_jax.training.state import TrainState
+
+
+def param_shardings(example: Batch, mesh: Mesh, *, model: LanguageModel) -> tuple[Params, Params]:
+  """(abstract parameters, their NamedShardings by logical axes).
+
+  A parameter without logical axes is sharded over fsdp along its largest divisible dimension. Raises ConfigError if a
+  dimension with a logical axis does not divide over its mesh axes.
+  """
+  boxed = jax.eval_shape(model.init, jax.random.key(0), example)['params']
+  abstract = nn.unbox(boxed)
+
+  def sharding(leaf: jax.ShapeDtypeStruct, spec: P) -> NamedSharding:
+    known = len(spec) == leaf.ndim
+    return NamedSharding(mesh, logical_to_spec(tuple(spec)) if known else largest_over_fsdp(leaf, mesh))
+
+  shardings = jax.tree.map(sharding, abstract, nn.get_partition_spec(boxed))
+  check_divisible(abstract, shardings)
+  return abstract, shardings
+
+
+def largest_over_fsdp(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> P:
+  """The spec of an array without logical axes: its largest divisible dimension over fsdp."""
+  sizes = [size if size % mesh.shape['fsdp'] == 0 else 0 for size in leaf.shape]
+  if mesh.shape['fsdp'] == 1 or leaf.ndim < 2 or not max(sizes):
+    return P()
+  return P(*('fsdp' if i == sizes.index(max(sizes)) else None for i in range(leaf.ndim)))
+
+
+def param_info(example: Batch, *, model: LanguageModel) -> Params:
+  """A tree of ParamInfo: logical axes, shape and roles of every parameter."""
+  boxed = jax.eval_shape(model.init, jax.random.key(0), example)['params']
+  return jax.tree.map(info_of, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+
+def state_shardings(example: Batch, mesh: Mesh, *, model: LanguageModel, tx: optax.GradientTransformation,
+                    is_trainable: Callable[[tuple], bool] = lambda path: True) -> Any:
+  """A TrainState of NamedShardings: optimizer state is sharded like its parameter, everything else is replicated."""
+  whole, shardings = param_shardings(example, mesh, model=model)
+  abstract, _ = split(whole, is_trainable)
+  trainable, frozen = split(shardings, is_trainable)
+  by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(trainable), strict=True)}
+  replicated: Any = NamedSharding(mesh, P())
+
+  def sharding_of(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    # The path of a moment ends with the path of its parameter, whatever wraps it. (optax.tree_map_params does not work
+    # for transformations that hold trees of per-parameter settings.)
+    names = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
+    shape, sharding = by_path.get(tuple(names)[::-1], (None, replicated))
+    if shape == leaf.shape[1:]:  # a stack of past gradients, as a moving average keeps
+      return NamedSharding(mesh, P(None, *sharding.spec))
+    return sharding if shape == leaf.shape else replicated
+
+  opt_state = jax.tree_util.tree_map_with_path(sharding_of, jax.eval_shape(tx.init, abstract))
+  return TrainState(replicated, trainable, frozen, opt_state)
