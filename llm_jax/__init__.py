@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from llm_jax.api import load, load_config, train
 
 __version__ = '0.1.0'
 __all__ = ['load', 'load_config', 'train']
+
+if sys.version_info < (3, 11):
+  message = 'llm_jax needs Python 3.11 or later; this is ' + sys.version.split()[0] + ' (' + sys.executable + ')'
+  raise SystemExit('error: ' + message) if sys.argv[:1] == ['-m'] else ImportError(message)
 
 
 def __getattr__(name: str) -> Any:
@@ -16,3 +24,7 @@ def __getattr__(name: str) -> Any:
   runtime.prepare()
   from llm_jax import api
   return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+  return ['__version__', *__all__]

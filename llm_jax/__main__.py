@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 
+from llm_jax import __version__
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import run_as_program
 
@@ -18,6 +20,8 @@ COMMANDS = {
     'plot': ('commands.plot', 'plot metrics of runs'),
     'inspect': ('commands.inspect_run', "print and plot a run's weights and activations by layer"),
     'schedules': ('commands.schedules', "plot a config's learning rate"),
+    'configs': ('commands.configs', 'list the presets, or print one'),
+    'config': ('commands.config_fields', 'print all fields of a config with values, origins and comments'),
     'check': ('commands.check', 'report devices and packages, and whether a config runs'),
     'sweep': ('extras.sweep', "train all trials of a config's sweep"),
     'data prepare': ('commands.data_prepare', 'tokenize the data of a config into the cache'),
@@ -37,13 +41,17 @@ def main(argv: list[str]) -> None:
   """Runs the command that argv names. Raises UserErrors."""
   num_words = 2 if argv[:1] == ['data'] else 1
   name, rest, known = ' '.join(argv[:num_words]), argv[num_words:], commands()
-  if not argv or name in ('-h', '--help'):
+  if name in ('--version', '-V', 'version'):
+    print(f'llm_jax {__version__}')
+  elif not argv or name in ('-h', '--help'):
     print('usage: llm-jax COMMAND [...]; llm-jax COMMAND --help shows its flags\n')
     print('\n'.join(f'  {command:14} {line}' for command, (_, line) in known.items()))
   elif name in known:
     importlib.import_module(f'llm_jax.{known[name][0]}').main(rest)
   else:
-    raise ConfigError(f'llm-jax: {name!r} is not a command; known: {", ".join(known)}')
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f'did you mean llm-jax {near[0]}?' if near else f'known: {", ".join(known)}'
+    raise ConfigError(f'llm-jax: {name!r} is not a command; {hint}')
 
 
 def run() -> None:

@@ -8,8 +8,10 @@ result into frozen dataclasses; the rest of the package uses only these.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,7 @@ from llm_jax.base.builder import (
   build,
   check_names,
   keep_named,
+  nearest_fields,
   override,
   registries_of,
   sections,
@@ -299,16 +302,49 @@ def model_values(model: Mapping[str, Any], name: str) -> dict[str, Any]:
           if field in fields and field != 'name' and value != defaults.get(field)}
 
 
+def presets() -> dict[str, Path]:
+  """The configs that are installed with the package, by name."""
+  package = Path(__file__).parent
+  folder = next((f for f in (package / 'configs', package.parent / 'configs') if f.is_dir()), package)
+  return {path.stem: path for path in sorted(folder.glob('*.py'))} if folder != package else {}
+
+
+def find_config(name: str | Path) -> Path:
+  """The file that --config names: a path, else a preset by its name, such as gpt_small or configs/gpt_small.py.
+
+  A run's folder stands for its config.json. Raises ConfigError with the nearest names.
+  """
+  path, known = Path(name), presets()
+  if path.is_file():
+    return path
+  if (path / 'config.json').is_file():
+    return path / 'config.json'
+  is_preset = str(path.parent) in ('.', 'configs') and path.suffix in ('', '.py')
+  for file in (Path('configs') / f'{path.stem}.py', known.get(path.stem)) if is_preset else ():
+    if file is not None and file.is_file():
+      return file
+  here = [str(file) for folder in (path.parent, Path('configs')) for file in sorted(folder.glob('*.py'))]
+  files = {Path(file).stem: file for file in reversed([*known, *here])}
+  near = [files[stem] for stem in difflib.get_close_matches(path.stem, files, n=1)]
+  hint = f'did you mean {near[0]}?' if near else f'presets: {", ".join(known) or "none"}'
+  raise ConfigError(f'--config: no such file: {path}; {hint}')
+
+
+def explain(error: Exception) -> str:
+  """One line on an error of a config file; for a field that does not exist, with the nearest one."""
+  unknown = re.match(r'[\'"]*Key "(\w+)" does not exist', str(error))
+  if not unknown:
+    return f'{type(error).__name__}: {error}'
+  near = nearest_fields(unknown[1], Config)
+  return f'{unknown[1]}: no such field' + (f'; did you mean config.{" or config.".join(near)}?' if near else '')
+
+
 def open_config(path: str | Path) -> ConfigFile:
   """Loads a .py config file, which is executed as trusted code, or a run's config.json, which is only parsed.
 
-  Raises ConfigError.
+  `path` may be the name of a preset, or a run's folder. Raises ConfigError.
   """
-  path = Path(path)
-  if not path.is_file():
-    known = sorted(map(str, path.parent.glob('*.py'))) or sorted(map(str, Path('configs').glob('*.py')))
-    hint = f'; known: {", ".join(known)}' if known else ''
-    raise ConfigError(f'--config: no such file: {path}{hint}')
+  path = find_config(path)
   if path.suffix == '.json':
     return ConfigFile(path, read_values(path, '--config'), None)
   module: Any = plugins.run_file(path, f'llm_jax_config_{path.stem}', '--config')
@@ -319,8 +355,10 @@ def open_config(path: str | Path) -> ConfigFile:
       module.on_cpu(on_cpu)
     trials = combinations(module.sweep()) if hasattr(module, 'sweep') else ()
     source = ConfigFile(path, full.to_dict(), on_cpu.to_dict() if on_cpu is not None else None, trials)
+  except ConfigError:
+    raise
   except Exception as e:  # a user's file may raise anything
-    raise ConfigError(f'--config: {path}: {type(e).__name__}: {e}') from e
+    raise ConfigError(f'--config: {path}{plugins.line_in(path, e)}: {explain(e)}') from e
   if has_registered(module.__name__):
     plugins.note(str(path), plugins.name_of(path))
   plugins.load_all(source.full.get('plugins', ()), path.parent)

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
       prog='llm-jax train', allow_abbrev=False, description=__doc__,
       epilog='Any field can be set: --config.model.num_layers=4. llm_jax/config.py defines all fields; config.json in '
              'the workdir of a run has the values that it used.')
-  parser.add_argument('--config', required=True, help='a config file, or the config.json of a run')
+  parser.add_argument('--config', help='a config file, a preset (llm-jax configs lists them), or the folder of a run')
   parser.add_argument('--workdir', help='folder of the run; if it contains a run, that is resumed '
                       '(default: runs/<name of the config>)')
   parser.add_argument('--full_size', action='store_true', help="without an accelerator, ignore the config's on_cpu")
@@ -26,11 +26,14 @@ def main(argv: list[str]) -> None:
                       'found in the environment (SLURM, TPU pod, Open MPI, or launch/local.py)')
   flags.add(parser, trust=False)
   args, rest = parser.parse_known_args(argv)
-  overrides = parse_overrides(
-      rest, '--config.', '--config, --workdir, --full_size, --distributed, --tuning, --plugin, --config.FIELD')
   was_set = flags.apply(args)
 
   from llm_jax import config as config_lib
+  overrides = parse_overrides(
+      rest, '--config.', '--config, --workdir, --full_size, --distributed, --tuning, --plugin, --config.FIELD',
+      config_lib.Config)
+  if args.config is None:
+    raise ConfigError(f'--config is missing: set it to a file or to one of: {", ".join(config_lib.presets())}')
   source = config_lib.open_config(args.config)
   problems = []
   for cpu_only in (False, True):  # reports a config that is invalid on any machine before starting JAX

@@ -61,6 +61,50 @@ def known_names(name: str, known: Iterable[str]) -> str:
   return f'known: {", ".join(known) or "none"}' + (f' (did you mean {near[0]!r}?)' if near else '')
 
 
+# What others call a field: nanoGPT, Hugging Face, PyTorch.
+SYNONYMS = {
+    'lr': 'learning_rate', 'max_lr': 'learning_rate', 'steps': 'num_steps', 'max_steps': 'num_steps',
+    'max_iters': 'num_steps', 'train_steps': 'num_steps', 'epochs': 'num_epochs', 'num_train_epochs': 'num_epochs',
+    'batch_size': 'batch_tokens', 'micro_batch_size': 'tokens_per_device', 'device_batch_size': 'tokens_per_device',
+    'block_size': 'seq_len', 'context_length': 'seq_len', 'sequence_length': 'seq_len', 'max_seq_len': 'seq_len',
+    'n_layer': 'num_layers', 'n_layers': 'num_layers', 'num_hidden_layers': 'num_layers', 'depth': 'num_layers',
+    'n_head': 'num_heads', 'n_heads': 'num_heads', 'num_attention_heads': 'num_heads', 'n_kv_head': 'num_kv_heads',
+    'num_key_value_heads': 'num_kv_heads', 'n_embd': 'embed_dim', 'd_model': 'embed_dim', 'hidden_size': 'embed_dim',
+    'd_ff': 'mlp_dim', 'intermediate_size': 'mlp_dim', 'bias': 'use_bias', 'rope_theta': 'rope_base',
+    'wd': 'weight_decay', 'beta1': 'b1', 'beta2': 'b2', 'grad_clip': 'max_norm', 'warmup': 'warmup_steps',
+    'warmup_iters': 'warmup_steps', 'dataset': 'path', 'data_path': 'path', 'data_dir': 'path',
+    'eval_interval': 'every', 'log_interval': 'every', 'save_every': 'every', 'out_dir': 'workdir'}
+
+
+def leaf_paths(cls: type) -> Iterator[str]:
+  """Paths of all fields of a config class, with the settings of the registry entries that are loaded."""
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    hint, registry = hints[field.name], field.metadata.get('registry')
+    if field.metadata.get('registries'):
+      parts = {name: r.settings(name) for r in registries_of(cls) for name in r.loaded()}
+    elif registry is not None:
+      parts = {field.name: registry.settings(field.metadata['default'])}
+    elif dataclasses.is_dataclass(hint):
+      parts = {field.name: typing.cast(type, hint)}
+    else:
+      parts = {}
+      yield field.name
+    for name, part in parts.items():
+      yield from (f'{name}.{path}' for path in leaf_paths(part))
+
+
+def nearest_fields(name: str, cls: type) -> list[str]:
+  """Up to three paths of fields of `cls` whose last name is or resembles that of `name`; the shortest first."""
+  leaf = name.rpartition('.')[2]
+  paths = sorted(leaf_paths(cls), key=lambda path: (path.count('.'), path))
+  leaves = {path.rpartition('.')[2] for path in paths}
+  near = [SYNONYMS[leaf]] if SYNONYMS.get(leaf) in leaves else difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
+  found = [path for path in paths if path.rpartition('.')[2] in near]
+  closest = difflib.get_close_matches(name, found, n=1, cutoff=0)  # that of the section that was named
+  return [*closest, *(path for path in found if path not in closest)][:3 if len(found) < 4 else 1]
+
+
 def check_names(field: str, names: Iterable[str], registry: Registry) -> None:
   """Raises ValueError for a name that the registry does not have."""
   for name in names:
@@ -100,18 +144,35 @@ def to_dict(config: Any) -> Any:
 
 def build(cls: type, values: Mapping, path: str = 'config') -> Any:
   """The dataclass from nested mappings; absent fields take their defaults. Raises ConfigError, all problems at once."""
-  problems: list[str] = []
+  problems = Problems(cls, path)
   result = _build(cls, values, path, problems)
   if problems:
     raise ConfigError('\n'.join(problems))
   return result
 
 
+class Problems(list[str]):
+  """Messages, and the class that is built, whose fields are suggested."""
+
+  def __init__(self, root: type, path: str):
+    self.root, self.path = root, path
+
+  def unknown(self, path: str, fields: Iterable[str], entries: Iterable[str]) -> None:
+    """Adds a message on a name that is neither among the fields nor the registry entries of its section."""
+    section, _, name = path.rpartition('.')
+    wanted, known = SYNONYMS.get(name, name), [*fields, *entries]
+    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6 if wanted == name else 1)
+    paths = [f'{section}.{near[0]}'] if near else [
+        f'{self.path}.{found}' for found in nearest_fields(path.removeprefix(f'{self.path}.'), self.root)]
+    hint = f'did you mean {" or ".join(paths)}?' if paths else f'known: {", ".join(fields)}'
+    self.append(f'{path}: no such field; {hint}')
+
+
 class Text(str):
   """A value as typed on the command line: parsed by the type of its field."""
 
 
-def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
+def _build(cls: type, values: Any, path: str, problems: Problems) -> Any:
   if not isinstance(values, Mapping):
     problems.append(f'{path}: expects a section of fields, got {values!r}')
     return None
@@ -130,9 +191,7 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
     elif registry is not None:
       of_entries[name] = _build(registry.settings(name), value, f'{path}.{name}', problems)
     else:
-      near = difflib.get_close_matches(name, [*fields, *(n for r in registries for n in r)], n=1)
-      hint = f'did you mean {path}.{near[0]}?' if near else f'known: {", ".join(fields)}'
-      problems.append(f'{path}.{name}: no such field; {hint}')
+      problems.unknown(f'{path}.{name}', fields, (n for r in registries for n in r))
   if len(problems) > before:
     return None
   if of_entries:
@@ -144,7 +203,7 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
     return None
 
 
-def _build_variant(field: dataclasses.Field, value: Any, path: str, problems: list[str]) -> Any:
+def _build_variant(field: dataclasses.Field, value: Any, path: str, problems: Problems) -> Any:
   registry, default = field.metadata['registry'], field.metadata['default']
   if dataclasses.is_dataclass(value):
     return value
@@ -155,7 +214,7 @@ def _build_variant(field: dataclasses.Field, value: Any, path: str, problems: li
   return _build(registry.settings(name), value, path, problems)
 
 
-def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+def _convert(hint: Any, value: Any, path: str, problems: Problems) -> Any:
   """`value` converted to the type `hint`; appends to `problems` what does not fit."""
   if dataclasses.is_dataclass(hint):
     return _build(typing.cast(type, hint), value, path, problems)
@@ -184,7 +243,7 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
   return _scalar(hint, value, path, problems)
 
 
-def _scalar(hint: type, value: Any, path: str, problems: list[str]) -> Any:
+def _scalar(hint: type, value: Any, path: str, problems: Problems) -> Any:
   if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
     return str(value)  # also from a number, such as the step of a checkpoint
   parsed = _parse(value) if isinstance(value, Text) else value
@@ -236,13 +295,16 @@ def override(values: dict, overrides: Mapping[str, Any]) -> None:
     raise ConfigError('\n'.join(problems))
 
 
-def parse_overrides(arguments: Sequence[str], prefix: str, known: str) -> dict[str, str]:
-  """{'model.num_layers': '4'} from PREFIXmodel.num_layers=4 or PREFIXmodel.num_layers 4. Raises ConfigError."""
+def parse_overrides(arguments: Sequence[str], prefix: str, known: str, cls: type | None = None) -> dict[str, str]:
+  """{'model.num_layers': '4'} from PREFIXmodel.num_layers=4 or PREFIXmodel.num_layers 4. Raises ConfigError.
+
+  `known` lists the flags for the message on an unknown one, which also names the nearest flags and fields of `cls`.
+  """
   overrides, rest = {}, list(arguments)
   while rest:
     argument = rest.pop(0)
     if not argument.startswith(prefix):
-      raise ConfigError(f'{argument}: no such flag; known: {known}')
+      raise ConfigError(f'{argument}: no such flag; {_nearest_flags(argument, prefix, known, cls)}')
     name, equals, value = argument.removeprefix(prefix).partition('=')
     if not equals:
       if not rest:
@@ -250,3 +312,14 @@ def parse_overrides(arguments: Sequence[str], prefix: str, known: str) -> dict[s
       value = rest.pop(0)
     overrides[name] = value
   return overrides
+
+
+def _nearest_flags(argument: str, prefix: str, known: str, cls: type | None) -> str:
+  name, equals, value = argument.partition('=')
+  if not name.startswith('-') and '--config,' in known:
+    return f'values need the name of their flag; did you mean --config={argument}?'
+  flags = [flag for flag in known.replace(',', ' ').split() if flag.startswith('--') and not flag.endswith('FIELD')]
+  near = difflib.get_close_matches(f'--{name.lstrip("-")}', flags, n=1, cutoff=0.75)
+  if cls is not None and not near:
+    near = [prefix + path for path in nearest_fields(name.lstrip('-').removeprefix('config.'), cls)]
+  return f'did you mean {" or ".join(flag + equals + value for flag in near)}?' if near else f'known: {known}'

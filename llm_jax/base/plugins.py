@@ -87,10 +87,14 @@ def run_file(path: Path, module_name: str, flag: str) -> object:
   except ConfigError:
     raise
   except Exception as e:  # whatever a user's file may raise
-    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
-    at = f', line {lines[-1]}' if lines else ''
-    raise ConfigError(f'{flag}: {path}{at}: {type(e).__name__}: {e}') from e
+    raise ConfigError(f'{flag}: {path}{line_in(path, e)}: {type(e).__name__}: {e}') from e
   return module
+
+
+def line_in(path: Path, error: BaseException) -> str:
+  """', line 12': where in the file an error was raised; '' if elsewhere."""
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+  return f', line {lines[-1]}' if lines else ''
 
 
 def _imported(name: str) -> str:

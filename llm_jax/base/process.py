@@ -7,7 +7,10 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
 
 from llm_jax.base.errors import ConfigError, Interrupted, UserError
 
@@ -49,5 +52,31 @@ def run_as_program(main: Callable[[list[str]], None]) -> None:
   except BrokenPipeError:  # the reader has closed the pipe: ... | head
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except UserError as e:
-    print(e if isinstance(e, Interrupted) else f'error: {e}', file=sys.stderr, flush=True)
-    sys.exit(e.exit_code)
+    end(e)
+  except ModuleNotFoundError as e:
+    name = (e.name or '').partition('.')[0]
+    if name == 'llm_jax':
+      raise
+    end(ConfigError(f'the package {name} is not installed for {sys.executable}; {_environment()}'))
+  except (RuntimeError, AssertionError) as e:
+    if not traceback.extract_tb(e.__traceback__)[-1].filename.endswith('xla_bridge.py'):
+      raise
+    reason = f' ({str(e).splitlines()[0]})' if str(e) else ''
+    end(ConfigError(f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: JAX cannot start this platform '
+                    f'here{reason}; unset JAX_PLATFORMS to use what is there, or install its support: '
+                    "pip install 'llm_jax[cuda13]' for NVIDIA GPUs, 'llm_jax[tpu]' for TPUs"))
+
+
+def end(error: UserError) -> NoReturn:
+  """Prints the message and exits with the error's code."""
+  print(error if isinstance(error, Interrupted) else f'error: {error}', file=sys.stderr, flush=True)
+  sys.exit(error.exit_code)
+
+
+def _environment() -> str:
+  """How to run with all packages: from the checkout's .venv if there is one."""
+  venv = Path(__file__).parents[2] / '.venv' / 'bin'
+  if venv.is_dir() and Path(sys.executable).parent != venv:
+    return f'the environment made by make has it: {os.path.relpath(venv)}/llm-jax ..., or activate it: ' \
+           f'source {os.path.relpath(venv)}/activate'
+  return 'install it with: pip install llm_jax (in a checkout: make install)'

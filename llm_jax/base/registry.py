@@ -58,6 +58,10 @@ class Registry(Mapping[str, Any]):
   def __hash__(self) -> int:
     return id(self)
 
+  def loaded(self) -> list[str]:
+    """The names that messages list, without those of extras that have not been imported."""
+    return [name for name, entry in self._entries.items() if entry.listed]
+
   def settings(self, name: str) -> type:
     """The class of the config section with the entry's name."""
     return self._find(name).settings

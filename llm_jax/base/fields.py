@@ -1,0 +1,70 @@
+"""The fields of a config with their values, types and comments, for documentation."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import re
+import typing
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from llm_jax.base.builder import registries_of
+
+
+class Field(NamedTuple):
+  path: str
+  value: Any
+  default: Any  # dataclasses.MISSING if it has none
+  kind: str  # the type, as in the source
+  comment: str
+
+
+def fields_of(config: Any, path: str = '') -> Iterator[Field]:
+  """All fields of a config's tree that are not sections, in the order of the source, with the settings of entries."""
+  cls: type = type(config)
+  comments = comments_of(cls)
+  for field in dataclasses.fields(config):
+    value, name = getattr(config, field.name), f'{path}{field.name}'
+    if field.name == 'sections' and registries_of(cls):
+      for entry, settings in value.items():
+        yield from fields_of(settings, f'{path}{entry}.')
+    elif dataclasses.is_dataclass(value):
+      yield from fields_of(value, f'{name}.')
+    elif isinstance(value, dict) and value:
+      for entry, part in value.items():
+        yield from fields_of(part, f'{name}.{entry}.')
+    else:
+      default = field.default_factory() if callable(field.default_factory) else field.default
+      yield Field(name, value, default, type_name(typing.get_type_hints(cls)[field.name]),
+                  comments.get(field.name, ''))
+
+
+def type_name(hint: Any) -> str:
+  """The type as one writes it: int, str | None, 'min' | 'max', tuple[float, ...]."""
+  if typing.get_origin(hint) is typing.Literal:
+    return ' | '.join(map(repr, typing.get_args(hint)))
+  if isinstance(hint, type) and not typing.get_args(hint):
+    return hint.__name__
+  return re.sub(r'\w+\.(?=\w)', '', str(hint))
+
+
+@functools.cache
+def comments_of(cls: type) -> dict[str, str]:
+  """{field: the comment behind it, or above it}, of a class and its bases; {} for classes made at run time."""
+  comments: dict[str, str] = {}
+  for base in reversed(cls.__mro__):
+    try:
+      lines = inspect.getsource(base).splitlines()
+    except (OSError, TypeError):
+      continue
+    lines = inspect.cleandoc('\n'.join(['#', *lines])).splitlines()[1:]
+    for node in typing.cast(ast.ClassDef, ast.parse('\n'.join(lines)).body[0]).body:
+      if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        assert node.end_lineno is not None
+        behind = lines[node.end_lineno - 1][node.end_col_offset:].partition('#')[2].strip()
+        above = lines[node.lineno - 2].strip()
+        comments[node.target.id] = behind or (above.lstrip('# ') if above.startswith('#') else '')
+  return comments

@@ -1,0 +1,102 @@
+"""Prints a config with the origin of each value: llm-jax config --config=FILE [SECTION ...] [--config.FIELD=VALUE ...]
+
+  llm-jax config --config=gpt_small optim              the section optim
+  llm-jax config --config=runs/mine --format=json      the config of a run, as JSON
+  llm-jax config --diff gpt_small runs/mine            what differs between two
+
+A value comes from the defaults, the config file, its on_cpu (without an accelerator), or the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from llm_jax.base import flags
+from llm_jax.base.builder import parse_overrides, to_dict
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.fields import Field, fields_of
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='llm-jax config', allow_abbrev=False, description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--config', help='a config file, a preset, or the folder of a run')
+  parser.add_argument('--diff', nargs=2, metavar=('A', 'B'), help='print only the fields in which two configs differ')
+  parser.add_argument('--format', choices=('text', 'json'), default='text', help='default: text')
+  parser.add_argument('--full_size', action='store_true', help="without an accelerator, ignore the config's on_cpu")
+  flags.add(parser, trust=True)
+  args, rest = parser.parse_known_args(argv)
+  flags.apply(args)
+  from llm_jax import config as config_lib
+  from llm_jax.base.devices import only_cpus
+  sections = [word for word in rest if not word.startswith('-')]
+  overrides = parse_overrides([word for word in rest if word.startswith('-')], '--config.',
+                              '--config, --diff, --format, --full_size, --plugin, --config.FIELD', config_lib.Config)
+  cpu_only = only_cpus() and not args.full_size
+  if args.diff:
+    old, new = (to_dict(config_lib.open_config(path).resolve(overrides, cpu_only=cpu_only)) for path in args.diff)
+    found = config_lib.differences(old, new)
+    print(json.dumps(found, indent=2) if args.format == 'json' else
+          '\n'.join(f'{path}: {as_typed(a)} -> {as_typed(b)}' for path, (a, b) in found.items()) or 'no difference')
+    return
+  if args.config is None:
+    raise ConfigError(f'--config is missing: set it to a file or to one of: {", ".join(config_lib.presets())}')
+  source = config_lib.open_config(args.config)
+  config = source.resolve(overrides, cpu_only=cpu_only)
+  entries = [field for field in fields_of(config) if not sections or any(
+      f'{field.path}.'.startswith(f'{section.removeprefix("config.")}.') for section in sections)]
+  if not entries:
+    known = dict.fromkeys(field.path.partition('.')[0] for field in fields_of(config) if '.' in field.path)
+    raise ConfigError(f'{args.config} has no section {", ".join(sections)}; sections: {", ".join(known)}')
+  on_cpu = source.on_cpu if cpu_only else None
+  origins = [origin(field, source.full, on_cpu, overrides) for field in entries]
+  if args.format == 'json':
+    print(json.dumps({field.path: {'value': to_dict(field.value), 'type': field.kind, 'from': found,
+                                   'comment': field.comment}
+                      for field, found in zip(entries, origins, strict=True)}, indent=2))
+  else:
+    print('\n'.join(tree(entries, origins)))
+
+
+def origin(field: Field, full: Mapping[str, Any], on_cpu: Mapping[str, Any] | None,
+           overrides: Mapping[str, Any]) -> str:
+  """Where the value of a field comes from: 'default', 'file', 'on_cpu' or 'command line'."""
+  value = to_dict(field.value)
+  if field.path in overrides:
+    return 'command line'
+  if on_cpu is not None and at(on_cpu, field.path) == value != at(full, field.path):
+    return 'on_cpu'
+  return 'default' if value == to_dict(field.default) else 'file'
+
+
+def at(values: Any, path: str) -> Any:
+  """The value at a path of nested dicts; None if there is none."""
+  for name in path.split('.'):
+    values = values.get(name) if isinstance(values, Mapping) else None
+  return to_dict(values)
+
+
+def as_typed(value: Any) -> str:
+  """A value as it is given on the command line."""
+  value = to_dict(value)
+  if isinstance(value, list):
+    plain = value and all(str(item) == str(item).strip(' \'"([') != '' and ',' not in str(item) for item in value)
+    return ','.join(map(str, value)) if plain else str(tuple(value))
+  return repr(value) if value == '' else str(value)
+
+
+def tree(entries: list[Field], origins: list[str]) -> list[str]:
+  """Lines of fields under the names of their sections, in columns: value, type, origin, comment."""
+  rows, above = [], list[str]()
+  for field, found in zip(entries, origins, strict=True):
+    *parents, name = field.path.split('.')
+    shared = next((i for i, (a, b) in enumerate(zip(above, parents, strict=False)) if a != b),
+                  min(len(above), len(parents)))
+    rows += [('  ' * depth + parents[depth], '', '', '') for depth in range(shared, len(parents))]
+    rows.append((f'{"  " * len(parents)}{name} = {as_typed(field.value)}', field.kind, found, field.comment))
+    above = parents
+  widths = [min(max(len(row[column]) for row in rows), limit) for column, limit in ((0, 48), (1, 24), (2, 12))]
+  return ['  '.join(f'{text:{width}}' for text, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]

@@ -1,0 +1,167 @@
+"""llm-jax config and configs, presets, and suggestions for mistyped names, run as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import llm_jax
+from llm_jax.base.builder import build, leaf_paths, nearest_fields, to_dict
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.fields import fields_of
+from llm_jax.commands import config_fields, configs
+from llm_jax.config import Config, open_config, presets
+
+REPO = Path(__file__).parent.parent
+
+
+def test_fields_of_covers_every_value_of_the_config():
+  config = open_config('gpt_small').resolve({}, cpu_only=True)
+
+  def leaves(values, path=''):
+    for name, value in values.items():
+      if isinstance(value, dict) and value:
+        yield from leaves(value, f'{path}{name}.')
+      else:
+        yield f'{path}{name}', value
+
+  assert {field.path: to_dict(field.value) for field in fields_of(config)} == dict(leaves(to_dict(config)))
+
+
+def test_comments_and_types_are_those_of_the_source():
+  fields = {field.path: field for field in fields_of(Config())}
+  assert fields['eval.sample_tokens'].comment == '0: no samples'
+  assert fields['model.dtype'].comment.startswith('Of matrix operands;')  # a comment above the field
+  assert fields['tokens_per_device'].kind == 'int | None'
+  assert fields['data.packing'].kind == "'concat' | 'best_fit' | 'pad'"
+
+
+def test_config_prints_where_each_value_comes_from(tmp_path, capsys):
+  (tmp_path / 'mine.py').write_text(textwrap.dedent('''
+      from llm_jax.config import base
+      def get_config():
+        config = base()
+        config.model.num_layers = 7
+        config.num_steps = 5000
+        return config
+      def on_cpu(config):
+        config.num_steps = 500
+      '''))
+  config_fields.main([f'--config={tmp_path / "mine.py"}', '--format=json', '--config.seed=3'])
+  found = json.loads(capsys.readouterr().out)
+  origins = {path: entry['from'] for path, entry in found.items()}
+  assert origins['model.num_layers'] == 'file'
+  assert origins['num_steps'] == 'on_cpu' and found['num_steps']['value'] == 500
+  assert origins['seed'] == 'command line' and found['seed']['value'] == 3
+  assert origins['batch_tokens'] == 'default'
+  config_fields.main([f'--config={tmp_path / "mine.py"}', 'optim'])
+  text = capsys.readouterr().out
+  assert text.startswith('optim\n') and '    weight_decay = 0.1' in text and 'num_layers' not in text
+  with pytest.raises(ConfigError, match=r'has no section optimizer; sections: .*optim'):
+    config_fields.main([f'--config={tmp_path / "mine.py"}', 'optimizer'])
+
+
+def test_config_diff_prints_what_differs_between_a_file_and_a_run(tmp_path, capsys):
+  config = open_config('gpt_small').resolve({'seed': '5'}, cpu_only=True)
+  (tmp_path / 'config.json').write_text(json.dumps(to_dict(config)))
+  config_fields.main(['--diff', 'gpt_small', str(tmp_path)])
+  assert capsys.readouterr().out == 'seed: 0 -> 5\n'
+
+
+def test_configs_lists_presets_and_prints_a_file(tmp_path, capsys):
+  configs.main([])
+  lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+  assert set(lines) == set(presets()) == {path.stem for path in (REPO / 'configs').glob('*.py')}
+  configs.main(['gpt_small'])
+  (tmp_path / 'mine.py').write_text(capsys.readouterr().out)
+  mine, preset = (open_config(path).resolve({}, cpu_only=True) for path in (tmp_path / 'mine.py', 'gpt_small'))
+  assert mine == preset
+
+
+@pytest.mark.parametrize('name', ['gpt_small', 'gpt_small.py', 'configs/gpt_small.py', 'configs/gpt_small'])
+def test_a_preset_is_found_from_any_folder_after_files_there(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert open_config(name).path == presets()['gpt_small']
+  own = tmp_path / 'configs' / 'gpt_small.py'
+  own.parent.mkdir()
+  own.write_text(presets()['gpt_small'].read_text())
+  assert open_config(name).path.resolve() == own
+
+
+@pytest.mark.parametrize('name, message', [
+    ('gpt_smal.py', 'did you mean gpt_small'), ('configs/shakespeare', 'did you mean .*shakespeare_char'),
+    ('/nowhere/gpt_small.py', 'no such file: /nowhere/gpt_small.py; did you mean'), ('xyz', 'presets: bitnet, ')])
+def test_a_missing_config_names_the_nearest(name, message, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ConfigError, match=message):
+    open_config(name)
+
+
+@pytest.mark.parametrize('name, near', [
+    ('num_step', 'num_steps'), ('optim.lr', 'optim.learning_rate'), ('lr', 'optim.learning_rate'),
+    ('n_layer', 'model.num_layers'), ('block_size', 'data.seq_len'), ('data.val_frac', 'data.val_fraction'),
+    ('batch_size', 'batch_tokens')])
+def test_an_unknown_field_names_the_nearest_of_any_section(name, near):
+  assert near in set(leaf_paths(Config))
+  assert nearest_fields(name, Config)[0] == near
+  section, _, leaf = name.rpartition('.')
+  with pytest.raises(ConfigError, match=f'config.{name}: no such field; did you mean config.{near}'):
+    build(Config, {section: {leaf: 1}} if section else {leaf: 1})
+
+
+def test_a_name_like_no_field_suggests_none():
+  assert nearest_fields('qqqqq', Config) == []
+
+
+def test_a_mistyped_field_in_a_config_file_is_reported_with_its_line(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text('from llm_jax.config import base\n'
+                  'def get_config():\n  config = base()\n  config.model.num_layer = 3\n')
+  with pytest.raises(ConfigError) as error:
+    open_config(path)
+  assert str(error.value) == (f'--config: {path}, line 4: num_layer: no such field; did you mean '
+                              'config.model.num_layers?')
+
+
+def command(*args, env=None, **kwargs):
+  return subprocess.run([sys.executable, '-m', *args], capture_output=True, text=True, env=env, **kwargs)
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--config=gpt_small', '--num_steps=10'], 'did you mean --config.num_steps=10'),
+    (['--config=gpt_small', '--learning_rate=1e-3'], 'did you mean --config.optim.learning_rate=1e-3?'),
+    (['gpt_small'], 'did you mean --config=gpt_small?'),
+    (['--config=gpt_small', '--worksdir=x'], 'did you mean --workdir=x?'),
+    ([], '--config is missing: set it to a file or to one of: bitnet, ')])
+def test_a_wrong_flag_is_one_message_with_the_right_one(args, message, tmp_path):
+  done = command('llm_jax.main', *args, cwd=tmp_path)
+  assert done.returncode == 78 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr
+
+
+@pytest.mark.parametrize('args', [['llm_jax.main', '--config=gpt_small'], ['llm_jax', 'check']])
+def test_a_platform_that_is_not_there_is_one_message(args, tmp_path):
+  done = command(*args, cwd=tmp_path, env=os.environ | {'JAX_PLATFORMS': 'cuda'})
+  assert done.returncode == 78 and done.stderr.startswith('error: JAX_PLATFORMS=cuda: JAX cannot start this platform')
+  assert done.stderr.count('\n') == 1
+
+
+def test_a_missing_package_is_one_message(tmp_path):
+  (tmp_path / 'sitecustomize.py').write_text('import sys\nsys.modules["optax"] = None\n')
+  done = command('llm_jax.main', '--config=gpt_small', cwd=tmp_path,
+                 env=os.environ | {'PYTHONPATH': os.pathsep.join([str(tmp_path), str(REPO)])})
+  assert done.returncode == 78 and 'the package optax is not installed' in done.stderr, done.stderr
+  assert done.stderr.count('\n') == 1
+
+
+def test_the_package_shows_its_functions_with_their_types():
+  assert {'load', 'train', 'load_config'} <= set(dir(llm_jax))
+  assert (REPO / 'llm_jax' / 'py.typed').exists()
+  assert command('llm_jax', '--version').stdout == f'llm_jax {llm_jax.__version__}\n'
+
+
+def test_a_mistyped_command_names_the_nearest():
+  assert 'did you mean llm-jax generate?' in command('llm_jax', 'genrate').stderr
