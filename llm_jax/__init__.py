@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __version__ = '0.1.0'
 __all__ = ['load', 'load_config', 'train']
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036
   message = 'llm_jax needs Python 3.11 or later; this is ' + sys.version.split()[0] + ' (' + sys.executable + ')'
   raise SystemExit('error: ' + message) if sys.argv[:1] == ['-m'] else ImportError(message)
 
