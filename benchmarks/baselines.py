@@ -1,10 +1,10 @@
-"""What simple means reach on the validation part of a config that learns more than the next token.
+"""Results of simple baselines on the validation part of a config with a task other than next_token.
 
   python -m benchmarks.baselines --config=configs/package.py
 
-Of classes: the commonest one, and naive Bayes over the tokens of a document (add-one smoothing). Of numbers: their
-mean, a line through log2 of the length, and ridge regression on log(1 + count) of every token. Of pairs: cosines of
-tf-idf vectors. Of masked tokens: the commonest one, and the commonest between the same two neighbours.
+For classes: the most frequent one, and naive Bayes over the tokens of a document (add-one smoothing). For numbers:
+their mean, a line through log2 of the length, and ridge regression on log(1 + count) of every token. For pairs: cosines
+of tf-idf vectors. For masked tokens: the most frequent one, and the most frequent between the same two neighbours.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""One training step of configs/bytes_small.py on random bytes, beside the same in PyTorch, timed in turn.
+"""One training step of configs/bytes_small.py on random bytes, compared with the same in PyTorch; timed in turn.
 
   python -m benchmarks.byte_patch --torch=/path/to/an/environment/with/torch/bin/python
 
-Every variant is a process that sleeps while another one runs: A B C A B C ..., after a round that warms up. "As its
-authors" has the seed's cumulative sum, "masked" the same by masked products. Without --torch our step alone is timed.
+Each variant is a process that sleeps while another one runs: A B C A B C ..., after a warm-up round. "As its authors"
+uses the cumulative sum of the original, "masked" computes the same by masked products. Without --torch only our step is
+timed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {  # of PyTorch: flags a
 
 
 class Side(Worker):
-  """A Worker whose program has no presets."""
+  """A Worker for a program without presets."""
 
   def __init__(self, python: str, module: str, flags: list[str], env: dict[str, str]):
     self._process = subprocess.Popen([python, '-m', module, '--serve', *flags], text=True, stdin=subprocess.PIPE,
@@ -69,7 +70,7 @@ def main():
   parser.add_argument('--torch', help='a Python that has torch')
   parser.add_argument('--variants', nargs='+', choices=list(VARIANTS), default=list(VARIANTS)[:2], help='of PyTorch')
   parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--seconds', type=float, default=10, help='of each variant in a round')
+  parser.add_argument('--seconds', type=float, default=10, help='seconds for each variant in a round')
   parser.add_argument('--serve', action='store_true', help='time steps on demand: see common.serve')
   args = parser.parse_args()
   if args.serve:

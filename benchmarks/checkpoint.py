@@ -1,10 +1,10 @@
-"""How long a checkpoint keeps training waiting.
+"""How long a checkpoint blocks training.
 
   python -m benchmarks.checkpoint [--saves=5]
 
-The real loop, without validation. `gap_steps` is the longest time between two steps around a save, less the usual
-one, in steps: what the loop is blocked for, the median and the worst save. `cost_steps` adds up what the steps from one
-save to the next take longer than the usual one: where the device is the CPU, writing competes with them.
+Runs the real loop without validation. `gap_steps` is the longest time between two steps around a save, minus the
+usual time, in steps (median and worst save): how long the loop is blocked. `cost_steps` is the sum of the additional
+time of all steps from one save to the next: on a CPU, writing competes with the steps.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--saves', type=int, default=5)
   args = parser.parse_args()
-  runtime.keep_freed_memory()  # as the programs do
+  runtime.keep_freed_memory()  # as llm_jax.main does
   finished: list[float] = []
 
   def unpack_metrics(packed):
-    values = metrics.unpack_metrics(packed)  # which waits for the step
+    values = metrics.unpack_metrics(packed)  # waits for the step
     finished.append(time.perf_counter())
     return values
 

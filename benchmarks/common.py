@@ -1,4 +1,4 @@
-"""What the JAX and the PyTorch step share: presets, FLOP count, and how both are timed. Needs only Python."""
+"""Presets, FLOP counts and timing that the JAX and PyTorch steps share. Needs only Python."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Preset(NamedTuple):
   vocab_size: int
 
   def flops(self, num_params: int, batch: int) -> int:
-    """FLOPs of a step: 6 per parameter and token, positions left out; causal attention at half its cost."""
+    """FLOPs of a step: 6 per parameter and token, without position embeddings; causal attention at half its cost."""
     return (6 * num_params + 6 * self.num_layers * self.embed_dim * self.seq_len) * batch * self.seq_len
 
 
@@ -34,11 +34,11 @@ PRESETS = {
     'gpt2_medium': Preset(1024, 16, 24, 16, 1024, 50304),
     'gpt_1b': Preset(2048, 8, 16, 16, 2048, 50304),
 }
-GEMM_SIZE = 2048  # n of the n x n x n product that tells what the machine can do
+GEMM_SIZE = 2048  # n of the n x n x n product that measures the machine's speed
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-  """The flags that both steps have."""
+  """The flags of both steps."""
   flags = argparse.ArgumentParser(description=doc.splitlines()[0])
   flags.add_argument('--preset', choices=PRESETS, default='char_small')
   flags.add_argument('--steps', type=int, default=30)
@@ -50,7 +50,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, about: dict, num_params: int, step: Callable[[], float],
         gemm: Callable[[], None]) -> None:
-  """Times `step` (one whole step, waited for; returns the loss) and prints one JSON line, last."""
+  """Times `step` (runs one whole step and returns its loss) and prints one JSON line at the end."""
   preset = PRESETS[args.preset]
   batch = args.batch or preset.batch
   start = time.perf_counter()
@@ -78,9 +78,9 @@ def rates(seconds: list[float], tokens: int, flops: float) -> dict[str, float]:
 
 
 def serve(about: dict, step: Callable[[], float], gemm: Callable[[], None]) -> None:
-  """Prints `about`; then for each line 'step SECONDS' or 'gemm SECONDS' of stdin the times of that many seconds' worth.
+  """Prints `about`; then, for each line 'step SECONDS' or 'gemm SECONDS' on stdin, the times of steps or products.
 
-  So several programs can be timed in turn, each asleep while another one runs.
+  This times several programs in turn; each sleeps while another one runs.
   """
   print(json.dumps(about), flush=True)
   for line in sys.stdin:

@@ -1,9 +1,9 @@
-"""The data layer's speed: feeding random rows from a large token store, and writing one.
+"""Speed of the data layer: reading random rows from a large token store, and writing a store.
 
   python benchmarks/data.py [--gigabytes 1] [--folder /tmp/bench]
 
-Feeding: tokens/s of one core, the training pipeline against the same windows cut from the raw memory map, in turn,
-round after round. Writing: MB/s of text per core and peak memory, at one and at ten times the data. One JSON line each.
+Reading: tokens/s of one core, for the training pipeline and for the same windows sliced from the raw memory map, in
+turn. Writing: MB/s of text per core and peak memory, with one and ten times the data. Prints one JSON line for each.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def feed(folder: Path, gigabytes: float, rounds: int) -> None:
         rng.integers(0, 50_000, min(1 << 24, num_tokens - begin), dtype=np.uint16).tofile(f)
   raw = np.memmap(path, np.uint16, mode='r')
   variants = {}
-  # Without documents, and with 1 document in about 1,000 tokens, whose masks are made too.
+  # Without documents, and with one document per 1,000 tokens or so, including its masks.
   for name, eot_id in (('plain', None), ('documents', 7)):
     config = DataConfig(path=str(path), seq_len=SEQ_LEN, tokenizer='none', mask_documents=eot_id is not None,
                         eot_id=eot_id, cache_dir=str(folder / 'cache'))
@@ -90,7 +90,7 @@ def write(folder: Path, megabytes: int) -> None:
           size += len(text)
         copy += 1
       cache = folder / 'write_cache'
-      for fitted in (False, True):  # the second time the tokenizer is there, and only the store is made
+      for fitted in (False, True):  # the second time the tokenizer is cached, and only the store is made
         shutil.rmtree(cache / 'stores', ignore_errors=True)
         done = subprocess.run([sys.executable, '-c', WRITE, str(corpus), tokenizer, str(cache)], check=True, text=True,
                               capture_output=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})

@@ -20,7 +20,7 @@ FROZEN = {'none': '', 'all but q and v': r'^(?!blocks/attn/[qv]/)', 'all but nor
 
 def main() -> None:
   flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  flags.add_argument('--rows', type=int, default=8, help='of 1024 tokens')
+  flags.add_argument('--rows', type=int, default=8, help='rows of 1024 tokens')
   args = flags.parse_args()
   runtime.prepare()
 
@@ -38,7 +38,7 @@ def main() -> None:
   from llm_jax.training.state import init_state, train_step
 
   def used_part(jaxpr):
-    """The program without what no result depends on, which the compiler removes too."""
+    """The program without equations that no result depends on; the compiler removes them too."""
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
   model = make_model(DecoderConfig(vocab_size=50_304, max_len=1024, dtype='float32', remat='full'))

@@ -1,9 +1,9 @@
-"""The table of configs/half_time.py, over its seeds: the last loss, and the time of the steps that led to it.
+"""Prints the table of configs/half_time.py over its seeds: final loss and time of all steps.
 
   python -m benchmarks.half_time --workdir=runs/half_time
 
-Time is that of the steps alone, without compiling and evaluations, so it holds on a machine that nobody else uses
-meanwhile. The first recipe is the one that others are compared with, seed by seed.
+The time excludes compiling and evaluations; run nothing else meanwhile. The other recipes are compared with the first
+one, seed by seed.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def seconds_of_steps(folder: Path) -> float:
-  """Of all steps of a run, by what is logged of the windows between two lines."""
+  """Seconds of all steps of a run, from the times logged for the windows between two lines."""
   lines = [line for line in read_metrics(folder / 'metrics.jsonl') if 'train/loss' in line]
   known = [line['train/seconds_per_step'] for line in lines if 'train/seconds_per_step' in line]
   total, before = 0.0, 0
-  for line in lines:  # a stage's first step compiles and is not timed: as the steps after it
+  for line in lines:  # the first step of a stage compiles; it counts like the steps after it
     total += (line['step'] - before) * line.get('train/seconds_per_step', known[0])
     before = line['step']
   return total

@@ -1,12 +1,12 @@
-"""What the loop around the step costs: data, putting, logging, progress, checks, agreement on signals.
+"""Overhead of the training loop around the step: data, transfer, logging, progress, checks, signals.
 
   python -m benchmarks.loop [--rounds=8]
 
-The real loop.train is halted after every window of steps, the device left idle, and the same compiled step is called
-as often with one batch that is on the device already. Windows are timed in turn, round after round. `overhead` is the
-median over rounds of loop/bare - 1. `host_us` is the processor time of the loop's own thread a step, waiting left out;
-`bare_host_us` that of the bare calls, which jax's dispatch costs anyway; `cpu_us` what the whole process spends a step
-beyond the bare calls, its data and TensorBoard threads included.
+The real loop.train is paused after each window of steps, and the same compiled step is called as often with one batch
+that is already on the device. Windows of both are timed in turn. `overhead` is the median over rounds of loop/bare - 1.
+`host_us` is the processor time per step of the loop's own thread, without waiting; `bare_host_us` that of the bare
+calls, the cost of jax's dispatch; `cpu_us` the processor time per step of the whole process beyond the bare calls,
+including its data and TensorBoard threads.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from llm_jax.training.program import jit_step
 from llm_jax.training.shardings import state_shardings
 from llm_jax.training.state import init_state
 
-CASES = [  # preset, the milliseconds of a step for which rows are found, steps of a window
+CASES = [  # preset, intended milliseconds of a step, steps in a window
     ('char_tiny', 5, 200),
     ('char_small', 50, 40),
-    ('char_tiny', 50, 40),  # dozens of short rows, each of which costs the data's thread 10 us
+    ('char_tiny', 50, 40),  # dozens of short rows, each of which costs the data thread 10 us
 ]
 
 
@@ -71,7 +71,7 @@ def make_config(folder: Path, preset: Preset, rows: int, num_steps: int) -> Conf
 
 
 def bare_step(config: Config):
-  """A function that runs the loop's own compiled step `n` times on one batch and waits."""
+  """A function that runs the loop's compiled step `n` times on one batch and waits."""
   mesh = make_mesh(config.mesh)
   model = make_model(config.model)
   tx = make_optimizer(config.optim, config.num_steps)
@@ -92,7 +92,7 @@ def bare_step(config: Config):
     for _ in range(n):
       before = metrics
       state, metrics = step(state, batch, None)
-      jax.block_until_ready(before)  # as far ahead as the loop goes, and no farther
+      jax.block_until_ready(before)  # as far ahead as the loop dispatches
     jax.block_until_ready((state, metrics))
 
   return run
@@ -104,7 +104,7 @@ def clocks() -> np.ndarray:
 
 @dataclasses.dataclass
 class Halted:
-  """Batches of the loop; after every `window` steps it times `bare`, then lets the loop go on."""
+  """The loop's batches; times `bare` after every `window` steps before the loop continues."""
 
   batches: pipeline.Batches
   bare: object
@@ -131,9 +131,9 @@ class Halted:
 
 
 def find_rows(folder: Path, preset: Preset, milliseconds: int) -> int:
-  """So many that a step of this machine takes about as long."""
+  """The number of rows for which a step takes about that long on this machine."""
   rows = 4
-  for _ in range(3):  # time does not quite grow with them
+  for _ in range(3):  # the time does not grow in proportion to the rows
     bare = bare_step(make_config(folder, preset, rows, 1))
     bare(20)
     start = time.perf_counter()
@@ -170,7 +170,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--rounds', type=int, default=8)
   args = parser.parse_args()
-  runtime.keep_freed_memory()  # as the programs do
+  runtime.keep_freed_memory()  # as llm_jax.main does
   results = [measure(*case, args.rounds) for case in CASES]
   for result in results:
     print(json.dumps(result))

@@ -1,9 +1,9 @@
-"""Memory and time of the cross-entropy, head and gradients included: all logits at once against losses/readout.py.
+"""Memory and time of the cross-entropy with readout and gradients: all logits at once against losses/readout.py.
 
   python -m benchmarks.memory
 
-Memory is what the compiler plans beside inputs and results; the shapes of `plan` are compiled, never run. Time is
-measured at those of `run`, in turn, as the ratio of medians. The last line is JSON.
+Memory is the compiler's figure for temporary arrays; the shapes in `plan` are compiled but not run. Time is measured
+with the shapes in `run`, in turn, as the ratio of medians. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ RUN = {'gpt2_cpu': (2, 512, 768, 50304)}
 def main():
   flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   flags.add_argument('--rounds', type=int, default=5)
-  flags.add_argument('--chunk_mib', type=int, default=0, help='of float32 logits at a time; 0: as the package has it')
+  flags.add_argument('--chunk_mib', type=int, default=0, help='MiB of float32 logits at a time; 0: the default of the package')
   args = flags.parse_args()
   runtime.prepare()
 
-  import jax  # after the settings that it reads
+  import jax  # after the settings are made
   import jax.numpy as jnp
   import optax
 

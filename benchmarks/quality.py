@@ -1,8 +1,8 @@
-"""Wall-clock from command to final loss: configs/shakespeare_char.py beside the same in PyTorch, in turn.
+"""Wall-clock time from command to final loss: configs/shakespeare_char.py and the same in PyTorch, in turn.
 
   python -m benchmarks.quality --data=input.txt --torch=/path/to/an/environment/with/torch/bin/python
 
-The data is tinyshakespeare (see the config). Everything counts: imports, compiling, evaluations, our checkpoints.
+The data is tinyshakespeare (see the config). The time includes imports, compiling, evaluations and checkpoints.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def timed(command: list[str]) -> tuple[float, str]:
 
 
 def ours(data: str) -> tuple[float, float]:
-  """(seconds, val/loss) of a run in a fresh folder, with what the user's caches hold."""
+  """(seconds, val/loss) of a run in a new folder, with the user's caches as they are."""
   with tempfile.TemporaryDirectory() as workdir:
     seconds, _ = timed([sys.executable, '-m', 'llm_jax.main', '--config=configs/shakespeare_char.py',
                         f'--config.data.path={os.path.abspath(data)}', '--config.data.sha256=none',

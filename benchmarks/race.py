@@ -1,9 +1,9 @@
-"""The table of configs/optimizer_race.py: each optimizer's best learning rate, steps and time to one validation loss.
+"""Prints the table of configs/optimizer_race.py: best learning rate, and steps and time to a validation loss.
 
   python -m benchmarks.race --workdir=runs/race [--target=4.9]
 
-The loss to reach is the last one of AdamW's best trial, unless told. Time is steps times the median time of a step,
-without evaluations, so that trials may run one after the other on a machine that others use.
+The loss to reach is --target, by default the final loss of AdamW's best trial. Time is steps times the median time of
+a step, without evaluations, so other programs on the machine disturb it little.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def row_of(folder: Path, target: float) -> tuple[float | None, float]:
-  """(steps until the validation loss is at most `target`, between evaluations in a line; median ms of a step)."""
+  """(steps until the validation loss is at most `target`, by linear interpolation; median ms of a step)."""
   lines = read_metrics(folder / 'metrics.jsonl')
   points = [(line['step'], line['val/loss']) for line in lines if 'val/loss' in line]
   ms = 1e3 * statistics.median(line['train/seconds_per_step'] for line in lines if 'train/seconds_per_step' in line)

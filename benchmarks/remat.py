@@ -1,9 +1,9 @@
-"""What each remat policy keeps, computes again and costs in time, for a small decoder.
+"""Memory, recomputed FLOPs and time of each remat policy, for a small decoder.
 
   python -m benchmarks.remat
 
-Temporary memory and FLOPs are the compiler's own figures of the whole step; its FLOPs count a loop's body once, so
-only their order tells. Steps are timed in turn, medians. On a CPU `offload` has no other memory to go to.
+Temporary memory and FLOPs are the compiler's figures for the whole step; its FLOPs count a loop's body once, so they
+only rank the policies. Times are medians of steps in turn. On a CPU there is no other memory for `offload`.
 """
 
 from __future__ import annotations

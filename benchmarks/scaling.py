@@ -2,8 +2,8 @@
 
   python -m benchmarks.scaling --out=benchmarks/results/scaling.png
 
-One axis at a time, all sizes timed in turn, medians. `growth` is how much longer a step takes than at the axis's
-smallest size, over how many more FLOPs it counts: 1 is proportional, below 1 the larger size uses the machine better.
+One axis at a time; times are medians of steps of all sizes in turn. `growth` is the ratio of times to the smallest size
+divided by the ratio of FLOPs: 1 is proportional; below 1 the larger size uses the machine better.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEAD_DIM = 32
 
 def prepare(cfg, batch: int, seq_len: int) -> tuple[Callable[[], float], Any, float]:
   """(seconds of one step, the compiled step, its counted FLOPs) of a decoder with clipping and AdamW."""
-  import jax  # after the settings that it reads
+  import jax  # after the settings are made
   import numpy as np
 
   from llm_jax.base.batch import Batch
@@ -40,7 +40,7 @@ def prepare(cfg, batch: int, seq_len: int) -> tuple[Callable[[], float], Any, fl
   tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=(batch, seq_len + 1), dtype=np.int32)
   data = Batch(**jax.device_put({'tokens': tokens[:, :-1], 'targets': tokens[:, 1:],
                                  'loss_mask': np.ones((batch, seq_len), np.float32)}))
-  # Filled here, as compiling the init would take longer than the measurement.
+  # Filled with constants, as compiling the initialization would take longer than the measurement.
   state = jax.eval_shape(partial(init_state, model=model, tx=tx), jax.random.key(0), data)
   rng = np.random.default_rng(0)
   state = jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype)), state).replace(
@@ -60,7 +60,7 @@ def prepare(cfg, batch: int, seq_len: int) -> tuple[Callable[[], float], Any, fl
 
 
 def medians(runs: dict, rounds: int) -> dict:
-  """The median time of each, all taken in turn, so that what disturbs the machine disturbs them alike."""
+  """The median time of each; measured in turn, so that disturbances affect all of them."""
   seconds: dict = {name: [] for name in runs}
   for _ in range(rounds):
     for name, run in runs.items():

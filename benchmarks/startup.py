@@ -1,10 +1,10 @@
-"""Time from the command to the first training step: of this stack, and of PyTorch beside it.
+"""Time from the command to the first training step, for this package and for PyTorch.
 
   python -m benchmarks.startup --torch=/path/to/python/with/torch
 
 Each is a new process, stopped after its first step of the same model (configs/shakespeare_char.py, char_tiny). Cold:
-nothing compiled before; warm: with what the run before left. Python's own bytecode is there in all of them, as after an
-installation. Tokens are made once, before.
+without compiled programs; warm: with those of the run before. Python's bytecode exists in all of them, as after an
+installation. The data are tokenized once, before.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def first_step_of_ours(folder: Path, cold: bool, python: str) -> float:
 
 
 def first_step_of_torch(folder: Path, cold: bool, python: str, *flags: str) -> float:
-  """It prints at its end: one step, of some 40 ms, after its first."""
+  """It prints after its second step, about 40 ms after the first."""
   if cold:
     shutil.rmtree(folder / 'inductor', ignore_errors=True)
   return seconds_until('{', folder, [python, str(ROOT / 'benchmarks' / 'torch_step.py'), '--preset=char_tiny',
@@ -45,7 +45,7 @@ def first_step_of_torch(folder: Path, cold: bool, python: str, *flags: str) -> f
 
 
 def seconds_until(beginning: str, folder: Path, command: list[str]) -> float:
-  """From the command to the line with this beginning; then it is stopped. Raises RuntimeError if it ends before."""
+  """Seconds from the command to the line with this beginning; then stops it. Raises RuntimeError if it ends before."""
   start, said = time.perf_counter(), ['']
   with subprocess.Popen(command, env=environment(folder), cwd=folder, text=True, stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT, start_new_session=True) as process:
@@ -54,7 +54,7 @@ def seconds_until(beginning: str, folder: Path, command: list[str]) -> float:
       said.append(line)
     seconds = time.perf_counter() - start
     with contextlib.suppress(ProcessLookupError):
-      os.killpg(process.pid, signal.SIGKILL)  # with its compiling workers
+      os.killpg(process.pid, signal.SIGKILL)  # with its compiler processes
   if not said[-1].startswith(beginning):
     raise RuntimeError(f'{" ".join(command)} ended before it said {beginning}\n{"".join(said[-20:])}')
   return seconds
@@ -68,7 +68,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def write_text(path: Path) -> None:
-  """A megabyte of this Python's own code, in the 65 commonest of its characters: as large as tiny Shakespeare."""
+  """Writes a megabyte of Python's standard library in its 65 most frequent characters, the size of tinyshakespeare."""
   files = sorted(Path(os.__file__).parent.glob('*.py'))
   text = ''.join(file.read_text(errors='ignore') for file in files)[:1_100_000]
   common = set(sorted(set(text), key=text.count, reverse=True)[:65])
@@ -77,13 +77,13 @@ def write_text(path: Path) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
-  parser.add_argument('--torch', help='a Python that has PyTorch; without it, only ours')
+  parser.add_argument('--torch', help='a Python with PyTorch; default: only llm_jax')
   parser.add_argument('--rounds', type=int, default=3)
   args = parser.parse_args()
   with tempfile.TemporaryDirectory(prefix='startup_') as name:
     folder = Path(name)
     write_text(folder / 'text.txt')
-    programs: dict[str, Callable[[], float]] = {  # a warm one is right behind its cold one
+    programs: dict[str, Callable[[], float]] = {  # each warm run follows its cold one
         'ours_cold': partial(first_step_of_ours, folder, True, sys.executable),
         'ours_warm': partial(first_step_of_ours, folder, False, sys.executable)}
     if args.torch:
@@ -91,7 +91,7 @@ def main() -> None:
           'torch_eager': partial(first_step_of_torch, folder, False, args.torch),
           'torch_compile_cold': partial(first_step_of_torch, folder, True, args.torch, '--compile'),
           'torch_compile_warm': partial(first_step_of_torch, folder, False, args.torch, '--compile')}
-    for program in programs.values():  # makes tokens and bytecode
+    for program in programs.values():  # creates tokens and bytecode
       program()
     seconds: dict[str, list[float]] = {program: [] for program in programs}
     for _ in range(args.rounds):

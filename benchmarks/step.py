@@ -21,12 +21,12 @@ def main():
   flags.add_argument('--remat', default='none')
   flags.add_argument('--scan_unroll', type=int, default=0, help='0: all layers')
   flags.add_argument('--num_microbatches', type=int, default=1)
-  flags.add_argument('--tuning', choices=['on', 'off'], default='on', help='off: allocator and XLA flags as they come')
+  flags.add_argument('--tuning', choices=['on', 'off'], default='on', help='off: default allocator and XLA flags')
   args = flags.parse_args()
   if args.tuning == 'on':
     runtime.prepare()
 
-  import jax  # after the settings that it reads
+  import jax  # after the settings are made
   import jax.numpy as jnp
   import numpy as np
 

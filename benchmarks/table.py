@@ -1,9 +1,9 @@
-"""The CPU table: our step beside PyTorch's, as it comes and with our allocator settings, timed in turn in one run.
+"""The CPU table: our step and PyTorch's, by default and with our allocator settings, timed in turn in one run.
 
   python -m benchmarks.table --torch=/path/to/an/environment/with/torch/bin/python
 
-Every variant is a process that sleeps while another one runs: A B C ... A B C ..., round after round; the first round
-warms up. Writes benchmarks/results/<date>-<machine>.json and .md. Needs nothing else to run beside it.
+Each variant is a process that sleeps while another one runs: A B C ... A B C ...; the first round warms up. Writes
+benchmarks/results/<date>-<machine>.json and .md. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pathlib import Path
 from benchmarks.common import GEMM_SIZE, rates
 
 RESULTS = Path(__file__).parent / 'results'
-# What llm_jax.base.runtime sets by mallopt, as environment variables that glibc reads.
+# The settings that llm_jax.base.runtime makes by mallopt, as environment variables of glibc.
 MALLOC = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '-1', 'MALLOC_TOP_PAD_': str(64 << 20),
           'MALLOC_ARENA_MAX': '1'}
-SECONDS = {'char_tiny': 1.5, 'char_small': 5.0, 'gpt2_cpu': 5.0}  # of each variant in a round; one step at least
-HOPELESS = 2  # times the best of PyTorch's; what is slower in the first round is timed once and not again
+SECONDS = {'char_tiny': 1.5, 'char_small': 5.0, 'gpt2_cpu': 5.0}  # of each variant in a round; at least one step
+HOPELESS = 2  # times PyTorch's best: a variant that is slower in the first round is not timed again
 VARIANTS = [(f'PyTorch {"compiled" if "--compile" in flags else "eager"} {dtype}{" + malloc" if env else ""}',
              [f'--dtype={dtype}', *flags], env)
             for env in ({}, MALLOC) for flags in ([], ['--compile']) for dtype in ('f32', 'bf16')]
@@ -54,7 +54,7 @@ class Worker:
     self._process.wait()
 
   def _read(self):
-    for line in self._process.stdout:  # whatever else a program prints
+    for line in self._process.stdout:  # skips other output of the program
       if line[0] in '[{':
         return json.loads(line)
     raise SystemExit(f'{" ".join(self._process.args)} ended with {self._process.wait()}')
@@ -76,7 +76,7 @@ def measure(preset: str, torch: str | None, rounds: int) -> dict:
     print(f'{preset}: {name}: ready after {worker.start_s:.1f} s, {1e3 * worker.seconds[0]:.1f} ms', flush=True)
     best = min(best, worker.seconds[0])
     for slow in [n for n, w in running.items() if w.seconds and w.seconds[0] > HOPELESS * best]:
-      running.pop(slow).close()  # its memory too is needed
+      running.pop(slow).close()  # frees its memory
   for worker in running.values():
     worker.seconds = []
   gemm: list[float] = []
@@ -103,7 +103,7 @@ def measure(preset: str, torch: str | None, rounds: int) -> dict:
 
 
 def ratios(rows: list[dict]) -> dict[str, float]:
-  """Our speed over the best of PyTorch's: as it comes, and with our allocator settings."""
+  """Our speed divided by PyTorch's best: by default, and with our allocator settings."""
   ours = next(row['step_ms'] for row in rows if row['variant'] == 'llm_jax')
   theirs = {row['variant']: row['step_ms'] for row in rows if row['variant'] != 'llm_jax'}
   best = {'stock': min((ms for name, ms in theirs.items() if 'malloc' not in name), default=0),
@@ -147,7 +147,7 @@ def main():
   for preset in args.presets:
     table = measure(preset, args.torch, args.rounds)
     results['tables'].append(table | {'ratios': ratios(table['rows'])})
-    path.write_text(json.dumps(results, indent=1) + '\n')  # what is known so far stays
+    path.write_text(json.dumps(results, indent=1) + '\n')  # keeps the results so far
     path.with_suffix('.md').write_text(markdown(results))
   print(markdown(results))
   print(json.dumps({'results': str(path), **{t['preset']: t['ratios'] for t in results['tables']}}))

@@ -1,11 +1,10 @@
-"""Text tokenized a second by each kind, on the standard library's source, and by Hugging Face with bpe's own file.
+"""Speed of each tokenizer on the standard library's source, and of Hugging Face's with the file of bpe.
 
   python benchmarks/tokenizing.py --rounds 5
 
-All are timed in turn, round after round, so that what disturbs the machine disturbs them alike. One JSON line each:
-median MB/s of wall-clock time on all cores, and MB of text a second of processor time, which is MB/s a core; against
-Hugging Face, the median of the rounds' ratios of both; bytes a token; seconds to fit. The last line is the most memory
-that the process held, corpus included.
+All are timed in turn. One JSON line each: median MB/s of wall-clock time on all cores; MB of text per second of
+processor time, which is MB/s per core; the median ratio of both to Hugging Face's; bytes per token; seconds to fit. The
+last line is the peak memory of the process, including the corpus.
 """
 
 import argparse
@@ -29,7 +28,7 @@ def corpus() -> list[str]:
 
 
 def timed(encode, texts: list[str]) -> tuple[float, float]:
-  """Seconds of wall-clock and of processor time."""
+  """Seconds of wall-clock and processor time."""
   wall, cpu = time.perf_counter(), time.process_time()
   encode(texts)
   return time.perf_counter() - wall, time.process_time() - cpu
@@ -50,7 +49,7 @@ def main() -> None:
     num_tokens = sum(map(len, tokenizer.encode(texts)))
     encoders[name] = tokenizer.encode
     about[name] = {'fit_s': round(fit_s, 2), 'bytes_per_token': round(megabytes * 1e6 / num_tokens, 2)}
-  library = tokenizers.Tokenizer.from_str(tokenizer.to_json())  # bpe, which TOKENIZERS has last
+  library = tokenizers.Tokenizer.from_str(tokenizer.to_json())  # bpe is the last of TOKENIZERS
   encoders['huggingface'] = lambda texts: library.encode_batch_fast(texts, add_special_tokens=False)
   times = {name: [] for name in encoders}
   for _ in range(args.rounds):

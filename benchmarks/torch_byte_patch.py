@@ -1,15 +1,16 @@
-"""AGIFORMER's small model in PyTorch, trained as its authors train it: what configs/bytes_small.py is compared with.
+"""AGIFORMER's small model in PyTorch, trained as by its authors, for comparison with configs/bytes_small.py.
 
   /path/to/an/environment/with/torch/bin/python -m benchmarks.torch_byte_patch --data=input.txt
 
-After what the PyTorch version of github.com/inkbytefo/agi-former (November 2025) computes; see docs/seeds.md. Theirs
-are PyTorch's own initial weights, biases everywhere, LayerNorm, dropout of 0.1, positions told by rotating the patches
-themselves instead of queries and keys, a local state that starts at zero and reads the latent with each byte, and
-AdamW that decays all parameters by 0.01. Their causality holds as it is, to the byte.
-What differs: the blocks' feed-forward is 5 times as wide as the model instead of 4, for 6.71M parameters beside our
-6.77M. A row tells 256 patches, not 255. Validation reads all whole rows, and tells the very bytes that ours tells;
-theirs reads 80 rows that lie one byte apart, 1.1 kB of text. Windows are attended to by scaled_dot_product_attention.
-Linear attention is their cumulative sum, 67 MB a layer; --linear=masked computes the same by masked products, faster.
+It computes the same as the PyTorch version of github.com/inkbytefo/agi-former (November 2025); see docs/seeds.md. As in
+the original: PyTorch's initial weights, biases everywhere, LayerNorm, dropout 0.1, rotation of the patches themselves
+instead of queries and keys, a local state that starts at zero and receives the latent with each byte, and AdamW with
+weight decay 0.01 on all parameters. The original is causal, to the byte.
+Differences: the feed-forward of a block is 5 times as wide as the model instead of 4, for 6.71M parameters (ours:
+6.77M). A row predicts 256 patches instead of 255. Validation uses all whole rows and predicts the same bytes as ours;
+the original uses 80 rows that begin one byte apart, 1.1 kB of text. Windows use scaled_dot_product_attention. Linear
+attention is the original's cumulative sum, 67 MB per layer; --linear=masked computes the same by masked products,
+faster.
 Dims: B rows, M patches, P bytes of a patch, T bytes, D embed, E local embed, N heads, H head_dim, I that of the values,
 V vocab.
 """
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 from benchmarks.common import GEMM_SIZE, serve
 
 P, T, ROWS, WINDOW, LOCAL_DIM, WARMUP = 4, 1024, 4, 128, 256, 100
-EPSILON = 1e-4  # theirs, where features and normalisers could be zero
+EPSILON = 1e-4  # of the original, where features and normalizers could be zero
 
 
 def feature(x: torch.Tensor) -> torch.Tensor:
@@ -38,7 +39,7 @@ def feature(x: torch.Tensor) -> torch.Tensor:
 
 
 def cumulative(q_BNMH: torch.Tensor, k_BNMH: torch.Tensor, v_BNMI: torch.Tensor) -> torch.Tensor:
-  """Linear attention: the state after every patch, all of them at once."""
+  """Linear attention by the states after all patches at once."""
   states_BNMHI = torch.einsum('bnmh,bnmi->bnmhi', k_BNMH, v_BNMI).cumsum(2)
   norm_BNM = torch.einsum('bnmh,bnmh->bnm', q_BNMH, k_BNMH.cumsum(2))
   return torch.einsum('bnmh,bnmhi->bnmi', q_BNMH, states_BNMHI) / (norm_BNM[..., None] + EPSILON)
@@ -85,7 +86,7 @@ class HybridBlock(nn.Module):
 
 
 def rotate(x_BMD: torch.Tensor) -> torch.Tensor:
-  """Each patch's embedding turned by its place, dimension d with d + D/2."""
+  """Rotates each patch's embedding by its position, dimension d with d + D/2."""
   M, D = x_BMD.shape[1:]
   rates = 10000 ** (-torch.arange(0, D, 2, device=x_BMD.device) / D)
   angles = torch.arange(M, device=x_BMD.device)[:, None] * rates
@@ -94,13 +95,13 @@ def rotate(x_BMD: torch.Tensor) -> torch.Tensor:
 
 
 class BytePatch(nn.Module):
-  """Bytes [B, P + T] -> mean cross-entropy of the last T, each told from the patches before its own and its own."""
+  """Bytes [B, P + T] -> mean cross-entropy of the last T, each predicted from the patches up to its own."""
 
   def __init__(self, dim: int = 256, num_layers: int = 4, num_heads: int = 4, thinking_steps: int = 3,
                dropout: float = 0.1, linear: str = 'cumulative'):
     super().__init__()
     self.thinking_steps, self.dropout = thinking_steps, nn.Dropout(dropout)
-    self.embed, self.patch = nn.Embedding(256, dim), nn.Linear(P * dim, dim)  # the latter is their strided Conv1d
+    self.embed, self.patch = nn.Embedding(256, dim), nn.Linear(P * dim, dim)  # the latter is the original's strided Conv1d
     self.patch_norm, self.latent_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
     self.blocks = nn.ModuleList(HybridBlock(dim, num_heads, dropout, linear) for _ in range(num_layers))
     if thinking_steps:
@@ -111,7 +112,7 @@ class BytePatch(nn.Module):
     self.head = nn.Linear(LOCAL_DIM, 256)
 
   def latents(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-    """What is known once each patch has been read [B, M, D]."""
+    """The latents after each patch [B, M, D]."""
     x_BMD = self.patch(self.embed(tokens_BT).unflatten(1, (-1, P)).flatten(2))
     x_BMD = self.dropout(self.patch_norm(rotate(x_BMD)))
     M = x_BMD.shape[1]
@@ -125,9 +126,9 @@ class BytePatch(nn.Module):
     return z_BMD
 
   def logits(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """[B, T, V]. Targets are tokens P later; the last of a patch is not looked at."""
+    """[B, T, V]. Targets are the tokens P later; the last of a patch is not used."""
     context_BM1E = self.context(self.latents(tokens_BT))[:, :, None]
-    read_BMP = F.pad(targets_BT.unflatten(1, (-1, P))[..., :-1], (1, 0))  # theirs too begin with byte 0
+    read_BMP = F.pad(targets_BT.unflatten(1, (-1, P))[..., :-1], (1, 0))  # the original also begins with byte 0
     x_BMPX = torch.cat([self.local_embed(read_BMP), context_BM1E.expand(-1, -1, P, -1)], dim=-1)
     h_BTE = self.gru(x_BMPX.flatten(0, 1))[0].reshape(*targets_BT.shape, -1)
     return self.head(h_BTE)
@@ -138,7 +139,7 @@ class BytePatch(nn.Module):
 
 
 def learning_rate(step: int, peak: float, schedule: str, num_steps: int) -> float:
-  """Of step 0, 1, ...: theirs, or that of llm_jax.optim.WarmupCosine."""
+  """The learning rate of step 0, 1, ...: the original's, or that of llm_jax's WarmupCosine."""
   if schedule == 'constant':
     return peak * min(1, (step + 1) / WARMUP)
   if step < WARMUP:
@@ -148,27 +149,27 @@ def learning_rate(step: int, peak: float, schedule: str, num_steps: int) -> floa
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--data', help='a file, all of whose bytes are read (default with --serve: random bytes)')
+  parser.add_argument('--data', help='a file, of which all bytes are used (default with --serve: random bytes)')
   numbers = {'steps': 1000, 'every': 250, 'embed_dim': 256, 'num_layers': 4, 'num_heads': 4, 'thinking_steps': 3,
              'dropout': 0.1, 'learning_rate': 3e-4, 'val_fraction': 0.1, 'seed': 0, 'threads': 0}
   for name, value in numbers.items():
     parser.add_argument(f'--{name}', type=type(value), default=value)
   parser.add_argument('--linear', choices=LINEAR, default='cumulative')
-  parser.add_argument('--schedule', choices=['constant', 'cosine'], default='constant', help='after 100 steps upwards')
+  parser.add_argument('--schedule', choices=['constant', 'cosine'], default='constant', help='after 100 warm-up steps')
   parser.add_argument('--compile', action='store_true')
   parser.add_argument('--serve', action='store_true', help='time steps on demand: see common.serve')
   args = parser.parse_args()
   if not (args.data or args.serve):
     parser.error('--data is needed, except with --serve')
   torch.manual_seed(args.seed)
-  if args.threads:  # otherwise as many as PyTorch takes
+  if args.threads:  # default: PyTorch's choice
     torch.set_num_threads(args.threads)
   content = torch.randint(256, (1 << 20,))
   if args.data:
     content = torch.frombuffer(bytearray(Path(args.data).read_bytes()), dtype=torch.uint8).long()
   num_train = int(round(len(content) * (1 - args.val_fraction), 6))
   train = content[:num_train]
-  # A byte is told after P others or more, by ours after one: rows begin earlier, so that the same bytes are told.
+  # It predicts a byte after at least P others, ours after one: rows begin earlier, so that both predict the same bytes.
   val = [content[i - P + 1:i + T + 1] for i in range(num_train, len(content) - T, T)]
   model = BytePatch(args.embed_dim, args.num_layers, args.num_heads, args.thinking_steps, args.dropout, args.linear)
   optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)

@@ -1,4 +1,4 @@
-"""configs/shakespeare_char.py in PyTorch: the same model, data, batches, schedule and evaluations, in one plain file.
+"""configs/shakespeare_char.py in PyTorch: the same model, data, batches, schedule and evaluations, in one file.
 
   /path/to/an/environment/with/torch/bin/python -m benchmarks.torch_quality --data=input.txt [--compile]
 """

@@ -1,8 +1,8 @@
-"""The training step of benchmarks/step.py in PyTorch, as its users write it: what a stack in JAX is compared with.
+"""The training step of benchmarks/step.py in PyTorch, as its users write it, for comparison.
 
   /path/to/an/environment/with/torch/bin/python -m benchmarks.torch_step --preset=char_small
 
-Fused AdamW, scaled_dot_product_attention, weights of float32; --dtype=bf16 is autocast, --compile is torch.compile.
+Fused AdamW, scaled_dot_product_attention, float32 weights; --dtype=bf16 is autocast, --compile is torch.compile.
 """
 
 from __future__ import annotations
