@@ -24,7 +24,7 @@ RUN = {'gpt2_cpu': (2, 512, 768, 50304)}
 def main():
   flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   flags.add_argument('--rounds', type=int, default=5)
-  flags.add_argument('--chunk_mib', type=int, default=0, help='MiB of float32 logits at a time; 0: the default of the package')
+  flags.add_argument('--chunk_mib', type=int, default=0, help='MiB of logits at a time; 0: the default of the package')
   args = flags.parse_args()
   runtime.prepare()
 

@@ -101,7 +101,7 @@ class BytePatch(nn.Module):
                dropout: float = 0.1, linear: str = 'cumulative'):
     super().__init__()
     self.thinking_steps, self.dropout = thinking_steps, nn.Dropout(dropout)
-    self.embed, self.patch = nn.Embedding(256, dim), nn.Linear(P * dim, dim)  # the latter is the original's strided Conv1d
+    self.embed, self.patch = nn.Embedding(256, dim), nn.Linear(P * dim, dim)  # `patch` is the strided Conv1d
     self.patch_norm, self.latent_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
     self.blocks = nn.ModuleList(HybridBlock(dim, num_heads, dropout, linear) for _ in range(num_layers))
     if thinking_steps:
