@@ -1,4 +1,4 @@
-"""Stacks of matrices with a batch dimension of their own, as experts have: products, gradients, copies, optimizers."""
+"""Matrices with batch dimensions, such as experts: products, gradients, copies, optimizers."""
 
 import dataclasses
 
@@ -46,7 +46,7 @@ def test_batched_products_match_einsum_and_gradients(eqn, x_shape, w_shape, dtyp
 
 
 def test_plain_matrices_keep_the_products_over_one_dimension():
-  """To the bit: the shortcuts for CPU kernels step aside for batch dimensions only."""
+  """Equal to the bit: only batch dimensions bypass the shortcuts for CPU kernels."""
   x, w, dy = normal(0, 2, 5, 2, 4), normal(1, 2, 4, 8), normal(2, 2, 5, 8)
   y, vjp = jax.vjp(lambda x, w: mixed_einsum('BTNH,NHD->BTD', jnp.float32, x, w), x, w)
   _, dw = vjp(dy)
@@ -57,7 +57,7 @@ def test_plain_matrices_keep_the_products_over_one_dimension():
 @pytest.mark.parametrize(('eqn', 'x_shape', 'w_shape'), EQUATIONS[:3])
 @pytest.mark.parametrize('kind', [Einsum, BitEinsum, LowBitEinsum])
 def test_expert_matrices_compute_like_single_matrices(kind, eqn, x_shape, w_shape):
-  """Also its bias, and the scales of quantized ones."""
+  """Including biases and the scales of quantized matrices."""
   sizes = jnp.array([1.0, 5.0, 0.1]).reshape(3, *(1,) * (len(w_shape) - 1))
   x, w, b = normal(0, *x_shape), sizes * normal(1, *w_shape), normal(2, 3, w_shape[-1])
   matrix = kind(w_shape, ('experts', *('head_dim',) * (len(w_shape) - 1)), NORMAL, jnp.float32, bias_dims=1)
@@ -88,7 +88,7 @@ def test_packed_experts_compute_the_same():
 
 
 class Experts(nn.Module):
-  """Every token goes to all three experts."""
+  """Sends every token to all three experts."""
 
   vmapped: bool = False
 
@@ -113,7 +113,7 @@ def init(vmapped):
 
 @pytest.mark.parametrize('vmapped', [False, True])
 def test_experts_read_the_copies_of_their_weights(vmapped):
-  """With copies a stack computes to the bit what it does without, and casts no weight inside the loop."""
+  """A stack computes the same bits with and without copies, and casts no weight inside the loop."""
   params, x = nn.unbox(init(vmapped)), normal(0, 2, 5, 8)
   block, positions = Experts(vmapped), jnp.zeros((2, 5), jnp.int32)
 
@@ -155,7 +155,7 @@ def info_of_einsum(eqn, x_shape, w_shape, axes, **fields):
     ('BTA,AC->BTC', (1, 1, 4), (4, 4), ('gate', 'gates'), ((0,), (1,), (2,))),
     ('EBD,EDF->EBF', (3, 1, 8), (3, 8, 4), ('experts', 'embed', 'mlp'), ((0, 1), (2,), (3,)))])
 def test_fan_in_and_fan_out_come_from_the_equation(eqn, x_shape, w_shape, axes, dims):
-  """Whatever the names of the axes, and in whichever order."""
+  """For any names and order of the axes."""
   info = info_of_einsum(eqn, x_shape, w_shape, axes, bias_dims=1)
   p = info['w']
   assert (p.batch, p.inputs, p.outputs) == dims and p.axes == ('layers', *axes)
@@ -166,7 +166,7 @@ def test_fan_in_and_fan_out_come_from_the_equation(eqn, x_shape, w_shape, axes, 
 
 
 class Adapter(nn.Module):
-  """A plug-in's own matrix, with roles or without."""
+  """A plug-in's matrix, with or without roles."""
 
   roles: tuple[str, ...] = ()
 
@@ -195,7 +195,7 @@ def test_muon_and_soap_reject_undeclared_matrices(link):
 
 @pytest.mark.parametrize('link', [Muon(beta=0.9), Soap(precondition_every=2)])
 def test_experts_are_optimized_like_single_matrices(link):
-  """Layers and experts of either direction, of unlike scales."""
+  """Layers and experts, tall and wide, of different scales."""
   shapes = {'up': (2, 3, 8, 16), 'down': (2, 3, 16, 8)}
   roles = ('batch', 'batch', 'in', 'out')
   axes = {'up': ('layers', 'experts', 'embed', 'mlp'), 'down': ('layers', 'experts', 'mlp', 'embed')}

@@ -1,4 +1,4 @@
-"""Fingerprints of data: whatever changes batches changes the fingerprint, and other data are rejected."""
+"""Fingerprints of data: each change of the batches changes the fingerprint, and other data are rejected."""
 
 import dataclasses
 import json

@@ -36,7 +36,7 @@ def test_mixed_einsum_matches_einsum_and_gradient(eqn, x_shape, w_shape):
 
 
 def test_bfloat16_products_accumulate_in_float32():
-  """4096 ones of 2^-8 next to 1: a bfloat16 accumulator stays at 1, the float32 one reaches 17."""
+  """Sums 1 and 4096 times 2^-8: a bfloat16 accumulator stays at 1, a float32 one reaches 17."""
   x, w = np.full((1, 1, 4097), 2.0**-8, np.float32), np.ones((4097, 1), np.float32)
   x[0, 0, 0] = 1.0
   y = mixed_einsum('BTD,DF->BTF', jnp.bfloat16, x, w)
@@ -65,7 +65,7 @@ def test_gelu_matches_its_equation():
 @pytest.mark.parametrize('norm', [lambda x, scale: rms_norm(x, scale, 1e-6),
                                   lambda x, scale: layer_norm(x, scale, None, 1e-5)])
 def test_norm_gradients_match_finite_differences(norm):
-  """Against central differences, in the directions of random changes of x and scale."""
+  """Compares with central differences in random directions of x and scale."""
   x, scale, weights = normal(0, 2, 3, 8) + 1, normal(1, 8), normal(3, 2, 3, 8)
   check_grads(lambda x, scale: jnp.sum(norm(x, scale) * weights), (x, scale), order=1, modes=('rev',), rtol=2e-2,
               atol=2e-2, eps=1e-2)

@@ -16,7 +16,7 @@ from llm_jax.training.status import Status, read_status
 
 
 def write(workdir, begin, end, scale=1.0, text=None):
-  """One run from `begin` to `end`: a loss at every step, a val/loss at every third."""
+  """Writes the metrics of a run from `begin` to `end`: a loss at each step, a val/loss at every third."""
   writer = MetricsWriter(workdir, begin)
   for step in range(begin + 1, end + 1):
     writer.scalars(step, {'train/loss': scale * step, **({'val/loss': -scale * step} if step % 3 == 0 else {})})
@@ -30,7 +30,7 @@ def lines_of(workdir):
 
 
 def curves(workdir, reader=event_accumulator):
-  """What TensorBoard reads of the folder, for scripts or (plugin_event_accumulator) for its pages: [(step, value)]."""
+  """[(step, value)] as read by TensorBoard's API for scripts, or by that for its pages (plugin_event_accumulator)."""
   accumulator = reader.EventAccumulator(str(workdir), size_guidance={'tensors': 0, 'scalars': 0})
   accumulator.Reload()
   tags = accumulator.Tags()
@@ -189,7 +189,7 @@ def test_durations_are_formatted():
 # Throughput, by the real clock: what it counts lies between what was slept and what passed here.
 
 def steps(throughput, count, seconds, tokens):
-  """Restarts, makes `count` steps; returns the time that passed."""
+  """Restarts and makes `count` steps; returns the time that passed."""
   begin = time.perf_counter()
   throughput.restart()
   for _ in range(count):

@@ -1,4 +1,4 @@
-"""Losses beyond the next token: against their equations in NumPy, however the data is cut."""
+"""Losses other than next_token against their equations in NumPy, for any split of the data."""
 
 
 import jax
@@ -29,7 +29,7 @@ def normal(*shape):
 
 
 def look(labels=None, num_outputs=C, **parts):
-  """A TermInputs at hidden states of chance, whose head has `num_outputs` outputs."""
+  """TermInputs with random hidden states and a head of `num_outputs` outputs."""
   segments = (np.arange(T)[None] < LENGTHS[:, None]).astype(np.int32)
   batch = Batch(tokens=np.zeros((B, T), np.int32), targets=np.arange(B * T).reshape(B, T) % V, labels=labels,
                 loss_mask=segments.astype(np.float32), segment_ids=segments, encoder_segment_ids=segments)
@@ -77,7 +77,7 @@ def test_classification_matches_its_equation(settings):
 
 
 def test_a_certain_class_has_a_finite_gradient():
-  """(1 - p)^0.5 has an infinite one at p = 1."""
+  """The gradient of (1 - p)^0.5 is infinite at p = 1."""
   term = Classification(num_classes=2, focal_gamma=0.5)
   seen = look(np.zeros(B, np.int32), 2)
   head = {'w': jnp.zeros((D, 2)), 'b': jnp.array([200.0, -200.0])}
@@ -186,7 +186,7 @@ def test_uncertainty_matches_its_equation():
 
 
 def test_grad_norm_reaches_its_target_norms():
-  """Descending on what it gives, G_i goes to mean(G) r_i^alpha; the weights' sum stays, and no loss is pushed."""
+  """Gradient descent on its loss moves G_i to mean(G) r_i^alpha and keeps the sum of the weights."""
   losses, norms, first = jnp.array([2.0, 0.5, 1.0]), jnp.array([10.0, 0.2, 1.0]), jnp.array([4.0, 0.5, 4.0])
   balance = BALANCES['grad_norm'](1.5)
 

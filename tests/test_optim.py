@@ -36,7 +36,7 @@ def test_warmup_cosine_matches_its_equation():
 
 @pytest.mark.parametrize('name', TRANSFORMS)
 def test_finite_squares_give_a_finite_state(name):
-  """What the step's guard rests on: it looks at the gradients' squares alone."""
+  """The step only checks the sum of squares of the gradients, so a finite sum must be sufficient."""
   info = {'w': ParamInfo(('embed', 'mlp'), (4, 4), ('in', 'out'))}
   link = optax.with_extra_args_support(TRANSFORMS[name]().make(optax.constant_schedule(1e-3), info))
   params = {'w': jnp.ones((4, 4))}
@@ -58,7 +58,7 @@ def test_constant_warms_up_and_stays_constant():
 
 
 def test_the_default_chain_matches_clipping_and_adamw():
-  """Twenty steps in float64 NumPy, from the papers' equations: within 1e-6 at a usual learning rate."""
+  """Twenty steps of the papers' equations in float64 NumPy agree within 1e-6."""
   config = build(OptimConfig, {
       'learning_rate': 0.003, 'adamw': {'b1': 0.8, 'b2': 0.9, 'weight_decay': 0.3},
       'clip_by_global_norm': {'max_norm': 2.0}, 'warmup_cosine': {'warmup_steps': 3, 'end_factor': 0.1}})

@@ -1,4 +1,4 @@
-"""Every optimizer and averages of weights against their papers in NumPy; a stack of layers is many matrices."""
+"""All optimizers and weight averages against their papers in NumPy, and Muon's rule for stacks of matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def test_ademamix_warmup_ends_at_its_settings():
 
 
 def warming_ademamix(T, b1, b2, b3, alpha):
-  """Schedules of arXiv 2409.03137, appendix: alpha in a line, b3 so that its half-life grows in a line."""
+  """Schedules of arXiv 2409.03137, appendix: alpha grows linearly, b3 so that its half-life grows linearly."""
   def rule(memory, g, t):
     done = min(1.0, (t - 1) / T)
     log = np.log
@@ -103,7 +103,7 @@ def newton_schulz(g):
 
 
 def test_muon_orthogonalizes_each_layer_separately():
-  """Of q [D, N, H] the matrix is D x NH, of out [N, H, D] it is NH x D."""
+  """The matrix of q [D, N, H] is D x NH, that of out [N, H, D] is NH x D."""
   got, _ = descend(optimizer('muon', muon={'weight_decay': 0.2, 'beta': 0.9, 'nesterov': False}))
 
   def rule(memory, g, t):

@@ -39,7 +39,7 @@ print(jax.jit(lambda x: eval(os.environ.get('SECOND', 'x')))(3.0))
 
 
 def python(code, *, size_limit=None, **variables):
-  """The output of a new Python process with these variables and none of JAX's or malloc's."""
+  """The output of a new Python process with these variables, and without those of JAX and malloc."""
   kept = {name: value for name, value in os.environ.items() if not name.startswith(('JAX_', 'XLA_', 'MALLOC_'))}
   limit = f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size_limit}, {size_limit}))\n'
   done = subprocess.run([sys.executable, '-c', (limit if size_limit else '') + code], capture_output=True, text=True,

@@ -1,4 +1,4 @@
-"""The stack equals its blocks in sequence; remat policies change memory and work, never the result."""
+"""A stack equals its blocks in sequence; remat policies change memory and work, not the result."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ POSITIONS = jnp.tile(jnp.arange(64), (2, 1))
 
 @functools.cache
 def stack():
-  """Random parameters away from the init's symmetry, and x [2, 64, 32]."""
+  """Random parameters, without the symmetry of the initialization, and x [2, 64, 32]."""
   rng = np.random.default_rng(0)
   shapes = nn.unbox(jax.eval_shape(init_stack(Block(CFG), CFG.num_layers, CFG.embed_dim), jax.random.key(0)))
   params = jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), jnp.float32), shapes)
@@ -50,7 +50,7 @@ def num_products(remat):
 
 @pytest.mark.parametrize(('unroll', 'remat'), [(1, 'none'), (2, 'save_matmuls'), (4, 'full')])
 def test_the_stack_equals_its_blocks_in_sequence(unroll, remat):
-  """With two windows in turn, so that two blocks share a turn of the loop."""
+  """With two alternating windows, so that each iteration of the loop runs two blocks."""
   params, x = stack()
   got, _, _ = apply_stack(Block(CFG), params, x, POSITIONS, AttentionMask(), windows=(0, 3), unroll=unroll, remat=remat)
   for layer in range(4):
@@ -73,7 +73,7 @@ def test_remat_changes_neither_loss_nor_gradients(remat):
 
 
 def test_saving_less_recomputes_more():
-  """Through the custom gradients of matrices and attention, which hide their insides from JAX's own policies."""
+  """Also inside the custom gradients of matrices and attention, which JAX's own policies do not see."""
   ladder = ('none', 'save_matmuls', 'save_attention', 'full')
   memory = [compiled(remat).memory_analysis().temp_size_in_bytes for remat in ladder]
   assert memory[0] > memory[1] > memory[2] > memory[3]
@@ -92,7 +92,7 @@ def test_offloaded_values_are_in_host_memory(platform):
 
 
 def test_blocks_of_one_iteration_are_recomputed_in_sequence():
-  """Or the compiler computes all of them before it needs the first, and holds as much as without remat."""
+  """Otherwise the compiler would recompute all of them at once and use as much memory as without remat."""
   full = functools.partial(gradient, 'full', attention='xla')  # which has no barriers of its own
   assert 'optimization_barrier' not in full().lower().as_text()  # alone in its turn: the loop is enough
   for shared in (full(unroll=2), full(windows=(0, 3))):
@@ -101,7 +101,7 @@ def test_blocks_of_one_iteration_are_recomputed_in_sequence():
 
 @pytest.mark.parametrize('remat', ['none', 'full'])
 def test_no_weights_are_saved_for_the_backward_pass(remat):
-  """Of layers that are all weights and hardly a token, what is held between the passes is next to nothing."""
+  """With large weights and few tokens, hardly any memory is held between the two passes."""
   cfg = dataclasses.replace(CFG, embed_dim=64)
   params = nn.unbox(jax.eval_shape(init_stack(Block(cfg), 4, 64), jax.random.key(0)))
 
@@ -115,7 +115,7 @@ def test_no_weights_are_saved_for_the_backward_pass(remat):
 
 
 def test_saved_cudnn_attention_is_not_recomputed(monkeypatch):
-  """It is one primitive that no name reaches; lowered for a GPU that is not here."""
+  """The kernel is one primitive without named outputs; the test lowers it for a GPU."""
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91400)
   q = jnp.zeros((2, 64, 4, 64), jnp.bfloat16)
 
