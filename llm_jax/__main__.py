@@ -13,16 +13,16 @@ COMMANDS = {
     'train': ('main', 'train a model from a config file'),
     'generate': ('commands.generate', 'generate text with a trained run'),
     'evaluate': ('commands.evaluate', 'measure losses, metrics and answers of a trained run'),
-    'predict': ('commands.predict', 'predict classes, numbers or embeddings of texts'),
+    'predict': ('extras.commands.predict', 'predict classes, numbers or embeddings of texts'),
     'export': ('commands.export', 'write a run as safetensors, config and tokenizer'),
-    'plot': ('commands.plot', 'plot metrics of runs'),
-    'inspect': ('commands.inspect_run', "print and plot a run's weights and activations by layer"),
-    'schedules': ('commands.schedules', "plot a config's learning rate"),
+    'plot': ('extras.commands.plot', 'plot metrics of runs'),
+    'inspect': ('extras.commands.inspect_run', "print and plot a run's weights and activations by layer"),
+    'schedules': ('extras.commands.schedules', "plot a config's learning rate"),
     'check': ('commands.check', 'report devices and packages, and whether a config runs'),
-    'sweep': ('extras.sweep', "train all trials of a config's sweep"),
+    'sweep': ('extras.commands.sweep', "train all trials of a config's sweep"),
     'data prepare': ('commands.data_prepare', 'tokenize the data of a config into the cache'),
-    'data inspect': ('commands.data_inspect', 'print and plot statistics of data'),
-    'data convert': ('extras.convert', 'convert a pickle to Parquet without running its code'),
+    'data inspect': ('extras.commands.data_inspect', 'print and plot statistics of data'),
+    'data convert': ('extras.commands.convert', 'convert a pickle to Parquet without running its code'),
 }
 
 
