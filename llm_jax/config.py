@@ -299,10 +299,10 @@ def model_values(model: Mapping[str, Any], name: str) -> dict[str, Any]:
           if field in fields and field != 'name' and value != defaults.get(field)}
 
 
-def open_config(path: str | Path) -> ConfigFile:
+def open_config(path: str | Path, *, trust: bool = False) -> ConfigFile:
   """Loads a .py config file, which is executed as trusted code, or a run's config.json, which is only parsed.
 
-  Raises ConfigError.
+  With `trust` the plug-ins in the run's folder are executed. Raises ConfigError.
   """
   path = Path(path)
   if not path.is_file():
@@ -310,7 +310,7 @@ def open_config(path: str | Path) -> ConfigFile:
     hint = f'; known: {", ".join(known)}' if known else ''
     raise ConfigError(f'--config: no such file: {path}{hint}')
   if path.suffix == '.json':
-    return ConfigFile(path, read_values(path, '--config'), None)
+    return ConfigFile(path, read_values(path, '--config', trust), None)
   module: Any = plugins.run_file(path, f'llm_jax_config_{path.stem}', '--config')
   try:
     full, on_cpu = module.get_config(), None

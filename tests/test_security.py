@@ -183,6 +183,34 @@ def test_the_copy_of_a_plugin_is_executed_only_with_trust(run, mark):
   assert mark.exists() and plugins.loaded()['lab'].path == str(run / 'plugins' / 'lab.py')
 
 
+def test_a_run_is_resumed_with_the_copy_of_its_plugin_by_trust(run, folder, mark):
+  """Named by a config file, or by the config.json of the run."""
+  plant_plugin(run, mark)
+  train(folder, run, '--trust')
+  assert mark.exists() and plugins.loaded()['lab'].path == str(run / 'plugins' / 'lab.py')
+  mark.unlink()
+  plugins._loaded.clear()
+  main.main([f'--config={run}/config.json', f'--workdir={run}', '--trust'])
+  assert mark.exists()
+
+
+def test_two_plugins_of_one_name_are_refused_before_the_second_runs(tmp_path, mark):
+  paths = [tmp_path / name / 'lab.py' for name in ('a', 'b')]
+  for path in paths:
+    path.parent.mkdir()
+  paths[0].write_text('x = 1\n')
+  paths[1].write_text(PLUGIN.format(mark=str(mark)))
+  plugins.load_plugin(str(paths[0]))
+  with pytest.raises(ConfigError, match=rf'--plugin: {paths[0]} and {paths[1]} are both named lab; rename one'):
+    plugins.load_plugin(str(paths[1]))
+  assert not mark.exists() and plugins.loaded()['lab'].path == str(paths[0])
+  paths[0].write_text('x = 2\n')
+  plugins.load_plugin(str(tmp_path / 'b' / '..' / 'a' / 'lab.py'))  # the same file by another path, edited
+  assert plugins.loaded()['lab'].source == b'x = 2\n'
+  paths[1].write_text('x = 2\n')
+  plugins.load_plugin(str(paths[1]))  # a copy
+
+
 def test_the_copy_of_a_module_is_executed_with_trust(run, mark):
   """Modules have dots in their names."""
   plant_plugin(run, mark, 'my_package.lab')

@@ -71,9 +71,10 @@ def name_of(path: Path) -> str:
 
 def load_file(path: Path, name: str) -> Plugin:
   plugin = read_plugin(path, name)
-  if _loaded.get(plugin.name, plugin._replace(sha256='')).sha256 != plugin.sha256:
-    run_file(path, f'llm_jax_plugin_{plugin.name}', '--plugin')
-  return note(plugin.path, plugin.name)
+  check_name(plugin)
+  if name not in _loaded or _loaded[name].sha256 != plugin.sha256:
+    run_file(path, f'llm_jax_plugin_{name}', '--plugin')
+  return note(plugin.path, name)
 
 
 def run_file(path: Path, module_name: str, flag: str) -> object:
@@ -107,8 +108,17 @@ def read_plugin(path: Path | str, name: str) -> Plugin:
 
 def note(path: str, name: str) -> Plugin:
   """Records a plug-in that has run, for the notes of runs."""
-  _loaded[name] = read_plugin(path, name)
-  return _loaded[name]
+  plugin = read_plugin(path, name)
+  check_name(plugin)
+  _loaded[name] = plugin
+  return plugin
+
+
+def check_name(plugin: Plugin) -> None:
+  """Raises ConfigError if another plug-in has the name, under which the notes of a run could hold only one."""
+  other = _loaded.get(plugin.name, plugin)
+  if other.sha256 != plugin.sha256 and Path(other.path).resolve() != Path(plugin.path).resolve():
+    raise ConfigError(f'--plugin: {other.path} and {plugin.path} are both named {plugin.name}; rename one of them')
 
 
 def write_notes(workdir: Path) -> None:
