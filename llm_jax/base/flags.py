@@ -10,7 +10,8 @@ from llm_jax.base import plugins, runtime
 
 def add(parser: argparse.ArgumentParser, *, trust: bool = True) -> None:
   """Adds --tuning, --plugin, and --trust for commands with a --workdir."""
-  runtime.add_flag(parser)
+  parser.add_argument('--tuning', choices=('on', 'off'), default='on', help='off: do not change the C allocator and '
+                      'the XLA flags (llm_jax/base/runtime.py lists the changes and their reasons)')
   plugins.add_flags(parser, trust=trust)
 
 

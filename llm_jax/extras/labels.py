@@ -20,7 +20,6 @@ from llm_jax.base.batch import Batch
 from llm_jax.base.errors import DataError
 from llm_jax.base.registry import register
 from llm_jax.data.stores.store import TokenStore
-from llm_jax.extras.figures import load_pyplot, write_picture
 from llm_jax.losses.config import LOSSES
 from llm_jax.losses.readout import rank
 from llm_jax.losses.term import Sums, Term, TermInputs, affine, pool, real_rows
@@ -140,6 +139,7 @@ def draw_confusion(counts: np.ndarray, classes: tuple[str, ...], out: Path) -> N
   """Draws the confusion matrix: true classes in rows, normalized per row. Does nothing without matplotlib."""
   if importlib.util.find_spec('matplotlib') is None:
     return
+  from llm_jax.extras.figures import load_pyplot, write_picture
   few = len(classes) <= 40
   size = 3 + 0.3 * len(classes) if few else 15
   figure, axis = load_pyplot('confusion.png').subplots(figsize=(size, size), layout='constrained')

@@ -59,10 +59,8 @@ class Status:
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                traceback: TracebackType | None) -> None:
-    if kind is None:
-      self.update(state='finished')
-    elif issubclass(kind, (Interrupted, GeneratorExit, KeyboardInterrupt)):
-      self.update(state='stopped')
+    if kind is None or issubclass(kind, (Interrupted, GeneratorExit, KeyboardInterrupt)):
+      self.update(state='finished' if kind is None else 'stopped')
     else:
       self.update(state='failed', error=f'{kind.__name__}: {error}')
 
