@@ -180,14 +180,14 @@ def test_the_copy_of_a_plugin_is_executed_only_with_trust(run, mark):
     assert str(e.value).startswith('--config' if command is main.main else '--workdir')
   assert not mark.exists()
   read_config(run, trust=True)
-  assert mark.exists() and plugins.loaded()['lab'].path == str(run / 'plugins' / 'lab.py')
+  assert mark.exists() and plugins._loaded['lab'].path == str(run / 'plugins' / 'lab.py')
 
 
 def test_a_run_is_resumed_with_the_copy_of_its_plugin_by_trust(run, folder, mark):
   """Named by a config file, or by the config.json of the run."""
   plant_plugin(run, mark)
   train(folder, run, '--trust')
-  assert mark.exists() and plugins.loaded()['lab'].path == str(run / 'plugins' / 'lab.py')
+  assert mark.exists() and plugins._loaded['lab'].path == str(run / 'plugins' / 'lab.py')
   mark.unlink()
   plugins._loaded.clear()
   main.main([f'--config={run}/config.json', f'--workdir={run}', '--trust'])
@@ -203,10 +203,10 @@ def test_two_plugins_of_one_name_are_refused_before_the_second_runs(tmp_path, ma
   plugins.load_plugin(str(paths[0]))
   with pytest.raises(ConfigError, match=rf'--plugin: {paths[0]} and {paths[1]} are both named lab; rename one'):
     plugins.load_plugin(str(paths[1]))
-  assert not mark.exists() and plugins.loaded()['lab'].path == str(paths[0])
+  assert not mark.exists() and plugins._loaded['lab'].path == str(paths[0])
   paths[0].write_text('x = 2\n')
   plugins.load_plugin(str(tmp_path / 'b' / '..' / 'a' / 'lab.py'))  # the same file by another path, edited
-  assert plugins.loaded()['lab'].source == b'x = 2\n'
+  assert plugins._loaded['lab'].source == b'x = 2\n'
   paths[1].write_text('x = 2\n')
   plugins.load_plugin(str(paths[1]))  # a copy
 
@@ -242,7 +242,7 @@ def test_a_config_file_that_registers_is_noted_under_a_name_that_can_be_read_bac
   plugins.write_notes(tmp_path)
   assert plugins.check_notes(tmp_path) == []
   plugins._loaded.clear()
-  assert plugins.load_plugin(str(path)).name in plugins.loaded() and plugins.check_notes(tmp_path) == []
+  assert plugins.load_plugin(str(path)).name in plugins._loaded and plugins.check_notes(tmp_path) == []
 
 
 def contents(folder):

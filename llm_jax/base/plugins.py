@@ -30,7 +30,7 @@ class Plugin(NamedTuple):
   source: bytes
 
 
-_loaded: dict[str, Plugin] = {}
+_loaded: dict[str, Plugin] = {}  # by name
 
 
 def add_flags(parser: argparse.ArgumentParser, *, trust: bool) -> None:
@@ -42,11 +42,6 @@ def add_flags(parser: argparse.ArgumentParser, *, trust: bool) -> None:
                         help="execute the plug-ins and the validator command that are stored in the run's folder")
 
 
-def loaded() -> dict[str, Plugin]:
-  """The plug-ins of this process by name."""
-  return dict(_loaded)
-
-
 def load_all(names: Iterable[str], folder: Path | None = None) -> None:
   """Runs plug-ins: modules, or .py files, searched for in `folder` and then here. Raises ConfigError."""
   for name in names:
@@ -56,7 +51,10 @@ def load_all(names: Iterable[str], folder: Path | None = None) -> None:
 def load_plugin(name: str, folder: Path | None = None) -> Plugin:
   """Runs one plug-in; not again unless its source has changed. Raises ConfigError."""
   if not name.endswith('.py'):
-    return note(_imported(name), name)
+    try:
+      return note(importlib.import_module(name).__file__ or '', name)
+    except ImportError as e:
+      raise ConfigError(f'--plugin: module {name!r} cannot be imported: {e}; name a file with its .py') from None
   paths = [base / Path(name).expanduser() for base in (folder, Path()) if base is not None]
   path = next((path for path in paths if path.is_file()), None)
   if path is None:
@@ -92,13 +90,6 @@ def run_file(path: Path, module_name: str, flag: str) -> object:
     at = f', line {lines[-1]}' if lines else ''
     raise ConfigError(f'{flag}: {path}{at}: {type(e).__name__}: {e}') from e
   return module
-
-
-def _imported(name: str) -> str:
-  try:
-    return importlib.import_module(name).__file__ or ''
-  except ImportError as e:
-    raise ConfigError(f'--plugin: module {name!r} cannot be imported: {e}; name a file with its .py') from None
 
 
 def read_plugin(path: Path | str, name: str) -> Plugin:

@@ -106,15 +106,14 @@ class Trained:
 
     Raises ConfigError if the run has no tokenizer, the prompt is too long, or an option is invalid.
     """
-    for bad, message in ((num_samples < 1, f'--num_samples must be at least 1; got {num_samples}'),
-                         (num_tokens < 1, f'--num_tokens must be at least 1; got {num_tokens}'),
-                         (temperature < 0, f'--temperature must not be negative; got {temperature}'),
-                         (num_beams < 0, f'--num_beams must not be negative; got {num_beams}'),
-                         (num_beams and num_samples > 1, '--num_beams gives one text; leave out --num_samples'),
-                         (top_k < 0, f'--top_k must not be negative; got {top_k}'),
-                         (not 0 < top_p <= 1, f'--top_p must be in (0, 1]; got {top_p}')):
-      if bad:
-        raise ConfigError(message)
+    for name, value, least in (('num_samples', num_samples, 1), ('num_tokens', num_tokens, 1), ('top_k', top_k, 0),
+                               ('num_beams', num_beams, 0), ('temperature', temperature, 0)):
+      if value < least:
+        raise ConfigError(f'--{name} must be at least {least}; got {value}')
+    if num_beams and num_samples > 1:
+      raise ConfigError('--num_beams gives one text; leave out --num_samples')
+    if not 0 < top_p <= 1:
+      raise ConfigError(f'--top_p must be in (0, 1]; got {top_p}')
     run, config = self.run, self.config
     if run.tokenizer is None or run.prompt_tokenizer is None:
       raise ConfigError(f'--workdir: {self.workdir} was trained on token ids without a tokenizer, so it cannot read or '

@@ -82,20 +82,17 @@ def system() -> dict[str, float]:
     values['system/device_peak_bytes'] = float(stats.get('peak_bytes_in_use', stats['bytes_in_use']))
   if stats.get('bytes_limit'):
     values['system/device_memory'] = stats['bytes_in_use'] / stats['bytes_limit']
-  utilization = device_utilization()
-  return values if utilization is None else {**values, 'system/device_utilization': utilization}
+  if jax.default_backend() == 'gpu':
+    with contextlib.suppress(Exception):  # no library, no driver, or a GPU that does not report it
+      values['system/device_utilization'] = gpu_utilization()
+  return values
 
 
-def device_utilization() -> float | None:
-  """The share of the last second in which the first visible NVIDIA GPU was busy; None if unknown."""
-  if jax.default_backend() != 'gpu':
-    return None
-  try:
-    import pynvml
-    pynvml.nvmlInit()
-    first = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')[0]
-    device = (pynvml.nvmlDeviceGetHandleByUUID(first) if first.startswith('GPU-')
-              else pynvml.nvmlDeviceGetHandleByIndex(int(first or 0)))
-    return pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100
-  except Exception:  # no library, no driver, or a GPU that does not report it: nothing to log
-    return None
+def gpu_utilization() -> float:
+  """The share of the last second in which the first visible NVIDIA GPU was busy."""
+  import pynvml
+  pynvml.nvmlInit()
+  first = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')[0]
+  device = (pynvml.nvmlDeviceGetHandleByUUID(first) if first.startswith('GPU-')
+            else pynvml.nvmlDeviceGetHandleByIndex(int(first or 0)))
+  return pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100
