@@ -339,14 +339,15 @@ def explain(error: Exception) -> str:
   return f'{unknown[1]}: no such field' + (f'; did you mean config.{" or config.".join(near)}?' if near else '')
 
 
-def open_config(path: str | Path) -> ConfigFile:
+def open_config(path: str | Path, *, trust: bool = False) -> ConfigFile:
   """Loads a .py config file, which is executed as trusted code, or a run's config.json, which is only parsed.
 
-  `path` may be the name of a preset, or a run's folder. Raises ConfigError.
+  `path` may be the name of a preset, or a run's folder. With `trust` the plug-ins in the run's folder are executed.
+  Raises ConfigError.
   """
   path = find_config(path)
   if path.suffix == '.json':
-    return ConfigFile(path, read_values(path, '--config'), None)
+    return ConfigFile(path, read_values(path, '--config', trust), None)
   module: Any = plugins.run_file(path, f'llm_jax_config_{path.stem}', '--config')
   try:
     full, on_cpu = module.get_config(), None

@@ -24,17 +24,17 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--full_size', action='store_true', help="without an accelerator, ignore the config's on_cpu")
   parser.add_argument('--distributed', action='store_true', help='run as one of several processes; the coordinator is '
                       'found in the environment (SLURM, TPU pod, Open MPI, or launch/local.py)')
-  flags.add(parser, trust=False)
+  flags.add(parser)
   args, rest = parser.parse_known_args(argv)
   was_set = flags.apply(args)
 
   from llm_jax import config as config_lib
   overrides = parse_overrides(
-      rest, '--config.', '--config, --workdir, --full_size, --distributed, --tuning, --plugin, --config.FIELD',
+      rest, '--config.', '--config, --workdir, --full_size, --distributed, --tuning, --plugin, --trust, --config.FIELD',
       config_lib.Config)
   if args.config is None:
     raise ConfigError(f'--config is missing: set it to a file or to one of: {", ".join(config_lib.presets())}')
-  source = config_lib.open_config(args.config)
+  source = config_lib.open_config(args.config, trust=args.trust)
   problems = []
   for cpu_only in (False, True):  # reports a config that is invalid on any machine before starting JAX
     try:

@@ -21,6 +21,7 @@ from bad_data import BAD, BAD_RECORDS, WHOLE
 from bad_files import MARKER, PROSE, TEXTS, cut, raw
 from program import environment
 
+from llm_jax.__main__ import COMMANDS
 from llm_jax.base.errors import DataError
 from llm_jax.base.process import run_as_program
 from llm_jax.data.config import DataConfig
@@ -57,7 +58,7 @@ def program(capfd, monkeypatch):
     capfd.readouterr()
     handler, begin, code = signal.getsignal(signal.SIGINT), time.perf_counter(), 0
     try:
-      run_as_program(importlib.import_module(f'llm_jax.commands.data_{command}').main)
+      run_as_program(importlib.import_module(f'llm_jax.{COMMANDS[f"data {command}"][0]}').main)
     except SystemExit as e:
       code = e.code
     finally:

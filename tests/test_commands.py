@@ -7,9 +7,9 @@ import pytest
 from program import finish, start, write_config
 
 from llm_jax.base.errors import ConfigError, DataError, UserError
-from llm_jax.commands import check, plot, schedules
+from llm_jax.commands import check
 from llm_jax.config import combinations, open_config, to_dict
-from llm_jax.extras import sweep
+from llm_jax.extras.commands import plot, schedules, sweep
 
 SWEEP = """
 from tiny import get_config as tiny

@@ -12,7 +12,7 @@ import pytest
 
 from llm_jax.base.errors import ConfigError, DataError, UserError
 from llm_jax.data.sources.documents import File, SourceConfig
-from llm_jax.extras import convert
+from llm_jax.extras.commands import convert
 from llm_jax.extras.formats.columnar import parquet
 from llm_jax.extras.formats.pickles import load_plain, pickle_refused
 

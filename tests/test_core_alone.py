@@ -35,7 +35,7 @@ def core(tmp_path_factory):
   return folder, run
 
 
-def test_it_trains_and_generates(core):
+def test_it_trains_generates_evaluates_and_exports(core):
   folder, run = core
   settings = [f'--config.{name}={value}' for name, value in SMALLER.items()]
   output = run('train', f'--config={ROOT}/configs/gpt_small.py', '--workdir=run', '--config.data.path=texts', *settings)
@@ -43,11 +43,14 @@ def test_it_trains_and_generates(core):
   lines = [json.loads(line) for line in (folder / 'run' / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines] == [1, 2, 3, 4, 5] and lines[-1]['val/loss'] > 0
   assert run('generate', '--workdir=run', '--prompt=def ', '--num_tokens=4').startswith('def ')
+  assert '"loss"' in run('evaluate', '--workdir=run')
+  assert 'set it to 32' in run('export', '--workdir=run', '--out=exported', code=os.EX_CONFIG)
+  assert 'bits each' in run('export', '--workdir=run', '--out=exported', '--weight_bits=32')
 
 
 def test_it_lists_the_commands_that_it_has(core):
   _, run = core
   output = run('--help')
-  assert 'train' in output and 'generate' in output and 'sweep' not in output and 'convert' not in output
+  assert 'train' in output and 'generate' in output and 'sweep' not in output and 'plot' not in output
   words = run('sweep', code=os.EX_CONFIG)
   assert words.startswith("error: llm-jax: 'sweep' is not a command; known: train") and 'data convert' not in words

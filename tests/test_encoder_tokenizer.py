@@ -11,7 +11,6 @@ from program import finish, start
 from test_store import files_of
 
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.commands import data_inspect as inspect
 from llm_jax.commands import evaluate, generate
 from llm_jax.config import Config
 from llm_jax.data.config import DataConfig
@@ -19,6 +18,7 @@ from llm_jax.data.open import Data, check_fingerprint, data_fingerprint, open_da
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.stores.store import read_manifest
 from llm_jax.data.tokenizers.tokenizer import TOKENIZERS, ByteTokenizer, CharTokenizer, TokenizerConfig, decode
+from llm_jax.extras.commands import data_inspect as inspect
 from llm_jax.models.registry import MODELS
 from llm_jax.training.log import read_metrics
 from llm_jax.training.resolve import resolve

@@ -69,7 +69,7 @@ def test_only_model_code_imports_flax_linen():
     if 'flax.linen' in path.read_text():
       own = module_of(path)
       assert own.startswith(('layers.', 'models.', 'extras.', 'training.state', 'training.shardings',
-                             'commands.inspect_run', 'api')), own
+                             'api')), own
 
 
 def test_the_core_imports_no_extras():

@@ -10,7 +10,7 @@ import pytest
 from program import finish, start, write_config
 
 from llm_jax.base.batch import Batch
-from llm_jax.commands.inspect_run import activations, thinking, weights
+from llm_jax.extras.commands.inspect_run import activations, thinking, weights
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
 

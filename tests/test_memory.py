@@ -2,8 +2,8 @@
 
 import pytest
 
-from llm_jax.base.errors import ConfigError
-from llm_jax.training.memory import most_rows
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.training.memory import most_rows, tokens_before
 
 
 def search(num_rows, limit, likely=0, step_bytes=10, row_bytes=3):
@@ -12,7 +12,7 @@ def search(num_rows, limit, likely=0, step_bytes=10, row_bytes=3):
   def bytes_needed(rows):
     tried.append(rows)
     return step_bytes + rows * row_bytes
-  return most_rows(num_rows, bytes_needed, limit, lambda text: None, likely), tried
+  return most_rows(num_rows, bytes_needed, limit, likely), tried
 
 
 @pytest.mark.parametrize('num_rows', [1, 7, 12, 360, 512])
@@ -40,4 +40,18 @@ def test_other_errors_are_not_memory_errors():
     raise ZeroDivisionError
 
   with pytest.raises(ZeroDivisionError):
-    most_rows(4, fails, 100, lambda text: None)
+    most_rows(4, fails, 100)
+
+
+@pytest.mark.parametrize('content', ['', '{', '[]', '{"seed": 0}', '{"tokens_per_device": "many"}', 'null'])
+def test_a_damaged_config_json_of_the_run_is_one_message(content, tmp_path):
+  (tmp_path / 'config.json').write_text(content)
+  with pytest.raises(StorageError, match=r'config\.json: damaged: .*; delete it .* or set config\.tokens_per_device'):
+    tokens_before(tmp_path)
+
+
+def test_the_number_of_a_run_is_read_from_its_config_json(tmp_path):
+  assert tokens_before(tmp_path) == 0
+  for content, tokens in (('{"tokens_per_device": null}', 0), ('{"tokens_per_device": 64}', 64)):
+    (tmp_path / 'config.json').write_text(content)
+    assert tokens_before(tmp_path) == tokens

@@ -12,7 +12,8 @@ from program import finish, signal_at, start
 
 from llm_jax import main
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.commands import evaluate, generate, predict
+from llm_jax.commands import evaluate, generate
+from llm_jax.extras.commands import predict
 from llm_jax.training.log import read_metrics
 
 CONFIG = '''"""Which letter is repeated, and how often?"""

@@ -11,8 +11,8 @@ import pytest
 from program import environment, write_config
 
 from llm_jax.base.errors import ConfigError, StorageError
-from llm_jax.commands import data_inspect as inspect
 from llm_jax.commands import data_prepare as prepare
+from llm_jax.extras.commands import data_inspect as inspect
 
 TEXTS = [f'Question {i}: what comes after {i}? It is {i + 1}.' for i in range(60)]
 INSPECT = ['--tokenizer=byte', '--split=document', '--val_fraction=0.2', '--seq_len=64', '--rows=60']

@@ -13,8 +13,8 @@ from program import ROOT, finish, start
 from llm_jax import main
 from llm_jax.base import plugins
 from llm_jax.base.errors import ConfigError, StorageError
-from llm_jax.base.files import write_picture
 from llm_jax.commands import evaluate, export, generate
+from llm_jax.extras.figures import write_picture
 from llm_jax.infer.load import read_config
 
 CONFIG = '''
@@ -180,7 +180,35 @@ def test_the_copy_of_a_plugin_is_executed_only_with_trust(run, mark):
     assert str(e.value).startswith('--config' if command is main.main else '--workdir')
   assert not mark.exists()
   read_config(run, trust=True)
-  assert mark.exists() and plugins.loaded()['lab'].path == str(run / 'plugins' / 'lab.py')
+  assert mark.exists() and plugins._loaded['lab'].path == str(run / 'plugins' / 'lab.py')
+
+
+def test_a_run_is_resumed_with_the_copy_of_its_plugin_by_trust(run, folder, mark):
+  """Named by a config file, or by the config.json of the run."""
+  plant_plugin(run, mark)
+  train(folder, run, '--trust')
+  assert mark.exists() and plugins._loaded['lab'].path == str(run / 'plugins' / 'lab.py')
+  mark.unlink()
+  plugins._loaded.clear()
+  main.main([f'--config={run}/config.json', f'--workdir={run}', '--trust'])
+  assert mark.exists()
+
+
+def test_two_plugins_of_one_name_are_refused_before_the_second_runs(tmp_path, mark):
+  paths = [tmp_path / name / 'lab.py' for name in ('a', 'b')]
+  for path in paths:
+    path.parent.mkdir()
+  paths[0].write_text('x = 1\n')
+  paths[1].write_text(PLUGIN.format(mark=str(mark)))
+  plugins.load_plugin(str(paths[0]))
+  with pytest.raises(ConfigError, match=rf'--plugin: {paths[0]} and {paths[1]} are both named lab; rename one'):
+    plugins.load_plugin(str(paths[1]))
+  assert not mark.exists() and plugins._loaded['lab'].path == str(paths[0])
+  paths[0].write_text('x = 2\n')
+  plugins.load_plugin(str(tmp_path / 'b' / '..' / 'a' / 'lab.py'))  # the same file by another path, edited
+  assert plugins._loaded['lab'].source == b'x = 2\n'
+  paths[1].write_text('x = 2\n')
+  plugins.load_plugin(str(paths[1]))  # a copy
 
 
 def test_the_copy_of_a_module_is_executed_with_trust(run, mark):
@@ -214,7 +242,7 @@ def test_a_config_file_that_registers_is_noted_under_a_name_that_can_be_read_bac
   plugins.write_notes(tmp_path)
   assert plugins.check_notes(tmp_path) == []
   plugins._loaded.clear()
-  assert plugins.load_plugin(str(path)).name in plugins.loaded() and plugins.check_notes(tmp_path) == []
+  assert plugins.load_plugin(str(path)).name in plugins._loaded and plugins.check_notes(tmp_path) == []
 
 
 def contents(folder):
@@ -248,7 +276,7 @@ def test_pictures_are_written_through_no_link(tmp_path):
 
 def test_only_write_picture_saves_figures():
   """And what else writes a file at a given path is known: the rest is base/files.py's."""
-  allowed = {'base/files.py', 'data/stores/writer.py', 'data/sources/fetch.py'}  # the latter two: in the user's cache
+  allowed = {'extras/figures.py', 'data/stores/writer.py', 'data/sources/fetch.py'}  # the last two: in the user's cache
   writes = re.compile(r'\.write_text\(|\.write_bytes\(|\.savefig\(|open\([^)]*, [\'"][wa]')
   found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob('*.py') if writes.search(path.read_text())}
   assert found == allowed

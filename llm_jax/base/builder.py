@@ -122,7 +122,7 @@ def keep_named(config: Any, names: Iterable[str], where: str) -> None:
   for name in dict.fromkeys(names):
     registry = next((r for r in registries if name in r), None)
     if registry is not None:
-      settings = given[name] if name in given else registry.settings(name)()
+      settings = registry.section(name, given)
       if dataclasses.fields(settings):
         kept[name] = settings
   for name in sorted(set(given) - set(kept)):

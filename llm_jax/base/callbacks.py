@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-from llm_jax.base.registry import Registry, settings_from_signature
-
-
-def adapt_callback(name: str, value: Any, settings: type | None) -> tuple[Any, type]:
-  """Adapts a function (event, **settings), or a class with callable instances, to settings -> callback."""
-  own = settings or settings_from_signature(value)
-  if isinstance(value, type):
-    return lambda section: value(**vars(section)), own
-  return lambda section: functools.partial(value, **vars(section)), own
-
+from llm_jax.base.registry import Registry, bind_settings
 
 # CALLBACKS[name](settings) is called with a training.session.Event.
-CALLBACKS = Registry('callback', adapt_callback)
+CALLBACKS = Registry('callback', bind_settings)

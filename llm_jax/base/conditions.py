@@ -23,13 +23,8 @@ class Condition(NamedTuple):
 
 def condition(text: str) -> Condition:
   """Parses a condition. Raises ValueError."""
-  parts = re.fullmatch(r'\s*([\w/.-]+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*', text)
-  try:
-    return Condition(parts[1], parts[2], float(parts[3])) if parts else _no_condition(text)
-  except ValueError:
-    return _no_condition(text)
-
-
-def _no_condition(text: str) -> Condition:
-  raise ValueError(f"{text!r} is not a condition; write a metric, one of {', '.join(COMPARISONS)} and a number, as in "
-                   "'val/accuracy > 0.5'")
+  parts = re.fullmatch(r'\s*([\w/.-]+)\s*(>=|<=|>|<)\s*([-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)\s*', text)
+  if parts is None:
+    raise ValueError(f"{text!r} is not a condition; write a metric, one of {', '.join(COMPARISONS)} and a number, as "
+                     "in 'val/accuracy > 0.5'")
+  return Condition(parts[1], parts[2], float(parts[3]))

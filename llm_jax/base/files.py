@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from llm_jax.base.errors import StorageError
 
@@ -20,11 +21,13 @@ def write_file(path: Path, content: str | bytes) -> None:
   os.replace(aside, path)
 
 
-def write_picture(path: Path, figure: Any, dpi: int = 120) -> None:
-  """Writes a figure of matplotlib in the format that the file's ending names. Raises OSError, ValueError."""
-  picture = io.BytesIO()
-  figure.savefig(picture, format=path.suffix.removeprefix('.') or 'png', dpi=dpi)
-  write_file(path, picture.getvalue())
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+  """Turns an OSError into the StorageError that `what` cannot be written."""
+  try:
+    yield
+  except OSError as e:
+    raise StorageError(f'{what} cannot be written: {e.strerror or e}') from None
 
 
 def open_append(path: Path) -> TextIO:

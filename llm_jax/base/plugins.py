@@ -30,7 +30,7 @@ class Plugin(NamedTuple):
   source: bytes
 
 
-_loaded: dict[str, Plugin] = {}
+_loaded: dict[str, Plugin] = {}  # by name
 
 
 def add_flags(parser: argparse.ArgumentParser, *, trust: bool) -> None:
@@ -42,11 +42,6 @@ def add_flags(parser: argparse.ArgumentParser, *, trust: bool) -> None:
                         help="execute the plug-ins and the validator command that are stored in the run's folder")
 
 
-def loaded() -> dict[str, Plugin]:
-  """The plug-ins of this process by name."""
-  return dict(_loaded)
-
-
 def load_all(names: Iterable[str], folder: Path | None = None) -> None:
   """Runs plug-ins: modules, or .py files, searched for in `folder` and then here. Raises ConfigError."""
   for name in names:
@@ -56,7 +51,10 @@ def load_all(names: Iterable[str], folder: Path | None = None) -> None:
 def load_plugin(name: str, folder: Path | None = None) -> Plugin:
   """Runs one plug-in; not again unless its source has changed. Raises ConfigError."""
   if not name.endswith('.py'):
-    return note(_imported(name), name)
+    try:
+      return note(importlib.import_module(name).__file__ or '', name)
+    except ImportError as e:
+      raise ConfigError(f'--plugin: module {name!r} cannot be imported: {e}; name a file with its .py') from None
   paths = [base / Path(name).expanduser() for base in (folder, Path()) if base is not None]
   path = next((path for path in paths if path.is_file()), None)
   if path is None:
@@ -71,9 +69,10 @@ def name_of(path: Path) -> str:
 
 def load_file(path: Path, name: str) -> Plugin:
   plugin = read_plugin(path, name)
-  if _loaded.get(plugin.name, plugin._replace(sha256='')).sha256 != plugin.sha256:
-    run_file(path, f'llm_jax_plugin_{plugin.name}', '--plugin')
-  return note(plugin.path, plugin.name)
+  check_name(plugin)
+  if name not in _loaded or _loaded[name].sha256 != plugin.sha256:
+    run_file(path, f'llm_jax_plugin_{name}', '--plugin')
+  return note(plugin.path, name)
 
 
 def run_file(path: Path, module_name: str, flag: str) -> object:
@@ -97,13 +96,6 @@ def line_in(path: Path, error: BaseException) -> str:
   return f', line {lines[-1]}' if lines else ''
 
 
-def _imported(name: str) -> str:
-  try:
-    return importlib.import_module(name).__file__ or ''
-  except ImportError as e:
-    raise ConfigError(f'--plugin: module {name!r} cannot be imported: {e}; name a file with its .py') from None
-
-
 def read_plugin(path: Path | str, name: str) -> Plugin:
   source = Path(path).read_bytes()
   return Plugin(name, str(path), hashlib.sha256(source).hexdigest(), source)
@@ -111,8 +103,17 @@ def read_plugin(path: Path | str, name: str) -> Plugin:
 
 def note(path: str, name: str) -> Plugin:
   """Records a plug-in that has run, for the notes of runs."""
-  _loaded[name] = read_plugin(path, name)
-  return _loaded[name]
+  plugin = read_plugin(path, name)
+  check_name(plugin)
+  _loaded[name] = plugin
+  return plugin
+
+
+def check_name(plugin: Plugin) -> None:
+  """Raises ConfigError if another plug-in has the name, under which the notes of a run could hold only one."""
+  other = _loaded.get(plugin.name, plugin)
+  if other.sha256 != plugin.sha256 and Path(other.path).resolve() != Path(plugin.path).resolve():
+    raise ConfigError(f'--plugin: {other.path} and {plugin.path} are both named {plugin.name}; rename one of them')
 
 
 def write_notes(workdir: Path) -> None:

@@ -66,6 +66,10 @@ class Registry(Mapping[str, Any]):
     """The class of the config section with the entry's name."""
     return self._find(name).settings
 
+  def section(self, name: str, sections: Mapping[str, Any]) -> Any:
+    """The entry's settings in the sections of a config; its defaults if they have none."""
+    return sections[name] if name in sections else self.settings(name)()
+
   def origin(self, name: str) -> str:
     """The module that registered the entry."""
     return self._find(name).origin
@@ -116,9 +120,7 @@ def has_registered(origin: str) -> bool:
 
 def settings_of(value: Any) -> type:
   """`value` itself if it is a frozen dataclass, else a dataclass made from its parameters with plain defaults."""
-  if is_frozen(value):
-    return value
-  return settings_from_signature(value)
+  return value if is_frozen(value) else settings_from_signature(value)
 
 
 def is_frozen(value: Any) -> bool:
@@ -152,6 +154,12 @@ def settings_from_signature(value: Any, ignored: tuple[str, ...] = ()) -> type:
 @dataclasses.dataclass(frozen=True)
 class NoSettings:
   """The settings of an entry that has none."""
+
+
+def bind_settings(name: str, value: Any, settings: type | None) -> tuple[Any, type]:
+  """Adapts a function (x, **settings), or a class with callable instances, to settings -> function of x."""
+  bind = value if isinstance(value, type) else functools.partial(functools.partial, value)
+  return lambda section: bind(**vars(section)), settings or settings_from_signature(value)
 
 
 def factory_of(*ignored: str) -> Callable[[str, Any, type | None], tuple[Any, type]]:

@@ -5,7 +5,6 @@ They are read once, when JAX starts, so this module does not import JAX. Values 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib.util
 import os
@@ -36,11 +35,6 @@ VARIABLE = {'gpu': 'XLA_FLAGS', 'tpu': 'LIBTPU_INIT_ARGS', 'cpu': 'XLA_FLAGS'}
 
 CACHE_BYTES = 2 << 30  # limit of compiled programs on disk; the least recently used are removed first
 MIN_COMPILE_SECONDS = 0.05  # programs that compile faster are not cached
-
-
-def add_flag(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--tuning', choices=('on', 'off'), default='on', help='off: do not change the C allocator and '
-                      'the XLA flags (llm_jax/base/runtime.py lists the changes and their reasons)')
 
 
 def prepare(tuning: bool = True) -> str:

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--diff', nargs=2, metavar=('A', 'B'), help='print only the fields in which two configs differ')
   parser.add_argument('--format', choices=('text', 'json'), default='text', help='default: text')
   parser.add_argument('--full_size', action='store_true', help="without an accelerator, ignore the config's on_cpu")
-  flags.add(parser, trust=True)
+  flags.add(parser)
   args, rest = parser.parse_known_args(argv)
   flags.apply(args)
   from llm_jax import config as config_lib
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     return
   if args.config is None:
     raise ConfigError(f'--config is missing: set it to a file or to one of: {", ".join(config_lib.presets())}')
-  source = config_lib.open_config(args.config)
+  source = config_lib.open_config(args.config, trust=args.trust)
   config = source.resolve(overrides, cpu_only=cpu_only)
   entries = [field for field in fields_of(config) if not sections or any(
       f'{field.path}.'.startswith(f'{section.removeprefix("config.")}.') for section in sections)]

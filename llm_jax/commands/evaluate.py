@@ -10,11 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-
 from llm_jax.base import flags
-from llm_jax.base.errors import StorageError
-from llm_jax.base.files import write_file, write_picture
+from llm_jax.base.files import write_file, writing
 from llm_jax.base.process import run_as_program
 
 
@@ -41,45 +38,14 @@ def main(argv: list[str]) -> None:
             'data': args.data or {'val': 'validation part', 'test': 'test part'}[args.split], **results}
   print(json.dumps(report, indent=2))
   out = args.out or args.workdir / 'evaluation.json'
-  for counts in tables.values():
-    classes = trained.config.loss.sections['classification'].classes or tuple(map(str, range(len(counts))))
-    report |= {'confusion': counts.astype(int).tolist(), 'classes': classes}
+  for name, confusion in tables.items():
+    report |= trained.config.loss.sections[name].report(confusion, out.parent)
   files = {out: json.dumps(report, indent=2) + '\n'}
   if answers:
     files[out.with_name('answers.jsonl')] = ''.join(json.dumps(a._asdict(), ensure_ascii=False) + '\n' for a in answers)
   for path, content in files.items():
-    try:
+    with writing(f'--out: {path}'):
       write_file(path, content)
-    except OSError as e:
-      raise StorageError(f'--out: {path} cannot be written: {e.strerror}') from None
-
-  for counts in tables.values():
-    draw_confusion(counts, classes, out.with_name('confusion.png'))
-
-
-def draw_confusion(counts: np.ndarray, classes: tuple[str, ...], out: Path) -> None:
-  """Draws the confusion matrix: true classes in rows, normalized per row. Does nothing without matplotlib."""
-  try:
-    import matplotlib
-  except ImportError:
-    return
-  matplotlib.use('agg')
-  from matplotlib import pyplot
-  few = len(classes) <= 40
-  size = 3 + 0.3 * len(classes) if few else 15
-  figure, axis = pyplot.subplots(figsize=(size, size), layout='constrained')
-  axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap='Blues', vmin=0, vmax=1)
-  if few:
-    for (row, column), count in np.ndenumerate(counts):
-      if count:
-        axis.text(column, row, f'{count:.0f}', ha='center', va='center', fontsize=6)
-    axis.set_xticks(range(len(classes)), classes, rotation=90)
-    axis.set_yticks(range(len(classes)), classes)
-  axis.set(xlabel='predicted class', ylabel='true class')
-  try:
-    write_picture(out, figure)
-  except (OSError, ValueError) as e:
-    raise StorageError(f'--out: {out} cannot be written: {e}') from None
 
 
 if __name__ == '__main__':

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm_jax.base import flags
-from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import run_as_program
 
 
@@ -36,12 +35,10 @@ def main(argv: list[str]) -> None:
   flags.apply(args)
   import jax
 
-  from llm_jax.base.builder import to_dict
-  from llm_jax.base.files import write_file
   from llm_jax.base.sharding import MeshConfig, make_mesh
   from llm_jax.base.trees import by_name
   from llm_jax.data.pipeline import example_batch
-  from llm_jax.infer.export import EXPORTERS, FILE, write_params
+  from llm_jax.infer.export import EXPORTERS, FILE, write_config, write_params
   from llm_jax.infer.load import load_run
   from llm_jax.training.shardings import param_info
 
@@ -49,19 +46,12 @@ def main(argv: list[str]) -> None:
   with jax.set_mesh(mesh):
     run = load_run(args.workdir, mesh, args.checkpoint, trust=args.trust)
     info = param_info(example_batch(run.config.data), model=run.model)
+    if args.weight_bits != '32' and 'packed' not in EXPORTERS:
+      raise ConfigError('--weight_bits: this copy of llm_jax cannot pack weights; set it to 32')
     exporter = EXPORTERS['plain' if args.weight_bits == '32' else 'packed']
     model, arrays = exporter.export(run.config, run.params, info, args.weight_bits)
   config = dataclasses.replace(run.config, model=model)
-  files = {'config.json': json.dumps(to_dict(config), indent=2)}
-  for name, tokenizer in (('tokenizer', run.tokenizer), ('encoder_tokenizer', run.encoder_tokenizer)):
-    if tokenizer is not None:
-      files[f'{name}.json'] = tokenizer.to_json()
-  try:
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-      write_file(args.out / name, content)
-  except OSError as e:
-    raise StorageError(f'--out: {args.out} cannot be written: {e.strerror}') from None
+  write_config(args.out, config, run.tokenizer, run.encoder_tokenizer, '--out')
   write_params(args.out / FILE, arrays, run.meta)
   for line in size_table(by_name(run.params), arrays):
     print(line)
@@ -70,17 +60,13 @@ def main(argv: list[str]) -> None:
 
 def size_table(params: Any, arrays: dict[str, np.ndarray]) -> list[str]:
   """A table of bytes of packed matrices and other parameters: as float32, as bfloat16 and as written."""
-  written = {'matrices': 0, 'all else': 0}
-  for name, x in arrays.items():
-    written['matrices' if name not in params else 'all else'] += x.nbytes
-  counts = {'matrices': sum(leaf.size for name, leaf in params.items() if name not in arrays),
-            'all else': sum(leaf.size for name, leaf in params.items() if name in arrays)}
-  lines = [f'{"":10} {"parameters":>14} {"float32":>14} {"bfloat16":>14} {"written":>14}  bytes']
-  for kind, count, size in [*((kind, counts[kind], written[kind]) for kind in counts),
-                            ('together', sum(counts.values()), sum(written.values()))]:
-    lines.append(f'{kind:10} {count:14,} {4 * count:14,} {2 * count:14,} {size:14,}  '
-                 f'{8 * size / max(1, count):.2f} bits each')
-  return lines
+  packed, total = params.keys() - arrays.keys(), sum(leaf.size for leaf in params.values())
+  count, size = sum(params[name].size for name in packed), sum(arrays[name].nbytes for name in arrays.keys() - params)
+  written = sum(x.nbytes for x in arrays.values())
+  rows = [('matrices', count, size), ('all else', total - count, written - size), ('together', total, written)]
+  return [f'{"":10} {"parameters":>14} {"float32":>14} {"bfloat16":>14} {"written":>14}  bytes'] + [
+      f'{kind:10} {count:14,} {4 * count:14,} {2 * count:14,} {size:14,}  {8 * size / max(1, count):.2f} bits each'
+      for kind, count, size in rows]
 
 
 if __name__ == '__main__':

@@ -13,8 +13,8 @@ import grain
 import numpy as np
 
 from llm_jax.base.batch import Batch
-from llm_jax.base.errors import ConfigError, DataError, StorageError
-from llm_jax.base.files import write_file
+from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.base.files import write_file, writing
 from llm_jax.data.open import Data
 from llm_jax.data.pipeline import Batches
 from llm_jax.data.rows.tasks import Features
@@ -51,12 +51,10 @@ def write_documents(data: Iterable[Any], workdir: Path) -> dict[str, Any]:
     fields |= document.keys()
     lines.append(json.dumps(document, ensure_ascii=False))
   path, content = workdir / FILE, '\n'.join(lines) + '\n'
-  try:
+  with writing(f'--workdir: {workdir}'):
     workdir.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_text() != content:  # an untouched file is tokenized once
       write_file(path, content)
-  except OSError as e:
-    raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
   found: dict[str, Any] = {'path': str(path), 'format': 'jsonl', 'field': 'text', 'sha256': None, 'sources': {}}
   return found | {f'{field}_field': field for field in ('answer', 'label') if field in fields}
 

@@ -6,7 +6,9 @@ Dims: B batch, D embed, C classes, or numbers per document.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -15,7 +17,9 @@ import numpy as np
 import optax
 
 from llm_jax.base.batch import Batch
+from llm_jax.base.errors import DataError
 from llm_jax.base.registry import register
+from llm_jax.data.stores.store import TokenStore
 from llm_jax.losses.config import LOSSES
 from llm_jax.losses.readout import rank
 from llm_jax.losses.term import Sums, Term, TermInputs, affine, pool, real_rows
@@ -61,6 +65,24 @@ class Classification(Term):
       raise ValueError(f'num_classes: {self.num_classes} is less than the {needed} classes of the data; leave it None '
                        f'or set it to {needed} or more')
     return dataclasses.replace(self, num_classes=self.num_classes or max(2, needed), classes=classes or self.classes)
+
+  def relabel(self, data: Any) -> Any:
+    return dataclasses.replace(data, splits={
+        split: {name: self._relabel(store) for name, store in stores.items()} for split, stores in data.splits.items()})
+
+  def _relabel(self, store: TokenStore) -> TokenStore:
+    if not self.classes or store.labels is None or not store.classes:  # labels are numbers already
+      return store
+    if unknown := set(store.classes) - set(self.classes):
+      raise DataError(f'--data: labels {", ".join(sorted(unknown))} are not classes of the run; known: '
+                      f'{", ".join(self.classes)}')
+    numbers = np.array([self.classes.index(name) for name in store.classes], np.float64)
+    return dataclasses.replace(store, labels=numbers[np.asarray(store.labels).astype(int)], classes=self.classes)
+
+  def report(self, confusion: np.ndarray, folder: Path) -> dict[str, Any]:
+    classes = self.classes or tuple(map(str, range(len(confusion))))
+    draw_confusion(confusion, classes, folder / 'confusion.png')
+    return {'confusion': confusion.astype(int).tolist(), 'classes': classes}
 
   def count(self, batch: Batch) -> jax.Array:
     return jnp.sum(real_rows(batch))
@@ -111,6 +133,25 @@ def macro_f1(confusion: np.ndarray) -> float:
   """
   hits, total = np.diag(confusion), confusion.sum(0) + confusion.sum(1)
   return float(np.mean(2 * hits[total > 0] / total[total > 0])) if total.any() else 0.0
+
+
+def draw_confusion(counts: np.ndarray, classes: tuple[str, ...], out: Path) -> None:
+  """Draws the confusion matrix: true classes in rows, normalized per row. Does nothing without matplotlib."""
+  if importlib.util.find_spec('matplotlib') is None:
+    return
+  from llm_jax.extras.figures import load_pyplot, write_picture
+  few = len(classes) <= 40
+  size = 3 + 0.3 * len(classes) if few else 15
+  figure, axis = load_pyplot('confusion.png').subplots(figsize=(size, size), layout='constrained')
+  axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap='Blues', vmin=0, vmax=1)
+  if few:
+    for (row, column), count in np.ndenumerate(counts):
+      if count:
+        axis.text(column, row, f'{count:.0f}', ha='center', va='center', fontsize=6)
+    axis.set_xticks(range(len(classes)), classes, rotation=90)
+    axis.set_yticks(range(len(classes)), classes)
+  axis.set(xlabel='predicted class', ylabel='true class')
+  write_picture(out, figure)
 
 
 @dataclasses.dataclass(frozen=True)

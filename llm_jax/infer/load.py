@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from llm_jax.base import plugins
-from llm_jax.base.batch import Params
+from llm_jax.base.batch import Batch, Params
 from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError, DataError, StorageError
 from llm_jax.base.multihost import say
@@ -25,7 +25,7 @@ from llm_jax.models.protocol import LanguageModel
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import make_optimizer
 from llm_jax.optim.groups import trainable_paths
-from llm_jax.training.checkpoint import Checkpoints
+from llm_jax.training.checkpoint import Checkpoints, latest_step
 from llm_jax.training.shardings import param_info, param_shardings, state_shardings
 from llm_jax.training.stages import config_at
 from llm_jax.training.state import abstract_state
@@ -60,16 +60,12 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, trust: bo
     encoder_tokenizer = load_tokenizer(workdir / 'encoder_tokenizer.json')
   objective = make_objective(config.loss)
   model = make_model(config.model, objective.heads, objective.num_weights, module)
-  example = example_batch(config.data)
   if (workdir / FILE).is_file():  # an exported model
-    leaves, shardings = param_shardings(example, mesh, model=model)
-    leaves = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), leaves, shardings)
-    return Loaded(config, tokenizer, model, *read_params(workdir / FILE, leaves), encoder_tokenizer)
-  if not (workdir / 'checkpoints').is_dir():
+    params, meta = read_params(workdir / FILE, abstract_params(example_batch(config.data), mesh, model))
+    return Loaded(config, tokenizer, model, params, meta, encoder_tokenizer)
+  if latest_step(workdir) < 0:
     raise StorageError(f'--workdir: {workdir} has no checkpoints yet')
   with Checkpoints(workdir / 'checkpoints', config.checkpoint, read_only=True) as checkpoints:
-    if not checkpoints.steps():
-      raise StorageError(f'--workdir: {workdir} has no checkpoints yet')
     params, meta = read_weights(checkpoints, checkpoints.named(checkpoint, '--checkpoint'), config, model, mesh)
   return Loaded(config_at(config, meta['step']), tokenizer, model, params, meta, encoder_tokenizer)
 
@@ -87,23 +83,27 @@ def read_config(workdir: Path, trust: bool) -> Config:
     raise StorageError(f'{path}: damaged: {e}') from None
 
 
+def abstract_params(example: Batch, mesh: Mesh, model: LanguageModel) -> Params:
+  """The parameters as ShapeDtypeStructs with shardings."""
+  leaves, shardings = param_shardings(example, mesh, model=model)
+  return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), leaves, shardings)
+
+
 def read_weights(checkpoints: Checkpoints, step: int | None, config: Config, model: LanguageModel,
                  mesh: Mesh) -> tuple[Params, dict]:
   """(weights to evaluate, meta) of a checkpoint; weights are averaged if the optimizer averages them."""
   example = example_batch(config.data)
   if not any(link.averages for link in config.optim.links):
-    leaves, shardings = param_shardings(example, mesh, model=model)
-    abstract = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), leaves, shardings)
-    params, _, meta = checkpoints.restore(abstract, step=step)
+    params, _, meta = checkpoints.restore(abstract_params(example, mesh, model), step=step)
     return params, meta
   info = param_info(example, model=model)
-  is_trainable = trainable_paths(config.optim.groups, info)
-  tx = make_optimizer(config.optim, config.num_steps, info)
-  shardings_of_state = state_shardings(example, mesh, model=model, tx=tx, is_trainable=is_trainable)
-  state = abstract_state(example, shardings_of_state, model=model, tx=tx, is_trainable=is_trainable)
+  is_trainable, tx = trainable_paths(config.optim.groups, info), make_optimizer(config.optim, config.num_steps, info)
+  parts: dict[str, Any] = {'model': model, 'tx': tx, 'is_trainable': is_trainable}
+  shardings = state_shardings(example, mesh, **parts)
+  state = abstract_state(example, shardings, **parts)
   params, kept, meta = checkpoints.restore(state.params, (state.step, state.opt_state), step=step)
   trainable, frozen = split(params, is_trainable)
-  averaged = jax.jit(tx.evaluated, out_shardings=shardings_of_state.trainable)(kept[1], trainable)
+  averaged = jax.jit(tx.evaluated, out_shardings=shardings.trainable)(kept[1], trainable)
   return merge(averaged, frozen), meta
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from llm_jax.base.batch import Params
@@ -12,6 +10,7 @@ from llm_jax.config import Config
 from llm_jax.data.open import Data
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, before_eos, decode
 from llm_jax.infer import sampling
+from llm_jax.models.protocol import LanguageModel
 
 
 def prompt_ids(config: Config, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -34,7 +33,7 @@ def encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
   return prompts
 
 
-def samples(config: Config, data: Data, model: Any, params: Params) -> list[tuple[str, str]]:
+def samples(config: Config, data: Data, model: LanguageModel, params: Params) -> list[tuple[str, str]]:
   """[(prompt, prompt + sample)] for config.eval.prompts; [] without a tokenizer, or if the model cannot write text."""
   tokenizer, reader = data.tokenizer, data.prompt_tokenizer
   if tokenizer is None or reader is None or not config.eval.sample_tokens or not config.writes:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from llm_jax.base.errors import ConfigError, DataError, StorageError
-from llm_jax.base.files import write_file
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.files import write_file, writing
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.data.open import Data, tokenize
-from llm_jax.data.stores.store import TokenStore
 from llm_jax.data.tokenizers.tokenizer import before_eos, decode
 from llm_jax.infer import sampling
 from llm_jax.infer.answers import Answer, answer_stores, summarize_answers
@@ -80,9 +79,12 @@ class Trained:
   def _open(self, split: str, data: str | None) -> Data:
     """Opens the data to evaluate on. Raises ConfigError, DataError if the model cannot read them."""
     run, config = self.run, self.config
-    classes = getattr(config.loss.sections.get('classification'), 'classes', None)
-    opened = own_data(run) if data is None else renamed_labels(
-        tokenize(data, config.data, run.tokenizer, run.encoder_tokenizer), classes)
+    if data is None:
+      opened = own_data(run)
+    else:
+      opened = tokenize(data, config.data, run.tokenizer, run.encoder_tokenizer)
+      for name in config.loss.terms:
+        opened = config.loss.sections[name].relabel(opened)
     check_classes(config, opened)
     if opened.vocab_size > config.model.vocab_size:
       raise ConfigError(f"--data: token {opened.vocab_size - 1} is outside the model's vocabulary of "
@@ -104,15 +106,14 @@ class Trained:
 
     Raises ConfigError if the run has no tokenizer, the prompt is too long, or an option is invalid.
     """
-    for bad, message in ((num_samples < 1, f'--num_samples must be at least 1; got {num_samples}'),
-                         (num_tokens < 1, f'--num_tokens must be at least 1; got {num_tokens}'),
-                         (temperature < 0, f'--temperature must not be negative; got {temperature}'),
-                         (num_beams < 0, f'--num_beams must not be negative; got {num_beams}'),
-                         (num_beams and num_samples > 1, '--num_beams gives one text; leave out --num_samples'),
-                         (top_k < 0, f'--top_k must not be negative; got {top_k}'),
-                         (not 0 < top_p <= 1, f'--top_p must be in (0, 1]; got {top_p}')):
-      if bad:
-        raise ConfigError(message)
+    for name, value, least in (('num_samples', num_samples, 1), ('num_tokens', num_tokens, 1), ('top_k', top_k, 0),
+                               ('num_beams', num_beams, 0), ('temperature', temperature, 0)):
+      if value < least:
+        raise ConfigError(f'--{name} must be at least {least}; got {value}')
+    if num_beams and num_samples > 1:
+      raise ConfigError('--num_beams gives one text; leave out --num_samples')
+    if not 0 < top_p <= 1:
+      raise ConfigError(f'--top_p must be in (0, 1]; got {top_p}')
     run, config = self.run, self.config
     if run.tokenizer is None or run.prompt_tokenizer is None:
       raise ConfigError(f'--workdir: {self.workdir} was trained on token ids without a tokenizer, so it cannot read or '
@@ -138,21 +139,6 @@ class Trained:
     export_results(self.workdir, Path(path))
 
 
-def renamed_labels(data: Data, classes: tuple[str, ...] | None) -> Data:
-  """The data with labels renumbered to the run's classes. Raises DataError for an unknown class."""
-  def renamed(store: TokenStore) -> TokenStore:
-    if not classes or store.labels is None or not store.classes:  # labels are numbers already
-      return store
-    if unknown := set(store.classes) - set(classes):
-      raise DataError(f'--data: labels {", ".join(sorted(unknown))} are not classes of the run; known: '
-                      f'{", ".join(classes)}')
-    numbers = np.array([classes.index(name) for name in store.classes], np.float64)
-    return dataclasses.replace(store, labels=numbers[np.asarray(store.labels).astype(int)], classes=classes)
-
-  return dataclasses.replace(data, splits={split: {name: renamed(store) for name, store in stores.items()}
-                                           for split, stores in data.splits.items()})
-
-
 def export_results(workdir: Path, path: Path) -> None:
   """Writes config, status, evaluation and all metrics of a run as one JSON file. Raises StorageError."""
   results: dict[str, Any] = {'workdir': str(workdir), 'status': read_status(workdir)}
@@ -161,7 +147,5 @@ def export_results(workdir: Path, path: Path) -> None:
       results[name] = json.loads((workdir / f'{name}.json').read_text())
   if (workdir / 'metrics.jsonl').is_file():
     results['metrics'] = read_metrics(workdir / 'metrics.jsonl')
-  try:
+  with writing(str(path)):
     write_file(path, json.dumps(results, indent=2, default=lambda x: np.asarray(x).tolist()))
-  except OSError as e:
-    raise StorageError(f'{path} cannot be written: {e.strerror}') from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -71,6 +72,15 @@ class Term:
     """The term with fields filled in from the training part's labels [D] or [D, C] and class names."""
     del labels, classes
     return self
+
+  def relabel(self, data: Any) -> Any:
+    """Other data to evaluate on, with labels in the numbering of `with_labels`. Raises DataError."""
+    return data
+
+  def report(self, confusion: np.ndarray, folder: Path) -> dict[str, Any]:
+    """JSON values of the sums `confusion` of an evaluation; may write figures to the folder. Raises StorageError."""
+    del folder
+    return {'confusion': confusion.tolist()}
 
   def predict(self, inputs: TermInputs) -> jax.Array | None:
     """Predictions for each document [B, ...], or None if it makes none; inputs.batch has no labels here."""

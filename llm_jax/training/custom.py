@@ -19,8 +19,7 @@ from llm_jax.base.registry import register
 from llm_jax.config import Config, replace
 from llm_jax.data.given import GivenBatches
 from llm_jax.losses.config import LOSSES, LossConfig
-from llm_jax.losses.function import LossFunction, adapt_loss
-from llm_jax.losses.term import Term
+from llm_jax.losses.function import FunctionTerm, LossFunction, adapt_loss
 from llm_jax.models.protocol import ModelConfig
 from llm_jax.models.registry import MODELS
 from llm_jax.optim.chain import TRANSFORMS, OptimConfig
@@ -38,14 +37,10 @@ class CustomModel(ModelConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class CustomLoss(Term):
+class CustomLoss(FunctionTerm):
   """The config section of a loss passed from Python."""
 
   description: str = ''
-
-  @property
-  def writes(self) -> bool:
-    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +104,7 @@ def with_custom(config: Config, custom: Custom) -> Config:
 
 def with_named_callbacks(custom: Custom, config: Config) -> Custom:
   """`custom` with the callbacks added that config.log names."""
-  log = config.log
-  named = [CALLBACKS[name](log.sections.get(name) or CALLBACKS.settings(name)()) for name in log.callbacks]
+  named = [CALLBACKS[name](CALLBACKS.section(name, config.log.sections)) for name in config.log.callbacks]
   return dataclasses.replace(custom, callbacks=(*custom.callbacks, *named))
 
 

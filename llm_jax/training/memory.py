@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from llm_jax.base.devices import device_memory
-from llm_jax.base.errors import ConfigError
-from llm_jax.base.multihost import gather
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.multihost import gather, say
 from llm_jax.config import Config
 
 SHARE = 0.9  # of a device's memory; the rest is for evaluation, samples and fragmentation
@@ -26,8 +26,7 @@ def needed(compiled: Any) -> int:
           + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes)
 
 
-def most_rows(num_rows: int, bytes_needed: Callable[[int], int], limit: int, say: Callable[[str], None],
-              likely: int = 0) -> int:
+def most_rows(num_rows: int, bytes_needed: Callable[[int], int], limit: int, likely: int = 0) -> int:
   """The largest divisor of `num_rows` whose bytes_needed(divisor), an increasing function, is within `limit`.
 
   `likely` is returned if it fits; otherwise a binary search. Raises ConfigError if not even one row fits.
@@ -59,6 +58,16 @@ def most_rows(num_rows: int, bytes_needed: Callable[[int], int], limit: int, say
   return divisors[low - 1]
 
 
+def tokens_before(workdir: Path) -> int:
+  """The tokens_per_device that a run was trained with; 0 for a new one. Raises StorageError."""
+  path = workdir / 'config.json'
+  try:
+    return int(json.loads(path.read_text())['tokens_per_device'] or 0) if path.exists() else 0
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise StorageError(f'{path}: damaged: {e}; delete it (training writes it again), or set '
+                       'config.tokens_per_device') from None
+
+
 def fit_memory(config: Config, num_shards: int, workdir: Path, compile_step: Callable[[int], Any]) -> Config:
   """Replaces tokens_per_device None by the largest number for which compile_step(num_microbatches) fits.
 
@@ -71,11 +80,8 @@ def fit_memory(config: Config, num_shards: int, workdir: Path, compile_step: Cal
   if len(known) < len(memory):
     raise ConfigError('config.tokens_per_device: None needs the size of the device memory, which '
                       f'{jax.devices()[0].device_kind} does not report; set a number')
-  path = workdir / 'config.json'
-  before = json.loads(path.read_text())['tokens_per_device'] or 0 if path.exists() else 0
-  limit, before = min(gather([int(SHARE * min(known)), before]))  # one answer for all processes
+  limit, before = min(gather([int(SHARE * min(known)), tokens_before(workdir)]))  # one answer for all processes
   num_rows, _ = config.split_batch(num_shards)
   rows = most_rows(num_rows, lambda rows: needed(compile_step(num_rows // rows)), limit,
-                   say=lambda text: print(text, flush=True) if jax.process_index() == 0 else None,
                    likely=before // config.data.seq_len)
   return dataclasses.replace(config, tokens_per_device=rows * config.data.seq_len)

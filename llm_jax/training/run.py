@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +11,13 @@ import jax
 from orbax.checkpoint import multihost
 
 from llm_jax.base import plugins
-from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import StorageError
-from llm_jax.base.files import open_append, write_file
+from llm_jax.base.files import open_append, writing
 from llm_jax.base.multihost import say
 from llm_jax.config import Config
 from llm_jax.data.open import Data
 from llm_jax.data.sources.fetch import shown
+from llm_jax.infer.export import write_config
 from llm_jax.training.log import Console
 from llm_jax.training.program import Program
 from llm_jax.training.state import TrainState
@@ -27,11 +26,9 @@ from llm_jax.training.state import TrainState
 @contextlib.contextmanager
 def lock_run(workdir: Path) -> Iterator[None]:
   """Creates the folder and holds its lock, so that only one run uses it. Raises StorageError."""
-  try:
+  with writing(f'--workdir: {workdir}'):
     workdir.mkdir(parents=True, exist_ok=True)
     lock = open_append(workdir / '.lock')
-  except OSError as e:
-    raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
   with lock:
     taken = False
     if jax.process_index() == 0:
@@ -50,18 +47,11 @@ def write_files(config: Config, data: Data, workdir: Path) -> None:
   """Writes config.json, the tokenizers and the plug-ins of a run. Raises StorageError."""
   if jax.process_index() != 0:
     return
-  files = {'config.json': json.dumps(to_dict(config), indent=2)}
-  for name, tokenizer in (('tokenizer', data.tokenizer), ('encoder_tokenizer', data.encoder_tokenizer)):
-    if tokenizer is not None:
-      files[f'{name}.json'] = tokenizer.to_json()
-  try:
-    for name, content in files.items():
-      write_file(workdir / name, content)
+  write_config(workdir, config, data.tokenizer, data.encoder_tokenizer)
+  with writing(f'--workdir: {workdir}'):
     for line in plugins.changes(workdir):
       say(line)
     plugins.write_notes(workdir)
-  except OSError as e:
-    raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
 
 
 def print_summary(program: Program, state: TrainState, workdir: Path, console: Console) -> None:

@@ -59,10 +59,8 @@ class Status:
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                traceback: TracebackType | None) -> None:
-    if kind is None:
-      self.update(state='finished')
-    elif issubclass(kind, (Interrupted, GeneratorExit, KeyboardInterrupt)):
-      self.update(state='stopped')
+    if kind is None or issubclass(kind, (Interrupted, GeneratorExit, KeyboardInterrupt)):
+      self.update(state='finished' if kind is None else 'stopped')
     else:
       self.update(state='failed', error=f'{kind.__name__}: {error}')
 
@@ -84,20 +82,17 @@ def system() -> dict[str, float]:
     values['system/device_peak_bytes'] = float(stats.get('peak_bytes_in_use', stats['bytes_in_use']))
   if stats.get('bytes_limit'):
     values['system/device_memory'] = stats['bytes_in_use'] / stats['bytes_limit']
-  utilization = device_utilization()
-  return values if utilization is None else {**values, 'system/device_utilization': utilization}
+  if jax.default_backend() == 'gpu':
+    with contextlib.suppress(Exception):  # no library, no driver, or a GPU that does not report it
+      values['system/device_utilization'] = gpu_utilization()
+  return values
 
 
-def device_utilization() -> float | None:
-  """The share of the last second in which the first visible NVIDIA GPU was busy; None if unknown."""
-  if jax.default_backend() != 'gpu':
-    return None
-  try:
-    import pynvml
-    pynvml.nvmlInit()
-    first = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')[0]
-    device = (pynvml.nvmlDeviceGetHandleByUUID(first) if first.startswith('GPU-')
-              else pynvml.nvmlDeviceGetHandleByIndex(int(first or 0)))
-    return pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100
-  except Exception:  # no library, no driver, or a GPU that does not report it: nothing to log
-    return None
+def gpu_utilization() -> float:
+  """The share of the last second in which the first visible NVIDIA GPU was busy."""
+  import pynvml
+  pynvml.nvmlInit()
+  first = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')[0]
+  device = (pynvml.nvmlDeviceGetHandleByUUID(first) if first.startswith('GPU-')
+            else pynvml.nvmlDeviceGetHandleByIndex(int(first or 0)))
+  return pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100

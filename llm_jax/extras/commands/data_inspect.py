@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_jax.base.errors import ConfigError, StorageError
-from llm_jax.base.files import write_picture
+from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import run_as_program
 from llm_jax.commands.data_prepare import parse, table
 from llm_jax.data.config import DataConfig
@@ -23,6 +22,7 @@ from llm_jax.data.rows.tasks import Features
 from llm_jax.data.sources.filters import Report
 from llm_jax.data.stores.store import TokenStore
 from llm_jax.data.tokenizers.tokenizer import Tokenizer
+from llm_jax.extras.figures import load_pyplot, write_picture
 
 BAR = 50  # characters
 
@@ -124,12 +124,7 @@ def join_tokens(ids: Iterable[int], names: list[str], most: int = 160) -> str:
 
 def draw_data(stores: dict[str, TokenStore], examples: dict[str, Examples], seed: int, out: Path) -> None:
   """Draws histograms, and below them 24 rows of each source: one colour per piece, pale where the loss is masked."""
-  try:
-    import matplotlib
-  except ImportError:
-    raise ConfigError("--out: drawing needs matplotlib: pip install 'llm_jax[plot]'") from None
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
+  plt = load_pyplot('--out')
   fig, axes = plt.subplots(2, len(stores), figsize=(6 * len(stores) + 2, 8), squeeze=False, layout='constrained')
   colours = plt.get_cmap('tab10')(np.arange(10))[:, :3]
   for (name, store), (above, below) in zip(stores.items(), axes.T, strict=True):
@@ -144,10 +139,7 @@ def draw_data(stores: dict[str, TokenStore], examples: dict[str, Examples], seed
       image.append(np.where((features['loss_mask'] > 0)[:, None], colour, 0.65 + 0.35 * colour))
     below.imshow(np.stack(image), aspect='auto', interpolation='nearest')
     below.set(title='rows: one colour per piece, pale: not learnt', xlabel='position', ylabel='row')
-  try:
-    write_picture(out, fig, dpi=110)
-  except (OSError, ValueError) as e:
-    raise StorageError(f'--out: {out} cannot be written: {e}') from None
+  write_picture(out, fig, dpi=110)
   plt.close(fig)
 
 

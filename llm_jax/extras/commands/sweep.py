@@ -22,7 +22,7 @@ from typing import Any
 from llm_jax.base import plugins
 from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError, StorageError, UserError
-from llm_jax.base.files import check_no_link, open_append, write_file
+from llm_jax.base.files import check_no_link, open_append, write_file, writing
 from llm_jax.base.process import run_as_program
 from llm_jax.config import differences, open_config, to_dict
 from llm_jax.training.log import duration, read_metrics
@@ -67,10 +67,8 @@ def main(argv: list[str]) -> None:
     print(f'trial {done} of {len(names)}: {name}: {read_status(folder)["state"]}, {duration(left)} left',
           flush=True)
 
-  try:
+  with writing(f'--workdir: {workdir}'):
     workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise StorageError(f'--workdir: {workdir} cannot be written: {e.strerror}') from None
   with ThreadPoolExecutor(args.processes) as pool:
     for future in [pool.submit(train, *pair) for pair in zip(names, source.trials, resolved, strict=True)]:
       future.result()
@@ -155,7 +153,7 @@ def table(rows: list[dict[str, Any]], metric: str) -> list[str]:
 
 def draw(workdir: Path, names: Iterable[str], metric: str) -> None:
   """Plots the metric of these trials; prints why if that is not possible."""
-  from llm_jax.commands import plot
+  from llm_jax.extras.commands import plot
   runs = [workdir / name for name in names if (workdir / name / 'metrics.jsonl').is_file()]
   try:
     plot.main(['--workdir', *map(str, runs), '--metric', metric, '--out', str(workdir / 'sweep.png')])

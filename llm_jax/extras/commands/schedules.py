@@ -14,9 +14,9 @@ import numpy as np
 
 from llm_jax.base import plugins
 from llm_jax.base.builder import parse_overrides
-from llm_jax.base.errors import ConfigError, StorageError
-from llm_jax.base.files import write_picture
+from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import run_as_program
+from llm_jax.extras.figures import load_pyplot, write_picture
 
 POINTS = 2000  # maximum number of points of a curve
 
@@ -31,13 +31,7 @@ def main(argv: list[str]) -> None:
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest, '--config.', '--config, --out, --full_size, --plugin, --config.FIELD')
   plugins.load_all(args.plugin)
-  try:
-    import matplotlib
-  except ImportError:
-    raise ConfigError("llm-jax schedules needs matplotlib: pip install 'llm_jax[plot]'") from None
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
-
+  plt = load_pyplot('llm-jax schedules')
   from llm_jax import api
   figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
   for path in args.config:
@@ -55,10 +49,7 @@ def main(argv: list[str]) -> None:
   axes.set(xlabel='step', ylabel='learning rate')
   axes.grid(alpha=0.3)
   axes.legend()
-  try:
-    write_picture(args.out, figure)
-  except (OSError, ValueError) as e:
-    raise StorageError(f'--out: {args.out} cannot be written: {e}') from None
+  write_picture(args.out, figure)
   print(f'wrote {args.out}', file=sys.stderr)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax.base.errors import ConfigError, StorageError
-from llm_jax.base.files import write_picture
 from llm_jax.base.process import run_as_program
+from llm_jax.extras.figures import load_pyplot, write_picture
 
 
 def main(argv: list[str]) -> None:
@@ -22,13 +22,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--log_x', action='store_true', help='logarithmic axis for steps')
   parser.add_argument('--out', type=Path, default=Path('loss.png'))
   args = parser.parse_args(argv)
-  try:
-    import matplotlib
-  except ImportError:
-    raise ConfigError("plots need matplotlib: pip install 'llm_jax[plot]'") from None
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
-
+  plt = load_pyplot('llm-jax plot')
   from llm_jax.training.log import read_metrics
 
   figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
@@ -59,10 +53,7 @@ def main(argv: list[str]) -> None:
     axes.legend()
   else:
     figure.legend(loc='outside upper center')
-  try:
-    write_picture(args.out, figure)
-  except (OSError, ValueError) as e:
-    raise StorageError(f'--out: {args.out} cannot be written: {e}') from None
+  write_picture(args.out, figure)
   print(f'wrote {args.out}')
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from llm_jax.base import flags
-from llm_jax.base.errors import ConfigError, StorageError
-from llm_jax.base.files import write_file, write_picture
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.files import write_file, writing
 from llm_jax.base.process import run_as_program
+from llm_jax.extras.figures import load_pyplot, write_picture
 
 DORMANT = 0.01  # thinking is dormant if no step moves the latent by this share of its norm
 UNSTABLE = 1.0  # and unstable if a step moves it by more than this
@@ -35,11 +36,7 @@ def main(argv: list[str]) -> None:
   args = parser.parse_args(argv)
   if args.tokens < 1:
     raise ConfigError(f'--tokens must be at least 1; got {args.tokens}')
-  try:
-    import matplotlib
-    matplotlib.use('agg')
-  except ImportError:
-    raise ConfigError("llm-jax inspect needs matplotlib: pip install 'llm_jax[plot]'") from None
+  load_pyplot('llm-jax inspect')
 
   flags.apply(args)
   import jax
@@ -74,11 +71,9 @@ def main(argv: list[str]) -> None:
       report['thinking'] = thinking(sown['think']['steps'][0], losses, run.config.model.thinking_steps)
   print('\n'.join(lines(report)))
   out = args.out or args.workdir / 'inspect.png'
-  try:
+  with writing(f'--out: {out}'):
     write_file(out.with_suffix('.json'), json.dumps(report, indent=1) + '\n')
-    draw_report(report, out)
-  except (OSError, ValueError) as e:
-    raise StorageError(f'--out: {out} cannot be written: {e}') from None
+  draw_report(report, out)
   print(f'\nwritten: {out}, {out.with_suffix(".json")}')
 
 
@@ -164,10 +159,9 @@ def lines(report: dict) -> list[str]:
 
 
 def draw_report(report: dict, out: Path) -> None:
-  from matplotlib import pyplot
   think = report.get('thinking')
-  figure, axes = pyplot.subplots(2 if think else 1, 2, figsize=(12, 8 if think else 4), layout='constrained',
-                                 squeeze=False)
+  figure, axes = load_pyplot('llm-jax inspect').subplots(
+      2 if think else 1, 2, figsize=(12, 8 if think else 4), layout='constrained', squeeze=False)
   for axis, kind in zip(axes[0], ('weights', 'activations'), strict=True):
     for name, values in report[kind].items():
       if len(values['rms']) > 1:
