@@ -4,7 +4,7 @@ A registry imports a module when one of its names is first used.
 """
 
 TABLE: dict[str, dict[str, str]] = {
-    'model': {'byte_patch': 'byte_patch'},
+    'model': {'encdec': 'encdec', 'byte_patch': 'byte_patch'},
     'einsum': {'bitnet': 'bitnet', 'int8': 'lowbit', 'fp8': 'lowbit', 'packed': 'bitnet'},
     'loss': {'classification': 'labels', 'regression': 'labels', 'contrastive': 'contrastive'},
     'balance': {'uncertainty': 'balances', 'grad_norm': 'balances'},
