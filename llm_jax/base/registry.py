@@ -62,6 +62,10 @@ class Registry(Mapping[str, Any]):
     """The class of the config section with the entry's name."""
     return self._find(name).settings
 
+  def name_of(self, value: Any) -> str:
+    """The name of a registered value."""
+    return next(name for name, entry in self._entries.items() if entry.value is value)
+
   def origin(self, name: str) -> str:
     """The module that registered the entry."""
     return self._find(name).origin

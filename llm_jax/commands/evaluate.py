@@ -41,8 +41,8 @@ def main(argv: list[str]) -> None:
             'data': args.data or {'val': 'validation part', 'test': 'test part'}[args.split], **results}
   print(json.dumps(report, indent=2))
   out = args.out or args.workdir / 'evaluation.json'
-  for counts in tables.values():
-    classes = trained.config.loss.sections['classification'].classes or tuple(map(str, range(len(counts))))
+  for name, counts in tables.items():
+    classes = getattr(trained.config.loss.sections[name], 'classes', None) or tuple(map(str, range(len(counts))))
     report |= {'confusion': counts.astype(int).tolist(), 'classes': classes}
   files = {out: json.dumps(report, indent=2) + '\n'}
   if answers:
