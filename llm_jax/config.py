@@ -205,7 +205,8 @@ class Config:
         problems.append(f'profile.start {self.profile.start} is beyond num_steps {self.num_steps}')
     if self.start.whole and self.stages:
       problems.append('start.whole cannot be used with stages: a branch reads the same data as its trunk')
-    for part in (self.model, self.data, self.loss, self.optim):
+    problems += self.data.task_settings.problems(self)
+    for part in (self.model, self.loss, self.optim):
       for settings in getattr(part, 'sections', {}).values():
         problems += getattr(settings, 'problems', lambda config: [])(self)
     if problems:

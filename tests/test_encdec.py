@@ -15,8 +15,8 @@ from meshes import train_on
 from llm_jax.base.batch import Batch
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.config import build
+from llm_jax.extras.encdec import EncDecConfig
 from llm_jax.infer.sampling import _beam_search, beam_search, generate, pad
-from llm_jax.models.encdec import EncDecConfig
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import OptimConfig, make_optimizer
 from llm_jax.training.state import init_state

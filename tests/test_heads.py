@@ -15,13 +15,13 @@ from llm_jax.base.batch import Batch
 from llm_jax.base.builder import Sections
 from llm_jax.extras.byte_patch import BytePatchConfig
 from llm_jax.extras.contrastive import Contrastive
+from llm_jax.extras.encdec import EncDecConfig
 from llm_jax.extras.labels import Classification
 from llm_jax.infer.score import add_up
 from llm_jax.losses.config import LossConfig, make_objective
 from llm_jax.losses.next_token import Distillation
 from llm_jax.losses.objective import Objective
 from llm_jax.models.decoder_config import DecoderConfig
-from llm_jax.models.encdec import EncDecConfig
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import make_optimizer
 from llm_jax.training.state import eval_step

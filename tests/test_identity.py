@@ -12,12 +12,12 @@ from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.config import DataConfig
 from llm_jax.data.open import check_fingerprint, data_fingerprint, open_data
 from llm_jax.data.rows.examples import make_examples
-from llm_jax.data.rows.tasks import SpanCorruption
 from llm_jax.data.sources.corpus import Corpus, key_of
 from llm_jax.data.sources.documents import SourceConfig
 from llm_jax.data.sources.files import open_source
 from llm_jax.data.sources.filters import FilterConfig
 from llm_jax.data.sources.splits import SplitConfig
+from llm_jax.extras.encoder_tasks import SpanCorruption
 
 
 def opened(tmp_path, path, **overrides):

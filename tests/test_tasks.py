@@ -12,20 +12,11 @@ from test_rows import BOS, documents_of, lengths_lists, make_store, pairs, prope
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.rows.augment import Augment
-from llm_jax.data.rows.examples import make_examples, span_capacity
-from llm_jax.data.rows.tasks import (
-  TASKS,
-  Classification,
-  FillInTheMiddle,
-  Layout,
-  MaskedTokens,
-  NextToken,
-  PrefixLM,
-  PromptAnswer,
-  Regression,
-  Seq2Seq,
-  SpanCorruption,
-)
+from llm_jax.data.rows.examples import make_examples
+from llm_jax.data.rows.tasks import TASKS, Layout, NextToken, PromptAnswer
+from llm_jax.extras.encoder_tasks import Seq2Seq, SpanCorruption
+from llm_jax.extras.label_tasks import Classification, Regression
+from llm_jax.extras.text_tasks import FillInTheMiddle, MaskedTokens, PrefixLM
 
 VOCAB = 30000  # sentinel k is VOCAB + k
 NEED = {'text': {}, 'answers': {'answers': [1, 2, 3, 1]}, 'labels': {'labels': np.arange(4.0)}}
@@ -250,7 +241,7 @@ def test_span_corruption_can_be_undone(lengths, seq_len, encoder_len, noise_dens
     num_noise, num_spans = task.noise(len(text))
     assert joined_spans(row)[1] == num_spans
     assert row['loss_mask'].sum() == num_noise + num_spans + 1
-  capacity = span_capacity(task, Layout(seq_len, encoder_len, VOCAB, BOS, BOS))
+  capacity = task.capacity(Layout(seq_len, encoder_len, VOCAB, BOS, BOS))
   longer = capacity + 1
   num_noise, num_spans = task.noise(longer)
   assert longer - num_noise + num_spans + 1 > encoder_len or num_noise + num_spans + 1 > seq_len, 'longer would fit'

@@ -70,6 +70,10 @@ class Registry(Mapping[str, Any]):
     """The entry's settings in the sections of a config; its defaults if they have none."""
     return sections[name] if name in sections else self.settings(name)()
 
+  def name_of(self, value: Any) -> str:
+    """The name of a registered value."""
+    return next(name for name, entry in self._entries.items() if entry.value is value)
+
   def origin(self, name: str) -> str:
     """The module that registered the entry."""
     return self._find(name).origin

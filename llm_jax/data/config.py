@@ -32,7 +32,7 @@ class DataConfig(SourceConfig, SplitConfig):
   min_frequency: int = 1  # of a word, or of a pair merged by bpe
   pattern: str | None = None  # regular expression for words; None: the one in tokenizers/word.py
 
-  task: str = 'next_token'  # one of TASKS (see rows/tasks.py); its settings are in the section of its name
+  task: str = 'next_token'  # one of TASKS (see docs/data.md); its settings are in the section of its name
   sections: Sections = sections(TASKS, TOKENIZERS)
   augment: Augment = Augment()
   seq_len: int = 1024
@@ -96,11 +96,13 @@ class DataConfig(SourceConfig, SplitConfig):
       raise ValueError('\n'.join(problems))
 
   def _encoder_tokenizer_problems(self, name: str) -> list[str]:
+    fits = self.task not in TASKS or TASKS[self.task].encoder_tokenizer
+    tasks = [] if fits else [task for task in TASKS if TASKS[task].encoder_tokenizer]
     return [f'encoder_tokenizer {name!r} {message}' for wrong, message in (
         (name not in TOKENIZERS and not set(name) & set('./:'),
          f'is not one of {", ".join(TOKENIZERS)}, a path ending in .json or .model, tiktoken:NAME; or set '
          'it to None to use tokenizer for both sides'),
-        (self.task != 'seq2seq', f'is for task seq2seq, where an encoder reads the prompts; the task is {self.task!r}: '
+        (not fits, f'is for task {" or ".join(tasks)}, where an encoder reads the prompts; the task is {self.task!r}: '
          'set it to None'),
         (self.tokenizer == 'none', 'needs a tokenizer for the answers too, but tokenizer is none')) if wrong]
 

@@ -84,6 +84,12 @@ class Classification(Term):
     draw_confusion(confusion, classes, folder / 'confusion.png')
     return {'confusion': confusion.astype(int).tolist(), 'classes': classes}
 
+  def check_labels(self, split: str, labels: np.ndarray) -> None:
+    most = int(np.max(labels, initial=0))
+    if self.num_classes is not None and most >= self.num_classes:
+      raise DataError(f'config.data.label_field: the {split} part has class {most}, but the model learns classes 0 to '
+                      f'{self.num_classes - 1}; set config.loss.classification.num_classes to {most + 1} or more')
+
   def count(self, batch: Batch) -> jax.Array:
     return jnp.sum(real_rows(batch))
 
@@ -105,6 +111,10 @@ class Classification(Term):
   def predict(self, inputs: TermInputs) -> jax.Array:
     """Probabilities [B, C]."""
     return jax.nn.softmax(self.logits(inputs))
+
+  def describe(self, prediction: np.ndarray, top: int) -> dict[str, float]:
+    best = np.argsort(-prediction)[:top].tolist()
+    return {self.classes[i] if self.classes else str(i): round(float(prediction[i]), 4) for i in best}
 
   def initial_loss(self, inputs: TermInputs) -> float:
     return math.log(self.head_dim)

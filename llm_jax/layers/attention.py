@@ -116,21 +116,3 @@ class Attention(MultiHead):
       y_BTNH = cached_attention(q_BTNH, cache['k'], cache['v'], positions_BT=positions_BT, window=window,
                                 prefix_BS=mask.prefix_BS)
     return self.output(y_BTNH), cache
-
-
-class CrossAttention(MultiHead):
-  """Attention to an encoder's output; a cache stores its keys and values."""
-
-  @nn.compact
-  def __call__(self, x_BTD: jax.Array, encoded_BSD: jax.Array | None, mask_BTS: jax.Array,
-               cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
-    """`mask_BTS` is True where a token attends. `encoded_BSD` None: keys and values come from the cache."""
-    q_BTNH = self.project('q', x_BTD)
-    if encoded_BSD is not None:
-      k_BSKH, v_BSKH = (self.project(name, encoded_BSD) for name in 'kv')
-      cache = cache and {'k': k_BSKH, 'v': v_BSKH}
-    else:
-      assert cache is not None
-      k_BSKH, v_BSKH = cache['k'], cache['v']
-    y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
-    return self.output(checkpoint_name(y_BTNH, 'attention')), cache

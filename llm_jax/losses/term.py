@@ -82,10 +82,18 @@ class Term:
     del folder
     return {'confusion': confusion.tolist()}
 
+  def check_labels(self, split: str, labels: np.ndarray) -> None:
+    """Raises DataError for labels of the part `split` that it cannot use."""
+
   def predict(self, inputs: TermInputs) -> jax.Array | None:
     """Predictions for each document [B, ...], or None if it makes none; inputs.batch has no labels here."""
     del inputs
     return None
+
+  def describe(self, prediction: np.ndarray, top: int) -> Any:
+    """The prediction for one document as a JSON value; of classes, the `top` most likely."""
+    del top
+    return prediction.tolist()
 
 
 def affine(inputs: TermInputs, x: jax.Array) -> jax.Array:

@@ -7,14 +7,12 @@ from typing import Any, cast
 from llm_jax.base.registry import Registry, register
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.decoder_config import DecoderConfig
-from llm_jax.models.encdec import EncDec, EncDecConfig
 from llm_jax.models.heads import WithHeads
 from llm_jax.models.protocol import LanguageModel, adapt_model, as_language_model
 
 # A Flax module and its config: LanguageModels (see models/protocol.py) or modules that map tokens to logits.
 MODELS = Registry('model', adapt_model)
 register(MODELS, 'decoder', Decoder, DecoderConfig)
-register(MODELS, 'encdec', EncDec, EncDecConfig)
 
 
 def make_model(config: Any, heads: tuple[tuple[str, int], ...] = (), num_weights: int = 0,

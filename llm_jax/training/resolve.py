@@ -57,7 +57,7 @@ def with_labels(config: Config, data: Data) -> Config:
     config = dataclasses.replace(config, loss=config.loss.with_labels(labels, classes))
   except ValueError as e:
     raise ConfigError(f'config.loss.{e}') from None
-  check_classes(config, data)
+  check_labels(config, data)
   return config
 
 
@@ -107,17 +107,12 @@ def all_labels(data: Data) -> tuple[np.ndarray | None, tuple[str, ...]]:
   return np.concatenate([np.asarray(store.labels) for store in stores]), stores[0].classes
 
 
-def check_classes(config: Config, data: Data) -> None:
-  """Raises DataError for a label outside the classes that the model learns."""
-  term = config.loss.sections.get('classification')
-  num_classes = getattr(term, 'num_classes', None)
-  if num_classes is None:
-    return
+def check_labels(config: Config, data: Data) -> None:
+  """Raises DataError for a label that a loss cannot use, as one outside the classes that the model learns."""
   for split, stores in data.splits.items():
     for store in stores.values():
-      if store.labels is not None and (most := int(np.max(store.labels, initial=0))) >= num_classes:
-        raise DataError(f'config.data.label_field: the {split} part has class {most}, but the model learns classes 0 '
-                        f'to {num_classes - 1}; set config.loss.classification.num_classes to {most + 1} or more')
+      for term in config.loss.sections.values() if store.labels is not None else ():
+        term.check_labels(split, store.labels)
 
 
 def check_features(config: Config, model: LanguageModel, objective: Objective, features: dict[str, Any]) -> None:

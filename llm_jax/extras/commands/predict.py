@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
       features = rows(run.config.data, run.tokenizer, part)
       predictions = jax.device_get(predict(run.params, as_batch(features)))
       for i, text in enumerate(part):
-        of_text = prediction(run.config.loss, {name: x[i] for name, x in predictions.items()}, args.top)
+        of_text = {name: run.config.loss.sections[name].describe(x[i], args.top) for name, x in predictions.items()}
         print(json.dumps({'text': text, **of_text}, ensure_ascii=False), flush=True)
 
 
@@ -66,28 +66,19 @@ def rows(config: Any, tokenizer: Any, texts: list[str]) -> dict[str, np.ndarray]
   """Features of up to ROWS documents, made and truncated as by the run's task."""
   from llm_jax.data.pipeline import stack
   from llm_jax.data.rows.examples import TRUNCATIONS
-  from llm_jax.data.rows.tasks import TASKS, Layout, cut, read_whole
-  truncate = TRUNCATIONS[TASKS[config.task].needs][0] if config.truncate == 'auto' else config.truncate
+  from llm_jax.data.rows.tasks import Layout, cut, read_whole
+  truncate = TRUNCATIONS[config.task_settings.needs][0] if config.truncate == 'auto' else config.truncate
   layout = Layout(config.seq_len, config.encoder_len, len(tokenizer.token_bytes), tokenizer.bos_id, tokenizer.eos_id,
-                  truncate)
+                  truncate=truncate)
+  keeps_bos = config.task_settings.capacity(layout) is not None  # otherwise the task cuts documents itself
   found = []
   for ids in tokenizer.encode(texts):
     row = np.array([tokenizer.bos_id, *map(int, ids), tokenizer.eos_id], np.int32)
-    if len(row) > config.seq_len and truncate == 'left' and config.task != 'pairs':
-      row = np.concatenate([row[:1], row[1 - config.seq_len:]])  # labelled documents keep their bos
+    if len(row) > config.seq_len and truncate == 'left' and keeps_bos:
+      row = np.concatenate([row[:1], row[1 - config.seq_len:]])
     found.append(read_whole(cut(row, config.seq_len, layout), layout))
   blank = {name: np.zeros_like(x) for name, x in found[0].items()}
   return stack(found + [blank] * (ROWS - len(found)))
-
-
-def prediction(config: Any, predictions: dict[str, np.ndarray], top: int) -> dict[str, Any]:
-  """The predictions for one document as JSON values, with the `top` classes by name."""
-  result: dict[str, Any] = {name: x.tolist() for name, x in predictions.items()}
-  if 'classification' in predictions:
-    p, classes = predictions['classification'], config.sections['classification'].classes
-    best = np.argsort(-p)[:top].tolist()
-    result['classification'] = {classes[i] if classes else str(i): round(float(p[i]), 4) for i in best}
-  return result
 
 
 if __name__ == '__main__':

@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.base.batch import Batch, Cache
+from llm_jax.base.registry import register
 from llm_jax.base.sharding import constrain
-from llm_jax.layers.attention import Attention, AttentionMask, CrossAttention
+from llm_jax.layers.attention import Attention, AttentionMask, KVCache, MultiHead
 from llm_jax.layers.linear import Embed
 from llm_jax.layers.stack import apply_stack, init_stack
 from llm_jax.losses.readout import Readout
 from llm_jax.models.blocks import OutputMatrix, make_heads, make_mlp, make_norm, make_readout
 from llm_jax.models.decoder import Block
 from llm_jax.models.decoder_config import DecoderConfig
+from llm_jax.models.registry import MODELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,24 @@ class Read(NamedTuple):
   self_mask: AttentionMask
   mask_BTS: jax.Array  # bool
   encoded_BSD: jax.Array | None = None  # None: its keys and values are in the cache
+
+
+class CrossAttention(MultiHead):
+  """Attention to an encoder's output; a cache stores its keys and values."""
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, encoded_BSD: jax.Array | None, mask_BTS: jax.Array,
+               cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+    """`mask_BTS` is True where a token attends. `encoded_BSD` None: keys and values come from the cache."""
+    q_BTNH = self.project('q', x_BTD)
+    if encoded_BSD is not None:
+      k_BSKH, v_BSKH = (self.project(name, encoded_BSD) for name in 'kv')
+      cache = cache and {'k': k_BSKH, 'v': v_BSKH}
+    else:
+      assert cache is not None
+      k_BSKH, v_BSKH = cache['k'], cache['v']
+    y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
+    return self.output(checkpoint_name(y_BTNH, 'attention')), cache
 
 
 class CrossBlock(nn.Module):
@@ -209,3 +230,6 @@ class EncDec(nn.Module):
     x_B1D, layers = self.hidden(tokens_B[:, None], cache['length_B'][:, None], read, cache=cache['layers'])
     cache = cache | {'layers': layers, 'length_B': cache['length_B'] + 1}
     return self.output(x_B1D).logits()[:, 0], cache
+
+
+register(MODELS, 'encdec', EncDec, EncDecConfig)
