@@ -34,7 +34,7 @@ def gradient(remat, unroll=1, windows=(0,), attention='auto'):
   """The traced value_and_grad of a stack's sum of squares."""
   def loss(params, x):
     block = Block(dataclasses.replace(CFG, attention=attention))
-    y, _, _ = apply_stack(block, params, x, POSITIONS, AttentionMask(), windows=windows, unroll=unroll, remat=remat)
+    y, _ = apply_stack(block, params, x, POSITIONS, AttentionMask(), windows=windows, unroll=unroll, remat=remat)
     return jnp.mean(y**2)
   return jax.jit(jax.value_and_grad(loss)).trace(*stack())
 
@@ -52,7 +52,7 @@ def num_products(remat):
 def test_the_stack_equals_its_blocks_in_sequence(unroll, remat):
   """With two alternating windows, so that each iteration of the loop runs two blocks."""
   params, x = stack()
-  got, _, _ = apply_stack(Block(CFG), params, x, POSITIONS, AttentionMask(), windows=(0, 3), unroll=unroll, remat=remat)
+  got, _ = apply_stack(Block(CFG), params, x, POSITIONS, AttentionMask(), windows=(0, 3), unroll=unroll, remat=remat)
   for layer in range(4):
     own = jax.tree.map(lambda p: p[layer], params)  # noqa: B023
     x, _ = Block(CFG).apply({'params': own}, x, POSITIONS, AttentionMask(), None, (0, 3)[layer % 2], False)
@@ -106,7 +106,7 @@ def test_no_weights_are_saved_for_the_backward_pass(remat):
   params = nn.unbox(jax.eval_shape(init_stack(Block(cfg), 4, 64), jax.random.key(0)))
 
   def loss(params, x):
-    y, _, _ = apply_stack(Block(cfg), params, x, POSITIONS[:1, :1], AttentionMask(), windows=(0,), remat=remat)
+    y, _ = apply_stack(Block(cfg), params, x, POSITIONS[:1, :1], AttentionMask(), windows=(0,), remat=remat)
     return jnp.sum(y)
 
   memory = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((1, 1, 64), jnp.float32)).compile()

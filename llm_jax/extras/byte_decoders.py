@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.layers.attention import AttentionMask
-from llm_jax.layers.stack import apply_stack, init_stack
+from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.models.blocks import make_einsum
 from llm_jax.models.decoder import Block
 from llm_jax.models.decoder_config import DecoderConfig
@@ -92,29 +92,26 @@ class Transformer(nn.Module):
     x_BMPD = jnp.take(table_VD, ids_BMP, axis=0, mode='clip') + self.into('BTD,DE->BTE', contexts_BMD)[:, :, None]
     positions = jnp.broadcast_to(jnp.arange(P), (B * M, P))
     dropout_key = self.make_rng('dropout') if train and self.cfg.dropout else None
-    return self._run(x_BMPD.reshape(B * M, P, D), positions, None, train, dropout_key)[0].reshape(B, M, P, D)
-
-  def _run(self, x, positions, cache, train=False, dropout_key=None):
-    cfg = self.cfg
-    x, cache, _ = apply_stack(
-        self.block, self.blocks, x, positions, AttentionMask(), windows=(0,), cache=cache, train=train,
-        dropout_key=dropout_key, dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
-    return x, cache
+    x, _ = apply_stack(
+        self.block, self.blocks, x_BMPD.reshape(B * M, P, D), positions, AttentionMask(), windows=(0,), train=train,
+        dropout_key=dropout_key, dtype=self.cfg.operand_dtype, unroll=self.cfg.scan_unroll, remat=self.cfg.remat)
+    return x.reshape(B, M, P, D)
 
   def begin(self, contexts_BMD: jax.Array) -> dict:
     return self.init_state(self.cfg, contexts_BMD.shape[0])
 
   def step(self, state: dict, contexts_BMD: jax.Array, bytes_BMD: jax.Array) -> tuple[jax.Array, dict]:
     x_BMD = bytes_BMD + self.into('BTD,DE->BTE', contexts_BMD)
-    layers = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), state['layers'])
-    h_BMD, layers = self._run(x_BMD, state['place_B'][:, None], layers)
-    return h_BMD, {'layers': jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), layers), 'place_B': state['place_B'] + 1}
+    h_BMD, layers = apply_layers(
+        self.block, unstack(self.blocks, self.cfg.operand_dtype), x_BMD, state['place_B'][:, None], AttentionMask(),
+        windows=(0,), cache=state['layers'])
+    return h_BMD, {'layers': layers, 'place_B': state['place_B'] + 1}
 
   @classmethod
   def init_state(cls, cfg: Any, batch_size: int) -> dict:
     inner = cls._inner(cfg)
-    empty = jnp.zeros((batch_size, inner.num_layers, cfg.patch_size, inner.K, inner.H), cfg.operand_dtype)  # rows first
-    return {'layers': {'k': empty, 'v': empty}, 'place_B': jnp.zeros(batch_size, jnp.int32)}
+    empty = jnp.zeros((batch_size, inner.K, cfg.patch_size, inner.H), cfg.operand_dtype)
+    return {'layers': ({'k': empty, 'v': empty},) * inner.num_layers, 'place_B': jnp.zeros(batch_size, jnp.int32)}
 
   @classmethod
   def flops_per_byte(cls, cfg: Any) -> float:

@@ -27,7 +27,7 @@ from llm_jax.extras.linear_attention import CHUNK, empty_state, linear_attention
 from llm_jax.extras.thinking import Think
 from llm_jax.layers.attention import MultiHead, causal_attention, describe_attention
 from llm_jax.layers.linear import Embed, weight
-from llm_jax.layers.stack import apply_stack, init_stack
+from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.losses.readout import Readout
 from llm_jax.models.blocks import (
   PARTS,
@@ -273,12 +273,16 @@ class BytePatch(nn.Module):
       positions_BM = jnp.broadcast_to(jnp.arange(M), (B, M))
     x_BMD = constrain(self.patch('BTPE,PED->BTD', e_BMQE), 'act_batch', 'act_length', 'act_embed')
     dropout_key = self.make_rng('dropout') if train and cfg.dropout else None
-    x_BMD, cache, sown = apply_stack(
-        self.block, self.blocks, x_BMD, positions_BM, patches, windows=(cfg.window,), cache=cache,
-        dropout_key=dropout_key, train=train, dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
+    if cache is not None:
+      x_BMD, cache = apply_layers(self.block, unstack(self.blocks, cfg.operand_dtype), x_BMD, positions_BM, patches,
+                                  windows=(cfg.window,), cache=cache)
+      return self.think(self.latent_norm(x_BMD)), cache
+    x_BMD, sown = apply_stack(
+        self.block, self.blocks, x_BMD, positions_BM, patches, windows=(cfg.window,), dropout_key=dropout_key,
+        train=train, dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
     for collection, values in sown.items():
       self.sow(collection, 'blocks', values)
-    return self.think(self.latent_norm(x_BMD)), cache
+    return self.think(self.latent_norm(x_BMD)), None
 
   def output(self, x_BTD: jax.Array) -> Readout:
     return make_readout(self.cfg, self.final_norm(x_BTD), self.head)
@@ -286,12 +290,15 @@ class BytePatch(nn.Module):
   def _starts(self, batch_size: int) -> jax.Array:
     return jnp.broadcast_to(self.start, (batch_size, *self.start.shape))
 
+  def decode_variables(self, params: Any) -> dict[str, Any]:
+    return {'params': params}
+
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
     """An empty cache; its size does not depend on `max_len`."""
     cfg, B = self.cfg, batch_size
     slots = jnp.zeros((B, cfg.window, cfg.num_heads, cfg.H), cfg.operand_dtype)
     layer = {'k': slots, 'v': slots, **empty_state(B, cfg.num_heads, cfg.H)}
-    return {'layers': jax.tree.map(lambda x: jnp.broadcast_to(x, (cfg.num_layers, *x.shape)), layer),
+    return {'layers': (layer,) * cfg.num_layers,
             'length_B': jnp.zeros(B, jnp.int32), 'recent_BQ': jnp.full((B, cfg.Q), -1, jnp.int32),
             'context_BD': jnp.zeros((B, cfg.embed_dim)), 'local': LOCAL[cfg.decoder].init_state(cfg, B)}
 
@@ -327,9 +334,7 @@ class BytePatch(nn.Module):
       e_BQE = jnp.where(recent_BQ[..., None] >= 0, self.embed.encode(recent_BQ), 0.0)
       latents_B1D, layers = self._latents(e_BQE[:, None], Patches(), cache['layers'], False,
                                           positions_BM=(length_B // P - 1)[:, None])
-      layers = jax.tree.map(lambda new, old: jnp.swapaxes(
-          where(complete_B, jnp.swapaxes(new, 0, 1), jnp.swapaxes(old, 0, 1)), 0, 1), layers, cache['layers'])
-      return where(complete_B, latents_B1D[:, 0], cache['context_BD']), layers
+      return where(complete_B, (latents_B1D[:, 0], layers), (cache['context_BD'], cache['layers']))
 
     # The stack only runs if at least one row has completed a patch.
     context_BD, layers = jax.lax.cond(complete_B.any(), one_patch_more,

@@ -16,12 +16,12 @@ from jax.ad_checkpoint import checkpoint_name
 from llm_jax.base.batch import Batch, Cache
 from llm_jax.base.registry import register
 from llm_jax.base.sharding import constrain
-from llm_jax.layers.attention import Attention, AttentionMask, KVCache, MultiHead
+from llm_jax.layers.attention import Attention, AttentionMask, KVCache, MultiHead, attend_to_slots
 from llm_jax.layers.linear import Embed
-from llm_jax.layers.stack import apply_stack, init_stack
+from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.losses.readout import Readout
 from llm_jax.models.blocks import OutputMatrix, make_heads, make_mlp, make_norm, make_readout
-from llm_jax.models.decoder import Block
+from llm_jax.models.decoder import Block, Decoder
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import MODELS
 
@@ -92,11 +92,11 @@ class CrossAttention(MultiHead):
     q_BTNH = self.project('q', x_BTD)
     if encoded_BSD is not None:
       k_BSKH, v_BSKH = (self.project(name, encoded_BSD) for name in 'kv')
-      cache = cache and {'k': k_BSKH, 'v': v_BSKH}
+      y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
+      cache = cache and {'k': jnp.swapaxes(k_BSKH, 1, 2), 'v': jnp.swapaxes(v_BSKH, 1, 2)}
     else:
       assert cache is not None
-      k_BSKH, v_BSKH = cache['k'], cache['v']
-    y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
+      y_BTNH = attend_to_slots(q_BTNH, cache['k'], cache['v'], mask_BTS)
     return self.output(checkpoint_name(y_BTNH, 'attention')), cache
 
 
@@ -148,7 +148,9 @@ class EncDec(nn.Module):
     self.encoder_norm = make_norm(cfg)()
     self.block = CrossBlock(cfg, parent=None)
     read = Read(AttentionMask(), jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1, cfg.embed_dim)))
-    self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim, read))
+    self.layers: Any = self.get_variable('layers', 'blocks')  # unstacked blocks, while text is generated
+    self.blocks = None if self.layers else self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim,
+                                                                           read))
     self.final_norm = make_norm(cfg)()
     if not cfg.tie_embeddings:
       self.head = OutputMatrix(cfg, cfg.readout_std)
@@ -166,8 +168,7 @@ class EncDec(nn.Module):
       positions_BT = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     encoded_BSD = self.encode(batch.encoder_tokens, segments_BS, train=train)
     read = Read(AttentionMask(segments_BT), segments_BT[:, :, None] == segments_BS[:, None, :], encoded_BSD)
-    x_BTD, _ = self.hidden(batch.tokens, positions_BT, read, train=train)
-    return self.output(x_BTD)
+    return self.output(self.hidden(batch.tokens, positions_BT, read, train=train))
 
   def encode(self, tokens_BS: jax.Array, segments_BS: jax.Array, train: bool = False) -> jax.Array:
     """The encoder's output [B, S, D]; each token attends to its whole segment."""
@@ -177,39 +178,43 @@ class EncDec(nn.Module):
     if cfg.positions == 'learned':
       x_BSD += self.encoder_positions.encode(positions_BS)
     both_ways = AttentionMask(segments_BS, jnp.ones_like(tokens_BS, bool))
-    x_BSD, _ = self._run(self.encoder_block, self.encoder, x_BSD, positions_BS, both_ways, (0,), None, train)
+    x_BSD = self._run(self.encoder_block, self.encoder, x_BSD, positions_BS, both_ways, (0,), train)
     return self.encoder_norm(x_BSD)
 
-  def hidden(self, tokens_BT, positions_BT, read: Read, cache=None, train: bool = False):
-    """The decoder's residual stream after all blocks [B, T, D], and the cache."""
-    cfg = self.cfg
+  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
     x_BTD = self.embed.encode(tokens_BT)
-    if cfg.positions == 'learned':
+    if self.cfg.positions == 'learned':
       x_BTD += self.positions.encode(positions_BT)
-    return self._run(self.block, self.blocks, x_BTD, positions_BT, read, cfg.windows, cache, train)
+    return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
 
-  def _run(self, block, params, x_BTD, positions_BT, context: Any, windows, cache, train):
+  def hidden(self, tokens_BT, positions_BT, read: Read, train: bool = False):
+    """The decoder's residual stream after all blocks [B, T, D]."""
+    x_BTD = self.embedded(tokens_BT, positions_BT)
+    return self._run(self.block, self.blocks, x_BTD, positions_BT, read, self.cfg.windows, train)
+
+  def _run(self, block, params, x_BTD, positions_BT, context: Any, windows, train):
     cfg = self.cfg
     x_BTD = constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
     dropout_key = self.make_rng('dropout') if train else None
     if dropout_key is not None:
       key = jax.random.fold_in(dropout_key, jax.tree.leaves(params)[0].shape[0])
       x_BTD = self.dropout(x_BTD, deterministic=False, rng=key)
-    x_BTD, cache, sown = apply_stack(
-        block, params, x_BTD, positions_BT, context, windows=windows, cache=cache, dropout_key=dropout_key,
-        train=train, dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
+    x_BTD, sown = apply_stack(
+        block, params, x_BTD, positions_BT, context, windows=windows, dropout_key=dropout_key, train=train,
+        dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
     for collection, values in sown.items():
       self.sow(collection, 'encoder' if block is self.encoder_block else 'blocks', values)
-    return x_BTD, cache
+    return x_BTD
 
   def output(self, x_BTD: jax.Array) -> Readout:
     return make_readout(self.cfg, self.final_norm(x_BTD), self.embed if self.cfg.tie_embeddings else self.head)
 
+  decode_variables = Decoder.decode_variables
+
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
     cfg = self.cfg
-    own, read = (jnp.zeros((cfg.num_layers, batch_size, length, cfg.K, cfg.H), cfg.operand_dtype)
-                 for length in (max_len, cfg.S))
-    return {'layers': {'self': {'k': own, 'v': own}, 'cross': {'k': read, 'v': read}},
+    own, read = (jnp.zeros((batch_size, cfg.K, length, cfg.H), cfg.operand_dtype) for length in (max_len, cfg.S))
+    return {'layers': ({'self': {'k': own, 'v': own}, 'cross': {'k': read, 'v': read}},) * cfg.num_layers,
             'length_B': jnp.zeros(batch_size, jnp.int32), 'read_BS': jnp.zeros((batch_size, cfg.S), bool)}
 
   def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -227,7 +232,10 @@ class EncDec(nn.Module):
 
   def _decode(self, tokens_B, cache, encoded_BSD):
     read = Read(AttentionMask(), cache['read_BS'][:, None], encoded_BSD)
-    x_B1D, layers = self.hidden(tokens_B[:, None], cache['length_B'][:, None], read, cache=cache['layers'])
+    positions_B1 = cache['length_B'][:, None]
+    layers = self.layers or unstack(self.blocks, self.cfg.operand_dtype)
+    x_B1D, layers = apply_layers(self.block, layers, self.embedded(tokens_B[:, None], positions_B1), positions_B1, read,
+                                 windows=self.cfg.windows, cache=cache['layers'])
     cache = cache | {'layers': layers, 'length_B': cache['length_B'] + 1}
     return self.output(x_B1D).logits()[:, 0], cache
 

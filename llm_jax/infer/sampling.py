@@ -36,17 +36,28 @@ def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: float = 1.0, to
   return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=('model', 'max_len', 'temperature', 'top_k', 'top_p', 'num_ids'))
-def _prefill(params, tokens_BT, lengths_B, key, *, model, max_len, **options):
-  cache = model.init_cache(tokens_BT.shape[0], max_len)
-  logits_BV, cache = model.apply({'params': params}, tokens_BT, lengths_B, cache, method='prefill')
+@partial(jax.jit, static_argnames='model')
+def _decode_variables(params, *, model):
+  return model.decode_variables(params)
+
+
+@partial(jax.jit, static_argnames=('model', 'num_slots', 'temperature', 'top_k', 'top_p', 'num_ids'))
+def _prefill(variables, tokens_BT, lengths_B, key, *, model, num_slots, **options):
+  cache = model.init_cache(tokens_BT.shape[0], num_slots)
+  logits_BV, cache = model.apply(variables, tokens_BT, lengths_B, cache, method='prefill')
   return sample(logits_BV, key, **options), cache
 
 
 @partial(jax.jit, static_argnames=('model', 'temperature', 'top_k', 'top_p', 'num_ids'), donate_argnames='cache')
-def _decode(params, tokens_B, cache, key, *, model, **options):
-  logits_BV, cache = model.apply({'params': params}, tokens_B, cache, method='decode')
+def _decode(variables, tokens_B, cache, key, *, model, **options):
+  logits_BV, cache = model.apply(variables, tokens_B, cache, method='decode')
   return sample(logits_BV, key, **options), cache
+
+
+@partial(jax.jit, static_argnames=('model', 'num_slots'))
+def _grow(cache, *, model, num_slots):
+  larger = model.init_cache(cache['length_B'].shape[0], num_slots)
+  return jax.tree.map(lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim), larger, cache)
 
 
 def generate(model: LanguageModel, params: Params, prompts: list[list[int]], *, max_len: int, num_tokens: int,
@@ -60,13 +71,25 @@ def generate(model: LanguageModel, params: Params, prompts: list[list[int]], *, 
   options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'num_ids': num_ids}
   num_tokens = min(num_tokens, room(model, lengths_B, max_len))
   keys = jax.random.split(jax.random.key(seed), max(num_tokens, 1))
-  tokens_B, cache = _prefill(params, tokens_BT, lengths_B, keys[0],
-                             model=model, max_len=max_len, **options)
+  variables, longest = _decode_variables(params, model=model), max_len - room(model, lengths_B, max_len)
+  num_slots = slots_for(longest + min(num_tokens, FIRST_TOKENS), tokens_BT.shape[1], max_len)
+  tokens_B, cache = _prefill(variables, tokens_BT, lengths_B, keys[0], model=model, num_slots=num_slots, **options)
   for i in range(1, num_tokens + 1):
     current = tokens_B
     if i < num_tokens:
-      tokens_B, cache = _decode(params, tokens_B, cache, keys[i], model=model, **options)
+      if longest + i > num_slots:
+        num_slots = slots_for(longest + i, num_slots, max_len)
+        cache = _grow(cache, model=model, num_slots=num_slots)
+      tokens_B, cache = _decode(variables, tokens_B, cache, keys[i], model=model, **options)
     yield np.asarray(current)
+
+
+FIRST_TOKENS = 256  # the cache has room for that many generated tokens at first; its size is doubled when it is full
+
+
+def slots_for(length: int, least: int, max_len: int) -> int:
+  """The number of slots of a cache for `length` tokens: a power of two, to compile few sizes, but at most max_len."""
+  return min(max_len, max(least, 1 << (length - 1).bit_length()))
 
 
 def pad(model: LanguageModel, prompts: list[list[int]], max_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,24 +115,21 @@ def beam_search(model: LanguageModel, params: Params, prompts: list[list[int]], 
   """
   tokens_BT, lengths_B = pad(model, prompts, max_len)
   num_tokens = min(num_tokens, room(model, lengths_B, max_len))
-  return np.asarray(_beam_search(params, tokens_BT, lengths_B, model=model, max_len=max_len, num_tokens=num_tokens,
-                                 eos_id=eos_id, num_beams=num_beams, alpha=alpha, num_ids=num_ids))
+  longest = max_len - room(model, lengths_B, max_len)
+  num_slots = slots_for(longest + num_tokens, tokens_BT.shape[1], max_len)
+  return np.asarray(_beam_search(_decode_variables(params, model=model), tokens_BT, lengths_B, model=model,
+                                 num_slots=num_slots, num_tokens=num_tokens, eos_id=eos_id, num_beams=num_beams,
+                                 alpha=alpha, num_ids=num_ids))
 
 
-@partial(jax.jit, static_argnames=('model', 'max_len', 'num_tokens', 'eos_id', 'num_beams', 'alpha', 'num_ids'))
-def _beam_search(params, tokens_BT, lengths_B, *, model, max_len, num_tokens, eos_id, num_beams, alpha, num_ids):
+@partial(jax.jit, static_argnames=('model', 'num_slots', 'num_tokens', 'eos_id', 'num_beams', 'alpha', 'num_ids'))
+def _beam_search(variables, tokens_BT, lengths_B, *, model, num_slots, num_tokens, eos_id, num_beams, alpha, num_ids):
   B, W = tokens_BT.shape[0], num_beams
-
-  def rows(tree, take):
-    """Applies `take` to each leaf of a cache, with the batch dimension in front."""
-    return {name: jax.tree.map(lambda x: jnp.moveaxis(take(jnp.moveaxis(x, 1, 0)), 0, 1), leaf) if name == 'layers'
-            else jax.tree.map(take, leaf) for name, leaf in tree.items()}
 
   def log_p(logits_RV):
     return jax.nn.log_softmax(constrain(logits_RV[:, :num_ids], None, None).astype(jnp.float32))
 
-  logits_BV, cache = model.apply({'params': params}, tokens_BT, lengths_B, model.init_cache(B, max_len),
-                                 method='prefill')
+  logits_BV, cache = model.apply(variables, tokens_BT, lengths_B, model.init_cache(B, num_slots), method='prefill')
   V = log_p(logits_BV).shape[1]
   only_eos_V = jnp.where(jnp.arange(V) == eos_id, 0.0, -jnp.inf)  # the continuation of a finished hypothesis
 
@@ -123,17 +143,17 @@ def _beam_search(params, tokens_BT, lengths_B, *, model, max_len, num_tokens, eo
 
   def body(carry):
     t, scores_BW, ended_BW, hyps_BWT, cache = carry
-    logits_RV, cache = model.apply({'params': params}, hyps_BWT[..., t - 1].reshape(-1), cache, method='decode')
+    logits_RV, cache = model.apply(variables, hyps_BWT[..., t - 1].reshape(-1), cache, method='decode')
     scores_BW, ended_BW, hyps_BWT, parents_BW = extend(logits_RV.reshape(B, W, -1), scores_BW, ended_BW, hyps_BWT, t)
     parents_R = (parents_BW + W * jnp.arange(B)[:, None]).reshape(-1)
-    return t + 1, scores_BW, ended_BW, hyps_BWT, rows(cache, lambda x: x[parents_R])
+    return t + 1, scores_BW, ended_BW, hyps_BWT, jax.tree.map(lambda x: x[parents_R], cache)
 
   # All hypotheses of a row are equal at first, so only one of them may be continued.
   scores_BW = jnp.tile(jnp.where(jnp.arange(W) == 0, 0.0, -jnp.inf), (B, 1))
   hyps_BWT = jnp.full((B, W, num_tokens), eos_id, jnp.int32)
   scores_BW, ended_BW, hyps_BWT, _ = extend(jnp.repeat(logits_BV[:, None], W, 1), scores_BW, jnp.zeros((B, W), bool),
                                             hyps_BWT, 0)
-  cache = rows(cache, lambda x: jnp.repeat(x, W, axis=0))
+  cache = jax.tree.map(lambda x: jnp.repeat(x, W, axis=0), cache)
   _, scores_BW, _, hyps_BWT, _ = jax.lax.while_loop(
       lambda carry: (carry[0] < num_tokens) & ~carry[2].all(), body,
       (jnp.int32(1), scores_BW, ended_BW, hyps_BWT, cache))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 from jax.ad_checkpoint import checkpoint_name
 
@@ -19,7 +20,7 @@ from llm_jax.layers.linear import Einsum
 from llm_jax.layers.norm import RMSNorm
 from llm_jax.layers.rope import apply_rope
 
-KVCache = dict[str, jax.Array]  # k, v: [B, S, K, H]; slot s holds the token at position s
+KVCache = dict[str, jax.Array]  # k, v: [B, K, S, H]; slot s holds the token at position s
 
 
 class AttentionMask(NamedTuple):
@@ -51,13 +52,32 @@ def describe_attention(implementation: str, dtype: str, head_dim: int, length: i
   return chosen + (f' ({"; ".join(passed_over)})' if passed_over and implementation == 'auto' else '')
 
 
-def cached_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, positions_BT: jax.Array,
+def cached_attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *, positions_BT: jax.Array,
                      window: int = 0, prefix_BS: jax.Array | None = None) -> jax.Array:
   """The same over a cache: a query at position p attends to slots up to p. Later slots may hold anything."""
-  mask_BTS = look_back(positions_BT, k_BSKH.shape[1], window)
+  mask_BTS = look_back(positions_BT, k_BKSH.shape[2], window)
   if prefix_BS is not None:
     mask_BTS |= prefix_BS[:, None, :]
-  return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None])
+  return attend_to_slots(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
+
+
+def attend_to_slots(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  """Attention to the slots of a cache where `mask_BTS` is True; the result has the dtype of the queries.
+
+  With the heads before the slots no product needs a transposed copy of the cache.
+  """
+  B, T, N, H = q_BTNH.shape
+  q_BTKGH = q_BTNH.reshape(B, T, k_BKSH.shape[1], -1, H)
+  scores_BKGTS = jnp.einsum('BTKGH,BKSH->BKGTS', q_BTKGH, k_BKSH, preferred_element_type=jnp.float32) / H ** 0.5
+  probs_BKGTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1).astype(v_BKSH.dtype)
+  y_BTKGH = jnp.einsum('BKGTS,BKSH->BTKGH', probs_BKGTS, v_BKSH, preferred_element_type=jnp.float32)
+  return y_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def write_slots(cache_BKSH: jax.Array, x_BTKH: jax.Array, begin_B: jax.Array) -> jax.Array:
+  """The cache with slots begin, begin + 1, ... of each row replaced."""
+  return jax.vmap(lambda cache_KSH, x_TKH, begin: jax.lax.dynamic_update_slice(
+      cache_KSH, jnp.swapaxes(x_TKH, 0, 1), (0, begin, 0)))(cache_BKSH, x_BTKH.astype(cache_BKSH.dtype), begin_B)
 
 
 class MultiHead(nn.Module):
@@ -98,7 +118,7 @@ class MultiHead(nn.Module):
 
 
 class Attention(MultiHead):
-  """Self-attention; with a cache, keys and values are first written to its slots `positions_BT`."""
+  """Self-attention; with a cache, keys and values are first written to its slots, from positions_BT[:, 0] on."""
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, mask: AttentionMask,
@@ -111,8 +131,7 @@ class Attention(MultiHead):
       y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, window=window, segment_ids_BT=mask.segment_ids_BT,
                                 prefix_BT=mask.prefix_BS, implementation=implementation)
     else:
-      write = jax.vmap(lambda slots, positions, x: slots.at[positions].set(x))
-      cache = {'k': write(cache['k'], positions_BT, k_BTKH), 'v': write(cache['v'], positions_BT, v_BTKH)}
+      cache = {name: write_slots(cache[name], x, positions_BT[:, 0]) for name, x in (('k', k_BTKH), ('v', v_BTKH))}
       y_BTNH = cached_attention(q_BTNH, cache['k'], cache['v'], positions_BT=positions_BT, window=window,
                                 prefix_BS=mask.prefix_BS)
     return self.output(y_BTNH), cache

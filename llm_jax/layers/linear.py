@@ -90,6 +90,12 @@ def add_bias(module: Einsum, eqn: str, y: jax.Array) -> jax.Array:
   return y + aligned(b, ''.join(w_dims[i] for i in kept), y_dims)
 
 
+def copy_of(module: nn.Module, w: jax.Array) -> jax.Array:
+  """The copy of the parameter `w` of a module in the collection `copies` if there is one, else w."""
+  copy: jax.Array | None = module.get_variable('copies', 'w')
+  return w if copy is None else copy
+
+
 class Embed(nn.Module):
   """A table w [V, D] whose rows are looked up."""
 
@@ -101,6 +107,11 @@ class Embed(nn.Module):
   def setup(self) -> None:
     self.w = weight(self, 'w', self.initializer, (self.num_embeddings, self.embed_dim), self.axes,
                     ('row', 'out'))
+
+  @property
+  def matrix(self) -> jax.Array:
+    """w, or its copy in a lower precision."""
+    return copy_of(self, self.w)
 
   def encode(self, tokens_BT: jax.Array) -> jax.Array:
     return jnp.take(self.w, tokens_BT, axis=0, mode='clip')

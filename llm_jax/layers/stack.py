@@ -74,25 +74,23 @@ def stack_experts(kind: type[nn.Module], num_experts: int) -> type[nn.Module]:
 
 
 def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT: jax.Array,
-                context: Any, *, windows: tuple[int, ...], cache: Any = None,
-                dropout_key: jax.Array | None = None, train: bool = False,
-                dtype: Dtype = jnp.float32, unroll: int = 1,
-                remat: str = 'none') -> tuple[jax.Array, Any, dict[str, Any]]:
+                context: Any, *, windows: tuple[int, ...], dropout_key: jax.Array | None = None, train: bool = False,
+                dtype: Dtype = jnp.float32, unroll: int = 1, remat: str = 'none') -> tuple[jax.Array, dict[str, Any]]:
   """Runs the blocks. Layer l attends to windows[l % len(windows)] tokens; len(windows) must divide L.
 
-  `dtype` is that of matrix operands. Returns x [B, T, D], the cache, and the values that the blocks sowed into `losses`
-  and `metrics`, leaves [L, ...].
+  `dtype` is that of matrix operands. Returns x [B, T, D] and the values that the blocks sowed into `losses` and
+  `metrics`, leaves [L, ...].
   """
   num_layers = jax.tree.leaves(params)[0].shape[0]
   period = len(windows)
   keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
 
   def run(window: int, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-    layer_params, layer_copies, layer_cache, key = layer
-    (x, layer_cache), sown = block.apply(
+    layer_params, layer_copies, key = layer
+    (x, _), sown = block.apply(
         {'params': layer_params, 'copies': layer_copies}, checkpoint_name(x, 'block'), positions_BT, context,
-        layer_cache, window, train, rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
-    return x, (layer_cache, sown)
+        None, window, train, rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
+    return x, sown
 
   # Otherwise XLA could recompute all blocks of one loop body at once, before the first one is needed.
   prevent_cse = unroll > 1 or period > 1
@@ -109,8 +107,33 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
   copies = {} if dtype == jnp.float32 else jax.tree.map(lambda w: jax.lax.stop_gradient(w).astype(dtype), params)
   # Layers are grouped by window before the scan: slices made inside the loop would be saved for the backward pass, a
   # copy of every weight.
-  groups = [jax.tree.map(lambda a: a[i::period], (params, copies, cache, keys)) for i in range(period)]  # noqa: B023
+  groups = [jax.tree.map(lambda a: a[i::period], (params, copies, keys)) for i in range(period)]  # noqa: B023
   x_BTD, outputs = jax.lax.scan(body, x_BTD, groups, unroll=min(unroll, num_layers // period))
-  cache, sown = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(num_layers, *leaves[0].shape[1:]),
-                             *outputs)
-  return x_BTD, cache, sown
+  sown = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(num_layers, *leaves[0].shape[1:]),
+                      *outputs)
+  return x_BTD, sown
+
+
+def unstack(params: Params, dtype: Dtype) -> tuple[Params, ...]:
+  """The variables of each block, for `apply_layers`, with its matrices in `dtype`."""
+  def layer(i: int) -> Params:
+    own = jax.tree.map(lambda a: a[i], params)
+    return {'params': own} if dtype == jnp.float32 else {
+        'params': own, 'copies': jax.tree.map(lambda w: w.astype(dtype), own)}
+
+  return tuple(layer(i) for i in range(jax.tree.leaves(params)[0].shape[0]))
+
+
+def apply_layers(block: nn.Module, layers: tuple[Params, ...], x_BTD: jax.Array, positions_BT: jax.Array,
+                 context: Any, *, windows: tuple[int, ...],
+                 cache: tuple[Any, ...]) -> tuple[jax.Array, tuple[Any, ...]]:
+  """Runs the blocks with a cache for each; returns x [B, T, D] and the caches.
+
+  Each layer has arrays of its own, as a scan would copy its slices of all weights and caches for each token.
+  """
+  caches = []
+  for i, (variables, layer_cache) in enumerate(zip(layers, cache, strict=True)):
+    x_BTD, layer_cache = block.apply(variables, x_BTD, positions_BT, context, layer_cache, windows[i % len(windows)],
+                                     False)
+    caches.append(layer_cache)
+  return x_BTD, tuple(caches)

@@ -20,7 +20,7 @@ from llm_jax.base.devices import has_fast_bf16
 from llm_jax.base.registry import Registry
 from llm_jax.layers.attention import MultiHead
 from llm_jax.layers.kernels import ATTENTION
-from llm_jax.layers.linear import EINSUMS, Embed, weight
+from llm_jax.layers.linear import EINSUMS, Embed, copy_of, weight
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.norm import NORMS
 from llm_jax.layers.product import mixed_einsum
@@ -85,11 +85,16 @@ class OutputMatrix(nn.Module):
     init = nn.initializers.normal(self.init_std)
     self.w = weight(self, 'w', init, (self.cfg.embed_dim, self.cfg.V), ('embed', 'vocab'), ('in', 'out'))
 
+  @property
+  def matrix(self) -> jax.Array:
+    """w, or its copy in a lower precision."""
+    return copy_of(self, self.w)
+
 
 def make_readout(cfg: Any, x_BTD: jax.Array, table: Embed | OutputMatrix) -> Readout:
   """The Readout of hidden states by the embedding's table w [V, D] or a matrix w [D, V]."""
   eqn = 'BTD,VD->BTV' if isinstance(table, Embed) else 'BTD,DV->BTV'
-  return Readout(x_BTD, table.w, partial(project, eqn, cfg.operand_dtype, cfg.logit_soft_cap))
+  return Readout(x_BTD, table.matrix, partial(project, eqn, cfg.operand_dtype, cfg.logit_soft_cap))
 
 
 def project(eqn: str, dtype: jnp.dtype, soft_cap: float, w: jax.Array, x_BTD: jax.Array) -> jax.Array:

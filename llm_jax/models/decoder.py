@@ -5,16 +5,18 @@ Dims: B batch, T length, S cache length, D embed, N heads, K kv heads, H head_di
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Initializer
 
-from llm_jax.base.batch import Batch, Cache
+from llm_jax.base.batch import Batch, Cache, Params
 from llm_jax.base.sharding import constrain
 from llm_jax.layers.attention import Attention, AttentionMask
 from llm_jax.layers.linear import Embed
-from llm_jax.layers.stack import apply_stack, init_stack
+from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.losses.readout import Readout
 from llm_jax.models.blocks import (
   OutputMatrix,
@@ -66,7 +68,8 @@ class Decoder(nn.Module):
       self.positions = Embed(cfg.max_len or 0, cfg.embed_dim, init, axes=('positions', 'embed'))
     self.dropout = nn.Dropout(cfg.dropout)
     self.block = self.block_type(cfg, parent=None)
-    self.blocks = self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim))
+    self.layers: Any = self.get_variable('layers', 'blocks')  # unstacked blocks, while text is generated
+    self.blocks = None if self.layers else self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim))
     self.final_norm = make_norm(cfg)()
     if not cfg.tie_embeddings:
       self.head = OutputMatrix(cfg, cfg.readout_std)
@@ -79,44 +82,58 @@ class Decoder(nn.Module):
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     prefix_BT = batch.prefix_mask > 0 if self.cfg.prefix_attention and batch.prefix_mask is not None else None
-    x_BTD, _ = self.hidden(batch.tokens, positions_BT, AttentionMask(batch.segment_ids, prefix_BT), train=train)
-    return self.output(x_BTD)
+    return self.output(self.hidden(batch.tokens, positions_BT, AttentionMask(batch.segment_ids, prefix_BT), train))
 
-  def hidden(self, tokens_BT, positions_BT, mask: AttentionMask, cache=None, train: bool = False):
-    """The residual stream after all blocks [B, T, D], and the cache."""
-    cfg = self.cfg
+  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
     x_BTD = self.embed.encode(tokens_BT)
-    if cfg.positions == 'learned':
+    if self.cfg.positions == 'learned':
       x_BTD += self.positions.encode(positions_BT)
-    x_BTD = constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
+    return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
+
+  def hidden(self, tokens_BT, positions_BT, mask: AttentionMask, train: bool = False):
+    """The residual stream after all blocks [B, T, D]."""
+    cfg, x_BTD = self.cfg, self.embedded(tokens_BT, positions_BT)
     dropout_key = self.make_rng('dropout') if train else None
     if dropout_key is not None:
       key = jax.random.fold_in(dropout_key, cfg.num_layers)
       x_BTD = self.dropout(x_BTD, deterministic=False, rng=key)
-    x_BTD, cache, sown = apply_stack(
-        self.block, self.blocks, x_BTD, positions_BT, mask, windows=cfg.windows, cache=cache,
-        dropout_key=dropout_key, train=train, dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
+    x_BTD, sown = apply_stack(
+        self.block, self.blocks, x_BTD, positions_BT, mask, windows=cfg.windows, dropout_key=dropout_key, train=train,
+        dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
     for collection, values in sown.items():
       self.sow(collection, 'blocks', values)
-    return x_BTD, cache
+    return x_BTD
 
   def output(self, x_BTD: jax.Array) -> Readout:
     return make_readout(self.cfg, self.final_norm(x_BTD), self.embed if self.cfg.tie_embeddings else self.head)
 
+  def decode_variables(self, params: Params) -> dict[str, Any]:
+    """The variables for prefill and decode: each layer and the readout in arrays of their own, cast once."""
+    dtype, last = self.cfg.operand_dtype, 'embed' if self.cfg.tie_embeddings else 'head'
+    rest = {name: x for name, x in params.items() if name != 'blocks'}
+    copies = {} if dtype == jnp.float32 else {last: {'w': rest[last]['w'].astype(dtype)}}
+    return {'params': rest, 'layers': {'blocks': unstack(params['blocks'], dtype)}, 'copies': copies}
+
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
     cfg = self.cfg
-    empty = jnp.zeros((cfg.num_layers, batch_size, max_len, cfg.K, cfg.H), cfg.operand_dtype)
-    return {'layers': {'k': empty, 'v': empty}, 'length_B': jnp.zeros(batch_size, jnp.int32)}
+    empty = jnp.zeros((batch_size, cfg.K, max_len, cfg.H), cfg.operand_dtype)
+    return {'layers': ({'k': empty, 'v': empty},) * cfg.num_layers, 'length_B': jnp.zeros(batch_size, jnp.int32)}
 
   def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     # Padding after a prompt fills slots that no query attends to before `decode` overwrites them.
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    slots_S = jnp.arange(cache['layers']['k'].shape[2])
+    slots_S = jnp.arange(cache['layers'][0]['k'].shape[2])
     prefix_BS = slots_S[None] < lengths_B[:, None] if self.cfg.prefix_attention else None
-    x_BTD, layers = self.hidden(tokens_BT, positions_BT, AttentionMask(prefix_BS=prefix_BS), cache=cache['layers'])
+    x_BTD, layers = self.cached(tokens_BT, positions_BT, AttentionMask(prefix_BS=prefix_BS), cache)
     last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
     return self.output(last_B1D).logits()[:, 0], {'layers': layers, 'length_B': lengths_B}
 
   def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    x_B1D, layers = self.hidden(tokens_B[:, None], cache['length_B'][:, None], AttentionMask(), cache=cache['layers'])
+    x_B1D, layers = self.cached(tokens_B[:, None], cache['length_B'][:, None], AttentionMask(), cache)
     return self.output(x_B1D).logits()[:, 0], {'layers': layers, 'length_B': cache['length_B'] + 1}
+
+  def cached(self, tokens_BT, positions_BT, mask: AttentionMask, cache: Cache):
+    """The residual stream after all blocks [B, T, D], and the blocks' caches."""
+    layers = self.layers or unstack(self.blocks, self.cfg.operand_dtype)
+    return apply_layers(self.block, layers, self.embedded(tokens_BT, positions_BT), positions_BT, mask,
+                        windows=self.cfg.windows, cache=cache['layers'])

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from llm_jax.base.batch import Batch, Cache
+from llm_jax.base.batch import Batch, Cache, Params
 from llm_jax.layers.linear import weight
 from llm_jax.losses.readout import Readout
 
@@ -69,6 +69,9 @@ class WithHeads(nn.Module):
 
   def readout(self, batch: Batch, *, train: bool = False) -> Readout:
     return self.trunk.readout(batch, train=train)
+
+  def decode_variables(self, params: Params) -> dict[str, Any]:
+    return self.trunk.decode_variables(params)
 
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
     return self.trunk.init_cache(batch_size, max_len)

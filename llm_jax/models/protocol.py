@@ -43,8 +43,12 @@ class LanguageModel(Protocol):
     """Hidden states, with the function from them to logits."""
     ...
 
+  def decode_variables(self, params: Any) -> dict[str, Any]:
+    """The variables that `apply` gets for prefill and decode: {'params': params}, or these in a faster layout."""
+    ...
+
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
-    """An empty cache for rows of up to `max_len` tokens: leaves [L, B, ...] in cache['layers'], others [B, ...]."""
+    """An empty cache for rows of up to `max_len` tokens: a dict of leaves [B, ...]."""
     ...
 
   def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -158,10 +162,14 @@ class TokensToLogits(nn.Module):
   def readout(self, batch: Batch, *, train: bool = False) -> Readout:
     return Readout(self(batch, train=train), (), logits_of)
 
+  def decode_variables(self, params: Any) -> dict[str, Any]:
+    own = getattr(self.module, 'decode_variables', None)
+    return {'params': params} if own is None else own(params)
+
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
     if hasattr(self.module, 'init_cache'):
       return self.module.init_cache(batch_size, max_len)
-    return {'layers': {}, 'tokens_BS': jnp.zeros((batch_size, max_len), jnp.int32),
+    return {'tokens_BS': jnp.zeros((batch_size, max_len), jnp.int32),
             'length_B': jnp.zeros(batch_size, jnp.int32)}
 
   def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
