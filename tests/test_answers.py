@@ -18,7 +18,7 @@ from llm_jax.commands import evaluate
 from llm_jax.data.rows.examples import make_examples
 from llm_jax.data.rows.tasks import PromptAnswer
 from llm_jax.data.stores.store import TokenStore
-from llm_jax.extras.encoder_tasks import Seq2Seq
+from llm_jax.extras.tasks import Seq2Seq
 from llm_jax.infer.answers import Answer, answer, pairs, summarize_answers
 from llm_jax.infer.validators import VALIDATORS, make_validator
 from llm_jax.models.decoder_config import DecoderConfig

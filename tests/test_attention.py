@@ -176,7 +176,7 @@ def test_an_unsupported_kernel_reports_alternatives():
 def test_cached_attention_ignores_later_slots(window):
   q, k, v = qkv(1, 8, 4, 2, 6)
   rubbish = np.full((1, 4, 2, 6), 1e9, np.float32)
-  got = cached_attention(q[:, 5:6], np.concatenate([k[:, :6], rubbish], 1), np.concatenate([v[:, :6], rubbish], 1),
-                         positions_BT=jnp.array([[5]]), window=window)
+  k_slots, v_slots = (np.concatenate([x[:, :6], rubbish], 1).swapaxes(1, 2) for x in (k, v))
+  got = cached_attention(q[:, 5:6], k_slots, v_slots, positions_BT=jnp.array([[5]]), window=window)
   full = reference(q, k, v, np.zeros_like(q), window)[0]
   np.testing.assert_allclose(got[0, 0], full[0, 5], rtol=1e-4, atol=1e-5)

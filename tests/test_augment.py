@@ -8,7 +8,7 @@ from test_tasks import VOCAB, make, rows_of
 
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.rows.tasks import NextToken
-from llm_jax.extras.encoder_tasks import SpanCorruption
+from llm_jax.extras.tasks import SpanCorruption
 
 
 def test_augmentation_changes_only_its_share_of_input_tokens():

@@ -17,7 +17,7 @@ from llm_jax.data.sources.documents import SourceConfig
 from llm_jax.data.sources.files import open_source
 from llm_jax.data.sources.filters import FilterConfig
 from llm_jax.data.sources.splits import SplitConfig
-from llm_jax.extras.encoder_tasks import SpanCorruption
+from llm_jax.extras.tasks import SpanCorruption
 
 
 def opened(tmp_path, path, **overrides):

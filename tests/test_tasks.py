@@ -11,12 +11,19 @@ from hypothesis import strategies as st
 from test_rows import BOS, documents_of, lengths_lists, make_store, pairs, property_test
 
 from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.base.registry import register
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.rows.examples import make_examples
-from llm_jax.data.rows.tasks import TASKS, Layout, NextToken, PromptAnswer
-from llm_jax.extras.encoder_tasks import Seq2Seq, SpanCorruption
-from llm_jax.extras.label_tasks import Classification, Regression
-from llm_jax.extras.text_tasks import FillInTheMiddle, MaskedTokens, PrefixLM
+from llm_jax.data.rows.tasks import TASKS, Layout, NextToken, PromptAnswer, Task, lay_out
+from llm_jax.extras.tasks import (
+  Classification,
+  FillInTheMiddle,
+  MaskedTokens,
+  PrefixLM,
+  Regression,
+  Seq2Seq,
+  SpanCorruption,
+)
 
 VOCAB = 30000  # sentinel k is VOCAB + k
 NEED = {'text': {}, 'answers': {'answers': [1, 2, 3, 1]}, 'labels': {'labels': np.arange(4.0)}}
@@ -283,6 +290,37 @@ def test_rows_depend_on_index_and_rng_alone(task, packing, mask_documents):
   assert changed == examples.random
   if not examples.random:
     examples.make(0, None)
+
+
+# A task from outside.
+
+class Halves(Task):
+  """Uses at most half of a row, and cuts the rest of a document."""
+
+  def capacity(self, layout):
+    return None
+
+  def num_cut(self, rows, layout):
+    return int(np.maximum(rows.sizes - layout.seq_len // 2, 0).sum())
+
+  def check(self, layout, store):
+    if layout.seq_len % 2:
+      raise ConfigError(f'config.data.seq_len: {layout.seq_len} is odd')
+
+  def features(self, row, layout, rng):
+    [piece] = row
+    return lay_out([piece.ids[:layout.seq_len // 2 + 1]], None, layout)
+
+
+def test_a_task_from_outside_limits_rows_and_rejects_settings(monkeypatch):
+  monkeypatch.setattr(TASKS, '_entries', dict(TASKS._entries))
+  register(TASKS, 'halves', Halves)
+  store = make_store([5, 2, 60, 9])
+  examples = make(store, Halves(), seq_len=16)
+  assert [int(row['loss_mask'].sum()) for row in rows_of(examples)] == [5, 2, 8, 8]  # eos included
+  assert examples.dropped_tokens == (60 - 8) + (9 - 8)
+  with pytest.raises(ConfigError, match=r'data\.seq_len: 15 is odd'):
+    make(store, Halves(), seq_len=15)
 
 
 # Errors.

@@ -5,9 +5,7 @@ import pytest
 from test_rows import BOS, documents_of, make_store
 from test_tasks import VOCAB, make, rows_of
 
-from llm_jax.extras.encoder_tasks import Pairs
-from llm_jax.extras.label_tasks import Classification, Regression
-from llm_jax.extras.text_tasks import MaskedTokens
+from llm_jax.extras.tasks import Classification, MaskedTokens, Pairs, Regression
 
 # Labels.
 

@@ -46,8 +46,9 @@ class Registry(Mapping[str, Any]):
     return self._find(name).value
 
   def __iter__(self) -> Iterator[str]:
-    names = dict.fromkeys([*self._entries, *self._extras()])
-    return (name for name in names if name not in self._entries or self._entries[name].listed)
+    extras = self._extras()  # last, in the table's order, whichever are imported already
+    own = [name for name, entry in self._entries.items() if name not in extras and entry.listed]
+    return iter([*own, *extras])
 
   def __len__(self) -> int:
     return len(list(iter(self)))

@@ -11,7 +11,7 @@ N heads, H head_dim, W window, V vocab, L layers.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,124 +19,62 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.base.batch import Batch, Cache
-from llm_jax.base.builder import Sections, keep_named, known_names, sections
+from llm_jax.base.builder import Sections, known_names, sections
 from llm_jax.base.registry import register
 from llm_jax.base.sharding import constrain
 from llm_jax.extras.byte_decoders import LOCAL
 from llm_jax.extras.linear_attention import CHUNK, empty_state, linear_attention
 from llm_jax.extras.thinking import Think
-from llm_jax.layers.attention import MultiHead, causal_attention, describe_attention
+from llm_jax.layers.attention import MultiHead, causal_attention
 from llm_jax.layers.linear import Embed, weight
 from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.losses.readout import Readout
-from llm_jax.models.blocks import (
-  PARTS,
-  OutputMatrix,
-  check_parts,
-  make_einsum,
-  make_heads,
-  make_mlp,
-  make_norm,
-  make_readout,
-  operand_dtype,
-)
-from llm_jax.models.protocol import ModelConfig
+from llm_jax.models.blocks import PARTS, OutputMatrix, make_einsum, make_heads, make_mlp, make_norm, make_readout
+from llm_jax.models.decoder_config import StackConfig, require
 from llm_jax.models.registry import MODELS
 
 
 @dataclasses.dataclass(frozen=True)
-class BytePatchConfig(ModelConfig):
+class BytePatchConfig(StackConfig):
   """Shape and parts of a byte-patch model. The defaults are AGIFORMER's medium model, with 37M parameters here."""
 
   name: str = 'byte_patch'
-  vocab_size: int | None = None  # None: the tokenizer's
-  max_len: int | None = None  # bytes in the longest row; None: data.seq_len. Not limited by the model
   patch_size: int = 4
   overlap: bool = False  # a patch also reads the bytes of the patch before it
   num_layers: int = 6
   embed_dim: int = 512
   num_heads: int = 8
-  mlp: str = 'swiglu'  # one of MLPS
-  mlp_dim: int | None = None  # None: 4 * embed_dim
-  norm: str = 'rms_norm'  # one of NORMS
-  use_bias: bool = False  # on matrices and LayerNorms
+  mlp: str = 'swiglu'
+  norm: str = 'rms_norm'
   window: int = 128  # patches that attention spans, including the current one
-  rope_base: float = 10000.0
   thinking_steps: int = 3  # with shared weights; 0: none
   halting: bool = False  # adaptive number of steps per patch (arXiv 1603.08983), at most thinking_steps
   ponder_cost: float = 0.01  # loss in nats per step, with halting
   decoder: str = 'gru'  # the decoder inside a patch; one of LOCAL
   decoder_layers: int = 2  # for decoder transformer
-  dropout: float = 0.0
-  init_std: float = 0.02
-  attention: str = 'auto'  # this and the following fields as in DecoderConfig
-  logit_soft_cap: float = 0.0
-  dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
-  scan_unroll: int = 1
-  remat: str = 'none'
   sections: Sections = sections(PARTS['mlp'], PARTS['norm'])
   positions: ClassVar[str] = 'rope'
   qk_norm: ClassVar[bool] = False
 
   def __post_init__(self):
-    for field in ('patch_size', 'num_layers', 'embed_dim', 'num_heads', 'window', 'decoder_layers', 'scan_unroll'):
-      if getattr(self, field) < 1:
-        raise ValueError(f'{field} must be at least 1; got {getattr(self, field)}')
-    for field in ('thinking_steps', 'ponder_cost', 'dropout', 'logit_soft_cap'):
-      if getattr(self, field) < 0:
-        raise ValueError(f'{field} must not be negative; got {getattr(self, field)}')
+    super().__post_init__()
+    require(self, 'at least 1', lambda x: x >= 1, 'patch_size', 'window', 'decoder_layers')
+    require(self, '0 or more', lambda x: x >= 0, 'thinking_steps', 'ponder_cost')
     if self.embed_dim % (2 * self.num_heads):
       raise ValueError(f'num_heads {self.num_heads} must divide embed_dim {self.embed_dim} into even parts')
     if self.embed_dim % self.patch_size:
       raise ValueError(f'patch_size {self.patch_size} does not divide embed_dim {self.embed_dim}')
     if self.halting and not self.thinking_steps:
       raise ValueError('halting needs thinking_steps, its maximum, to be at least 1; got 0')
-    for field in ('vocab_size', 'max_len', 'mlp_dim'):
-      if getattr(self, field) is not None and getattr(self, field) < 1:
-        raise ValueError(f'{field} must be at least 1; got {getattr(self, field)}')
-    for field in ('init_std', 'rope_base'):
-      if getattr(self, field) <= 0:
-        raise ValueError(f'{field} must be positive; got {getattr(self, field)}')
-    if self.dropout >= 1:
-      raise ValueError(f'dropout must be in [0, 1); got {self.dropout}')
     if self.decoder not in LOCAL:
       raise ValueError(f'decoder {self.decoder!r} is unknown; {known_names(self.decoder, LOCAL)}')
-    check_parts(self)
-    keep_named(self, (self.mlp, self.norm), 'neither mlp nor norm names it')
-
-  @property
-  def H(self) -> int:
-    return self.embed_dim // self.num_heads
-
-  @property
-  def K(self) -> int:
-    return self.num_heads
-
-  @property
-  def V(self) -> int:
-    assert self.vocab_size is not None, 'resolve fills it in'
-    return self.vocab_size
-
-  @property
-  def F(self) -> int:
-    return self.mlp_dim or 4 * self.embed_dim
 
   @property
   def Q(self) -> int:
     return self.patch_size * (2 if self.overlap else 1)
 
-  @property
-  def operand_dtype(self) -> jnp.dtype:
-    return operand_dtype(self.dtype)
-
   def positions_of(self, seq_len: int) -> int:
     return -(-seq_len // self.patch_size)
-
-  def describe(self, seq_len: int, segments: bool) -> list[str]:
-    return [f'model: {self.name}, {self.num_layers} layers, {self.embed_dim} wide, vocabulary {self.vocab_size}, '
-            f'{self.dtype}',
-            'attention: ' + describe_attention(self.attention, self.dtype, self.H, self.positions_of(seq_len),
-                                               segments=segments, prefix=False)]
 
   def flops_per_token(self, seq_len: int) -> float:
     """As in DecoderConfig, per byte; work done once per patch is divided by patch_size."""

@@ -22,7 +22,7 @@ from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.losses.readout import Readout
 from llm_jax.models.blocks import OutputMatrix, make_heads, make_mlp, make_norm, make_readout
 from llm_jax.models.decoder import Block, Decoder
-from llm_jax.models.decoder_config import DecoderConfig
+from llm_jax.models.decoder_config import DecoderConfig, require
 from llm_jax.models.registry import MODELS
 
 
@@ -39,10 +39,7 @@ class EncDecConfig(DecoderConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    for field in ('num_encoder_layers', 'encoder_len', 'encoder_vocab_size'):
-      value = getattr(self, field)
-      if value is not None and value < 1:
-        raise ValueError(f'{field} must be at least 1; got {value}')
+    require(self, 'at least 1', lambda x: x >= 1, 'num_encoder_layers', 'encoder_len', 'encoder_vocab_size')
     if self.prefix_attention:
       raise ValueError('prefix_attention is for models whose decoder reads the prompt; here the encoder reads it: set '
                        'prefix_attention=False')

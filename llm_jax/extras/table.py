@@ -5,9 +5,8 @@ A registry imports a module when one of its names is first used.
 
 TABLE: dict[str, dict[str, str]] = {
     'model': {'encdec': 'encdec', 'byte_patch': 'byte_patch'},
-    'task': {'fim': 'text_tasks', 'prefix_lm': 'text_tasks', 'masked_tokens': 'text_tasks',
-             'span_corruption': 'encoder_tasks', 'seq2seq': 'encoder_tasks', 'pairs': 'encoder_tasks',
-             'classification': 'label_tasks', 'regression': 'label_tasks'},
+    'task': dict.fromkeys(('fim', 'prefix_lm', 'span_corruption', 'seq2seq', 'pairs', 'masked_tokens', 'classification',
+                           'regression'), 'tasks'),
     'einsum': {'bitnet': 'bitnet', 'int8': 'lowbit', 'fp8': 'lowbit', 'packed': 'bitnet'},
     'loss': {'classification': 'labels', 'regression': 'labels', 'contrastive': 'contrastive'},
     'balance': {'uncertainty': 'balances', 'grad_norm': 'balances'},

@@ -18,13 +18,7 @@ from llm_jax.layers.attention import Attention, AttentionMask
 from llm_jax.layers.linear import Embed
 from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.losses.readout import Readout
-from llm_jax.models.blocks import (
-  OutputMatrix,
-  make_heads,
-  make_mlp,
-  make_norm,
-  make_readout,
-)
+from llm_jax.models.blocks import OutputMatrix, make_heads, make_mlp, make_norm, make_readout
 from llm_jax.models.decoder_config import DecoderConfig
 
 

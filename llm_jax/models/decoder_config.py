@@ -1,4 +1,4 @@
-"""DecoderConfig: the shape and parts of a decoder.
+"""The shape and parts of a decoder, and those that other models share with it.
 
 Dims: D embed, N heads, K kv heads, H head_dim, F mlp, V vocab.
 """
@@ -6,7 +6,8 @@ Dims: D embed, N heads, K kv heads, H head_dim, F mlp, V vocab.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -18,34 +19,21 @@ from llm_jax.models.protocol import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig(ModelConfig):
-  """Shape and parts of a decoder. The defaults are those of GPT-2, without biases."""
+class StackConfig(ModelConfig):
+  """Shape and parts that models with a stack of layers share. The defaults are those of GPT-2, without biases."""
 
-  name: str = 'decoder'
-  vocab_size: int | None = None  # None: the tokenizer's
-  max_len: int | None = None  # longest row; None: data.seq_len. A hard limit only with learned positions
   num_layers: int = 12
   embed_dim: int = 768
   num_heads: int = 12
-  num_kv_heads: int | None = None  # None: num_heads
-  head_dim: int | None = None  # None: embed_dim / num_heads
   mlp_dim: int | None = None  # None: 4 * embed_dim
   mlp: str = 'gelu_tanh'  # one of MLPS
   norm: str = 'layer_norm'  # one of NORMS
-  positions: Literal['learned', 'rope'] = 'learned'
   rope_base: float = 10000.0
   use_bias: bool = False  # on matrices and LayerNorms
-  einsum: str = 'full'  # one of EINSUMS: the kind of matrices between hidden states
-  qk_norm: bool = False
   attention: str = 'auto'  # one of ATTENTION; auto: the fastest that supports the device, dtype and shapes
-  tie_embeddings: bool = True
-  windows: tuple[int, ...] = (0,)  # layer l attends to windows[l % len(windows)] tokens; 0: all
-  prefix_attention: bool = False  # bidirectional attention within prompts and where the data's prefix_mask is 1
   logit_soft_cap: float = 0.0  # cap * tanh(logits / cap); 0: off
   dropout: float = 0.0  # on the embedding and on each layer's output, before it is added to the residual stream
   init_std: float = 0.02  # of matrices; those that write to the residual stream get init_std / sqrt(2 L)
-  embed_init_std: float | None = None  # of token and position embeddings; None: init_std
-  readout_init_std: float | None = None  # of an untied readout; None: init_std
   # Of matrix operands; everything else is float32. auto: bfloat16 where the device multiplies it faster than float32.
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   scan_unroll: int = 1
@@ -53,45 +41,22 @@ class DecoderConfig(ModelConfig):
   sections: Sections = sections(*PARTS.values())
 
   def __post_init__(self) -> None:
-    positive = {f: getattr(self, f) for f in ('vocab_size', 'max_len', 'num_layers', 'embed_dim', 'num_heads',
-                                              'num_kv_heads', 'head_dim', 'mlp_dim', 'scan_unroll')}
-    for field, value in positive.items():
-      if value is not None and value < 1:
-        raise ValueError(f'{field} must be at least 1; got {value}')
-    if self.head_dim is None and self.embed_dim % self.num_heads:
-      legal = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
-      near = sorted(sorted(legal, key=lambda n: abs(n - self.num_heads))[:3])
-      raise ValueError(f'num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}; '
-                       f'nearest that do: {", ".join(map(str, near))} (or set head_dim)')
-    if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
-      raise ValueError(f'num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}')
-    if self.positions == 'rope' and self.H % 2:
-      raise ValueError(f'positions rope rotates pairs of features: head_dim must be even; got {self.H}')
-    if not self.windows or min(self.windows) < 0:
-      raise ValueError(f'windows must have at least one size, each 0 (all tokens) or more; got {self.windows}')
-    if self.num_layers % len(self.windows):
-      raise ValueError(f'the pattern windows={self.windows} does not divide num_layers {self.num_layers}')
-    for field in ('init_std', 'embed_init_std', 'readout_init_std', 'rope_base'):
-      value = getattr(self, field)
-      if value is not None and value <= 0:
-        raise ValueError(f'{field} must be positive; got {value}')
-    if self.tie_embeddings and self.readout_init_std is not None:
-      raise ValueError('readout_init_std is set, but with tie_embeddings the readout is the embedding: set '
-                       'embed_init_std, or tie_embeddings=False')
-    if self.logit_soft_cap < 0:
-      raise ValueError(f'logit_soft_cap must be positive, or 0 for none; got {self.logit_soft_cap}')
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f'dropout must be in [0, 1); got {self.dropout}')
+    require(self, 'at least 1', lambda x: x >= 1, 'vocab_size', 'max_len', 'num_layers', 'embed_dim', 'num_heads',
+            'mlp_dim', 'scan_unroll')
+    require(self, '0 (no cap) or more', lambda x: x >= 0, 'logit_soft_cap')
+    require(self, 'positive', lambda x: x > 0, 'init_std', 'rope_base')
+    require(self, 'in [0, 1)', lambda x: 0 <= x < 1, 'dropout')
     check_parts(self)
-    keep_named(self, (self.mlp, self.norm, self.einsum), 'none of mlp, norm and einsum names it')
+    parts = [name for name in PARTS if hasattr(self, name)]
+    keep_named(self, [getattr(self, name) for name in parts], f'none of {", ".join(parts)} names it')
 
   @property
   def K(self) -> int:
-    return self.num_kv_heads or self.num_heads
+    return self.num_heads
 
   @property
   def H(self) -> int:
-    return self.head_dim or self.embed_dim // self.num_heads
+    return self.embed_dim // self.num_heads
 
   @property
   def operand_dtype(self) -> jnp.dtype:
@@ -111,6 +76,60 @@ class DecoderConfig(ModelConfig):
             f'{self.dtype}',
             'attention: ' + describe_attention(self.attention, self.dtype, self.H, self.positions_of(seq_len),
                                                segments=segments, prefix=self.prefix_attention)]
+
+
+def require(config: Any, words: str, fits: Callable[[Any], bool], *fields: str) -> None:
+  """Raises ValueError for a field that is set to a value that does not fit."""
+  for field in fields:
+    value = getattr(config, field)
+    if value is not None and not fits(value):
+      raise ValueError(f'{field} must be {words}; got {value}')
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig(StackConfig):
+  """Shape and parts of a decoder. With learned positions, rows longer than max_len are not possible."""
+
+  name: str = 'decoder'
+  num_kv_heads: int | None = None  # None: num_heads
+  head_dim: int | None = None  # None: embed_dim / num_heads
+  positions: Literal['learned', 'rope'] = 'learned'
+  einsum: str = 'full'  # one of EINSUMS: the kind of matrices between hidden states
+  qk_norm: bool = False
+  tie_embeddings: bool = True
+  windows: tuple[int, ...] = (0,)  # layer l attends to windows[l % len(windows)] tokens; 0: all
+  prefix_attention: bool = False  # bidirectional attention within prompts and where the data's prefix_mask is 1
+  embed_init_std: float | None = None  # of token and position embeddings; None: init_std
+  readout_init_std: float | None = None  # of an untied readout; None: init_std
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    require(self, 'at least 1', lambda x: x >= 1, 'num_kv_heads', 'head_dim')
+    require(self, 'positive', lambda x: x > 0, 'embed_init_std', 'readout_init_std')
+    if self.head_dim is None and self.embed_dim % self.num_heads:
+      legal = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
+      near = sorted(sorted(legal, key=lambda n: abs(n - self.num_heads))[:3])
+      raise ValueError(f'num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}; '
+                       f'nearest that do: {", ".join(map(str, near))} (or set head_dim)')
+    if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+      raise ValueError(f'num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}')
+    if self.positions == 'rope' and self.H % 2:
+      raise ValueError(f'positions rope rotates pairs of features: head_dim must be even; got {self.H}')
+    if not self.windows or min(self.windows) < 0:
+      raise ValueError(f'windows must have at least one size, each 0 (all tokens) or more; got {self.windows}')
+    if self.num_layers % len(self.windows):
+      raise ValueError(f'the pattern windows={self.windows} does not divide num_layers {self.num_layers}')
+    if self.tie_embeddings and self.readout_init_std is not None:
+      raise ValueError('readout_init_std is set, but with tie_embeddings the readout is the embedding: set '
+                       'embed_init_std, or tie_embeddings=False')
+
+  @property
+  def K(self) -> int:
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def H(self) -> int:
+    return self.head_dim or super().H
 
   @property
   def embed_std(self) -> float:

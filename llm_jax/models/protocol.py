@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.base.batch import Batch, Cache
-from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import is_frozen, settings_from_signature
 from llm_jax.losses.readout import Readout
@@ -203,8 +202,3 @@ def feature_of_one_document(name: str, tokens_BT: jax.Array) -> jax.Array:
 def logits_of(w: Any, x_BTV: jax.Array) -> jax.Array:
   """The projection of a readout whose hidden states are already logits."""
   return x_BTV
-
-
-def settings_line(cfg: Any) -> str:
-  """A model's settings in one line: 'vocab_size=256, dim=64'."""
-  return ', '.join(f'{name}={value}' for name, value in to_dict(cfg).items() if name != 'name')

@@ -113,8 +113,9 @@ def _problems(store: Store, task: Task, layout: Layout, stride: int | None, augm
     yield f'config.data.stride: {stride} needs packing concat, but packing is {packing}; set it to None'
   if stride is not None and not 1 <= stride <= seq_len:
     yield f'config.data.stride: {stride} must lie in [1, seq_len {seq_len}], or be None'
-  if seq_len <= task.overhead:
-    yield f'config.data.seq_len: {seq_len} is too short for task {name}; the minimum is {task.overhead + 1}'
+  for field, overhead in (('seq_len', task.overhead), ('encoder_len', task.encoder_overhead if task.encodes else -1)):
+    if (length := getattr(layout, field)) <= overhead:
+      yield f'config.data.{field}: {length} is too short for task {name}; the minimum is {overhead + 1}'
   if task.encodes and no_ends:
     yield (f'config.data.task: {name} needs a bos or eos token, but the data has none; for data of token ids, set '
            'config.data.eot_id')

@@ -38,6 +38,11 @@ class Layout:
     return self if self.encoder is None else self.encoder
 
   @property
+  def end(self) -> list[int]:
+    """The ids at the end of a document: eos, if there is one."""
+    return [] if self.eos_id is None else [self.eos_id]
+
+  @property
   def start_id(self) -> int:
     """The first input token of a decoder."""
     start = self.eos_id if self.bos_id is None else self.bos_id
@@ -55,6 +60,7 @@ class Task:
   num_sentinels = 0  # sentinels that it uses; the id of sentinel k is vocab_size + k
   random: ClassVar[bool] = False  # whether `features` draws from its rng
   encodes: ClassVar[bool] = False  # whether it makes encoder_tokens
+  encoder_overhead: ClassVar[int] = 1  # places in encoder_tokens that are not for the text
   encoder_tokenizer: ClassVar[bool] = False  # whether these are prompts, which may have their own tokenizer
   writes: ClassVar[bool] = True  # whether the trained model can continue a text
   whole: ClassVar[bool] = False  # whether a loss on whole rows needs segment_ids
