@@ -1,8 +1,12 @@
-"""Ways to load data that most runs do not need: streams (extras/streaming.py) and archives (extras/archives.py)."""
+"""Where data comes from, and ways to load it that most runs do not need: streams, archives."""
 
 from __future__ import annotations
 
 from llm_jax.base.registry import Registry
+
+# Functions (SourceConfig, cache folder) -> list of File. config.data.path names one: 'stdlib', or 'synthetic:1000:5',
+# where the function reads what follows the colon. 'url' locates SCHEME://...
+SOURCES = Registry('source')
 
 # Classes with open(config) -> Data and batches(config, data, num_rows, rows, seed, begin, states, process,
 # num_processes) -> Batches; see open_data and pipeline.open_batches.

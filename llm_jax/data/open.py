@@ -16,11 +16,9 @@ from llm_jax.data.loaders import LOADERS
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.rows.examples import Examples, make_examples
 from llm_jax.data.rows.order import VERSION as ORDER_VERSION
-from llm_jax.data.sources import fetch
 from llm_jax.data.sources.corpus import PARTS, Corpus, fit_tokenizer, key_of, make_store, memory_stores
-from llm_jax.data.sources.documents import SourceConfig
-from llm_jax.data.sources.fetch import shown
-from llm_jax.data.sources.files import Source, open_source
+from llm_jax.data.sources.documents import SourceConfig, is_url, shown
+from llm_jax.data.sources.files import Source, locate, open_source
 from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Report
 from llm_jax.data.sources.splits import SPLITS, SplitConfig, borders
 from llm_jax.data.stores import store
@@ -221,8 +219,11 @@ def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer:
 def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | None:
   """The .bin files of each split, if the path is a .bin file or a folder with train.bin; else None."""
   path = source.path
-  if fetch.is_url(path) and path.endswith('.bin'):
-    path = str(fetch.fetch(path, source.sha256, cache_dir(config)))
+  if is_url(path) and path.endswith('.bin'):
+    files = locate(source, cache_dir(config))
+    if len(files) > 1:
+      return None
+    path = str(files[0].path)
   root = Path(path).expanduser()
   paths = {'val': source.val_path, 'test': source.test_path}
   if (root / 'train.bin').is_file():
