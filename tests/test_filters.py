@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_jax.base.errors import DataError
-from llm_jax.data.sources.filters import C4, GOPHER, MEASURES, Deduplicator, FilterConfig, Quality, Report
+from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Report
+from llm_jax.extras.filters import C4, GOPHER, MEASURES, Quality
 
 # Few words, so that lines, paragraphs and n-grams repeat.
 WORDS = st.sampled_from(['a', 'bb', 'the', 'The', '##', '...', '12', 'end.', 'été', '-', '“Oh!”', 'you?', '中文。',

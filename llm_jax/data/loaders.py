@@ -13,3 +13,5 @@ SOURCES = Registry('source')
 LOADERS = Registry('loader')
 # Functions (path of an archive, cache folder) -> folder with its files.
 UNPACKERS = Registry('unpacker')
+# 'quality': a function FilterConfig -> function (text or ids of a document) -> the rule that drops it, or None.
+RULES = Registry('rules')

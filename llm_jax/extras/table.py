@@ -15,6 +15,7 @@ TABLE: dict[str, dict[str, str]] = {
                'npz': 'formats.arrays', 'arrayrecord': 'formats.record_files', 'tfrecord': 'formats.record_files',
                'pickle': 'formats.pickles', 'synthetic': 'named', 'modular': 'named'},
     'source': {'url': 'fetch', 'hf': 'formats.columnar', 'enwik8': 'named', 'synthetic': 'named', 'modular': 'named'},
+    'rules': {'quality': 'filters'},
     'loader': {'stream': 'streaming'},
     'unpacker': {'archive': 'archives'},
     'exporter': {'packed': 'bitnet_pack'},

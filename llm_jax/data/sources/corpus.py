@@ -15,9 +15,9 @@ import numpy as np
 
 from llm_jax.base.errors import DataError, StorageError
 from llm_jax.base.progress import progress_bar
-from llm_jax.data.sources.documents import BadRecord, Document
+from llm_jax.data.sources.documents import BadRecord, Content, Document
 from llm_jax.data.sources.files import Position, Source
-from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Quality, Report
+from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Report, rules_of
 from llm_jax.data.sources.splits import SplitConfig, Splitter, content_hash, size
 from llm_jax.data.stores import store
 from llm_jax.data.stores.store import TokenStore, open_split
@@ -47,7 +47,7 @@ class Corpus:
 
     Raises DataError for a bad record, or for more than `max_bad_fraction` of them if they are skipped.
     """
-    quality = Quality(self.filters)
+    rules = rules_of(self.filters)
     left_out = False  # further pieces of a long text follow the first
     for index in range(begin[0], len(self.sides)):
       side, source = self.sides[index]
@@ -58,7 +58,7 @@ class Corpus:
           left_out = True
           continue
         if not item.continues:
-          reason = _reason(item, quality, seen if self.filters.deduplicate and not goes_on else None)
+          reason = _reason(item, rules, seen if self.filters.deduplicate and not goes_on else None)
           left_out = reason is not None
           report.drop(reason) if reason else report.keep()
         if not left_out:
@@ -159,10 +159,10 @@ def _with_what_follows(records: Iterator[tuple[Position, Document | BadRecord]])
     yield position, item, goes_on
 
 
-def _reason(document: Document, quality: Quality, seen: Deduplicator | None) -> str | None:
+def _reason(document: Document, rules: Callable[[Content], str | None], seen: Deduplicator | None) -> str | None:
   if not size(document):
     return 'empty'
-  if (reason := quality.reason(document.text)) is not None:
+  if (reason := rules(document.text)) is not None:
     return reason
   parts = (document.text,) if document.answer is None else (document.text, document.answer)
   return 'duplicate' if seen is not None and seen.seen(*parts) else None
