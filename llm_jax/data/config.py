@@ -30,7 +30,7 @@ class DataConfig(SourceConfig, SplitConfig):
   encoder_tokenizer: str | None = None  # for the prompts of seq2seq; `tokenizer` is then for answers. None: for both
   vocab_size: int = 8192  # of bpe; maximum for word. The same for both tokenizers
   min_frequency: int = 1  # of a word, or of a pair merged by bpe
-  pattern: str | None = None  # regular expression for words; None: the one in tokenizers/word.py
+  pattern: str | None = None  # regular expression for words; None: the one in extras/word_tokenizer.py
 
   task: str = 'next_token'  # one of TASKS (see rows/tasks.py); its settings are in the section of its name
   sections: Sections = sections(TASKS, TOKENIZERS)

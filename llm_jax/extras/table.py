@@ -16,6 +16,8 @@ TABLE: dict[str, dict[str, str]] = {
                'pickle': 'formats.pickles', 'synthetic': 'named', 'modular': 'named'},
     'source': {'url': 'fetch', 'hf': 'formats.columnar', 'enwik8': 'named', 'synthetic': 'named', 'modular': 'named'},
     'rules': {'quality': 'filters'},
+    'tokenizer': {'word': 'word_tokenizer'},
+    'opened_tokenizer': {'sentencepiece': 'outside_tokenizers', 'tiktoken': 'outside_tokenizers'},
     'loader': {'stream': 'streaming'},
     'unpacker': {'archive': 'archives'},
     'exporter': {'packed': 'bitnet_pack'},

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.registry import NoSettings, register
 from llm_jax.data.sources.text_checks import utf8
+from llm_jax.data.tokenizers.tokenizer import TOKENIZERS
 
 SPECIALS = ('<pad>', '<bos>', '<eos>', '<unk>')  # ids 0 to 3; words follow
 UNK = 3
@@ -71,3 +73,6 @@ def _compiled(pattern: str) -> re.Pattern[str]:
   if regex.groups:
     raise ConfigError(f'pattern {pattern!r} has a group: write (?:...) instead of (...)')
   return regex
+
+
+register(TOKENIZERS, 'word', WordTokenizer, NoSettings)
