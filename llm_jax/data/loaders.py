@@ -11,7 +11,8 @@ SOURCES = Registry('source')
 # Classes with open(config) -> Data and batches(config, data, num_rows, rows, seed, begin, states, process,
 # num_processes) -> Batches; see open_data and pipeline.open_batches.
 LOADERS = Registry('loader')
-# Functions (path of an archive, cache folder) -> folder with its files.
+# 'archive': a function (path, cache folder) -> folder with its files. 'stream': a function (path of a compressed file,
+# name of its compression, its bytes as a stream) -> stream of the decompressed bytes.
 UNPACKERS = Registry('unpacker')
 # 'quality': a function FilterConfig -> function (text or ids of a document) -> the rule that drops it, or None.
 RULES = Registry('rules')

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.base.errors import DataError
-from llm_jax.data.sources.documents import BadRecord, Content, Document, File, SourceConfig
+from llm_jax.data.sources.documents import BadRecord, Content, Document, SourceConfig
 
 # Names of fields for (text, answer); the first pair that a record has is used.
 PAIRS = (('input', 'output'), ('prompt', 'completion'), ('question', 'answer'), ('source', 'target'),
@@ -97,19 +97,6 @@ def content(value: Any, what: str, max_bytes: int) -> Content:
     _check_size(value.nbytes, what, max_bytes)
     return value.astype(np.int64)
   raise ValueError(f'{what} holds {_show(value)}; it must hold text or a list of token ids')
-
-
-def as_documents(file: File, values: Iterable[Any], kind: str, max_bytes: int) -> Iterator[Document | BadRecord]:
-  """One document per value of an array; `kind` is the name of one value in messages: row, item."""
-  for i, value in enumerate(values, 1):
-    where = f'{file.path}, {kind} {i}'
-    if isinstance(value, BadRecord):
-      yield BadRecord(where, value.why)
-      continue
-    try:
-      yield Document(f'{file.name}:{i}', content(value, 'it', max_bytes))
-    except ValueError as e:
-      yield BadRecord(where, str(e))
 
 
 def _text(value: str | bytes, what: str, max_bytes: int) -> str:
