@@ -13,7 +13,7 @@ from test_store import config_of, jsonl, sides_of, texts_of, write_corpus
 
 from llm_jax.data.open import open_data
 from llm_jax.data.sources.documents import Document
-from llm_jax.data.sources.splits import SPLITS, SplitConfig, Splitter, borders, content_hash, total_size
+from llm_jax.data.sources.splits import SPLITS, SplitConfig, Splitter, borders, content_hash, size
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 texts_lists = st.lists(st.text('ab中\U0001F600', min_size=1, max_size=9), min_size=1, max_size=12)
@@ -27,10 +27,10 @@ def config_for(split, val=0, test=0, **options):
 
 def dealt(config, documents, resumed_at=()):
   """{split: documents}; at each index in `resumed_at` a new splitter continues from the state's JSON."""
-  splitter, found = Splitter(config, total_size(documents)), {side: [] for side in SPLITS}
+  splitter, found = Splitter(config, sum(map(size, documents))), {side: [] for side in SPLITS}
   for i, document in enumerate(documents):
     if i in resumed_at:
-      splitter = Splitter(config, total_size(documents), json.loads(json.dumps(splitter.state)))
+      splitter = Splitter(config, sum(map(size, documents)), json.loads(json.dumps(splitter.state)))
     for side, part in splitter.deal(document):
       found[side].append(part)
   return found

@@ -294,11 +294,10 @@ def check_fingerprint(saved: dict, current: dict, step: int) -> None:
 
   Mixture weights that begin at that step or later may differ.
   """
-  saved = {'order': 'stream' if saved.get('streaming') else 1, **saved}  # the order of checkpoints without the field
-  saved, current = ({**f, 'mixture': [s for s in f.get('mixture', []) if s[0] < step]} for f in (saved, current))
+  saved, current = ({**f, 'mixture': [s for s in f['mixture'] if s[0] < step]} for f in (saved, current))
   names = {'train_tokens': 'the training data (sha256 of its tokens)', 'seed': 'config.seed',
            'rows_per_batch': 'the number of rows in a batch (config.batch_tokens / config.data.seq_len)',
-           'order': 'the order of rows (1: made by an older llm_jax, which can resume it)',
+           'order': 'the order of rows (of another version of llm_jax)',
            'mixture': f'the weights of the sources before step {step} (config.data.sources.NAME.weight, weights_from)'}
   differing = [f'{names.get(k, f"config.data.{k}")}: checkpoint {saved.get(k)}, now {current.get(k)}'
                for k in {**saved, **current} if saved.get(k) != current.get(k)]

@@ -12,15 +12,13 @@ import tiktoken
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, register
-from llm_jax.data.sources.text_checks import empty_table, utf8
 from llm_jax.data.tokenizers import bpe
+from llm_jax.data.tokenizers.bpe import empty_table, utf8
 from llm_jax.data.tokenizers.tokenizer import OPENED
 
 
 class SentencePieceTokenizer:
   """A SentencePiece model. Its pieces write spaces as U+2581, so U+2581 in a text is decoded as a space."""
-
-  lossless = False
 
   def __init__(self, proto: bytes):
     try:
@@ -72,8 +70,6 @@ def _piece_bytes(model: Any, i: int) -> bytes:
 
 class TiktokenTokenizer:
   """Byte-level BPE that merges pairs in the order of ids."""
-
-  lossless = True
 
   def __init__(self, pattern: str, ranks: dict[bytes, int], eot_id: int):
     missing = [i for i in range(256) if bytes([i]) not in ranks]

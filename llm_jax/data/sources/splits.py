@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -88,10 +88,6 @@ def borders(total: int, val_fraction: float, test_fraction: float) -> tuple[int,
 def size(document: Document) -> int:
   """Characters, or ids."""
   return len(document.text) + len(document.answer if document.answer is not None else '')
-
-
-def total_size(documents: Iterable[Document]) -> int:
-  return sum(map(size, documents))
 
 
 def content_hash(document: Document) -> bytes:

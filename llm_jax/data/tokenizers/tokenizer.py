@@ -19,7 +19,7 @@ import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, Registry, register, settings_from_signature
-from llm_jax.data.sources.text_checks import utf8
+from llm_jax.data.tokenizers.bpe import utf8
 from llm_jax.data.tokenizers.huggingface import Bpe, HuggingFaceTokenizer
 
 
@@ -27,7 +27,6 @@ class Tokenizer(Protocol):
   bos_id: int
   eos_id: int  # equal to bos_id if there is one special token
   token_bytes: list[bytes]  # by id; special tokens have none
-  lossless: bool  # for every text it can encode, the joined bytes of the tokens are the text
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     """Ids of each text, never special tokens, even if the text spells one. Raises DataError."""
@@ -51,8 +50,6 @@ class TokenizerConfig:
 class ByteTokenizer:
   """One token per byte of UTF-8."""
 
-  lossless = True
-
   def __init__(self) -> None:
     self.token_bytes = [bytes([i]) for i in range(256)] + [b'']
     self.bos_id = self.eos_id = 256
@@ -74,8 +71,6 @@ class ByteTokenizer:
 
 class CharTokenizer:
   """One token per character of the corpus that it was fitted to, ordered by code point."""
-
-  lossless = True
 
   def __init__(self, chars: Iterable[str]):
     self.chars = sorted(chars)
