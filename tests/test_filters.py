@@ -179,8 +179,7 @@ def test_duplicates_are_found_across_restarts(documents, stop):
   found = [before.seen(*parts) for parts in documents[:stop]]
   saved = before.new_hashes()
   assert before.new_hashes() == b''
-  after = Deduplicator()
-  after.load(saved)
+  after = Deduplicator(saved)
   found += [after.seen(*parts) for parts in documents[stop:]]
   assert found == [key in keys[:i] for i, key in enumerate(keys)]
   assert len(saved + after.new_hashes()) == 16 * len(set(keys))
@@ -202,7 +201,7 @@ def test_equal_ids_of_any_dtype_are_duplicates():
 
 def test_truncated_hashes_are_rejected():
   with pytest.raises(DataError, match='31 bytes'):
-    Deduplicator().load(b'x' * 31)
+    Deduplicator(b'x' * 31)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

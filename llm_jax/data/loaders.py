@@ -8,8 +8,8 @@ from llm_jax.base.registry import Registry
 # where the function reads what follows the colon. 'url' locates SCHEME://...
 SOURCES = Registry('source')
 
-# Classes with open(config) -> Data and batches(config, data, num_rows, rows, seed, begin, states, process,
-# num_processes) -> Batches; see open_data and pipeline.open_batches.
+# Classes with problems(config) -> messages, open(config) -> Data and batches(config, data, num_rows, rows, seed, begin,
+# states, process, num_processes) -> Batches; see open_data and pipeline.open_batches.
 LOADERS = Registry('loader')
 # 'archive': a function (path, cache folder) -> folder with its files. 'stream': a function (path of a compressed file,
 # name of its compression, its bytes as a stream) -> stream of the decompressed bytes.

@@ -19,7 +19,7 @@ from llm_jax.data.rows.order import VERSION as ORDER_VERSION
 from llm_jax.data.sources.corpus import PARTS, Corpus, fit_tokenizer, key_of, make_store, memory_stores
 from llm_jax.data.sources.documents import SourceConfig, is_url, shown
 from llm_jax.data.sources.files import Source, locate, open_source
-from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Report
+from llm_jax.data.sources.filters import FilterConfig, Report
 from llm_jax.data.sources.splits import SPLITS, SplitConfig, borders
 from llm_jax.data.stores import store
 from llm_jax.data.stores.store import TokenStore, mapped_store, open_split
@@ -260,8 +260,8 @@ def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
                     config.on_bad_record, config.max_bad_fraction)
     if tokenizer is None and not corpus.holds_ids():
       raise DataError(f'--data: {path} is text, but the run has no tokenizer')
-    val = memory_stores((pair for _, dealt in corpus.documents({**corpus.start(), 'seen': Deduplicator()})
-                         for pair in dealt), ('val',), tokenizer, encoder_tokenizer)['val']
+    val = memory_stores((pair for _, dealt in corpus.documents() for pair in dealt), ('val',), tokenizer,
+                        encoder_tokenizer)['val']
   if len(val.tokens) < 2:
     raise DataError(f'--data: {path} gives {len(val.tokens)} token(s); it needs 2 or more')
   data = data_of(config, {'train': {}, 'val': {'data': val}, 'test': {}}, tokenizer, encoder_tokenizer)

@@ -75,9 +75,12 @@ class Deduplicator:
   """Finds duplicates by a 16-byte hash of each document; takes about 200 bytes of memory per document."""
 
   def __init__(self, hashes: bytes = b''):
-    self._seen: set[bytes] = set()
+    """Starts from saved hashes. Raises DataError when they are not a whole number of hashes."""
+    if len(hashes) % HASH_BYTES:
+      raise DataError(f'the saved hashes of documents are {len(hashes)} bytes, not a multiple of {HASH_BYTES}: '
+                      'the file is truncated; delete the unfinished store and start again')
+    self._seen = {hashes[i:i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES)}
     self._new: list[bytes] = []
-    self.load(hashes)
 
   def seen(self, *parts: Content) -> bool:
     """Whether a document of the same parts (text, or text and answer) was seen before; remembers it."""
@@ -95,16 +98,9 @@ class Deduplicator:
     return False
 
   def new_hashes(self) -> bytes:
-    """Hashes added since the last call, to append to a file; `load` takes the whole file."""
+    """Hashes added since the last call, to append to a file."""
     new, self._new = b''.join(self._new), []
     return new
-
-  def load(self, hashes: bytes) -> None:
-    """Adds saved hashes. Raises DataError when they are not a whole number of hashes."""
-    if len(hashes) % HASH_BYTES:
-      raise DataError(f'the saved hashes of documents are {len(hashes)} bytes, not a multiple of {HASH_BYTES}: '
-                      'the file is truncated; delete the unfinished store and start again')
-    self._seen.update(hashes[i:i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES))
 
 
 @dataclasses.dataclass
