@@ -182,14 +182,12 @@ def _tokenizers(config: DataConfig, corpora: dict[str, Corpus],
 
 def tokenizer_of(config: DataConfig, name: str, corpora: dict[str, Corpus],
                parts: tuple[str, ...] = PARTS) -> tuple[Tokenizer | None, str]:
+  if name not in ('none', *TOKENIZERS):
+    return open_tokenizer(name), identity(name)
   if name == 'none' or not corpora or any(corpus.holds_ids() for corpus in corpora.values()):
-    if name == 'byte':
-      return ByteTokenizer(), 'byte'
-    return (None, 'none') if name in ('none', *TOKENIZERS) else (open_tokenizer(name), identity(name))
-  if name in TOKENIZERS:
-    settings = TokenizerConfig(config.vocab_size, config.min_frequency, config.pattern, config.sections.get(name))
-    return fit_tokenizer(name, settings, corpora.values(), cache_dir(config), parts)
-  return open_tokenizer(name), identity(name)
+    return (ByteTokenizer(), 'byte') if name == 'byte' else (None, 'none')
+  settings = TokenizerConfig(config.vocab_size, config.min_frequency, config.pattern, config.sections.get(name))
+  return fit_tokenizer(name, settings, corpora.values(), cache_dir(config), parts)
 
 
 def _takes_ids(config: DataConfig) -> bool:

@@ -32,6 +32,7 @@ from llm_jax.base.progress import progress_bar
 from llm_jax.base.registry import register
 from llm_jax.data.loaders import SOURCES
 from llm_jax.data.sources.documents import File, SourceConfig, shown
+from llm_jax.data.stores.store import file_sha256
 
 TIMEOUT = 30  # seconds without a byte
 RETRY_SECONDS = 1.0  # before a broken download is resumed
@@ -106,7 +107,7 @@ def _once(url: str, folder: Path, name: str, sha256: str | None, download: Calla
   known = _known(about)
   if known and target.is_file():
     size = target.stat().st_size
-    if size == known['size'] and (not sha256 or _file_sha256(target) == sha256):
+    if size == known['size'] and (not sha256 or file_sha256(target) == sha256):
       return target
     print(f'data: {target} ({size} bytes) differs from the download of {shown(url)} ({known["size"]} bytes); '
           'downloading it again', flush=True)
@@ -150,11 +151,6 @@ def _note(path: Path, content: Any, folder: Path) -> None:
   note = aside(folder / 'partial')
   note.write_text(json.dumps(content))
   os.replace(note, path)
-
-
-def _file_sha256(path: Path) -> str:
-  with open(path, 'rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 # http and https.

@@ -18,17 +18,10 @@ EOT = '<|endoftext|>'
 
 # Usual names of (bos, eos); the first pair in a vocabulary is used.
 SPECIALS = (
-    (EOT, EOT),
-    ('<|begin_of_text|>', '<|end_of_text|>'),
-    ('<s>', '</s>'),
-    ('<bos>', '<eos>'),
-    ('[CLS]', '[SEP]'),
-    ('[BOS]', '[EOS]'),
-    ('<|im_start|>', '<|im_end|>'),
+    (EOT, EOT), ('<|begin_of_text|>', '<|end_of_text|>'), ('<s>', '</s>'), ('<bos>', '<eos>'), ('[CLS]', '[SEP]'),
+    ('[BOS]', '[EOS]'), ('<|im_start|>', '<|im_end|>'),
     ('<\uff5cbegin\u2581of\u2581sentence\uff5c>', '<\uff5cend\u2581of\u2581sentence\uff5c>'),
-    ('</s>', '</s>'),
-    ('<eos>', '<eos>'),
-)
+    ('</s>', '</s>'), ('<eos>', '<eos>'))
 
 
 class HuggingFaceTokenizer:
@@ -51,7 +44,8 @@ class HuggingFaceTokenizer:
                         f'{", ".join(dict.fromkeys(first for first, _ in SPECIALS))} is in its vocabulary; add one')
     self.bos_id, self.eos_id = vocab[pair[0]], vocab[pair[1]]
 
-    unknown = _unknown_token(spec)
+    model = spec['model']
+    unknown = model['vocab'][model['unk_id']][0] if model.get('unk_id') is not None else model.get('unk_token')
     special = {*pair, *(token['content'] for token in spec['added_tokens'] if token['special'])} - {unknown}
     self._special = sorted(special)
     self._special_ids = np.array(sorted(vocab[token] for token in special), np.uint32)
@@ -109,13 +103,6 @@ class Bpe:
   @staticmethod
   def from_json(spec: dict) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(json.dumps(spec))
-
-
-def _unknown_token(spec: dict) -> str | None:
-  model = spec['model']
-  if model.get('unk_id') is not None:
-    return model['vocab'][model['unk_id']][0]
-  return model.get('unk_token')
 
 
 def _spelling(spec: dict) -> Callable[[str], bytes]:

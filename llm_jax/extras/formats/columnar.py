@@ -134,7 +134,7 @@ def _columns(schema: Any, config: SourceConfig, path: Path) -> list[str]:
   if fields is None:
     raise DataError(f'{path}: no column holds text or lists of token ids; its schema is '
                     f'{", ".join(f"{field.name}: {field.type}" for field in schema)}')
-  wanted = [name for name in (fields.text, fields.answer, fields.label) if name is not None]
+  wanted = [name for name in fields if name is not None]
   missing = next((name for name in wanted if name not in schema.names), None)
   if missing is not None:
     raise DataError(f'{path}: has no column {missing!r}, but {", ".join(schema.names)}')
