@@ -15,7 +15,7 @@ from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import register
 from llm_jax.data.formats.registry import FORMATS, format_of
 from llm_jax.data.loaders import SOURCES, UNPACKERS
-from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig, is_url
+from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig, is_url, shown
 
 ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.xz', '.tar.bz2', '.tar.zst')
 
@@ -72,7 +72,7 @@ def locate(config: SourceConfig, cache_dir: Path) -> list[File]:
   elif config.sha256 is not None:
     raise ConfigError(f'config.data.sha256 is for downloads; config.data.path {path} is not a URL')
   else:
-    found = _local(Path(path).expanduser(), path)
+    found = _local(Path(path).expanduser(), shown(path))
   files = []
   for file in found:
     if file.path.is_file() and file.name.lower().endswith(ARCHIVES):
