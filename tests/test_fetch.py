@@ -16,8 +16,9 @@ from web import serving
 from llm_jax.base.errors import ConfigError, DataError, StorageError, UserError
 from llm_jax.data.config import DataConfig
 from llm_jax.data.open import open_data
-from llm_jax.data.sources import fetch
-from llm_jax.data.sources.fetch import fetch_all, is_url, shown
+from llm_jax.data.sources.documents import is_url, shown
+from llm_jax.extras import fetch
+from llm_jax.extras.fetch import fetch_all
 
 BODY = bytes(range(256)) * 12000  # 3 MB: several reads of a socket
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -184,7 +185,7 @@ def test_a_password_is_not_sent_to_another_host(server, tmp_path):
     assert 'Authorization' not in other.headers[0]
 
 
-FETCH = ('import sys; from llm_jax.data.sources import fetch; '
+FETCH = ('import sys; from llm_jax.extras import fetch; '
          'print(fetch.fetch(sys.argv[1], None, fetch.Path(sys.argv[2])))')
 LIMITED = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); ' + FETCH
 

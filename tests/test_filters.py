@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_jax.base.errors import DataError
-from llm_jax.data.sources.filters import C4, GOPHER, MEASURES, Deduplicator, FilterConfig, Quality, Report
+from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Report
+from llm_jax.extras.filters import C4, GOPHER, MEASURES, Quality
 
 # Few words, so that lines, paragraphs and n-grams repeat.
 WORDS = st.sampled_from(['a', 'bb', 'the', 'The', '##', '...', '12', 'end.', 'été', '-', '“Oh!”', 'you?', '中文。',
@@ -178,8 +179,7 @@ def test_duplicates_are_found_across_restarts(documents, stop):
   found = [before.seen(*parts) for parts in documents[:stop]]
   saved = before.new_hashes()
   assert before.new_hashes() == b''
-  after = Deduplicator()
-  after.load(saved)
+  after = Deduplicator(saved)
   found += [after.seen(*parts) for parts in documents[stop:]]
   assert found == [key in keys[:i] for i, key in enumerate(keys)]
   assert len(saved + after.new_hashes()) == 16 * len(set(keys))
@@ -201,7 +201,7 @@ def test_equal_ids_of_any_dtype_are_duplicates():
 
 def test_truncated_hashes_are_rejected():
   with pytest.raises(DataError, match='31 bytes'):
-    Deduplicator().load(b'x' * 31)
+    Deduplicator(b'x' * 31)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.formats.compression import open_stream
-from llm_jax.data.formats.text import csv_file, json_file, jsonl, text, toml, tsv
+from llm_jax.data.formats.text import jsonl, text
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 from llm_jax.extras.formats.sqlite import sqlite
+from llm_jax.extras.formats.text_tables import csv_file, json_file, toml, tsv
 
 TEXT = st.text(max_size=60)  # any characters but surrogates
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)

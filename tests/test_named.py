@@ -10,7 +10,7 @@ from web import serving
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.sources.documents import File, SourceConfig
-from llm_jax.data.sources.named import enwik8, modular, synthetic
+from llm_jax.extras.named import enwik8, modular, synthetic
 
 TEXT = b'<mediawiki>' * 1000
 

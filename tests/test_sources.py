@@ -8,7 +8,9 @@ import zipfile
 import pytest
 
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.data.sources.documents import BadRecord, Document, SourceConfig
+from llm_jax.base.registry import register
+from llm_jax.data.loaders import SOURCES
+from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 from llm_jax.data.sources.files import open_source
 
 
@@ -161,3 +163,16 @@ def test_stdlib_is_megabytes_of_code_without_tests():
   assert not [name for name in names if skipped & set(name.split('/'))]
   assert sum(len(document.text.encode()) for _, document in source.records()) > 5e6
   assert sum(source.sizes()) > 5e6
+
+
+def test_a_source_of_ones_own_is_registered_by_name(tmp_path, monkeypatch):
+  (tmp_path / 'poem.txt').write_text('a rose')
+  monkeypatch.setattr(SOURCES, '_entries', dict(SOURCES._entries))
+  register(SOURCES, 'shelf', lambda config, cache_dir: [File(config.path, tmp_path / config.path.split(':')[1])])
+  assert read('shelf:poem.txt') == [('shelf:poem.txt', 'a rose')]
+
+
+@pytest.mark.parametrize('path', ['stdlib:json', 'enwik8:train'])
+def test_nothing_may_follow_the_name_of_a_source_without_settings(path):
+  with pytest.raises(ConfigError, match=f'{path}: nothing may follow'):
+    source_of(path)

@@ -6,17 +6,17 @@ import pytest
 from test_tokenizers import TEXTS, fit, with_merges
 
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.data.tokenizers.tokenizer import TOKENIZERS, decode, identity, is_fitted, load_tokenizer, open_tokenizer
+from llm_jax.data.tokenizers.tokenizer import TOKENIZERS, decode, identity, load_tokenizer, open_tokenizer
 
 
 def test_tokenizers_are_identified_without_opening_them(tmp_path):
-  assert all(is_fitted(name) and identity(name) == name for name in TOKENIZERS)
+  assert all(identity(name) == name for name in TOKENIZERS)
   path = tmp_path / 'tokenizer.json'
   path.write_text(fit('byte', []).to_json())
   first = identity(str(path))
   path.write_text(fit('char', ['a']).to_json())
   assert len(first) == 64 and identity(str(path)) != first
-  assert not is_fitted(str(path)) and identity('tiktoken:gpt2') == 'tiktoken:gpt2'
+  assert str(path) not in TOKENIZERS and identity('tiktoken:gpt2') == 'tiktoken:gpt2'
   assert decode(open_tokenizer(str(path)), [0]) == 'a'
 
 

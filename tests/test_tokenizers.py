@@ -1,4 +1,4 @@
-"""Fitted tokenizers: lossless if they claim it, no special tokens from text, the same ids after saving."""
+"""Fitted tokenizers: lossless but for words, no special tokens from text, the same ids after saving."""
 
 import itertools
 import json
@@ -69,7 +69,7 @@ def test_decoding_gives_the_text_back(tokenizer):
 def test_lossless_tokenizers_give_every_text_back(name):
   tokenizer = fit(name, ['zebra', 'the cat'])
   texts = ['the zebra'] if name == 'char' else ['the dog', 'Ä']
-  assert tokenizer.lossless == ([decode(tokenizer, ids) for ids in tokenizer.encode(texts)] == texts)
+  assert (name != 'word') == ([decode(tokenizer, ids) for ids in tokenizer.encode(texts)] == texts)
 
 
 def test_text_never_becomes_a_special_token(tokenizer, tmp_path):

@@ -8,6 +8,7 @@ from typing import Literal
 
 from llm_jax.base.builder import Sections, keep_named, known_names, sections
 from llm_jax.base.runtime import user_cache
+from llm_jax.data.loaders import LOADERS
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.rows.tasks import TASKS, Task
 from llm_jax.data.sources.documents import SourceConfig
@@ -30,7 +31,7 @@ class DataConfig(SourceConfig, SplitConfig):
   encoder_tokenizer: str | None = None  # for the prompts of seq2seq; `tokenizer` is then for answers. None: for both
   vocab_size: int = 8192  # of bpe; maximum for word. The same for both tokenizers
   min_frequency: int = 1  # of a word, or of a pair merged by bpe
-  pattern: str | None = None  # regular expression for words; None: the one in tokenizers/word.py
+  pattern: str | None = None  # regular expression for words; None: the one in extras/word_tokenizer.py
 
   task: str = 'next_token'  # one of TASKS (see docs/data.md); its settings are in the section of its name
   sections: Sections = sections(TASKS, TOKENIZERS)
@@ -91,7 +92,7 @@ class DataConfig(SourceConfig, SplitConfig):
     if not all(map(sum, stages)):
       problems.append('sources: the weights of one stage are all 0')
     if self.streaming:
-      problems += self._streaming_problems()
+      problems += LOADERS['stream'].problems(self)
     if problems:
       raise ValueError('\n'.join(problems))
 
@@ -105,20 +106,6 @@ class DataConfig(SourceConfig, SplitConfig):
         (not fits, f'is for task {" or ".join(tasks)}, where an encoder reads the prompts; the task is {self.task!r}: '
          'set it to None'),
         (self.tokenizer == 'none', 'needs a tokenizer for the answers too, but tokenizer is none')) if wrong]
-
-  def _streaming_problems(self) -> list[str]:
-    held_out = (self.split == 'count' and self.val_documents) or all(s.val_path for s in self.named_sources.values())
-    return [f'streaming: {message}; or train from a token store (streaming=False)' for wrong, message in (
-        (not held_out, 'validation needs split=count with val_documents, or val_path'),
-        (self.split in ('tail', 'document'), f'split={self.split} needs a pass over all data: set count'),
-        (not all(all(s.weight) for s in self.named_sources.values()), 'a source with weight 0 is unused: remove it'),
-        (self.tokenizer == 'char', 'tokenizer=char needs a pass over all text: set byte, bpe or a file'),
-        (self.task != 'next_token' or self.packing != 'concat', 'only task next_token with packing concat streams'),
-        (self.augment.random, 'augment is not supported: turn it off'),
-        (self.stride is not None, 'windows cannot overlap: set stride=None'),
-        (self.filters.deduplicate, 'duplicates cannot be found: set filters.deduplicate=False'),
-        (len(self.weights_from) > 1, 'weights cannot change: set weights_from=(0,)'),
-        (self.num_workers > 0, 'a stream is read by one thread: set num_workers=0')) if wrong]
 
   @property
   def task_settings(self) -> Task:

@@ -1,11 +1,18 @@
-"""Ways to load data that most runs do not need: streams (extras/streaming.py) and archives (extras/archives.py)."""
+"""Where data comes from, and ways to load it that most runs do not need: streams, archives."""
 
 from __future__ import annotations
 
 from llm_jax.base.registry import Registry
 
-# Classes with open(config) -> Data and batches(config, data, num_rows, rows, seed, begin, states, process,
-# num_processes) -> Batches; see open_data and pipeline.open_batches.
+# Functions (SourceConfig, cache folder) -> list of File. config.data.path names one: 'stdlib', or 'synthetic:1000:5',
+# where the function reads what follows the colon. 'url' locates SCHEME://...
+SOURCES = Registry('source')
+
+# Classes with problems(config) -> messages, open(config) -> Data and batches(config, data, num_rows, rows, seed, begin,
+# states, process, num_processes) -> Batches; see open_data and pipeline.open_batches.
 LOADERS = Registry('loader')
-# Functions (path of an archive, cache folder) -> folder with its files.
+# 'archive': a function (path, cache folder) -> folder with its files. 'stream': a function (path of a compressed file,
+# name of its compression, its bytes as a stream) -> stream of the decompressed bytes.
 UNPACKERS = Registry('unpacker')
+# 'quality': a function FilterConfig -> function (text or ids of a document) -> the rule that drops it, or None.
+RULES = Registry('rules')

@@ -16,12 +16,10 @@ from llm_jax.data.loaders import LOADERS
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.rows.examples import Examples, make_examples
 from llm_jax.data.rows.order import VERSION as ORDER_VERSION
-from llm_jax.data.sources import fetch
 from llm_jax.data.sources.corpus import PARTS, Corpus, fit_tokenizer, key_of, make_store, memory_stores
-from llm_jax.data.sources.documents import SourceConfig
-from llm_jax.data.sources.fetch import shown
-from llm_jax.data.sources.files import Source, open_source
-from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Report
+from llm_jax.data.sources.documents import SourceConfig, is_url, shown
+from llm_jax.data.sources.files import Source, locate, open_source
+from llm_jax.data.sources.filters import FilterConfig, Report
 from llm_jax.data.sources.splits import SPLITS, SplitConfig, borders
 from llm_jax.data.stores import store
 from llm_jax.data.stores.store import TokenStore, mapped_store, open_split
@@ -184,14 +182,12 @@ def _tokenizers(config: DataConfig, corpora: dict[str, Corpus],
 
 def tokenizer_of(config: DataConfig, name: str, corpora: dict[str, Corpus],
                parts: tuple[str, ...] = PARTS) -> tuple[Tokenizer | None, str]:
+  if name not in ('none', *TOKENIZERS):
+    return open_tokenizer(name), identity(name)
   if name == 'none' or not corpora or any(corpus.holds_ids() for corpus in corpora.values()):
-    if name == 'byte':
-      return ByteTokenizer(), 'byte'
-    return (None, 'none') if name in ('none', *TOKENIZERS) else (open_tokenizer(name), identity(name))
-  if name in TOKENIZERS:
-    settings = TokenizerConfig(config.vocab_size, config.min_frequency, config.pattern, config.sections.get(name))
-    return fit_tokenizer(name, settings, corpora.values(), cache_dir(config), parts)
-  return open_tokenizer(name), identity(name)
+    return (ByteTokenizer(), 'byte') if name == 'byte' else (None, 'none')
+  settings = TokenizerConfig(config.vocab_size, config.min_frequency, config.pattern, config.sections.get(name))
+  return fit_tokenizer(name, settings, corpora.values(), cache_dir(config), parts)
 
 
 def _takes_ids(config: DataConfig) -> bool:
@@ -221,8 +217,11 @@ def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer:
 def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | None:
   """The .bin files of each split, if the path is a .bin file or a folder with train.bin; else None."""
   path = source.path
-  if fetch.is_url(path) and path.endswith('.bin'):
-    path = str(fetch.fetch(path, source.sha256, cache_dir(config)))
+  if is_url(path) and path.endswith('.bin'):
+    files = locate(source, cache_dir(config))
+    if len(files) > 1:
+      return None
+    path = str(files[0].path)
   root = Path(path).expanduser()
   paths = {'val': source.val_path, 'test': source.test_path}
   if (root / 'train.bin').is_file():
@@ -259,8 +258,8 @@ def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
                     config.on_bad_record, config.max_bad_fraction)
     if tokenizer is None and not corpus.holds_ids():
       raise DataError(f'--data: {path} is text, but the run has no tokenizer')
-    val = memory_stores((pair for _, dealt in corpus.documents({**corpus.start(), 'seen': Deduplicator()})
-                         for pair in dealt), ('val',), tokenizer, encoder_tokenizer)['val']
+    val = memory_stores((pair for _, dealt in corpus.documents() for pair in dealt), ('val',), tokenizer,
+                        encoder_tokenizer)['val']
   if len(val.tokens) < 2:
     raise DataError(f'--data: {path} gives {len(val.tokens)} token(s); it needs 2 or more')
   data = data_of(config, {'train': {}, 'val': {'data': val}, 'test': {}}, tokenizer, encoder_tokenizer)
@@ -293,11 +292,10 @@ def check_fingerprint(saved: dict, current: dict, step: int) -> None:
 
   Mixture weights that begin at that step or later may differ.
   """
-  saved = {'order': 'stream' if saved.get('streaming') else 1, **saved}  # the order of checkpoints without the field
-  saved, current = ({**f, 'mixture': [s for s in f.get('mixture', []) if s[0] < step]} for f in (saved, current))
+  saved, current = ({**f, 'mixture': [s for s in f['mixture'] if s[0] < step]} for f in (saved, current))
   names = {'train_tokens': 'the training data (sha256 of its tokens)', 'seed': 'config.seed',
            'rows_per_batch': 'the number of rows in a batch (config.batch_tokens / config.data.seq_len)',
-           'order': 'the order of rows (1: made by an older llm_jax, which can resume it)',
+           'order': 'the order of rows (of another version of llm_jax)',
            'mixture': f'the weights of the sources before step {step} (config.data.sources.NAME.weight, weights_from)'}
   differing = [f'{names.get(k, f"config.data.{k}")}: checkpoint {saved.get(k)}, now {current.get(k)}'
                for k in {**saved, **current} if saved.get(k) != current.get(k)]

@@ -20,9 +20,10 @@ from typing import Any, BinaryIO
 
 from llm_jax.base.errors import DataError, StorageError
 from llm_jax.base.registry import NoSettings, register
-from llm_jax.data.formats.compression import FREE_BYTES, MAX_RATIO, expands_too_much, open_stream
+from llm_jax.data.formats.compression import open_stream
 from llm_jax.data.loaders import UNPACKERS
-from llm_jax.data.sources.fetch import aside
+from llm_jax.extras.compression import FREE_BYTES, MAX_RATIO, expands_too_much
+from llm_jax.extras.fetch import aside
 
 MAX_FILES = 1_000_000
 MAX_NAME_BYTES = 1024

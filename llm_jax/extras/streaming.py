@@ -24,7 +24,6 @@ from llm_jax.data.open import Data, data_of, open_corpus, tokenizer_of
 from llm_jax.data.pipeline import Batches
 from llm_jax.data.sources.corpus import Corpus, memory_stores
 from llm_jax.data.sources.documents import Document
-from llm_jax.data.sources.filters import Deduplicator
 from llm_jax.data.sources.splits import SPLITS
 from llm_jax.data.stores.store import TokenStore
 from llm_jax.data.stores.writer import encode_documents
@@ -67,7 +66,7 @@ class _DocumentsIterator(grain.DatasetIterator):
   def _begin(self, state: dict) -> None:
     self._state = state
     progress = {**self._start, **(state['corpus'] or {})}
-    self._reading = self._dataset.corpus.documents({**progress, 'seen': Deduplicator()})
+    self._reading = self._dataset.corpus.documents(progress)
 
   def __next__(self) -> dict[str, np.ndarray]:
     while True:
@@ -155,12 +154,29 @@ def streaming_held_out(corpus: Corpus, most: int | None) -> Iterator[tuple[str, 
     part = dataclasses.replace(corpus, sides=((side, source),))
     if side is None and not most:
       continue
-    for _, dealt in islice(part.documents({**part.start(), 'seen': Deduplicator()}), most if side is None else None):
+    for _, dealt in islice(part.documents(), most if side is None else None):
       yield from (pair for pair in dealt if pair[0] != 'train')
 
 
 class Stream:
   """The loader `stream`."""
+
+  @staticmethod
+  def problems(config: DataConfig) -> list[str]:
+    """Settings of the config that do not go with streaming."""
+    sources = config.named_sources.values()
+    held_out = (config.split == 'count' and config.val_documents) or all(s.val_path for s in sources)
+    return [f'streaming: {message}; or train from a token store (streaming=False)' for wrong, message in (
+        (not held_out, 'validation needs split=count with val_documents, or val_path'),
+        (config.split in ('tail', 'document'), f'split={config.split} needs a pass over all data: set count'),
+        (not all(all(s.weight) for s in sources), 'a source with weight 0 is unused: remove it'),
+        (config.tokenizer == 'char', 'tokenizer=char needs a pass over all text: set byte, bpe or a file'),
+        (config.task != 'next_token' or config.packing != 'concat', 'only task next_token with packing concat streams'),
+        (config.augment.random, 'augment is not supported: turn it off'),
+        (config.stride is not None, 'windows cannot overlap: set stride=None'),
+        (config.filters.deduplicate, 'duplicates cannot be found: set filters.deduplicate=False'),
+        (len(config.weights_from) > 1, 'weights cannot change: set weights_from=(0,)'),
+        (config.num_workers > 0, 'a stream is read by one thread: set num_workers=0')) if wrong]
 
   @staticmethod
   def open(config: DataConfig) -> Data:

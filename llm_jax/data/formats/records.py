@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,20 +10,14 @@ from typing import Any
 import numpy as np
 
 from llm_jax.base.errors import DataError
-from llm_jax.data.sources.documents import BadRecord, Content, Document, File, SourceConfig
+from llm_jax.data.sources.documents import BadRecord, Content, Document, SourceConfig
 
 # Names of fields for (text, answer); the first pair that a record has is used.
 PAIRS = (('input', 'output'), ('prompt', 'completion'), ('question', 'answer'), ('source', 'target'),
          ('instruction', 'response'))
 
 
-@dataclasses.dataclass(frozen=True)
-class Fields:
-  """The keys of a record that make up a document."""
-
-  text: str
-  answer: str | None = None
-  label: str | None = None
+Fields = tuple[str, str | None, str | None]  # the keys of a record that hold text, answer and label
 
 
 def choose_fields(record: Mapping[str, Any], config: SourceConfig, where: str) -> Fields | None:
@@ -33,16 +26,16 @@ def choose_fields(record: Mapping[str, Any], config: SourceConfig, where: str) -
   None: no field of this record fits; one of the next record may. Raises DataError when several fields fit.
   """
   if config.field is not None:
-    return Fields(config.field, config.answer_field, config.label_field)
+    return config.field, config.answer_field, config.label_field
   if config.answer_field is None:
     for text, answer in PAIRS:
       if text in record and answer in record and config.label_field not in (text, answer):
-        return Fields(text, answer, config.label_field)
+        return text, answer, config.label_field
   taken = (config.answer_field, config.label_field)
   for holds in (_is_text, _is_ids):
     names = [name for name, value in record.items() if name not in taken and holds(value)]
     if len(names) == 1:
-      return Fields(names[0], config.answer_field, config.label_field)
+      return names[0], config.answer_field, config.label_field
     if names:
       raise DataError(f'{where}: several fields could be the text; set config.data.field to one of {", ".join(names)}')
   return None
@@ -71,11 +64,11 @@ def to_documents(records: Iterable[tuple[str, str, Any]], config: SourceConfig) 
 def to_document(record: Mapping[str, Any], fields: Fields, name: str, where: str,
                 max_bytes: int) -> Document | BadRecord:
   """The document of a record, or a BadRecord with the reason."""
+  text_key, answer_key, label_key = fields
   try:
-    text = content(_get(record, fields.text), f'field {fields.text!r}', max_bytes)
-    answer = None if fields.answer is None else content(_get(record, fields.answer), f'field {fields.answer!r}',
-                                                        max_bytes)
-    label = None if fields.label is None else _label(_get(record, fields.label), f'field {fields.label!r}')
+    text = content(_get(record, text_key), f'field {text_key!r}', max_bytes)
+    answer = content(_get(record, answer_key), f'field {answer_key!r}', max_bytes) if answer_key is not None else None
+    label = _label(_get(record, label_key), f'field {label_key!r}') if label_key is not None else None
   except (ValueError, OverflowError) as e:
     return BadRecord(where, str(e))
   return Document(name, text, answer, label)
@@ -97,19 +90,6 @@ def content(value: Any, what: str, max_bytes: int) -> Content:
     _check_size(value.nbytes, what, max_bytes)
     return value.astype(np.int64)
   raise ValueError(f'{what} holds {_show(value)}; it must hold text or a list of token ids')
-
-
-def as_documents(file: File, values: Iterable[Any], kind: str, max_bytes: int) -> Iterator[Document | BadRecord]:
-  """One document per value of an array; `kind` is the name of one value in messages: row, item."""
-  for i, value in enumerate(values, 1):
-    where = f'{file.path}, {kind} {i}'
-    if isinstance(value, BadRecord):
-      yield BadRecord(where, value.why)
-      continue
-    try:
-      yield Document(f'{file.name}:{i}', content(value, 'it', max_bytes))
-    except ValueError as e:
-      yield BadRecord(where, str(e))
 
 
 def _text(value: str | bytes, what: str, max_bytes: int) -> str:

@@ -8,17 +8,14 @@ from llm_jax.base.builder import known_names
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, Registry, register
 from llm_jax.data.formats import text
-from llm_jax.data.formats.compression import open_stream
-from llm_jax.data.sources import named
+from llm_jax.data.formats.compression import COMPRESSED, open_stream
 from llm_jax.data.sources.documents import File, SourceConfig
 from llm_jax.data.stores import token_files
 
 # Readers: functions (File, SourceConfig) -> iterator of Document and BadRecord.
 FORMATS = Registry('format')
 for _name, _reader in (
-    ('text', text.text), ('jsonl', text.jsonl), ('json', text.json_file), ('csv', text.csv_file), ('tsv', text.tsv),
-    ('toml', text.toml), ('bin', token_files.bin_file), ('bytes', token_files.raw_bytes),
-    ('synthetic', named.synthetic), ('modular', named.modular)):
+    ('text', text.text), ('jsonl', text.jsonl), ('bin', token_files.bin_file), ('bytes', token_files.raw_bytes)):
   register(FORMATS, _name, _reader, NoSettings)
 ENDINGS = {
     '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'json', '.csv': 'csv', '.tsv': 'tsv', '.toml': 'toml',
@@ -30,7 +27,6 @@ FIRST_BYTES = {
     b'PAR1': 'parquet', b'ARROW1': 'arrow', b'\x89HDF\r\n\x1a\n': 'hdf5', b'\x93NUMPY': 'npy',
     b'SQLite format 3\0': 'sqlite', b'\x80\x02': 'pickle', b'\x80\x03': 'pickle', b'\x80\x04': 'pickle',
     b'\x80\x05': 'pickle'}
-COMPRESSED = ('.gz', '.zst', '.bz2', '.xz')
 
 
 def format_of(file: File, config: SourceConfig) -> str:
@@ -40,13 +36,8 @@ def format_of(file: File, config: SourceConfig) -> str:
                       f'{known_names(config.format, ["auto", *FORMATS])}')
   if config.format != 'auto':
     return config.format
-  kind = file.name.split(':')[0]
-  if kind in ('synthetic', 'modular'):
-    return kind
-  if kind == 'hf' or file.path.is_dir():
-    return 'huggingface'
-  if config.path == 'enwik8':
-    return 'bytes'
+  if file.format is not None:
+    return file.format
   name = file.name.lower()
   for ending in COMPRESSED:
     name = name.removesuffix(ending)

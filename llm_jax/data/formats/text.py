@@ -1,24 +1,18 @@
-"""Readers of text: plain, JSON, JSON lines, CSV, TSV, TOML. Each reads compressed files as well, as a stream."""
+"""Readers of plain text and of JSON lines. Both read compressed files as well, as a stream."""
 
 from __future__ import annotations
 
 import codecs
-import csv
-import io
 import json
-import tomllib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from llm_jax.base.errors import DataError
 from llm_jax.data.formats.compression import open_stream
 from llm_jax.data.formats.records import to_documents
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
-_CHUNK = 1 << 20
-_BOM = b'\xef\xbb\xbf'
-_SPACE = ' \t\n\r'
-_WHOLE_FILE_BYTES = 256 << 20  # limit for formats that cannot be read as a stream
+CHUNK = 1 << 20
+BOM = b'\xef\xbb\xbf'
 
 
 def text(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
@@ -44,7 +38,7 @@ def _whole_text(file: File, config: SourceConfig) -> Iterator[Document | BadReco
       try:
         yield Document(file.name, piece[:cut].decode(), continues=continues)
       except UnicodeDecodeError as e:
-        yield BadRecord(str(file.path), _not_utf8(e, 0))
+        yield BadRecord(str(file.path), not_utf8(e, 0))
         return
       piece, continues = piece[cut:], True
       piece += stream.read(limit - len(piece))
@@ -52,7 +46,7 @@ def _whole_text(file: File, config: SourceConfig) -> Iterator[Document | BadReco
 
 def _skip_bom(stream: BinaryIO, count: int) -> bytes:
   first = stream.read(count)
-  return first.removeprefix(_BOM) + stream.read(len(_BOM)) if first.startswith(_BOM) else first
+  return first.removeprefix(BOM) + stream.read(len(BOM)) if first.startswith(BOM) else first
 
 
 def _last_character(piece: bytes) -> int:
@@ -72,16 +66,16 @@ def _separated_text(file: File, config: SourceConfig, separator: str) -> Iterato
       try:
         yield Document(f'{file.name}:{i}', document.decode())
       except UnicodeDecodeError as e:
-        yield BadRecord(where, _not_utf8(e, begin))
+        yield BadRecord(where, not_utf8(e, begin))
 
 
 def _split(file: File, separator: bytes, limit: int) -> Iterator[tuple[int, bytes | None]]:
   """(offset, bytes) of each part between separators; None in place of parts longer than `limit`."""
   with open_stream(file.path) as stream:
     begin, rest, too_long = 0, b'', False
-    while chunk := stream.read(_CHUNK):
-      if begin == 0 and not rest and chunk.startswith(_BOM):
-        chunk, begin = chunk[len(_BOM):], len(_BOM)
+    while chunk := stream.read(CHUNK):
+      if begin == 0 and not rest and chunk.startswith(BOM):
+        chunk, begin = chunk[len(BOM):], len(BOM)
       *whole, rest = (rest + chunk).split(separator)
       for part in whole:
         yield begin, None if too_long or len(part) > limit else part
@@ -111,9 +105,9 @@ def parse_json(data: bytes, where: str) -> Any:
   """The value of one strict JSON text, or a BadRecord."""
   problems: list[str] = []
   try:
-    value = _decoder(problems).decode(data.decode())
+    value = strict_decoder(problems).decode(data.decode())
   except UnicodeDecodeError as e:
-    return BadRecord(where, _not_utf8(e, 0))
+    return BadRecord(where, not_utf8(e, 0))
   except json.JSONDecodeError as e:
     return BadRecord(where, f'malformed JSON: {e.msg} at character {e.pos + 1}')
   except (ValueError, RecursionError) as e:  # thousands of digits; deep nesting
@@ -121,8 +115,8 @@ def parse_json(data: bytes, where: str) -> Any:
   return BadRecord(where, problems[0]) if problems else value
 
 
-def _decoder(problems: list[str]) -> json.JSONDecoder:
-  """A decoder that adds to `problems` what Python accepts: duplicate keys, and NaN and Infinity."""
+def strict_decoder(problems: list[str]) -> json.JSONDecoder:
+  """A JSON decoder that adds to `problems` what Python accepts: duplicate keys, and NaN and Infinity."""
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
@@ -136,190 +130,23 @@ def _decoder(problems: list[str]) -> json.JSONDecoder:
   return json.JSONDecoder(object_pairs_hook=unique, parse_constant=constant)
 
 
-def json_file(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """An array of objects, read as a stream; or one object that holds one list of objects, or is itself the document.
-
-  A single object is held in memory and may take 256 MB.
-  """
-  return to_documents(_json_records(file, config), config)
-
-
-def _json_records(file: File, config: SourceConfig) -> Iterator[tuple[str, str, Any]]:
-  with _open_text(file) as stream:
-    head = stream.read(_CHUNK)
-    while not head.strip(_SPACE) and (more := stream.read(_CHUNK)):
-      head = more
-    head = head.lstrip(_SPACE)
-    if head.startswith('['):
-      yield from _json_array(file, stream, head[1:], config.max_record_bytes)
-      return
-    whole = head + stream.read(_WHOLE_FILE_BYTES)
-  if not whole:
-    return
-  if len(whole) > _WHOLE_FILE_BYTES:
-    raise DataError(f'{file.path}: one JSON object of more than {_WHOLE_FILE_BYTES >> 20} MB; make it an array of '
-                    'objects, or an object a line (.jsonl)')
-  value = parse_json(whole.encode('utf-8', 'surrogateescape'), str(file.path))
-  if isinstance(value, BadRecord):
-    raise DataError(f'{file.path}: {value.why}; if there is an object on each line, set config.data.format to jsonl')
-  is_record = not isinstance(value, dict) or config.field in value
-  tables = None if is_record else _only_table(file, value)
-  yield from [(file.name, str(file.path), value)] if tables is None else tables
-
-
-def _json_array(file: File, stream: io.TextIOBase, buffer: str, limit: int) -> Iterator[tuple[str, str, Any]]:
-  """Items of an array, after its '['. Raises DataError for a malformed item, as the start of the next is unknown."""
-  problems: list[str] = []
-  decoder = _decoder(problems)
-  position, behind, number = 0, 0, 1
-  while True:
-    position = _end_of_space(buffer, position)
-    try:
-      if buffer.startswith(']', position):
-        break
-      begin = position
-      if number > 1:
-        if not buffer.startswith(',', position):
-          raise ValueError('expected a comma or ] after the record before')
-        begin = _end_of_space(buffer, position + 1)
-      problems.clear()
-      value, end = decoder.raw_decode(buffer, begin)
-      why = None if end < len(buffer) else 'the file ends inside the array'
-    except (ValueError, RecursionError) as e:
-      why = getattr(e, 'msg', str(e))
-    if why:  # perhaps the item is just incomplete: read more, twice as much each time, for linear total cost
-      where = f'{file.path}, record {number} (at character {behind + position + 2})'
-      held = len(buffer) - position
-      if held > limit:
-        raise DataError(f'{where}: malformed, or longer than config.data.max_record_bytes, which is {limit} ({why})')
-      more = stream.read(max(_CHUNK, held))
-      if not more:
-        raise DataError(f'{where}: malformed or truncated JSON: {why}')
-      behind, buffer, position = behind + position, buffer[position:] + more, 0
-      continue
-    where = f'{file.path}, record {number}'
-    yield f'{file.name}:{number}', where, BadRecord(where, problems[0]) if problems else value
-    position, number = end, number + 1
-  rest = buffer[position + 1:]
-  while rest:
-    if rest.strip(_SPACE):
-      raise DataError(f'{file.path}: more follows the array of {number - 1} records: {rest.strip(_SPACE)[:20]!r}')
-    rest = stream.read(_CHUNK)
-
-
-def _end_of_space(text: str, position: int) -> int:
-  while position < len(text) and text[position] in _SPACE:
-    position += 1
-  return position
-
-
-def toml(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """A list of tables, such as [[examples]] with an input and an output each. Held in memory, 256 MB at most."""
-  with open_stream(file.path) as stream:
-    data = stream.read(_WHOLE_FILE_BYTES + 1)
-  if len(data) > _WHOLE_FILE_BYTES:
-    raise DataError(f'{file.path}: TOML of more than {_WHOLE_FILE_BYTES >> 20} MB; write it as .jsonl')
-  try:
-    value = tomllib.loads(data.removeprefix(_BOM).decode())
-  except UnicodeDecodeError as e:
-    raise DataError(f'{file.path}: {_not_utf8(e, 0)}') from None
-  except (ValueError, RecursionError) as e:
-    raise DataError(f'{file.path}: malformed TOML: {e}') from None
-  tables = _only_table(file, value)
-  if tables is None and value:
-    raise DataError(f'{file.path}: no list of tables; write each example below a line [[examples]]')
-  return to_documents(tables or [], config)
-
-
-def _only_table(file: File, value: dict[str, Any]) -> list[tuple[str, str, Any]] | None:
-  """The records of the one list of objects in `value`. Raises DataError when there are several."""
-  lists = [key for key, item in value.items()
-           if isinstance(item, list) and item and all(isinstance(x, dict) for x in item)]
-  if len(lists) > 1:
-    raise DataError(f'{file.path}: several lists of records: {", ".join(lists)}; keep only one per file')
-  return [(f'{file.name}:{i}', f'{file.path}, {lists[0]} {i}', record)
-          for i, record in enumerate(value[lists[0]], 1)] if lists else None
-
-
-def csv_file(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """Comma-separated values (RFC 4180); the first row names the fields. Labels are text."""
-  return to_documents(_rows(file, config, ','), config)
-
-
-def tsv(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """As csv_file, with tabs."""
-  return to_documents(_rows(file, config, '\t'), config)
-
-
-def _rows(file: File, config: SourceConfig, delimiter: str) -> Iterator[tuple[str, str, Any]]:
-  """Rows as mappings. An unclosed quote would swallow all rows after it, so it raises DataError."""
-  limit = config.max_record_bytes
-  # The csv module's limit is global and per field; `taken` limits each record.
-  csv.field_size_limit(max(csv.field_size_limit(), limit))
-  line, taken = 1, 0
-
-  def lines(stream: io.TextIOBase) -> Iterator[str]:
-    nonlocal taken
-    while piece := stream.readline(limit + 1):
-      taken += len(piece)
-      if taken > limit:
-        raise DataError(f'{file.path}: the record that begins in line {line} takes more than '
-                        f'{limit} bytes: a quote is not closed, or config.data.max_record_bytes is too small')
-      yield piece
-
-  header: list[str] = []
-  with _open_text(file) as stream:
-    rows = csv.reader(lines(stream), delimiter=delimiter, strict=True)
-    while True:
-      where, name = f'{file.path}, line {line}', f'{file.name}:{line}'
-      try:
-        row = next(rows, None)
-      except csv.Error as e:
-        if 'unexpected end of data' in str(e):
-          raise DataError(f'{where}: a quote is opened in this record and not closed by the end of the file') from None
-        yield name, where, BadRecord(where, f'malformed row: {e}')
-        line, taken = rows.line_num + 1, 0
-        continue
-      if row is None:
-        return
-      line, taken = rows.line_num + 1, 0
-      if row and not header:
-        header = _header(row, where)
-      elif row and len(row) != len(header):
-        yield name, where, BadRecord(where, f'{len(row)} fields; the header names {len(header)}')
-      elif row:
-        yield name, where, dict(zip(header, row, strict=True))
-
-
-def _header(row: list[str], where: str) -> list[str]:
-  twice = next((name for name in row if row.count(name) > 1), None)
-  if twice is not None:
-    raise DataError(f'{where}: the header names the field {twice!r} twice; the first row must name the fields')
-  return row
-
-
-def _open_text(file: File) -> io.TextIOWrapper:
-  """The file as text, newlines unchanged; bytes that are not UTF-8 become surrogates, which `to_document` reports."""
-  return io.TextIOWrapper(open_stream(file.path), 'utf-8-sig', 'surrogateescape', newline='')
-
-
 def _first_bad_byte(file: File) -> str | None:
   """The message for the first byte of the file that is not UTF-8; None: all are."""
   decode, begin = codecs.getincrementaldecoder('utf-8')().decode, 0
   with open_stream(file.path) as stream:
     while True:
-      chunk = stream.read(_CHUNK)
+      chunk = stream.read(CHUNK)
       try:
         decode(chunk, final=not chunk)
       except UnicodeDecodeError as e:
         # The decoder prepends the bytes of an incomplete character from the chunk before.
-        return _not_utf8(e, begin - (len(e.object) - len(chunk)))
+        return not_utf8(e, begin - (len(e.object) - len(chunk)))
       if not chunk:
         return None
       begin += len(chunk)
 
 
-def _not_utf8(error: UnicodeDecodeError, offset: int) -> str:
+def not_utf8(error: UnicodeDecodeError, offset: int) -> str:
   found = error.object[error.start:error.start + 4].hex(' ')
   return f'not UTF-8 text at byte {offset + error.start} ({found}); convert it to UTF-8'
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from llm_jax.base.errors import DataError, StorageError
 from llm_jax.base.progress import progress_bar
-from llm_jax.data.sources.documents import BadRecord, Document
+from llm_jax.data.sources.documents import BadRecord, Content, Document
 from llm_jax.data.sources.files import Position, Source
-from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Quality, Report
+from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Report, rules_of
 from llm_jax.data.sources.splits import SplitConfig, Splitter, content_hash, size
 from llm_jax.data.stores import store
 from llm_jax.data.stores.store import TokenStore, open_split
@@ -41,13 +41,13 @@ class Corpus:
   on_bad_record: str  # 'fail' or 'skip'
   max_bad_fraction: float
 
-  def kept(self, report: Report, seen: Deduplicator,
+  def kept(self, report: Report | None = None, seen: Deduplicator | None = None,
            begin: tuple[int, int, int] = (0, 0, 0)) -> Iterator[tuple[tuple[int, int, int], str | None, Document]]:
     """(position after the document, its split if fixed, document) for all that pass the filters.
 
     Raises DataError for a bad record, or for more than `max_bad_fraction` of them if they are skipped.
     """
-    quality = Quality(self.filters)
+    report, seen, rules = report or Report(), seen or Deduplicator(), rules_of(self.filters)
     left_out = False  # further pieces of a long text follow the first
     for index in range(begin[0], len(self.sides)):
       side, source = self.sides[index]
@@ -58,16 +58,18 @@ class Corpus:
           left_out = True
           continue
         if not item.continues:
-          reason = _reason(item, quality, seen if self.filters.deduplicate and not goes_on else None)
+          reason = _reason(item, rules, seen if self.filters.deduplicate and not goes_on else None)
           left_out = reason is not None
           report.drop(reason) if reason else report.keep()
         if not left_out:
           yield (index, *position), side, item
     self._check_bad(report)
 
-  def documents(self, progress: dict) -> Iterator[tuple[Callable[[], dict], list[tuple[str, Document]]]]:
+  def documents(self, progress: dict | None = None, seen: Deduplicator | None = None) -> Iterator[
+      tuple[Callable[[], dict], list[tuple[str, Document]]]]:
     """(function that returns the progress after the document, [(split, document or part)]), from `progress` on."""
-    report, seen = Report.from_dict(progress['report']), progress['seen']
+    progress = self.start() if progress is None else progress
+    report = Report.from_dict(progress['report'])
     splitter = Splitter(self.split, progress['total'], progress['splitter'])
     for position, side, document in self.kept(report, seen, tuple(progress['position'])):
       dealt = [(side, document)] if side else list(splitter.deal(document))
@@ -81,8 +83,7 @@ class Corpus:
 
   def start(self) -> dict:
     """The progress before the first document; counts all text if the split needs the total."""
-    total = sum(size(d) for _, side, d in self.kept(Report(), Deduplicator()) if side is None) \
-        if self.split.split == 'tail' else 0
+    total = sum(size(d) for _, side, d in self.kept() if side is None) if self.split.split == 'tail' else 0
     return {'position': (0, 0, 0), 'splitter': None, 'report': Report().to_dict(), 'total': total}
 
   def resolved(self) -> Corpus:
@@ -90,16 +91,16 @@ class Corpus:
     if self.split.split != 'auto':
       return self
     enough = int(FEW / self.split.val_fraction) if self.split.val_fraction else FEW
-    documents = (d for _, side, d in self.kept(Report(), Deduplicator()) if side is None and not d.continues)
+    documents = (d for _, side, d in self.kept() if side is None and not d.continues)
     found = sum(1 for _ in islice(documents, enough))
     split = dataclasses.replace(self.split, split='tail' if found < enough else 'document')
     return dataclasses.replace(self, split=split)
 
-  def train_texts(self, progress: dict, parts: tuple[str, ...]) -> Iterator[str]:
+  def train_texts(self, parts: tuple[str, ...]) -> Iterator[str]:
     """Texts of the training split, about FIT_BYTES at most, sampled by their hash."""
     rate = FIT_BYTES / max(FIT_BYTES, sum(sum(source.sizes()) for _, source in self.sides))
     left = 2 * FIT_BYTES  # file sizes are too small for compressed files and endless sources
-    for _, dealt in self.documents({**progress, 'seen': Deduplicator()}):
+    for _, dealt in self.documents():
       for side, document in dealt:
         if side == 'train' and int.from_bytes(content_hash(document)[4:8], 'big') < rate * 2**32:
           yield from _texts(document, parts)
@@ -108,12 +109,12 @@ class Corpus:
         return
 
   def all_texts(self, parts: tuple[str, ...]) -> Iterator[str]:
-    for _, _, document in self.kept(Report(), Deduplicator()):
+    for _, _, document in self.kept():
       yield from _texts(document, parts)
 
   def first(self) -> Document | None:
     """The first document, which determines what all of them hold."""
-    return next((document for _, _, document in self.kept(Report(), Deduplicator())), None)
+    return next((document for _, _, document in self.kept()), None)
 
   def holds_ids(self) -> bool:
     """Whether the documents are token ids."""
@@ -159,10 +160,10 @@ def _with_what_follows(records: Iterator[tuple[Position, Document | BadRecord]])
     yield position, item, goes_on
 
 
-def _reason(document: Document, quality: Quality, seen: Deduplicator | None) -> str | None:
+def _reason(document: Document, rules: Callable[[Content], str | None], seen: Deduplicator | None) -> str | None:
   if not size(document):
     return 'empty'
-  if (reason := quality.reason(document.text)) is not None:
+  if (reason := rules(document.text)) is not None:
     return reason
   parts = (document.text,) if document.answer is None else (document.text, document.answer)
   return 'duplicate' if seen is not None and seen.seen(*parts) else None
@@ -191,7 +192,7 @@ def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus],
       begin = time.perf_counter()
       # Characters that occur only in validation need an id too; everything else is learnt from the training split.
       texts = ((t for corpus in corpora for t in corpus.all_texts(parts)) if name == 'char' else
-               (t for corpus in corpora for t in corpus.train_texts(corpus.start(), parts)))
+               (t for corpus in corpora for t in corpus.train_texts(parts)))
       tokenizer = TOKENIZERS[name].fit(texts, config)
       try:
         write_whole(path, tokenizer.to_json())
@@ -221,15 +222,12 @@ def _write(corpus: Corpus, writer: StoreWriter, folder: Path, about: dict) -> No
   total = sum(map(sum, sizes))
   num_files = sum(len(source.files) for _, source in corpus.sides)
   print(f'data: {corpus.name}: {num_files} file(s), {total / 1e6:.1f} MB; kept in {folder}', flush=True)
-  state = writer.reader_state or corpus.start()
-  seen = Deduplicator()
+  reading = writer.reader_state or corpus.start()
   seen_file = writer.folder / SEEN
-  if seen_file.exists():
-    seen.load(seen_file.read_bytes())
-  reading = {**state, 'seen': seen}
+  seen = Deduplicator(seen_file.read_bytes() if seen_file.exists() else b'')
   committed = time.monotonic()
-  with progress_bar(f'tokenizing {corpus.name}', total, 'B', initial=_bytes_before(sizes, state['position'])) as bar:
-    for state, parts in chunks(corpus.documents(reading)):
+  with progress_bar(f'tokenizing {corpus.name}', total, 'B', initial=_bytes_before(sizes, reading['position'])) as bar:
+    for state, parts in chunks(corpus.documents(reading, seen)):
       writer.add(parts)
       if time.monotonic() - committed > COMMIT_SECONDS:
         writer.write(SEEN, np.frombuffer(seen.new_hashes(), np.uint8))

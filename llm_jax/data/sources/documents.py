@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,13 +37,14 @@ class File:
 
   name: str  # relative to the source's root, the same on any machine
   path: Path
+  format: str | None = None  # of FORMATS; None: the config's, or by the file's ending or first bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
   """Where documents come from and how they are read. Settings that a format does not use stay None."""
 
-  path: str = 'stdlib'  # a file, folder, glob or URL, or stdlib, enwik8, synthetic, modular, hf:NAME
+  path: str = 'stdlib'  # a file, folder, glob or URL, or one of loaders.SOURCES
   format: str = 'auto'  # one of formats.registry.FORMATS; 'auto': by the file's ending or first bytes
   field: str | None = None  # key, column or data set of the text (or ids); None: the only one there is
   answer_field: str | None = None  # key of the answer: documents are (text, answer) pairs
@@ -60,3 +62,14 @@ class SourceConfig:
 
 # A reader yields BadRecord for records that it can skip, and raises DataError if it cannot read on.
 Reader = Callable[[File, SourceConfig], Iterator[Document | BadRecord]]
+
+
+def is_url(path: str) -> bool:
+  return re.match(r'[A-Za-z][A-Za-z0-9+.-]*://', path) is not None
+
+
+def shown(path: str) -> str:
+  """A URL without user, password and query, for logs. Other paths are unchanged."""
+  if '://' not in path:
+    return path
+  return re.sub(r'^([^:]+://)[^/?#]*@', r'\1', path.split('#')[0]).split('?')[0] + ('?...' if '?' in path else '')

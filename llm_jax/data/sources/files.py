@@ -12,10 +12,10 @@ from itertools import islice, takewhile
 from pathlib import Path
 
 from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.base.registry import register
 from llm_jax.data.formats.registry import FORMATS, format_of
-from llm_jax.data.loaders import UNPACKERS
-from llm_jax.data.sources import fetch, named
-from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
+from llm_jax.data.loaders import SOURCES, UNPACKERS
+from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig, is_url, shown
 
 ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.xz', '.tar.bz2', '.tar.zst')
 
@@ -58,25 +58,21 @@ class Source:
 
 def open_source(config: SourceConfig, cache_dir: Path) -> Source:
   """Finds the files of `config.path`; downloads URLs and unpacks archives once. Raises DataError, ConfigError."""
-  files = tuple(_locate(config, cache_dir))
+  files = tuple(locate(config, cache_dir))
   formats = tuple(format_of(file, config) for file in files)
   return Source(config, files, formats)
 
 
-def _locate(config: SourceConfig, cache_dir: Path) -> list[File]:
+def locate(config: SourceConfig, cache_dir: Path) -> list[File]:
+  """The files of `config.path`, by one of SOURCES or on this machine. Raises DataError, ConfigError."""
   path = config.path
-  if path == 'stdlib':
-    return stdlib()
-  if path == 'enwik8':
-    return [File('enwik8', named.enwik8(cache_dir))]
-  if path.split(':')[0] in ('synthetic', 'modular', 'hf') and not fetch.is_url(path):
-    return [File(path, Path(path))]
-  if fetch.is_url(path):
-    found = [File(name, local) for name, local in fetch.fetch_all(path, config.sha256, cache_dir)]
+  name = 'url' if is_url(path) else path.split(':')[0]
+  if name in SOURCES:
+    found = SOURCES[name](config, cache_dir)
+  elif config.sha256 is not None:
+    raise ConfigError(f'config.data.sha256 is for downloads; config.data.path {path} is not a URL')
   else:
-    if config.sha256 is not None:
-      raise ConfigError(f'config.data.sha256 is for downloads; config.data.path {path} is not a URL')
-    found = _local(Path(path).expanduser(), path)
+    found = _local(Path(path).expanduser(), shown(path))
   files = []
   for file in found:
     if file.path.is_file() and file.name.lower().endswith(ARCHIVES):
@@ -97,7 +93,7 @@ def _local(root: Path, path: str) -> list[File]:
   if root.is_file():
     return [File(root.name, root)]
   if root.is_dir():
-    return [File(root.name, root)] if _is_saved_dataset(root) else _below(root, path)
+    return [File(root.name, root, 'huggingface')] if _is_saved_dataset(root) else _below(root, path)
   if root.is_symlink():
     raise DataError(f'config.data.path: {path} is a link to {root.readlink()}, which does not exist')
   if root.exists():
@@ -121,6 +117,13 @@ def _below(root: Path, path: str) -> list[File]:
   return [File(p.relative_to(root).as_posix(), p) for p in files]
 
 
+def stdlib_files(config: SourceConfig, cache_dir: Path) -> list[File]:
+  """The source `stdlib`."""
+  if config.path != 'stdlib':
+    raise ConfigError(f'config.data.path: {config.path}: nothing may follow stdlib')
+  return stdlib()
+
+
 def stdlib() -> list[File]:
   """The running Python's own standard library, without its tests and installed packages: about 12 MB of code."""
   root = Path(sysconfig.get_paths()['stdlib'])
@@ -140,3 +143,6 @@ def _is_saved_dataset(root: Path) -> bool:
 def _stats(file: File) -> list:
   paths = sorted(p for p in file.path.rglob('*') if p.is_file()) if file.path.is_dir() else [file.path]
   return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.exists()]
+
+
+register(SOURCES, 'stdlib', stdlib_files)

@@ -80,7 +80,7 @@ def open_split(folder: Path, split: str) -> TokenStore:
   names = sorted(name for name in manifest['files'] if name.startswith(f'{split}-') and name.endswith('.tokens'))
   files = tuple(TokenFile(folder / name, dtype, manifest['files'][name]['size'] // np.dtype(dtype).itemsize)
                 for name in names)
-  columns: dict[str, Any] = {kind: _column(folder / f'{split}.{kind}', dtype)
+  columns: dict[str, Any] = {kind: np.fromfile(folder / f'{split}.{kind}', dtype)
              for kind, dtype in (('answers', 'int64'), ('labels', 'float64')) if f'{split}.{kind}' in manifest['files']}
   classes = manifest['classes']
   if classes:
@@ -94,7 +94,7 @@ def open_split(folder: Path, split: str) -> TokenStore:
   sha256 = hashlib.sha256(''.join(manifest['files'][name]['sha256'] for name in of_split).encode()
                           + json.dumps(classes).encode()).hexdigest()
   learnt_bytes = about.get('answer_bytes', about['bytes'])
-  return TokenStore(Tokens(files), _column(folder / f'{split}.starts', 'int64'), sha256, about['bytes'],
+  return TokenStore(Tokens(files), np.fromfile(folder / f'{split}.starts', 'int64'), sha256, about['bytes'],
                     bytes_scale=learnt_bytes / (about['token_bytes'] or learnt_bytes or 1),
                     report=manifest.get('report'), **columns)
 
@@ -105,10 +105,6 @@ def class_values(classes: Sequence[str]) -> np.ndarray:
     return np.array([float(name) for name in classes])
   except ValueError:
     return np.argsort(np.argsort(classes)).astype(np.float64)
-
-
-def _column(path: Path, dtype: str) -> np.ndarray:
-  return np.fromfile(path, dtype)
 
 
 def read_manifest(folder: Path) -> dict:

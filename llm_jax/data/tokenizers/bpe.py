@@ -11,7 +11,7 @@ import numpy as np
 import tiktoken
 import tokenizers
 
-from llm_jax.data.sources.text_checks import utf8
+from llm_jax.base.errors import DataError
 
 # GPT-2's pattern, as in Hugging Face's ByteLevel, but possessive, so that long runs take no memory.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -25,6 +25,22 @@ _NOT_WHITE = re.compile(f'[^{WHITE}]')
 _BLOCK = 1 << 17
 
 _NUM_THREADS = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def utf8(text: str) -> bytes:
+  """UTF-8 of the text. Raises DataError for half of a surrogate pair, which is not a character."""
+  try:
+    return text.encode()
+  except UnicodeEncodeError as e:
+    raise DataError(f'a text holds the lone surrogate {text[e.start]!r} at position {e.start}, which has no '
+                    'encoding; correct the source, or leave the document out') from None
+
+
+def empty_table(num_ids: int) -> list[bytes]:
+  """An empty table of the bytes of each id. Raises DataError for a number that only a damaged file has."""
+  if not 0 < num_ids <= 1 << 24:
+    raise DataError(f'the highest token id is {num_ids - 1}; it must be in 0 to {(1 << 24) - 1}')
+  return [b''] * num_ids
 
 
 def open_bpe(ranks: dict[bytes, int], pattern: str) -> tiktoken.Encoding:

@@ -11,24 +11,17 @@ import numpy as np
 import tokenizers
 
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.data.sources.text_checks import empty_table, utf8
 from llm_jax.data.tokenizers import bpe
+from llm_jax.data.tokenizers.bpe import empty_table, utf8
 
 EOT = '<|endoftext|>'
 
 # Usual names of (bos, eos); the first pair in a vocabulary is used.
 SPECIALS = (
-    (EOT, EOT),
-    ('<|begin_of_text|>', '<|end_of_text|>'),
-    ('<s>', '</s>'),
-    ('<bos>', '<eos>'),
-    ('[CLS]', '[SEP]'),
-    ('[BOS]', '[EOS]'),
-    ('<|im_start|>', '<|im_end|>'),
+    (EOT, EOT), ('<|begin_of_text|>', '<|end_of_text|>'), ('<s>', '</s>'), ('<bos>', '<eos>'), ('[CLS]', '[SEP]'),
+    ('[BOS]', '[EOS]'), ('<|im_start|>', '<|im_end|>'),
     ('<\uff5cbegin\u2581of\u2581sentence\uff5c>', '<\uff5cend\u2581of\u2581sentence\uff5c>'),
-    ('</s>', '</s>'),
-    ('<eos>', '<eos>'),
-)
+    ('</s>', '</s>'), ('<eos>', '<eos>'))
 
 
 class HuggingFaceTokenizer:
@@ -51,7 +44,8 @@ class HuggingFaceTokenizer:
                         f'{", ".join(dict.fromkeys(first for first, _ in SPECIALS))} is in its vocabulary; add one')
     self.bos_id, self.eos_id = vocab[pair[0]], vocab[pair[1]]
 
-    unknown = _unknown_token(spec)
+    model = spec['model']
+    unknown = model['vocab'][model['unk_id']][0] if model.get('unk_id') is not None else model.get('unk_token')
     special = {*pair, *(token['content'] for token in spec['added_tokens'] if token['special'])} - {unknown}
     self._special = sorted(special)
     self._special_ids = np.array(sorted(vocab[token] for token in special), np.uint32)
@@ -60,7 +54,6 @@ class HuggingFaceTokenizer:
     for token, i in vocab.items():
       if token not in special and token != unknown:
         self.token_bytes[i] = token.encode() if token in plain else bytes_of(token)
-    self.lossless = _is_lossless(spec)
     ranks = bpe.merge_ranks(spec)
     self._fast = bpe.open_bpe(ranks, bpe.pattern_of(spec) or '') if ranks else None
 
@@ -112,41 +105,10 @@ class Bpe:
     return HuggingFaceTokenizer(json.dumps(spec))
 
 
-def _components(spec: dict, name: str) -> list[dict]:
-  """The parts of a normalizer, pre_tokenizer or decoder, with sequences flattened."""
-  def flat(part: dict | None) -> list[dict]:
-    if part is None:
-      return []
-    inner = part.get('normalizers') or part.get('pretokenizers') or part.get('decoders')
-    return [part] if inner is None else [one for p in inner for one in flat(p)]
-
-  return flat(spec[name])
-
-
-def _unknown_token(spec: dict) -> str | None:
-  model = spec['model']
-  if model.get('unk_id') is not None:
-    return model['vocab'][model['unk_id']][0]
-  return model.get('unk_token')
-
-
-def _is_lossless(spec: dict) -> bool:
-  """Whether decoding surely gives back any text: every byte has a token, and no step changes or drops bytes."""
-  model = spec['model']
-  changed = spec['normalizer'] or any(token['lstrip'] or token['rstrip'] for token in spec['added_tokens'])
-  parts = _components(spec, 'pre_tokenizer')
-  return (model['type'] == 'BPE' and not changed and set(bpe.byte_alphabet()) <= set(model['vocab'])
-          and not model.get('continuing_subword_prefix') and not model.get('end_of_word_suffix')
-          and any(part['type'] == 'ByteLevel' for part in parts)
-          and all(part['type'] in ('ByteLevel', 'Split', 'Digits', 'Punctuation') for part in parts)
-          and not any(part.get('add_prefix_space') or part.get('behavior') == 'Removed' for part in parts))
-
-
 def _spelling(spec: dict) -> Callable[[str], bytes]:
   """Maps a token to its bytes: by GPT-2's alphabet; WordPiece's ## inside words; or U+2581 for space and <0xNN>."""
-  parts = [part['type'] for name in ('normalizer', 'pre_tokenizer', 'decoder') for part in _components(spec, name)]
   model, byte_of = spec['model'], bpe.byte_alphabet()
-  if 'ByteLevel' in parts:
+  if '"type": "ByteLevel"' in json.dumps([spec[name] for name in ('normalizer', 'pre_tokenizer', 'decoder')]):
     return lambda token: bytes(byte_of[c] for c in token) if set(token) <= set(byte_of) else token.encode()
   if model['type'] in ('WordPiece', 'WordLevel'):
     inside = model.get('continuing_subword_prefix') or '\0'

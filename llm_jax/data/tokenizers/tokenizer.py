@@ -1,4 +1,4 @@
-"""Tokenizers by name: byte, char, word and bpe are fitted to a corpus; others are opened from files or by name.
+"""Tokenizers by name: some are fitted to a corpus, as byte, char and bpe; others are opened from files or by name.
 
 Every tokenizer starts a document with `bos_id` and ends it with `eos_id`; they are equal if there is one special token.
 Each id has fixed bytes (`token_bytes`), so the bytes of text per token are known for any tokenizer.
@@ -19,17 +19,14 @@ import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, Registry, register, settings_from_signature
-from llm_jax.data.sources.text_checks import utf8
+from llm_jax.data.tokenizers.bpe import utf8
 from llm_jax.data.tokenizers.huggingface import Bpe, HuggingFaceTokenizer
-from llm_jax.data.tokenizers.outside import SentencePieceTokenizer, TiktokenTokenizer, open_sentencepiece, open_tiktoken
-from llm_jax.data.tokenizers.word import WordTokenizer
 
 
 class Tokenizer(Protocol):
   bos_id: int
   eos_id: int  # equal to bos_id if there is one special token
   token_bytes: list[bytes]  # by id; special tokens have none
-  lossless: bool  # for every text it can encode, the joined bytes of the tokens are the text
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     """Ids of each text, never special tokens, even if the text spells one. Raises DataError."""
@@ -53,8 +50,6 @@ class TokenizerConfig:
 class ByteTokenizer:
   """One token per byte of UTF-8."""
 
-  lossless = True
-
   def __init__(self) -> None:
     self.token_bytes = [bytes([i]) for i in range(256)] + [b'']
     self.bos_id = self.eos_id = 256
@@ -76,8 +71,6 @@ class ByteTokenizer:
 
 class CharTokenizer:
   """One token per character of the corpus that it was fitted to, ordered by code point."""
-
-  lossless = True
 
   def __init__(self, chars: Iterable[str]):
     self.chars = sorted(chars)
@@ -119,9 +112,10 @@ class Kind(NamedTuple):
   from_json: Callable[[dict], Tokenizer]  # of what `to_json` saved with "type": NAME
 
 
-# "type" of a saved tokenizer that is opened from files or by name -> function of its JSON.
-OPENED: dict[str, Callable[[dict], Tokenizer]] = {
-    'sentencepiece': SentencePieceTokenizer.from_json, 'tiktoken': TiktokenTokenizer.from_json}
+# Tokenizers made elsewhere: classes with open(name), for the config's NAME:name or a file with one of the ENDINGS, and
+# from_json(spec).
+OPENED = Registry('opened_tokenizer')
+ENDINGS = {'.model': 'sentencepiece'}
 COMMON = tuple(field.name for field in dataclasses.fields(TokenizerConfig) if field.name != 'own')
 
 
@@ -146,24 +140,20 @@ def adapt_tokenizer(name: str, value: Any, settings: type | None) -> tuple[Kind,
 # Classes with fit(texts) and from_json(spec), both of which return a Tokenizer. A bpe is saved as a Hugging Face
 # tokenizer.json, which has no "type".
 TOKENIZERS = Registry('tokenizer', adapt_tokenizer)
-for _name, _kind in (('byte', ByteTokenizer), ('char', CharTokenizer), ('word', WordTokenizer), ('bpe', Bpe)):
+for _name, _kind in (('byte', ByteTokenizer), ('char', CharTokenizer), ('bpe', Bpe)):
   register(TOKENIZERS, _name, _kind, NoSettings)
 
 
-def is_fitted(name: str) -> bool:
-  """Whether the tokenizer is fitted to the corpus."""
-  return name in TOKENIZERS
-
-
 def open_tokenizer(name: str) -> Tokenizer:
-  """A tokenizer.json, a SentencePiece *.model, or tiktoken:NAME. Raises ConfigError, DataError."""
-  if name.startswith('tiktoken:'):
-    return open_tiktoken(name.removeprefix('tiktoken:'))
+  """A tokenizer.json, or one of OPENED by a file's ending or as tiktoken:NAME. Raises ConfigError, DataError."""
+  kind, _, rest = name.partition(':')
   path = Path(name).expanduser()
+  if kind in OPENED:
+    return OPENED[kind].open(rest)
   if path.suffix == '.json':
     return load_tokenizer(path)
-  if path.suffix == '.model':
-    return open_sentencepiece(path)
+  if path.suffix in ENDINGS:
+    return OPENED[ENDINGS[path.suffix]].open(name)
   near = difflib.get_close_matches(name, TOKENIZERS, 1)
   raise ConfigError(f'tokenizer {name!r} is unknown{f"; did you mean {near[0]!r}?" if near else ""} '
                     f'Use one of {", ".join(TOKENIZERS)}, a path to a tokenizer.json or a SentencePiece *.model, '
@@ -172,7 +162,7 @@ def open_tokenizer(name: str) -> Tokenizer:
 
 def identity(name: str) -> str:
   """The identity of a tokenizer, without opening it: the sha256 of its file, or its name. Raises DataError."""
-  if is_fitted(name) or name.startswith('tiktoken:'):
+  if name in TOKENIZERS or name.partition(':')[0] in OPENED:
     return name
   path = Path(name).expanduser()
   try:
@@ -193,10 +183,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     raise DataError(f'{path}: not a tokenizer: not JSON ({e})') from None
   kind = spec.get('type') if isinstance(spec, dict) else None
   try:
-    if isinstance(kind, str) and kind in OPENED:
-      return OPENED[kind](spec)
-    if isinstance(kind, str) and kind in TOKENIZERS:
-      return TOKENIZERS[kind].from_json(spec)
+    for registry in (TOKENIZERS, OPENED):
+      if isinstance(kind, str) and kind in registry:
+        return registry[kind].from_json(spec)
     if isinstance(spec, dict) and kind is None and 'model' in spec:
       return HuggingFaceTokenizer(text)
     known = ', '.join([*TOKENIZERS, *OPENED])

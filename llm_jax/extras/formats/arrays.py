@@ -16,10 +16,11 @@ import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, register
-from llm_jax.data.formats.compression import codec_of, expands_too_much, open_stream
-from llm_jax.data.formats.records import as_documents, content
+from llm_jax.data.formats.compression import codec_of, open_stream
+from llm_jax.data.formats.records import content
 from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
+from llm_jax.extras.compression import expands_too_much
 
 _PIECE_BYTES = 1 << 20  # read from the file at once
 _MAX_CHUNK_BYTES = 256 << 20  # limit for chunks of an HDF5 data set, which are held in memory one at a time
@@ -68,10 +69,10 @@ def _array(file: File, config: SourceConfig, stream: IO[bytes], size: int | None
     raise DataError(f'{file.path}: {dtype} {list(shape)} has rows of 0 bytes')
   blocks = _blocks(file, stream, shape[0], row_bytes, dtype)
   if dtype.kind in 'SU':
-    yield from as_documents(file, (x for block in blocks for x in _texts(block)), 'item', config.max_record_bytes)
+    yield from _documents(file, (x for block in blocks for x in _texts(block)), 'item', config.max_record_bytes)
   elif len(shape) == 2:
     rows = (row for block in blocks for row in block.reshape(-1, row_items))
-    yield from as_documents(file, rows, 'row', config.max_record_bytes)
+    yield from _documents(file, rows, 'row', config.max_record_bytes)
   else:
     yield from _long_ids(file, blocks)
 
@@ -159,7 +160,7 @@ def _hdf5_documents(file: File, config: SourceConfig, data: Any, h5py: Any) -> I
   if data.ndim == 1 and data.dtype.kind in 'iu':
     yield from _long_ids(file, blocks)
   else:
-    yield from as_documents(file, (x for block in blocks for x in block), 'row', config.max_record_bytes)
+    yield from _documents(file, (x for block in blocks for x in block), 'row', config.max_record_bytes)
 
 
 def _check_hdf5(file: File, data: Any) -> None:
@@ -218,6 +219,19 @@ def _only(file: File, names: list[str], config: SourceConfig) -> str:
   known = ', '.join(names[:20]) or 'none'
   raise DataError(f'{file.path}: holds no {wanted!r}; it has {known}' if wanted is not None else
                   f'{file.path}: holds {len(names)} arrays: {known}; set config.data.field to one of them')
+
+
+def _documents(file: File, values: Iterable[Any], kind: str, max_bytes: int) -> Iterator[Document | BadRecord]:
+  """One document per value of an array; `kind` is the name of one value in messages: row, item."""
+  for i, value in enumerate(values, 1):
+    where = f'{file.path}, {kind} {i}'
+    if isinstance(value, BadRecord):
+      yield BadRecord(where, value.why)
+      continue
+    try:
+      yield Document(f'{file.name}:{i}', content(value, 'it', max_bytes))
+    except ValueError as e:
+      yield BadRecord(where, str(e))
 
 
 @contextlib.contextmanager

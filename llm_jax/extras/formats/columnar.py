@@ -16,6 +16,7 @@ from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, register
 from llm_jax.data.formats.records import choose_fields, to_documents
 from llm_jax.data.formats.registry import FORMATS
+from llm_jax.data.loaders import SOURCES
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 _BATCH_ROWS = 256
@@ -49,6 +50,11 @@ def huggingface(file: File, config: SourceConfig) -> Iterator[Document | BadReco
   A folder is read by pyarrow alone; the hub is streamed by the package `datasets`.
   """
   return to_documents(_hub_rows(file.name) if file.name.startswith('hf:') else _saved_rows(file, config), config)
+
+
+def hub(config: SourceConfig, cache_dir: Path) -> list[File]:
+  """The source `hf`: a data set on the Hugging Face hub."""
+  return [File(config.path, Path(config.path), 'huggingface')]
 
 
 def _saved_rows(file: File, config: SourceConfig) -> Iterator[tuple[str, str, Any]]:
@@ -128,7 +134,7 @@ def _columns(schema: Any, config: SourceConfig, path: Path) -> list[str]:
   if fields is None:
     raise DataError(f'{path}: no column holds text or lists of token ids; its schema is '
                     f'{", ".join(f"{field.name}: {field.type}" for field in schema)}')
-  wanted = [name for name in (fields.text, fields.answer, fields.label) if name is not None]
+  wanted = [name for name in fields if name is not None]
   missing = next((name for name in wanted if name not in schema.names), None)
   if missing is not None:
     raise DataError(f'{path}: has no column {missing!r}, but {", ".join(schema.names)}')
@@ -225,3 +231,4 @@ def _pyarrow() -> Any:
 register(FORMATS, 'parquet', parquet, NoSettings)
 register(FORMATS, 'arrow', arrow, NoSettings)
 register(FORMATS, 'huggingface', huggingface, NoSettings)
+register(SOURCES, 'hf', hub)

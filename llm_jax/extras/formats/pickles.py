@@ -16,9 +16,10 @@ import numpy as np
 
 from llm_jax.base.errors import DataError, UserError
 from llm_jax.base.registry import NoSettings, register
-from llm_jax.data.formats.compression import expands_too_much, open_stream
+from llm_jax.data.formats.compression import open_stream
 from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
+from llm_jax.extras.compression import expands_too_much
 
 _COMMAND = 'llm-jax data convert'
 _MAX_DEPTH = 8

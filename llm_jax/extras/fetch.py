@@ -29,6 +29,10 @@ from urllib.parse import unquote
 
 from llm_jax.base.errors import ConfigError, DataError, StorageError, UserError
 from llm_jax.base.progress import progress_bar
+from llm_jax.base.registry import register
+from llm_jax.data.loaders import SOURCES
+from llm_jax.data.sources.documents import File, SourceConfig, shown
+from llm_jax.data.stores.store import file_sha256
 
 TIMEOUT = 30  # seconds without a byte
 RETRY_SECONDS = 1.0  # before a broken download is resumed
@@ -38,15 +42,9 @@ NUM_THREADS = 8  # for downloading a folder
 BY_HAND = 'without a network download it elsewhere and pass the file: --config.data.path=FILE'
 
 
-def is_url(path: str) -> bool:
-  return re.match(r'[A-Za-z][A-Za-z0-9+.-]*://', path) is not None
-
-
-def shown(url: str) -> str:
-  """A URL without user, password and query, for logs. Other paths are unchanged."""
-  if '://' not in url:
-    return url
-  return re.sub(r'^([^:]+://)[^/?#]*@', r'\1', url.split('#')[0]).split('?')[0] + ('?...' if '?' in url else '')
+def files_at_url(config: SourceConfig, cache_dir: Path) -> list[File]:
+  """The source `url`: local copies of the files."""
+  return [File(name, local) for name, local in fetch_all(config.path, config.sha256, cache_dir)]
 
 
 def fetch(url: str, sha256: str | None, cache_dir: Path) -> Path:
@@ -109,7 +107,7 @@ def _once(url: str, folder: Path, name: str, sha256: str | None, download: Calla
   known = _known(about)
   if known and target.is_file():
     size = target.stat().st_size
-    if size == known['size'] and (not sha256 or _file_sha256(target) == sha256):
+    if size == known['size'] and (not sha256 or file_sha256(target) == sha256):
       return target
     print(f'data: {target} ({size} bytes) differs from the download of {shown(url)} ({known["size"]} bytes); '
           'downloading it again', flush=True)
@@ -153,11 +151,6 @@ def _note(path: Path, content: Any, folder: Path) -> None:
   note = aside(folder / 'partial')
   note.write_text(json.dumps(content))
   os.replace(note, path)
-
-
-def _file_sha256(path: Path) -> str:
-  with open(path, 'rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 # http and https.
@@ -326,3 +319,6 @@ def _remote(url: str) -> Iterator[tuple[Any, str]]:
     raise ConfigError(f'{shown(url)}: needs the package {package}: pip install {package}') from None
   except Exception as e:  # each file system has its own exceptions
     raise DataError(f'{shown(url)}: cannot be read ({type(e).__name__}: {_reason(e, url)}); {BY_HAND}') from None
+
+
+register(SOURCES, 'url', files_at_url)

@@ -11,14 +11,14 @@ import numpy as np
 import tiktoken
 
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.data.sources.text_checks import empty_table, utf8
+from llm_jax.base.registry import NoSettings, register
 from llm_jax.data.tokenizers import bpe
+from llm_jax.data.tokenizers.bpe import empty_table, utf8
+from llm_jax.data.tokenizers.tokenizer import OPENED
 
 
 class SentencePieceTokenizer:
   """A SentencePiece model. Its pieces write spaces as U+2581, so U+2581 in a text is decoded as a space."""
-
-  lossless = False
 
   def __init__(self, proto: bytes):
     try:
@@ -34,6 +34,19 @@ class SentencePieceTokenizer:
                         'train it with --bos_id and --eos_id of 0 or more')
     self.bos_id, self.eos_id = specials[0], specials[-1]
     self.token_bytes = [_piece_bytes(model, i) for i in range(model.GetPieceSize())]
+
+  @classmethod
+  def open(cls, name: str) -> SentencePieceTokenizer:
+    """Opens a model. Raises DataError when it is missing or damaged, ConfigError when it has neither bos nor eos."""
+    path = Path(name).expanduser()
+    try:
+      return cls(path.read_bytes())
+    except OSError as e:
+      raise DataError(f'{path}: the tokenizer cannot be read: {e.strerror}') from None
+    except ConfigError as e:
+      raise ConfigError(f'{path}: {e}') from None
+    except RuntimeError as e:
+      raise DataError(f'{path}: not a SentencePiece model ({e})') from None
 
   @classmethod
   def from_json(cls, spec: dict) -> SentencePieceTokenizer:
@@ -55,22 +68,8 @@ def _piece_bytes(model: Any, i: int) -> bytes:
   return bytes([int(piece[3:5], 16)]) if model.IsByte(i) else piece.replace('\u2581', ' ').encode()
 
 
-def open_sentencepiece(path: Path) -> SentencePieceTokenizer:
-  """Opens a model. Raises DataError when it is missing or damaged, ConfigError when it has neither bos nor eos."""
-  try:
-    return SentencePieceTokenizer(path.read_bytes())
-  except OSError as e:
-    raise DataError(f'{path}: the tokenizer cannot be read: {e.strerror}') from None
-  except ConfigError as e:
-    raise ConfigError(f'{path}: {e}') from None
-  except RuntimeError as e:
-    raise DataError(f'{path}: not a SentencePiece model ({e})') from None
-
-
 class TiktokenTokenizer:
   """Byte-level BPE that merges pairs in the order of ids."""
-
-  lossless = True
 
   def __init__(self, pattern: str, ranks: dict[bytes, int], eot_id: int):
     missing = [i for i in range(256) if bytes([i]) not in ranks]
@@ -86,6 +85,20 @@ class TiktokenTokenizer:
     self._model = bpe.open_bpe(ranks, pattern)
 
   @classmethod
+  def open(cls, name: str) -> TiktokenTokenizer:
+    """An encoding by name, from TIKTOKEN_CACHE_DIR or the network. Raises ConfigError, DataError."""
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+      raise ConfigError(f'tiktoken has no encoding {name!r}; it has {", ".join(sorted(known))}')
+    try:
+      model = tiktoken.get_encoding(name)
+    except Exception as e:
+      raise DataError(f'tiktoken:{name} is not in TIKTOKEN_CACHE_DIR and cannot be downloaded ({type(e).__name__}); '
+                      'download it on a machine with a network, with TIKTOKEN_CACHE_DIR set, and copy that folder'
+                      ) from None
+    return cls(model._pat_str, model._mergeable_ranks, model.eot_token)
+
+  @classmethod
   def from_json(cls, spec: dict) -> TiktokenTokenizer:
     ranks = {base64.b64decode(token): i for token, i in spec['ranks'].items()}
     return cls(spec['pattern'], ranks, spec['eot_id'])
@@ -98,15 +111,5 @@ class TiktokenTokenizer:
     return json.dumps({'type': 'tiktoken', 'pattern': self.pattern, 'eot_id': self.bos_id, 'ranks': ranks})
 
 
-def open_tiktoken(name: str) -> TiktokenTokenizer:
-  """An encoding by name, from TIKTOKEN_CACHE_DIR or the network. Raises ConfigError, DataError."""
-  known = tiktoken.list_encoding_names()
-  if name not in known:
-    raise ConfigError(f'tiktoken has no encoding {name!r}; it has {", ".join(sorted(known))}')
-  try:
-    model = tiktoken.get_encoding(name)
-  except Exception as e:
-    raise DataError(f'tiktoken:{name} is not in TIKTOKEN_CACHE_DIR and cannot be downloaded ({type(e).__name__}); '
-                    'download it on a machine with a network, with TIKTOKEN_CACHE_DIR set, and copy that folder'
-                    ) from None
-  return TiktokenTokenizer(model._pat_str, model._mergeable_ranks, model.eot_token)
+register(OPENED, 'sentencepiece', SentencePieceTokenizer, NoSettings)
+register(OPENED, 'tiktoken', TiktokenTokenizer, NoSettings)

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from llm_jax.base.errors import ConfigError
-from llm_jax.data.sources.text_checks import utf8
+from llm_jax.base.registry import NoSettings, register
+from llm_jax.data.tokenizers.bpe import utf8
+from llm_jax.data.tokenizers.tokenizer import TOKENIZERS
 
 SPECIALS = ('<pad>', '<bos>', '<eos>', '<unk>')  # ids 0 to 3; words follow
 UNK = 3
@@ -22,8 +24,6 @@ PATTERN = r' ?[^\W\d]\w*| ?\d| ?[^\w\s]|\n[ \t]*|[^\S\n]+'
 
 class WordTokenizer:
   """One id per word, in order of falling frequency."""
-
-  lossless = False
 
   def __init__(self, words: list[str], pattern: str):
     self.words, self.pattern = words, pattern
@@ -71,3 +71,6 @@ def _compiled(pattern: str) -> re.Pattern[str]:
   if regex.groups:
     raise ConfigError(f'pattern {pattern!r} has a group: write (?:...) instead of (...)')
   return regex
+
+
+register(TOKENIZERS, 'word', WordTokenizer, NoSettings)

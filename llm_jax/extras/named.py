@@ -1,4 +1,4 @@
-"""Data sets with a name: enwik8, and generated ones: random ids and tables of modular arithmetic."""
+"""Sources with a name: enwik8, and generated ones: random ids and tables of modular arithmetic."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.data.loaders import UNPACKERS
-from llm_jax.data.sources import fetch
-from llm_jax.data.sources.documents import Document, File, SourceConfig
+from llm_jax.base.registry import NoSettings, register
+from llm_jax.data.formats.registry import FORMATS
+from llm_jax.data.loaders import SOURCES
+from llm_jax.data.sources.documents import Document, File, SourceConfig, is_url, shown
+from llm_jax.extras import fetch
+from llm_jax.extras.archives import unpack
 
 ENWIK8_URL = 'http://mattmahoney.net/dc/enwik8.zip'  # the environment variable LLM_JAX_ENWIK8_URL overrides it
 ENWIK8_SIZE = 100_000_000
@@ -33,8 +36,8 @@ MAX_MODULUS = 2003  # 4 million equations; they are sorted in memory
 def enwik8(cache_dir: Path, url: str | None = None, size: int = ENWIK8_SIZE, sha1: str = ENWIK8_SHA1) -> Path:
   """The first 10^8 bytes of a Wikipedia dump of 2006, checked at every call. Raises DataError, StorageError."""
   url = url or os.environ.get('LLM_JAX_ENWIK8_URL') or ENWIK8_URL
-  archive = fetch.fetch(url, None, cache_dir) if fetch.is_url(url) else Path(url).expanduser()
-  folder = UNPACKERS['archive'](archive, cache_dir)
+  archive = fetch.fetch(url, None, cache_dir) if is_url(url) else Path(url).expanduser()
+  folder = unpack(archive, cache_dir)
   path, problem = folder / 'enwik8', 'it holds no file enwik8'
   if path.is_file():
     with open(path, 'rb') as f:
@@ -43,14 +46,9 @@ def enwik8(cache_dir: Path, url: str | None = None, size: int = ENWIK8_SIZE, sha
       return path
     problem = f'its enwik8 has {found[0]} bytes with sha1 {found[1]}; the published file has {size} and {sha1}'
   shutil.rmtree(folder, ignore_errors=True)  # a wrong file must not stay in the cache
-  if fetch.is_url(url):
+  if is_url(url):
     fetch.forget(url, None, cache_dir)
-  raise DataError(f'{fetch.shown(url)}: {problem}; set LLM_JAX_ENWIK8_URL to a URL or file of the right enwik8.zip')
-
-
-NAMED: dict[str, Callable[[Path], Path]] = {
-    'enwik8': enwik8,
-}
+  raise DataError(f'{shown(url)}: {problem}; set LLM_JAX_ENWIK8_URL to a URL or file of the right enwik8.zip')
 
 
 def synthetic(file: File, config: SourceConfig) -> Iterator[Document]:
@@ -107,3 +105,21 @@ def _numbers(path: str, form: str, defaults: tuple[int, ...]) -> tuple[int, ...]
     raise ConfigError(f'config.data.path: {path} is not of the form {form}, for example '
                       f'{":".join([form.split(":")[0], *map(str, defaults)])}')
   return (*map(int, given), *defaults[len(given):])
+
+
+def enwik8_file(config: SourceConfig, cache_dir: Path) -> list[File]:
+  """The source `enwik8`."""
+  if config.path != 'enwik8':
+    raise ConfigError(f'config.data.path: {config.path}: nothing may follow enwik8')
+  return [File('enwik8', enwik8(cache_dir), 'bytes')]
+
+
+def generated(config: SourceConfig, cache_dir: Path) -> list[File]:
+  """The sources `synthetic` and `modular`: no file; the readers of the same names generate documents from the path."""
+  return [File(config.path, Path(config.path), config.path.split(':')[0])]
+
+
+register(SOURCES, 'enwik8', enwik8_file)
+for _name, _reader in (('synthetic', synthetic), ('modular', modular)):
+  register(SOURCES, _name, generated)
+  register(FORMATS, _name, _reader, NoSettings)
