@@ -6,7 +6,8 @@ A registry imports a module when one of its names is first used.
 TABLE: dict[str, dict[str, str]] = {
     'model': {'byte_patch': 'byte_patch'},
     'einsum': {'bitnet': 'bitnet', 'int8': 'lowbit', 'fp8': 'lowbit', 'packed': 'bitnet'},
-    'loss': {'classification': 'labels', 'regression': 'labels', 'contrastive': 'contrastive'},
+    'loss': {'classification': 'labels', 'regression': 'labels', 'contrastive': 'contrastive',
+             'distillation': 'distillation'},
     'balance': {'uncertainty': 'balances', 'grad_norm': 'balances'},
     'transform': {'grokfast_ema': 'grokfast', 'grokfast_ma': 'grokfast', 'soap': 'soap', 'bitnet_flips': 'bitnet_flips',
                   'reduce_on_plateau': 'adaptive', 'noise_adaptive': 'adaptive', 'adafactor': 'optimizers',

@@ -26,7 +26,7 @@ from llm_jax.infer.validators import make_validator
 from llm_jax.losses.config import make_objective
 from llm_jax.losses.metrics import make_metrics
 from llm_jax.training.log import read_metrics
-from llm_jax.training.resolve import check_classes
+from llm_jax.training.resolve import check_labels
 from llm_jax.training.status import read_status
 
 
@@ -83,7 +83,7 @@ class Trained:
     classes = getattr(config.loss.sections.get('classification'), 'classes', None)
     opened = own_data(run) if data is None else renamed_labels(
         tokenize(data, config.data, run.tokenizer, run.encoder_tokenizer), classes)
-    check_classes(config, opened)
+    check_labels(config, opened)
     if opened.vocab_size > config.model.vocab_size:
       raise ConfigError(f"--data: token {opened.vocab_size - 1} is outside the model's vocabulary of "
                         f'{config.model.vocab_size}')
