@@ -15,10 +15,7 @@ from llm_jax.losses.balance import BALANCES
 from llm_jax.losses.function import adapt_loss
 from llm_jax.losses.next_token import NextToken
 from llm_jax.losses.objective import Objective
-from llm_jax.losses.readout import Readout, cross_entropy, score
-from llm_jax.losses.term import Constants, Term
-
-__all__ = ['LOSSES', 'LossConfig', 'Objective', 'Readout', 'Term', 'cross_entropy', 'make_objective', 'score']
+from llm_jax.losses.term import Constants
 
 # Terms (see losses/term.py), or functions (logits, batch) -> (losses, weights) of each token.
 LOSSES = Registry('loss', adapt_loss)

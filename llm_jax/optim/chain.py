@@ -94,10 +94,10 @@ class OptimConfig:
 def without_replaced(optim: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
   """The section of a config file without the settings of links and schedules that `overrides` remove."""
   chain, schedule = (overrides.get(f'optim.{field}', optim.get(field, '')) for field in ('chain', 'schedule'))
-  start = f'optim.{schedule}.'
-  settings = optim.get(schedule, {}) | {name.removeprefix(start): value for name, value in overrides.items()
-                                        if name.startswith(start)}
-  kept = set(re.findall(r'\w+', f'{chain} {schedule} {list(settings.values())}'))  # settings may name other schedules
+  given = optim.get(schedule, {}) if schedule in SCHEDULES else {}
+  settings = {f'optim.{schedule}.{field}': value for field, value in given.items()} | {  # they may name other schedules
+      path: value for path, value in overrides.items() if path.startswith(f'optim.{schedule}.')}
+  kept = set(re.findall(r'\w+', f'{chain} {schedule} {list(settings.values())}'))
   return {name: value for name, value in optim.items()
           if name in kept or not (name in TRANSFORMS or name in SCHEDULES)}
 
