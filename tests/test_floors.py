@@ -16,7 +16,7 @@ FLOORS = [
     {'training.state', 'training.shardings', 'training.checkpoint', 'training.stages', 'training.log',
      'training.status', 'training.best', 'infer.sampling', 'infer.answers', 'infer.text'},
     {'infer.score', 'infer.load'},
-    {'training.custom', 'training.teacher', 'training.flops', 'training.memory', 'training.resolve'},
+    {'training.custom', 'training.flops', 'training.memory', 'training.resolve'},
     {'infer.trained', 'training.program'},
     {'training.run', 'training.resume', 'training.session'},
     {'training.loop'},

@@ -15,12 +15,13 @@ from llm_jax.base.batch import Batch
 from llm_jax.base.builder import Sections
 from llm_jax.extras.byte_patch import BytePatchConfig
 from llm_jax.extras.contrastive import Contrastive
+from llm_jax.extras.distillation import Distillation, teacher_readout
 from llm_jax.extras.encdec import EncDecConfig
 from llm_jax.extras.labels import Classification
 from llm_jax.infer.score import add_up
 from llm_jax.losses.config import LossConfig, make_objective
-from llm_jax.losses.next_token import Distillation
 from llm_jax.losses.objective import Objective
+from llm_jax.losses.term import Constants
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import make_optimizer
@@ -49,12 +50,13 @@ def features(n, num_rows=16):
           'encoder_segment_ids': other_real}
 
 
-def train(config, num_steps=12, *, cfg=CFG, sizes=(1, 1, 1), num_microbatches=1, teacher=(None, None)):
+def train(config, num_steps=12, *, cfg=CFG, sizes=(1, 1, 1), num_microbatches=1, constants=None):
   """([loss, extra_loss] of each step, state, metrics of the last one) on a mesh of virtual devices."""
-  objective = make_objective(config, teacher[0])
+  objective = make_objective(config, constants=constants)
   model = make_model(cfg, objective.heads, objective.num_weights)
   history, state, _ = train_on(sizes, model, make_optimizer(OPTIM, 20), features, num_steps=num_steps,
-                               objective=objective, teacher=teacher[1], num_microbatches=num_microbatches)
+                               objective=objective, num_microbatches=num_microbatches,
+                               constants={name: constant.arrays for name, constant in (constants or {}).items()})
   return np.array([[m['loss'], m['extra_loss']] for m in history]), state, history[-1]
 
 
@@ -127,13 +129,13 @@ def test_heads_on_other_models_learn_in_bfloat16(cfg):
 def test_a_student_approaches_its_teacher():
   """The same on a mesh, and in microbatches."""
   teacher = jax.device_get(train(LossConfig(), 12)[1].params)
-  config = LossConfig(terms=('distillation',), sections=Sections(
-      {'distillation': Distillation(teacher='x', hidden=1.0, hidden_dim=16)}))
-  model = make_model(CFG)
-  losses, state, _ = train(config, 12, teacher=(model, teacher))
+  term = Distillation(teacher='x', hidden=1.0, hidden_dim=16)
+  config = LossConfig(terms=('distillation',), sections=Sections({'distillation': term}))
+  constants = {'distillation': Constants(teacher, partial(teacher_readout, make_model(CFG)), 0.0, term)}
+  losses, state, _ = train(config, 12, constants=constants)
   assert losses[-1, 0] < 0.7 * losses[0, 0]
   assert 'heads_distillation' in state.params
-  others, _, _ = train(config, 12, teacher=(model, teacher), sizes=(2, 2, 2), num_microbatches=2)
+  others, _, _ = train(config, 12, constants=constants, sizes=(2, 2, 2), num_microbatches=2)
   np.testing.assert_allclose(others, losses, atol=2e-5, rtol=0)
 
 

@@ -62,7 +62,7 @@ class Scalars:
 class Program:
   """A program whose step counts: of step n the loss is n."""
 
-  teacher = model = None
+  constants = model = None
   fingerprint, state_key = {'train_tokens': 'abc'}, 'key'
   tx = as_optimizer(optax.identity())
   data = SimpleNamespace(train={}, val={'stdlib': None}, tokenizer=None, encoder_tokenizer=None)
@@ -71,7 +71,7 @@ class Program:
   def __init__(self, happened, skipped=(), losses=(3.0, 2.0, 1.0), config=CONFIG):
     self.happened, self.skipped, self.losses, self.config = happened, skipped, iter(losses), config
 
-  def step(self, state, batch, teacher):
+  def step(self, state, batch, constants):
     step = int(state.step) + 1
     self.happened.append(f'step {step}')
     values = {'loss': step, 'grad_norm': 1, 'learning_rate': 1, 'num_tokens': 64, 'skipped': step in self.skipped}

@@ -107,7 +107,7 @@ def test_chunks_add_no_rounding_in_bfloat16(monkeypatch):
 def test_chunks_stay_within_the_limit_of_bytes(monkeypatch, length, most_bytes, expected):
   """A token is a byte here. 10 tokens in threes or fours need padding, in twos they do not; 11 have no good divisor."""
   monkeypatch.setattr(readouts, 'CHUNK_BYTES', most_bytes)
-  num_chunks = readouts._num_chunks(length, length)
+  num_chunks = readouts.num_chunks(length, length)
   assert num_chunks == expected
   assert -(-length // num_chunks) <= max(1, most_bytes)
 

@@ -12,12 +12,12 @@ from llm_jax.base.errors import ConfigError
 from llm_jax.config import build
 from llm_jax.extras.balances import BALANCES
 from llm_jax.extras.contrastive import Contrastive
-from llm_jax.extras.labels import Classification, Regression, macro_f1
+from llm_jax.extras.distillation import Distillation
+from llm_jax.extras.labels import Classification, Regression, macro_f1, pool
 from llm_jax.losses import readout as readouts
 from llm_jax.losses.config import LossConfig
-from llm_jax.losses.next_token import Distillation
 from llm_jax.losses.readout import Readout
-from llm_jax.losses.term import TermInputs, pool
+from llm_jax.losses.term import TermInputs
 
 B, T, D, C, V = 8, 6, 5, 4, 11
 RNG = np.random.default_rng(0)

@@ -11,9 +11,10 @@ import optax
 from optax import contrib
 
 from llm_jax.base.batch import Metrics, Params
+from llm_jax.base.ranges import at_least, positive, ranged, rate
 from llm_jax.base.registry import register
 from llm_jax.optim.chain import TRANSFORMS
-from llm_jax.optim.link import Link, at_least, positive, rates
+from llm_jax.optim.link import Link
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +27,17 @@ class ReduceOnPlateau(Link):
 
   metric: str = 'val/loss'
   mode: Literal['min', 'max'] = 'min'
-  factor: float = 0.5
-  patience: int = 2
-  min_delta: float = 1e-4
-  cooldown: int = 0
-  accumulation_size: int = 100
-  min_scale: float = 0.0
+  factor: float = ranged(0.5, lambda x: 0 < x < 1, 'in (0, 1)')
+  patience: int = positive(2)
+  min_delta: float = positive(1e-4)
+  cooldown: int = at_least(0, 0)
+  accumulation_size: int = positive(100)
+  min_scale: float = at_least(0, 0.0)
   place = 'control'
+  scales = True
 
   def __post_init__(self):
-    positive(patience=self.patience, accumulation_size=self.accumulation_size, min_delta=self.min_delta)
-    at_least(0, cooldown=self.cooldown, min_scale=self.min_scale)
-    if not 0 < self.factor < 1:
-      raise ValueError(f'factor must be in (0, 1); got {self.factor}')
+    super().__post_init__()
     if self.metric == 'train/loss' and self.mode == 'max':
       raise ValueError('mode must be min for metric train/loss; got max')
 
@@ -84,17 +83,18 @@ class NoiseAdaptive(Link):
   [`min_scale`, `max_scale`].
   """
 
-  decay: float = 0.98
-  target: float = 0.1
-  power: float = 0.5
-  min_scale: float = 0.1
+  decay: float = rate(0.98)
+  target: float = positive(0.1)
+  power: float = positive(0.5)
+  min_scale: float = positive(0.1)
   max_scale: float = 1.0
   place = 'control'
+  scales = True
 
   def __post_init__(self):
-    rates(decay=self.decay)
-    positive(target=self.target, power=self.power, min_scale=self.min_scale)
-    at_least(self.min_scale, max_scale=self.max_scale)
+    super().__post_init__()
+    if not self.max_scale >= self.min_scale:
+      raise ValueError(f'max_scale must be at least {self.min_scale}; got {self.max_scale}')
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     def init(params: Params) -> NoiseState:

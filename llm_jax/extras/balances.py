@@ -8,16 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.base.registry import NoSettings, register
-from llm_jax.losses.balance import BALANCES, Norms
+from llm_jax.losses.balance import BALANCES, Balance, Norms
 
 
 @dataclasses.dataclass(frozen=True)
-class Uncertainty:
+class Uncertainty(Balance):
   """sum_i exp(-s_i) L_i + s_i / 2, s_i = log sigma_i^2 of the noise in task i (Kendall et al., arXiv 1705.07115)."""
 
-  alpha: float = 0.0
   learns = True
-  row_wise = True
 
   def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms, initial_I: jax.Array):
     del norms, initial_I
@@ -26,7 +24,7 @@ class Uncertainty:
 
 
 @dataclasses.dataclass(frozen=True)
-class GradNorm:
+class GradNorm(Balance):
   """GradNorm (Chen et al., arXiv 1711.02257): trains weights that bring each loss's gradient to a target norm.
 
   With w = I softmax(s), G_i = w_i |grad L_i| and r_i = L_i / L_i(0), divided by its mean, the weights minimize
@@ -38,6 +36,7 @@ class GradNorm:
   alpha: float = 1.5
   learns = True
   row_wise = False
+  by_speed = True
 
   def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms, initial_I: jax.Array):
     del share

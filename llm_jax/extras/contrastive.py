@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax.base.batch import Batch
+from llm_jax.base.ranges import at_least, positive
 from llm_jax.base.registry import register
-from llm_jax.extras.labels import Pooling
+from llm_jax.extras.labels import Pooling, pool, real_rows
 from llm_jax.losses.config import LOSSES
 from llm_jax.losses.readout import Readout, rank
-from llm_jax.losses.term import Sums, Term, TermInputs, affine, pool, real_rows
+from llm_jax.losses.term import Sums, Term, TermInputs, affine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +30,17 @@ class Contrastive(Term):
   """
 
   pooling: Pooling = 'mean'
-  embedding_dim: int = 128
-  temperature: float = 0.05
+  embedding_dim: int = at_least(1, 128)
+  temperature: float = positive(0.05)
   reads: ClassVar[frozenset[str]] = frozenset({'encoder_tokens', 'encoder_segment_ids', 'segment_ids'})
   tasks: ClassVar[tuple[str, ...]] = ('pairs',)
   row_wise: ClassVar[bool] = False
+  fixed: ClassVar[tuple[str, ...]] = ('embedding_dim',)
 
-  def __post_init__(self):
-    super().__post_init__()
-    if self.embedding_dim < 1 or self.temperature <= 0:
-      raise ValueError('embedding_dim must be at least 1, temperature positive; got '
-                       f'{self.embedding_dim} and {self.temperature}')
+  def check(self, loss: Any) -> None:
+    if loss.balance == 'grad_norm':
+      raise ValueError('balance grad_norm does not support contrastive, which reads two texts per row; set balance to '
+                       'fixed or uncertainty')
 
   def problems(self, config: Any) -> list[str]:
     lone = [f'batch_tokens {config.batch_tokens} is one row of data.seq_len {config.data.seq_len}, but loss.terms '

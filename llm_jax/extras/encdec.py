@@ -146,8 +146,8 @@ class EncDec(nn.Module):
     self.block = CrossBlock(cfg, parent=None)
     read = Read(AttentionMask(), jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1, cfg.embed_dim)))
     self.layers: Any = self.get_variable('layers', 'blocks')  # unstacked blocks, while text is generated
-    self.blocks: Any = None if self.layers else self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim,
-                                                                           read))
+    self.blocks: Any = None if self.layers else self.param(
+        'blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim, read))
     self.final_norm = make_norm(cfg)()
     if not cfg.tie_embeddings:
       self.head = OutputMatrix(cfg, cfg.readout_std)

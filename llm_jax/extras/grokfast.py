@@ -11,9 +11,10 @@ import optax
 
 from llm_jax.base.batch import Metrics, Params
 from llm_jax.base.conditions import Condition, condition
+from llm_jax.base.ranges import at_least, rate
 from llm_jax.base.registry import register
 from llm_jax.optim.chain import TRANSFORMS
-from llm_jax.optim.link import Link, at_least, rates
+from llm_jax.optim.link import Link
 
 
 class Phase(NamedTuple):
@@ -32,13 +33,13 @@ class Phased(Link):
   phases (0, 1, 0.2, 0).
   """
 
-  lamb: float = 2.0
-  phases: tuple[float, ...] = ()
+  lamb: float = at_least(0, 2.0)
+  phases: tuple[float, ...] = at_least(0, ())
   until: tuple[str, ...] = ()
   place = 'filter'
 
   def __post_init__(self):
-    at_least(0, lamb=self.lamb, **{f'phases[{i}]': factor for i, factor in enumerate(self.phases)})
+    super().__post_init__()
     if len(self.until) != max(0, len(self.phases) - 1):
       raise ValueError(f'until must have {max(0, len(self.phases) - 1)} entries, one for each phase but the last; got '
                        f'{len(self.until)}')
@@ -88,11 +89,7 @@ class GrokfastEma(Phased):
   The mean starts at the first gradient, as in the authors' code.
   """
 
-  alpha: float = 0.98
-
-  def __post_init__(self):
-    super().__post_init__()
-    rates(alpha=self.alpha)
+  alpha: float = rate(0.98)
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     def init(params: Params) -> EmaState:
@@ -120,12 +117,8 @@ class GrokfastMa(Phased):
   Nothing is amplified before the window is full, as in the authors' code. It stores `window` copies of the gradients.
   """
 
-  lamb: float = 5.0
-  window: int = 100
-
-  def __post_init__(self):
-    super().__post_init__()
-    at_least(1, window=self.window)
+  lamb: float = at_least(0, 5.0)
+  window: int = at_least(1, 100)
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     size = self.window

@@ -18,11 +18,12 @@ import optax
 
 from llm_jax.base.batch import Batch
 from llm_jax.base.errors import DataError
+from llm_jax.base.ranges import at_least, rate
 from llm_jax.base.registry import register
 from llm_jax.data.stores.store import TokenStore
 from llm_jax.losses.config import LOSSES
 from llm_jax.losses.readout import rank
-from llm_jax.losses.term import Sums, Term, TermInputs, affine, pool, real_rows
+from llm_jax.losses.term import Sums, Term, TermInputs, affine
 
 Pooling = Literal['last', 'mean']
 
@@ -36,22 +37,14 @@ class Classification(Term):
   """
 
   pooling: Pooling = 'last'  # of hidden states; with causal attention only the last token has read the whole document
-  num_classes: int | None = None  # None: from the training part
+  num_classes: int | None = at_least(2, None)  # None: from the training part
   classes: tuple[str, ...] | None = None  # their names; None: those of the training part, if they have any
-  focal_gamma: float = 0.0
-  label_smoothing: float = 0.0
-  z_loss: float = 0.0
+  focal_gamma: float = at_least(0, 0.0)
+  label_smoothing: float = rate(0.0)
+  z_loss: float = at_least(0, 0.0)
   reads: ClassVar[frozenset[str]] = frozenset({'labels', 'segment_ids'})
   tasks: ClassVar[tuple[str, ...]] = ('classification',)
-
-  def __post_init__(self):
-    super().__post_init__()
-    if min(self.focal_gamma, self.z_loss) < 0:
-      raise ValueError(f'focal_gamma and z_loss must not be negative; got {self.focal_gamma}, {self.z_loss}')
-    if not 0 <= self.label_smoothing < 1:
-      raise ValueError(f'label_smoothing must be in [0, 1); got {self.label_smoothing}')
-    if self.num_classes is not None and self.num_classes < 2:
-      raise ValueError(f'num_classes must be at least 2; got {self.num_classes}')
+  fixed: ClassVar[tuple[str, ...]] = ('num_classes', 'classes')
 
   @property
   def head_dim(self) -> int:
@@ -86,9 +79,9 @@ class Classification(Term):
 
   def check_labels(self, split: str, labels: np.ndarray) -> None:
     most = int(np.max(labels, initial=0))
-    if self.num_classes is not None and most >= self.num_classes:
+    if most >= self.head_dim:
       raise DataError(f'config.data.label_field: the {split} part has class {most}, but the model learns classes 0 to '
-                      f'{self.num_classes - 1}; set config.loss.classification.num_classes to {most + 1} or more')
+                      f'{self.head_dim - 1}; set config.loss.classification.num_classes to {most + 1} or more')
 
   def count(self, batch: Batch) -> jax.Array:
     return jnp.sum(real_rows(batch))
@@ -169,7 +162,8 @@ class Regression(Term):
   """Half the squared error, or Huber's loss, of a document's numbers, in standard deviations of the training part."""
 
   pooling: Pooling = 'last'
-  huber_delta: float = 0.0  # standard deviations beyond which the loss is linear (Huber 1964); 0: squared everywhere
+  # Standard deviations beyond which the loss is linear (Huber 1964); 0: squared everywhere.
+  huber_delta: float = at_least(0, 0.0)
   mean: tuple[float, ...] | None = None  # of each number; mean and std None: from the training part
   std: tuple[float, ...] | None = None
   reads: ClassVar[frozenset[str]] = frozenset({'labels', 'segment_ids'})
@@ -177,8 +171,6 @@ class Regression(Term):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.huber_delta < 0:
-      raise ValueError(f'huber_delta must not be negative; got {self.huber_delta}')
     if (self.mean is None) != (self.std is None) or (self.std and (len(self.std) != len(self.mean or ())
                                                                    or min(self.std) <= 0)):
       raise ValueError('mean and std must be set together, with equal lengths and std positive; got '
@@ -237,6 +229,21 @@ class Regression(Term):
   def _labels(self, inputs: TermInputs) -> jax.Array:
     assert inputs.batch.labels is not None
     return inputs.batch.labels.reshape(inputs.batch.labels.shape[0], -1)
+
+
+def pool(x_BTD: jax.Array, segment_ids_BT: jax.Array, how: str) -> jax.Array:
+  """The hidden state [B, D] of each row's `last` real token, or the `mean` over its real tokens."""
+  real_BT = segment_ids_BT > 0
+  num_real_B = jnp.sum(real_BT, axis=1)
+  if how == 'last':
+    return jnp.take_along_axis(x_BTD, jnp.maximum(num_real_B - 1, 0)[:, None, None], axis=1)[:, 0]
+  return jnp.einsum('BTD,BT->BD', x_BTD, real_BT / jnp.maximum(num_real_B, 1)[:, None])
+
+
+def real_rows(batch: Batch) -> jax.Array:
+  """float32 [B]: 1 for real rows, 0 for rows that pad the last batch."""
+  assert batch.segment_ids is not None, 'tasks on whole documents provide them'
+  return jnp.any(batch.segment_ids > 0, axis=1).astype(jnp.float32)
 
 
 def _outputs(pooling: Pooling, inputs: TermInputs) -> jax.Array:

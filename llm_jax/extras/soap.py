@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax.base.batch import Params
+from llm_jax.base.ranges import at_least, positive, rate
 from llm_jax.base.registry import register
+from llm_jax.extras.matrices import as_matrices, from_matrices
 from llm_jax.optim.chain import TRANSFORMS
-from llm_jax.optim.link import Link, at_least, positive, rates
-from llm_jax.optim.masks import Dims, as_matrices, check_declared, from_matrices, matrices, matrix_dims
+from llm_jax.optim.link import Link
+from llm_jax.optim.masks import Dims, check_declared, matrices, matrix_dims
 
 
 class Basis(NamedTuple):
@@ -42,16 +44,11 @@ class Soap(Link):
   The bases are updated every `precondition_every` steps by one power iteration and a QR decomposition.
   """
 
-  b1: float = 0.95
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1
-  precondition_every: int = 10
-
-  def __post_init__(self):
-    rates(b1=self.b1, b2=self.b2)
-    positive(eps=self.eps, precondition_every=self.precondition_every)
-    at_least(0, weight_decay=self.weight_decay)
+  b1: float = rate(0.95)
+  b2: float = rate(0.95)
+  eps: float = positive(1e-8)
+  weight_decay: float = at_least(0, 0.1)
+  precondition_every: int = positive(10)
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     check_declared(info)

@@ -47,6 +47,11 @@ class Loaded:
     return self.tokenizer if self.encoder_tokenizer is None else self.encoder_tokenizer
 
 
+def tokenizers_of(source: Data | Loaded) -> list[str | None]:
+  """The tokenizer and the prompt tokenizer, as JSON."""
+  return [None if t is None else t.to_json() for t in (source.tokenizer, source.prompt_tokenizer)]
+
+
 def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, trust: bool = False,
              module: Any = None) -> Loaded:
   """Loads the run in `workdir` at 'latest', 'best' or a step. `module` is its model, if it was passed from Python.

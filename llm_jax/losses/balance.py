@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,13 @@ Norms = Callable[[], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Fixed:
-  """sum_i L_i."""
+class Balance:
+  """The base class of balances, and the balance with fixed weights: sum_i L_i."""
 
   alpha: float = 0.0
-  learns = False  # whether s is trained
-  row_wise = True  # whether the objectives of microbatches add up to that of the batch
+  learns: ClassVar[bool] = False  # whether s is trained
+  row_wise: ClassVar[bool] = True  # whether the objectives of microbatches add up to that of the batch
+  by_speed: ClassVar[bool] = False  # whether it favours losses that decrease slowly, by alpha, whatever their weights
 
   def __call__(self, losses_I: jax.Array, s_I: jax.Array, share: float, norms: Norms,
                initial_I: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -34,4 +36,4 @@ class Fixed:
 
 
 BALANCES = Registry('balance')
-register(BALANCES, 'fixed', Fixed, NoSettings)
+register(BALANCES, 'fixed', Balance, NoSettings)

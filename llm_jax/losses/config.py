@@ -9,57 +9,48 @@ from typing import Any
 import numpy as np
 
 from llm_jax.base.builder import Sections, check_names, keep_named, known_names, sections
+from llm_jax.base.ranges import Ranged, at_least
 from llm_jax.base.registry import Registry, register
 from llm_jax.losses.balance import BALANCES
 from llm_jax.losses.function import adapt_loss
-from llm_jax.losses.next_token import Distillation, NextToken
+from llm_jax.losses.next_token import NextToken
 from llm_jax.losses.objective import Objective
-from llm_jax.losses.readout import Readout, cross_entropy, score
-from llm_jax.losses.term import Term
-
-__all__ = ['LOSSES', 'LossConfig', 'Objective', 'Readout', 'Term', 'cross_entropy', 'make_objective', 'score']
+from llm_jax.losses.term import Constants
 
 # Terms (see losses/term.py), or functions (logits, batch) -> (losses, weights) of each token.
 LOSSES = Registry('loss', adapt_loss)
 register(LOSSES, 'next_token', NextToken)
-register(LOSSES, 'distillation', Distillation)
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Ranged):
   """The losses that are added up, how they are weighted, and the settings of each."""
 
   terms: tuple[str, ...] = ('next_token',)  # names of LOSSES
   balance: str = 'fixed'  # one of BALANCES
-  alpha: float = 1.5  # of grad_norm: how strongly losses that decrease slowly are favoured; 0: not at all
+  alpha: float = at_least(0, 1.5)  # of grad_norm: how strongly losses that decrease slowly are favoured; 0: not at all
   sections: Sections = sections(LOSSES)
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     check_names('terms', self.terms, LOSSES)
     if not self.terms or len(set(self.terms)) < len(self.terms):
       raise ValueError(f'terms must name at least one loss, each once; got {self.terms}')
     if self.balance != 'fixed' and len(self.terms) < 2:
       raise ValueError(f'balance {self.balance} needs two terms or more; got {self.terms}')
-    if self.alpha < 0:
-      raise ValueError(f'alpha must not be negative; got {self.alpha}')
-    if self.balance != 'grad_norm' and self.alpha != LossConfig.alpha:
-      raise ValueError(f'alpha {self.alpha} is a setting of balance grad_norm, but balance is {self.balance}: it would '
-                       'have no effect')
     if self.balance not in BALANCES:
       raise ValueError(f'balance {self.balance!r} is unknown; {known_names(self.balance, BALANCES)}')
+    by_speed = BALANCES[self.balance].by_speed
+    if not by_speed and self.alpha != LossConfig.alpha:
+      raise ValueError(f'alpha {self.alpha} is a setting of balance grad_norm, but balance is {self.balance}: it would '
+                       'have no effect')
     keep_named(self, self.terms, 'terms does not name it')
     weights = {name: self.sections[name].weight for name in self.terms}
-    if set(weights.values()) != {1.0} and (len(self.terms) < 2 or self.balance == 'grad_norm'):
+    if set(weights.values()) != {1.0} and (len(self.terms) < 2 or by_speed):
       raise ValueError(f'the weight of {"a lone term" if len(weights) < 2 else "each term"} must be 1 '
                        f'(balance {self.balance}): it would have no effect; got {weights}')
-    if self.balance == 'grad_norm' and 'contrastive' in self.terms:
-      raise ValueError('balance grad_norm does not support contrastive, which reads two texts per row; set balance to '
-                       'fixed or uncertainty')
-    if not self.writes and 'distillation' in self.terms and len(self.terms) < 2:
-      raise ValueError('distillation.hidden alone does not train the readout; add next_token to terms, or set '
-                       'distillation.logits')
-    if 'distillation' in self.terms and not self.sections['distillation'].teacher:
-      raise ValueError('distillation.teacher must be set to the workdir of a trained run')
+    for name in self.terms:
+      self.sections[name].check(self)
 
   @property
   def writes(self) -> bool:
@@ -77,12 +68,13 @@ class LossConfig:
     return dataclasses.replace(self, sections=Sections(fitted))
 
 
-def make_objective(config: LossConfig, teacher: Any = None, given: Mapping[str, Any] | None = None,
-                   metrics: tuple[tuple[str, Any], ...] = ()) -> Objective:
+def make_objective(config: LossConfig, given: Mapping[str, Any] | None = None,
+                   metrics: tuple[tuple[str, Any], ...] = (),
+                   constants: Mapping[str, Constants] | None = None) -> Objective:
   """The objective for a config that `with_labels` has filled in.
 
-  `teacher` is the teacher's model, for distillation; terms in `given` replace those of the config with their names.
+  Terms in `given` replace those of the config with their names; `constants` are those of terms by name.
   """
-  balance = BALANCES[config.balance](config.alpha)
   terms = {name: config.sections[name] for name in config.terms} | dict(given or {})
-  return Objective(tuple(terms.items()), balance, teacher, metrics)
+  functions = tuple((name, constant.function) for name, constant in (constants or {}).items())
+  return Objective(tuple(terms.items()), BALANCES[config.balance](config.alpha), functions, metrics)

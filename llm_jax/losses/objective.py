@@ -10,20 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.base.batch import Batch, Metrics, Params
-from llm_jax.layers.clock import clock_at
-from llm_jax.losses.balance import Fixed
-from llm_jax.losses.next_token import Distillation, NextToken
+from llm_jax.losses.balance import Balance
+from llm_jax.losses.next_token import NextToken
 from llm_jax.losses.readout import Readout
 from llm_jax.losses.term import Term, TermInputs
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """Losses by name and their balance. Hashable. `teacher` is the teacher's model, for distillation."""
+  """Losses by name and their balance. Hashable."""
 
   terms: tuple[tuple[str, Any], ...] = (('next_token', NextToken()),)
-  balance: Any = Fixed()
-  teacher: Any = None
+  balance: Any = Balance()
+  functions: tuple[tuple[str, Any], ...] = ()  # of Constants, by term
   metrics: tuple[tuple[str, Any], ...] = ()  # functions of METRICS, for evaluations
 
   @property
@@ -60,21 +59,21 @@ class Objective:
     return any(type(term).predict is not Term.predict for _, term in self.terms)
 
   def eval_objective(self) -> Objective:
-    """The objective without distillation, for evaluation."""
-    terms = tuple(pair for pair in self.terms if not isinstance(pair[1], Distillation))
+    """The objective of the terms that evaluations compute; next_token if there are none."""
+    terms = tuple(pair for pair in self.terms if pair[1].evaluated)
     return Objective(terms or Objective.terms, metrics=self.metrics)
 
   def counts(self, batch: Batch) -> tuple[jax.Array, ...]:
     return tuple(jnp.maximum(term.count(batch), 1.0) for _, term in self.terms)
 
-  def train(self, module: Any, batch: Batch, counts: tuple[jax.Array, ...], teacher: Params,
+  def train(self, module: Any, batch: Batch, counts: tuple[jax.Array, ...], constants: Params,
             share: float) -> tuple[jax.Array, Metrics]:
     """(objective, metrics) of a microbatch that is `share` of a batch with these `counts`; both sum to the batch's.
 
-    The metric `loss` is the weighted sum of the terms' logged losses, `extra_loss` the rest of the objective. With
-    several terms, each also logs NAME/loss and NAME/weight.
+    `constants` has the arrays of Constants by term. The metric `loss` is the weighted sum of the terms' logged losses,
+    `extra_loss` the rest of the objective. With several terms, each also logs NAME/loss and NAME/weight.
     """
-    all_inputs = self._inputs(module, batch, teacher, train=True)
+    all_inputs = self._inputs(module, batch, constants, train=True)
     readout = all_inputs[0].readout
 
     def losses(readout: Readout) -> tuple[jax.Array, jax.Array]:
@@ -130,18 +129,13 @@ class Objective:
     """Confusion counts of classification: true classes in rows, predicted classes in columns."""
     return {name: sums[f'{name}/confusion'] for name, _ in self.terms if f'{name}/confusion' in sums}
 
-  def _inputs(self, module: Any, batch: Batch, teacher: Params, train: bool) -> list[TermInputs]:
-    readout = module.readout(batch, train=train)
-    teacher_readout = None
-    if self.teacher is not None:
-      with clock_at(None):  # a teacher is not in training
-        teacher_readout = jax.lax.stop_gradient(self.teacher.apply({'params': teacher}, batch, method='readout'))
-    all_inputs = []
+  def _inputs(self, module: Any, batch: Batch, constants: Params, train: bool) -> list[TermInputs]:
+    readout, functions = module.readout(batch, train=train), dict(self.functions) if train else {}
+    dtype, all_inputs = module.cfg.operand_dtype if self.heads else None, []
     for name, term in self.terms:
       other = term.other(batch)
-      head = module.head_weights(name) if term.head_dim else {}
-      other_readout = None if other is None else module.readout(other, train=train)
-      dtype = module.cfg.operand_dtype if self.heads else None
-      all_inputs.append(TermInputs(batch, readout, head, other_readout, teacher_readout, dtype))
+      all_inputs.append(TermInputs(
+          batch, readout, head=module.head_weights(name) if term.head_dim else {},
+          other=None if other is None else module.readout(other, train=train),
+          constant=functions[name](constants[name], batch) if name in functions else None, dtype=dtype))
     return all_inputs
-

@@ -32,6 +32,10 @@ class Readout:
   def logits(self) -> jax.Array:
     return constrain(self.project(self.w, self.x_BTD), 'act_batch', 'act_length', 'act_vocab')
 
+  @property
+  def num_logits(self) -> int:
+    return jax.eval_shape(self.project, self.w, self.x_BTD).shape[-1]
+
 
 def cross_entropy(readout: Readout, targets_BT: jax.Array, weights_BT: jax.Array, z_loss: float = 0.0,
                   label_smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
@@ -98,33 +102,6 @@ def rank(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return jnp.sum((logits > own) | ((logits == own) & before), axis=-1)
 
 
-def distillation(readout: Readout, teacher: Readout, weights_BT: jax.Array, temperature: float) -> jax.Array:
-  """The weighted sum of temperature^2 * KL(teacher || student) in nats, with logits divided by the temperature.
-
-  Hinton et al., arXiv 1503.02531. The teacher has no gradient.
-  """
-  def nats(w, x_BCD, teacher_w, teacher_x_BCD, weights_BC):
-    log_p_BCV, log_q_BCV = (jax.nn.log_softmax(project(w, x) / temperature) for project, w, x in (
-        (teacher.project, teacher_w, teacher_x_BCD), (readout.project, w, x_BCD)))
-    return temperature**2 * jnp.sum(jnp.sum(jnp.exp(log_p_BCV) * (log_p_BCV - log_q_BCV), axis=-1) * weights_BC)
-
-  mesh: Any = jax.sharding.get_abstract_mesh()
-  T, logits = readout.x_BTD.shape[1], jax.eval_shape(readout.project, readout.w, readout.x_BTD)
-  num_chunks = _num_chunks(T, 2 * 4 * logits.size / max(1, mesh.size))
-  num_chunks = next(n for n in range(num_chunks, T + 1) if T % n == 0)
-
-  def cut(x_BT):
-    return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], num_chunks, T // num_chunks, *x_BT.shape[2:]), 1, 0)
-
-  @jax.checkpoint  # keeps no logits
-  def body(total, xs):
-    x_BCD, teacher_x_BCD, weights_BC = xs
-    return total + nats(readout.w, x_BCD, *jax.lax.stop_gradient((teacher.w, teacher_x_BCD)), weights_BC), None
-
-  return jax.lax.scan(body, jnp.zeros(()), (cut(readout.x_BTD), cut(teacher.x_BTD), cut(weights_BT)),
-                      unroll=num_chunks == 1)[0]
-
-
 def _project(project, w_S, x_SRCD):
   if len(x_SRCD) == 1:  # with a batch dimension of size one, XLA:CPU makes a transposed copy of w
     logits_SRCV = project(jax.tree.map(lambda w: w[0], w_S), x_SRCD[0])[None]
@@ -156,7 +133,7 @@ def _over_chunks(f, init, project, w, x_BTD, *arrays_BT):
   mesh: Any = jax.sharding.get_abstract_mesh()
   S = 1 if mesh.empty or B % num_batch_shards(mesh) else num_batch_shards(mesh)
   logits_bytes = 4 * jax.eval_shape(project, w, x_BTD).size / max(1, mesh.size)
-  M = _num_chunks(T, logits_bytes)
+  M = num_chunks(T, logits_bytes)
   C = math.ceil(T / M)
 
   def cut(x_BT):  # padded with zeros, also in the weights
@@ -173,7 +150,7 @@ def _over_chunks(f, init, project, w, x_BTD, *arrays_BT):
   return carry, jax.tree.map(join, outs)
 
 
-def _num_chunks(T, logits_bytes):
+def num_chunks(T, logits_bytes):
   """The number of chunks: the fewest that CHUNK_BYTES allows, or up to twice as many if that divides T."""
   least = min(T, math.ceil(logits_bytes / CHUNK_BYTES))
   return next((n for n in range(least, 2 * least) if T % n == 0), least)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from llm_jax.base.batch import Batch
+from llm_jax.base.batch import Batch, Params
+from llm_jax.base.ranges import Ranged
 from llm_jax.layers.product import mixed_einsum
 from llm_jax.losses.readout import Readout
 
@@ -24,12 +26,21 @@ class TermInputs(NamedTuple):
   readout: Readout  # of the model on batch.tokens
   head: dict[str, jax.Array]  # the term's own w [D, head_dim] and b; {} if head_dim is 0
   other: Readout | None  # of the model on the term's `other` batch
-  teacher: Readout | None
+  constant: Any  # the result of the function of the term's Constants; None without
   dtype: Any  # of matrix operands
 
 
+class Constants(NamedTuple):
+  """Frozen arrays that a term computes with, such as the weights of a teacher."""
+
+  arrays: Params  # arguments of the compiled step
+  function: Callable[[Params, Batch], Any]  # (arrays, batch) -> TermInputs.constant, computed once per microbatch
+  flops_per_token: float  # of the function
+  term: Term  # with fields filled in from them
+
+
 @dataclasses.dataclass(frozen=True)
-class Term:
+class Term(Ranged):
   """A loss, and its config section. To add one, write a subclass and register it in LOSSES.
 
   count(batch)          the number that its sums are divided by
@@ -37,8 +48,6 @@ class Term:
   initial_loss(inputs)  the approximate loss before training
   score(inputs, bytes)  sums for `summarize`, which do not depend on how the data is split into batches
   summarize(sums)       results by name, including 'loss'
-
-  Distillation has no score: see Objective.eval_objective.
   """
 
   weight: float = 1.0  # in the sum of several terms
@@ -46,8 +55,11 @@ class Term:
   tasks: ClassVar[tuple[str, ...]] = ()  # tasks that it can train on; (): all
   row_wise: ClassVar[bool] = True  # whether rows are independent, so that microbatches give the same result
   head_dim: ClassVar[Any] = 0  # outputs of its head; 0: no head
+  evaluated: ClassVar[bool] = True  # whether it has `score` and `summarize`; without, evaluations leave it out
+  fixed: ClassVar[tuple[str, ...]] = ()  # fields that cannot change when a run is resumed
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if self.weight <= 0:
       raise ValueError(f'weight must be positive (to disable a loss, remove it from terms); got {self.weight}')
 
@@ -55,6 +67,10 @@ class Term:
   def writes(self) -> bool:
     """Whether a model that learns it can continue a text."""
     return False
+
+  def check(self, loss: Any) -> None:
+    """Raises ValueError if other settings of the LossConfig do not fit this term."""
+    del loss
 
   def problems(self, config: Any) -> list[str]:
     """Messages about fields of the whole config that do not fit this term."""
@@ -83,7 +99,13 @@ class Term:
     return {'confusion': confusion.tolist()}
 
   def check_labels(self, split: str, labels: np.ndarray) -> None:
-    """Raises DataError for labels of the part `split` that it cannot use."""
+    """Raises DataError for labels of a part of the data that the term, filled in by `with_labels`, does not support."""
+    del split, labels
+
+  def constants(self, config: Any, data: Any, mesh: Mesh) -> Constants | None:
+    """Loads its frozen arrays for a Config and its Data. Raises UserErrors."""
+    del config, data, mesh
+    return None
 
   def predict(self, inputs: TermInputs) -> jax.Array | None:
     """Predictions for each document [B, ...], or None if it makes none; inputs.batch has no labels here."""
@@ -100,18 +122,3 @@ def affine(inputs: TermInputs, x: jax.Array) -> jax.Array:
   """The output of the term's head for hidden states [..., D]: float32 [..., C]."""
   y = mixed_einsum('BD,DC->BC', inputs.dtype, x.reshape(-1, x.shape[-1]), inputs.head['w']) + inputs.head['b'][None]
   return y.reshape(*x.shape[:-1], -1)
-
-
-def pool(x_BTD: jax.Array, segment_ids_BT: jax.Array, how: str) -> jax.Array:
-  """The hidden state [B, D] of each row's `last` real token, or the `mean` over its real tokens."""
-  real_BT = segment_ids_BT > 0
-  num_real_B = jnp.sum(real_BT, axis=1)
-  if how == 'last':
-    return jnp.take_along_axis(x_BTD, jnp.maximum(num_real_B - 1, 0)[:, None, None], axis=1)[:, 0]
-  return jnp.einsum('BTD,BT->BD', x_BTD, real_BT / jnp.maximum(num_real_B, 1)[:, None])
-
-
-def real_rows(batch: Batch) -> jax.Array:
-  """float32 [B]: 1 for real rows, 0 for rows that pad the last batch."""
-  assert batch.segment_ids is not None, 'tasks on whole documents provide them'
-  return jnp.any(batch.segment_ids > 0, axis=1).astype(jnp.float32)

@@ -63,7 +63,8 @@ class Decoder(nn.Module):
     self.dropout = nn.Dropout(cfg.dropout)
     self.block = self.block_type(cfg, parent=None)
     self.layers: Any = self.get_variable('layers', 'blocks')  # unstacked blocks, while text is generated
-    self.blocks: Any = None if self.layers else self.param('blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim))
+    self.blocks: Any = None if self.layers else self.param(
+        'blocks', init_stack(self.block, cfg.num_layers, cfg.embed_dim))
     self.final_norm = make_norm(cfg)()
     if not cfg.tie_embeddings:
       self.head = OutputMatrix(cfg, cfg.readout_std)

@@ -16,26 +16,22 @@ from llm_jax.base.builder import Sections, check_names, keep_named, known_names,
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import Registry, register
 from llm_jax.base.trees import split
-from llm_jax.optim import controls, filters, optimizers, schedules
-from llm_jax.optim.groups import Group, trainable_paths, with_groups
+from llm_jax.optim import optimizers, schedules
+from llm_jax.optim.groups import Group, keep_frozen, masked, trainable_paths, with_groups
 from llm_jax.optim.link import Link, adapt_transform
 from llm_jax.optim.schedules import adapt_schedule
 
 # Links (see optim/link.py), or functions from a schedule to an Optax transformation, such as optax.adamw.
 TRANSFORMS = Registry('transform', adapt_transform)
 for _name, _link in (
-    ('clip_by_global_norm', filters.ClipByGlobalNorm), ('l2', filters.L2), ('adamw', optimizers.AdamW),
-    ('adam', optimizers.Adam), ('sgd', optimizers.Sgd), ('lion', optimizers.Lion), ('adafactor', optimizers.Adafactor),
-    ('muon', optimizers.Muon), ('ademamix', optimizers.AdEMAMix), ('prodigy', optimizers.Prodigy),
-    ('schedule_free', optimizers.ScheduleFree), ('ema', controls.Ema)):
+    ('clip_by_global_norm', optimizers.ClipByGlobalNorm), ('adamw', optimizers.AdamW), ('adam', optimizers.Adam),
+    ('sgd', optimizers.Sgd), ('lion', optimizers.Lion), ('muon', optimizers.Muon), ('ema', optimizers.Ema)):
   register(TRANSFORMS, _name, _link)
-# Frozen dataclasses with make(peak_value, num_steps) -> Optax schedule, or functions with these two parameters.
+# Schedules (see optim/schedules.py), or functions (peak_value, num_steps) -> Optax schedule.
 SCHEDULES = Registry('schedule', adapt_schedule)
 for _name, _schedule in (
     ('warmup_cosine', schedules.WarmupCosine), ('warmup_linear', schedules.WarmupLinear),
-    ('constant', schedules.Constant), ('inverse_sqrt', schedules.InverseSqrt), ('wsd', schedules.Wsd),
-    ('one_cycle', schedules.OneCycle), ('cyclic', schedules.Cyclic), ('restarts', schedules.Restarts),
-    ('polynomial', schedules.Polynomial), ('phases', schedules.Phases), ('composite', schedules.Composite)):
+    ('constant', schedules.Constant), ('inverse_sqrt', schedules.InverseSqrt), ('wsd', schedules.Wsd)):
   register(SCHEDULES, _name, _schedule)
 PLACES = ('filter', 'optimizer', 'control')
 
@@ -56,32 +52,19 @@ class OptimConfig:
     check_names('chain', self.chain, TRANSFORMS)
     if self.schedule not in SCHEDULES:
       raise ValueError(f'schedule {self.schedule!r} is unknown; {known_names(self.schedule, SCHEDULES)}')
-    parts = self.sections['composite'].parts if 'composite' in self.sections else ()
-    known = [name for name in SCHEDULES if name != 'composite']
-    for name in parts:
-      if name not in known:
-        raise ValueError(f'composite.parts names {name!r}, which is unknown; {known_names(name, known)}')
-    if self.schedule == 'composite' and not parts:
-      raise ValueError(f'composite.parts must name schedules: {", ".join(known)}')
-    keep_named(self, [*self.chain, self.schedule, *parts], 'neither chain nor schedule names it')
+    names = [*self.chain, self.schedule, *self.section(self.schedule).named()]
+    keep_named(self, names, 'neither chain nor schedule names it')
     places = [TRANSFORMS[name].place for name in self.chain]
     if places.count('optimizer') != 1 or places != sorted(places, key=PLACES.index):
       raise ValueError(f'chain must be filters ({_at("filter")}), one optimizer ({_at("optimizer")}) and then controls '
                        f'({_at("control")}); got {", ".join(self.chain) or "nothing"}')
     if len(set(self.chain)) < len(self.chain):
       raise ValueError(f'chain names a link twice: {", ".join(self.chain)}')
-    if sum(link.averages for link in self.links) > 1 or ('ema' in self.chain and self.chain[-1] != 'ema'):
-      raise ValueError('chain can have one link that averages weights, and ema must be the last link; got '
-                       f'{", ".join(self.chain)}')
-    scaling = {'reduce_on_plateau', 'noise_adaptive'} & set(self.chain)
-    factors = [g for g in self.groups.values() if not g.frozen and (g.learning_rate, g.layer_decay) != (1, 1)]
-    decays = {name for name, group in self.groups.items() if not group.frozen and group.weight_decay != 1}
-    if 'schedule_free' in self.chain and (scaling or factors or decays or self.schedule != 'constant'):
-      raise ValueError('schedule_free averages its own steps, so nothing else may scale them: set schedule=constant, '
-                       'and remove reduce_on_plateau, noise_adaptive and the factors of groups')
-    if 'prodigy' in self.chain and (decays or self.learning_rate < 0.1):
-      raise ValueError('prodigy estimates its learning rate, and learning_rate multiplies the estimate: set it to 1 or '
-                       f'near 1; got {self.learning_rate}; groups cannot set weight_decay')
+    if sum(link.averages for link in self.links) > 1:
+      raise ValueError(f'chain can have one link that averages weights; got {", ".join(self.chain)}')
+    for link in self.links:
+      link.check(self)
+    decays = [name for name, group in self.groups.items() if group.decays]
     if decays and not self.weight_decay:
       raise ValueError(f'groups.{min(decays)}.weight_decay is set, but the optimizer has no weight_decay: it would '
                        'have no effect')
@@ -99,42 +82,22 @@ class OptimConfig:
     """The settings of a schedule."""
     return self.sections.get(name) or SCHEDULES.settings(name)()
 
-  def schedule_parts(self, num_steps: int) -> list[tuple[str, int]]:
-    """(name, number of steps) of each schedule, in order."""
-    if self.schedule != 'composite':
-      return [(self.schedule, num_steps)]
-    return self.sections['composite'].lengths(num_steps)
-
   def misfits(self, num_steps: int) -> list[str]:
     """Messages about schedule settings that do not fit a run of `num_steps`."""
-    problems = []
-    for name, steps in self.schedule_parts(num_steps):
-      section = self.section(name)
-      warmup, decay = getattr(section, 'warmup_steps', 0), getattr(section, 'decay_steps', 0)
-      boundaries = getattr(section, 'boundaries', ())
-      if steps < 1:
-        problems.append(f'optim.composite.boundaries leave {name} no steps (num_steps {num_steps})')
-      elif warmup + decay >= steps:
-        given = ' + '.join(f'{field} {value}' for field, value in (('warmup_steps', warmup), ('decay_steps', decay))
-                           if value)
-        problems.append(f'optim.{name}.{given} must be less than its {steps} steps (num_steps {num_steps})')
-      elif boundaries and not warmup <= boundaries[0] <= boundaries[-1] < steps:
-        problems.append(f'optim.{name}.boundaries {", ".join(map(str, boundaries))} must be between warmup_steps '
-                        f'{warmup} and num_steps {num_steps}')
-    return problems
+    problems = self.section(self.schedule).misfits(self, self.schedule, num_steps)
+    return [f'optim.{problem} (num_steps {num_steps})' for problem in problems]
 
   def make_schedule(self, num_steps: int) -> optax.Schedule:
-    parts = self.schedule_parts(num_steps)
-    ends = np.cumsum([steps for _, steps in parts])
-    return optax.join_schedules([self.section(name).make(self.learning_rate, steps) for name, steps in parts],
-                                ends[:-1].tolist())
+    return self.section(self.schedule).make_for(self, num_steps)
 
 
 def without_replaced(optim: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
   """The section of a config file without the settings of links and schedules that `overrides` remove."""
-  named = [overrides.get(f'optim.{field}', optim.get(field, '')) for field in ('chain', 'schedule')]
-  parts = overrides.get('optim.composite.parts', optim.get('composite', {}).get('parts', ''))
-  kept = set(re.findall(r'\w+', f'{named} {parts}'))
+  chain, schedule = (overrides.get(f'optim.{field}', optim.get(field, '')) for field in ('chain', 'schedule'))
+  given = optim.get(schedule, {}) if schedule in SCHEDULES else {}
+  settings = {f'optim.{schedule}.{field}': value for field, value in given.items()} | {  # they may name other schedules
+      path: value for path, value in overrides.items() if path.startswith(f'optim.{schedule}.')}
+  kept = set(re.findall(r'\w+', f'{chain} {schedule} {list(settings.values())}'))
   return {name: value for name, value in optim.items()
           if name in kept or not (name in TRANSFORMS or name in SCHEDULES)}
 
@@ -150,6 +113,7 @@ class Optimizer(NamedTuple):
   update: Callable[..., tuple[Params, optax.OptState]]
   schedule: optax.Schedule | None = None
   links: tuple[Link, ...] = ()
+  trained: Params = None  # for parameters with single frozen layers: booleans that are False there
 
   def learning_rate(self, step: jax.Array) -> Metrics:
     """{'learning_rate': ...}, or {} if the schedule is not known."""
@@ -172,7 +136,7 @@ class Optimizer(NamedTuple):
 
   def evaluated(self, opt_state: optax.OptState, params: Params) -> Params:
     for link, state in self._pairs(opt_state):
-      params = link.evaluated(state, params)
+      params = keep_frozen(self.trained, link.evaluated(state, params), params)
     return params
 
   def _pairs(self, opt_state: optax.OptState) -> list[tuple[Link, Any]]:
@@ -202,10 +166,10 @@ def make_optimizer(config: OptimConfig, num_steps: int, info: Params = None) -> 
   """
   schedule = config.make_schedule(num_steps)
   try:
-    links = with_groups(config.links, config.groups, config.weight_decay, info)
+    links, trained = with_groups(config.links, config.groups, config.weight_decay, info)
     if config.groups:
       info, _ = split(info, trainable_paths(config.groups, info))
-    tx = optax.chain(*(optax.with_extra_args_support(link.make(schedule, info)) for link in links))
+    tx = optax.chain(*(masked(link.make(schedule, info), trained) for link in links))
   except ValueError as e:
     raise ConfigError(f'config.optim.{e}') from None
-  return Optimizer(tx.init, tx.update, schedule, tuple(links))
+  return Optimizer(tx.init, tx.update, schedule, tuple(links), trained)

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llm_jax.base.batch import Metrics, Params
+from llm_jax.base.batch import Params
 from llm_jax.base.params import ParamInfo
+from llm_jax.base.ranges import Ranged, at_least, ranged
 from llm_jax.base.trees import path_of, split
-from llm_jax.optim.link import Link, at_least, regular
+from llm_jax.optim.link import Link, regular
 from llm_jax.optim.masks import matrices
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class Group(Ranged):
   """Settings for parameters whose path matches a regular expression; the first matching group counts.
 
   After an @ the pattern selects layers of a stack, by one index or a Python slice: blocks/.*@0:4, blocks/mlp@-1. Frozen
@@ -28,21 +29,19 @@ class Group:
   """
 
   pattern: str = ''  # may match anywhere in a path such as 'blocks/attn/q/w'
-  learning_rate: float = 1.0  # factor on the learning rate
-  weight_decay: float = 1.0  # factor on the weight decay
+  learning_rate: float = at_least(0, 1.0)  # factor on the learning rate
+  weight_decay: float = at_least(0, 1.0)  # factor on the weight decay
   # The learning rate is multiplied by layer_decay^(L - 1 - l) in layer l of a stack of L, and by layer_decay^L, with L
   # of the deepest stack, in embeddings; in other parameters not at all.
-  layer_decay: float = 1.0
+  layer_decay: float = ranged(1.0, lambda x: 0 < x <= 1, 'in (0, 1]')
   frozen: bool = False  # keep the initial values
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if not self.regex:
       raise ValueError('pattern must be set to a regular expression, for example blocks/.*/w$')
     regular(self.regex)
     _ = self.layers  # raises ValueError
-    at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
-    if not 0 < self.layer_decay <= 1:
-      raise ValueError(f'layer_decay must be in (0, 1]; got {self.layer_decay}')
 
   @property
   def regex(self) -> str:
@@ -67,17 +66,24 @@ class Group:
       return range(num_layers or 1)
     if num_layers is None:
       raise ValueError('has no layers axis; the pattern before @ must match only parameters of a stack, as blocks/.*')
-    bounds = [layers] if isinstance(layers, int) else [layers.start or 0, layers.stop or 0]
-    most = num_layers - isinstance(layers, int)
-    if not all(-num_layers <= bound <= most for bound in bounds):
+    bounds, most = ([layers], num_layers - 1) if isinstance(layers, int) else ([layers.start, layers.stop], num_layers)
+    if not all(-num_layers <= (bound or 0) <= most for bound in bounds):
       raise ValueError(f'has {num_layers} layers, so indices must be from {-num_layers} to {most}')
-    chosen = [range(num_layers)[layers]] if isinstance(layers, int) else range(num_layers)[layers]
+    chosen = np.arange(num_layers)[layers].reshape(-1).tolist()
     if not chosen:
       raise ValueError(f'has {num_layers} layers, and the slice selects none of them')
     return chosen
 
+  @property
+  def decays(self) -> bool:
+    """Whether it changes the weight decay."""
+    return not self.frozen and self.weight_decay != 1
 
-EVERYTHING_ELSE = Group('.')
+  @property
+  def scales(self) -> bool:
+    """Whether it changes updates."""
+    return self.decays or (not self.frozen and (self.learning_rate, self.layer_decay) != (1, 1))
+
 
 PerLayer = float | np.ndarray  # one number, or one per layer of shape [L, 1, ...]
 
@@ -110,8 +116,7 @@ def assign(groups: dict[str, Group], info: Params) -> Params:
       for layer in set(layers) - chosen.keys():
         chosen[layer] = name
         found.add(name)
-    per_layer = [groups[chosen[i]] if i in chosen else EVERYTHING_ELSE for i in range(num_layers or 1)]
-    return combined(per_layer, p, depth)
+    return combined([groups[chosen[i]] if i in chosen else Group('.') for i in range(num_layers or 1)], p, depth)
 
   assigned = jax.tree_util.tree_map_with_path(settings_of, info)
   if empty := groups.keys() - found:
@@ -170,68 +175,49 @@ def trainable_paths(groups: dict[str, Group], info: Params) -> Callable[[tuple],
 
 
 @dataclasses.dataclass(frozen=True)
-class Unfrozen(Link):
-  """Wraps a link so that gradients of single frozen layers are zero. `mask` leaves: True or booleans [L, 1, ...]."""
-
-  link: Link
-  mask: Params
-
-  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
-    tx = optax.with_extra_args_support(self.link.make(schedule, info))
-
-    def update(updates: Params, state: Any, params: Params = None, **extra: Any) -> tuple[Params, Any]:
-      if extra.get('grad') is not None:
-        extra['grad'] = without_frozen(self.mask, extra['grad'])
-      return tx.update(without_frozen(self.mask, updates), state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)
-
-  def evaluated(self, state: Any, params: Params) -> Params:
-    return where(self.mask, self.link.evaluated(state, params), params)
-
-  def report(self, state: Any) -> Metrics:
-    return self.link.report(state)
-
-  def update_from_eval(self, state: Any, results: dict[str, float]) -> Any:
-    return self.link.update_from_eval(state, results)
-
-  @property
-  def averages(self) -> bool:
-    return self.link.averages
-
-  @property
-  def required_metrics(self) -> tuple[str, ...]:
-    return self.link.required_metrics
-
-
-@dataclasses.dataclass(frozen=True)
 class FrozenLayers(Link):
-  """Sets updates of single frozen layers to zero."""
-
-  mask: Params
+  """The last link of a chain with single frozen layers: `masked` sets their updates to zero."""
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
-    return optax.stateless(lambda updates, _: without_frozen(self.mask, updates))
+    return optax.identity()
 
 
-def where(mask: Params, new: Params, old: Params) -> Params:
-  """`new` where the mask is True, else `old`, per parameter or per layer."""
-  return jax.tree.map(lambda m, x, y: x if isinstance(m, bool) else jnp.where(m, x, y), mask, new, old)
+def masked(tx: optax.GradientTransformation, trained: Params) -> optax.GradientTransformationExtraArgs:
+  """The transformation of gradients that are zero in single frozen layers; `trained` None: there are none."""
+  tx = optax.with_extra_args_support(tx)
+  if trained is None:
+    return tx
+
+  def zeroed(updates: Params) -> Params:
+    return keep_frozen(trained, updates, optax.tree.zeros_like(updates))
+
+  def update(updates: Params, state: Any, params: Params = None, **extra: Any) -> tuple[Params, Any]:
+    if extra.get('grad') is not None:
+      extra['grad'] = zeroed(extra['grad'])
+    return tx.update(zeroed(updates), state, params, **extra)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def without_frozen(mask: Params, updates: Params) -> Params:
-  """The updates, with zeros where the mask is False."""
-  return where(mask, updates, optax.tree.zeros_like(updates))
+def keep_frozen(trained: Params, new: Params, old: Params) -> Params:
+  """`new`, but `old` in frozen layers. Leaves of `trained`: True or booleans [L, 1, ...]; None: all are trained."""
+  if trained is None:
+    return new
+  return jax.tree.map(lambda m, x, y: x if isinstance(m, bool) else jnp.where(m, x, y), trained, new, old)
 
 
-def with_groups(links: list[Link], groups: dict[str, Group], weight_decay: float, info: Params) -> list[Link]:
-  """The links with those added that scale and freeze groups; `info` is a tree of ParamInfo of all parameters."""
+def with_groups(links: list[Link], groups: dict[str, Group], weight_decay: float,
+                info: Params) -> tuple[list[Link], Params]:
+  """(the links with one that applies the groups' factors, `trained` if single layers are frozen).
+
+  `info` is a tree of ParamInfo of all parameters.
+  """
   if not groups:
-    return links
+    return links, None
   assigned, _ = split(assign(groups, info), trainable_paths(groups, info))
   at = 1 + next(i for i, link in enumerate(links) if link.place == 'optimizer')
-  factors, mask = Factors(assigned, weight_decay), jax.tree.map(lambda settings: settings.trained, assigned)
-  if all(np.all(m) for m in jax.tree.leaves(mask)):
-    return [*links[:at], factors, *links[at:]]
-  masked = [Unfrozen(link, mask) for link in links]
-  return [*masked[:at], factors, *masked[at:], FrozenLayers(mask)]
+  links = [*links[:at], Factors(assigned, weight_decay), *links[at:]]
+  trained = jax.tree.map(lambda settings: settings.trained, assigned)
+  if all(np.all(m) for m in jax.tree.leaves(trained)):
+    return links, None
+  return [*links, FrozenLayers()], trained

@@ -9,30 +9,32 @@ from typing import Any, ClassVar, Literal
 import optax
 
 from llm_jax.base.batch import Metrics, Params
+from llm_jax.base.ranges import Ranged
 from llm_jax.base.registry import settings_from_signature
 
 
-class Link:
+class Link(Ranged):
   """A gradient transformation with its reports. To add one, write a subclass and register it in TRANSFORMS.
 
   make(schedule, info)              the transformation; `info` is a tree of ParamInfo: axes, shape, roles, fan_in
   evaluated(state, params)          the weights to evaluate and export, for example averages
   report(state)                     scalars to log
   update_from_eval(state, results)  the state after an evaluation with these results ('val/loss', ...)
+  check(optim)                      raises ValueError if other settings of the OptimConfig do not fit this link
   """
 
   # Filters come before the optimizer in a chain, controls after it.
   place: ClassVar[Literal['filter', 'optimizer', 'control']] = 'optimizer'
-
-  @property
-  def averages(self) -> bool:
-    """Whether `evaluated` returns other weights than `params`."""
-    return False
+  averages: ClassVar[bool] = False  # whether `evaluated` returns other weights than `params`
+  scales: ClassVar[bool] = False  # whether it multiplies updates by a factor, as the learning rate does
 
   @property
   def required_metrics(self) -> tuple[str, ...]:
     """The results that `update_from_eval` uses; if empty, it is not called."""
     return ()
+
+  def check(self, optim: Any) -> None:
+    del optim
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     raise NotImplementedError
@@ -50,33 +52,12 @@ class Link:
     return state
 
 
-def at_least(least: float, **values: float) -> None:
-  """Raises ValueError for values below `least`."""
-  for name, value in values.items():
-    if not value >= least:
-      raise ValueError(f'{name} must be at least {least}; got {value}')
-
-
-def positive(**values: float) -> None:
-  """Raises ValueError for values that are not positive."""
-  for name, value in values.items():
-    if not value > 0:
-      raise ValueError(f'{name} must be positive; got {value}')
-
-
 def regular(pattern: str) -> None:
   """Raises ValueError for an invalid regular expression."""
   try:
     re.compile(pattern)
   except re.error as e:
     raise ValueError(f'pattern {pattern!r} is not a regular expression: {e}') from None
-
-
-def rates(**values: float) -> None:
-  """Raises ValueError for values outside [0, 1), the range of decay rates."""
-  for name, value in values.items():
-    if not 0 <= value < 1:
-      raise ValueError(f'{name} must be in [0, 1); got {value}')
 
 
 def adapt_transform(name: str, value: Any, settings: type | None) -> tuple[Any, type]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Any
 
 import jax
@@ -22,11 +20,6 @@ def matrices(params: Params) -> Params:
   return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def matching(pattern: str, params: Params) -> Params:
-  """True where the regular expression matches anywhere in the parameter's path."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: re.search(pattern, path_of(path)) is not None, params)
-
-
 def matrix_dims(info: Params) -> Params:
   """Dims of each matrix between hidden states; None for tables, readouts, norms, biases and undeclared parameters."""
   return jax.tree.map(lambda p: Dims(p.inputs, p.outputs) if p.is_hidden_matrix else None, info)
@@ -42,23 +35,3 @@ def check_declared(info: Params) -> None:
         + '\n  '.join(undeclared) + '\nCreate them with layers.linear.Einsum, or with layers.linear.weight(..., '
         "roles=('in', 'out')), one of batch, in, out, row per dimension; for tables and readouts, which Adam updates, "
         'declare an axis vocab, positions or norm; or use another optimizer')
-
-
-def as_matrices(x: jax.Array, dims: Dims) -> jax.Array:
-  """An array as [stack, inputs, outputs]; `dims` has the dimensions of inputs and outputs."""
-  rows, columns = dims
-  stack = [i for i in range(x.ndim) if i not in (*rows, *columns)]
-  sizes = [math.prod(x.shape[i] for i in part) for part in (stack, rows, columns)]
-  return x.transpose(*stack, *rows, *columns).reshape(sizes)
-
-
-def stack_shape(x: jax.Array, dims: Dims) -> tuple[int, ...]:
-  """The sizes that `as_matrices` merges into `stack`."""
-  return tuple(size for i, size in enumerate(x.shape) if i not in (*dims.reduction_axis, *dims.output_axis))
-
-
-def from_matrices(m: jax.Array, like: jax.Array, dims: Dims) -> jax.Array:
-  """The inverse of `as_matrices`, in the shape of `like`."""
-  rows, columns = dims
-  order = [i for i in range(like.ndim) if i not in (*rows, *columns)] + [*rows, *columns]
-  return m.reshape([like.shape[i] for i in order]).transpose([order.index(i) for i in range(like.ndim)])

@@ -1,4 +1,4 @@
-"""The optimizers: config sections that make Optax's optimizers. Weight decay applies to matrices and embeddings.
+"""The links of the core. Weight decay applies to matrices and embeddings.
 
 `mu_dtype` is the dtype of the stored first moment.
 """
@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,27 @@ import optax
 from optax import contrib
 
 from llm_jax.base.batch import Params
-from llm_jax.optim.link import Link, at_least, positive, rates
+from llm_jax.base.ranges import at_least, positive, rate
+from llm_jax.optim.link import Link
 from llm_jax.optim.masks import check_declared, matrices, matrix_dims
 
 MuDtype = Literal['float32', 'bfloat16']
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipByGlobalNorm(Link):
+  """Scales gradients down to at most this norm (arXiv 1211.5063)."""
+
+  max_norm: float = positive(1.0)
+  place = 'filter'
+
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    # Optax's own divides each element, and XLA writes the clipped gradients to memory; a factor is fused instead.
+    def clip(grads: Params, params: Params) -> Params:
+      factor = jnp.minimum(1, self.max_norm / optax.tree.norm(grads))
+      return jax.tree.map(lambda g: (factor * g).astype(g.dtype), grads)
+
+    return optax.stateless(clip)
 
 
 def decayed(tx: optax.GradientTransformation, schedule: optax.Schedule, weight_decay: float,
@@ -33,16 +49,11 @@ def decayed(tx: optax.GradientTransformation, schedule: optax.Schedule, weight_d
 class AdamW(Link):
   """Adam with decoupled weight decay (arXiv 1711.05101)."""
 
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1
+  b1: float = rate(0.9)
+  b2: float = rate(0.95)
+  eps: float = positive(1e-8)
+  weight_decay: float = at_least(0, 0.1)
   mu_dtype: MuDtype = 'float32'
-
-  def __post_init__(self) -> None:
-    rates(b1=self.b1, b2=self.b2)
-    positive(eps=self.eps)
-    at_least(0, weight_decay=self.weight_decay)
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return optax.adamw(schedule, self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype, weight_decay=self.weight_decay,
@@ -53,15 +64,11 @@ class AdamW(Link):
 class Adam(Link):
   """Adam (arXiv 1412.6980), without decay; with `nesterov`, NAdam."""
 
-  b1: float = 0.9
-  b2: float = 0.999
-  eps: float = 1e-8
+  b1: float = rate(0.9)
+  b2: float = rate(0.999)
+  eps: float = positive(1e-8)
   nesterov: bool = False
   mu_dtype: MuDtype = 'float32'
-
-  def __post_init__(self) -> None:
-    rates(b1=self.b1, b2=self.b2)
-    positive(eps=self.eps)
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return optax.adam(schedule, self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype, nesterov=self.nesterov)
@@ -71,14 +78,13 @@ class Adam(Link):
 class Sgd(Link):
   """Stochastic gradient descent with momentum, optionally Nesterov's."""
 
-  momentum: float = 0.9
+  momentum: float = rate(0.9)
   nesterov: bool = False
-  weight_decay: float = 0.0
+  weight_decay: float = at_least(0, 0.0)
   accumulator_dtype: MuDtype = 'float32'
 
   def __post_init__(self) -> None:
-    rates(momentum=self.momentum)
-    at_least(0, weight_decay=self.weight_decay)
+    super().__post_init__()
     if self.nesterov and not self.momentum:
       raise ValueError('nesterov needs a momentum above 0')
 
@@ -91,44 +97,13 @@ class Sgd(Link):
 class Lion(Link):
   """Lion (arXiv 2302.06675): the sign of an interpolated momentum. Needs 3 to 10 times lower rates than Adam."""
 
-  b1: float = 0.9
-  b2: float = 0.99
-  weight_decay: float = 0.5
+  b1: float = rate(0.9)
+  b2: float = rate(0.99)
+  weight_decay: float = at_least(0, 0.5)
   mu_dtype: MuDtype = 'float32'
-
-  def __post_init__(self) -> None:
-    rates(b1=self.b1, b2=self.b2)
-    at_least(0, weight_decay=self.weight_decay)
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return optax.lion(schedule, self.b1, self.b2, self.mu_dtype, self.weight_decay, mask=matrices)
-
-
-@dataclasses.dataclass(frozen=True)
-class Adafactor(Link):
-  """Adafactor (arXiv 1804.04235): second moments factored over each array's two largest sides, if both are large.
-
-  Clipping and scaling by the parameter apply to whole arrays; for a stack that is all layers together.
-  """
-
-  decay_rate: float = 0.8
-  min_dim_size_to_factor: int = 128
-  multiply_by_parameter_scale: bool = True
-  clipping_threshold: float = 1.0
-  momentum: float = 0.0
-  weight_decay: float = 0.0
-  mu_dtype: MuDtype = 'float32'  # of the momentum
-
-  def __post_init__(self) -> None:
-    rates(decay_rate=self.decay_rate, momentum=self.momentum)
-    positive(clipping_threshold=self.clipping_threshold, min_dim_size_to_factor=self.min_dim_size_to_factor)
-    at_least(0, weight_decay=self.weight_decay)
-
-  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
-    return decayed(optax.adafactor(
-        schedule, self.min_dim_size_to_factor, self.decay_rate,
-        multiply_by_parameter_scale=self.multiply_by_parameter_scale, clipping_threshold=self.clipping_threshold,
-        momentum=self.momentum or None, dtype_momentum=self.mu_dtype), schedule, self.weight_decay)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,19 +114,14 @@ class Muon(Link):
   both use one learning rate. Each matrix of a stack of layers or experts is orthogonalized separately.
   """
 
-  beta: float = 0.95
-  ns_steps: int = 5
+  beta: float = rate(0.95)
+  ns_steps: int = positive(5)
   nesterov: bool = True
-  consistent_rms: float = 0.2
-  weight_decay: float = 0.1
-  adam_b1: float = 0.9
-  adam_b2: float = 0.95
+  consistent_rms: float = positive(0.2)
+  weight_decay: float = at_least(0, 0.1)
+  adam_b1: float = rate(0.9)
+  adam_b2: float = rate(0.95)
   mu_dtype: MuDtype = 'float32'
-
-  def __post_init__(self) -> None:
-    rates(beta=self.beta, adam_b1=self.adam_b1, adam_b2=self.adam_b2)
-    positive(ns_steps=self.ns_steps, consistent_rms=self.consistent_rms)
-    at_least(0, weight_decay=self.weight_decay)
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     check_declared(info)
@@ -161,98 +131,36 @@ class Muon(Link):
         muon_weight_dimension_numbers=matrix_dims(info)), schedule, self.weight_decay)
 
 
-@dataclasses.dataclass(frozen=True)
-class AdEMAMix(Link):
-  """AdEMAMix (arXiv 2409.03137): Adam with a second, much slower momentum, with warm-up of its rate and weight."""
-
-  b1: float = 0.9
-  b2: float = 0.999
-  b3: float = 0.9999
-  alpha: float = 5.0
-  slow_steps: int = 0  # warm-up steps of alpha and b3; 0: none. The paper uses all of training
-  eps: float = 1e-8
-  weight_decay: float = 0.1
-  mu_dtype: MuDtype = 'float32'
-
-  def __post_init__(self) -> None:
-    rates(b1=self.b1, b2=self.b2, b3=self.b3)
-    positive(eps=self.eps, alpha=self.alpha)
-    at_least(0, weight_decay=self.weight_decay, slow_steps=self.slow_steps)
-    if self.b3 < self.b1:
-      raise ValueError(f'b3 {self.b3} must not be less than b1 {self.b1}: it is the rate of the slower momentum')
-
-  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
-    alpha: optax.ScalarOrSchedule = self.alpha
-    b3: optax.ScalarOrSchedule = self.b3
-    if self.slow_steps:
-      alpha = optax.linear_schedule(0.0, self.alpha, self.slow_steps)
-      half_lives = optax.linear_schedule(*(half_life(b) for b in (self.b1, self.b3)), self.slow_steps)
-      b3 = lambda n: 0.5 ** (1 / (half_lives(n) + 1))  # noqa: E731
-    return contrib.ademamix(schedule, self.b1, self.b2, b3, alpha, self.eps, mu_dtype=self.mu_dtype,
-                            weight_decay=self.weight_decay, mask=matrices)
-
-
-def half_life(b: float) -> float:
-  """The half-life in steps, less one, of a decaying average with rate b: equation 4 of arXiv 2409.03137."""
-  return math.log(0.5) / math.log(b) - 1 if b else 0.0
+class AverageState(NamedTuple):
+  average: Params
+  step: jax.Array  # int32
 
 
 @dataclasses.dataclass(frozen=True)
-class Prodigy(Link):
-  """Prodigy (arXiv 2306.06101): Adam that estimates its learning rate; config.optim.learning_rate is a factor on it."""
+class Ema(Link):
+  """An exponential moving average of the weights, used for evaluation and export; must be the last link.
 
-  b1: float = 0.9
-  b2: float = 0.999
-  estim_lr0: float = 1e-6
-  estim_lr_coef: float = 1.0
-  safeguard_warmup: bool = True
-  weight_decay: float = 0.0
+  a = d a + (1 - d) p after each update, with d = min(decay, (1 + t) / (10 + t)) at update t, as in TensorFlow.
+  """
 
-  def __post_init__(self) -> None:
-    rates(b1=self.b1, b2=self.b2)
-    positive(estim_lr0=self.estim_lr0, estim_lr_coef=self.estim_lr_coef)
-    at_least(0, weight_decay=self.weight_decay)
+  decay: float = rate(0.999)
+  place = 'control'
+  averages = True
 
-  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
-    inner = contrib.prodigy(schedule, (self.b1, self.b2), estim_lr0=self.estim_lr0, estim_lr_coef=self.estim_lr_coef,
-                            safeguard_warmup=self.safeguard_warmup)
-
-    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
-      updates, new = inner.update(grads, state, params)
-      rate = self.weight_decay * state.estim_lr * schedule(state.count)  # Optax's own decay includes biases
-      updates = jax.tree.map(lambda u, p, m: u - rate * p if m else u, updates, params, matrices(params))
-      # Optax divides zero by zero while all gradients so far are zero.
-      finite = jnp.isfinite(new.estim_lr)
-      return jax.tree.map(lambda u: jnp.where(finite, u, 0), updates), optax.tree.where(finite, new, state)
-
-    return optax.GradientTransformation(inner.init, update)
-
-  def report(self, state: Any) -> dict[str, jax.Array]:
-    return {'estimated_learning_rate': state.estim_lr}
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduleFree(Link):
-  """AdamW with schedule-free averaging of weights (arXiv 2405.15682). Needs schedule `constant`, with warm-up."""
-
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1
-  weight_lr_power: float = 2.0
-
-  def __post_init__(self) -> None:
-    rates(b1=self.b1, b2=self.b2)
-    positive(b1=self.b1, eps=self.eps)
-    at_least(0, weight_decay=self.weight_decay)
+  def check(self, optim: Any) -> None:
+    if optim.links[-1] != self:
+      raise ValueError(f'ema must be the last link of chain; got {", ".join(optim.chain)}')
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
-    inner = optax.adamw(schedule, 0.0, self.b2, self.eps, weight_decay=self.weight_decay, mask=matrices)
-    return contrib.schedule_free(inner, schedule, self.b1, self.weight_lr_power)
+    def init(params: Params) -> AverageState:
+      return AverageState(jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32))
 
-  @property
-  def averages(self) -> bool:
-    return True
+    def update(updates: Params, state: AverageState, params: Params = None) -> tuple[Params, AverageState]:
+      decay = jnp.minimum(self.decay, (1 + state.step) / (10 + state.step))
+      average = jax.tree.map(lambda a, p, u: a + (1 - decay) * (p + u - a), state.average, params, updates)
+      return updates, AverageState(average, optax.safe_increment(state.step))
+
+    return optax.GradientTransformation(init, update)
 
   def evaluated(self, state: Any, params: Params) -> Params:
-    return contrib.schedule_free_eval_params(state, params)
+    return state.average

@@ -12,14 +12,10 @@ from llm_jax.config import Config
 from llm_jax.models.protocol import LanguageModel
 
 
-def flops_per_token(config: Config, model: LanguageModel, params: Params, batch: Batch, teacher: Any = None) -> float:
+def flops_per_token(config: Config, model: LanguageModel, params: Params, batch: Batch) -> float:
   """Matrix FLOPs per token of a training step, by the model's formula, else three times those of a forward pass."""
   own = config.model.flops_per_token(config.data.seq_len)
-  if own is None:
-    own = 3 * count_matmuls(model, params, batch) / batch.tokens.size
-  if teacher is not None:  # the teacher has no backward pass
-    own += (teacher.config.model.flops_per_token(config.data.seq_len) or 0.0) / 3
-  return own
+  return 3 * count_matmuls(model, params, batch) / batch.tokens.size if own is None else own
 
 
 def count_matmuls(model: LanguageModel, params: Params, batch: Batch) -> float:

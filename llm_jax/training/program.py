@@ -24,7 +24,6 @@ from llm_jax.data.config import DataConfig
 from llm_jax.data.open import Data, open_data
 from llm_jax.data.rows.tasks import Features
 from llm_jax.data.sources.corpus import key_of
-from llm_jax.infer.load import Loaded
 from llm_jax.infer.score import Evaluator, make_evaluator
 from llm_jax.losses.config import make_objective
 from llm_jax.losses.metrics import make_metrics
@@ -42,13 +41,13 @@ from llm_jax.training.resolve import (
   check_microbatches,
   check_results,
   resolve,
+  with_constants,
   with_logits,
   without_masks,
 )
 from llm_jax.training.shardings import param_info, state_shardings
 from llm_jax.training.stages import Stage, fingerprint_of
 from llm_jax.training.state import TrainState, abstract_state, init_state, train_step
-from llm_jax.training.teacher import load_teacher, with_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Program:
   objective: Objective
   tx: Optimizer
   is_trainable: Callable[[tuple], bool]  # of a parameter's path
-  teacher: Loaded | None
+  constants: Params  # frozen arrays of losses by name, arguments of `step`
   example: Batch  # one row; only its shapes are used
   abstract: TrainState  # of ShapeDtypeStructs, with shardings
   shardings: TrainState
@@ -97,10 +96,9 @@ def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Pr
   config, batches = stage.config, custom.batches
   data = open_together(config.data) if batches is None else batches.data(config.model.vocab_size)
   config = resolve(config, data)
-  teacher = load_teacher(config, data, mesh)
-  config = with_teacher(config, teacher)
-  objective = make_objective(config.loss, teacher and teacher.model, custom.loss_terms,
-                             make_metrics(config.eval.metrics, config.eval.sections))
+  config, constants = with_constants(config, data, mesh)
+  objective = make_objective(config.loss, custom.loss_terms, make_metrics(config.eval.metrics, config.eval.sections),
+                             constants)
   model = make_model(config.model, objective.heads, objective.num_weights, custom.model)
   config = without_masks(config, model)
   features = example_features(config.data, data) if batches is None else batches.row()
@@ -114,24 +112,25 @@ def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Pr
   abstract = abstract_state(example, shardings, **parts)
   check_results(config, data, model, objective, abstract.params, batch,
                 (*config.eval.required_metrics, *tx.required_metrics))
-  teacher_params = teacher and teacher.params
+  arrays = {name: constant.arrays for name, constant in constants.items()}
   # Cached, so that a step that was compiled to measure its memory is not compiled again.
-  make_step = functools.cache(partial(jit_step, config, mesh, shardings, teacher_params, model=model, tx=tx,
+  make_step = functools.cache(partial(jit_step, config, mesh, shardings, arrays, model=model, tx=tx,
                                       objective=objective))
   config = fit_memory(config, num_shards, workdir, compile_step=lambda num_microbatches: make_step(
-      num_microbatches).lower(abstract, batch, teacher_params).compile())
+      num_microbatches).lower(abstract, batch, arrays).compile())
   held_rows, num_microbatches = config.split_batch(num_shards)
   check_microbatches(config, objective, num_microbatches, num_shards)
   stage = dataclasses.replace(stage, config=config, end=stage.end if config.stages else config.num_steps)
   init = jax.jit(partial(init_state, **parts), out_shardings=shardings)
   average = jax.jit(tx.evaluated, out_shardings=shardings.trainable)
   return Program(
-      stage, data, model, objective, tx, is_trainable, teacher, example, abstract, shardings,
+      stage, data, model, objective, tx, is_trainable, arrays, example, abstract, shardings,
       local_rows(mesh, config.rows_per_batch), held_rows, num_microbatches,
       init=lambda: init(jax.random.key(config.seed), example),
       step=make_step(num_microbatches), evaluator=make_evaluator(config, data, model, objective, mesh),
       evaluated=average if tx.averages else lambda _, trainable: trainable,
-      flops_per_token=flops_per_token(config, model, abstract.params, batch, teacher),
+      flops_per_token=(flops_per_token(config, model, abstract.params, batch)
+                       + sum(constant.flops_per_token for constant in constants.values())),
       fingerprint=fingerprint_of(stage, data))
 
 
@@ -167,14 +166,14 @@ def open_together(config: DataConfig) -> Data:
   return data or open_data(config)
 
 
-def jit_step(config: Config, mesh: Mesh, shardings: TrainState, teacher: Params, num_microbatches: int,
+def jit_step(config: Config, mesh: Mesh, shardings: TrainState, constants: Params, num_microbatches: int,
              **parts: Any) -> Any:
-  """The jitted step (state, batch, teacher) -> (state, PackedMetrics); the state is donated."""
-  def step(state: TrainState, batch: Batch, teacher: Params) -> tuple[TrainState, PackedMetrics]:
-    state, metrics = train_step(state, batch, seed=config.seed, num_microbatches=num_microbatches, teacher=teacher,
-                                **parts)
+  """The jitted step (state, batch, constants) -> (state, PackedMetrics); the state is donated."""
+  def step(state: TrainState, batch: Batch, constants: Params) -> tuple[TrainState, PackedMetrics]:
+    state, metrics = train_step(state, batch, seed=config.seed, num_microbatches=num_microbatches,
+                                constants=constants, **parts)
     return state, pack_metrics(metrics)
 
-  teacher_shardings = jax.tree.map(lambda x: x.sharding, teacher)
-  return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), teacher_shardings),
+  constant_shardings = jax.tree.map(lambda x: x.sharding, constants)
+  return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), constant_shardings),
                  out_shardings=(shardings, shardings.step), donate_argnums=0)

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from llm_jax.base.batch import Batch, Params
+from llm_jax.base.builder import Sections
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.multihost import gather, say
 from llm_jax.config import Config, replace
@@ -20,6 +22,7 @@ from llm_jax.data.open import Data
 from llm_jax.infer.text import encode_prompts
 from llm_jax.infer.validators import make_validator
 from llm_jax.losses.objective import Objective
+from llm_jax.losses.term import Constants
 from llm_jax.models.protocol import LanguageModel
 from llm_jax.training.state import eval_step
 
@@ -59,6 +62,25 @@ def with_labels(config: Config, data: Data) -> Config:
     raise ConfigError(f'config.loss.{e}') from None
   check_labels(config, data)
   return config
+
+
+def check_labels(config: Config, data: Data) -> None:
+  """Raises DataError for labels that the loss terms do not support."""
+  for term in config.loss.sections.values():
+    for split, stores in data.splits.items():
+      for store in stores.values():
+        if store.labels is not None:
+          term.check_labels(split, store.labels)
+
+
+def with_constants(config: Config, data: Data, mesh: Mesh) -> tuple[Config, dict[str, Constants]]:
+  """(the config, the frozen arrays of loss terms by name), with fields filled in from the arrays. Raises UserErrors."""
+  found = {name: term.constants(config, data, mesh) for name, term in config.loss.sections.items()}
+  constants = {name: constant for name, constant in found.items() if constant is not None}
+  if constants:
+    sections = Sections({**config.loss.sections, **{name: constant.term for name, constant in constants.items()}})
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, sections=sections))
+  return config, constants
 
 
 def with_num_steps(config: Config, data: Data) -> Config:
@@ -105,14 +127,6 @@ def all_labels(data: Data) -> tuple[np.ndarray | None, tuple[str, ...]]:
   if len(widths := {np.asarray(store.labels).shape[1:] for store in stores}) > 1:
     raise DataError(f'config.data.sources: the sources have different numbers of labels per document: {sorted(widths)}')
   return np.concatenate([np.asarray(store.labels) for store in stores]), stores[0].classes
-
-
-def check_labels(config: Config, data: Data) -> None:
-  """Raises DataError for a label that a loss cannot use, as one outside the classes that the model learns."""
-  for split, stores in data.splits.items():
-    for store in stores.values():
-      for term in config.loss.sections.values() if store.labels is not None else ():
-        term.check_labels(split, store.labels)
 
 
 def check_features(config: Config, model: LanguageModel, objective: Objective, features: dict[str, Any]) -> None:

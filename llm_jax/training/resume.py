@@ -17,16 +17,11 @@ from llm_jax.base.trees import by_name, merge, path_of, split
 from llm_jax.config import Config, differences
 from llm_jax.data.open import check_fingerprint
 from llm_jax.infer.export import EXPORTERS
-from llm_jax.infer.load import load_run
+from llm_jax.infer.load import load_run, tokenizers_of
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.program import Program
 from llm_jax.training.shardings import param_info
 from llm_jax.training.state import TrainState
-from llm_jax.training.teacher import tokenizers_of
-
-# Settings of losses that cannot change on resume: shapes of heads, the order of classes, the teacher's checkpoint.
-FIXED_LOSS = ('classification.num_classes', 'classification.classes', 'contrastive.embedding_dim',
-              'distillation.hidden', 'distillation.hidden_dim', 'distillation.checkpoint')
 
 
 def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: str, begin: int = 0) -> None:
@@ -45,8 +40,9 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: st
     raise ConfigError(f'config.loss: checkpoint {", ".join(saved["terms"])} (balance {saved["balance"]}), now '
                       f'{", ".join(config.loss.terms)} (balance {config.loss.balance}); restore the old values, or use '
                       'another --workdir')
+  fixed = {f'{name}.{field}' for name, term in config.loss.sections.items() for field in term.fixed}
   for name, (old, new) in differences(saved, to_dict(config.loss)).items():
-    if name in FIXED_LOSS:
+    if name in fixed:
       raise ConfigError(f'config.loss.{name}: checkpoint {old}, now {new}; restore the old value, or use another '
                         '--workdir')
   chain = tuple(meta['config']['optim']['chain'])

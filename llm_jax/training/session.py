@@ -99,9 +99,8 @@ class Session:
     self.throughput.waited(time.perf_counter() - start)
     self.goodput.add('data', time.perf_counter() - start)
     previous, self.step, self.score = self.pending, self.step + 1, None
-    teacher = self.program.teacher
     with jax.profiler.StepTraceAnnotation('train', step_num=self.step):
-      self.state, metrics = self.program.step(self.state, self._put(features), teacher and teacher.params)
+      self.state, metrics = self.program.step(self.state, self._put(features), self.program.constants)
     self.pending = self.step, metrics
     if previous is not None:
       self._fetch(*previous)

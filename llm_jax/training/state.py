@@ -53,12 +53,12 @@ def abstract_state(example: Batch, shardings: TrainState, *, model: LanguageMode
 
 def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: optax.GradientTransformation, seed: int,
                num_microbatches: int = 1, objective: Objective = NEXT_TOKEN,
-               teacher: Params = None) -> tuple[TrainState, Metrics]:
+               constants: Params = None) -> tuple[TrainState, Metrics]:
   """One optimizer update. The same state, batch and seed give the same result.
 
   It minimizes the objective plus the losses that modules sow into `losses`. The result does not depend on the number
-  of microbatches, except that an objective that is not row_wise needs the whole batch. `teacher` has the parameters of
-  the objective's teacher. The metric `loss` is the sum of the terms' losses (-log p(target) for next_token),
+  of microbatches, except that an objective that is not row_wise needs the whole batch. `constants` has the arrays of
+  the objective's Constants. The metric `loss` is the sum of the terms' losses (-log p(target) for next_token),
   `extra_loss` the rest of the objective. Values sown into `metrics` are averaged and logged. If the objective or a
   gradient is not finite, only the step changes and the metric `skipped` is 1.
   """
@@ -66,7 +66,7 @@ def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: opt
   key = jax.random.fold_in(jax.random.key(seed), state.step)
 
   def objective_of(module: Any, microbatch: Batch) -> tuple[jax.Array, Metrics]:
-    return objective.train(module, microbatch, counts, teacher, share)
+    return objective.train(module, microbatch, counts, constants, share)
 
   def loss_fn(trainable: Params, microbatch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
     with clock_at(state.step):

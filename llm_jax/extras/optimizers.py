@@ -1,0 +1,162 @@
+"""Optimizers beyond those of optim/optimizers.py, and L2 regularization."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from llm_jax.base.batch import Params
+from llm_jax.base.ranges import at_least, positive, ranged, rate
+from llm_jax.base.registry import register
+from llm_jax.base.trees import path_of
+from llm_jax.optim.chain import TRANSFORMS
+from llm_jax.optim.link import Link, regular
+from llm_jax.optim.masks import matrices
+from llm_jax.optim.optimizers import MuDtype, decayed
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor(Link):
+  """Adafactor (arXiv 1804.04235): second moments factored over each array's two largest sides, if both are large.
+
+  Clipping and scaling by the parameter apply to whole arrays; for a stack that is all layers together.
+  """
+
+  decay_rate: float = rate(0.8)
+  min_dim_size_to_factor: int = positive(128)
+  multiply_by_parameter_scale: bool = True
+  clipping_threshold: float = positive(1.0)
+  momentum: float = rate(0.0)
+  weight_decay: float = at_least(0, 0.0)
+  mu_dtype: MuDtype = 'float32'  # of the momentum
+
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    return decayed(optax.adafactor(
+        schedule, self.min_dim_size_to_factor, self.decay_rate,
+        multiply_by_parameter_scale=self.multiply_by_parameter_scale, clipping_threshold=self.clipping_threshold,
+        momentum=self.momentum or None, dtype_momentum=self.mu_dtype), schedule, self.weight_decay)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdEMAMix(Link):
+  """AdEMAMix (arXiv 2409.03137): Adam with a second, much slower momentum, with warm-up of its rate and weight."""
+
+  b1: float = rate(0.9)
+  b2: float = rate(0.999)
+  b3: float = rate(0.9999)
+  alpha: float = positive(5.0)
+  slow_steps: int = at_least(0, 0)  # warm-up steps of alpha and b3; 0: none. The paper uses all of training
+  eps: float = positive(1e-8)
+  weight_decay: float = at_least(0, 0.1)
+  mu_dtype: MuDtype = 'float32'
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.b3 < self.b1:
+      raise ValueError(f'b3 {self.b3} must not be less than b1 {self.b1}: it is the rate of the slower momentum')
+
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    alpha: optax.ScalarOrSchedule = self.alpha
+    b3: optax.ScalarOrSchedule = self.b3
+    if self.slow_steps:
+      alpha = optax.linear_schedule(0.0, self.alpha, self.slow_steps)
+      half_lives = optax.linear_schedule(*(half_life(b) for b in (self.b1, self.b3)), self.slow_steps)
+      b3 = lambda n: 0.5 ** (1 / (half_lives(n) + 1))  # noqa: E731
+    return contrib.ademamix(schedule, self.b1, self.b2, b3, alpha, self.eps, mu_dtype=self.mu_dtype,
+                            weight_decay=self.weight_decay, mask=matrices)
+
+
+def half_life(b: float) -> float:
+  """The half-life in steps, less one, of a decaying average with rate b: equation 4 of arXiv 2409.03137."""
+  return math.log(0.5) / math.log(b) - 1 if b else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prodigy(Link):
+  """Prodigy (arXiv 2306.06101): Adam that estimates its learning rate; config.optim.learning_rate is a factor on it."""
+
+  b1: float = rate(0.9)
+  b2: float = rate(0.999)
+  estim_lr0: float = positive(1e-6)
+  estim_lr_coef: float = positive(1.0)
+  safeguard_warmup: bool = True
+  weight_decay: float = at_least(0, 0.0)
+
+  def check(self, optim: Any) -> None:
+    if any(group.decays for group in optim.groups.values()) or optim.learning_rate < 0.1:
+      raise ValueError('prodigy estimates its learning rate, and learning_rate multiplies the estimate: set it to 1 or '
+                       f'near 1; got {optim.learning_rate}; groups cannot set weight_decay')
+
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    inner = contrib.prodigy(schedule, (self.b1, self.b2), estim_lr0=self.estim_lr0, estim_lr_coef=self.estim_lr_coef,
+                            safeguard_warmup=self.safeguard_warmup)
+
+    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
+      updates, new = inner.update(grads, state, params)
+      rate = self.weight_decay * state.estim_lr * schedule(state.count)  # Optax's own decay includes biases
+      updates = jax.tree.map(lambda u, p, m: u - rate * p if m else u, updates, params, matrices(params))
+      # Optax divides zero by zero while all gradients so far are zero.
+      finite = jnp.isfinite(new.estim_lr)
+      return jax.tree.map(lambda u: jnp.where(finite, u, 0), updates), optax.tree.where(finite, new, state)
+
+    return optax.GradientTransformation(inner.init, update)
+
+  def report(self, state: Any) -> dict[str, jax.Array]:
+    return {'estimated_learning_rate': state.estim_lr}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleFree(Link):
+  """AdamW with schedule-free averaging of weights (arXiv 2405.15682). Needs schedule `constant`, with warm-up."""
+
+  b1: float = ranged(0.9, lambda x: 0 < x < 1, 'in (0, 1)')
+  b2: float = rate(0.95)
+  eps: float = positive(1e-8)
+  weight_decay: float = at_least(0, 0.1)
+  weight_lr_power: float = 2.0
+  averages = True
+
+  def check(self, optim: Any) -> None:
+    factors = any(link.scales for link in optim.links) or any(group.scales for group in optim.groups.values())
+    if factors or optim.schedule != 'constant':
+      raise ValueError('schedule_free averages its own steps, so nothing else may scale them: set schedule=constant, '
+                       'and remove reduce_on_plateau, noise_adaptive and the factors of groups')
+
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    inner = optax.adamw(schedule, 0.0, self.b2, self.eps, weight_decay=self.weight_decay, mask=matrices)
+    return contrib.schedule_free(inner, schedule, self.b1, self.weight_lr_power)
+
+  def evaluated(self, state: Any, params: Params) -> Params:
+    return contrib.schedule_free_eval_params(state, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class L2(Link):
+  """L2 regularization: adds weight_decay * p to the gradient, before the optimizer scales it.
+
+  With Adam, unlike adamw, the decay is strongest where gradients are small (arXiv 1711.05101, section 2).
+  """
+
+  weight_decay: float = positive(0.01)
+  pattern: str = '/w$'  # regular expression for the paths of decayed parameters; '^blocks.*/w$' excludes tables
+  place = 'filter'
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    regular(self.pattern)
+
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    return optax.add_decayed_weights(self.weight_decay, lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: re.search(self.pattern, path_of(path)) is not None, params))
+
+
+for _name, _link in (('adafactor', Adafactor), ('ademamix', AdEMAMix), ('prodigy', Prodigy),
+                     ('schedule_free', ScheduleFree), ('l2', L2)):
+  register(TRANSFORMS, _name, _link)
