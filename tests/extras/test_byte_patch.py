@@ -183,7 +183,8 @@ def train(sizes, num_microbatches, decoder):
   return np.array([metrics['loss'] for metrics in history]), jax.device_get(state.params)
 
 
-@pytest.mark.parametrize('decoder', ['gru', pytest.param('transformer', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('decoder', ['gru', 'transformer'])
 def test_losses_do_not_depend_on_mesh_or_microbatches(decoder):
   losses, params = train((1, 1, 1), 1, decoder)
   assert losses[-1] < losses[0]

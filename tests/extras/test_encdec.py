@@ -119,6 +119,7 @@ def train(sizes, num_microbatches, num_steps=5):
   return np.array([metrics['loss'] for metrics in history]), jax.device_get(state.params)
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_mesh_or_microbatches():
   losses, params = train((1, 1, 1), 1)
   assert losses[-1] < losses[0]
