@@ -30,17 +30,19 @@ def ours(args: argparse.Namespace) -> Iterator[tuple[float, float]]:
   import numpy as np
 
   from llm_jax.base.batch import Batch
-  from llm_jax.infer.sampling import generate
+  from llm_jax.infer.sampling import decode_variables, generate
   from llm_jax.models.decoder import Decoder
   from llm_jax.models.decoder_config import DecoderConfig
   model = Decoder(DecoderConfig(vocab_size=VOCAB, max_len=MAX_LEN, num_layers=LAYERS, num_heads=HEADS, embed_dim=WIDTH,
                                 dtype='float32', use_bias=True))
   zeros = jnp.zeros((1, 8), jnp.int32)
   params = nn.unbox(jax.jit(model.init)(jax.random.key(0), Batch(zeros, zeros, zeros))['params'])
+  variables = jax.block_until_ready(decode_variables(model, params))
   prompts = np.random.default_rng(0).integers(0, VOCAB, (args.batch, args.prompt_len)).tolist()
   while True:
     start = time.perf_counter()
-    columns = generate(model, params, prompts, max_len=MAX_LEN, num_tokens=args.tokens, temperature=0.0)
+    columns = generate(model, params, prompts, max_len=MAX_LEN, num_tokens=args.tokens, temperature=0.0,
+                       variables=variables)
     next(columns)
     first = time.perf_counter()
     for _ in columns:

@@ -14,7 +14,7 @@ from llm_jax.data.open import Data, open_examples
 from llm_jax.data.rows.examples import Examples
 from llm_jax.data.stores.store import TokenStore
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, before_eos, decode
-from llm_jax.infer.sampling import beam_search
+from llm_jax.infer.sampling import beam_search, decode_variables
 from llm_jax.infer.validators import Validator, make_validator
 from llm_jax.models.protocol import LanguageModel
 
@@ -58,13 +58,13 @@ def answer(model: LanguageModel, params: Params, examples: Examples, tokenizer: 
   max_len = model.cfg.max_len
   if model.prompt_in_row:  # room for the answer of each prompt, independent of the other prompts in its batch
     max_len = max(max_len, longest + max(len(prompt) for prompt, _ in asked))
-  results = []
+  results, variables = [], decode_variables(model, params)
   for begin in range(0, len(asked), ROWS):
     part = asked[begin:begin + ROWS]
     prompts = [prompt for prompt, _ in part]
     prompts += prompts[:1] * (ROWS - len(prompts) if len(asked) > ROWS else 0)  # padded to one shape, compiled once
     rows = beam_search(model, params, prompts, max_len=max_len, num_tokens=longest, eos_id=tokenizer.eos_id,
-                       num_beams=num_beams, num_ids=len(tokenizer.token_bytes))
+                       num_beams=num_beams, num_ids=len(tokenizer.token_bytes), variables=variables)
     for (prompt, expected), row in zip(part, rows.tolist(), strict=False):
       if interrupted():
         raise Interrupted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,20 +25,19 @@ def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: float = 1.0, to
   if temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = logits_BV.astype(jnp.float32) / temperature
-  if top_k:
-    least_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
-    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-  if top_p < 1:
-    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-    probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    kept_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV < top_p  # always keeps the first
-    least_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-  return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+  if not top_k and top_p == 1:
+    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+  V = logits_BV.shape[-1]
+  logits_BK, ids_BK = jax.lax.top_k(logits_BV, min(top_k or V, V))  # in descending order, equal ones by id
+  probs_BK = jax.nn.softmax(logits_BK, axis=-1)
+  kept_BK = jnp.cumsum(probs_BK, axis=-1) - probs_BK < top_p  # always keeps the first
+  choice_B = jax.random.categorical(key, jnp.where(kept_BK, logits_BK, -jnp.inf), axis=-1)
+  return jnp.take_along_axis(ids_BK, choice_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames='model')
-def _decode_variables(params, *, model):
+@partial(jax.jit, static_argnums=0)
+def decode_variables(model: LanguageModel, params: Params) -> Any:
+  """The variables for `generate` and `beam_search`, which they make for each call if they are not given."""
   return model.decode_variables(params)
 
 
@@ -62,7 +62,7 @@ def _grow(cache, *, model, num_slots):
 
 def generate(model: LanguageModel, params: Params, prompts: list[list[int]], *, max_len: int, num_tokens: int,
              seed: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-             num_ids: int | None = None) -> Iterator[np.ndarray]:
+             num_ids: int | None = None, variables: Any = None) -> Iterator[np.ndarray]:
   """Yields int32 [B], the next token of each prompt, `num_tokens` times or until a row has `max_len` tokens.
 
   Prompts must not be empty. The computation of token i+1 starts before token i is yielded.
@@ -71,7 +71,7 @@ def generate(model: LanguageModel, params: Params, prompts: list[list[int]], *, 
   options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'num_ids': num_ids}
   num_tokens = min(num_tokens, room(model, lengths_B, max_len))
   keys = jax.random.split(jax.random.key(seed), max(num_tokens, 1))
-  variables, longest = _decode_variables(params, model=model), max_len - room(model, lengths_B, max_len)
+  variables, longest = variables or decode_variables(model, params), max_len - room(model, lengths_B, max_len)
   num_slots = slots_for(longest + min(num_tokens, FIRST_TOKENS), tokens_BT.shape[1], max_len)
   tokens_B, cache = _prefill(variables, tokens_BT, lengths_B, keys[0], model=model, num_slots=num_slots, **options)
   for i in range(1, num_tokens + 1):
@@ -108,7 +108,8 @@ def room(model: LanguageModel, lengths_B: np.ndarray, max_len: int) -> int:
 
 
 def beam_search(model: LanguageModel, params: Params, prompts: list[list[int]], *, max_len: int, num_tokens: int,
-                eos_id: int, num_beams: int = 4, alpha: float = 0.6, num_ids: int | None = None) -> np.ndarray:
+                eos_id: int, num_beams: int = 4, alpha: float = 0.6, num_ids: int | None = None,
+                variables: Any = None) -> np.ndarray:
   """The best of `num_beams` hypotheses per row, int32 [B, up to num_tokens], padded with eos_id after the end.
 
   The score is log p / ((5 + length) / 6)^alpha (Wu et al., arXiv 1609.08144, equation 14). One beam is greedy decoding.
@@ -117,7 +118,7 @@ def beam_search(model: LanguageModel, params: Params, prompts: list[list[int]], 
   num_tokens = min(num_tokens, room(model, lengths_B, max_len))
   longest = max_len - room(model, lengths_B, max_len)
   num_slots = slots_for(longest + num_tokens, tokens_BT.shape[1], max_len)
-  return np.asarray(_beam_search(_decode_variables(params, model=model), tokens_BT, lengths_B, model=model,
+  return np.asarray(_beam_search(variables or decode_variables(model, params), tokens_BT, lengths_B, model=model,
                                  num_slots=num_slots, num_tokens=num_tokens, eos_id=eos_id, num_beams=num_beams,
                                  alpha=alpha, num_ids=num_ids))
 

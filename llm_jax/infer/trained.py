@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,6 +43,10 @@ class Trained:
 
   def __init__(self, run: Loaded, workdir: Path, loss_terms: dict[str, Any] | None = None):
     self.run, self.workdir, self.config, self._loss_terms = run, workdir, run.config, loss_terms
+
+  @functools.cached_property
+  def _variables(self) -> Any:
+    return sampling.decode_variables(self.run.model, self.run.params)
 
   def validate(self, split: str = 'val') -> dict[str, float]:
     """The losses and metrics on a whole split of the run's data."""
@@ -108,7 +113,7 @@ class Trained:
     """
     for name, value, least in (('num_samples', num_samples, 1), ('num_tokens', num_tokens, 1), ('top_k', top_k, 0),
                                ('num_beams', num_beams, 0), ('temperature', temperature, 0)):
-      if value < least:
+      if not least <= value < float('inf'):  # also false for NaN
         raise ConfigError(f'--{name} must be at least {least}; got {value}')
     if num_beams and num_samples > 1:
       raise ConfigError('--num_beams gives one text; leave out --num_samples')
@@ -124,7 +129,8 @@ class Trained:
     [ids] = prompt_ids(config, run.prompt_tokenizer, [prompt])
     if len(ids) > config.model.longest_prompt:
       raise ConfigError(f'--prompt: has {len(ids)} tokens; shorten it to at most {config.model.longest_prompt}')
-    options = {'max_len': config.model.max_len, 'num_tokens': num_tokens, 'num_ids': len(run.tokenizer.token_bytes)}
+    options = {'max_len': config.model.max_len, 'num_tokens': num_tokens, 'num_ids': len(run.tokenizer.token_bytes),
+               'variables': self._variables}
     if num_beams:
       return sampling.beam_search(run.model, run.params, [ids], eos_id=run.tokenizer.eos_id, num_beams=num_beams,
                                   **options).T

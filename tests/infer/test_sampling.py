@@ -1,5 +1,6 @@
 """Sampling follows its distribution; cached generation equals the full forward pass."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from llm_jax.base.batch import Batch
+from llm_jax.infer import sampling
 from llm_jax.infer.sampling import generate, sample
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.decoder_config import DecoderConfig
@@ -55,8 +57,13 @@ def test_samples_follow_the_renormalized_softmax(options):
 
 def test_top_p_keeps_the_smallest_sufficient_set():
   logits = np.log(np.array([0.5, 0.25, 0.125, 0.0625, 0.0625, *[1e-9] * 7], np.float32))
-  for top_p, allowed in ((0.4, {0}), (0.6, {0, 1}), (0.8, {0, 1, 2}), (0.9, {0, 1, 2, 3, 4})):
-    assert set(draws(logits, top_p=top_p).tolist()) == allowed  # the last two are equally likely: both or neither
+  for top_p, allowed in ((0.4, {0}), (0.6, {0, 1}), (0.8, {0, 1, 2}), (0.9, {0, 1, 2, 3})):
+    assert set(draws(logits, top_p=top_p).tolist()) == allowed  # of the last two, which are equal, the first
+
+
+@pytest.mark.parametrize('top_k', [1, 3])
+def test_top_k_keeps_k_of_equal_logits(top_k):
+  assert set(draws(np.zeros(12, np.float32), top_k=top_k).tolist()) == set(range(top_k))
 
 
 def test_temperature_0_is_argmax():
@@ -141,6 +148,34 @@ def test_greedy_generation_matches_the_full_forward_pass(name):
       row.append(int(logits_BTV[b, len(row) - 1].argmax()))
       assert generated[b, i] == row[-1], (b, i)
   assert all(len(set(row.tolist())) > 3 for row in generated)  # else equal rows would prove little
+
+
+@pytest.mark.parametrize('name', list(CONFIGS))
+def test_a_cache_that_grows_changes_no_token(name, monkeypatch):
+  expected = run(name, PROMPTS, 12, temperature=0.0)
+  monkeypatch.setattr(sampling, 'FIRST_TOKENS', 1)
+  sizes = []
+  grow = sampling._grow
+  monkeypatch.setattr(sampling, '_grow', lambda cache, **options: sizes.append(options['num_slots']) or grow(
+      cache, **options))
+  np.testing.assert_array_equal(run(name, PROMPTS, 12, temperature=0.0), expected)
+  assert sizes and sizes[-1] <= MAX_LEN
+
+
+def test_decoding_in_bfloat16_matches_the_full_forward_pass():
+  """The layers and the readout are cast once, in `decode_variables`."""
+  model, params = model_and_params('gpt2')
+  model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, dtype='bfloat16'))
+  variables, tokens = model.decode_variables(params), np.array([[3, 1, 4, 1, 5, 9]])
+  casts = {x.dtype for x in jax.tree.leaves(variables['copies'])}
+  assert casts == {jnp.dtype('bfloat16')}
+  full = model.apply({'params': params}, full_batch(tokens.tolist()))[0, :6]
+  logits, cache = model.apply(variables, tokens[:, :3], np.array([3]), model.init_cache(1, 8), method='prefill')
+  found = [logits]
+  for token in tokens[0, 3:]:
+    logits, cache = model.apply(variables, np.array([token]), cache, method='decode')
+    found.append(logits)
+  np.testing.assert_allclose(np.concatenate(found), full[2:], atol=0.02 * np.abs(full).max())
 
 
 def test_sampled_generation_follows_its_seed():
