@@ -49,7 +49,7 @@ from llm_jax.optim.chain import OptimConfig, without_replaced
 class EvalConfig:
   """When to evaluate, on how much of the validation part, and what to sample."""
 
-  every: int = 250  # steps
+  every: int = 250  # steps; 0: no evaluations
   max_tokens: int | None = None  # evenly spread over the validation part; None: all
   prompts: tuple[str, ...] = ('',)  # one sample each; '' starts a new document
   sample_tokens: int = 128  # 0: no samples
@@ -72,8 +72,10 @@ class EvalConfig:
       raise ValueError('sample_tokens, temperature, top_k, patience, min_delta and answers must not be negative')
     for text in self.conditions:
       condition(text)
-    if self.every < 1 or self.num_beams < 1:
-      raise ValueError(f'every and num_beams must be at least 1; got {self.every} and {self.num_beams}')
+    if self.every < 0 or self.num_beams < 1:
+      raise ValueError(f'every must not be negative, and num_beams at least 1; got {self.every} and {self.num_beams}')
+    if not self.every and (self.patience or self.conditions):
+      raise ValueError('every is 0, so nothing is evaluated: patience, capabilities and goal would have no effect')
     check_names('metrics', self.metrics, METRICS)
     keep_named(self, self.metrics, 'metrics does not name it')
     if self.max_tokens is not None and self.max_tokens < 1:
@@ -272,6 +274,9 @@ def base(model: str = 'decoder') -> ml_collections.ConfigDict:
   return values.lock()
 
 
+OF_PATH = ('sha256', 'format', 'field', 'separator', 'query', 'dtype', 'eot_id', 'val_path', 'test_path')
+
+
 @dataclasses.dataclass(frozen=True)
 class ConfigFile:
   """The contents of a config file, before the machine is known."""
@@ -287,10 +292,18 @@ class ConfigFile:
     values = json.loads(json.dumps(values))
     if {'optim.chain', 'optim.schedule'} & overrides.keys():
       values['optim'] = without_replaced(values.get('optim', {}), overrides)
+    if str(overrides.get('data.path', path := values.get('data', {}).get('path'))) != str(path):
+      values['data'] = without_path(values['data'])
     if 'model.name' in overrides:
       values['model'] = model_values(values.get('model', {}), str(overrides['model.name']))
     override(values, overrides)
     return build(Config, values)
+
+
+def without_path(data: Mapping[str, Any]) -> dict[str, Any]:
+  """The values of a data section without those that belong to its path; names of fields stay if the task needs two."""
+  pairs = data.get('answer_field') or data.get('label_field')
+  return {name: value for name, value in data.items() if name not in OF_PATH or (pairs and name == 'field')}
 
 
 def model_values(model: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -65,14 +65,14 @@ class DataConfig(SourceConfig, SplitConfig):
     for field in ('cache_mb', 'num_workers', 'val_documents', 'test_documents'):
       if getattr(self, field) < 0:
         problems.append(f'{field} must not be negative; got {getattr(self, field)}')
-    if not 0 < self.val_fraction < 1:
-      problems.append(f'val_fraction must lie between 0 and 1; got {self.val_fraction}')
+    if not 0 <= self.val_fraction < 1:
+      problems.append(f'val_fraction must be in [0, 1), 0 for no validation part; got {self.val_fraction}')
     if not 0 <= self.test_fraction < 1 - self.val_fraction:
       problems.append(f'test_fraction must lie in [0, 1 - val_fraction); got {self.test_fraction}')
     if not 0 <= self.max_bad_fraction <= 1:
       problems.append(f'max_bad_fraction must lie in [0, 1]; got {self.max_bad_fraction}')
-    if self.split == 'count' and not self.val_documents and self.val_path is None:
-      problems.append('val_documents must be at least 1 if split is count')
+    if self.split == 'count' and not self.val_documents and self.val_path is None and self.val_fraction:
+      problems.append('val_documents must be at least 1 if split is count; for no validation part set val_fraction=0')
     if self.tokenizer not in (*TOKENIZERS, 'none') and not set(self.tokenizer) & set('./:'):
       problems.append(f'tokenizer {self.tokenizer!r} is not one of {", ".join(TOKENIZERS)}, none, a path ending in '
                       '.json or .model, tiktoken:NAME')

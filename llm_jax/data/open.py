@@ -79,8 +79,9 @@ def open_data(config: DataConfig) -> Data:
   splits = {split: {name: s[split] for name, s in by_source.items() if split in s and len(s[split].tokens)}
             for split in SPLITS}
   reports = {name: report for name, s in by_source.items() if 'train' in s and (report := s['train'].report)}
+  wants_val = config.val_documents if config.split == 'count' else config.val_fraction
   for split in ('train', 'val'):
-    for name, source in sources.items():
+    for name, source in sources.items() if split == 'train' or wants_val or splits['val'] else ():
       num_tokens = len(splits[split][name].tokens) if name in splits[split] else 0
       if num_tokens < 2:
         counts = f'; {", ".join(map(str.strip, Report.from_dict(reports[name]).lines()))}' if name in reports else ''

@@ -99,13 +99,16 @@ class Phases(Warmup):
     super().__post_init__()
     check_boundaries(self.boundaries, 'factors', len(self.factors))
 
+  def make_for(self, optim: Any, num_steps: int) -> optax.Schedule:
+    # A phase of N steps has N updates, whatever the first count is.
+    counts = tuple(end + optim.first_count for end in self.boundaries)
+    return Warmup.make_for(dataclasses.replace(self, boundaries=counts), optim, num_steps)
+
   def after(self, peak_value: float, num_steps: int) -> optax.Schedule:
     parts = [optax.constant_schedule(peak_value * factor) for factor in self.factors]
     return optax.join_schedules(parts, [end - self.warmup_steps for end in self.boundaries])
 
   def misfits(self, optim: Any, name: str, num_steps: int) -> list[str]:
-    if wrong := super().misfits(optim, name, num_steps):
-      return wrong
     if not self.boundaries or self.warmup_steps <= self.boundaries[0] <= self.boundaries[-1] < num_steps:
       return []
     return [f'{name}.boundaries {", ".join(map(str, self.boundaries))} must be between warmup_steps '

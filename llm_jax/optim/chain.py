@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -44,11 +45,17 @@ class OptimConfig:
   schedule: str = 'warmup_cosine'  # one of SCHEDULES
   chain: tuple[str, ...] = ('clip_by_global_norm', 'adamw')  # of TRANSFORMS: filters, one optimizer, then controls
   groups: dict[str, Group] = dataclasses.field(default_factory=dict)
+  first_count: int = 1  # the count at which a schedule with a warm-up is read for the first update; 0: as Optax counts
+  rewarm: tuple[int, ...] = ()  # (step, steps): from that step on, the rate rises from 0 again, over so many steps
   sections: Sections = sections(TRANSFORMS, SCHEDULES)
 
   def __post_init__(self) -> None:
     if not 0 < self.learning_rate < float('inf'):
       raise ValueError(f'learning_rate must be positive; got {self.learning_rate}')
+    if self.first_count not in (0, 1):
+      raise ValueError(f'first_count must be 0 or 1; got {self.first_count}')
+    if self.rewarm and (len(self.rewarm) != 2 or min(self.rewarm) < 1):
+      raise ValueError(f'rewarm must be a step and a number of steps, such as 700,50; got {self.rewarm}')
     check_names('chain', self.chain, TRANSFORMS)
     if self.schedule not in SCHEDULES:
       raise ValueError(f'schedule {self.schedule!r} is unknown; {known_names(self.schedule, SCHEDULES)}')
@@ -88,7 +95,20 @@ class OptimConfig:
     return [f'optim.{problem} (num_steps {num_steps})' for problem in problems]
 
   def make_schedule(self, num_steps: int) -> optax.Schedule:
-    return self.section(self.schedule).make_for(self, num_steps)
+    """The learning rate of update n + 1 by n, which is the number of updates before it."""
+    schedule = self.section(self.schedule).make_for(self, num_steps)
+    if not self.rewarm:
+      return schedule
+    begin, length = self.rewarm
+    return lambda count: schedule(count) * jnp.where(count < begin, 1.0, jnp.minimum(1, (count + 1 - begin) / length))
+
+  def shortened(self, num_steps: int) -> list[str]:
+    """Lines on periods of the schedule that are shortened to fit the number of steps."""
+    section = self.section(self.schedule)
+    fitted = section.fitted(num_steps)
+    return [f'optim.{self.schedule}.{field.name}: {getattr(section, field.name)} is shortened to '
+            f'{getattr(fitted, field.name)}, as the run has {num_steps} steps' for field in dataclasses.fields(section)
+            if getattr(section, field.name) != getattr(fitted, field.name)]
 
 
 def without_replaced(optim: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Learning rate schedules, each a config section. During `warmup_steps` the rate rises linearly from 0 to the peak.
+"""Learning rate schedules, each a config section. During `warmup_steps` the rate rises linearly to the peak.
 
-Factors are relative to the peak, config.optim.learning_rate. Schedules that span all of training end at
-config.num_steps.
+Factors are relative to the peak, config.optim.learning_rate. With a warm-up of W steps, update W has the peak and
+update 1 a W-th of it; a decay reaches its end value at the last update (see `first_count` of OptimConfig).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Schedule(Ranged):
   make(peak_value, num_steps)       the Optax schedule of a run of `num_steps`
   make_for(optim, num_steps)        the same for an OptimConfig, of which it may use other sections
   named()                           the names of other schedules that it uses
+  fitted(num_steps)                 the schedule with periods that fit the number of steps
   misfits(optim, name, num_steps)   messages about settings that do not fit the number of steps; `name` is its own
   """
 
@@ -35,13 +36,17 @@ class Schedule(Ranged):
   def named(self) -> tuple[str, ...]:
     return ()
 
-  def misfits(self, optim: Any, name: str, num_steps: int) -> list[str]:
-    del optim
-    given = {field: getattr(self, field, 0) for field in ('warmup_steps', 'decay_steps')}
+  def fitted(self, num_steps: int) -> Any:
+    """Itself, or with warmup_steps and decay_steps shortened to half of the steps if they take all of them."""
+    given = {field: getattr(self, field) for field in ('warmup_steps', 'decay_steps') if getattr(self, field, 0)}
     if sum(given.values()) < num_steps:
-      return []
-    words = ' + '.join(f'{field} {value}' for field, value in given.items() if value)
-    return [f'{name}.{words} must be less than its {num_steps} steps']
+      return self
+    return dataclasses.replace(self, **{  # type: ignore[type-var]
+        field: value * num_steps // (2 * sum(given.values())) for field, value in given.items()})
+
+  def misfits(self, optim: Any, name: str, num_steps: int) -> list[str]:
+    del optim, name, num_steps
+    return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,10 @@ class Warmup(Schedule):
   """The base class of schedules with a warm-up: a linear rise, then `after`."""
 
   warmup_steps: int = at_least(0, 0)
+
+  def make_for(self, optim: Any, num_steps: int) -> optax.Schedule:
+    schedule = self.fitted(num_steps).make(optim.learning_rate, num_steps)
+    return lambda count: schedule(count + optim.first_count)
 
   def make(self, peak_value: float, num_steps: int) -> optax.Schedule:
     after = self.after(peak_value, num_steps - self.warmup_steps)
@@ -95,6 +104,9 @@ class InverseSqrt(Warmup):
   """Decay as 1 / sqrt(step) after the warm-up (arXiv 1706.03762), independent of the number of steps."""
 
   warmup_steps: int = positive(1000)
+
+  def fitted(self, num_steps: int) -> InverseSqrt:
+    return self  # the decay does not depend on the number of steps
 
   def after(self, peak_value: float, num_steps: int) -> optax.Schedule:
     return lambda step: peak_value * jnp.sqrt(self.warmup_steps / (self.warmup_steps + jnp.maximum(step, 0)))

@@ -52,7 +52,7 @@ def due(step: int, config: Config, *, end: int, has_val: bool, first: bool = Fal
   of this process; `stopping`: whether a signal arrived; `traced`: whether a profile begins or ends here.
   """
   last = step == config.num_steps
-  evaluate = has_val and (step % config.eval.every == 0 or last)
+  evaluate = has_val and config.eval.every > 0 and (step % config.eval.every == 0 or last)
   save = step % config.checkpoint.every == 0 or last or step == end or stopping
   return Due(evaluate, save, evaluate, evaluate or save or first or traced)
 

@@ -178,7 +178,7 @@ def check_microbatches(config: Config, objective: Objective, num_microbatches: i
 def check_results(config: Config, data: Data, model: LanguageModel, objective: Objective, params: Params, batch: Batch,
                   required: tuple[str, ...]) -> None:
   """Raises ConfigError for a required metric that evaluations do not compute; params and batch are abstract."""
-  if config.eval.answers or not data.val:  # metrics of answers depend on the validator
+  if config.eval.answers or not data.val or not config.eval.every:  # metrics of answers depend on the validator
     return
   eval_objective, size = objective.eval_objective(), jnp.zeros(model.cfg.vocab_size, jnp.int32)
   sums = jax.eval_shape(partial(eval_step, model=model, token_bytes=size, objective=eval_objective), params, batch)

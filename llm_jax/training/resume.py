@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from llm_jax.base.batch import Params
-from llm_jax.base.builder import to_dict
+from llm_jax.base.builder import build, to_dict
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.multihost import say
 from llm_jax.base.trees import by_name, merge, path_of, split
@@ -18,6 +18,7 @@ from llm_jax.config import Config, differences
 from llm_jax.data.open import check_fingerprint
 from llm_jax.infer.export import EXPORTERS
 from llm_jax.infer.load import load_run, tokenizers_of
+from llm_jax.optim.chain import OptimConfig
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.program import Program
 from llm_jax.training.shardings import param_info
@@ -67,6 +68,22 @@ def report_resume(config: Config, meta: dict) -> None:
   say(f'resuming from step {meta["step"]}')
   for name, (old, new) in differences(meta['config'], to_dict(config)).items():
     say(f'  changed: config.{name}: {old} -> {new}')
+  report_rate(config, meta)
+
+
+def report_rate(config: Config, meta: dict) -> None:
+  """Prints the learning rate of the next update by the old and the new schedule, if they differ."""
+  try:
+    before = build(OptimConfig, meta['config']['optim'])
+    old, new = (float(optim.make_schedule(num_steps)(meta['step'])) for optim, num_steps in (
+        (before, meta['config']['num_steps']), (config.optim, config.num_steps)))
+  except ConfigError:  # the old config names parts that are not loaded now
+    return
+  if abs(old - new) <= 1e-6 * abs(new):
+    return
+  say(f'  the learning rate is {new:.3g} now, where the old schedule has {old:.3g}; for a smooth change, set '
+      f'--config.optim.rewarm={meta["step"]},{max(1, config.num_steps // 100)}; to keep the old one, '
+      f'--config.optim.schedule=constant --config.optim.learning_rate={old:.3g}')
 
 
 def first_state(program: Program, checkpoints: Checkpoints, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:

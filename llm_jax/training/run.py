@@ -71,9 +71,11 @@ def print_summary(program: Program, state: TrainState, workdir: Path, console: C
   sources = ', '.join(shown(s.path) for s in config.data.named_sources.values())
   if not data.train and not data.streams:
     sources = 'batches passed from Python'
-  console.line(f'data: {sources}: {amount} to train '
-               f'on, {num_val / 1e6:.2f} M to validate with'
+  console.line(f'data: {sources}: {amount} to train on, '
+               + (f'{num_val / 1e6:.2f} M to validate with' if num_val and config.eval.every else 'no validation')
                + (f'; {config.num_steps} steps are {epochs:.2f} epochs' if num_train else ''))
+  for line in config.optim.shortened(config.num_steps):
+    console.line(f'schedule: {line}')
   console.line(f'batch: {config.batch_tokens} tokens = {num_microbatches} microbatch(es) x {held_rows} row(s) '
                f'x {seq_len} tokens on each of {config.rows_per_batch // num_microbatches // held_rows} device(s)')
   console.line(f'workdir: {workdir}; to watch the run: tensorboard --logdir {workdir}')
