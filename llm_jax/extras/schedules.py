@@ -150,8 +150,13 @@ class Composite(Schedule):
                                 list(self.boundaries))
 
   def misfits(self, optim: Any, name: str, num_steps: int) -> list[str]:
-    return [line for part, steps in self.lengths(num_steps) for line in (
-        optim.section(part).misfits(optim, part, steps) if steps > 0 else [f'{name}.boundaries leave {part} no steps'])]
+    problems = []
+    for part, steps in self.lengths(num_steps):
+      section = optim.section(part)
+      problems += section.misfits(optim, part, steps)
+      if steps < 1 or section.fitted(steps) != section:
+        problems.append(f'{name}.boundaries leave {part} {max(steps, 0)} steps, which its warm-up and decay exceed')
+    return problems
 
 
 def check_boundaries(boundaries: tuple[int, ...], what: str, count: int) -> None:

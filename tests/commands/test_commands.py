@@ -39,7 +39,7 @@ def test_schedules_are_plotted_and_summarized(folder, capsys):
                   '--config.optim.schedule=constant', '--config.optim.warmup_cosine.warmup_steps=0',
                   '--config.optim.constant.warmup_steps=3'])
   printed = capsys.readouterr().out.splitlines()
-  assert len(printed) == 2 and 'constant, 150 steps, first 0, maximum 0.003, last 0.003' in printed[0]
+  assert len(printed) == 2 and 'constant, 150 steps, first 0.001, maximum 0.003, last 0.003' in printed[0]
   assert min(matplotlib.image.imread(folder / 'x.png').shape[:2]) > 100
 
 

@@ -27,7 +27,8 @@ def warmup_cosine(step, peak, warmup, total, factor):
 
 
 def test_warmup_cosine_matches_its_equation():
-  config = build(OptimConfig, {'learning_rate': 0.3, 'warmup_cosine': {'warmup_steps': 10, 'end_factor': 0.2}})
+  config = build(OptimConfig, {'learning_rate': 0.3, 'first_count': 0,
+                               'warmup_cosine': {'warmup_steps': 10, 'end_factor': 0.2}})
   schedule = make_optimizer(config, 50).schedule
   got = [float(schedule(step)) for step in range(51)]
   np.testing.assert_allclose(got, [warmup_cosine(step, 0.3, 10, 50, 0.2) for step in range(51)], rtol=1e-6)
@@ -54,7 +55,7 @@ def test_finite_squares_give_a_finite_state(name):
 def test_constant_warms_up_and_stays_constant():
   config = build(OptimConfig, {'learning_rate': 0.3, 'schedule': 'constant', 'constant': {'warmup_steps': 4}})
   schedule = make_optimizer(config, 50).schedule
-  np.testing.assert_allclose([schedule(s) for s in (0, 2, 4, 30)], [0, 0.15, 0.3, 0.3], rtol=1e-6)
+  np.testing.assert_allclose([schedule(s) for s in (0, 1, 3, 30)], [0.075, 0.15, 0.3, 0.3], rtol=1e-6)
 
 
 def test_the_default_chain_matches_clipping_and_adamw():
@@ -77,7 +78,7 @@ def test_the_default_chain_matches_clipping_and_adamw():
     grads = jax.tree.map(lambda g: g * min(1, 2 / norm), grads)  # noqa: B023
     m = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, m, grads)
     v = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * g * g, v, grads)
-    rate = warmup_cosine(t, 0.003, 3, 20, 0.1)
+    rate = warmup_cosine(t + 1, 0.003, 3, 20, 0.1)
     expected = jax.tree.map(
         lambda p, m, v, d: p - rate * (m / (1 - 0.8**(t + 1)) / (np.sqrt(v / (1 - 0.9**(t + 1))) + 1e-8) + d * p),  # noqa: B023
         expected, m, v, decay)

@@ -13,8 +13,8 @@ from llm_jax.optim.chain import SCHEDULES, OptimConfig
 PEAK, STEPS = 0.5, 100
 
 
-def values(name, num_steps=STEPS, **sections):
-  config = build(OptimConfig, {'learning_rate': PEAK, 'schedule': name, **sections})
+def values(name, num_steps=STEPS, first_count=0, **sections):
+  config = build(OptimConfig, {'learning_rate': PEAK, 'schedule': name, 'first_count': first_count, **sections})
   schedule = config.make_schedule(num_steps)
   return np.asarray(jax.vmap(schedule)(np.arange(num_steps + 1)))
 
@@ -67,6 +67,45 @@ def test_schedules_match_their_equations(name, settings, expected):
                              atol=1e-6 * PEAK)
 
 
+@pytest.mark.parametrize(('name', 'settings'), [
+    ('warmup_cosine', {'warmup_steps': 10}), ('warmup_linear', {'warmup_steps': 10}),
+    ('constant', {'warmup_steps': 10}), ('inverse_sqrt', {'warmup_steps': 10}), ('wsd', {'warmup_steps': 10, 'decay_steps': 20, 'end_factor': 0.1})])
+def test_by_default_the_first_update_has_a_rate_and_the_last_one_the_end_value(name, settings):
+  rates, counted = values(name, first_count=1, **{name: settings}), values(name, **{name: settings})
+  np.testing.assert_allclose(rates[:STEPS], counted[1:], rtol=1e-6)
+  assert rates[0] == pytest.approx(PEAK / 10) and rates[9] == pytest.approx(PEAK)
+  assert rates[STEPS - 1] == pytest.approx(counted[STEPS])
+
+
+@pytest.mark.parametrize('first_count', [0, 1])
+def test_a_phase_has_as_many_updates_as_its_boundaries_say(first_count):
+  rates = values('phases', first_count=first_count, phases={'factors': [1.0, 5.0, 0.2], 'boundaries': [20, 60]})
+  np.testing.assert_allclose(rates[:STEPS], PEAK * np.repeat([1.0, 5.0, 0.2], [20, 40, 40]), rtol=1e-6)
+
+
+def test_rewarm_raises_the_rate_from_zero_again():
+  plain, got = (values('warmup_cosine', first_count=1, **given) for given in ({}, {'rewarm': [50, 10]}))
+  np.testing.assert_array_equal(got[:50], plain[:50])
+  np.testing.assert_allclose(got[50:60] / plain[50:60], np.arange(1, 11) / 10, rtol=1e-5)
+  np.testing.assert_array_equal(got[60:], plain[60:])
+
+
+@pytest.mark.parametrize(('name', 'settings', 'fitted'), [
+    ('warmup_cosine', {'warmup_steps': 200}, {'warmup_steps': 10}),
+    ('warmup_cosine', {'warmup_steps': 19}, {'warmup_steps': 19}),
+    ('wsd', {'warmup_steps': 600, 'decay_steps': 200}, {'warmup_steps': 7, 'decay_steps': 2}),
+    ('constant', {'warmup_steps': 20}, {'warmup_steps': 10})])
+def test_a_short_run_shortens_warm_up_and_decay(name, settings, fitted):
+  given = build(OptimConfig, {'learning_rate': PEAK, 'schedule': name, name: settings})
+  short = build(OptimConfig, {'learning_rate': PEAK, 'schedule': name, name: fitted})
+  schedules = [config.make_schedule(20) for config in (given, short)]
+  np.testing.assert_array_equal(*([float(schedule(n)) for n in range(20)] for schedule in schedules))
+  lines = given.shortened(20)
+  assert len(lines) == sum(settings[field] != fitted[field] for field in settings)
+  for line, field in zip(lines, settings, strict=False):
+    assert f'{name}.{field}: {settings[field]} is shortened to {fitted[field]}, as the run has 20 steps' in line
+
+
 def test_restarts_decrease_between_restarts():
   got = values('restarts', restarts={'period': 10, 'multiply': 1.0, 'shrink': 0.5, 'end_factor': 0.1})[:STEPS]
   cycles = got.reshape(-1, 10)
@@ -108,12 +147,10 @@ def test_invalid_settings_are_reported(given, words):
 
 
 @pytest.mark.parametrize(('given', 'words'), [
-    ({'schedule': 'wsd', 'wsd': {'decay_steps': 1000}}, ['wsd.decay_steps 1000', 'num_steps 1000']),
     ({'schedule': 'composite', 'composite': {'parts': ['constant', 'warmup_cosine'], 'boundaries': [900]},
-      'warmup_cosine': {'warmup_steps': 200}}, ['warmup_cosine.warmup_steps 200', 'its 100 steps']),
+      'warmup_cosine': {'warmup_steps': 200}}, ['boundaries leave warmup_cosine 100 steps', 'warm-up']),
     ({'schedule': 'composite', 'composite': {'parts': ['constant', 'warmup_cosine'], 'boundaries': [2000]}},
-     ['composite.boundaries', 'no steps', '1000']),
-    ({'schedule': 'wsd', 'wsd': {'warmup_steps': 600, 'decay_steps': 500}}, ['600 + decay_steps 500', '1000 steps']),
+     ['composite.boundaries', '0 steps', '1000']),
     ({'schedule': 'phases'}, ['phases.boundaries 1000, 6000, 8000', 'num_steps 1000']),
     ({'schedule': 'phases', 'phases': {'warmup_steps': 50, 'factors': [1.0, 2.0], 'boundaries': [20]}}, ['20', '50']),
 ])
