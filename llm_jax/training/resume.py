@@ -82,7 +82,7 @@ def report_rate(config: Config, meta: dict) -> None:
   if abs(old - new) <= 1e-6 * abs(new):
     return
   say(f'  the learning rate is {new:.3g} now, where the old schedule has {old:.3g}; for a smooth change, set '
-      f'--config.optim.rewarm={meta["step"]},{max(1, config.num_steps // 100)}; to keep the old one, '
+      f'--config.optim.rewarm={meta["step"]},{max(1, (config.num_steps - meta["step"]) // 10)}; to keep the old one, '
       f'--config.optim.schedule=constant --config.optim.learning_rate={old:.3g}')
 
 

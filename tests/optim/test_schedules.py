@@ -69,7 +69,8 @@ def test_schedules_match_their_equations(name, settings, expected):
 
 @pytest.mark.parametrize(('name', 'settings'), [
     ('warmup_cosine', {'warmup_steps': 10}), ('warmup_linear', {'warmup_steps': 10}),
-    ('constant', {'warmup_steps': 10}), ('inverse_sqrt', {'warmup_steps': 10}), ('wsd', {'warmup_steps': 10, 'decay_steps': 20, 'end_factor': 0.1})])
+    ('constant', {'warmup_steps': 10}), ('inverse_sqrt', {'warmup_steps': 10}),
+    ('wsd', {'warmup_steps': 10, 'decay_steps': 20, 'end_factor': 0.1})])
 def test_by_default_the_first_update_has_a_rate_and_the_last_one_the_end_value(name, settings):
   rates, counted = values(name, first_count=1, **{name: settings}), values(name, **{name: settings})
   np.testing.assert_allclose(rates[:STEPS], counted[1:], rtol=1e-6)

@@ -1,0 +1,64 @@
+"""First experiments: few steps, no validation, data of one's own for a preset, and a run that goes on for longer."""
+
+import re
+
+import pytest
+from program import write_config
+
+from llm_jax import main
+from llm_jax.config import open_config
+from llm_jax.training.log import read_metrics
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('short')
+  write_config(folder)
+  return folder
+
+
+def train(folder, name, *flags):
+  main.main([f'--config={folder}/tiny.py', f'--workdir={folder / name}', '--config.eval.sample_tokens=0', *flags])
+  return {line['step']: line for line in read_metrics(folder / name / 'metrics.jsonl')}
+
+
+def test_a_run_of_few_steps_says_what_it_shortens(folder, capsys):
+  lines = train(folder, 'few', '--config.num_steps=4')
+  printed = capsys.readouterr().out
+  assert 'optim.warmup_cosine.warmup_steps: 5 is shortened to 2, as the run has 4 steps' in printed
+  assert lines[1]['train/learning_rate'] == pytest.approx(3e-3 / 2) and 'val/loss' in lines[4]
+
+
+@pytest.mark.parametrize('flag', ['--config.eval.every=0', '--config.data.val_fraction=0'])
+def test_validation_can_be_turned_off(folder, flag, capsys):
+  lines = train(folder, re.sub(r'\W', '_', flag), '--config.num_steps=6', flag)
+  assert 'no validation' in capsys.readouterr().out
+  assert not [name for line in lines.values() for name in line if name.startswith('val/')]
+  assert sorted(lines) == [1, 2, 3, 4, 5, 6]
+
+
+def test_going_on_for_longer_reports_both_rates_and_its_advice_works(folder, capsys):
+  train(folder, 'longer', '--config.num_steps=20', '--config.eval.every=0')
+  capsys.readouterr()
+  flags = ['--config.num_steps=40', '--config.eval.every=0']
+  lines = train(folder, 'longer', *flags)
+  [line] = [line for line in capsys.readouterr().out.splitlines() if 'the learning rate is' in line]
+  new, old = map(float, re.search(r'is (\S+) now, where the old schedule has (\S+);', line).groups())
+  assert lines[21]['train/learning_rate'] == pytest.approx(new, rel=1e-2) and new > old
+  assert lines[20]['train/learning_rate'] == pytest.approx(old, rel=1e-2)
+  rewarm, constant, rate = re.findall(r'--config\.\S+?=[^\s;]+', line)
+  smooth = train(folder, 'longer', *flags, '--config.num_steps=44', rewarm.replace('20,', '40,'))
+  assert smooth[41]['train/learning_rate'] < smooth[42]['train/learning_rate']
+  kept = train(folder, 'longer', *flags, '--config.num_steps=46', constant, rate)
+  assert kept[46]['train/learning_rate'] == pytest.approx(old, rel=1e-2)
+
+
+def test_another_path_drops_what_belongs_to_the_old_one():
+  source = open_config('shakespeare_char')
+  before, after = (source.resolve(overrides, cpu_only=True).data for overrides in ({}, {'data.path': 'mine.txt'}))
+  assert before.sha256 and after.sha256 is None and after.path == 'mine.txt'
+  assert (after.tokenizer, after.split, after.seq_len) == (before.tokenizer, before.split, before.seq_len)
+  kept = source.resolve({'data.path': before.path}, cpu_only=True).data
+  assert kept == before
+  pairs = open_config('seq2seq_wgsl').resolve({'data.path': 'mine.jsonl'}, cpu_only=True).data
+  assert pairs.answer_field == open_config('seq2seq_wgsl').resolve({}, cpu_only=True).data.answer_field
