@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
 
   from llm_jax import api
   from llm_jax.base.devices import only_cpus
+  from llm_jax.training.ending import ending
   if args.distributed:
     start_processes()
   if jax.process_index() == 0:
@@ -66,6 +67,8 @@ def main(argv: list[str]) -> None:
   with out_of_memory_as_config_error(config.tokens_per_device):
     for _ in api.train(config, workdir):
       pass
+  for line in ending(config, workdir, argv) if jax.process_index() == 0 else ():
+    print(line)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ FLOORS = [
     {'models'},
     {'config'},
     {'training.state', 'training.shardings', 'training.checkpoint', 'training.stages', 'training.log',
-     'training.status', 'training.best', 'infer.sampling', 'infer.answers', 'infer.text'},
+     'training.status', 'training.best', 'training.ending', 'infer.sampling', 'infer.answers', 'infer.text'},
     {'infer.score', 'infer.load'},
     {'training.custom', 'training.flops', 'training.memory', 'training.resolve'},
     {'infer.trained', 'training.program'},

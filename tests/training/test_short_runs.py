@@ -1,9 +1,10 @@
 """First experiments: few steps, no validation, data of one's own for a preset, and a run that goes on for longer."""
 
 import re
+import subprocess
 
 import pytest
-from program import write_config
+from program import environment, finish, start, write_config
 
 from llm_jax import main
 from llm_jax.config import open_config
@@ -62,3 +63,29 @@ def test_another_path_drops_what_belongs_to_the_old_one():
   assert kept == before
   pairs = open_config('seq2seq_wgsl').resolve({'data.path': 'mine.jsonl'}, cpu_only=True).data
   assert pairs.answer_field == open_config('seq2seq_wgsl').resolve({}, cpu_only=True).data.answer_field
+
+
+def test_the_end_of_a_run_prints_its_result_and_the_next_commands(folder, capsys):
+  train(folder, 'ended', '--config.num_steps=4')
+  lines = capsys.readouterr().out.splitlines()
+  at = next(i for i, line in enumerate(lines) if line.startswith('finished: '))
+  assert re.match(rf'finished: step 4 after \S+; best val/loss \d\.\d{{4}}; all files are in {folder}/ended', lines[at])
+  commands = [line.split('  # ')[0].strip() for line in lines[at + 2:]]
+  assert [re.search(r'(llm-jax|llm_jax|tensorboard) (\S+)', command)[2] for command in commands] == [
+      'generate', 'evaluate', 'export', 'train', '--logdir']
+  assert commands[3].endswith(f'--config.eval.sample_tokens=0 --workdir={folder}/ended --config.num_steps=8')
+  capsys.readouterr()
+  train(folder, 'unevaluated', '--config.num_steps=4', '--config.eval.every=0')
+  assert 'evaluate --workdir' not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_commands_that_a_run_prints_work(folder):
+  flags = ['--config=tiny.py', '--workdir', 'a run', '--config.num_steps=4', '--config.eval.sample_tokens=0']
+  output = finish(start(folder, 'main', *flags))
+  for line in output[output.index('next:'):].splitlines()[1:]:
+    command = line.split('  # ')[0].strip()
+    if 'tensorboard' not in command:
+      done = subprocess.run(command, shell=True, cwd=folder, env=environment(folder), capture_output=True, text=True)
+      assert done.returncode == 0, f'{command}\n{done.stdout}{done.stderr}'
+  assert 'step 8/8' in done.stdout

@@ -1,0 +1,57 @@
+"""What a finished run prints: its result, and the commands to go on with."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_jax.config import Config
+from llm_jax.training.log import duration
+from llm_jax.training.status import read_status
+
+
+def ending(config: Config, workdir: Path, arguments: Sequence[str]) -> list[str]:
+  """Lines on a finished run, with commands that work as printed; [] if it has not finished.
+
+  `arguments` are those of the command that trained it.
+  """
+  status = read_status(workdir)
+  if status['state'] != 'finished':
+    return []
+  best = f'; best {status["monitor"]} {status["best"]:.4f}' if status.get('best') is not None else ''
+  run, steps = shlex.quote(str(workdir)), 2 * config.num_steps
+  use = f"generate --workdir={run} --prompt=''" if config.writes else f'predict --workdir={run} --text=TEXT'
+  further = without(arguments, '--config.num_steps', '--workdir')
+  commands = [use, f'evaluate --workdir={run}', f'export --workdir={run} --out=exported --weight_bits=32',
+              f'train {shlex.join(further)} --workdir={run} --config.num_steps={steps}']
+  notes = ['text from the model' if config.writes else 'predictions', 'the loss on all validation data',
+           'safetensors, config and tokenizer', f'goes on to step {steps}']
+  if not config.eval.every:
+    del commands[1], notes[1]
+  tool = program()
+  lines = [f'{tool} {command}' for command in commands] + [f'{beside(tool, "tensorboard")} --logdir {run}']
+  return [f'finished: step {status["step"]} after {duration(status["seconds"])}{best}; all files are in {workdir}',
+          'next:', *(f'  {line}  # {note}' for line, note in zip(lines, [*notes, 'curves and samples'], strict=True))]
+
+
+def without(arguments: Sequence[str], *flags: str) -> list[str]:
+  """The arguments without these flags and their values: --flag=value or --flag value."""
+  values = {i + 1 for i, word in enumerate(arguments) if word in flags}
+  return [word for i, word in enumerate(arguments) if word.partition('=')[0] not in flags and i not in values]
+
+
+def program() -> str:
+  """How to call llm-jax here: by its name, by its path beside this Python, or as a module."""
+  if shutil.which('llm-jax'):
+    return 'llm-jax'
+  script = Path(sys.executable).parent / 'llm-jax'
+  return shlex.quote(os.path.relpath(script)) if script.is_file() else f'{shlex.quote(sys.executable)} -m llm_jax'
+
+
+def beside(tool: str, name: str) -> str:
+  """The program `name` in the folder of the llm-jax script, if that is not on the path."""
+  return str(Path(tool).with_name(name)) if tool.endswith('/llm-jax') else name
