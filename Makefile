@@ -1,19 +1,22 @@
 # make train and make test need nothing but Python 3.11-3.13: each makes .venv first. PYTHON=... picks another one.
+# CUDA=1 installs JAX for NVIDIA GPUs (CUDA 13) instead of JAX for CPUs.
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3 python; do \
   "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 RUN := $(VENV)/bin/python
+LOCK := requirements$(if $(CUDA),-cuda).lock
+INSTALLED := $(VENV)/installed$(if $(CUDA),-cuda)
 
 .PHONY: install train test test-slow lint bench lock
 
-install: $(VENV)/installed
+install: $(INSTALLED)
 
 # Written last: an install that broke off is done again.
-$(VENV)/installed: requirements.lock pyproject.toml
+$(INSTALLED): $(LOCK) pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; name one: make PYTHON=/path/to/python"; exit 1; }
 	@echo "installing into $(VENV) with $$($(PYTHON) --version); this takes a few minutes"
 	$(PYTHON) -m venv --clear $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r $(LOCK)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -38,3 +41,5 @@ bench: install
 lock:
 	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes \
 	  --no-header --no-annotate -o requirements.lock
+	uv pip compile pyproject.toml --extra test --extra cuda13 --universal --python-version 3.11 --generate-hashes \
+	  --no-header --no-annotate -o requirements-cuda.lock
