@@ -7,6 +7,8 @@ Result: for 90% of 49 unseen descriptions the right one of 32 programs comes fir
 two busy cores of a 2.5 GHz Xeon. Cosines of tf-idf vectors: 16% (mrr 0.288; python -m benchmarks.baselines).
 """
 
+from pathlib import Path
+
 from llm_jax.config import base
 
 
@@ -23,7 +25,7 @@ def get_config():
   config.model.mlp_dim = 256
   config.model.dropout = 0.1
   config.model.scan_unroll = 2
-  config.data.path = 'configs/data/wgsl.jsonl'
+  config.data.path = str(Path(__file__).parent / 'data' / 'wgsl.jsonl')
   config.data.field = 'text'
   config.data.answer_field = 'answer'
   config.data.split = 'document'
