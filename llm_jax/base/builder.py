@@ -73,7 +73,9 @@ SYNONYMS = {
     'd_ff': 'mlp_dim', 'intermediate_size': 'mlp_dim', 'bias': 'use_bias', 'rope_theta': 'rope_base',
     'wd': 'weight_decay', 'beta1': 'b1', 'beta2': 'b2', 'grad_clip': 'max_norm', 'warmup': 'warmup_steps',
     'warmup_iters': 'warmup_steps', 'dataset': 'path', 'data_path': 'path', 'data_dir': 'path',
-    'eval_interval': 'every', 'log_interval': 'every', 'save_every': 'every', 'out_dir': 'workdir'}
+    'eval_interval': 'every', 'log_interval': 'every', 'save_every': 'every', 'out_dir': 'workdir',
+    'output_dir': 'workdir'}
+IN_TOKENS = ('batch_tokens', 'tokens_per_device')  # a value in rows, as others give it, would mean something else
 
 
 def leaf_paths(cls: type) -> Iterator[str]:
@@ -96,13 +98,18 @@ def leaf_paths(cls: type) -> Iterator[str]:
 
 def nearest_fields(name: str, cls: type) -> list[str]:
   """Up to three paths of fields of `cls` whose last name is or resembles that of `name`; the shortest first."""
-  leaf = name.rpartition('.')[2]
-  paths = sorted(leaf_paths(cls), key=lambda path: (path.count('.'), path))
+  leaf, usual = name.rpartition('.')[2], set(_paths(to_dict(cls())))  # of entries that are named by default
+  paths = sorted(leaf_paths(cls), key=lambda path: (path not in usual, path.count('.'), path))
   leaves = {path.rpartition('.')[2] for path in paths}
   near = [SYNONYMS[leaf]] if SYNONYMS.get(leaf) in leaves else difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
   found = [path for path in paths if path.rpartition('.')[2] in near]
-  closest = difflib.get_close_matches(name, found, n=1, cutoff=0)  # that of the section that was named
-  return [*closest, *(path for path in found if path not in closest)][:3 if len(found) < 4 else 1]
+  named = [path for path in found if path.rpartition('.')[0] == name.rpartition('.')[0]]
+  return list(dict.fromkeys(named + found))[:3]
+
+
+def _paths(values: Any, path: str = '') -> Iterator[str]:
+  for name, value in values.items():
+    yield from _paths(value, f'{path}{name}.') if isinstance(value, dict) and value else [f'{path}{name}']
 
 
 def check_names(field: str, names: Iterable[str], registry: Registry) -> None:
@@ -316,10 +323,13 @@ def parse_overrides(arguments: Sequence[str], prefix: str, known: str, cls: type
 
 def _nearest_flags(argument: str, prefix: str, known: str, cls: type | None) -> str:
   name, equals, value = argument.partition('=')
-  if not name.startswith('-') and '--config,' in known:
+  if not name.startswith('-') and not equals and '--config,' in known:
     return f'values need the name of their flag; did you mean --config={argument}?'
+  name = name.lstrip('-').removeprefix('config.')
   flags = [flag for flag in known.replace(',', ' ').split() if flag.startswith('--') and not flag.endswith('FIELD')]
-  near = difflib.get_close_matches(f'--{name.lstrip("-")}', flags, n=1, cutoff=0.75)
+  near = difflib.get_close_matches(f'--{SYNONYMS.get(name, name)}', flags, n=1, cutoff=0.75)
   if cls is not None and not near:
-    near = [prefix + path for path in nearest_fields(name.lstrip('-').removeprefix('config.'), cls)]
+    near = [prefix + path for path in nearest_fields(name, cls)]
+  if any(flag.endswith(IN_TOKENS) for flag in near) and name in SYNONYMS:
+    return f'did you mean {" or ".join(near)}, which counts tokens, not rows?'
   return f'did you mean {" or ".join(flag + equals + value for flag in near)}?' if near else f'known: {known}'

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import re
 import sys
 import traceback
@@ -92,7 +93,8 @@ def run_file(path: Path, module_name: str, flag: str) -> object:
 
 def line_in(path: Path, error: BaseException) -> str:
   """', line 12': where in the file an error was raised; '' if elsewhere."""
-  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+           if os.path.realpath(frame.filename) == os.path.realpath(path)]
   return f', line {lines[-1]}' if lines else ''
 
 

@@ -55,7 +55,8 @@ def run_as_program(main: Callable[[list[str]], None]) -> None:
     end(e)
   except ModuleNotFoundError as e:
     name = (e.name or '').partition('.')[0]
-    if name == 'llm_jax':
+    importer = [frame.filename for frame in traceback.extract_tb(e.__traceback__) if frame.filename[:1] != '<'][-1]
+    if name == 'llm_jax' or Path(__file__).parents[1] not in Path(importer).parents:  # not ours
       raise
     end(ConfigError(f'the package {name} is not installed for {sys.executable}; {_environment()}'))
   except (RuntimeError, AssertionError) as e:
@@ -76,7 +77,7 @@ def end(error: UserError) -> NoReturn:
 def _environment() -> str:
   """How to run with all packages: from the checkout's .venv if there is one."""
   venv = Path(__file__).parents[2] / '.venv' / 'bin'
-  if venv.is_dir() and Path(sys.executable).parent != venv:
-    return f'the environment made by make has it: {os.path.relpath(venv)}/llm-jax ..., or activate it: ' \
-           f'source {os.path.relpath(venv)}/activate'
+  if (venv / 'llm-jax').exists() and Path(sys.executable).parent != venv:
+    path = os.path.relpath(venv)
+    return f'the environment made by make has the packages: {path}/llm-jax ..., or activate it: source {path}/activate'
   return 'install it with: pip install llm_jax (in a checkout: make install)'

@@ -32,13 +32,22 @@ def main(argv: list[str]) -> None:
   flags.apply(args)
   from llm_jax import config as config_lib
   from llm_jax.base.devices import only_cpus
-  sections = [word for word in rest if not word.startswith('-')]
-  overrides = parse_overrides([word for word in rest if word.startswith('-')], '--config.',
-                              '--config, --diff, --format, --full_size, --plugin, --config.FIELD', config_lib.Config)
+  values = {i + 1 for i, word in enumerate(rest) if word.startswith('--config.') and '=' not in word}
+  sections = [word.removeprefix('config.') for i, word in enumerate(rest) if word[:1] != '-' and i not in values]
+  overrides = parse_overrides(
+      [word for i, word in enumerate(rest) if word[:1] == '-' or i in values], '--config.',
+      '--config, --diff, --format, --full_size, --plugin, --trust, --config.FIELD', config_lib.Config)
+
+  def chosen(path: str) -> bool:
+    return not sections or any(f'{path}.'.startswith(f'{section}.') for section in sections)
+
   cpu_only = only_cpus() and not args.full_size
+  if args.diff and args.config:
+    raise ConfigError('--diff compares the two configs after it: leave out --config')
   if args.diff:
-    old, new = (to_dict(config_lib.open_config(path).resolve(overrides, cpu_only=cpu_only)) for path in args.diff)
-    found = config_lib.differences(old, new)
+    old, new = (to_dict(config_lib.open_config(path, trust=args.trust).resolve(overrides, cpu_only=cpu_only))
+                for path in args.diff)
+    found = {path: pair for path, pair in config_lib.differences(old, new).items() if chosen(path)}
     print(json.dumps(found, indent=2) if args.format == 'json' else
           '\n'.join(f'{path}: {as_typed(a)} -> {as_typed(b)}' for path, (a, b) in found.items()) or 'no difference')
     return
@@ -46,11 +55,12 @@ def main(argv: list[str]) -> None:
     raise ConfigError(f'--config is missing: set it to a file or to one of: {", ".join(config_lib.presets())}')
   source = config_lib.open_config(args.config, trust=args.trust)
   config = source.resolve(overrides, cpu_only=cpu_only)
-  entries = [field for field in fields_of(config) if not sections or any(
-      f'{field.path}.'.startswith(f'{section.removeprefix("config.")}.') for section in sections)]
-  if not entries:
-    known = dict.fromkeys(field.path.partition('.')[0] for field in fields_of(config) if '.' in field.path)
-    raise ConfigError(f'{args.config} has no section {", ".join(sections)}; sections: {", ".join(known)}')
+  fields = list(fields_of(config))
+  entries = [field for field in fields if chosen(field.path)]
+  missing = [name for name in sections if not any(f'{field.path}.'.startswith(f'{name}.') for field in fields)]
+  if missing:
+    known = dict.fromkeys(field.path.partition('.')[0] for field in fields if '.' in field.path)
+    raise ConfigError(f'{args.config} has no section {", ".join(missing)}; sections: {", ".join(known)}')
   on_cpu = source.on_cpu if cpu_only else None
   origins = [origin(field, source.full, on_cpu, overrides) for field in entries]
   if args.format == 'json':

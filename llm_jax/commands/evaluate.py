@@ -39,13 +39,15 @@ def main(argv: list[str]) -> None:
   print(json.dumps(report, indent=2))
   out = args.out or args.workdir / 'evaluation.json'
   for name, confusion in tables.items():
-    report |= trained.config.loss.sections[name].report(confusion, out.parent)
+    report |= trained.config.loss.sections[name].report(confusion)
   files = {out: json.dumps(report, indent=2) + '\n'}
   if answers:
     files[out.with_name('answers.jsonl')] = ''.join(json.dumps(a._asdict(), ensure_ascii=False) + '\n' for a in answers)
   for path, content in files.items():
     with writing(f'--out: {path}'):
       write_file(path, content)
+  for name, confusion in tables.items():
+    trained.config.loss.sections[name].draw(confusion, out.parent)
 
 
 if __name__ == '__main__':

@@ -228,9 +228,6 @@ class BytePatch(nn.Module):
   def _starts(self, batch_size: int) -> jax.Array:
     return jnp.broadcast_to(self.start, (batch_size, *self.start.shape))
 
-  def decode_variables(self, params: Any) -> dict[str, Any]:
-    return {'params': params}
-
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
     """An empty cache; its size does not depend on `max_len`."""
     cfg, B = self.cfg, batch_size

@@ -128,6 +128,7 @@ class EncDec(nn.Module):
                      'encoder_segment_ids'})  # of a Batch
   needs = frozenset({'encoder_tokens'})
   prompt_in_row = False
+  cache_grows = True
 
   def setup(self) -> None:
     cfg = self.cfg

@@ -72,10 +72,14 @@ class Classification(Term):
     numbers = np.array([self.classes.index(name) for name in store.classes], np.float64)
     return dataclasses.replace(store, labels=numbers[np.asarray(store.labels).astype(int)], classes=self.classes)
 
-  def report(self, confusion: np.ndarray, folder: Path) -> dict[str, Any]:
-    classes = self.classes or tuple(map(str, range(len(confusion))))
-    draw_confusion(confusion, classes, folder / 'confusion.png')
-    return {'confusion': confusion.astype(int).tolist(), 'classes': classes}
+  def report(self, confusion: np.ndarray) -> dict[str, Any]:
+    return {'confusion': confusion.astype(int).tolist(), 'classes': self._names(confusion)}
+
+  def draw(self, confusion: np.ndarray, folder: Path) -> None:
+    draw_confusion(confusion, self._names(confusion), folder / 'confusion.png')
+
+  def _names(self, confusion: np.ndarray) -> tuple[str, ...]:
+    return self.classes or tuple(map(str, range(len(confusion))))
 
   def check_labels(self, split: str, labels: np.ndarray) -> None:
     most = int(np.max(labels, initial=0))

@@ -38,7 +38,8 @@ def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: float = 1.0, to
 @partial(jax.jit, static_argnums=0)
 def decode_variables(model: LanguageModel, params: Params) -> Any:
   """The variables for `generate` and `beam_search`, which they make for each call if they are not given."""
-  return model.decode_variables(params)
+  own = getattr(model, 'decode_variables', None)
+  return {'params': params} if own is None else own(params)
 
 
 @partial(jax.jit, static_argnames=('model', 'num_slots', 'temperature', 'top_k', 'top_p', 'num_ids'))
@@ -56,7 +57,7 @@ def _decode(variables, tokens_B, cache, key, *, model, **options):
 
 @partial(jax.jit, static_argnames=('model', 'num_slots'))
 def _grow(cache, *, model, num_slots):
-  larger = model.init_cache(cache['length_B'].shape[0], num_slots)
+  larger = model.init_cache(jax.tree.leaves(cache)[0].shape[0], num_slots)
   return jax.tree.map(lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim), larger, cache)
 
 
@@ -71,14 +72,14 @@ def generate(model: LanguageModel, params: Params, prompts: list[list[int]], *, 
   options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'num_ids': num_ids}
   num_tokens = min(num_tokens, room(model, lengths_B, max_len))
   keys = jax.random.split(jax.random.key(seed), max(num_tokens, 1))
-  variables, longest = variables or decode_variables(model, params), max_len - room(model, lengths_B, max_len)
-  num_slots = slots_for(longest + min(num_tokens, FIRST_TOKENS), tokens_BT.shape[1], max_len)
+  variables, filled = variables or decode_variables(model, params), slots_filled(model, lengths_B)
+  num_slots = slots_for(model, filled + min(num_tokens, FIRST_TOKENS), tokens_BT.shape[1], max_len)
   tokens_B, cache = _prefill(variables, tokens_BT, lengths_B, keys[0], model=model, num_slots=num_slots, **options)
   for i in range(1, num_tokens + 1):
     current = tokens_B
     if i < num_tokens:
-      if longest + i > num_slots:
-        num_slots = slots_for(longest + i, num_slots, max_len)
+      if filled + i > num_slots:
+        num_slots = slots_for(model, filled + i, num_slots, max_len)
         cache = _grow(cache, model=model, num_slots=num_slots)
       tokens_B, cache = _decode(variables, tokens_B, cache, keys[i], model=model, **options)
     yield np.asarray(current)
@@ -87,9 +88,19 @@ def generate(model: LanguageModel, params: Params, prompts: list[list[int]], *, 
 FIRST_TOKENS = 256  # the cache has room for that many generated tokens at first; its size is doubled when it is full
 
 
-def slots_for(length: int, least: int, max_len: int) -> int:
-  """The number of slots of a cache for `length` tokens: a power of two, to compile few sizes, but at most max_len."""
-  return min(max_len, max(least, 1 << (length - 1).bit_length()))
+def slots_filled(model: LanguageModel, lengths_B: np.ndarray) -> int:
+  """The number of slots that the longest prompt fills; where an encoder reads it, its start token fills one."""
+  return int(lengths_B.max()) if model.prompt_in_row else 1
+
+
+def slots_for(model: LanguageModel, length: int, least: int, max_len: int) -> int:
+  """The number of slots of a cache for `length` tokens: a power of two, to compile few sizes, but at most max_len.
+
+  It is max_len for models whose cache cannot grow.
+  """
+  if not getattr(model, 'cache_grows', False):
+    return max_len
+  return min(max_len, max(least if model.prompt_in_row else 1, 1 << (length - 1).bit_length()))
 
 
 def pad(model: LanguageModel, prompts: list[list[int]], max_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,8 +127,7 @@ def beam_search(model: LanguageModel, params: Params, prompts: list[list[int]], 
   """
   tokens_BT, lengths_B = pad(model, prompts, max_len)
   num_tokens = min(num_tokens, room(model, lengths_B, max_len))
-  longest = max_len - room(model, lengths_B, max_len)
-  num_slots = slots_for(longest + num_tokens, tokens_BT.shape[1], max_len)
+  num_slots = slots_for(model, slots_filled(model, lengths_B) + num_tokens, tokens_BT.shape[1], max_len)
   return np.asarray(_beam_search(variables or decode_variables(model, params), tokens_BT, lengths_B, model=model,
                                  num_slots=num_slots, num_tokens=num_tokens, eos_id=eos_id, num_beams=num_beams,
                                  alpha=alpha, num_ids=num_ids))

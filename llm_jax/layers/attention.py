@@ -68,6 +68,8 @@ def attend_to_slots(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mas
   """
   B, T, N, H = q_BTNH.shape
   q_BTKGH = q_BTNH.reshape(B, T, k_BKSH.shape[1], -1, H)
+  if local_device()[0] == 'cpu':  # whose kernels of batched products lack bfloat16
+    q_BTKGH, k_BKSH, v_BKSH = (x.astype(jnp.float32) for x in (q_BTKGH, k_BKSH, v_BKSH))
   scores_BKGTS = jnp.einsum('BTKGH,BKSH->BKGTS', q_BTKGH, k_BKSH, preferred_element_type=jnp.float32) / H ** 0.5
   probs_BKGTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1).astype(v_BKSH.dtype)
   y_BTKGH = jnp.einsum('BKGTS,BKSH->BTKGH', probs_BKGTS, v_BKSH, preferred_element_type=jnp.float32)

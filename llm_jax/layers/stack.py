@@ -118,10 +118,15 @@ def unstack(params: Params, dtype: Dtype) -> tuple[Params, ...]:
   """The variables of each block, for `apply_layers`, with its matrices in `dtype`."""
   def layer(i: int) -> Params:
     own = jax.tree.map(lambda a: a[i], params)
-    return {'params': own} if dtype == jnp.float32 else {
-        'params': own, 'copies': jax.tree.map(lambda w: w.astype(dtype), own)}
+    return {'params': own} if dtype == jnp.float32 else {'params': own, 'copies': copies_of(own, dtype)}
 
   return tuple(layer(i) for i in range(jax.tree.leaves(params)[0].shape[0]))
+
+
+def copies_of(params: Params, dtype: Dtype) -> Params:
+  """The matrices w of a tree in `dtype`; integers, such as packed weights, have no copy."""
+  return {name: copies_of(x, dtype) if isinstance(x, dict) else x.astype(dtype) for name, x in params.items()
+          if isinstance(x, dict) or (name == 'w' and jnp.issubdtype(x.dtype, jnp.floating))}
 
 
 def apply_layers(block: nn.Module, layers: tuple[Params, ...], x_BTD: jax.Array, positions_BT: jax.Array,

@@ -93,10 +93,13 @@ class Term(Ranged):
     """Other data to evaluate on, with labels in the numbering of `with_labels`. Raises DataError."""
     return data
 
-  def report(self, confusion: np.ndarray, folder: Path) -> dict[str, Any]:
-    """JSON values of the sums `confusion` of an evaluation; may write figures to the folder. Raises StorageError."""
-    del folder
+  def report(self, confusion: np.ndarray) -> dict[str, Any]:
+    """JSON values of the sums `confusion` of an evaluation."""
     return {'confusion': confusion.tolist()}
+
+  def draw(self, confusion: np.ndarray, folder: Path) -> None:
+    """Writes figures of the sums `confusion` of an evaluation to the folder. Raises StorageError."""
+    del confusion, folder
 
   def check_labels(self, split: str, labels: np.ndarray) -> None:
     """Raises DataError for labels of a part of the data that the term, filled in by `with_labels`, does not support."""

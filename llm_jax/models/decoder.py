@@ -52,6 +52,7 @@ class Decoder(nn.Module):
   reads = frozenset({'tokens', 'targets', 'loss_mask', 'positions', 'segment_ids', 'prefix_mask'})  # of a Batch
   needs: frozenset[str] = frozenset()  # features that not all tasks provide
   prompt_in_row = True
+  cache_grows = True
   block_type = Block  # for subclasses to replace
 
   def setup(self) -> None:
@@ -112,23 +113,26 @@ class Decoder(nn.Module):
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
     cfg = self.cfg
     empty = jnp.zeros((batch_size, cfg.K, max_len, cfg.H), cfg.operand_dtype)
-    return {'layers': ({'k': empty, 'v': empty},) * cfg.num_layers, 'length_B': jnp.zeros(batch_size, jnp.int32)}
+    lengths_B = jnp.zeros(batch_size, jnp.int32)
+    return {'layers': ({'k': empty, 'v': empty},) * cfg.num_layers, 'length_B': lengths_B, 'prompt_B': lengths_B}
 
   def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     # Padding after a prompt fills slots that no query attends to before `decode` overwrites them.
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    slots_S = jnp.arange(cache['layers'][0]['k'].shape[2])
-    prefix_BS = slots_S[None] < lengths_B[:, None] if self.cfg.prefix_attention else None
-    x_BTD, layers = self.cached(tokens_BT, positions_BT, AttentionMask(prefix_BS=prefix_BS), cache)
+    x_BTD, cache = self.cached(tokens_BT, positions_BT, cache | {'length_B': lengths_B, 'prompt_B': lengths_B})
     last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
-    return self.output(last_B1D).logits()[:, 0], {'layers': layers, 'length_B': lengths_B}
+    return self.output(last_B1D).logits()[:, 0], cache
 
   def decode(self, tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    x_B1D, layers = self.cached(tokens_B[:, None], cache['length_B'][:, None], AttentionMask(), cache)
-    return self.output(x_B1D).logits()[:, 0], {'layers': layers, 'length_B': cache['length_B'] + 1}
+    x_B1D, cache = self.cached(tokens_B[:, None], cache['length_B'][:, None], cache)
+    return self.output(x_B1D).logits()[:, 0], cache | {'length_B': cache['length_B'] + 1}
 
-  def cached(self, tokens_BT, positions_BT, mask: AttentionMask, cache: Cache):
-    """The residual stream after all blocks [B, T, D], and the blocks' caches."""
+  def cached(self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """The residual stream after all blocks [B, T, D], and the cache with the keys and values of the tokens."""
     layers = self.layers or unstack(self.blocks, self.cfg.operand_dtype)
-    return apply_layers(self.block, layers, self.embedded(tokens_BT, positions_BT), positions_BT, mask,
-                        windows=self.cfg.windows, cache=cache['layers'])
+    slots_S = jnp.arange(cache['layers'][0]['k'].shape[2])
+    prefix_BS = slots_S[None] < cache['prompt_B'][:, None] if self.cfg.prefix_attention else None
+    x_BTD, caches = apply_layers(
+        self.block, layers, self.embedded(tokens_BT, positions_BT), positions_BT, AttentionMask(prefix_BS=prefix_BS),
+        windows=self.cfg.windows, cache=cache['layers'])
+    return x_BTD, cache | {'layers': caches}

@@ -70,8 +70,13 @@ class WithHeads(nn.Module):
   def readout(self, batch: Batch, *, train: bool = False) -> Readout:
     return self.trunk.readout(batch, train=train)
 
+  @property
+  def cache_grows(self) -> bool:
+    return getattr(self.trunk, 'cache_grows', False)
+
   def decode_variables(self, params: Params) -> dict[str, Any]:
-    return self.trunk.decode_variables(params)
+    own = getattr(self.trunk, 'decode_variables', None)
+    return {'params': params} if own is None else own(params)
 
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
     return self.trunk.init_cache(batch_size, max_len)

@@ -42,12 +42,13 @@ class LanguageModel(Protocol):
     """Hidden states, with the function from them to logits."""
     ...
 
-  def decode_variables(self, params: Any) -> dict[str, Any]:
-    """The variables that `apply` gets for prefill and decode: {'params': params}, or these in a faster layout."""
-    ...
-
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
-    """An empty cache for rows of up to `max_len` tokens: a dict of leaves [B, ...]."""
+    """An empty cache for rows of up to `max_len` tokens: a tree of leaves [B, ...].
+
+    Two optional members make generation faster. `decode_variables(params)` returns the variables for `apply` in prefill
+    and decode, in another layout than {'params': params}. `cache_grows` = True allows a small cache first: init_cache
+    is called with fewer tokens, and a full cache becomes the beginning of a larger one along each dimension.
+    """
     ...
 
   def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

@@ -66,6 +66,16 @@ def test_config_prints_where_each_value_comes_from(tmp_path, capsys):
     config_fields.main([f'--config={tmp_path / "mine.py"}', 'optimizer'])
 
 
+def test_values_behind_their_flag_are_no_sections(capsys):
+  config_fields.main(['--config=gpt_small', '--config.model.num_layers', '5', 'model'])
+  text = capsys.readouterr().out
+  assert text.startswith('model\n') and 'num_layers = 5 ' in text
+  with pytest.raises(ConfigError, match='has no section nosection'):
+    config_fields.main(['--config=gpt_small', 'model', 'nosection'])
+  config_fields.main(['--diff', 'gpt_small', 'shakespeare_char', 'optim'])
+  assert all(line.startswith('optim.') for line in capsys.readouterr().out.splitlines())
+
+
 def test_config_diff_prints_what_differs_between_a_file_and_a_run(tmp_path, capsys):
   config = open_config('gpt_small').resolve({'seed': '5'}, cpu_only=True)
   (tmp_path / 'config.json').write_text(json.dumps(to_dict(config)))
@@ -135,6 +145,11 @@ def command(*args, env=None, **kwargs):
 @pytest.mark.parametrize('args, message', [
     (['--config=gpt_small', '--num_steps=10'], 'did you mean --config.num_steps=10'),
     (['--config=gpt_small', '--learning_rate=1e-3'], 'did you mean --config.optim.learning_rate=1e-3?'),
+    (['--config=gpt_small', '--weight_decay=.1'], 'did you mean --config.optim.adamw.weight_decay=.1'),
+    (['--config=gpt_small', '--warmup_iters=9'], 'did you mean --config.optim.warmup_cosine.warmup_steps=9'),
+    (['--config=gpt_small', '--batch_size=32'], 'did you mean --config.batch_tokens, which counts tokens, not rows?'),
+    (['--config=gpt_small', '--out_dir=x'], 'did you mean --workdir=x?'),
+    (['--config=gpt_small', 'lr=3'], 'did you mean --config.optim.learning_rate=3?'),
     (['gpt_small'], 'did you mean --config=gpt_small?'),
     (['--config=gpt_small', '--worksdir=x'], 'did you mean --workdir=x?'),
     ([], '--config is missing: set it to a file or to one of: bitnet, ')])
@@ -158,6 +173,12 @@ def test_a_missing_package_is_one_message(tmp_path):
                  env=os.environ | {'PYTHONPATH': os.pathsep.join([str(tmp_path), str(REPO)])})
   assert done.returncode == 78 and 'the package optax is not installed' in done.stderr, done.stderr
   assert done.stderr.count('\n') == 1
+
+
+def test_a_users_file_that_misses_a_package_keeps_its_message(tmp_path):
+  (tmp_path / 'lab.py').write_text('import nothere_pkg\n')
+  done = command('llm_jax.main', '--config=gpt_small', '--plugin=lab.py', cwd=tmp_path)
+  assert 'lab.py, line 1' in done.stderr and 'nothere_pkg' in done.stderr and 'pip install llm_jax' not in done.stderr
 
 
 def test_the_package_shows_its_functions_with_their_types():

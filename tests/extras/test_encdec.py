@@ -16,6 +16,7 @@ from llm_jax.base.batch import Batch
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.config import build
 from llm_jax.extras.encdec import EncDecConfig
+from llm_jax.infer import sampling
 from llm_jax.infer.sampling import _beam_search, beam_search, generate, pad
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import OptimConfig, make_optimizer
@@ -156,6 +157,19 @@ def test_a_wide_beam_finds_the_best_answer():
     assert tuple(found) == best + (eos,) * (length - len(best))
 
 
+def test_a_cache_that_grows_changes_no_answer(monkeypatch):
+  """The start token fills the first slot of the decoder's cache."""
+  model, params = init(SHAPES['t5'])
+  prompts, options = [[3, 4, 8], [5, 6, 7, 2]], {'max_len': 12, 'num_tokens': 12, 'temperature': 0}
+  whole = np.stack(list(generate(model, params, prompts, **options)), axis=1)
+  monkeypatch.setattr(sampling, 'FIRST_TOKENS', 2)
+  np.testing.assert_array_equal(np.stack(list(generate(model, params, prompts, **options)), axis=1), whole)
+  rows = [sequence_log_p(model, params, prompt, row.tolist(), None) for prompt, row in zip(prompts, whole, strict=True)]
+  worse = [sequence_log_p(model, params, prompt, [*row[:-1].tolist(), (row[-1] + 1) % 5], None)
+           for prompt, row in zip(prompts, whole, strict=True)]
+  assert all(a > b for a, b in zip(rows, worse, strict=True))  # the last token too is the likeliest
+
+
 @pytest.mark.slow
 def test_one_beam_is_greedy_and_rows_are_independent():
   model, params = init(SHAPES['t5'])
@@ -172,7 +186,9 @@ def test_beam_search_results_are_replicated_on_a_mesh():
   model, params = init(SHAPES['t5'])
   prompts, options = [[3, 4, 8], [5, 6, 7, 2]] * 4, {'max_len': 12, 'num_tokens': 6, 'eos_id': 2, 'num_beams': 3}
   with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
-    sharded = _beam_search(params, *pad(model, prompts, 12), model=model, alpha=0.6, num_ids=None, **options)
+    found = {name: x for name, x in options.items() if name != 'max_len'}
+    sharded = _beam_search({'params': params}, *pad(model, prompts, 12), model=model, alpha=0.6, num_ids=None,
+                           num_slots=12, **found)
   assert sharded.is_fully_replicated
   np.testing.assert_array_equal(sharded, beam_search(model, params, prompts, **options))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 
 from llm_jax.base.batch import Batch
 from llm_jax.infer import sampling
-from llm_jax.infer.sampling import generate, sample
+from llm_jax.infer.sampling import beam_search, generate, sample
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.decoder_config import DecoderConfig
+from llm_jax.models.protocol import ModelConfig, as_language_model
 from llm_jax.training.state import init_state
 
 NUM_DRAWS = 20000
@@ -176,6 +178,73 @@ def test_decoding_in_bfloat16_matches_the_full_forward_pass():
     logits, cache = model.apply(variables, np.array([token]), cache, method='decode')
     found.append(logits)
   np.testing.assert_allclose(np.concatenate(found), full[2:], atol=0.02 * np.abs(full).max())
+
+
+@pytest.mark.parametrize('kv_heads', [1, 2, 4])
+@pytest.mark.parametrize('num_rows', [1, 2, 4])
+def test_bfloat16_generates_and_searches(num_rows, kv_heads):
+  model, params = model_and_params('gpt2')
+  cfg = dataclasses.replace(model.cfg, dtype='bfloat16', num_heads=4, num_kv_heads=kv_heads)
+  model, batch = Decoder(cfg), full_batch([[1]])
+  params = init_state(jax.random.key(0), batch, model=model, tx=optax.identity()).params
+  prompts = PROMPTS[:num_rows]
+  greedy = np.stack(list(generate(model, params, prompts, max_len=MAX_LEN, num_tokens=4, temperature=0.0)), axis=1)
+  found = beam_search(model, params, prompts, max_len=MAX_LEN, num_tokens=4, eos_id=cfg.vocab_size - 1, num_beams=1)
+  np.testing.assert_array_equal(greedy, found)
+
+
+class Positions(nn.Module):
+  """Has a parameter for each position of a row, so it needs rows of one length; it has no cache."""
+
+  @nn.compact
+  def __call__(self, tokens):
+    table = self.param('table', nn.initializers.normal(1.0), (tokens.shape[1], 12))
+    return nn.Embed(12, 12)(tokens) + table[None]
+
+
+def test_a_module_without_a_cache_gets_rows_of_the_whole_length(monkeypatch):
+  monkeypatch.setattr(sampling, 'FIRST_TOKENS', 1)
+  model = as_language_model(Positions(), ModelConfig(max_len=MAX_LEN, vocab_size=12))
+  params = model.init(jax.random.key(0), full_batch([[1]]))['params']
+  rows = [list(prompt) for prompt in PROMPTS]
+  for column in generate(model, params, PROMPTS, max_len=MAX_LEN, num_tokens=6, temperature=0.0):
+    logits = model.apply({'params': params}, full_batch(rows))
+    assert column.tolist() == [int(logits[b, len(row) - 1].argmax()) for b, row in enumerate(rows)]
+    rows = [[*row, int(token)] for row, token in zip(rows, column, strict=True)]
+
+
+class Recent(nn.Module):
+  """A language model of a user's own, with a cache of its own form: the last tokens of a row, no `length_B`."""
+
+  cfg: ModelConfig
+  reads = frozenset({'tokens', 'targets', 'loss_mask'})
+  needs = frozenset()
+  prompt_in_row = True
+
+  def setup(self):
+    self.embed = nn.Embed(12, 12)
+
+  def __call__(self, batch, *, train=False):
+    return self.embed(batch.tokens)
+
+  readout = __call__
+
+  def init_cache(self, batch_size, max_len):
+    return {'ring': jnp.zeros((batch_size, max_len // 2), jnp.int32)}
+
+  def prefill(self, tokens_BT, lengths_B, cache):
+    last = jnp.take_along_axis(tokens_BT, lengths_B[:, None] - 1, axis=1)
+    return self.embed(last)[:, 0], {'ring': jnp.roll(cache['ring'], -1, 1).at[:, -1:].set(last)}
+
+  def decode(self, tokens_B, cache):
+    return self.embed(tokens_B), {'ring': jnp.roll(cache['ring'], -1, 1).at[:, -1].set(tokens_B)}
+
+
+def test_a_users_cache_of_another_form_is_never_resized(monkeypatch):
+  monkeypatch.setattr(sampling, 'FIRST_TOKENS', 1)
+  model = Recent(ModelConfig(max_len=MAX_LEN, vocab_size=12))
+  params = model.init(jax.random.key(0), full_batch([[1]]))['params']
+  assert len(list(generate(model, params, PROMPTS, max_len=MAX_LEN, num_tokens=12))) == 12
 
 
 def test_sampled_generation_follows_its_seed():

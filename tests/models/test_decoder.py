@@ -122,14 +122,16 @@ def test_only_the_prefix_is_attended_to_bidirectionally():
   np.testing.assert_array_equal(dependence(plain, params, prefix_mask=prefix), s <= t)
 
 
-def test_a_prompt_is_treated_as_prefix():
-  cfg = dataclasses.replace(TINY, prefix_attention=True)
+@pytest.mark.parametrize('windows', [(0,), (2,)])
+def test_a_prompt_is_treated_as_prefix(windows):
+  """A token sees the whole prompt, also where a window ends before it."""
+  cfg = dataclasses.replace(TINY, prefix_attention=True, windows=windows)
   model, params = init(cfg)
   lengths = jnp.array([3, 7])
   logits, cache = model.apply({'params': params}, jnp.asarray(TOKENS)[:, :8], lengths, model.init_cache(2, 16),
                               method='prefill')
   full = compiled(cfg)(batch(TOKENS, prefix_mask=jnp.arange(16)[None] < lengths[:, None]))
-  for i in range(4):
+  for i in range(8):
     np.testing.assert_allclose(logits, full[jnp.arange(2), lengths + i - 1], rtol=2e-4, atol=2e-4)
     logits, cache = model.apply({'params': params}, jnp.asarray(TOKENS)[jnp.arange(2), lengths + i], cache,
                                 method='decode')
