@@ -14,9 +14,11 @@ from llm_jax.base.process import run_as_program
 COMMANDS = {
     'train': ('main', 'train a model from a config file'),
     'generate': ('commands.generate', 'generate text with a trained run'),
+    'chat': ('extras.commands.chat', 'continue prompts in a loop'),
     'evaluate': ('commands.evaluate', 'measure losses, metrics and answers of a trained run'),
     'predict': ('extras.commands.predict', 'predict classes, numbers or embeddings of texts'),
     'export': ('commands.export', 'write a run as safetensors, config and tokenizer'),
+    'runs': ('extras.commands.runs', 'list runs with their state, best result and differences'),
     'plot': ('extras.commands.plot', 'plot metrics of runs'),
     'inspect': ('extras.commands.inspect_run', "print and plot a run's weights and activations by layer"),
     'schedules': ('extras.commands.schedules', "plot a config's learning rate"),

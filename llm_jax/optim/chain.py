@@ -50,8 +50,8 @@ class OptimConfig:
   sections: Sections = sections(TRANSFORMS, SCHEDULES)
 
   def __post_init__(self) -> None:
-    if not 0 < self.learning_rate < float('inf'):
-      raise ValueError(f'learning_rate must be positive; got {self.learning_rate}')
+    if not 0 < self.learning_rate <= 1000:
+      raise ValueError(f'learning_rate must be positive and at most 1000; got {self.learning_rate}')
     if self.first_count not in (0, 1):
       raise ValueError(f'first_count must be 0 or 1; got {self.first_count}')
     if self.rewarm and (len(self.rewarm) != 2 or min(self.rewarm) < 1):

@@ -1,0 +1,90 @@
+"""Continues prompts in a loop, with one loaded model: llm-jax chat --workdir=runs/gpt_small
+
+Each line is a prompt, which the model continues. Lines that begin with a slash set an option or ask for something:
+
+  /temperature 0.5   /top_k 40   /top_p 0.9   /num_tokens 200   /seed 3
+  /options           prints the options
+  /quit              ends, as Ctrl-D does; Ctrl-C stops a text that is being written
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from llm_jax.base import flags
+from llm_jax.base.errors import UserError
+
+OPTIONS: dict[str, Any] = {'temperature': 0.8, 'top_k': 0, 'top_p': 1.0, 'num_tokens': 256, 'seed': 0}
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='llm-jax chat', allow_abbrev=False, description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', type=Path, required=True)
+  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step (default: latest)')
+  for name, value in OPTIONS.items():
+    parser.add_argument(f'--{name}', type=type(value), default=value, help=f'default: {value}')
+  flags.add(parser)
+  args = parser.parse_args(argv)
+  flags.apply(args)
+  import jax
+
+  from llm_jax import api
+  from llm_jax.base.sharding import MeshConfig, make_mesh
+  with contextlib.suppress(ImportError):
+    import readline  # noqa: F401  (line editing and history)
+  options = {name: getattr(args, name) for name in OPTIONS}
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # a KeyboardInterrupt, which ends a text only
+  with jax.set_mesh(make_mesh(MeshConfig())):
+    trained = api.load(args.workdir, args.checkpoint, trust=args.trust)
+    print(f'{args.workdir}, step {trained.run.meta["step"]}; /options, /quit')
+    while (line := read_line()) is not None:
+      if line.startswith('/'):
+        if not command(line, options):
+          return
+      else:
+        answer(trained, line, options)
+
+
+def read_line() -> str | None:
+  """The next line of stdin; None at its end."""
+  try:
+    return input('> ' if sys.stdin.isatty() else '')
+  except EOFError:
+    return None
+  except KeyboardInterrupt:
+    print()
+    return '/options'
+
+
+def command(line: str, options: dict[str, Any]) -> bool:
+  """Carries out a line such as /top_k 40; returns False for /quit."""
+  name, _, text = line[1:].strip().partition(' ')
+  if name == 'quit':
+    return False
+  if name in options:
+    try:
+      options[name] = type(OPTIONS[name])(text)
+    except ValueError:
+      print(f'/{name} needs a number; got {text!r}')
+  elif name != 'options':
+    print(f'/{name} is unknown; known: {", ".join(f"/{option}" for option in options)}, /options, /quit')
+  print('  '.join(f'{option}={value}' for option, value in options.items()))
+  return True
+
+
+def answer(trained: Any, prompt: str, options: dict[str, Any]) -> None:
+  """Prints the continuation of a prompt while it is generated."""
+  from llm_jax.commands.generate import print_samples
+  try:
+    columns = trained.tokens(prompt, **options)
+    print_samples(prompt if trained.run.model.prompt_in_row else '', columns, trained.run.tokenizer, 1)
+  except UserError as e:
+    print(f'error: {e}')
+  except KeyboardInterrupt:
+    print()

@@ -1,0 +1,67 @@
+"""llm-jax chat, as a real process with lines on its stdin; and llm-jax runs, on real and damaged folders."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from program import environment, write_config
+
+from llm_jax import main
+from llm_jax.base.errors import ConfigError
+from llm_jax.extras.commands import runs
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('chat')
+  write_config(folder)
+  for seed in (0, 1):
+    main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/runs/seed{seed}', '--config.num_steps=3',
+               f'--config.seed={seed}', '--config.eval.sample_tokens=0', '--config.eval.max_tokens=512'])
+  return folder
+
+
+def test_chat_continues_each_line_and_obeys_commands(folder):
+  lines = ['def ', '/temperature 0', '/top_q 3', '/num_tokens none', 'def ', 'def ', 'def ' * 40, '/quit', 'def never']
+  done = subprocess.run([sys.executable, '-m', 'llm_jax', 'chat', '--workdir=runs/seed0', '--num_tokens=4'],
+                        cwd=folder, env=environment(folder), input='\n'.join(lines), capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  printed = done.stdout
+  assert printed.startswith('runs/seed0, step 3;') and 'never' not in printed
+  assert 'temperature=0.0  top_k=0' in printed
+  assert '/top_q is unknown; known: /temperature, /top_k' in printed
+  assert "/num_tokens needs a number; got 'none'" in printed
+  assert 'error: --prompt: has' in printed  # too long for the model; the loop goes on
+  texts = [line for line in printed.splitlines() if line.startswith('def ')]
+  assert len(texts) >= 3 and texts[-1] == texts[-2]  # temperature 0: the same text
+
+
+def test_runs_lists_state_and_what_differs(folder, capsys):
+  runs.main([str(folder / 'runs')])
+  header, *lines = capsys.readouterr().out.splitlines()
+  assert header.split()[:2] == ['run', 'state'] and len(lines) == 2
+  for seed, line in enumerate(lines):
+    assert line.startswith(f'seed{seed}  finished  3/3') and line.endswith(f'seed={seed}') and 'val/loss' in line
+  runs.main([str(folder / 'runs'), '--format=json'])
+  found = json.loads(capsys.readouterr().out)
+  assert [run['differs'] for run in found] == [{'seed': 0}, {'seed': 1}] and found[0]['best'] > 0
+
+
+def test_runs_reports_damaged_and_silent_runs(folder, tmp_path, capsys):
+  for name, change in (('damaged', {}), ('silent', {'state': 'training', 'updated': 0})):
+    (tmp_path / name).mkdir()
+    for file in ('config.json', 'status.json'):
+      (tmp_path / name / file).write_text((folder / 'runs' / 'seed0' / file).read_text())
+    status = tmp_path / name / 'status.json'
+    status.write_text(json.dumps(json.loads(status.read_text()) | change) if change else '[]')
+  runs.main([str(tmp_path)])
+  _, damaged, silent = capsys.readouterr().out.splitlines()
+  assert damaged.split() == ['damaged', 'unreadable'] and 'no news' in silent
+  with pytest.raises(ConfigError, match='there are no runs'):
+    runs.main([str(tmp_path / 'nowhere')])
+
+
+def test_runs_plots(folder, tmp_path, capsys):
+  runs.main([str(folder / 'runs'), f'--plot={tmp_path}/loss.png'])
+  assert (tmp_path / 'loss.png').read_bytes().startswith(b'\x89PNG')
