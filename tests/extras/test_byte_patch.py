@@ -29,7 +29,6 @@ SHAPES = {
     'transformer': dataclasses.replace(TINY, decoder='transformer', patch_size=2, thinking_steps=0),
 }
 OPTIM = build(OptimConfig, {'learning_rate': 1e-2})
-every_shape = pytest.mark.parametrize('cfg', SHAPES.values(), ids=SHAPES)
 most_shapes = pytest.mark.parametrize('cfg', [
     pytest.param(cfg, id=name, marks=[pytest.mark.slow] * (name != 'gru')) for name, cfg in SHAPES.items()])
 TOKENS = np.random.default_rng(0).integers(0, 17, (2, 30))  # the last patch of 4 is not complete
@@ -48,7 +47,7 @@ def init(cfg):
   return model, jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), jnp.float32), shapes)
 
 
-@every_shape
+@most_shapes
 def test_each_byte_depends_on_exactly_the_earlier_bytes(cfg):
   """Tested by gradients through both embedding tables, with a row of distinct bytes; patch borders do not matter."""
   model, params = init(dataclasses.replace(cfg, vocab_size=31))

@@ -31,7 +31,8 @@ SHAPES = {
     'two_vocabularies': dataclasses.replace(TINY, encoder_vocab_size=23, windows=(4, 0)),
 }
 OPTIM = build(OptimConfig, {'learning_rate': 1e-2})
-every_shape = pytest.mark.parametrize('cfg', SHAPES.values(), ids=SHAPES)
+every_shape = pytest.mark.parametrize('cfg', [
+    pytest.param(cfg, id=name, marks=[pytest.mark.slow] * (name != 't5')) for name, cfg in SHAPES.items()])
 RNG = np.random.default_rng(0)
 TOKENS, READ = RNG.integers(0, 17, (2, 12)), RNG.integers(0, 17, (2, 8))
 

@@ -19,7 +19,8 @@ DECODER = dataclasses.replace(test_decoder.TINY, tie_embeddings=False)
 ENCDEC = dataclasses.replace(test_encdec.TINY, tie_embeddings=False, encoder_vocab_size=23)
 BATCHES = {'decoder': test_decoder.batch(test_decoder.TOKENS), 'encdec': test_encdec.batch()}
 TABLES = {'embed/w', 'positions/w', 'encoder_embed/w', 'encoder_positions/w'}
-both = pytest.mark.parametrize('cfg', [DECODER, ENCDEC], ids=lambda cfg: cfg.name)
+both = pytest.mark.parametrize('cfg', [DECODER, pytest.param(ENCDEC, marks=pytest.mark.slow)],
+                               ids=lambda cfg: cfg.name)
 
 
 def params(cfg):

@@ -61,8 +61,9 @@ def test_layer_decay_lowers_the_rate_towards_the_embedding():
 
 
 @pytest.mark.parametrize(('name', 'settings', 'controls'), [
-    ('adamw', {'weight_decay': 0.3}, []), ('adamw', {}, ['ema']), ('adamw', {}, ['noise_adaptive', 'ema']),
-    ('sgd', SGD, []), ('muon', {}, []), ('soap', {}, []), ('schedule_free', {}, [])])
+    ('adamw', {'weight_decay': 0.3}, []), ('adamw', {}, ['noise_adaptive', 'ema']), ('muon', {}, []),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('adamw', {}, ['ema']), ('sgd', SGD, []), ('soap', {}, []), ('schedule_free', {}, [])))])
 def test_a_frozen_layer_keeps_its_bits_and_affects_no_other(name, settings, controls):
   tx = optimizer(name, controls=controls, groups={'low': group('blocks@0', frozen=True)}, **{name: settings})
   got, state = descend(tx)
