@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
     print(json.dumps(found, indent=2) if args.format == 'json' else
           '\n'.join(f'{path}: {as_typed(a)} -> {as_typed(b)}' for path, (a, b) in found.items()) or 'no difference')
     return
+  if args.config is None and sections:
+    args.config = sections.pop(0)  # llm-jax config gpt_small optim
   if args.config is None:
     raise ConfigError(f'--config is missing: set it to a file or to one of: {", ".join(config_lib.presets())}')
   source = config_lib.open_config(args.config, trust=args.trust)

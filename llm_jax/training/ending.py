@@ -25,11 +25,12 @@ def ending(config: Config, workdir: Path, arguments: Sequence[str]) -> list[str]
   best = f'; best {status["monitor"]} {status["best"]:.4f}' if status.get('best') is not None else ''
   run, steps = shlex.quote(str(workdir)), 2 * config.num_steps
   use = f"generate --workdir={run} --prompt=''" if config.writes else f'predict --workdir={run} --text=TEXT'
-  further = without(arguments, '--config.num_steps', '--workdir')
+  further = without(arguments, '--config.num_steps', '--workdir', '--config.optim.rewarm')
   commands = [use, f'evaluate --workdir={run}', f'export --workdir={run} --out=exported --weight_bits=32',
-              f'train {shlex.join(further)} --workdir={run} --config.num_steps={steps}']
+              f'train {shlex.join(further)} --workdir={run} --config.num_steps={steps} '
+              f'--config.optim.rewarm={config.num_steps},{max(1, config.num_steps // 10)}']
   notes = ['text from the model' if config.writes else 'predictions', 'the loss on all validation data',
-           'safetensors, config and tokenizer', f'goes on to step {steps}']
+           'safetensors, config and tokenizer', f'goes on to step {steps}; the learning rate rises again from 0']
   if not config.eval.every:
     del commands[1], notes[1]
   tool = program()

@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
           return
       else:
         answer(trained, line, options)
+        options['seed'] += 1  # other random numbers for the next line
 
 
 def read_line() -> str | None:

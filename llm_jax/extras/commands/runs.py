@@ -73,7 +73,7 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
   """The runs as aligned lines, below a header."""
   rows = [('run', 'state', 'step', 'best', 'tokens/s', 'updated', 'differs in')]
   for run in runs:
-    best = '' if run['best'] is None else f'{run["monitor"]} {run["best"]:.4f}'
+    best = '' if run['best'] is None else f'{run["monitor"] or ""} {run["best"]:.4f}'.strip()
     speed = '' if run['tokens_per_second'] is None else f'{run["tokens_per_second"]:,.0f}'
     differs = ' '.join(f'{name}={value}' for name, value in run['differs'].items())
     rows.append((run['run'], run['state'], '' if run['step'] is None else f'{run["step"]}/{run["num_steps"]}', best,
