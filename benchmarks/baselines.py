@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from llm_jax.config import open_config
+from llm_jax.config_file import open_config
 from llm_jax.data import pipeline
 from llm_jax.data.open import open_data, open_examples
 from llm_jax.extras.labels import macro_f1

@@ -44,7 +44,7 @@ def serve_ours(path: str) -> None:
   import jax.numpy as jnp
 
   from benchmarks.loop import bare_step
-  from llm_jax.config import open_config
+  from llm_jax.config_file import open_config
   from llm_jax.data.open import Data
   from llm_jax.data.pipeline import example_batch
   from llm_jax.data.tokenizers.tokenizer import ByteTokenizer

@@ -24,7 +24,8 @@ import jax
 import numpy as np
 
 from llm_jax.base import runtime
-from llm_jax.config import Config, base, build
+from llm_jax.base.builder import build
+from llm_jax.config import Config, base
 from llm_jax.training import log as metrics
 from llm_jax.training import loop, session
 from llm_jax.training.custom import Custom

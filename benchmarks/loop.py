@@ -29,8 +29,9 @@ import numpy as np
 
 from benchmarks.common import PRESETS, Preset
 from llm_jax.base import runtime
+from llm_jax.base.builder import build
 from llm_jax.base.sharding import local_rows, make_mesh, num_batch_shards, put_batch
-from llm_jax.config import Config, base, build
+from llm_jax.config import Config, base
 from llm_jax.data import pipeline
 from llm_jax.data.pipeline import example_batch
 from llm_jax.models.registry import make_model

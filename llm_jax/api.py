@@ -19,6 +19,7 @@ import jax
 import optax
 
 from llm_jax import config as config_lib
+from llm_jax import config_file
 from llm_jax.base import plugins
 from llm_jax.base.devices import only_cpus
 from llm_jax.base.errors import ConfigError
@@ -41,7 +42,7 @@ def load_config(path: str | Path, *, full_size: bool = False, **overrides: Any) 
 
   Without an accelerator the file's on_cpu is applied, unless `full_size`. Raises ConfigError with all problems.
   """
-  return config_lib.open_config(path).resolve(overrides, cpu_only=only_cpus() and not full_size)
+  return config_file.open_config(path).resolve(overrides, cpu_only=only_cpus() and not full_size)
 
 
 class Training:

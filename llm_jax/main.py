@@ -16,8 +16,8 @@ from llm_jax.base.process import out_of_memory_as_config_error, run_as_program, 
 def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(
       prog='llm-jax train', allow_abbrev=False, description=__doc__,
-      epilog='Any field can be set: --config.model.num_layers=4. llm_jax/config.py defines all fields; config.json in '
-             'the workdir of a run has the values that it used.')
+      epilog='Any field can be set: --config.model.num_layers=4. `llm-jax config --config=NAME` lists all fields with '
+             'their values; config.json in the workdir of a run has the values that it used.')
   parser.add_argument('--config', help='a config file, a preset (llm-jax configs lists them), or the folder of a run')
   parser.add_argument('--workdir', help='folder of the run; if it contains a run, that is resumed '
                       '(default: runs/<name of the config>)')
@@ -29,12 +29,13 @@ def main(argv: list[str]) -> None:
   was_set = flags.apply(args)
 
   from llm_jax import config as config_lib
+  from llm_jax import config_file
   overrides = parse_overrides(
       rest, '--config.', '--config, --workdir, --full_size, --distributed, --tuning, --plugin, --trust, --config.FIELD',
       config_lib.Config)
   if args.config is None:
-    raise ConfigError(f'--config is missing: set it to a file or to one of: {", ".join(config_lib.presets())}')
-  source = config_lib.open_config(args.config, trust=args.trust)
+    raise ConfigError(f'--config is missing: set it to a file or to one of: {", ".join(config_file.presets())}')
+  source = config_file.open_config(args.config, trust=args.trust)
   problems = []
   for cpu_only in (False, True):  # reports a config that is invalid on any machine before starting JAX
     try:

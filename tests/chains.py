@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llm_jax.base.builder import build
 from llm_jax.base.params import ParamInfo
 from llm_jax.base.trees import merge, split
-from llm_jax.config import build
 from llm_jax.optim.chain import OptimConfig, make_optimizer
 from llm_jax.optim.groups import Group, trainable_paths
 

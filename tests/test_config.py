@@ -8,9 +8,10 @@ import jax
 import pytest
 
 from llm_jax import config as config_lib
-from llm_jax.base.builder import parse_overrides
+from llm_jax.base.builder import build, parse_overrides, to_dict
 from llm_jax.base.errors import ConfigError
-from llm_jax.config import Config, base, build, open_config, to_dict
+from llm_jax.config import Config, base
+from llm_jax.config_file import open_config
 from llm_jax.data.open import Data
 from llm_jax.data.pipeline import example_batch
 from llm_jax.losses.config import make_objective

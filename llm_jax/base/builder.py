@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -98,7 +99,9 @@ def leaf_paths(cls: type) -> Iterator[str]:
 
 def nearest_fields(name: str, cls: type) -> list[str]:
   """Up to three paths of fields of `cls` whose last name is or resembles that of `name`; the shortest first."""
-  leaf, usual = name.rpartition('.')[2], set(_paths(to_dict(cls())))  # of entries that are named by default
+  leaf, usual = name.rpartition('.')[2], set[str]()
+  with contextlib.suppress(TypeError, ValueError):  # a class without defaults for all of its fields
+    usual = set(_paths(to_dict(cls())))  # of entries that are named by default
   paths = sorted(leaf_paths(cls), key=lambda path: (path not in usual, path.count('.'), path))
   leaves = {path.rpartition('.')[2] for path in paths}
   near = [SYNONYMS[leaf]] if SYNONYMS.get(leaf) in leaves else difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)

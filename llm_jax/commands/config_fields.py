@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
   args, rest = parser.parse_known_args(argv)
   flags.apply(args)
   from llm_jax import config as config_lib
+  from llm_jax import config_file
   from llm_jax.base.devices import only_cpus
   values = {i + 1 for i, word in enumerate(rest) if word.startswith('--config.') and '=' not in word}
   sections = [word.removeprefix('config.') for i, word in enumerate(rest) if word[:1] != '-' and i not in values]
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
   if args.diff and args.config:
     raise ConfigError('--diff compares the two configs after it: leave out --config')
   if args.diff:
-    old, new = (to_dict(config_lib.open_config(path, trust=args.trust).resolve(overrides, cpu_only=cpu_only))
+    old, new = (to_dict(config_file.open_config(path, trust=args.trust).resolve(overrides, cpu_only=cpu_only))
                 for path in args.diff)
     found = {path: pair for path, pair in config_lib.differences(old, new).items() if chosen(path)}
     print(json.dumps(found, indent=2) if args.format == 'json' else
@@ -54,8 +55,8 @@ def main(argv: list[str]) -> None:
   if args.config is None and sections:
     args.config = sections.pop(0)  # llm-jax config gpt_small optim
   if args.config is None:
-    raise ConfigError(f'--config is missing: set it to a file or to one of: {", ".join(config_lib.presets())}')
-  source = config_lib.open_config(args.config, trust=args.trust)
+    raise ConfigError(f'--config is missing: set it to a file or to one of: {", ".join(config_file.presets())}')
+  source = config_file.open_config(args.config, trust=args.trust)
   config = source.resolve(overrides, cpu_only=cpu_only)
   fields = list(fields_of(config))
   entries = [field for field in fields if chosen(field.path)]

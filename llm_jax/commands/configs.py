@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 
-from llm_jax import config as config_lib
+from llm_jax import config_file
 
 
 def main(argv: list[str]) -> None:
@@ -17,9 +17,9 @@ def main(argv: list[str]) -> None:
   parser.add_argument('name', nargs='?', help='a preset, to print its file')
   args = parser.parse_args(argv)
   if args.name is not None:
-    print(config_lib.find_config(args.name).read_text(), end='')
+    print(config_file.find_config(args.name).read_text(), end='')
     return
-  known = config_lib.presets()
+  known = config_file.presets()
   width = max(map(len, known), default=0)
   for name, path in known.items():
     summary = (ast.get_docstring(ast.parse(path.read_text())) or '').splitlines()[:1]

@@ -35,7 +35,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[DataConfig,
   args, rest = parser.parse_known_args(argv)
   plugins.load_all(args.plugin)
   if args.config is not None:
-    from llm_jax.config import open_config
+    from llm_jax.config_file import open_config
     overrides = parse_overrides(rest, '--config.', '--config, --full_size, --plugin, --config.FIELD')
     return open_config(args.config).resolve(overrides, cpu_only=not args.full_size).data, args
   overrides = parse_overrides(rest, '--', '--config, --plugin, --FIELD of config.data, such as --path')

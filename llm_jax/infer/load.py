@@ -15,7 +15,8 @@ from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError, DataError, StorageError
 from llm_jax.base.multihost import say
 from llm_jax.base.trees import merge, split
-from llm_jax.config import Config, read_values
+from llm_jax.config import Config
+from llm_jax.config_file import read_values
 from llm_jax.data.open import Data, data_fingerprint, open_data
 from llm_jax.data.pipeline import example_batch
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer

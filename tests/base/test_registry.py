@@ -14,7 +14,8 @@ from llm_jax.base.builder import Sections, build, sections, to_dict
 from llm_jax.base.callbacks import CALLBACKS
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import Registry, _registries, register, settings_from_signature
-from llm_jax.config import Config, base, open_config
+from llm_jax.config import Config, base
+from llm_jax.config_file import open_config
 from llm_jax.data.formats.registry import FORMATS
 from llm_jax.extras.table import TABLE
 from llm_jax.infer.export import EXPORTERS

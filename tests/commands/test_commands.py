@@ -6,9 +6,10 @@ import matplotlib.image
 import pytest
 from program import finish, start, write_config
 
+from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, DataError, UserError
 from llm_jax.commands import check
-from llm_jax.config import combinations, open_config, to_dict
+from llm_jax.config_file import combinations, open_config
 from llm_jax.extras.commands import plot, schedules, sweep
 
 SWEEP = """

@@ -15,7 +15,8 @@ from llm_jax.base.builder import build, leaf_paths, nearest_fields, to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.fields import fields_of
 from llm_jax.commands import config_fields, configs
-from llm_jax.config import Config, open_config, presets
+from llm_jax.config import Config, StageConfig
+from llm_jax.config_file import open_config, presets
 
 REPO = Path(__file__).parents[2]
 
@@ -122,6 +123,12 @@ def test_an_unknown_field_names_the_nearest_of_any_section(name, near):
   section, _, leaf = name.rpartition('.')
   with pytest.raises(ConfigError, match=f'config.{name}: no such field; did you mean config.{near}'):
     build(Config, {section: {leaf: 1}} if section else {leaf: 1})
+
+
+def test_a_class_without_defaults_suggests_its_fields():
+  assert nearest_fields('beginn', StageConfig) == ['begin']
+  with pytest.raises(ConfigError, match=r'config.beginn: no such field; did you mean config.begin\?'):
+    build(StageConfig, {'beginn': 3})
 
 
 def test_a_name_like_no_field_suggests_none():

@@ -92,7 +92,7 @@ def test_a_changed_file_or_option_makes_another_store(corpus, cache, capsys):
 
 
 def test_prepare_makes_the_stores_that_the_run_opens(tmp_path, cache, capsys):
-  from llm_jax.config import open_config
+  from llm_jax.config_file import open_config
   from llm_jax.data.open import open_data
   path = write_config(tmp_path)
   prepare.main([f'--config={path}', '--config.data.val_fraction=0.3'])

@@ -13,7 +13,7 @@ import pytest
 from meshes import train_on
 
 from llm_jax.base.batch import Batch
-from llm_jax.config import build
+from llm_jax.base.builder import build
 from llm_jax.extras.byte_patch import BytePatchConfig
 from llm_jax.extras.linear_attention import CHUNK, linear_attention
 from llm_jax.extras.thinking import EPSILON, Think

@@ -13,8 +13,8 @@ import pytest
 from meshes import train_on
 
 from llm_jax.base.batch import Batch
+from llm_jax.base.builder import build
 from llm_jax.base.sharding import MeshConfig, make_mesh
-from llm_jax.config import build
 from llm_jax.extras.encdec import EncDecConfig
 from llm_jax.infer import sampling
 from llm_jax.infer.sampling import _beam_search, beam_search, generate, pad

@@ -8,8 +8,8 @@ import pytest
 from jax.scipy.special import logsumexp
 
 from llm_jax.base.batch import Batch
+from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError
-from llm_jax.config import build
 from llm_jax.extras.balances import BALANCES
 from llm_jax.extras.contrastive import Contrastive
 from llm_jax.extras.distillation import Distillation

@@ -9,9 +9,9 @@ import pytest
 import test_decoder
 import test_encdec
 
+from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.trees import path_of
-from llm_jax.config import build
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
 

@@ -8,8 +8,8 @@ import optax
 import pytest
 from chains import INFO, RATE, by_equation, descend, momentum, optimizer, tree
 
+from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError
-from llm_jax.config import build
 from llm_jax.optim.chain import TRANSFORMS, OptimConfig
 from llm_jax.optim.groups import Group, assign
 from llm_jax.optim.link import Link

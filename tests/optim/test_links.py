@@ -10,8 +10,8 @@ from chains import RATE, STEPS, by_equation, close, descend, momentum, optimizer
 from program import ROOT
 
 from llm_jax.api import load_config
+from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError
-from llm_jax.config import build
 from llm_jax.optim.chain import TRANSFORMS, OptimConfig
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from llm_jax.base.builder import build
 from llm_jax.base.params import ParamInfo
-from llm_jax.config import build
 from llm_jax.optim.chain import TRANSFORMS, OptimConfig, make_optimizer
 from llm_jax.optim.masks import matrices
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 from chains import INFO, RATE, STEPS, by_equation, close, descend, mean, momentum, optimizer, tree
 
-from llm_jax.config import build
+from llm_jax.base.builder import build
 from llm_jax.extras.matrices import as_matrices, from_matrices
 from llm_jax.optim.chain import OptimConfig, make_optimizer
 from llm_jax.optim.masks import matrix_dims

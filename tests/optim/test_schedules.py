@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError
-from llm_jax.config import Config, build
+from llm_jax.config import Config
 from llm_jax.optim.chain import SCHEDULES, OptimConfig
 
 PEAK, STEPS = 0.5, 100

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from llm_jax.base.builder import build
 from llm_jax.base.conditions import condition
 from llm_jax.base.errors import ConfigError
-from llm_jax.config import Config, EvalConfig, build
+from llm_jax.config import Config, EvalConfig
 from llm_jax.training.best import Best
 
 

@@ -7,7 +7,8 @@ import pytest
 from program import environment, finish, start, write_config
 
 from llm_jax import main
-from llm_jax.config import open_config
+from llm_jax.config_file import open_config
+from llm_jax.training.ending import ending
 from llm_jax.training.log import read_metrics
 
 
@@ -78,6 +79,17 @@ def test_the_end_of_a_run_prints_its_result_and_the_next_commands(folder, capsys
   capsys.readouterr()
   train(folder, 'unevaluated', '--config.num_steps=4', '--config.eval.every=0')
   assert 'evaluate --workdir' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('settings', 'command'), [
+    ({}, 'train .* --config.num_steps=1400 --config.optim.rewarm=700,70$'),
+    ({'optim.schedule': 'constant'}, 'train .* --config.num_steps=1400$'), ({'num_epochs': 2}, None)])
+def test_the_command_to_go_on_fits_the_schedule(settings, command, tmp_path):
+  config = open_config('gpt_small').resolve(settings, cpu_only=True)
+  (tmp_path / 'status.json').write_text('{"state": "finished", "step": 700, "seconds": 1.0}')
+  commands = [line.split('  # ')[0] for line in ending(config, tmp_path, ['--config=gpt_small'])]
+  found = [line for line in commands if ' train ' in line]
+  assert [bool(re.search(command, line)) for line in found] == [True] if command else not found
 
 
 @pytest.mark.slow

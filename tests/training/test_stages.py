@@ -8,9 +8,10 @@ from program import write_config
 
 from llm_jax import main
 from llm_jax.api import load_config
+from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError, Interrupted
 from llm_jax.base.stopping import StopSignal
-from llm_jax.config import Config, build
+from llm_jax.config import Config
 from llm_jax.data import pipeline
 from llm_jax.training import loop
 from llm_jax.training.custom import Custom

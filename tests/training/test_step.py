@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import train_on
 
 from llm_jax.base.batch import Batch
+from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.sharding import (
   MeshConfig,
@@ -22,7 +23,6 @@ from llm_jax.base.sharding import (
   num_batch_shards,
   put_batch,
 )
-from llm_jax.config import build
 from llm_jax.infer.score import add_up
 from llm_jax.losses.readout import Readout
 from llm_jax.models.decoder_config import DecoderConfig
