@@ -6,7 +6,7 @@ Dims: B batch, T length of decoder rows, S length of encoder rows, D embed, K kv
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ from llm_jax.layers.attention import Attention, AttentionMask, KVCache, MultiHea
 from llm_jax.layers.linear import Embed
 from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.losses.readout import Readout
-from llm_jax.models.blocks import OutputMatrix, make_heads, make_mlp, make_norm, make_readout
+from llm_jax.models.blocks import OutputMatrix, make_heads, make_mlp, make_norm
 from llm_jax.models.decoder import Block, Decoder
 from llm_jax.models.decoder_config import DecoderConfig, require
 from llm_jax.models.registry import MODELS
@@ -179,12 +179,6 @@ class EncDec(nn.Module):
     x_BSD = self._run(self.encoder_block, self.encoder, x_BSD, positions_BS, both_ways, (0,), train)
     return self.encoder_norm(x_BSD)
 
-  def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    x_BTD = self.embed.encode(tokens_BT)
-    if self.cfg.positions == 'learned':
-      x_BTD += self.positions.encode(positions_BT)
-    return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
-
   def hidden(self, tokens_BT, positions_BT, read: Read, train: bool = False):
     """The decoder's residual stream after all blocks [B, T, D]."""
     x_BTD = self.embedded(tokens_BT, positions_BT)
@@ -204,10 +198,10 @@ class EncDec(nn.Module):
       self.sow(collection, 'encoder' if block is self.encoder_block else 'blocks', values)
     return x_BTD
 
-  def output(self, x_BTD: jax.Array) -> Readout:
-    return make_readout(self.cfg, self.final_norm(x_BTD), self.embed if self.cfg.tie_embeddings else self.head)
-
-  decode_variables = Decoder.decode_variables
+  # The decoding half is built like a Decoder, from modules of the same names.
+  embedded: ClassVar[Any] = Decoder.embedded
+  output: ClassVar[Any] = Decoder.output
+  decode_variables: ClassVar[Any] = Decoder.decode_variables
 
   def init_cache(self, batch_size: int, max_len: int) -> Cache:
     cfg = self.cfg
