@@ -18,7 +18,7 @@ from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.data.open import Data, tokenize
 from llm_jax.data.tokenizers.tokenizer import before_eos, decode
 from llm_jax.infer import sampling
-from llm_jax.infer.answers import Answer, answer_stores, summarize_answers
+from llm_jax.infer.answers import Answer, answer_metrics, answer_stores, summarize_answers
 from llm_jax.infer.load import Loaded, own_data
 from llm_jax.infer.score import make_evaluator
 from llm_jax.infer.text import prompt_ids
@@ -67,7 +67,7 @@ class Trained:
       raise ConfigError(f'--answers must not be negative, --num_beams at least 1; got {num_answers}, {num_beams}')
     answers_due = self.config.answers and run.tokenizer is not None and num_answers != 0
     if answers_due:
-      make_validator(validator)  # to report an error before the loss is computed
+      make_validator(validator), answer_metrics(own)  # to report an error before the loss is computed
     config = dataclasses.replace(
         self.config, eval=dataclasses.replace(own, answers=0, validator=validator, num_beams=num_beams))
     mesh = make_mesh(MeshConfig())
@@ -79,7 +79,7 @@ class Trained:
       if not answers_due:
         return Evaluation(results, tables, [])
       answers = answer_stores(config, opened, run.model, run.params, stores, num_answers)
-      return Evaluation(results | summarize_answers(answers), tables, answers)
+      return Evaluation(results | summarize_answers(answers, own), tables, answers)
 
   def _open(self, split: str, data: str | None) -> Data:
     """Opens the data to evaluate on. Raises ConfigError, DataError if the model cannot read them."""

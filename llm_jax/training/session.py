@@ -118,7 +118,8 @@ class Session:
       results = self.measure()
       self.score, reached = self.best.update(self.step, results)
       self.evaluated_at = self.step
-      self._log(results | {f'capability/{text}': float(self.step) for text in reached})
+      first_steps = {f'capability/{text}': float(self.step) for text in reached}
+      self._log(results | first_steps | self.best.retention(results))
       opt_state = self.program.tx.update_from_eval(self.state.opt_state, results)
       self.state = dataclasses.replace(self.state, opt_state=opt_state)
       for text in reached:
