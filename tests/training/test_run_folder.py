@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -82,6 +83,29 @@ def test_a_run_killed_after_its_last_checkpoint_becomes_finished(folder):
   path.write_text(json.dumps(read_status(folder / 'killed') | {'state': 'training', 'step': 1}))
   train(folder, 'killed')
   assert (read_status(folder / 'killed')['state'], read_status(folder / 'killed')['step']) == ('finished', 2)
+
+
+def test_other_data_in_a_runs_folder_names_both_paths_and_a_free_folder(folder, capsys):
+  other = folder / 'other.txt'
+  other.write_text('\n'.join(f'other words {i * i % 89}' for i in range(400)))
+  with pytest.raises(ConfigError) as e:
+    train(folder, 'run', f'--config.data.path={other}', '--config.model.vocab_size=none')
+  message = str(e.value)
+  assert f'config.data.path: checkpoint {folder}/corpus, now {other}' in message and 'vocab_size' not in message
+  flag = re.search(r'set (--workdir=\S+);', message)[1]
+  assert flag == f'--workdir={folder}/run_2'
+  train(folder, 'unused', f'--config.data.path={other}', flag)
+  assert read_status(folder / 'run_2')['state'] == 'finished'
+
+
+def test_changed_files_are_named_without_hashes(folder):
+  path = folder / 'notes.txt'
+  path.write_text('\n'.join(f'some words {i * i % 89}' for i in range(400)))
+  train(folder, 'notes', f'--config.data.path={path}')
+  path.write_text('\n'.join(f'more words {i * i % 83}' for i in range(400)))
+  with pytest.raises(ConfigError, match=r'the training data \(config.data.path .*\) has changed since') as e:
+    train(folder, 'notes', f'--config.data.path={path}')
+  assert not re.search('[0-9a-f]{12}', str(e.value).replace(str(folder), ''))
 
 
 def dead_process():
