@@ -69,6 +69,7 @@ class Data:
 
 def open_data(config: DataConfig) -> Data:
   """Opens the stores; makes those that are not in the cache. Raises DataError, ConfigError, StorageError."""
+  config.check_paths()
   sources = config.named_sources
   if config.streaming:
     return LOADERS['stream'].open(config)
