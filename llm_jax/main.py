@@ -36,14 +36,7 @@ def main(argv: list[str]) -> None:
   if args.config is None:
     raise ConfigError(f'--config is missing: set it to a file or to one of: {", ".join(config_file.presets())}')
   source = config_file.open_config(args.config, trust=args.trust)
-  problems = []
-  for cpu_only in (False, True):  # reports a config that is invalid on any machine before starting JAX
-    try:
-      source.resolve(overrides, cpu_only=cpu_only)
-    except ConfigError as e:
-      problems.append(e)
-  if len(problems) == 2:
-    raise problems[-1]
+  source.check(overrides)  # reports a config that is invalid on any machine before starting JAX
   if args.workdir and '://' in str(args.workdir):
     raise ConfigError(f'--workdir: {args.workdir} is a URL; mount the storage and set the folder')
   import jax

@@ -213,7 +213,7 @@ RESUME_REFUSED = [
     ('--config.data.seq_len=16', 'config.data.seq_len: checkpoint 32, now 16'),
     ('--config.batch_tokens=4096', 'rows'),
     ('--config.data.mask_documents=false', 'config.data.mask_documents'),
-    ('--config.data.val_fraction=0.3', 'the training data'),
+    ('--config.data.val_fraction=0.3', 'config.data.val_fraction: checkpoint 0.05, now 0.3'),
     ('--config.model.num_heads=4', 'config.model.num_heads: checkpoint 2, now 4'),
     ('--config.optim.chain=adamw', 'config.optim.chain'),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ def write_file(path: Path, content: str | bytes) -> None:
   with os.fdopen(os.open(aside, flags, 0o666), 'wb') as f:
     f.write(content.encode() if isinstance(content, str) else content)
   os.replace(aside, path)
+
+
+def unused(folder: Path) -> Path:
+  """A folder of a similar name that does not exist: runs/a_2."""
+  return next(path for n in itertools.count(2) if not (path := folder.with_name(f'{folder.name}_{n}')).exists())
 
 
 @contextlib.contextmanager

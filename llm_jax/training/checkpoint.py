@@ -45,6 +45,7 @@ class Checkpoints:
   """The checkpoints of one run. A context manager: leaving it waits for a save in progress."""
 
   def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
+    self._directory = directory
     kept = [policies.LatestN(config.keep_last),
             policies.BestN(get_metric_fn=_score, reverse=True, n=config.keep_best,
                            keep_checkpoints_without_metrics=False)]
@@ -66,6 +67,11 @@ class Checkpoints:
 
   def __exit__(self, *exc: object) -> None:
     self._manager.close()
+
+  @property
+  def workdir(self) -> Path:
+    """The folder of the run, as it was named."""
+    return self._directory.parent
 
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())

@@ -22,7 +22,7 @@ from llm_jax.base.multihost import barrier
 from llm_jax.base.profiling import Profiler
 from llm_jax.base.sharding import make_mesh, put_batch
 from llm_jax.base.stopping import StopSignal
-from llm_jax.config import Config, replace
+from llm_jax.config import Config
 from llm_jax.data import pipeline
 from llm_jax.training import run
 from llm_jax.training.checkpoint import Checkpoints, latest_step
@@ -102,6 +102,7 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
       session.settle()
       profiler.end_after(step)
       if first:
+        run.write_files(program, workdir, status, session.begin)
         console.line(f'first step after {time.perf_counter() - session.step_started:.1f} s of compiling and running')
       if now.evaluate:
         session.evaluate()
@@ -132,8 +133,6 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   checkpoints = stack.enter_context(Checkpoints(check_no_link(workdir / 'checkpoints'), config.checkpoint))
   state, meta = first_state(program, checkpoints, mesh)
   begin = int(state.step)
-  run.write_files(replace(program.stage.run, model=config.model, loss=config.loss) if config.stages else config,
-                  program.data, workdir)
   writer, console = MetricsWriter(workdir, begin), Console(config.num_steps, begin)
   stack.callback(writer.close)
   stack.callback(console.close)

@@ -40,6 +40,8 @@ def main(argv: list[str]) -> None:
   if args.processes < 1:
     raise ConfigError(f'--processes must be at least 1; got {args.processes}')
   # Reports a mistake in any trial before the first one runs, with and without on_cpu, as the machine is not known here.
+  for trial in source.trials:
+    source.check({**overrides, **trial})
   resolved = [[to_dict(source.resolve({**overrides, **trial}, cpu_only=cpu_only)) for cpu_only in (True, False)]
               for trial in source.trials]
   if args.metric and not args.mode:
