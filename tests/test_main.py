@@ -310,7 +310,7 @@ def test_config_json_repeats_a_run(resumable, folder):
 
 def test_commands_reject_bad_arguments(whole, folder):
   for program, flags, error, words in [
-      (generate, ['--workdir', 'nowhere'], StorageError, 'nowhere does not contain a run'),
+      (generate, ['--workdir', 'nowhere'], ConfigError, 'nowhere does not exist'),
       (generate, ['--workdir', str(whole[0]), '--top_p=0'], ConfigError, '--top_p'),
       (generate, ['--workdir', str(whole[0]), '--prompt=' + 'x ' * 99], ConfigError, 'at most 31'),
       (generate, ['--workdir', str(whole[0]), '--checkpoint=last'], ConfigError, 'latest, best, or a step'),

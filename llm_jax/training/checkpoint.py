@@ -28,12 +28,6 @@ from llm_jax.config import CheckpointConfig
 logging.getLogger('absl').addFilter(lambda record: record.levelno >= logging.ERROR or 'orbax' not in record.pathname)
 
 
-def latest_step(workdir: Path) -> int:
-  """The latest step with a checkpoint in a run's folder; -1 if there is none."""
-  paths = (workdir / 'checkpoints').glob('*')
-  return max((int(path.name) for path in paths if path.name.isdigit()), default=-1)
-
-
 class _Manager(ocp.CheckpointManager):
 
   def reached_preemption(self, step: int) -> bool:

@@ -17,7 +17,7 @@ from llm_jax.base.batch import as_batch
 from llm_jax.base.builder import to_dict
 from llm_jax.base.devices import peak_flops
 from llm_jax.base.errors import Interrupted
-from llm_jax.base.files import check_no_link
+from llm_jax.base.files import check_no_link, latest_step
 from llm_jax.base.multihost import barrier
 from llm_jax.base.profiling import Profiler
 from llm_jax.base.sharding import make_mesh, put_batch
@@ -25,7 +25,7 @@ from llm_jax.base.stopping import StopSignal
 from llm_jax.config import Config
 from llm_jax.data import pipeline
 from llm_jax.training import run
-from llm_jax.training.checkpoint import Checkpoints, latest_step
+from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.custom import Custom, with_custom, with_named_callbacks
 from llm_jax.training.log import Console, Goodput, Logs, MetricsWriter, Throughput
 from llm_jax.training.program import Program, build_program

@@ -11,12 +11,12 @@ from program import write_config
 
 import llm_jax
 from llm_jax.base.errors import ConfigError, DivergedError, Interrupted
+from llm_jax.base.files import latest_step
 from llm_jax.config import CheckpointConfig, Config, EvalConfig, LogConfig
 from llm_jax.data.config import DataConfig
 from llm_jax.data.pipeline import Batches
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.optim.chain import as_optimizer
-from llm_jax.training.checkpoint import latest_step
 from llm_jax.training.log import Goodput, Logs, PackedMetrics, Throughput, read_metrics
 from llm_jax.training.loop import due
 from llm_jax.training.session import MAX_SKIPPED, Session

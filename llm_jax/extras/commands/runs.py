@@ -1,13 +1,15 @@
-"""Lists runs: llm-jax runs [FOLDER]
+"""Lists runs with their state, best result and differences.
 
 A folder is searched for runs at any depth (default: runs). The last column has the config fields in which the runs
 differ. For the folder of one run, its launches are listed too: when, by which command, from which step, with which
 changes of the config, and how each ended. Nothing in the folders is executed.
+
+  llm-jax runs
+  llm-jax runs runs/sweep --plot=runs.png
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import textwrap
 import time
@@ -15,19 +17,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
 
 RUNNING = ('starting', 'training')
 STALE_SECONDS = 600  # without an update a run of another host has probably been killed
 
 
+def parser() -> flags.Parser:
+  parser = flags.Parser('runs', __doc__)
+  parser.add_argument('folder', nargs='?', type=Path, default=Path('runs'), help='the folder to search (default: runs)')
+  parser.add_argument('--format', choices=('text', 'json'), default='text', help='of the output')
+  parser.add_argument('--plot', type=Path, metavar='PNG', help='also plot the losses of the runs (default: no plot)')
+  return parser
+
+
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax runs', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('folder', nargs='?', type=Path, default=Path('runs'), help='default: runs')
-  parser.add_argument('--format', choices=('text', 'json'), default='text', help='default: text')
-  parser.add_argument('--plot', type=Path, metavar='PNG', help='also plot the losses of the runs')
-  args = parser.parse_args(argv)
+  args = parser().parse(argv)
   folders = [path.parent for path in sorted(args.folder.rglob('status.json'))]
   if not folders:
     raise ConfigError(f'{args.folder}: there are no runs in this folder')
