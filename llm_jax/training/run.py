@@ -18,7 +18,7 @@ from llm_jax.config import Config
 from llm_jax.data.open import Data
 from llm_jax.data.sources.documents import shown
 from llm_jax.infer.export import write_config
-from llm_jax.training.log import Console
+from llm_jax.training.console import Console
 from llm_jax.training.program import Program
 from llm_jax.training.state import TrainState
 

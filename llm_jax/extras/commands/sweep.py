@@ -24,9 +24,10 @@ from llm_jax.base.builder import parse_overrides, to_dict
 from llm_jax.base.errors import ConfigError, StorageError, UserError
 from llm_jax.base.files import check_no_link, open_append, write_file, writing
 from llm_jax.base.process import run_as_program
+from llm_jax.base.progress import duration
 from llm_jax.config import differences
 from llm_jax.config_file import open_config
-from llm_jax.training.log import duration, read_metrics
+from llm_jax.training.log import read_metrics
 from llm_jax.training.status import read_status
 
 
