@@ -30,7 +30,7 @@ from llm_jax.base.errors import ConfigError, UserError
 from llm_jax.base.process import out_of_memory_as_config_error, run_as_program, waiting
 
 CORE = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-collections', 'numpy', 'tensorboard',
-        'tokenizers', 'tiktoken', 'safetensors', 'psutil')
+        'tokenizers', 'tiktoken', 'safetensors', 'psutil', 'rich')
 OPTIONAL = {  # module: what it is used for, the extra that installs it
     'matplotlib': ('figures: plot, schedules, inspect, evaluate, sweep', 'plot'),
     'xprof': ('profiles in TensorBoard', 'profile'),

@@ -22,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.progress import Progress
 from llm_jax.config import CheckpointConfig
 
 # Orbax warns about things that are intended here, such as a save without metrics.
@@ -126,7 +127,8 @@ class Checkpoints:
     for candidate in reversed(self.steps()) if step is None else [step]:
       failure = ''
       try:
-        result = self._read(candidate, params, opt_state, check)
+        with Progress(f'reading checkpoint {candidate}', shown=jax.process_index() == 0):
+          result = self._read(candidate, params, opt_state, check)
       except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # not caused by the checkpoint
         raise
       except Exception as e:  # Orbax raises many types for a damaged folder

@@ -19,7 +19,7 @@ from llm_jax.base.files import open_append, unused, writing
 from llm_jax.config import differences, replace
 from llm_jax.data.sources.documents import shown
 from llm_jax.infer.export import write_config
-from llm_jax.training.log import Console
+from llm_jax.training.console import Console
 from llm_jax.training.program import Program
 from llm_jax.training.state import TrainState
 from llm_jax.training.status import Status

@@ -31,8 +31,8 @@ def main(argv: list[str]) -> None:
   args = parser().parse(argv)
   overrides = args.overrides
   plugins.load_all(args.plugin)
+  from llm_jax.base.progress import duration
   from llm_jax.config_file import open_config
-  from llm_jax.training.log import duration
   from llm_jax.training.status import read_status
   source = open_config(args.config)
   if not source.trials:
