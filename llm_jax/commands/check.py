@@ -42,6 +42,8 @@ OPTIONAL = {  # module: what it is used for, the extra that installs it
     'fsspec': ('URLs of object stores', 'data'),
     'tree_sitter_wgsl_bevy': ('the WGSL validator', 'wgsl'),
     'qwix': ('8-bit matrices: config.model.einsum=int8, fp8', 'quant'),
+    'starlette': ('llm-jax serve', 'serve'),
+    'uvicorn': ('llm-jax serve', 'serve'),
     'pynvml': ('utilisation of NVIDIA GPUs (nvidia-ml-py)', None),
 }
 Fact = tuple[str, str, dict[str, Any]]  # name, text, values by name
