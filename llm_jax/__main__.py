@@ -15,6 +15,7 @@ COMMANDS = {
     'train': ('main', 'train a model from a config file'),
     'generate': ('commands.generate', 'generate text with a trained run'),
     'chat': ('extras.commands.chat', 'continue prompts in a loop'),
+    'serve': ('extras.commands.serve', 'serve a run by a local page and the OpenAI completions API'),
     'evaluate': ('commands.evaluate', 'measure losses, metrics and answers of a trained run'),
     'predict': ('extras.commands.predict', 'predict classes, numbers or embeddings of texts'),
     'export': ('commands.export', 'write a run as safetensors, config and tokenizer'),

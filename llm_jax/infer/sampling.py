@@ -15,22 +15,22 @@ from llm_jax.base.sharding import constrain
 from llm_jax.models.protocol import LanguageModel
 
 
-def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: float = 1.0, top_k: int = 0,
-           top_p: float = 1.0, num_ids: int | None = None) -> jax.Array:
-  """Samples one token per row, int32 [B]. temperature 0: argmax; top_k 0: all; top_p: nucleus (arXiv 1904.09751).
+def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: jax.Array | float | None = 1.0, top_k: int = 0,
+           top_p: jax.Array | float | None = None, num_ids: int | None = None) -> jax.Array:
+  """Samples one token per row, int32 [B]. top_p: nucleus (arXiv 1904.09751); top_k 0 and top_p None: all tokens.
 
-  Only the first `num_ids` ids are sampled, as the model's vocabulary may be padded.
+  temperature None: argmax. Only the first `num_ids` ids are sampled, as the model's vocabulary may be padded.
   """
   logits_BV = constrain(logits_BV[:, :num_ids], None, None)  # all processes get all tokens
-  if temperature == 0:
+  if temperature is None:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = logits_BV.astype(jnp.float32) / temperature
-  if not top_k and top_p == 1:
+  if not top_k and top_p is None:
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
   V = logits_BV.shape[-1]
   logits_BK, ids_BK = jax.lax.top_k(logits_BV, min(top_k or V, V))  # in descending order, equal ones by id
   probs_BK = jax.nn.softmax(logits_BK, axis=-1)
-  kept_BK = jnp.cumsum(probs_BK, axis=-1) - probs_BK < top_p  # always keeps the first
+  kept_BK = jnp.cumsum(probs_BK, axis=-1) - probs_BK < (1.0 if top_p is None else top_p)  # always keeps the first
   choice_B = jax.random.categorical(key, jnp.where(kept_BK, logits_BK, -jnp.inf), axis=-1)
   return jnp.take_along_axis(ids_BK, choice_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
@@ -42,14 +42,14 @@ def decode_variables(model: LanguageModel, params: Params) -> Any:
   return {'params': params} if own is None else own(params)
 
 
-@partial(jax.jit, static_argnames=('model', 'num_slots', 'temperature', 'top_k', 'top_p', 'num_ids'))
+@partial(jax.jit, static_argnames=('model', 'num_slots', 'top_k', 'num_ids'))
 def _prefill(variables, tokens_BT, lengths_B, key, *, model, num_slots, **options):
   cache = model.init_cache(tokens_BT.shape[0], num_slots)
   logits_BV, cache = model.apply(variables, tokens_BT, lengths_B, cache, method='prefill')
   return sample(logits_BV, key, **options), cache
 
 
-@partial(jax.jit, static_argnames=('model', 'temperature', 'top_k', 'top_p', 'num_ids'), donate_argnames='cache')
+@partial(jax.jit, static_argnames=('model', 'top_k', 'num_ids'), donate_argnames='cache')
 def _decode(variables, tokens_B, cache, key, *, model, **options):
   logits_BV, cache = model.apply(variables, tokens_B, cache, method='decode')
   return sample(logits_BV, key, **options), cache
@@ -69,7 +69,9 @@ def generate(model: LanguageModel, params: Params, prompts: list[list[int]], *, 
   Prompts must not be empty. The computation of token i+1 starts before token i is yielded.
   """
   tokens_BT, lengths_B = pad(model, prompts, max_len)
-  options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'num_ids': num_ids}
+  # Other values of temperature and top_p need no other program.
+  options = {'temperature': temperature or None, 'top_k': top_k, 'top_p': top_p if top_p < 1 else None,
+             'num_ids': num_ids}
   num_tokens = min(num_tokens, room(model, lengths_B, max_len))
   keys = jax.random.split(jax.random.key(seed), max(num_tokens, 1))
   variables, filled = variables or decode_variables(model, params), slots_filled(model, lengths_B)

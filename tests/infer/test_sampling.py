@@ -71,7 +71,7 @@ def test_top_k_keeps_k_of_equal_logits(top_k):
 def test_temperature_0_is_argmax():
   logits = np.random.default_rng(1).normal(size=(64, 50)).astype(np.float32)
   for seed in range(3):
-    tokens = sample(jnp.asarray(logits), jax.random.key(seed), temperature=0.0, top_k=3, top_p=0.5)
+    tokens = sample(jnp.asarray(logits), jax.random.key(seed), temperature=None, top_k=3, top_p=0.5)
     assert tokens.dtype == jnp.int32
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
@@ -253,6 +253,14 @@ def test_sampled_generation_follows_its_seed():
   assert (first != other).any()
   assert len({tuple(row) for row in first.tolist()}) == 4  # one prompt goes four ways
   assert len({tuple(column) for column in first.T.tolist()}) == 10  # and each token has a key of its own
+
+
+def test_other_temperatures_and_top_p_use_the_compiled_programs():
+  run('gpt2', PROMPTS, 3, temperature=0.5, top_p=0.9)
+  sizes = [program._cache_size() for program in (sampling._prefill, sampling._decode)]
+  tokens = [run('gpt2', PROMPTS, 3, temperature=t, top_p=p) for t, p in ((0.6, 0.8), (50.0, 0.99))]
+  assert [program._cache_size() for program in (sampling._prefill, sampling._decode)] == sizes
+  assert (tokens[0] != tokens[1]).any()
 
 
 def test_generation_stops_at_max_len():

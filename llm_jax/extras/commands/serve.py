@@ -1,0 +1,132 @@
+"""Serves a run on this machine, with a page and OpenAI's completions API: llm-jax serve --workdir=runs/gpt_small
+
+Requests are answered one after another. docs/serving.md describes the endpoints and what is not supported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from llm_jax.base import flags
+from llm_jax.base.errors import ConfigError, UserError
+
+LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+ANY = ('', '0.0.0.0', '::')  # all addresses of this machine
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='llm-jax serve', allow_abbrev=False, description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', type=Path, required=True)
+  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step (default: latest)')
+  parser.add_argument('--port', type=int, default=8000, help='0: a free one (default: 8000)')
+  parser.add_argument('--host', default='127.0.0.1', help='the address to listen on; anybody who reaches it can use '
+                      'the model (default: 127.0.0.1, this machine only)')
+  parser.add_argument('--allow_host', action='append', default=[], metavar='NAME', help='a name of this machine that '
+                      'clients may use beside its addresses; may be repeated')
+  parser.add_argument('--max_waiting', type=int, default=32, help='requests that may wait; more are answered with '
+                      'status 503 (default: 32)')
+  flags.add(parser)
+  args = parser.parse_args(argv)
+  if args.max_waiting < 0:
+    raise ConfigError(f'--max_waiting must be at least 0; got {args.max_waiting}')
+  try:
+    import starlette  # noqa: F401
+    import uvicorn
+  except ImportError:
+    raise ConfigError("llm-jax serve needs starlette and uvicorn: pip install 'llm_jax[serve]'") from None
+  with listen(args.host, args.port) as listener:  # first, to report a port that is taken before the model is loaded
+    flags.apply(args)
+    serve(args, listener, uvicorn)
+
+
+def listen(host: str, port: int) -> socket.socket:
+  """A socket that listens. Raises ConfigError."""
+  if not 0 <= port < 65536:
+    raise ConfigError(f'--port: must be in 0 to 65535; got {port}')
+  try:
+    return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=128)
+  except OSError as e:
+    reason = (e.strerror or str(e)).partition(' (while')[0]
+    raise ConfigError(f'--host={host} --port={port}: cannot listen there: {reason}; set another --port, or --port=0 '
+                      'for a free one') from None
+
+
+def serve(args: argparse.Namespace, listener: socket.socket, uvicorn: Any) -> None:
+  """Loads the run and serves it until SIGINT or SIGTERM."""
+  import jax
+
+  from llm_jax import api
+  from llm_jax.base.sharding import MeshConfig, make_mesh
+  from llm_jax.extras.serving.app import make_app
+  from llm_jax.extras.serving.worker import Worker
+
+  class Server(uvicorn.Server):
+    async def shutdown(self, sockets: Any = None) -> None:
+      worker.close()  # otherwise it would wait for the requests in progress
+      await super().shutdown(sockets)
+
+  mesh = make_mesh(MeshConfig())
+  with jax.set_mesh(mesh):
+    trained = api.load(args.workdir, args.checkpoint, trust=args.trust)
+    prompt, name = example_prompt(trained), args.workdir.resolve().name
+    print(f'{args.workdir}, step {trained.run.meta["step"]}; compiling (again for the first prompt of each other '
+          'length, rounded up to a power of two, and for each new n and top_k)', flush=True)
+    for _ in trained.tokens(prompt, num_tokens=min(64, trained.config.model.max_len)):
+      pass
+  worker = Worker(args.max_waiting)
+  app = make_app(trained, mesh, name, worker, allowed_hosts(args.host, args.allow_host))
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)  # uvicorn handles signals, and raises them again when it has ended
+  if args.host not in LOOPBACK:
+    print(f'warning: --host={args.host}: there is no authentication: everybody who can reach this address can use the '
+          'model', file=sys.stderr, flush=True)
+  print(welcome(url(args.host, listener.getsockname()[1]), name, prompt), flush=True)
+  Server(uvicorn.Config(app, log_level='warning', lifespan='off', timeout_graceful_shutdown=3)).run(sockets=[listener])
+  print('stopped', flush=True)
+
+
+def allowed_hosts(host: str, more: list[str]) -> list[str]:
+  """The host names that requests may be addressed to: with any, a web page could reach the server by DNS rebinding."""
+  found = {*LOOPBACK, host, *more}
+  if host in ANY:
+    import psutil
+    found |= {socket.gethostname()} | {
+        address.address.partition('%')[0] for addresses in psutil.net_if_addrs().values() for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)}
+  return sorted({name for found_name in found - set(ANY) for name in (found_name, f'[{found_name}]')})
+
+
+def url(host: str, port: int) -> str:
+  host = '127.0.0.1' if host in ANY else host
+  return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
+
+
+def example_prompt(trained: Any) -> str:
+  """One of the config's prompts that can be encoded; '' starts a document."""
+  for prompt in trained.config.eval.prompts:
+    try:
+      if prompt and trained.tokens(prompt):
+        return prompt
+    except UserError:  # for example, it is too long
+      pass
+  return ''
+
+
+def welcome(address: str, name: str, prompt: str) -> str:
+  body = shlex.quote(json.dumps({'model': name, 'prompt': prompt, 'max_tokens': 64}))
+  return f"""
+curl {address}/v1/completions -H 'Content-Type: application/json' -d {body}
+
+import openai
+client = openai.OpenAI(base_url={f'{address}/v1'!r}, api_key='none')
+print(client.completions.create(model={name!r}, prompt={prompt!r}, max_tokens=64).choices[0].text)
+
+ready: {address} (Ctrl-C ends)"""

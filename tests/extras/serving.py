@@ -1,0 +1,92 @@
+"""A served run, for tests of llm-jax serve."""
+
+import contextlib
+import http.client
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from program import environment, write_config
+
+from llm_jax import main
+
+MAX_WAITING = 4
+LONG = {'prompt': [''] * 128, 'max_tokens': 500}  # takes much longer than any other request of the tests
+
+
+def train(folder: Path) -> Path:
+  """A run of three steps that generates up to 512 tokens."""
+  write_config(folder)
+  main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/tiny', '--config.num_steps=3',
+             '--config.model.positions=rope', '--config.model.max_len=512', '--config.model.num_layers=1',
+             '--config.eval.sample_tokens=0', '--config.eval.max_tokens=512', '--config.checkpoint.every=3'])
+  return folder / 'tiny'
+
+
+class Client:
+  """Sends raw requests to a server."""
+
+  def __init__(self, address: str, printed: str = ''):
+    self.address, self.printed = address, printed
+
+  def send(self, path: str, body=None, **headers: str) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection(urlsplit(self.address).netloc, timeout=60)
+    if not isinstance(body, bytes | None):
+      body = json.dumps(body).encode()
+    connection.request('GET' if body is None else 'POST', path, body,
+                       ({} if body is None else {'Content-Type': 'application/json'}) | headers)
+    response = connection.getresponse()
+    response.connection = connection
+    return response
+
+  def get(self, path: str) -> dict:
+    return json.loads(self.send(path).read())
+
+  def complete(self, **body) -> dict:
+    response = self.send('/v1/completions', body)
+    answer = json.loads(response.read())
+    assert response.status == 200, answer
+    return answer
+
+  def stream(self, path: str, **body) -> list:
+    """The data of all events."""
+    response = self.send(path, body | {'stream': True})
+    parts = response.read().decode().split('\n\n')
+    assert response.headers['content-type'].startswith('text/event-stream') and parts.pop() == ''
+    assert parts.pop() == 'data: [DONE]'
+    return [json.loads(part.removeprefix('data: ')) for part in parts]
+
+  def begin(self, **body) -> http.client.HTTPConnection:
+    """Sends a request that is streamed, and waits for its first event; closing the connection cancels it."""
+    response = self.send('/v1/completions', body | {'stream': True})
+    assert response.readline().startswith(b'data: ')
+    return response
+
+
+@contextlib.contextmanager
+def served(run: Path):
+  """A Client of `llm-jax serve` as a real process, which Ctrl-C ends with code 0 while it generates."""
+  process = subprocess.Popen(
+      [sys.executable, '-m', 'llm_jax', 'serve', f'--workdir={run.name}', '--port=0', f'--max_waiting={MAX_WAITING}'],
+      cwd=run.parent, env=environment(run.parent), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  try:
+    printed = ''
+    for line in process.stdout:
+      printed += line
+      if line.startswith('ready: '):
+        break
+    assert 'ready: ' in printed, printed
+    client = Client(printed.rpartition('ready: ')[2].split()[0], printed)
+    yield client
+    response = client.begin(**LONG)
+    process.send_signal(signal.SIGINT)
+    rest = response.read().decode()
+    assert 'the server is shutting down' in rest, rest
+    assert process.wait(timeout=30) == 0, process.stdout.read()
+    assert process.stdout.read() == 'stopped\n'
+  finally:
+    process.kill()
+    process.communicate()
