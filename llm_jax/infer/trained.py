@@ -48,6 +48,15 @@ class Trained:
   def _variables(self) -> Any:
     return sampling.decode_variables(self.run.model, self.run.params)
 
+  def for_generation(self) -> Trained:
+    """The same run, which can only generate: it does not hold the weights in the form that evaluation needs.
+
+    Generation needs each layer in arrays of its own, so a Trained that does both holds the layers twice.
+    """
+    generator = Trained(dataclasses.replace(self.run, params=None), self.workdir, self._loss_terms)
+    generator._variables = self._variables
+    return generator
+
   def validate(self, split: str = 'val') -> dict[str, float]:
     """The losses and metrics on a whole split of the run's data."""
     return self.evaluate(split, num_answers=0).results
@@ -59,6 +68,8 @@ class Trained:
     A run trained on answers generates `num_answers` of them; None: all. Raises ConfigError, DataError.
     """
     run, own = self.run, self.config.eval
+    if run.params is None:
+      raise ConfigError('this run was loaded for generation only; evaluate one that llm_jax.load returns')
     if split not in ('train', 'val', 'test'):
       raise ConfigError(f'--split: must be train, val or test; got {split!r}')
     validator = own.validator if validator is None else validator
