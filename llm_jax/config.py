@@ -16,6 +16,7 @@ from llm_jax.base.builder import (
   Sections,
   check_names,
   keep_named,
+  known_names,
   registries_of,
   sections,
   to_dict,
@@ -74,11 +75,6 @@ class EvalConfig:
   def conditions(self) -> tuple[str, ...]:
     """The capabilities and the goal."""
     return tuple(dict.fromkeys([*self.capabilities, *([self.goal] if self.goal else [])]))
-
-  @property
-  def required_metrics(self) -> tuple[str, ...]:
-    """The results that monitor and conditions use."""
-    return (self.monitor, *(condition(text).metric for text in self.conditions))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +197,32 @@ class Config:
     for part in (self.model, self.loss, self.optim):
       for settings in getattr(part, 'sections', {}).values():
         problems += getattr(settings, 'problems', lambda config: [])(self)
+    if self.eval.every and (known := self.results) is not None:
+      problems += [f'{field} {name} is not a result of evaluations in this run; {known_names(name, sorted(known))}'
+                   for field, names in self.required_results.items() for name in names if name not in known]
     if problems:
       raise ValueError('\n'.join(problems))
+
+  @property
+  def results(self) -> set[str] | None:
+    """The names of results that evaluations may have; None if a loss does not declare its own."""
+    names, evaluation = self.loss.results, self.eval
+    if names is None:
+      return None
+    names |= set(evaluation.metrics)
+    if evaluation.answers:
+      names |= {'exact_match', 'answer_accuracy'} | ({'valid'} if evaluation.validator else set())
+    if len(self.data.sources) > 1:
+      names |= {f'{source}/{name}' for source in self.data.sources for name in ('loss', 'bits_per_byte')}
+    return {f'val/{name}' for name in names}
+
+  @property
+  def required_results(self) -> dict[str, tuple[str, ...]]:
+    """The results that the config uses, by the field that names them."""
+    return {'eval.monitor': (self.eval.monitor,),
+            'eval.goal or capabilities': tuple(condition(text).metric for text in self.eval.conditions),
+            **{f'optim.{name}': link.required_metrics
+               for name, link in zip(self.optim.chain, self.optim.links, strict=True)}}
 
   @property
   def writes(self) -> bool:

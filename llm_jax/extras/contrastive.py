@@ -36,6 +36,7 @@ class Contrastive(Term):
   tasks: ClassVar[tuple[str, ...]] = ('pairs',)
   row_wise: ClassVar[bool] = False
   fixed: ClassVar[tuple[str, ...]] = ('embedding_dim',)
+  results: ClassVar[tuple[str, ...]] = ('loss', 'accuracy', 'top5_accuracy', 'mrr', 'documents')
 
   def check(self, loss: Any) -> None:
     if loss.balance == 'grad_norm':

@@ -45,6 +45,7 @@ class Classification(Term):
   reads: ClassVar[frozenset[str]] = frozenset({'labels', 'segment_ids'})
   tasks: ClassVar[tuple[str, ...]] = ('classification',)
   fixed: ClassVar[tuple[str, ...]] = ('num_classes', 'classes')
+  results: ClassVar[tuple[str, ...]] = ('loss', 'accuracy', 'top5_accuracy', 'macro_f1', 'documents')
 
   @property
   def head_dim(self) -> int:
@@ -172,6 +173,7 @@ class Regression(Term):
   std: tuple[float, ...] | None = None
   reads: ClassVar[frozenset[str]] = frozenset({'labels', 'segment_ids'})
   tasks: ClassVar[tuple[str, ...]] = ('regression',)
+  results: ClassVar[tuple[str, ...]] = ('loss', 'mae', 'rmse', 'r2', 'documents')
 
   def __post_init__(self):
     super().__post_init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ class NextToken(Term):
 
   z_loss: float = at_least(0, 0.0)
   label_smoothing: float = rate(0.0)  # share of the target probability that is spread over the vocabulary
+
+  results: ClassVar[tuple[str, ...]] = (
+      'loss', 'perplexity', 'accuracy', 'top5_accuracy', 'tokens', 'bits_per_byte')
 
   @property
   def writes(self) -> bool:

@@ -149,11 +149,6 @@ class Optimizer(NamedTuple):
     """Whether the evaluated weights differ from the trained ones."""
     return any(link.averages for link in self.links)
 
-  @property
-  def required_metrics(self) -> tuple[str, ...]:
-    """The evaluation results that its links use."""
-    return tuple(name for link in self.links for name in link.required_metrics)
-
   def evaluated(self, opt_state: optax.OptState, params: Params) -> Params:
     for link, state in self._pairs(opt_state):
       params = keep_frozen(self.trained, link.evaluated(state, params), params)

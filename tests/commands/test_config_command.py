@@ -17,6 +17,8 @@ from llm_jax.base.fields import fields_of
 from llm_jax.commands import config_fields, configs
 from llm_jax.config import Config, StageConfig
 from llm_jax.config_file import open_config, presets
+from llm_jax.data.open import Data
+from llm_jax.training.resolve import resolve
 
 REPO = Path(__file__).parents[2]
 
@@ -74,14 +76,36 @@ def test_values_behind_their_flag_are_no_sections(capsys):
   with pytest.raises(ConfigError, match='has no section nosection'):
     config_fields.main(['--config=gpt_small', 'model', 'nosection'])
   config_fields.main(['--diff', 'gpt_small', 'shakespeare_char', 'optim'])
-  assert all(line.startswith('optim.') for line in capsys.readouterr().out.splitlines())
+  found = [line for line in capsys.readouterr().out.splitlines() if ' with its on_cpu' not in line]
+  assert found and all(line.startswith('optim.') for line in found)
+  with pytest.raises(ConfigError, match='gpt_small has no section optimizer; sections: model'):
+    config_fields.main(['--diff', 'gpt_small', 'shakespeare_char', 'optimizer'])
 
 
 def test_config_diff_prints_what_differs_between_a_file_and_a_run(tmp_path, capsys):
   config = open_config('gpt_small').resolve({'seed': '5'}, cpu_only=True)
   (tmp_path / 'config.json').write_text(json.dumps(to_dict(config)))
   config_fields.main(['--diff', 'gpt_small', str(tmp_path)])
-  assert capsys.readouterr().out == 'seed: 0 -> 5\n'
+  variant, *found = capsys.readouterr().out.splitlines()
+  assert found == ['seed: 0 -> 5'] and variant.startswith('gpt_small: with its on_cpu, as there is no accelerator')
+  config_fields.main(['--diff', str(tmp_path), 'gpt_small', '--full_size'])
+  printed = capsys.readouterr().out
+  assert 'gpt_small: in full size, without its on_cpu' in printed and 'model.num_layers: 4 -> 12' in printed
+  with pytest.raises(ConfigError, match=r'^--diff: no such file: nowhere'):
+    config_fields.main(['--diff', 'gpt_small', 'nowhere'])
+
+
+@pytest.mark.parametrize('name', ['gpt_small', 'package'])
+def test_config_diff_leaves_out_what_a_run_fills_in(name, tmp_path, capsys):
+  source = open_config(name).resolve({}, cpu_only=True)
+  config = resolve(source, Data({split: {} for split in ('train', 'val', 'test')}, None, 300, bos_id=0))
+  (tmp_path / 'config.json').write_text(json.dumps(to_dict(config) | {'seed': 5}))
+  config_fields.main(['--diff', name, str(tmp_path)])
+  _, found, filled = capsys.readouterr().out.splitlines()
+  assert found == 'seed: 0 -> 5'
+  assert filled.startswith('left open by the file and filled in by the run: model.vocab_size, model.')
+  steps = {'num_steps': (700, 33), 'num_epochs': (2.0, 0.0)}
+  assert config_fields.filled_in(steps) == list(steps) and not config_fields.filled_in({'num_steps': (700, 33)})
 
 
 def test_configs_lists_presets_and_prints_a_file(tmp_path, capsys):
