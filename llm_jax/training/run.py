@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from orbax.checkpoint import multihost
+from jax.experimental import multihost_utils
 
 from llm_jax.base import plugins
 from llm_jax.base.errors import StorageError
@@ -38,7 +38,7 @@ def lock_run(workdir: Path) -> Iterator[None]:
         taken = True
       except OSError:
         pass  # a file system without locks
-    if multihost.broadcast_one_to_all(taken):  # all processes fail, or none
+    if multihost_utils.broadcast_one_to_all(taken):  # all processes fail, or none
       raise StorageError(f'--workdir: another run is training in {workdir}; set another --workdir, or stop that run')
     yield
 
