@@ -43,12 +43,12 @@ class EvalConfig:
   max_tokens: int | None = None  # evenly spread over the validation part; None: all
   prompts: tuple[str, ...] = ('',)  # one sample each; '' starts a new document
   sample_tokens: int = 128  # 0: no samples
-  temperature: float = 0.8
-  top_k: int = 0
+  temperature: float = 0.8  # of samples; 0: always the most likely token
+  top_k: int = 0  # samples are drawn from the k most likely tokens; 0: from all
   monitor: str = 'val/loss'  # the result that determines the best checkpoint and patience
   mode: Literal['min', 'max'] = 'min'  # whether lower or higher results are better
   patience: int = 0  # the run ends after this many evaluations without an improvement by min_delta; 0: never
-  min_delta: float = 0.0
+  min_delta: float = 0.0  # least improvement of monitor that counts for patience, in its unit
   capabilities: tuple[str, ...] = ()  # conditions 'val/accuracy > 0.5': the first step that meets each is recorded
   goal: str = ''  # a condition that ends the run
   answers: int = 0  # number of prompts of the validation part to answer, for tasks with answers
@@ -94,8 +94,8 @@ class StartConfig:
 class StageConfig:
   """Settings that change at step `begin`: 'batch_tokens=16384', 'data.seq_len=512', 'data.sources.code.weight=2'."""
 
-  begin: int = 0
-  set: tuple[str, ...] = ()
+  begin: int = 0  # the step at which the settings begin, at least 1
+  set: tuple[str, ...] = ()  # the settings, as 'FIELD=VALUE'
 
   def __post_init__(self) -> None:
     if self.begin < 1:
@@ -115,8 +115,8 @@ class CheckpointConfig:
   """When to save and what to keep. A new best (config.eval.monitor) is saved too, unless keep_best is 0."""
 
   every: int = 1000  # steps
-  keep_last: int = 2
-  keep_best: int = 1
+  keep_last: int = 2  # number of newest checkpoints to keep, at least 1
+  keep_best: int = 1  # number of best checkpoints to keep; 0: none
   keep_every: int | None = None  # steps: milestones, never deleted
 
   def __post_init__(self) -> None:
@@ -146,9 +146,9 @@ class LogConfig:
 class Config:
   """The config of a whole run. Batch sizes are in tokens; the number of microbatches follows from them."""
 
-  num_steps: int = 1000
+  num_steps: int = 1000  # optimizer steps of the whole run, at least 1
   num_epochs: float = 0.0  # passes over the training part, from which num_steps is computed; 0: use num_steps
-  seed: int = 0
+  seed: int = 0  # of the initial weights, the order of the data and dropout; 0 to 2^32 - 1
   batch_tokens: int = 524288  # tokens per optimizer step, over all devices
   tokens_per_device: int | None = 16384  # tokens on one device at a time; None: as many as fit in its memory
   model: Any = variant(MODELS, 'decoder')

@@ -1,10 +1,12 @@
 """llm-jax config and configs, presets, and suggestions for mistyped names, run as a user does."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import typing
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import llm_jax
 from llm_jax import main
 from llm_jax.base.builder import build, leaf_paths, nearest_fields, to_dict
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.fields import fields_of
+from llm_jax.base.fields import comments_of, fields_of
 from llm_jax.commands import config_fields, configs
 from llm_jax.config import Config, StageConfig
 from llm_jax.config_file import open_config, presets
@@ -42,6 +44,36 @@ def test_comments_and_types_are_those_of_the_source():
   assert fields['model.dtype'].comment.startswith('Of matrix operands;')  # a comment above the field
   assert fields['tokens_per_device'].kind == 'int | None'
   assert fields['data.packing'].kind == "'concat' | 'best_fit' | 'pad'"
+
+
+def config_classes(cls, seen):
+  """Adds `cls` and the classes of all sections below it, with those of all registry entries, to `seen`."""
+  if cls in seen:
+    return seen
+  seen.add(cls)
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    registries = [*field.metadata.get('registries', ()), *filter(None, [field.metadata.get('registry')])]
+    hint = hints[field.name]
+    parts = [registry.settings(name) for registry in registries for name in registry]
+    for part in [*parts, hint, *typing.get_args(hint)]:
+      if dataclasses.is_dataclass(part):
+        config_classes(part, seen)
+  return seen
+
+
+def test_every_field_that_a_config_can_have_has_a_comment():
+  classes = config_classes(Config, set())
+  assert {'Config', 'EncDecConfig', 'Soap', 'SpanCorruption', 'BitNet'} <= {cls.__name__ for cls in classes}
+  missing = []
+  for cls in classes:
+    hints, comments = typing.get_type_hints(cls), comments_of(cls)
+    for field in dataclasses.fields(cls):
+      is_value = not field.metadata.get('registries') and 'registry' not in field.metadata and not any(
+          dataclasses.is_dataclass(part) for part in (hints[field.name], *typing.get_args(hints[field.name])))
+      if is_value and cls.__module__.startswith('llm_jax.') and not comments.get(field.name):
+        missing.append(f'{cls.__name__}.{field.name}')
+  assert not missing
 
 
 def test_config_prints_where_each_value_comes_from(tmp_path, capsys):
