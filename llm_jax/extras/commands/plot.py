@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
   for workdir in args.workdir:
     path = workdir / 'metrics.jsonl'
     if not path.is_file():
-      raise StorageError(f'--workdir: {workdir} has no metrics.jsonl')
+      raise StorageError(f'--workdir: {workdir} has no metrics.jsonl, which is written if config.log.loggers '
+                         'names jsonl')
     lines = read_metrics(path)
     known = known.union(*lines)
     for name in args.metric:
