@@ -25,6 +25,7 @@ from llm_jax.base.builder import (
 from llm_jax.base.callbacks import CALLBACKS
 from llm_jax.base.conditions import condition
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.loggers import LOGGERS
 from llm_jax.base.profiling import ProfileConfig
 from llm_jax.base.registry import Registry
 from llm_jax.base.sharding import MeshConfig
@@ -128,18 +129,20 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """When to log, and the callbacks for logged steps."""
+  """When and where to log, and the callbacks for logged steps."""
 
   every: int = 10  # steps
+  loggers: tuple[str, ...] = ('tensorboard', 'jsonl')  # of LOGGERS; plot and sweep read what jsonl writes
   samples: Literal['auto', 'always', 'never'] = 'auto'  # whether to print samples; auto: in a terminal
   callbacks: tuple[str, ...] = ()  # names of CALLBACKS, called with each logged step
-  sections: Sections = sections(CALLBACKS)
+  sections: Sections = sections(CALLBACKS, LOGGERS)
 
   def __post_init__(self) -> None:
     if self.every < 1:
       raise ValueError(f'every must be at least 1; got {self.every}')
+    check_names('loggers', self.loggers, LOGGERS)
     check_names('callbacks', self.callbacks, CALLBACKS)
-    keep_named(self, self.callbacks, 'callbacks does not name it')
+    keep_named(self, (*self.loggers, *self.callbacks), 'neither loggers nor callbacks names it')
 
 
 @dataclasses.dataclass(frozen=True)

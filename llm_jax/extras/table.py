@@ -30,4 +30,5 @@ TABLE: dict[str, dict[str, str]] = {
     'unpacker': {'archive': 'archives', 'stream': 'compression'},
     'exporter': {'packed': 'bitnet_pack'},
     'validator': {'wgsl': 'wgsl'},
+    'logger': {'csv': 'loggers', 'wandb': 'loggers'},
 }
