@@ -8,8 +8,9 @@ docs/data.md has a line for each format. Look before you train, with the same fl
 
   llm-jax data inspect --config=configs/my_data.py --config.data.path='notes/**/*.md' --out=data.png
 
-Without a path it takes Python's standard library. It has Llama's parts (RoPE, RMSNorm, SwiGLU) in 30 M parameters, on
-CPUs in 2.5 M (see on_cpu). Neither size has been trained to its end yet: the result depends on your data.
+Without a path it does not run. Each data set needs a folder of its own, such as --workdir=runs/pairs. The model has
+Llama's parts (RoPE, RMSNorm, SwiGLU) in 30 M parameters, on CPUs in 2.5 M (see on_cpu). Neither size has been trained
+to its end yet: the result depends on your data.
 """
 
 from llm_jax.config import base
@@ -28,6 +29,7 @@ def get_config():
   config.model.norm = 'rms_norm'
   config.model.positions = 'rope'
   config.model.scan_unroll = 8
+  config.data.path = ''  # set it on the command line, or in your copy of this file
   config.data.seq_len = 512
   config.data.tokenizer = 'bpe'
   config.data.vocab_size = 8192

@@ -135,6 +135,7 @@ class LogConfig:
   """When to log, and the callbacks for logged steps."""
 
   every: int = 10  # steps
+  samples: Literal['auto', 'always', 'never'] = 'auto'  # whether to print samples; auto: in a terminal
   callbacks: tuple[str, ...] = ()  # names of CALLBACKS, called with each logged step
   sections: Sections = sections(CALLBACKS)
 

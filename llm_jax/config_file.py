@@ -50,6 +50,18 @@ class ConfigFile:
     return build(Config, values)
 
 
+  def check(self, overrides: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a config that cannot be trained on any machine; does not start JAX."""
+    problems = []
+    for cpu_only in (False, True):
+      try:
+        self.resolve(overrides, cpu_only=cpu_only).data.check_paths()
+        return
+      except ConfigError as e:
+        problems.append(e)
+    raise problems[-1]
+
+
 def without_path(data: Mapping[str, Any]) -> dict[str, Any]:
   """The values of a data section without those that belong to its path; names of fields stay if the task needs two."""
   pairs = data.get('answer_field') or data.get('label_field')

@@ -1,49 +1,41 @@
-"""Trains a model: python -m llm_jax.main --config=configs/gpt_small.py [--workdir=...] [--config.FIELD=VALUE ...]"""
+"""Trains a model from a config. The same command resumes a run that was stopped.
+
+  llm-jax train --config=gpt_small
+  llm-jax train --config=my_data --config.data.path=notes.txt --config.num_steps=500 --workdir=runs/notes
+
+Any field can be set; `llm-jax config --config=NAME` lists all fields with their values and comments.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from llm_jax.base import flags
-from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import out_of_memory_as_config_error, run_as_program, start_processes
 
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(
-      prog='llm-jax train', allow_abbrev=False, description=__doc__,
-      epilog='Any field can be set: --config.model.num_layers=4. `llm-jax config --config=NAME` lists all fields with '
-             'their values; config.json in the workdir of a run has the values that it used.')
-  parser.add_argument('--config', help='a config file, a preset (llm-jax configs lists them), or the folder of a run')
-  parser.add_argument('--workdir', help='folder of the run; if it contains a run, that is resumed '
+def parser() -> flags.Parser:
+  parser = flags.Parser('train', __doc__, fields='llm_jax.config:Config')
+  flags.add_config(parser, required=True)
+  parser.add_argument('--workdir', metavar='FOLDER', help='folder of the run; if it contains a run, that is resumed '
                       '(default: runs/<name of the config>)')
-  parser.add_argument('--full_size', action='store_true', help="without an accelerator, ignore the config's on_cpu")
   parser.add_argument('--distributed', action='store_true', help='run as one of several processes; the coordinator is '
                       'found in the environment (SLURM, TPU pod, Open MPI, or launch/local.py)')
   flags.add(parser)
-  args, rest = parser.parse_known_args(argv)
-  was_set = flags.apply(args)
+  return parser
+
+
+def main(argv: list[str]) -> None:
+  args = parser().parse(argv)
+  was_set, overrides = flags.apply(args), args.overrides
 
   from llm_jax import config as config_lib
   from llm_jax import config_file
-  overrides = parse_overrides(
-      rest, '--config.', '--config, --workdir, --full_size, --distributed, --tuning, --plugin, --trust, --config.FIELD',
-      config_lib.Config)
-  if args.config is None:
-    raise ConfigError(f'--config is missing: set it to a file or to one of: {", ".join(config_file.presets())}')
   source = config_file.open_config(args.config, trust=args.trust)
-  problems = []
-  for cpu_only in (False, True):  # reports a config that is invalid on any machine before starting JAX
-    try:
-      source.resolve(overrides, cpu_only=cpu_only)
-    except ConfigError as e:
-      problems.append(e)
-  if len(problems) == 2:
-    raise problems[-1]
+  source.check(overrides)  # reports a config that is invalid on any machine before starting JAX
   if args.workdir and '://' in str(args.workdir):
     raise ConfigError(f'--workdir: {args.workdir} is a URL; mount the storage and set the folder')
   import jax

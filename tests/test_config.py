@@ -8,7 +8,8 @@ import jax
 import pytest
 
 from llm_jax import config as config_lib
-from llm_jax.base.builder import build, parse_overrides, to_dict
+from llm_jax import main
+from llm_jax.base.builder import build, to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.config import Config, base
 from llm_jax.config_file import open_config
@@ -25,7 +26,7 @@ def resolve(text='', *overrides, tmp_path, cpu_only=False):
   path = tmp_path / 'c.py'
   path.write_text(f'from llm_jax.config import base\ndef get_config():\n  config = base()\n  {text or "pass"}\n'
                   '  return config\n')
-  return open_config(path).resolve(parse_overrides(overrides, '--config.', '--config'), cpu_only=cpu_only)
+  return open_config(path).resolve(main.parser().parse(overrides).overrides, cpu_only=cpu_only)
 
 
 BAD = [  # overrides, and words that the message must contain: the path, the value, legal values

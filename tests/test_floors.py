@@ -15,7 +15,8 @@ FLOORS = [
     {'config'},
     {'config_file'},
     {'training.state', 'training.shardings', 'training.checkpoint', 'training.stages', 'training.log',
-     'training.status', 'training.best', 'training.ending', 'infer.sampling', 'infer.answers', 'infer.text'},
+     'training.console', 'training.throughput', 'training.status', 'training.launches', 'training.best',
+     'training.ending', 'infer.sampling', 'infer.answers', 'infer.text'},
     {'infer.score', 'infer.load'},
     {'training.custom', 'training.flops', 'training.memory', 'training.resolve'},
     {'infer.trained', 'training.program'},
@@ -97,8 +98,8 @@ def test_the_reading_path_is_short():
   assert sum(sizes.values()) < 1500 and sizes['training.loop'] < 200
 
 
-# Names that are the same on purpose: each command's main, the door and the loop behind it, a task and its loss.
-SHARED_NAMES = {'main', 'train', 'NextToken'}
+# Names that are the same on purpose: each command's main and parser, the door and the loop, a task and its loss.
+SHARED_NAMES = {'main', 'parser', 'train', 'NextToken'}
 
 
 def test_public_names_of_the_core_are_unique():

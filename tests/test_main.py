@@ -213,7 +213,7 @@ RESUME_REFUSED = [
     ('--config.data.seq_len=16', 'config.data.seq_len: checkpoint 32, now 16'),
     ('--config.batch_tokens=4096', 'rows'),
     ('--config.data.mask_documents=false', 'config.data.mask_documents'),
-    ('--config.data.val_fraction=0.3', 'the training data'),
+    ('--config.data.val_fraction=0.3', 'config.data.val_fraction: checkpoint 0.05, now 0.3'),
     ('--config.model.num_heads=4', 'config.model.num_heads: checkpoint 2, now 4'),
     ('--config.optim.chain=adamw', 'config.optim.chain'),
 ]
@@ -310,7 +310,7 @@ def test_config_json_repeats_a_run(resumable, folder):
 
 def test_commands_reject_bad_arguments(whole, folder):
   for program, flags, error, words in [
-      (generate, ['--workdir', 'nowhere'], StorageError, 'nowhere does not contain a run'),
+      (generate, ['--workdir', 'nowhere'], ConfigError, 'nowhere does not exist'),
       (generate, ['--workdir', str(whole[0]), '--top_p=0'], ConfigError, '--top_p'),
       (generate, ['--workdir', str(whole[0]), '--prompt=' + 'x ' * 99], ConfigError, 'at most 31'),
       (generate, ['--workdir', str(whole[0]), '--checkpoint=last'], ConfigError, 'latest, best, or a step'),

@@ -60,7 +60,7 @@ def trained(folder):
   run, outside = folder / 'run', folder / 'outside'
   run.mkdir()
   outside.mkdir()
-  for name in ('config.json', 'status.json', 'metrics.jsonl', 'tokenizer.json'):
+  for name in ('config.json', 'status.json', 'launches.jsonl', 'metrics.jsonl', 'tokenizer.json'):
     plant(run / name, outside / name)
   (outside / 'status.json').unlink()  # a link that leads nowhere yet
   train(folder, 'run')
@@ -252,7 +252,7 @@ def contents(folder):
 def test_training_writes_through_no_link(trained):
   run, outside = trained
   assert set(contents(outside).values()) == {'precious'} and not (outside / 'status.json').exists()
-  for name in ('config.json', 'status.json', 'metrics.jsonl', 'tokenizer.json'):
+  for name in ('config.json', 'status.json', 'launches.jsonl', 'metrics.jsonl', 'tokenizer.json'):
     assert not (run / name).is_symlink() and (run / name).read_text() != 'precious'
 
 

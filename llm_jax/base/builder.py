@@ -9,7 +9,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from llm_jax.base.errors import ConfigError
@@ -76,7 +76,6 @@ SYNONYMS = {
     'warmup_iters': 'warmup_steps', 'dataset': 'path', 'data_path': 'path', 'data_dir': 'path',
     'eval_interval': 'every', 'log_interval': 'every', 'save_every': 'every', 'out_dir': 'workdir',
     'output_dir': 'workdir'}
-IN_TOKENS = ('batch_tokens', 'tokens_per_device')  # a value in rows, as others give it, would mean something else
 
 
 def leaf_paths(cls: type) -> Iterator[str]:
@@ -303,36 +302,3 @@ def override(values: dict, overrides: Mapping[str, Any]) -> None:
       node[leaf] = Text(text) if isinstance(text, str) else text
   if problems:
     raise ConfigError('\n'.join(problems))
-
-
-def parse_overrides(arguments: Sequence[str], prefix: str, known: str, cls: type | None = None) -> dict[str, str]:
-  """{'model.num_layers': '4'} from PREFIXmodel.num_layers=4 or PREFIXmodel.num_layers 4. Raises ConfigError.
-
-  `known` lists the flags for the message on an unknown one, which also names the nearest flags and fields of `cls`.
-  """
-  overrides, rest = {}, list(arguments)
-  while rest:
-    argument = rest.pop(0)
-    if not argument.startswith(prefix):
-      raise ConfigError(f'{argument}: no such flag; {_nearest_flags(argument, prefix, known, cls)}')
-    name, equals, value = argument.removeprefix(prefix).partition('=')
-    if not equals:
-      if not rest:
-        raise ConfigError(f'{argument}: has no value')
-      value = rest.pop(0)
-    overrides[name] = value
-  return overrides
-
-
-def _nearest_flags(argument: str, prefix: str, known: str, cls: type | None) -> str:
-  name, equals, value = argument.partition('=')
-  if not name.startswith('-') and not equals and '--config,' in known:
-    return f'values need the name of their flag; did you mean --config={argument}?'
-  name = name.lstrip('-').removeprefix('config.')
-  flags = [flag for flag in known.replace(',', ' ').split() if flag.startswith('--') and not flag.endswith('FIELD')]
-  near = difflib.get_close_matches(f'--{SYNONYMS.get(name, name)}', flags, n=1, cutoff=0.75)
-  if cls is not None and not near:
-    near = [prefix + path for path in nearest_fields(name, cls)]
-  if any(flag.endswith(IN_TOKENS) for flag in near) and name in SYNONYMS:
-    return f'did you mean {" or ".join(near)}, which counts tokens, not rows?'
-  return f'did you mean {" or ".join(flag + equals + value for flag in near)}?' if near else f'known: {known}'

@@ -1,14 +1,16 @@
-"""Writes files atomically and never through a symbolic link, as a folder may come from someone else."""
+"""Writes files atomically and never through a symbolic link, as a folder may come from someone else; finds runs."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from llm_jax.base.errors import StorageError
+from llm_jax.base.errors import ConfigError, StorageError
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -19,6 +21,11 @@ def write_file(path: Path, content: str | bytes) -> None:
   with os.fdopen(os.open(aside, flags, 0o666), 'wb') as f:
     f.write(content.encode() if isinstance(content, str) else content)
   os.replace(aside, path)
+
+
+def unused(folder: Path) -> Path:
+  """A folder of a similar name that does not exist: runs/a_2."""
+  return next(path for n in itertools.count(2) if not (path := folder.with_name(f'{folder.name}_{n}')).exists())
 
 
 @contextlib.contextmanager
@@ -41,3 +48,29 @@ def check_no_link(path: Path) -> Path:
   if path.is_symlink():
     raise StorageError(f'{path} is a link to {os.readlink(path)}, and nothing is written through links; remove it')
   return path
+
+
+def check_run(folder: Path, flag: str = '--workdir', file: str = 'config.json') -> Path:
+  """Returns the folder. Raises ConfigError, with the nearest runs, if it lacks the file that every run has."""
+  if (folder / file).is_file():
+    return folder
+  problem = f'does not contain a run (no {file})' if folder.exists() else 'does not exist'
+  names = {Path(run).name: run for run in list_runs(folder, file)}
+  near = difflib.get_close_matches(folder.name, names, n=1)
+  hint = f'did you mean {names[near[0]]}?' if near else f'runs here: {", ".join([*names.values()][:8]) or "none"}'
+  raise ConfigError(f'{flag}: {folder} {problem}; {hint}')
+
+
+def latest_step(workdir: Path) -> int:
+  """The latest step with a checkpoint in a run's folder; -1 if there is none."""
+  paths = (workdir / 'checkpoints').glob('*')
+  return max((int(path.name) for path in paths if path.name.isdigit()), default=-1)
+
+
+def list_runs(folder: Path, file: str = 'config.json') -> list[str]:
+  """The runs in a folder, beside it, and in runs/; up to two levels deep."""
+  places = [(folder, '*'), (folder.parent, '*'), (Path('runs'), '*'), (Path('runs'), '*/*')]
+  with contextlib.suppress(OSError):
+    return list(dict.fromkeys(
+        str(path.parent) for place, depth in places for path in sorted(place.glob(f'{depth}/{file}'))))
+  return []

@@ -1,11 +1,142 @@
-"""Flags that all commands share."""
+"""The parser of every command, and the flags that commands share. Imports nothing heavy, so that help is fast."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import pkgutil
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 from llm_jax.base import plugins, runtime
+from llm_jax.base.builder import SYNONYMS, nearest_fields
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.files import check_run, latest_step, list_runs
+from llm_jax.base.process import waiting
+
+METAVARS = {int: 'N', float: 'X', Path: 'PATH'}
+IN_TOKENS = ('batch_tokens', 'tokens_per_device')  # a value in rows, as others give it, would mean something else
+
+
+class Parser(argparse.ArgumentParser):
+  """The flags of one command. All mistakes are reported by one ConfigError; the help shows the default of each flag.
+
+  `text` is the docstring of the command's module: what it does, and examples as lines that begin with '  llm-jax '.
+  With `fields`, the place of a config class such as 'llm_jax.config:Config', its fields are flags too.
+  """
+
+  def __init__(self, command: str, text: str | None, *, fields: str = ''):
+    self.command, self.fields = command, fields
+    self.examples = re.findall(r'^  (llm-jax .*)$', text or '', re.MULTILINE)
+    self._required: list[str] = []
+    self._problems: list[str] = []
+    width = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+    super().__init__(prog=f'llm-jax {command}', usage='', description=text, allow_abbrev=False, formatter_class=width)
+
+  def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+    """As argparse's. A value that does not fit its type or choices is reported together with other mistakes."""
+    name, required = names[0], options.pop('required', False) or names[0][0] != '-'
+    has_value = options.get('action', 'store') in ('store', 'append')
+    if has_value:
+      choices, kind = options.pop('choices', None), options.pop('type', str)
+      options['type'] = partial(self._convert, name, kind, choices)
+      if name[0] == '-':
+        options.setdefault('metavar', f'{{{",".join(choices)}}}' if choices else METAVARS.get(kind, 'TEXT'))
+    if name[0] == '-' and required:
+      self._required.append(name)
+      options['help'] = f'{options["help"]} (required)'
+    elif name[0] == '-' and options.get('action') != 'help' and 'default' not in options['help']:
+      default = options.get('default')
+      shown = 'off' if not has_value else 'none' if default == [] else ' '.join(map(str, default)) if isinstance(
+          default, (list, tuple)) else default
+      options['help'] = f'{options["help"]} (default: {shown})'
+    action = super().add_argument(*names, **options)
+    rest = ' [--FLAG=VALUE ...]' + (' [--config.FIELD=VALUE ...]' if self.fields else '')
+    words = [f'{a.option_strings[0]}={a.metavar}' if a.option_strings else
+             f'[{a.dest}]' if a.nargs in ('?', '*') else a.dest for a in self._actions
+             if not a.option_strings or a.option_strings[0] in self._required]
+    self.usage = ' '.join([self.prog, *words]) + rest
+    return action
+
+  def parse(self, argv: Sequence[str], prefix: str = '--config.', *, words: bool = False) -> argparse.Namespace:
+    """The flags; with fields, also `overrides`: {'model.num_layers': '4'} from PREFIXmodel.num_layers=4.
+
+    With `words`, arguments that are not flags become the list `words`. Raises ConfigError with all mistakes.
+    """
+    args, rest = self.parse_known_args(list(argv))
+    args.overrides, args.words = {}, []
+    while rest:
+      argument = rest.pop(0)
+      name, equals, value = argument.partition('=')
+      is_field = bool(self.fields) and name.startswith(prefix)
+      if words and argument[:1] != '-':
+        args.words.append(argument)
+        continue
+      if name[:1] == '-' and not equals and rest and rest[0][:1] != '-':
+        value = rest.pop(0)
+      elif is_field and not equals:
+        self._problems.append(f'{argument}: has no value')
+      if is_field:
+        args.overrides[name.removeprefix(prefix)] = value
+      else:
+        self._problems.append(f'{argument}: no such flag; {self._nearest(argument, prefix)}')
+    self._problems += [self._missing(flag) for flag in self._required
+                       if getattr(args, flag[2:]) in (None, [])
+                       and not any(re.search(f'did you mean {flag}\\b(?!\\.)', line) for line in self._problems)]
+    if self._problems:
+      raise ConfigError('\n'.join(self._problems))
+    return args
+
+  def error(self, message: str) -> NoReturn:
+    """Raises ConfigError instead of argparse's usage message and exit code 2."""
+    message = re.sub(r'^argument ([^:]+): ', r'\1: ', message).replace('expected one argument', 'has no value')
+    message = message.replace('ignored explicit argument', 'takes no value; got')
+    raise ConfigError('\n'.join([*self._problems, message]) + self._example())
+
+  def _convert(self, flag: str, kind: Callable[[str], Any], choices: Sequence[str] | None, text: str) -> Any:
+    try:
+      value = kind(text)
+    except ConfigError as e:
+      self._problems.append(str(e))
+    except ValueError:
+      expected = {int: 'a whole number', float: 'a number'}.get(kind, 'another value')  # type: ignore[call-overload]
+      self._problems.append(f'{flag}: expects {expected}, got {text!r}')
+    else:
+      if choices is None or value in choices:
+        return value
+      near = difflib.get_close_matches(text, choices, n=1)
+      self._problems.append(f'{flag}: {text!r} is not one of {", ".join(choices)}'
+                            + (f'; did you mean {near[0]}?' if near else ''))
+    return text
+
+  def _missing(self, flag: str) -> str:
+    if flag == '--config':
+      return f'--config is missing: set it to a file or a preset, which llm-jax configs lists{self._example()}'
+    runs = list_runs(Path('runs')) if flag == '--workdir' else []
+    return f'{flag} is missing' + (f'; runs here: {", ".join(runs[:8])}' if runs else self._example())
+
+  def _example(self) -> str:
+    return f'; for example: {self.examples[0].partition("  #")[0]}' if self.examples else ''
+
+  def _nearest(self, argument: str, prefix: str) -> str:
+    """What an unknown flag, or a word without a flag, may mean."""
+    name, equals, value = argument.partition('=')
+    known = [a.option_strings[-1] for a in self._actions if a.option_strings]
+    taker = next((flag for flag in ('--config', '--workdir') if flag in known), None)
+    if not name.startswith('-') and not equals and taker is not None:
+      return f'values need the name of their flag; did you mean {taker}={argument}?'
+    name = name.lstrip('-').removeprefix('config.')
+    near = difflib.get_close_matches(f'--{SYNONYMS.get(name, name)}', known, n=1, cutoff=0.75)
+    if self.fields and not near:
+      near = [prefix + path for path in nearest_fields(name, pkgutil.resolve_name(self.fields))]
+    if any(flag.endswith(IN_TOKENS) for flag in near) and name in SYNONYMS:
+      return f'did you mean {" or ".join(near)}, which counts tokens, not rows?'
+    if near:
+      return f'did you mean {" or ".join(flag + equals + value for flag in near)}?'
+    return f'known: {", ".join([*known, *([prefix + "FIELD"] if self.fields else [])])}'
 
 
 def add(parser: argparse.ArgumentParser, *, trust: bool = True) -> None:
@@ -15,9 +146,34 @@ def add(parser: argparse.ArgumentParser, *, trust: bool = True) -> None:
   plugins.add_flags(parser, trust=trust)
 
 
+def add_run(parser: argparse.ArgumentParser) -> None:
+  """Adds --workdir, which must be a run, and --checkpoint."""
+  parser.add_argument('--workdir', type=run_folder, metavar='FOLDER', required=True,
+                      help='folder of a trained run or of an exported model')
+  parser.add_argument('--checkpoint', metavar='STEP', default='latest', help='latest, best, or a step')
+
+
+def add_config(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+  """Adds --config and --full_size."""
+  parser.add_argument('--config', metavar='FILE', required=required, help='a config file, a preset (llm-jax configs '
+                      'lists them), or the folder of a run' + ('' if required else ' (default: none)'))
+  parser.add_argument('--full_size', action='store_true', help="without an accelerator, ignore the config's on_cpu")
+
+
+def run_folder(text: str) -> Path:
+  """The type of --workdir. Raises ConfigError, with the nearest runs, if there is none."""
+  return check_run(Path(text))
+
+
 def apply(args: argparse.Namespace) -> str:
-  """Prepares the process and runs the plug-ins, before anything imports JAX; returns a line on what was set."""
+  """Prepares the process, announces loading of a run, and runs plug-ins; returns a line on what was set.
+
+  It must be called before anything imports JAX.
+  """
   was_set = runtime.prepare(args.tuning == 'on')
+  if hasattr(args, 'checkpoint'):
+    waiting(f'loading {args.workdir}' + (f' at step {latest_step(args.workdir)}' if args.checkpoint == 'latest' and
+                                          latest_step(args.workdir) >= 0 else ''))
   plugins.load_all(args.plugin)
   if getattr(args, 'trust', False) and getattr(args, 'workdir', None) is not None:
     plugins.check_notes(Path(args.workdir), trust=True)

@@ -42,6 +42,11 @@ def start_processes() -> None:
                              heartbeat_timeout_seconds=30, shutdown_timeout_seconds=60)
 
 
+def waiting(what: str) -> None:
+  """Prints what a command is about to wait for; on stderr, as stdout is for its result."""
+  print(f'{what} ...', file=sys.stderr, flush=True)
+
+
 def run_as_program(main: Callable[[list[str]], None]) -> None:
   """Runs main(argv); a UserError becomes one message and its exit code."""
   if isinstance(sys.stdout, io.TextIOWrapper):

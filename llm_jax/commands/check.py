@@ -1,7 +1,11 @@
-"""Reports devices and packages, and whether a config runs: llm-jax check [--config=FILE]
+"""Reports devices and packages, and whether a config is valid, or whether it runs.
 
-With a config it trains the first logged step in a temporary folder, which checks data, model, optimizer and the
+With --step the config's first logged step is trained in a temporary folder, which checks data, model, optimizer and the
 compiled step, and reports the memory of the state. The exit code is 0, or that of the first error.
+
+  llm-jax check
+  llm-jax check --config=gpt_small --step
+  llm-jax check --config=gpt_small --format=json --config.num_steps=50
 """
 
 from __future__ import annotations
@@ -10,20 +14,23 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from llm_jax import __version__
 from llm_jax.base import flags, runtime
-from llm_jax.base.builder import parse_overrides
 from llm_jax.base.errors import ConfigError, UserError
-from llm_jax.base.process import out_of_memory_as_config_error, run_as_program
+from llm_jax.base.process import out_of_memory_as_config_error, run_as_program, waiting
 
 CORE = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-collections', 'numpy', 'tensorboard',
-        'tokenizers', 'tiktoken', 'safetensors', 'psutil')
+        'tokenizers', 'tiktoken', 'safetensors', 'psutil', 'rich')
 OPTIONAL = {  # module: what it is used for, the extra that installs it
     'matplotlib': ('figures: plot, schedules, inspect, evaluate, sweep', 'plot'),
     'xprof': ('profiles in TensorBoard', 'profile'),
@@ -39,89 +46,126 @@ OPTIONAL = {  # module: what it is used for, the extra that installs it
     'uvicorn': ('llm-jax serve', 'serve'),
     'pynvml': ('utilisation of NVIDIA GPUs (nvidia-ml-py)', None),
 }
+Fact = tuple[str, str, dict[str, Any]]  # name, text, values by name
+
+
+def parser() -> flags.Parser:
+  parser = flags.Parser('check', __doc__, fields='llm_jax.config:Config')
+  flags.add_config(parser)
+  parser.add_argument('--step', action='store_true', help="train the config's first logged step")
+  parser.add_argument('--format', choices=('text', 'json'), default='text', help='of the output')
+  flags.add(parser, trust=False)
+  return parser
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax check', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--config', help='a config file, or the config.json of a run')
-  parser.add_argument('--full_size', action='store_true', help="without an accelerator, ignore the config's on_cpu")
-  flags.add(parser, trust=False)
-  args, rest = parser.parse_known_args(argv)
-  overrides = parse_overrides(rest, '--config.', '--config, --full_size, --tuning, --config.FIELD')
-  lines, missing = packages()
-  print('\n'.join(lines), flush=True)
-  if missing:
+  args = parser().parse(argv)
+  if args.step and args.config is None:
+    raise ConfigError('--step: needs a --config')
+  report: dict[str, dict[str, Any]] = {}
+  try:
+    for name, text, values in facts(args):
+      report.setdefault(name, {}).update(values)
+      if args.format == 'text':
+        print(f'{name:12} {text}', flush=True)
+  finally:
+    if args.format == 'json':
+      print(json.dumps(report, indent=2), flush=True)
+
+
+def facts(args: argparse.Namespace) -> Iterator[Fact]:
+  """The facts, each as soon as it is known. Raises UserErrors."""
+  yield from packages()
+  if missing := [name for name in CORE if version(name) is None]:
     raise ConfigError(f'{", ".join(missing)}: required but not installed; run pip install llm_jax')
+  waiting('starting JAX')
   was_set = flags.apply(args)
-  for line in [*machine(), f'runtime      {was_set}']:
-    print(line)
+  yield from machine()
+  yield 'runtime', was_set, {'set': was_set}
   if args.config is None:
     return
   from llm_jax import api
+  config = api.load_config(args.config, full_size=args.full_size, **args.overrides)
+  yield ('config', f'{args.config}: fields and values are valid{"" if args.step else "; --step checks data and model"}',
+         {'name': args.config, 'valid': True, 'num_steps': config.num_steps, 'batch_tokens': config.batch_tokens})
+  if args.step:
+    waiting('reading data, compiling and training a step')
+    yield from one_step(args, config)
+
+
+def one_step(args: argparse.Namespace, config: Any) -> Iterator[Fact]:
+  """Trains the first logged step in a temporary folder. Raises UserErrors."""
   from llm_jax.training import loop
   from llm_jax.training.custom import Custom
-  config = api.load_config(args.config, full_size=args.full_size, **overrides)
-  print(f'config       {args.config}: fields and values are valid')
+  console = contextlib.redirect_stdout(sys.stderr) if args.format == 'json' else contextlib.nullcontext()
   try:
-    with (out_of_memory_as_config_error(config.tokens_per_device), tempfile.TemporaryDirectory() as folder,
+    with (console, out_of_memory_as_config_error(config.tokens_per_device), tempfile.TemporaryDirectory() as folder,
           contextlib.closing(loop.train(config, Path(folder), Custom())) as events):
       first = next(events, None)
   except UserError:
-    print(f'config       {args.config}: does NOT run', flush=True)
+    yield 'config', f'{args.config}: does NOT run', {'runs': False}
     raise
   if first is None:
-    print('config       nothing to train: it starts from a run that has already reached num_steps')
+    yield ('config', 'nothing to train: it starts from a run that has already reached num_steps', {'runs': True})
     return
-  kept, free = config.checkpoint.keep_last + config.checkpoint.keep_best, shutil.disk_usage('.').free / 2**30
-  size = first.status()['state_bytes'] / 2**30
-  print(f'memory       weights and optimizer state take {size:.2f} GiB, over all devices')
-  print(f'checkpoints  {kept} of {size:.2f} GiB are kept; {free:.1f} GiB are free here')
-  print(f'config       runs: the loss of step {first.step} is {first.metrics["train/loss"]:.3f}')
+  kept, free = config.checkpoint.keep_last + config.checkpoint.keep_best, shutil.disk_usage('.').free
+  size, loss = first.status()['state_bytes'], first.metrics['train/loss']
+  yield ('memory', f'weights and optimizer state take {gib(size)}, over all devices', {'state_bytes': size})
+  yield ('checkpoints', f'{kept} of {gib(size)} are kept; {gib(free)} are free here',
+         {'kept': kept, 'bytes_each': size, 'free_bytes': free})
+  yield 'config', f'runs: the loss of step {first.step} is {loss:.3f}', {'runs': True, 'step': first.step, 'loss': loss}
 
 
-def machine() -> list[str]:
-  """Lines on devices, memory, kernels and disk."""
+def machine() -> Iterator[Fact]:
+  """Devices, memory, kernels and disk."""
   import jax
   import psutil
 
   from llm_jax.base.devices import device_memory, has_fast_bf16, peak_flops
   from llm_jax.layers.kernels import AUTO
-  devices = jax.devices()
-  kind, memory = devices[0].platform, device_memory(jax.local_devices()[0])
-  peak, cache = peak_flops(devices), runtime.user_cache()
-  here = next(path for path in (cache, *cache.parents) if path.exists())
-  peak_each = 'unknown, so no MFU' if peak is None else f'{peak / len(devices) / 1e12:.0f} TFLOP/s each'
-  return [
-      f'llm_jax      {__version__}, Python {platform.python_version()}, {platform.platform()}',
-      f'devices      {len(devices)} x {devices[0].device_kind} ({kind}), {jax.process_count()} process(es)',
-      f'peak         {peak_each}',
-      f'dtype auto   {"bfloat16" if has_fast_bf16() else "float32"}',
-      f'attention    {", ".join(AUTO.get(kind, ("blocked",)))}: the first one that supports the shapes',
-      f'memory       host {psutil.virtual_memory().available / 2**30:.1f} of '
-      f'{psutil.virtual_memory().total / 2**30:.1f} GiB free'
-      + ('' if memory is None else f', device {memory / 2**30:.1f} GiB'),
-      f'cores        {os.cpu_count()}',
-      f'disk         {shutil.disk_usage(here).free / 2**30:.1f} GiB free for the cache {cache}, '
-      f'{shutil.disk_usage(".").free / 2**30:.1f} GiB here',
-  ]
+  devices, host = jax.devices(), psutil.virtual_memory()
+  kind, memory, count = devices[0].platform, device_memory(jax.local_devices()[0]), jax.process_count()
+  peak, cache, dtype = peak_flops(devices), runtime.user_cache(), 'bfloat16' if has_fast_bf16() else 'float32'
+  kernels = AUTO.get(kind, ('blocked',))
+  in_cache, here = (shutil.disk_usage(path).free for path in (
+      next(path for path in (cache, *cache.parents) if path.exists()), Path()))
+  python = platform.python_version()
+  yield ('llm_jax', f'{__version__}, Python {python}, {platform.platform()}',
+         {'version': __version__, 'python': python, 'platform': platform.platform()})
+  yield ('devices', f'{len(devices)} x {devices[0].device_kind} ({kind}), {count} process(es)',
+         {'count': len(devices), 'kind': devices[0].device_kind, 'platform': kind, 'processes': count})
+  yield ('peak', 'unknown, so no MFU' if peak is None else f'{peak / len(devices) / 1e12:.0f} TFLOP/s each',
+         {'flops': peak})
+  yield 'dtype auto', dtype, {'dtype': dtype}
+  yield 'attention', f'{", ".join(kernels)}: the first one that supports the shapes', {'kernels': list(kernels)}
+  yield ('memory', f'host {gib(host.available)} of {gib(host.total)} free'
+         + ('' if memory is None else f', device {gib(memory)}'),
+         {'host_free_bytes': host.available, 'host_bytes': host.total, 'device_bytes': memory})
+  yield 'cores', str(os.cpu_count()), {'count': os.cpu_count()}
+  yield ('disk', f'{gib(in_cache)} free for the cache {cache}, {gib(here)} here',
+         {'cache': str(cache), 'cache_free_bytes': in_cache, 'here_free_bytes': here})
 
 
-def packages() -> tuple[list[str], list[str]]:
-  """(lines on required versions and missing optional packages, names of missing required packages)."""
-  versions, missing = [], []
-  for name in CORE:
-    try:
-      versions.append(f'{name} {importlib.metadata.version(name)}')
-    except importlib.metadata.PackageNotFoundError:
-      versions.append(f'{name} MISSING')
-      missing.append(name)
-  lines = [f'packages     {", ".join(versions)}']
+def packages() -> Iterator[Fact]:
+  """Versions of required packages, and optional packages that are missing."""
+  versions = {name: version(name) for name in CORE}
+  yield 'packages', ', '.join(f'{name} {found or "MISSING"}' for name, found in versions.items()), versions
   for name, (use, extra) in OPTIONAL.items():
     if importlib.util.find_spec(name) is None:
       how = f"pip install 'llm_jax[{extra}]'" if extra else 'pip install nvidia-ml-py'
-      lines.append(f'missing      {name}, for {use}: {how}')
-  return lines, missing
+      yield 'missing', f'{name}, for {use}: {how}', {name: {'use': use, 'install': how}}
+
+
+def version(name: str) -> str | None:
+  """The installed version of a package; None if it is not installed."""
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def gib(size: float) -> str:
+  return f'{size / 2**30:.2f} GiB'
 
 
 if __name__ == '__main__':

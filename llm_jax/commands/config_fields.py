@@ -1,43 +1,41 @@
-"""Prints a config with the origin of each value: llm-jax config --config=FILE [SECTION ...] [--config.FIELD=VALUE ...]
-
-  llm-jax config --config=gpt_small optim              the section optim
-  llm-jax config --config=runs/mine --format=json      the config of a run, as JSON
-  llm-jax config --diff gpt_small runs/mine            what differs between two
+"""Prints all fields of a config, or of some of its sections: value, type, origin and comment.
 
 A value comes from the defaults, the config file, its on_cpu (without an accelerator), or the command line.
+
+  llm-jax config --config=gpt_small optim  # the section optim
+  llm-jax config --config=gpt_small --format=json --config.num_steps=50
+  llm-jax config --diff gpt_small shakespeare_char  # what differs between two presets, files or runs
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from llm_jax.base import flags
-from llm_jax.base.builder import parse_overrides, to_dict
+from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.fields import Field, fields_of
 
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax config', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--config', help='a config file, a preset, or the folder of a run')
-  parser.add_argument('--diff', nargs=2, metavar=('A', 'B'), help='print only the fields in which two configs differ')
-  parser.add_argument('--format', choices=('text', 'json'), default='text', help='default: text')
-  parser.add_argument('--full_size', action='store_true', help="without an accelerator, ignore the config's on_cpu")
+def parser() -> flags.Parser:
+  parser = flags.Parser('config', __doc__, fields='llm_jax.config:Config')
+  flags.add_config(parser)
+  parser.add_argument('--diff', nargs=2, metavar=('A', 'B'), help='print only the fields in which two configs differ '
+                      '(default: print one config)')
+  parser.add_argument('--format', choices=('text', 'json'), default='text', help='of the output')
   flags.add(parser)
-  args, rest = parser.parse_known_args(argv)
+  return parser
+
+
+def main(argv: list[str]) -> None:
+  args = parser().parse(argv, words=True)
   flags.apply(args)
   from llm_jax import config as config_lib
   from llm_jax import config_file
   from llm_jax.base.devices import only_cpus
-  values = {i + 1 for i, word in enumerate(rest) if word.startswith('--config.') and '=' not in word}
-  sections = [word.removeprefix('config.') for i, word in enumerate(rest) if word[:1] != '-' and i not in values]
-  overrides = parse_overrides(
-      [word for i, word in enumerate(rest) if word[:1] == '-' or i in values], '--config.',
-      '--config, --diff, --format, --full_size, --plugin, --trust, --config.FIELD', config_lib.Config)
+  overrides, sections = args.overrides, [word.removeprefix('config.') for word in args.words]
 
   def chosen(path: str) -> bool:
     return not sections or any(f'{path}.'.startswith(f'{section}.') for section in sections)

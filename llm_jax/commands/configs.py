@@ -1,21 +1,25 @@
-"""Lists the presets, or prints one: llm-jax configs [NAME]
+"""Lists the presets, or prints one.
 
-  llm-jax configs gpt_small > mine.py    writes a preset to a file of your own
+  llm-jax configs
+  llm-jax configs gpt_small > mine.py  # writes a preset to a file of your own
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 
-from llm_jax import config_file
+from llm_jax.base import flags
+
+
+def parser() -> flags.Parser:
+  parser = flags.Parser('configs', __doc__)
+  parser.add_argument('name', nargs='?', help='a preset, to print its file (default: list all)')
+  return parser
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax configs', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('name', nargs='?', help='a preset, to print its file')
-  args = parser.parse_args(argv)
+  args = parser().parse(argv)
+  from llm_jax import config_file
   if args.name is not None:
     print(config_file.find_config(args.name).read_text(), end='')
     return

@@ -1,55 +1,65 @@
-"""Tokenizes the data of a run in advance: llm-jax data prepare --config=configs/gpt_small.py
+"""Tokenizes the data of a config into the cache, so that training starts at once.
 
-Without a config, the fields of config.data are flags: --path='data/*.jsonl.gz' --field=text --tokenizer=bpe
+Without a config, the fields of config.data are flags.
+
+  llm-jax data prepare --config=gpt_small
+  llm-jax data prepare --path='data/*.jsonl.gz' --field=text --tokenizer=bpe
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from llm_jax.base import plugins
-from llm_jax.base.builder import build, override, parse_overrides
+from llm_jax.base import flags, plugins
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import run_as_program
-from llm_jax.data.config import DataConfig, cache_dir
-from llm_jax.data.open import Data, open_data
+
+if TYPE_CHECKING:
+  from llm_jax.data.config import DataConfig
+  from llm_jax.data.open import Data
+
+
+def parser() -> flags.Parser:
+  parser = flags.Parser('data prepare', __doc__, fields='llm_jax.data.config:DataConfig')
+  add_data(parser)
+  return parser
 
 
 def main(argv: list[str]) -> None:
-  config, _ = parse(argparse.ArgumentParser(prog='llm-jax data prepare', allow_abbrev=False,
-                                            description=__doc__), argv)
+  config, _ = parse(parser(), argv)
+  from llm_jax.data.config import cache_dir
+  from llm_jax.data.open import open_data
   begin = time.perf_counter()
   data = open_data(config)
   print(table(data))
   print(f'ready in {time.perf_counter() - begin:.1f} s, in {cache_dir(config)}; training will use these stores')
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[DataConfig, argparse.Namespace]:
-  """(DataConfig from --config and --config.data.FIELD, or from --FIELD alone; the parser's own flags)."""
-  parser.error = _refuse  # type: ignore[method-assign]
-  parser.add_argument('--config', help='a config file, or the config.json of a run')
-  parser.add_argument('--full_size', action='store_true', help='ignore the changes that the config makes on CPUs')
+def add_data(parser: flags.Parser) -> None:
+  """Adds --config, --full_size and --plugin."""
+  flags.add_config(parser)
   plugins.add_flags(parser, trust=False)
-  args, rest = parser.parse_known_args(argv)
+
+
+def parse(parser: flags.Parser, argv: list[str]) -> tuple[DataConfig, argparse.Namespace]:
+  """(DataConfig from --config and --config.data.FIELD, or from --FIELD alone; the parser's own flags)."""
+  has_config = any(word.partition('=')[0] == '--config' for word in argv)
+  parser.fields = 'llm_jax.config:Config' if has_config else parser.fields
+  args = parser.parse(argv, '--config.' if has_config else '--')
   plugins.load_all(args.plugin)
   if args.config is not None:
     from llm_jax.config_file import open_config
-    overrides = parse_overrides(rest, '--config.', '--config, --full_size, --plugin, --config.FIELD')
-    return open_config(args.config).resolve(overrides, cpu_only=not args.full_size).data, args
-  overrides = parse_overrides(rest, '--', '--config, --plugin, --FIELD of config.data, such as --path')
+    return open_config(args.config).resolve(args.overrides, cpu_only=not args.full_size).data, args
+  from llm_jax.base.builder import build, override
+  from llm_jax.data.config import DataConfig
   values: dict = {'data': {}}
-  override(values, {f'data.{name}': value for name, value in overrides.items()})
+  override(values, {f'data.{name}': value for name, value in args.overrides.items()})
   config = build(DataConfig, values['data'], 'config.data')
-  if 'path' not in overrides and not config.sources:
+  if 'path' not in args.overrides and not config.sources:
     raise ConfigError('--path: give a file, folder, glob or URL, or a --config')
   return config, args
-
-
-def _refuse(message: str) -> NoReturn:
-  """Raises ConfigError instead of argparse's usage message and exit code 2."""
-  raise ConfigError(message)
 
 
 def table(data: Data) -> str:

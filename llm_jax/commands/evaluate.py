@@ -1,12 +1,14 @@
-"""Evaluates a trained run: llm-jax evaluate --workdir=runs/gpt_small [--data=FILE, FOLDER, GLOB or .bin]
+"""Evaluates a trained run on a part of its data, or on other data, and prints the results as JSON.
 
 For a run trained on answers to prompts it also reports the shares of exact and of valid answers; for a classification
 the confusion counts, as numbers and as a figure.
+
+  llm-jax evaluate --workdir=runs/gpt_small
+  llm-jax evaluate --workdir=runs/gpt_small --data=other.txt --checkpoint=best
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -15,20 +17,21 @@ from llm_jax.base.files import write_file, writing
 from llm_jax.base.process import run_as_program
 
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax evaluate', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', type=Path, required=True)
-  parser.add_argument('--data', help='other data to evaluate on (default: a part of the run\'s data)')
-  parser.add_argument('--split', choices=('val', 'test'), default='val', help='the part of the run\'s data')
-  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
+def parser() -> flags.Parser:
+  parser = flags.Parser('evaluate', __doc__)
+  flags.add_run(parser)
+  parser.add_argument('--data', help="a file, folder, glob or .bin to evaluate on (default: a part of the run's data)")
+  parser.add_argument('--split', choices=('val', 'test'), default='val', help="the part of the run's data")
   parser.add_argument('--answers', type=int, help='number of prompts to answer (default: all)')
   parser.add_argument('--num_beams', type=int, help='beams for answers (default: config.eval.num_beams)')
   parser.add_argument('--validator', help='validator of answers (default: config.eval.validator)')
   parser.add_argument('--out', type=Path, help='JSON file to write (default: evaluation.json in the workdir)')
   flags.add(parser)
-  args = parser.parse_args(argv)
+  return parser
 
+
+def main(argv: list[str]) -> None:
+  args = parser().parse(argv)
   flags.apply(args)
   from llm_jax import api
   trained = api.load(args.workdir, args.checkpoint, trust=args.trust)

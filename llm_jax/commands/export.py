@@ -1,34 +1,38 @@
-"""Exports a run's model as safetensors, config and tokenizer: llm-jax export --workdir=runs/x --out=FOLDER
+"""Exports a run's model as a folder with safetensors, config and tokenizer.
 
 The folder can be used like a run: llm-jax generate --workdir=FOLDER, and evaluate; share it with `hf upload NAME
 FOLDER`. Matrices are packed at two bits per weight: a model trained with config.model.einsum=bitnet computes the same
 as before; one of full precision is rounded, with worse results. --weight_bits=32 writes all weights unchanged.
+
+  llm-jax export --workdir=runs/gpt_small --out=exported --weight_bits=32
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import run_as_program
 
+if TYPE_CHECKING:
+  import numpy as np
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax export', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', type=Path, required=True)
-  parser.add_argument('--out', type=Path, required=True, help='folder to create')
-  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
+
+def parser() -> flags.Parser:
+  parser = flags.Parser('export', __doc__)
+  flags.add_run(parser)
+  parser.add_argument('--out', type=Path, metavar='FOLDER', required=True, help='folder to create')
   parser.add_argument('--weight_bits', choices=('1.58', '1', '32'),
                       help='32: unchanged (default: as in training with bitnet, else 1.58)')
   flags.add(parser)
-  args = parser.parse_args(argv)
+  return parser
+
+
+def main(argv: list[str]) -> None:
+  args = parser().parse(argv)
   if args.out.exists() and any(args.out.iterdir() if args.out.is_dir() else [args.out]):
     raise ConfigError(f'--out: {args.out} already exists; name a new folder')
 

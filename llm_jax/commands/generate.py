@@ -1,36 +1,43 @@
-"""Generates text with a trained run: llm-jax generate --workdir=runs/gpt_small --prompt='def main('"""
+"""Generates text with a trained run.
+
+The first sample is printed while it is generated; stdout receives nothing but text.
+
+  llm-jax generate --workdir=runs/gpt_small --prompt='def main('
+  llm-jax generate --workdir=runs/gpt_small --num_samples=3 --num_tokens=100 --temperature=0.6 --top_k=40
+"""
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import sys
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from llm_jax.base import flags
 from llm_jax.base.process import run_as_program
 
+if TYPE_CHECKING:
+  import numpy as np
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax generate', allow_abbrev=False, description=__doc__)
-  parser.add_argument('--workdir', type=Path, required=True)
+
+def parser() -> flags.Parser:
+  parser = flags.Parser('generate', __doc__)
+  flags.add_run(parser)
   parser.add_argument('--prompt', default='', help='the text to continue (default: start a new document)')
-  parser.add_argument('--num_samples', type=int, default=1)
+  parser.add_argument('--num_samples', type=int, default=1, help='number of texts')
   parser.add_argument('--num_tokens', type=int, default=256, help='maximum; a sample also ends with its document')
   parser.add_argument('--temperature', type=float, default=0.8, help='0: always take the most likely token')
   parser.add_argument('--top_k', type=int, default=0, help='sample only from the k most likely tokens; 0: all')
   parser.add_argument('--top_p', type=float, default=1.0, help='sample only from the most likely tokens with this '
                       'total probability')
-  parser.add_argument('--num_beams', type=int, default=0, help='use beam search with this many hypotheses instead of '
-                      'sampling')
-  parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
+  parser.add_argument('--num_beams', type=int, default=0, help='use beam search with this many hypotheses; 0: sample')
+  parser.add_argument('--seed', type=int, default=0, help='of the random numbers')
   flags.add(parser)
-  args = parser.parse_args(argv)
+  return parser
+
+
+def main(argv: list[str]) -> None:
+  args = parser().parse(argv)
   flags.apply(args)
   import jax
 

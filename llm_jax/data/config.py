@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm_jax.base.builder import Sections, keep_named, known_names, sections
+from llm_jax.base.errors import ConfigError
 from llm_jax.base.runtime import user_cache
 from llm_jax.data.loaders import LOADERS
 from llm_jax.data.rows.augment import Augment
@@ -57,8 +58,6 @@ class DataConfig(SourceConfig, SplitConfig):
       problems.append(f'task {self.task!r} is unknown; {known_names(self.task, TASKS)}')
     else:
       keep_named(self, (self.task, self.tokenizer, self.encoder_tokenizer or ''), 'neither task nor tokenizer names it')
-    if not self.path:
-      problems.append("path must not be empty; set 'stdlib', a file, a folder, a glob or a URL")
     for field in ('seq_len', 'encoder_len', 'shard_tokens', 'shuffle_buffer', 'max_record_bytes', 'min_frequency'):
       if getattr(self, field) < 1:
         problems.append(f'{field} must be at least 1; got {getattr(self, field)}')
@@ -106,6 +105,15 @@ class DataConfig(SourceConfig, SplitConfig):
         (not fits, f'is for task {" or ".join(tasks)}, where an encoder reads the prompts; the task is {self.task!r}: '
          'set it to None'),
         (self.tokenizer == 'none', 'needs a tokenizer for the answers too, but tokenizer is none')) if wrong]
+
+  def check_paths(self) -> None:
+    """Raises ConfigError for a source without a path."""
+    for name, source in self.named_sources.items():
+      if not source.path:
+        field = f'config.data.sources.{name}.path' if self.sources else 'config.data.path'
+        raise ConfigError(f"{field} is empty: name your data, a file, a folder, a glob ('notes/**/*.md') or a URL, "
+                          f"with --{field}=PATH; for a first try, set --{field}=stdlib, the source code of Python's "
+                          'standard library')
 
   @property
   def task_settings(self) -> Task:

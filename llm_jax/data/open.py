@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ from llm_jax.data.tokenizers.tokenizer import (
 )
 
 _STEP = 1 << 20  # tokens checked at once
+# Fields of DataConfig that determine the tokens of a store, and what is compared by a hash in the fingerprint.
+TOKENS = {f.name for part in (SourceConfig, SplitConfig) for f in dataclasses.fields(part)} | {
+    'sources', 'filters', 'on_bad_record', 'tokenizer', 'encoder_tokenizer', 'vocab_size', 'min_frequency', 'pattern'}
+BY_HASH = {'train_tokens': 'the training data (config.data.path or config.data.sources)',
+           'encoder_tokenizer': 'the tokenizer of config.data.encoder_tokenizer'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Data:
 
 def open_data(config: DataConfig) -> Data:
   """Opens the stores; makes those that are not in the cache. Raises DataError, ConfigError, StorageError."""
+  config.check_paths()
   sources = config.named_sources
   if config.streaming:
     return LOADERS['stream'].open(config)
@@ -288,21 +294,27 @@ def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int)
   return {'train_tokens': train, 'seed': seed, 'rows_per_batch': batch_size, 'mixture': mixture, **settings}
 
 
-def check_fingerprint(saved: dict, current: dict, step: int) -> None:
+def check_fingerprint(saved: dict, current: dict, step: int,
+                      changed: Mapping[str, tuple[Any, Any]] | None = None) -> None:
   """Raises ConfigError naming each field in which a run's data differs from its checkpoint's at `step`.
 
-  Mixture weights that begin at that step or later may differ.
+  `changed`: the fields of config.data that differ, {name: (old, new)}. Mixture weights that begin at that step or later
+  may differ.
   """
   saved, current = ({**f, 'mixture': [s for s in f['mixture'] if s[0] < step]} for f in (saved, current))
-  names = {'train_tokens': 'the training data (sha256 of its tokens)', 'seed': 'config.seed',
+  names = {'seed': 'config.seed',
            'rows_per_batch': 'the number of rows in a batch (config.batch_tokens / config.data.seq_len)',
            'order': 'the order of rows (of another version of llm_jax)',
            'mixture': f'the weights of the sources before step {step} (config.data.sources.NAME.weight, weights_from)'}
   differing = [f'{names.get(k, f"config.data.{k}")}: checkpoint {saved.get(k)}, now {current.get(k)}'
-               for k in {**saved, **current} if saved.get(k) != current.get(k)]
+               for k in {**saved, **current} if saved.get(k) != current.get(k) and k not in BY_HASH]
+  if hashes := [k for k in BY_HASH if saved.get(k) != current.get(k)]:
+    causes = [f'config.data.{name}: checkpoint {old}, now {new}' for name, (old, new) in (changed or {}).items()
+              if name.partition('.')[0] in TOKENS and not name.endswith('.weight')]
+    differing += causes or [f'{BY_HASH[k]} has changed since the checkpoint was written' for k in hashes]
   if differing:
     raise ConfigError('the data differs from the data of the checkpoint, so its batches cannot continue:\n  '
-                      + '\n  '.join(differing) + '\nRestore it, or start in another --workdir.')
+                      + '\n  '.join(differing))
 
 
 def _slug(path: str) -> str:

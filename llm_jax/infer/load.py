@@ -13,6 +13,7 @@ from llm_jax.base import plugins
 from llm_jax.base.batch import Batch, Params
 from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError, DataError, StorageError
+from llm_jax.base.files import check_run, latest_step
 from llm_jax.base.multihost import say
 from llm_jax.base.trees import merge, split
 from llm_jax.config import Config
@@ -26,7 +27,7 @@ from llm_jax.models.protocol import LanguageModel
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import make_optimizer
 from llm_jax.optim.groups import trainable_paths
-from llm_jax.training.checkpoint import Checkpoints, latest_step
+from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.shardings import param_info, param_shardings, state_shardings
 from llm_jax.training.stages import config_at
 from llm_jax.training.state import abstract_state
@@ -77,10 +78,8 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, trust: bo
 
 
 def read_config(workdir: Path, trust: bool) -> Config:
-  """Reads the config from a run's folder. Raises StorageError, and ConfigError for a plug-in that is not loaded."""
-  path = workdir / 'config.json'
-  if not path.is_file():
-    raise StorageError(f'--workdir: {workdir} does not contain a run (no config.json)')
+  """Reads a run's config. Raises StorageError, and ConfigError if there is no run or a plug-in is not loaded."""
+  path = check_run(workdir) / 'config.json'
   for line in plugins.check_notes(workdir, trust=trust):
     say(line)
   try:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from llm_jax.base.batch import Batch, Metrics, Params
 from llm_jax.base.errors import Interrupted
+from llm_jax.base.progress import Progress
 from llm_jax.base.sharding import local_rows, num_batch_shards, put_batch
 from llm_jax.config import Config
 from llm_jax.data import pipeline
@@ -46,10 +47,13 @@ def make_evaluator(config: Config, data: Data, model: LanguageModel, objective: 
     def batches(store: TokenStore) -> Iterator[Batch]:
       max_rows = max_tokens and max(1, max_tokens // config.data.seq_len // len(stores))
       examples = pipeline.open_examples(config.data, data, store, train=False)
-      for features in pipeline.eval_batches(examples, num_rows, rows, max_rows):
-        if interrupted():
-          raise Interrupted
-        yield put_batch(features, rows, num_rows, mesh)
+      total = min(len(examples), max_rows or len(examples))
+      with Progress('evaluating', total, 'rows', shown=jax.process_index() == 0) as task:
+        for features in pipeline.eval_batches(examples, num_rows, rows, max_rows):
+          if interrupted():
+            raise Interrupted
+          yield put_batch(features, rows, num_rows, mesh)
+          task.update(min(num_rows, total - task.n))
 
     sums = {name: add_up(eval_fn, params, batches(store)) for name, store in stores.items()}
     for name, store in stores.items():

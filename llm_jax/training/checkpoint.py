@@ -22,16 +22,11 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.progress import Progress
 from llm_jax.config import CheckpointConfig
 
 # Orbax warns about things that are intended here, such as a save without metrics.
 logging.getLogger('absl').addFilter(lambda record: record.levelno >= logging.ERROR or 'orbax' not in record.pathname)
-
-
-def latest_step(workdir: Path) -> int:
-  """The latest step with a checkpoint in a run's folder; -1 if there is none."""
-  paths = (workdir / 'checkpoints').glob('*')
-  return max((int(path.name) for path in paths if path.name.isdigit()), default=-1)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -45,6 +40,7 @@ class Checkpoints:
   """The checkpoints of one run. A context manager: leaving it waits for a save in progress."""
 
   def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
+    self._directory = directory
     kept = [policies.LatestN(config.keep_last),
             policies.BestN(get_metric_fn=_score, reverse=True, n=config.keep_best,
                            keep_checkpoints_without_metrics=False)]
@@ -66,6 +62,11 @@ class Checkpoints:
 
   def __exit__(self, *exc: object) -> None:
     self._manager.close()
+
+  @property
+  def workdir(self) -> Path:
+    """The folder of the run, as it was named."""
+    return self._directory.parent
 
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
@@ -126,7 +127,8 @@ class Checkpoints:
     for candidate in reversed(self.steps()) if step is None else [step]:
       failure = ''
       try:
-        result = self._read(candidate, params, opt_state, check)
+        with Progress(f'reading checkpoint {candidate}', shown=jax.process_index() == 0):
+          result = self._read(candidate, params, opt_state, check)
       except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # not caused by the checkpoint
         raise
       except Exception as e:  # Orbax raises many types for a damaged folder

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm_jax.base.progress import duration
 from llm_jax.config import Config
-from llm_jax.training.log import duration
 from llm_jax.training.status import read_status
 
 

@@ -1,12 +1,11 @@
-"""Logs of a run: metrics.jsonl, TensorBoard (without TensorFlow), console; throughput, goodput, means of epochs."""
+"""Logs of a run: metrics.jsonl, TensorBoard (without TensorFlow), means of epochs."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +21,10 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from llm_jax.base.batch import Metrics
 from llm_jax.base.files import open_append, write_file
-from llm_jax.base.progress import progress_bar
 from llm_jax.data.open import Data
+from llm_jax.training.console import Console
 from llm_jax.training.status import Status
+from llm_jax.training.throughput import Goodput
 
 
 @flax.struct.dataclass
@@ -112,86 +112,6 @@ class MetricsWriter:
       print(f'WARNING: metrics are no longer written ({e}); training continues', file=sys.stderr, flush=True)
 
 
-class Throughput:
-  """Tokens per second, MFU and the share of time spent waiting for data, over the steps since the last `take`."""
-
-  def __init__(self, flops_per_token: float, peak: float | None):
-    self._flops_per_token, self._peak = flops_per_token, peak
-    self._tokens = self._seconds = self._waited = self._away = 0.0
-    self._steps = 0
-    self._start: float | None = None
-    self.seconds_per_step: float | None = None  # None until steps were timed
-
-  def restart(self) -> None:
-    """Restarts the clock of the current step, after compiling, an evaluation or a save."""
-    self._start, self._away = time.perf_counter(), 0.0
-
-  def waited(self, seconds: float) -> None:
-    self._waited += seconds
-
-  def away(self, seconds: float) -> None:
-    """Seconds that the caller held the generator during this step."""
-    self._away += seconds
-
-  def step_done(self, num_tokens: float) -> None:
-    now = time.perf_counter()
-    if self._start is None:  # the first step includes compiling and is not counted
-      self._waited = 0.0
-      return
-    seconds, away = now - self._start, self._away
-    self._start, self._away = now, 0.0
-    if away > 0.1 * seconds:  # the step may have ended while the caller had control, so its time is unknown
-      return
-    self._seconds += seconds
-    self._tokens += num_tokens
-    self._steps += 1
-
-  def take(self) -> dict[str, float]:
-    if not self._steps or not self._seconds:
-      return {}
-    tokens_per_second = self._tokens / self._seconds
-    self.seconds_per_step = self._seconds / self._steps
-    values = {'tokens_per_second': tokens_per_second, 'seconds_per_step': self.seconds_per_step,
-              'data_wait': min(1.0, self._waited / self._seconds)}
-    if self._peak:
-      values['mfu'] = tokens_per_second * self._flops_per_token / self._peak
-    self._tokens = self._seconds = self._waited = 0.0
-    self._steps = 0
-    return values
-
-
-class Goodput:
-  """Shares of a run's time: steps, and overheads by kind; `caller` is the code that iterates over the run."""
-
-  def __init__(self) -> None:
-    self._begin = time.perf_counter()
-    self._seconds = dict.fromkeys(('start', 'data', 'evaluation', 'save', 'caller'), 0.0)
-
-  def starting(self) -> None:
-    """Marks the begin of a stage: the time until its first step is done counts as start (loading and compiling)."""
-    self._stage, self._before = time.perf_counter(), sum(self._seconds.values())
-
-  def started(self) -> None:
-    others = sum(self._seconds.values()) - self._before
-    self.add('start', time.perf_counter() - self._stage - others)
-
-  def add(self, kind: str, seconds: float) -> None:
-    self._seconds[kind] += seconds
-
-  @contextlib.contextmanager
-  def of(self, kind: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    try:
-      yield
-    finally:
-      self.add(kind, time.perf_counter() - begin)
-
-  def shares(self) -> dict[str, float]:
-    total = time.perf_counter() - self._begin
-    shares = {f'goodput/{kind}': min(1.0, seconds / total) for kind, seconds in self._seconds.items()}
-    return {'goodput/step': max(0.0, 1 - sum(shares.values())), **shares}
-
-
 class Epochs:
   """Means over the steps of each epoch, logged with its last step; `sums` are stored in checkpoints."""
 
@@ -212,46 +132,6 @@ class Epochs:
     return {'epoch/number': float(number), **means}
 
 
-class Console:
-  """The console output of process 0: in a terminal a progress bar below the lines, elsewhere plain lines."""
-
-  def __init__(self, num_steps: int, step: int):
-    self._enabled = jax.process_index() == 0
-    self._num_steps = num_steps
-    self._bar = progress_bar('training', num_steps, 'step', step) if self._enabled and sys.stderr.isatty() else None
-
-  def step(self, step: int, values: dict[str, float], seconds_per_step: float | None) -> None:
-    """Shows step, loss, tokens/s, MFU if known, and time left."""
-    if not self._enabled:
-      return
-    parts = [f'loss {values["train/loss"]:.4f}', f'grad norm {values["train/grad_norm"]:.2f}']
-    if 'train/learning_rate' in values:  # an optimizer that is passed from Python does not report it
-      parts.append(f'lr {values["train/learning_rate"]:.2e}')
-    if 'train/tokens_per_second' in values:
-      parts.append(f'{values["train/tokens_per_second"]:,.0f} tokens/s')
-    if 'train/mfu' in values:
-      parts.append(f'MFU {values["train/mfu"]:.1%}')
-    if values.get('train/data_wait', 0) > 0.05:
-      parts.append(f'waits for data {values["train/data_wait"]:.0%} of the time')
-    if seconds_per_step:
-      parts.append(f'{duration((self._num_steps - step) * seconds_per_step)} left')
-    if self._bar is None:
-      print(f'step {step}/{self._num_steps}  ' + '  '.join(parts), flush=True)
-    else:
-      self._bar.set_postfix_str('  '.join(parts[:-1] if seconds_per_step else parts), refresh=False)
-      self._bar.update(step - self._bar.n)
-
-  def line(self, text: str) -> None:
-    if self._bar is not None:
-      self._bar.write(text, file=sys.stdout)
-    elif self._enabled:
-      print(text, flush=True)
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()
-
-
 class Logs(NamedTuple):
   """The outputs of a session."""
 
@@ -259,13 +139,6 @@ class Logs(NamedTuple):
   console: Console
   status: Status
   goodput: Goodput
-
-
-def duration(seconds: float) -> str:
-  """Seconds as '1:02:03' or '2:03'."""
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

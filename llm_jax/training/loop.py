@@ -17,22 +17,25 @@ from llm_jax.base.batch import as_batch
 from llm_jax.base.builder import to_dict
 from llm_jax.base.devices import peak_flops
 from llm_jax.base.errors import Interrupted
-from llm_jax.base.files import check_no_link
+from llm_jax.base.files import check_no_link, latest_step
 from llm_jax.base.multihost import barrier
 from llm_jax.base.profiling import Profiler
+from llm_jax.base.progress import Progress
 from llm_jax.base.sharding import make_mesh, put_batch
 from llm_jax.base.stopping import StopSignal
-from llm_jax.config import Config, replace
+from llm_jax.config import Config
 from llm_jax.data import pipeline
 from llm_jax.training import run
-from llm_jax.training.checkpoint import Checkpoints, latest_step
+from llm_jax.training.checkpoint import Checkpoints
+from llm_jax.training.console import Console
 from llm_jax.training.custom import Custom, with_custom, with_named_callbacks
-from llm_jax.training.log import Console, Goodput, Logs, MetricsWriter, Throughput
+from llm_jax.training.log import Logs, MetricsWriter
 from llm_jax.training.program import Program, build_program
 from llm_jax.training.resume import first_state
 from llm_jax.training.session import Event, Session
 from llm_jax.training.stages import Stage, make_stages
 from llm_jax.training.status import Status
+from llm_jax.training.throughput import Goodput, Throughput, work_left
 
 
 class Due(NamedTuple):
@@ -77,7 +80,8 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
   mesh = make_mesh(stage.config.mesh)
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:  # everything is traced under the mesh
     goodput.starting()
-    program = build_program(stage, workdir, mesh, custom)
+    with Progress('preparing data and model', shown=jax.process_index() == 0):
+      program = build_program(stage, workdir, mesh, custom)
     session = open_session(program, custom, workdir, mesh, stack, status, goodput)
     config, end, console, has_val = program.config, program.stage.end, session.console, bool(program.data.val)
     profiler = stack.enter_context(Profiler(config.profile, workdir, session.begin, console.line))
@@ -102,7 +106,8 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
       session.settle()
       profiler.end_after(step)
       if first:
-        console.line(f'first step after {time.perf_counter() - session.step_started:.1f} s of compiling and running')
+        console.started(time.perf_counter() - session.step_started)
+        run.write_files(program, workdir, status, session.begin)
       if now.evaluate:
         session.evaluate()
       if now.save or session.stop.requested or session.best.over or (session.improved and config.checkpoint.keep_best):
@@ -117,7 +122,7 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
                           'repeat the command to resume')
       profiler.begin_after(step)
-      session.throughput.restart()
+      session.throughput.restart('evaluation' if now.evaluate else 'save' if now.save else '')
     if session.best.over and session.step > session.begin:
       console.line(f'step {session.step}: the run ends: {session.best.over}')
     session.checkpoints.wait()
@@ -130,11 +135,10 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   """The session of a stage, with its state, logs and batches; `stack` closes them."""
   config = program.config
   checkpoints = stack.enter_context(Checkpoints(check_no_link(workdir / 'checkpoints'), config.checkpoint))
-  state, meta = first_state(program, checkpoints, mesh)
+  with Progress('initializing the state', shown=jax.process_index() == 0):
+    state, meta = first_state(program, checkpoints, mesh)
   begin = int(state.step)
-  run.write_files(replace(program.stage.run, model=config.model, loss=config.loss) if config.stages else config,
-                  program.data, workdir)
-  writer, console = MetricsWriter(workdir, begin), Console(config.num_steps, begin)
+  writer, console = MetricsWriter(workdir, begin), Console(config.num_steps, begin, config.log)
   stack.callback(writer.close)
   stack.callback(console.close)
   run.print_summary(program, state, workdir, console)
@@ -145,7 +149,9 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   put = as_batch if jax.process_count() == 1 else partial(
       put_batch, rows=program.rows, num_rows=config.rows_per_batch, mesh=mesh)
   session = Session(program, state, meta, batches, checkpoints, Logs(writer, console, status, goodput),
-                    Throughput(program.flops_per_token, peak_flops(jax.devices())),
+                    Throughput(program.flops_per_token, peak_flops(jax.devices()), partial(
+                        work_left, num_steps=config.num_steps, save_every=config.checkpoint.every,
+                        eval_every=config.eval.every if program.data.val else 0)),
                     stack.enter_context(StopSignal()), put)
   status.update(state='training', step=begin, num_steps=config.num_steps, monitor=config.eval.monitor,
                 best=session.best.best_value, state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
@@ -163,9 +169,11 @@ def open_own_batches(program: Program, custom: Custom, begin: int, states: list[
 
 
 def announce(session: Session, end: int) -> None:
-  """Prints why there is nothing left to train, if so."""
+  """Prints that the first step is compiled, or why there is nothing left to train."""
   if session.best.over:
     session.console.line(f'the run is over: {session.best.over}; to continue, change that setting')
   elif session.begin >= end:
     session.console.line(f'already at step {session.begin} of {session.config.num_steps}; to continue, raise '
                          '--config.num_steps')
+  else:
+    session.console.begin()

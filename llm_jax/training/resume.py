@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from llm_jax.base.batch import Params
 from llm_jax.base.builder import build, to_dict
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.files import unused
 from llm_jax.base.multihost import say
 from llm_jax.base.trees import by_name, merge, path_of, split
 from llm_jax.config import Config, differences
@@ -25,42 +26,43 @@ from llm_jax.training.shardings import param_info
 from llm_jax.training.state import TrainState
 
 
-def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: str, begin: int = 0) -> None:
-  """Raises ConfigError with the differences if a checkpoint is of another model, loss, optimizer or other data.
+def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: str, advice: str,
+                 begin: int = 0) -> None:
+  """Raises ConfigError with the differences if a checkpoint is of other data, another model, loss or optimizer.
 
-  At step `begin`, the begin of a stage, the data may change.
+  At step `begin`, the begin of a stage, the data may change. `advice` ends the message.
   """
-  changed = {name: values for name, values in differences(meta['config']['model'], to_dict(config.model)).items()
-             if name not in ('scan_unroll', 'remat', 'dropout', 'attention')}
-  if changed:
-    raise ConfigError('the checkpoint has another model:\n  ' + '\n  '.join(
-        f'config.model.{name}: checkpoint {old}, now {new}' for name, (old, new) in changed.items())
-        + '\nRestore the old value, or use another --workdir.')
-  saved = meta['config']['loss']
-  if (tuple(saved['terms']), saved['balance']) != (config.loss.terms, config.loss.balance):
-    raise ConfigError(f'config.loss: checkpoint {", ".join(saved["terms"])} (balance {saved["balance"]}), now '
-                      f'{", ".join(config.loss.terms)} (balance {config.loss.balance}); restore the old values, or use '
-                      'another --workdir')
-  fixed = {f'{name}.{field}' for name, term in config.loss.sections.items() for field in term.fixed}
-  for name, (old, new) in differences(saved, to_dict(config.loss)).items():
-    if name in fixed:
-      raise ConfigError(f'config.loss.{name}: checkpoint {old}, now {new}; restore the old value, or use another '
-                        '--workdir')
-  chain = tuple(meta['config']['optim']['chain'])
-  if chain != config.optim.chain:
-    raise ConfigError(f'config.optim.chain: checkpoint {", ".join(chain)}, now {", ".join(config.optim.chain)}; '
-                      'restore the old value, or use another --workdir')
-  if meta['state_key'] != state_key:
-    settings = differences(meta['config']['optim'], to_dict(config.optim))
-    raise ConfigError(
-        'config.optim: the optimizer state has other arrays than that of the checkpoint; restore the old values, or '
-        'use another --workdir:\n  ' + '\n  '.join(
-            f'config.optim.{name}: checkpoint {old}, now {new}' for name, (old, new) in settings.items()))
+  saved, now = meta['config'], to_dict(config)
   if meta['step'] < begin:
     raise ConfigError(f'config.stages: a stage begins at step {begin}, but the newest readable checkpoint is of step '
                       f'{meta["step"]}; to resume from it, move the newer ones out of checkpoints/')
-  if not begin or meta['step'] != begin:
-    check_fingerprint(meta['data'], fingerprint, meta['step'])
+  try:  # first, as other data may need another vocabulary
+    if not begin or meta['step'] != begin:
+      check_fingerprint(meta['data'], fingerprint, meta['step'], differences(saved['data'], now['data']))
+    check_parts(saved, config, meta['state_key'] == state_key)
+  except ConfigError as e:
+    raise ConfigError(f'{e}\n{advice}') from None
+
+
+def check_parts(saved: dict, config: Config, same_state: bool) -> None:
+  """Raises ConfigError if the model, losses or optimizer differ from those of the config `saved`."""
+  def listed(section: str, found: dict[str, tuple[Any, Any]]) -> str:
+    return ''.join(f'\n  config.{section}.{name}: checkpoint {old}, now {new}' for name, (old, new) in found.items())
+
+  changed = {name: values for name, values in differences(saved['model'], to_dict(config.model)).items()
+             if name not in ('scan_unroll', 'remat', 'dropout', 'attention')}
+  if changed:
+    raise ConfigError(f'the checkpoint has another model:{listed("model", changed)}')
+  loss = differences(saved['loss'], to_dict(config.loss))
+  fixed = {f'{name}.{field}' for name, term in config.loss.sections.items() for field in term.fixed}
+  if found := {name: values for name, values in loss.items() if name in ('terms', 'balance') or name in fixed}:
+    raise ConfigError(f'the checkpoint has another loss:{listed("loss", found)}')
+  settings = differences(saved['optim'], to_dict(config.optim))
+  if 'chain' in settings:
+    raise ConfigError(f'the checkpoint has another optimizer:{listed("optim", {"chain": settings["chain"]})}')
+  if not same_state:
+    raise ConfigError('config.optim: the optimizer state has other arrays than that of the checkpoint:'
+                      + listed('optim', settings))
 
 
 def report_resume(config: Config, meta: dict) -> None:
@@ -94,7 +96,9 @@ def first_state(program: Program, checkpoints: Checkpoints, mesh: Mesh) -> tuple
   config = program.config
   check = partial(check_resume, config=config, fingerprint=program.fingerprint, state_key=program.state_key)
   if checkpoints.steps():
-    state, meta = restore(program, checkpoints, partial(check, begin=program.stage.begin))
+    advice = (f'To start a new run, set --workdir={unused(checkpoints.workdir)}; to resume the one in '
+              f'{checkpoints.workdir}, restore the old values.')
+    state, meta = restore(program, checkpoints, partial(check, begin=program.stage.begin, advice=advice))
     checkpoints.set_aside_after(meta['step'])
     report_resume(config, meta)
     return state, meta
@@ -102,8 +106,10 @@ def first_state(program: Program, checkpoints: Checkpoints, mesh: Mesh) -> tuple
     folder = Path(config.start.run).expanduser() / 'checkpoints'
     if not folder.is_dir():
       raise ConfigError(f'config.start.run: {config.start.run} has no checkpoints; set the workdir of a trained run')
+    advice = f'Restore the old values, as a branch goes on with the data, model and optimizer of {config.start.run}.'
     with Checkpoints(folder, config.checkpoint, read_only=True) as theirs:
-      state, meta = restore(program, theirs, check, theirs.named(config.start.checkpoint, 'config.start.checkpoint'))
+      state, meta = restore(program, theirs, partial(check, advice=advice),
+                            theirs.named(config.start.checkpoint, 'config.start.checkpoint'))
     report_resume(config, meta)
     return state, {name: meta.get(name) for name in ('stream_states', 'epoch')}
   return (with_weights_of(program, mesh) if config.start.run else program.init()), {}
@@ -125,9 +131,12 @@ def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
   except (StorageError, ConfigError) as e:
     raise ConfigError(str(e).replace('--workdir', 'config.start.run')
                       .replace('--checkpoint', 'config.start.checkpoint')) from None
-  if tokenizers_of(program.data) != tokenizers_of(run):
-    raise ConfigError(f'config.start.run: {config.start.run} has another tokenizer; set config.data.tokenizer to its '
-                      'tokenizer.json')
+  names = ('tokenizer', 'encoder_tokenizer')
+  pairs = zip(names, tokenizers_of(program.data), tokenizers_of(run), strict=True)
+  if other := [name for name, mine, theirs in pairs if mine != theirs]:
+    path = Path(config.start.run).expanduser() / f'{other[0]}.json'
+    raise ConfigError(f'config.start.run: {config.start.run} has another {other[0]}; set '
+                      f'--config.data.{other[0]}={path if path.is_file() else "none"}')
   mine, info = by_name(fresh.params), param_info(program.example, model=program.model)
   exporter = EXPORTERS['packed' if getattr(run.config.model, 'einsum', '') == 'packed' else 'plain']
   other = exporter.restore(config, run.params, fresh.params, info)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from orbax.checkpoint import multihost
 
 from llm_jax.base import plugins
+from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import StorageError
-from llm_jax.base.files import open_append, writing
-from llm_jax.base.multihost import say
-from llm_jax.config import Config
-from llm_jax.data.open import Data
+from llm_jax.base.files import open_append, unused, writing
+from llm_jax.config import differences, replace
 from llm_jax.data.sources.documents import shown
 from llm_jax.infer.export import write_config
-from llm_jax.training.log import Console
+from llm_jax.training.console import Console
 from llm_jax.training.program import Program
 from llm_jax.training.state import TrainState
+from llm_jax.training.status import Status
 
 
 @contextlib.contextmanager
@@ -39,23 +41,40 @@ def lock_run(workdir: Path) -> Iterator[None]:
       except OSError:
         pass  # a file system without locks
     if multihost.broadcast_one_to_all(taken):  # all processes fail, or none
-      raise StorageError(f'--workdir: another run is training in {workdir}; set another --workdir, or stop that run')
+      raise StorageError(f'--workdir: another run is training in {workdir}; set --workdir={unused(workdir)}, or stop '
+                         'that run')
     yield
 
 
-def write_files(config: Config, data: Data, workdir: Path) -> None:
-  """Writes config.json, the tokenizers and the plug-ins of a run. Raises StorageError."""
+def write_files(program: Program, workdir: Path, status: Status, begin: int) -> None:
+  """Writes config.json, the tokenizers and the plug-ins of a run that has trained a step after `begin`.
+
+  A launch that is refused thus leaves them as they are. Raises StorageError.
+  """
   if jax.process_index() != 0:
     return
-  write_config(workdir, config, data.tokenizer, data.encoder_tokenizer)
+  config, data = program.config, program.data
+  whole = replace(program.stage.run, model=config.model, loss=config.loss) if config.stages else config
+  before = config_before(workdir)
+  write_config(workdir, whole, data.tokenizer, data.encoder_tokenizer)
   with writing(f'--workdir: {workdir}'):
-    for line in plugins.changes(workdir):
-      say(line)
     plugins.write_notes(workdir)
+  status.trained(begin=begin, changed=differences(before, to_dict(whole)) if before else {})
+
+
+def config_before(workdir: Path) -> dict[str, Any]:
+  """The contents of a run's config.json; {} without a readable one."""
+  path = workdir / 'config.json'
+  with contextlib.suppress(OSError, ValueError):
+    values = {} if path.is_symlink() else json.loads(path.read_text())
+    return values if isinstance(values, dict) else {}
+  return {}
 
 
 def print_summary(program: Program, state: TrainState, workdir: Path, console: Console) -> None:
-  """Prints a summary of devices, model, data, batch and workdir."""
+  """Prints a summary of devices, model, data, batch and workdir, and the plug-ins that changed."""
+  for line in plugins.changes(workdir):
+    console.line(line)
   config, data, devices = program.config, program.data, jax.devices()
   seq_len, held_rows, num_microbatches = config.data.seq_len, program.held_rows, program.num_microbatches
   num_params, num_frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))

@@ -24,9 +24,10 @@ from llm_jax.infer.load import Loaded
 from llm_jax.infer.text import samples
 from llm_jax.training.best import Best
 from llm_jax.training.checkpoint import Checkpoints
-from llm_jax.training.log import Epochs, Logs, PackedMetrics, Throughput, text_metrics, unpack_metrics
+from llm_jax.training.log import Epochs, Logs, PackedMetrics, text_metrics, unpack_metrics
 from llm_jax.training.program import Program
 from llm_jax.training.state import TrainState
+from llm_jax.training.throughput import Throughput
 
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
@@ -146,7 +147,7 @@ class Session:
     """Writes the metrics, then starts a checkpoint of this step."""
     self._write()
     best = self.best if self.score is None else dataclasses.replace(self.best, saved=min(self.best.saved, self.score))
-    with self.goodput.of('save'):
+    with self.goodput.of('save'), self.console.progress('saving'):
       if self._save(self.score, best):
         self.best = best
 
@@ -161,16 +162,16 @@ class Session:
     """Generates and logs a sample for each of config.eval.prompts, if this step was evaluated."""
     if self.score is None:
       return
-    for prompt, sample in samples(self.config, self.program.data, self.program.model, self.weights):
+    with self.console.progress('sampling'):
+      written = samples(self.config, self.program.data, self.program.model, self.weights)
+    for prompt, sample in written:
       self.writer.text(self.step, f'sample/{prompt or "new document"}', sample)
-      self.console.line('\n'.join('  | ' + line for line in sample.splitlines()))
+      self.console.sample(self.step, prompt, sample)
 
   def report(self, at_once: bool = True) -> None:
     """Updates status.json."""
-    seconds_per_step = self.throughput.seconds_per_step
-    left = 0 if self.best.over else self.config.num_steps - self._logged_step
     self.status.update(at_once=at_once, step=self._logged_step, best=self.best.best_value,
-                       seconds_left=None if seconds_per_step is None else left * seconds_per_step,
+                       seconds_left=0.0 if self.best.over else self.throughput.seconds_left(self._logged_step),
                        metrics=(self.status.values.get('metrics') or {}) | self.logged)
 
   def events(self, callbacks: tuple[Callable[[Event], Any], ...]) -> Iterator[Event]:
@@ -198,6 +199,7 @@ class Session:
     self.throughput.step_done(values['num_tokens'])
     self._check_finite(step, bool(values['skipped']))
     self._logged_step = step
+    self.console.step(step)
     epoch = self._epochs.add(step, values)
     if step % config.log.every and step not in (1, self.program.stage.end):
       self._log(epoch)
@@ -206,7 +208,7 @@ class Session:
     text_loss = values.get('next_token/loss', values['loss'] if config.loss.terms == ('next_token',) else None)
     logged |= text_metrics('train', text_loss, self.program.data, config.data.task) | self.batches.metrics()
     self._log(logged | self.status.system() | self.goodput.shares() | epoch)
-    self.console.step(step, self.logged, self.throughput.seconds_per_step)
+    self.console.metrics(step, self.logged, self.throughput.seconds_left(step))
     self.report(at_once=False)
 
   def _check_finite(self, step: int, skipped: bool) -> None:
@@ -230,6 +232,7 @@ class Session:
   def _save(self, score: float | None, best: Best) -> bool:
     # The step is saved with the optimizer's state, as some optimizers have an empty state, which Orbax rejects.
     state = self.state
+    self.console.saving(self.step, self.config.eval.monitor, best.best_value)
     return self.checkpoints.save(
         self.step, state.params, (state.step, state.opt_state), score=score, since=best.since, meta={
             'config': to_dict(self.config), 'data': self.program.fingerprint,

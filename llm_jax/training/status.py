@@ -15,6 +15,7 @@ import psutil
 
 from llm_jax.base.errors import Interrupted
 from llm_jax.base.files import write_file
+from llm_jax.training.launches import Launch
 
 SECONDS = 1.0  # between updates of the file, and of system metrics: each takes half a millisecond, steps can be short
 
@@ -22,15 +23,17 @@ SECONDS = 1.0  # between updates of the file, and of system metrics: each takes 
 class Status:
   """Writes `workdir`/status.json atomically; `state` is starting, training, finished, stopped or failed.
 
-  A context manager: how it is left determines the final state. `seconds` is the total time of the run, including
-  earlier processes. Only process 0 writes; a full disk does not stop the run.
+  A context manager: how it is left determines the final state. In a folder whose run has trained steps, the file does
+  not change until `trained` is called, so that a launch that is refused leaves it as it is. `seconds` is the total time
+  of the run, including earlier processes. Only process 0 writes; a full disk does not stop the run.
   """
 
   def __init__(self, workdir: Path, num_steps: int):
     self._path = workdir / 'status.json'
     before = read_status(workdir)
     known = {name: x for name, x in before.items() if name in ('step', 'best', 'metrics')}
-    self._seconds = before.get('seconds', 0.0)
+    self._seconds, self._finished = before.get('seconds', 0.0), before['state'] == 'finished'
+    self._writes, self._launch = not before.get('step'), Launch(workdir)
     self.values: dict[str, Any] = {'state': 'starting', 'step': 0, **known, 'num_steps': num_steps,
                                    'process': os.getpid(), 'started': time.time()}
     self._written = self._asked = float('-inf')
@@ -40,11 +43,18 @@ class Status:
     """Stores the values and writes the file: at once, or only if it is older than SECONDS."""
     now = time.time()
     self.values |= {**values, 'updated': now, 'seconds': self._seconds + now - self.values['started']}
-    if jax.process_index() != 0 or (not at_once and time.perf_counter() < self._written + SECONDS):
+    if not self._writes or jax.process_index() != 0 or (not at_once and time.perf_counter() < self._written + SECONDS):
       return
     self._written = time.perf_counter()
     with contextlib.suppress(OSError):
       write_file(self._path, json.dumps(self.values, indent=2))
+
+  def trained(self, **values: Any) -> None:
+    """Notes that this launch has trained a step, and values for its line of launches.jsonl, if it is the first one."""
+    self._writes = True
+    self.update()
+    if 'begin' not in self._launch.values:
+      self._launch.update(**values)
 
   def system(self) -> dict[str, float]:
     """The values of `system`, at most SECONDS old."""
@@ -55,20 +65,24 @@ class Status:
   def __enter__(self) -> Status:
     psutil.cpu_percent()  # measures since the previous call, so a first call is needed
     self.update()
+    self._launch.update()
     return self
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                traceback: TracebackType | None) -> None:
-    if kind is None or issubclass(kind, (Interrupted, GeneratorExit, KeyboardInterrupt)):
-      self.update(state='finished' if kind is None else 'stopped')
-    else:
-      self.update(state='failed', error=f'{kind.__name__}: {error}')
+    stopped = kind is not None and issubclass(kind, (Interrupted, GeneratorExit, KeyboardInterrupt))
+    state = 'finished' if kind is None else 'stopped' if stopped else 'failed'
+    failure: dict[str, Any] = {'error': f'{kind.__name__}: {error}'} if kind is not None and not stopped else {}
+    self._writes |= kind is None and not self._finished  # such as a run that was killed after its last checkpoint
+    self.update(state=state, **failure)
+    self._launch.update(ended=state, step=self.values['step'], seconds=time.time() - self.values['started'], **failure)
 
 
 def read_status(workdir: Path) -> dict[str, Any]:
-  """The contents of status.json; {'state': 'none'} if it does not exist."""
+  """The contents of status.json; {'state': 'none'} if it does not exist or is damaged."""
   with contextlib.suppress(OSError, ValueError):
-    return json.loads((workdir / 'status.json').read_text())
+    values = json.loads((workdir / 'status.json').read_text())
+    return values if isinstance(values, dict) and 'state' in values else {'state': 'none'}
   return {'state': 'none'}
 
 

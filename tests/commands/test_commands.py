@@ -71,11 +71,18 @@ def test_check_reports_devices_and_whether_a_config_runs(folder, capsys):
   printed = capsys.readouterr().out
   for word in ('devices', 'cpu', 'memory', 'disk', 'jax ', 'safetensors', 'attention', 'dtype auto'):
     assert word in printed
-  check.main([f'--config={folder}/tiny.py', '--config.num_steps=3', '--config.optim.warmup_cosine.warmup_steps=1'])
+  check.main([f'--config={folder}/tiny.py', '--step', '--config.num_steps=3',
+              '--config.optim.warmup_cosine.warmup_steps=1'])
   printed = capsys.readouterr().out
   assert 'runs: the loss of step 1 is' in printed and 'GiB are free' in printed
+  check.main(['--config=gpt_small', '--format=json'])
+  captured = capsys.readouterr()
+  found = json.loads(captured.out)  # nothing else on stdout
+  assert found['devices']['platform'] == 'cpu' and found['packages']['jax'] and found['config']['valid']
+  assert 'runs' not in found['config'], 'trained without --step'
+  assert 'starting JAX ...' in captured.err
   with pytest.raises(DataError, match='nowhere'):
-    check.main([f'--config={folder}/tiny.py', '--config.data.path=nowhere'])
+    check.main([f'--config={folder}/tiny.py', '--step', '--config.data.path=nowhere'])
   assert 'does NOT run' in capsys.readouterr().out
 
 

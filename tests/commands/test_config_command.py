@@ -159,7 +159,7 @@ def command(*args, env=None, **kwargs):
     (['--config=gpt_small', 'lr=3'], 'did you mean --config.optim.learning_rate=3?'),
     (['gpt_small'], 'did you mean --config=gpt_small?'),
     (['--config=gpt_small', '--worksdir=x'], 'did you mean --workdir=x?'),
-    ([], '--config is missing: set it to a file or to one of: bitnet, ')])
+    ([], '--config is missing: set it to a file or a preset')])
 def test_a_wrong_flag_is_one_message_with_the_right_one(args, message, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ConfigError) as error:
@@ -170,8 +170,8 @@ def test_a_wrong_flag_is_one_message_with_the_right_one(args, message, tmp_path,
 @pytest.mark.parametrize('args', [['llm_jax.main', '--config=gpt_small'], ['llm_jax', 'check']])
 def test_a_platform_that_is_not_there_is_one_message(args, tmp_path):
   done = command(*args, cwd=tmp_path, env=os.environ | {'JAX_PLATFORMS': 'cuda'})
-  assert done.returncode == 78 and done.stderr.startswith('error: JAX_PLATFORMS=cuda: JAX cannot start this platform')
-  assert done.stderr.count('\n') == 1
+  [line] = [line for line in done.stderr.splitlines() if not line.endswith(' ...')]  # except what is waited for
+  assert done.returncode == 78 and line.startswith('error: JAX_PLATFORMS=cuda: JAX cannot start this platform')
 
 
 def test_a_missing_package_is_one_message(tmp_path):

@@ -321,6 +321,11 @@ def test_fingerprint_errors_name_the_fields(tmp_path):
                 'training data'):
     assert words in str(e.value)
   assert 'config.data.task' not in str(e.value)
+  with pytest.raises(ConfigError) as e:
+    check_fingerprint(saved, data_fingerprint(other, open_data(other), batch_size=4, seed=1), 5,
+                      {'val_fraction': (0.1, 0.2), 'num_workers': (0, 1)})
+  assert 'config.data.val_fraction: checkpoint 0.1, now 0.2' in str(e.value)
+  assert 'training data' not in str(e.value) and 'num_workers' not in str(e.value), 'the cause, not a hash'
   saved['order'] = 1
   with pytest.raises(ConfigError, match=r'the order of rows.*: checkpoint 1, now 2'):
     check_fingerprint(saved, data_fingerprint(config, open_data(config), batch_size=8, seed=0), step=5)

@@ -125,7 +125,7 @@ def test_a_store_depends_on_both_tokenizers(tmp_path):
   assert data.prompt_tokenizer is data.encoder_tokenizer
   other = CharTokenizer('another')
   changed = data_fingerprint(configs[-1], dataclasses.replace(data, encoder_tokenizer=other), 1, 0)
-  with pytest.raises(ConfigError, match=r'config\.data\.encoder_tokenizer: checkpoint'):
+  with pytest.raises(ConfigError, match=r'the tokenizer of config\.data\.encoder_tokenizer has changed'):
     check_fingerprint(fingerprints[-1], changed, 1)
 
 

@@ -171,7 +171,7 @@ def test_generate_rejects_a_classifier(folder, run):
     (('--config.eval.answers=3',), ['eval.answers', 'needs a tokenizer and a task with answers']),
     (('--config.loss.classification.num_classes=2',), ['loss.classification.num_classes: 2', '3 classes of the data']),
     ((*TAUGHT, '--config.loss.distillation.teacher=nowhere'),
-     ['loss.distillation.teacher', 'nowhere', 'does not contain a run']),
+     ['loss.distillation.teacher', 'nowhere', 'does not exist']),
     ((*TAUGHT, '--config.loss.distillation.teacher=regression', '--config.model.vocab_size=300'),
      ['loss.distillation.teacher', 'another tokenizer or vocabulary', '257']),
 ])

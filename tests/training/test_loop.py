@@ -1,5 +1,6 @@
 """The training loop: what is due after which step, and a session that is driven step by step."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -11,16 +12,17 @@ from program import write_config
 
 import llm_jax
 from llm_jax.base.errors import ConfigError, DivergedError, Interrupted
+from llm_jax.base.files import latest_step
 from llm_jax.config import CheckpointConfig, Config, EvalConfig, LogConfig
 from llm_jax.data.config import DataConfig
 from llm_jax.data.pipeline import Batches
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.optim.chain import as_optimizer
-from llm_jax.training.checkpoint import latest_step
-from llm_jax.training.log import Goodput, Logs, PackedMetrics, Throughput, read_metrics
+from llm_jax.training.log import Logs, PackedMetrics, read_metrics
 from llm_jax.training.loop import due
 from llm_jax.training.session import MAX_SKIPPED, Session
 from llm_jax.training.state import TrainState
+from llm_jax.training.throughput import Goodput, Throughput
 
 CONFIG = Config(
     num_steps=100, batch_tokens=64, tokens_per_device=64, model=DecoderConfig(vocab_size=16, num_layers=1),
@@ -110,7 +112,8 @@ def open_session(**options):
   happened = []
   writer = SimpleNamespace(
       scalars=lambda step, values: happened.append(f'write {step}') if values else None, text=lambda *_: None)
-  console = SimpleNamespace(step=lambda *_: None, line=lambda text: happened.append(text))
+  console = SimpleNamespace(step=lambda *_: None, metrics=lambda *_: None, saving=lambda *_: None,
+                            line=lambda text: happened.append(text), progress=lambda name: contextlib.nullcontext())
   status = SimpleNamespace(values={}, system=dict, update=lambda **values: None)
   state = TrainState(jnp.int32(0), {'w': jnp.zeros(2)}, {}, optax.EmptyState())
   batches = Batches(iter([{'tokens': np.zeros((1, 8))}] * 100))

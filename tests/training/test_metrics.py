@@ -11,8 +11,10 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
 from tensorboard.util import tensor_util
 
-from llm_jax.training.log import MetricsWriter, Throughput, duration, read_metrics
+from llm_jax.base.progress import duration
+from llm_jax.training.log import MetricsWriter, read_metrics
 from llm_jax.training.status import Status, read_status
+from llm_jax.training.throughput import Throughput
 
 
 def write(workdir, begin, end, scale=1.0, text=None):

@@ -1,36 +1,41 @@
-"""Continues prompts in a loop, with one loaded model: llm-jax chat --workdir=runs/gpt_small
+"""Continues prompts in a loop, with one loaded model.
 
 Each line is a prompt, which the model continues. Lines that begin with a slash set an option or ask for something:
 
   /temperature 0.5   /top_k 40   /top_p 0.9   /num_tokens 200   /seed 3
   /options           prints the options
   /quit              ends, as Ctrl-D does; Ctrl-C stops a text that is being written
+
+  llm-jax chat --workdir=runs/gpt_small --temperature=0.6
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 from llm_jax.base import flags
 from llm_jax.base.errors import UserError
 
 OPTIONS: dict[str, Any] = {'temperature': 0.8, 'top_k': 0, 'top_p': 1.0, 'num_tokens': 256, 'seed': 0}
+HELP = {'temperature': '0: always take the most likely token', 'top_k': 'sample only from the k most likely tokens; 0: '
+        'all', 'top_p': 'sample only from the most likely tokens with this total probability',
+        'num_tokens': 'maximum of a continuation', 'seed': 'of the random numbers of the first continuation'}
+
+
+def parser() -> flags.Parser:
+  parser = flags.Parser('chat', __doc__)
+  flags.add_run(parser)
+  for name, value in OPTIONS.items():
+    parser.add_argument(f'--{name}', type=type(value), default=value, help=HELP[name])
+  flags.add(parser)
+  return parser
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax chat', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', type=Path, required=True)
-  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step (default: latest)')
-  for name, value in OPTIONS.items():
-    parser.add_argument(f'--{name}', type=type(value), default=value, help=f'default: {value}')
-  flags.add(parser)
-  args = parser.parse_args(argv)
+  args = parser().parse(argv)
   flags.apply(args)
   import jax
 

@@ -1,17 +1,20 @@
-"""Converts a pickle to Parquet without running its code: llm-jax data convert INPUT.pkl OUTPUT.parquet"""
+"""Converts a pickle of plain data to Parquet without running its code.
+
+  llm-jax data convert old.pkl new.parquet
+"""
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError, DataError, StorageError
 from llm_jax.base.process import run_as_program
-from llm_jax.extras.formats.pickles import load_plain
+
+if TYPE_CHECKING:
+  import numpy as np
 
 _SHAPES = 'a list of texts, pairs, dicts or integer arrays, or a dict of lists of one length'
 
@@ -21,6 +24,7 @@ def columns_of(value: Any) -> dict[str, list]:
 
   Raises DataError when `value` is none of these.
   """
+  import numpy as np
   if isinstance(value, np.ndarray):
     value = list(value) if value.ndim == 2 else [value]
   if isinstance(value, dict) and value and all(isinstance(column, list | np.ndarray) for column in value.values()):
@@ -71,12 +75,14 @@ def _arrow_array(name: str, column: list, pyarrow: Any) -> Any:
 
 
 def _is_ids(row: Any) -> bool:
+  import numpy as np
   if isinstance(row, np.ndarray):
     return row.ndim == 1 and row.dtype.kind in 'iu'
   return isinstance(row, list) and all(type(x) is int for x in row)
 
 
 def _int64(row: np.ndarray | list[int]) -> np.ndarray:
+  import numpy as np
   ids = np.asarray(row)
   if ids.size and (ids.dtype.kind not in 'iu' or ids.max() > np.iinfo(np.int64).max):
     raise DataError('holds integers beyond 64 bits')
@@ -84,14 +90,20 @@ def _int64(row: np.ndarray | list[int]) -> np.ndarray:
 
 
 def _name(value: Any) -> str:
+  import numpy as np
   return f'{value.dtype} {list(value.shape)}' if isinstance(value, np.ndarray) else type(value).__name__
 
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax data convert', allow_abbrev=False, description=__doc__)
+def parser() -> flags.Parser:
+  parser = flags.Parser('data convert', __doc__)
   parser.add_argument('input', type=Path, help='a pickle of plain data; its code is not executed')
   parser.add_argument('output', type=Path, help='the Parquet file to write')
-  args = parser.parse_args(argv)
+  return parser
+
+
+def main(argv: list[str]) -> None:
+  args = parser().parse(argv)
+  from llm_jax.extras.formats.pickles import load_plain
   if args.output.exists():
     raise ConfigError(f'{args.output}: exists; delete it, or give another file')
   value = load_plain(args.input)

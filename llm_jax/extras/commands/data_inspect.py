@@ -1,39 +1,53 @@
-"""Shows the training data of a config: llm-jax data inspect --config=configs/gpt_small.py --out=data.png
+"""Shows the training data of a config: counts, what filters dropped, document lengths, rows as the model reads them.
 
-Prints counts, what filters dropped, document lengths, and rows as the model reads them. Without a config, the fields of
-config.data are flags: --path='notes/**/*.md' --seq_len=256 --packing=best_fit
+Without a config, the fields of config.data are flags.
+
+  llm-jax data inspect --config=gpt_small --out=data.png
+  llm-jax data inspect --path='notes/**/*.md' --seq_len=256 --packing=best_fit
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import run_as_program
-from llm_jax.commands.data_prepare import parse, table
-from llm_jax.data.config import DataConfig
-from llm_jax.data.open import Data, open_data, open_examples
-from llm_jax.data.rows.examples import Examples
-from llm_jax.data.rows.tasks import Features
-from llm_jax.data.sources.filters import Report
-from llm_jax.data.stores.store import TokenStore
-from llm_jax.data.tokenizers.tokenizer import Tokenizer
+from llm_jax.commands.data_prepare import add_data, parse, table
 from llm_jax.extras.figures import load_pyplot, write_picture
+
+if TYPE_CHECKING:
+  import numpy as np
+
+  from llm_jax.data.config import DataConfig
+  from llm_jax.data.open import Data
+  from llm_jax.data.rows.examples import Examples
+  from llm_jax.data.rows.tasks import Features
+  from llm_jax.data.stores.store import TokenStore
+  from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
 BAR = 50  # characters
 
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax data inspect', allow_abbrev=False, description=__doc__)
-  parser.add_argument('--part', default='train', choices=('train', 'val', 'test'))
+def parser() -> flags.Parser:
+  parser = flags.Parser('data inspect', __doc__, fields='llm_jax.data.config:DataConfig')
+  parser.add_argument('--part', default='train', choices=('train', 'val', 'test'), help='the part of the data')
   parser.add_argument('--rows', type=int, default=2, help='number of rows to show per source')
   parser.add_argument('--seed', type=int, default=0, help='selects the rows')
-  parser.add_argument('--out', type=Path, help='PNG file to write: histograms of document lengths and images of rows')
-  config, args = parse(parser, argv)
+  parser.add_argument('--out', type=Path, help='PNG file to write: histograms of document lengths and images of rows '
+                      '(default: none)')
+  add_data(parser)
+  return parser
+
+
+def main(argv: list[str]) -> None:
+  config, args = parse(parser(), argv)
+  import numpy as np
+
+  from llm_jax.data.open import open_data, open_examples
+  from llm_jax.data.sources.filters import Report
   if config.streaming:
     raise ConfigError('config.data.streaming: a stream has no rows to inspect; set streaming=False')
   if args.rows < 0 or args.seed < 0:
@@ -63,11 +77,13 @@ def main(argv: list[str]) -> None:
 
 
 def document_lengths(store: TokenStore) -> np.ndarray:
+  import numpy as np
   return np.diff(store.starts, append=len(store.tokens))
 
 
 def histogram(lengths: np.ndarray) -> list[str]:
   """Lines with one bar per power of two."""
+  import numpy as np
   bins = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int))
   width = max(bins.max(), 1)
   lines = [f'{"up to":>6} {1 << power:>12,} {"#" * -(-count * BAR // width):{BAR}} {count:,}'
@@ -77,11 +93,13 @@ def histogram(lengths: np.ndarray) -> list[str]:
 
 
 def row_of(examples: Examples, index: int, seed: int) -> Features:
+  import numpy as np
   return examples.make(index, np.random.default_rng([seed, index]))
 
 
 def row_lines(features: Features, data: Data, config: DataConfig) -> list[str]:
   """Lines with the inputs and targets of each piece; tokens are separated by |, special ones in <>."""
+  import numpy as np
   names = token_names(data.tokenizer, data.vocab_size, config.task_settings.num_sentinels)
   segments = features.get('segment_ids', np.ones_like(features['tokens']))
   mask, has_label = features['loss_mask'] > 0, 'labels' in features
@@ -124,6 +142,7 @@ def join_tokens(ids: Iterable[int], names: list[str], most: int = 160) -> str:
 
 def draw_data(stores: dict[str, TokenStore], examples: dict[str, Examples], seed: int, out: Path) -> None:
   """Draws histograms, and below them 24 rows of each source: one colour per piece, pale where the loss is masked."""
+  import numpy as np
   plt = load_pyplot('--out')
   fig, axes = plt.subplots(2, len(stores), figsize=(6 * len(stores) + 2, 8), squeeze=False, layout='constrained')
   colours = plt.get_cmap('tab10')(np.arange(10))[:, :3]

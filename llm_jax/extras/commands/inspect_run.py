@@ -1,17 +1,16 @@
-"""Reports weights and activations of a trained run: llm-jax inspect --workdir=runs/gpt_small
+"""Prints and plots a run's parameters, and its weights and activations by layer.
 
-Prints and plots parameters, and weights and activations by layer; for a model with thinking steps, the effect of each.
+For a model with thinking steps it also reports the effect of each step.
+
+  llm-jax inspect --workdir=runs/gpt_small --out=layers.png
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
@@ -23,23 +22,26 @@ DORMANT = 0.01  # thinking is dormant if no step moves the latent by this share 
 UNSTABLE = 1.0  # and unstable if a step moves it by more than this
 
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax inspect', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', type=Path, required=True)
-  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
+def parser() -> flags.Parser:
+  parser = flags.Parser('inspect', __doc__)
+  flags.add_run(parser)
   parser.add_argument('--tokens', type=int, default=16_384, help='number of validation tokens for the losses by '
                       'thinking steps')
   parser.add_argument('--out', type=Path, help='figure to write; a .json file beside it has its numbers (default: '
                       'inspect.png in the workdir)')
   flags.add(parser)
-  args = parser.parse_args(argv)
+  return parser
+
+
+def main(argv: list[str]) -> None:
+  args = parser().parse(argv)
   if args.tokens < 1:
     raise ConfigError(f'--tokens must be at least 1; got {args.tokens}')
   load_pyplot('llm-jax inspect')
 
   flags.apply(args)
   import jax
+  import numpy as np
 
   from llm_jax.base.batch import Batch
   from llm_jax.base.sharding import MeshConfig, make_mesh
@@ -80,6 +82,7 @@ def main(argv: list[str]) -> None:
 def weights(params: Any) -> dict[str, dict]:
   """By path: shape, number of parameters, and rms and largest value of each layer (or of an unstacked parameter)."""
   import jax
+  import numpy as np
   found = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = '/'.join(str(key.key) for key in path)
@@ -94,6 +97,7 @@ def activations(model: Any, params: Any, batch: Any) -> tuple[dict[str, dict], d
   """(rms and largest output value of each module, per call; values that the model sowed into `intermediates`)."""
   import flax.linen as nn
   import jax
+  import numpy as np
   found: dict[str, dict] = {}
   stack: list[str] = []
 
@@ -122,6 +126,7 @@ def activations(model: Any, params: Any, batch: Any) -> tuple[dict[str, dict], d
 
 def thinking(steps: dict, losses: Any, num_steps: int) -> dict:
   """How far each step moves the latent, the loss by number of steps, and a verdict."""
+  import numpy as np
   moves = steps['move'].reshape(len(steps['move']), -1)
   gates = steps['gate'].reshape(len(steps['gate']), -1)
   by_steps = {n: losses(n) for n in range(num_steps + 3)}
@@ -139,6 +144,7 @@ def thinking(steps: dict, losses: Any, num_steps: int) -> dict:
 
 def lines(report: dict) -> list[str]:
   """The report as text."""
+  import numpy as np
   total = sum(w['parameters'] for w in report['weights'].values())
   text = [f'{report["workdir"]}, step {report["step"]}: {total:,} parameters', '',
           f'{"parameter":<32} {"shape":<22} {"number":>12} {"rms":>9} {"largest":>9}']

@@ -1,27 +1,37 @@
-"""Plots curves from metrics.jsonl: llm-jax plot --workdir=runs/gpt_small --out=loss.png
+"""Plots metrics of one run, or of several to compare.
 
 Trials of a sweep that differ only in their seed have the same colour.
+
+  llm-jax plot --workdir=runs/gpt_small --out=loss.png
+  llm-jax plot --workdir runs/gpt_small runs/other --metric val/loss --log_x
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 from typing import Any
 
-from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base import flags
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.files import check_run
 from llm_jax.base.process import run_as_program
 from llm_jax.extras.figures import load_pyplot, write_picture
 
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax plot', allow_abbrev=False, description=__doc__)
-  parser.add_argument('--workdir', type=Path, nargs='+', required=True, help='one run, or several to compare')
-  parser.add_argument('--metric', nargs='+', default=['train/loss', 'val/loss'])
+def parser() -> flags.Parser:
+  parser = flags.Parser('plot', __doc__)
+  parser.add_argument('--workdir', type=lambda text: check_run(Path(text), file='metrics.jsonl'), nargs='+',
+                      metavar='FOLDER', required=True, help='one run, or several to compare')
+  parser.add_argument('--metric', nargs='+', metavar='NAME', default=['train/loss', 'val/loss'],
+                      help='names of metrics in metrics.jsonl')
   parser.add_argument('--log_x', action='store_true', help='logarithmic axis for steps')
-  parser.add_argument('--out', type=Path, default=Path('loss.png'))
-  args = parser.parse_args(argv)
+  parser.add_argument('--out', type=Path, default=Path('loss.png'), help='PNG file to write')
+  return parser
+
+
+def main(argv: list[str]) -> None:
+  args = parser().parse(argv)
   plt = load_pyplot('llm-jax plot')
   from llm_jax.training.log import read_metrics
 
@@ -29,10 +39,7 @@ def main(argv: list[str]) -> None:
   known: set[str] = set()
   colours: dict[str, Any] = {}
   for workdir in args.workdir:
-    path = workdir / 'metrics.jsonl'
-    if not path.is_file():
-      raise StorageError(f'--workdir: {workdir} has no metrics.jsonl')
-    lines = read_metrics(path)
+    lines = read_metrics(workdir / 'metrics.jsonl')
     known = known.union(*lines)
     for name in args.metric:
       points = [(line['step'], line[name]) for line in lines if name in line]

@@ -1,36 +1,40 @@
-"""Predicts classes, numbers or embeddings of texts: llm-jax predict --workdir=runs/package --text='def sleep(delay):'
+"""Predicts classes, numbers or embeddings of texts, and prints one JSON object per text, in order.
 
-Prints one JSON object per text, in order: the most likely classes for classification, the numbers for regression, the
-embedding for contrastive runs (as the first text of a pair). Without --text, each line of stdin is a text.
+It has the most likely classes for classification, the numbers for regression, the embedding for contrastive runs (as
+the first text of a pair). Without --text, each line of stdin is a text.
+
+  llm-jax predict --workdir=runs/package --text='def sleep(delay):' --top=3
+  llm-jax predict --workdir=runs/package < functions.txt
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from itertools import islice
-from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import run_as_program
 
+if TYPE_CHECKING:
+  import numpy as np
+
 ROWS = 32  # texts per batch
 
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax predict', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', type=Path, required=True)
+def parser() -> flags.Parser:
+  parser = flags.Parser('predict', __doc__)
+  flags.add_run(parser)
   parser.add_argument('--text', action='append', help='may be repeated (default: the lines of stdin)')
-  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step')
   parser.add_argument('--top', type=int, default=5, help='number of classes to print')
   flags.add(parser)
-  args = parser.parse_args(argv)
+  return parser
+
+
+def main(argv: list[str]) -> None:
+  args = parser().parse(argv)
   if args.top < 1:
     raise ConfigError(f'--top must be at least 1; got {args.top}')
 
@@ -64,6 +68,8 @@ def main(argv: list[str]) -> None:
 
 def rows(config: Any, tokenizer: Any, texts: list[str]) -> dict[str, np.ndarray]:
   """Features of up to ROWS documents, made and truncated as by the run's task."""
+  import numpy as np
+
   from llm_jax.data.pipeline import stack
   from llm_jax.data.rows.examples import TRUNCATIONS
   from llm_jax.data.rows.tasks import Layout, cut, read_whole

@@ -1,56 +1,101 @@
-"""Lists runs: llm-jax runs [FOLDER]
+"""Lists runs with their state, best result and differences.
 
 A folder is searched for runs at any depth (default: runs). The last column has the config fields in which the runs
-differ. Nothing in the folders is executed.
+differ. For the folder of one run, its launches are listed too: when, by which command, from which step, with which
+changes of the config, and how each ended. Nothing in the folders is executed.
+
+  llm-jax runs
+  llm-jax runs runs/sweep --plot=runs.png
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
 
-STALE_SECONDS = 600  # without an update a run that is said to train has probably been killed
+RUNNING = ('starting', 'training')
+STALE_SECONDS = 600  # without an update a run of another host has probably been killed
+
+
+def parser() -> flags.Parser:
+  parser = flags.Parser('runs', __doc__)
+  parser.add_argument('folder', nargs='?', type=Path, default=Path('runs'), help='the folder to search (default: runs)')
+  parser.add_argument('--format', choices=('text', 'json'), default='text', help='of the output')
+  parser.add_argument('--plot', type=Path, metavar='PNG', help='also plot the losses of the runs (default: no plot)')
+  return parser
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax runs', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('folder', nargs='?', type=Path, default=Path('runs'), help='default: runs')
-  parser.add_argument('--format', choices=('text', 'json'), default='text', help='default: text')
-  parser.add_argument('--plot', type=Path, metavar='PNG', help='also plot the losses of the runs')
-  args = parser.parse_args(argv)
-  found = [read_run(path.parent, args.folder) for path in sorted(args.folder.rglob('config.json'))
-           if (path.parent / 'status.json').is_file()]
-  if not found:
+  args = parser().parse(argv)
+  folders = [path.parent for path in sorted(args.folder.rglob('status.json'))]
+  if not folders:
     raise ConfigError(f'{args.folder}: there are no runs in this folder')
+  found = [read_run(folder, args.folder) for folder in folders]
   if args.plot:
     from llm_jax.extras.commands import plot
-    plot.main(['--workdir', *(str(args.folder / run['run']) for run in found), f'--out={args.plot}'])
+    plot.main(['--workdir', *map(str, folders), f'--out={args.plot}'])
   differing = differences([run.pop('config') for run in found])
   for run, values in zip(found, differing, strict=True):
     run['differs'] = values
-  print(json.dumps(found, indent=2) if args.format == 'json' else '\n'.join(table(found)))
+  launches = found[0]['launches'] if folders == [args.folder] else []
+  print(json.dumps(found, indent=2) if args.format == 'json' else '\n'.join([*table(found), *history(launches)]))
 
 
 def read_run(folder: Path, root: Path) -> dict[str, Any]:
-  """A run's name, progress and config; damaged files give the state 'unreadable'."""
+  """A run's name, progress, launches and config; damaged files give the state 'unreadable'."""
+  from llm_jax.training.launches import read_launches
+  run: dict[str, Any] = {'run': str(folder.relative_to(root) if folder != root else folder.name),
+                         'launches': read_launches(folder)}
   try:
-    status, config = (json.loads((folder / f'{name}.json').read_text()) for name in ('status', 'config'))
+    status = json.loads((folder / 'status.json').read_text())
+    path = folder / 'config.json'  # written with the first step
+    config = json.loads(path.read_text()) if path.is_file() else {}
     age = time.time() - status.get('updated', status['started'])
-    state = 'no news' if status['state'] in ('starting', 'training') and age > STALE_SECONDS else status['state']
-    return {'run': str(folder.relative_to(root)), 'state': state, 'step': status['step'],
-            'num_steps': status['num_steps'], 'monitor': status.get('monitor'), 'best': status.get('best'),
-            'tokens_per_second': (status.get('metrics') or {}).get('train/tokens_per_second'), 'age': age,
-            'config': dict(leaves(config))}
+    return run | {'state': state_of(status, run['launches'], age), 'step': status['step'],
+                  'num_steps': status['num_steps'], 'monitor': status.get('monitor'), 'best': status.get('best'),
+                  'tokens_per_second': (status.get('metrics') or {}).get('train/tokens_per_second'), 'age': age,
+                  'config': dict(leaves(config))}
   except (OSError, ValueError, KeyError, TypeError, AttributeError):
-    return {'run': str(folder.relative_to(root)), 'state': 'unreadable', 'step': None, 'num_steps': None,
-            'monitor': None, 'best': None, 'tokens_per_second': None, 'age': None, 'config': {}}
+    return run | {'state': 'unreadable', 'step': None, 'num_steps': None, 'monitor': None, 'best': None,
+                  'tokens_per_second': None, 'age': None, 'config': {}}
+
+
+def state_of(status: dict[str, Any], launches: list[dict[str, Any]], age: float) -> str:
+  """The state of a run: 'died' if its process ended without reporting it, 'no news' if that cannot be known."""
+  from llm_jax.training.launches import is_alive
+  last = launches[-1] if launches else {}
+  if 'ended' in last:
+    return status['state']
+  alive = is_alive(last)
+  if alive and status['state'] not in RUNNING:
+    return 'starting'  # a further launch, which has not trained a step yet
+  if status['state'] not in RUNNING or alive or (alive is None and age <= STALE_SECONDS):
+    return status['state']
+  return 'no news' if alive is None else 'died'
+
+
+def history(launches: list[dict[str, Any]]) -> list[str]:
+  """Lines on the launches of a run."""
+  from llm_jax.training.launches import is_alive
+  lines = []
+  for number, launch in enumerate(launches, start=1):
+    begin, changed = launch.get('begin'), launch.get('changed') or {}
+    ended = launch.get('ended') or {True: 'runs', False: 'died', None: 'no news'}[is_alive(launch)]
+    lines += ['', f'launch {number}: {launch.get("time")}, llm_jax {launch.get("llm_jax")}, '
+              f'{launch.get("num_processes")} process(es), {launch.get("devices")}, host {launch.get("host")}',
+              f'  command  {launch.get("command")}',
+              '  begin    ' + ('no step was trained' if begin is None else f'step {begin}'),
+              *(f'  changed  config.{name}: {old} -> {new}' for name, (old, new) in changed.items()),
+              f'  ended    {ended}' + (f' at step {launch["step"]}' if begin is not None and 'step' in launch else '')
+              + (': ' + ' '.join(launch['error'].split()) if 'error' in launch else '')]
+  return lines
 
 
 def leaves(values: dict[str, Any], path: str = '') -> Iterator[tuple[str, Any]]:
@@ -76,8 +121,9 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
     best = '' if run['best'] is None else f'{run["monitor"] or ""} {run["best"]:.4f}'.strip()
     speed = '' if run['tokens_per_second'] is None else f'{run["tokens_per_second"]:,.0f}'
     differs = ' '.join(f'{name}={value}' for name, value in run['differs'].items())
-    rows.append((run['run'], run['state'], '' if run['step'] is None else f'{run["step"]}/{run["num_steps"]}', best,
-                 speed, ago(run['age']), differs if len(differs) < 120 else f'{differs[:117]}...'))
+    first, *more = textwrap.wrap(differs, 80, break_long_words=False, break_on_hyphens=False) or ['']
+    rows += [(run['run'], run['state'], '' if run['step'] is None else f'{run["step"]}/{run["num_steps"]}', best, speed,
+              ago(run['age']), first), *(('',) * 6 + (line,) for line in more)]
   widths = [max(len(row[column]) for row in rows) for column in range(6)]
   return ['  '.join([*(f'{text:{width}}' for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
           for row in rows]

@@ -1,41 +1,46 @@
-"""Plots a config's learning rate: llm-jax schedules --config=configs/gpt_small.py [...] --out=x.png
+"""Plots a config's learning rate over the steps, or that of several configs.
 
 Marks stages, and phases of Grokfast that begin at given steps. --config.FIELD=VALUE sets fields as in training.
+
+  llm-jax schedules --config=gpt_small --out=rate.png
+  llm-jax schedules --config=gpt_small --config=bitnet --config.num_steps=1000
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from llm_jax.base import plugins
-from llm_jax.base.builder import parse_overrides
+from llm_jax.base import flags, plugins
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import run_as_program
 from llm_jax.extras.figures import load_pyplot, write_picture
 
+if TYPE_CHECKING:
+  import numpy as np
+
 POINTS = 2000  # maximum number of points of a curve
 
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax schedules', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--config', type=Path, action='append', required=True, help='may be repeated to compare configs')
-  parser.add_argument('--out', type=Path, default=Path('schedules.png'))
+def parser() -> flags.Parser:
+  parser = flags.Parser('schedules', __doc__, fields='llm_jax.config:Config')
+  parser.add_argument('--config', type=Path, metavar='FILE', action='append', required=True,
+                      help='may be repeated to compare configs')
+  parser.add_argument('--out', type=Path, default=Path('schedules.png'), help='PNG file to write')
   parser.add_argument('--full_size', action='store_true', help="without an accelerator, ignore the config's on_cpu")
   plugins.add_flags(parser, trust=False)
-  args, rest = parser.parse_known_args(argv)
-  overrides = parse_overrides(rest, '--config.', '--config, --out, --full_size, --plugin, --config.FIELD')
+  return parser
+
+
+def main(argv: list[str]) -> None:
+  args = parser().parse(argv)
   plugins.load_all(args.plugin)
   plt = load_pyplot('llm-jax schedules')
   from llm_jax import api
   figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
   for path in args.config:
-    config = api.load_config(path, full_size=args.full_size, **overrides)
+    config = api.load_config(path, full_size=args.full_size, **args.overrides)
     if config.num_epochs:
       raise ConfigError(f'config.num_epochs: the number of steps in {config.num_epochs:g} epochs depends on the data; '
                         'set --config.num_epochs=0 --config.num_steps=...')
@@ -55,8 +60,9 @@ def main(argv: list[str]) -> None:
 
 def curve(config: Any) -> tuple[np.ndarray, np.ndarray]:
   """(steps, learning rates) at evenly spaced steps, including the first and the last."""
-  steps = np.unique(np.linspace(0, config.num_steps - 1, POINTS).astype(int))
   import jax
+  import numpy as np
+  steps = np.unique(np.linspace(0, config.num_steps - 1, POINTS).astype(int))
   schedule = config.optim.make_schedule(config.num_steps)
   return steps, np.asarray(jax.jit(jax.vmap(schedule))(steps))
 

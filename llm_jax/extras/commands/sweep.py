@@ -1,14 +1,15 @@
-"""Trains all trials of a config's sweep: llm-jax sweep --config=FILE [--workdir=...] [--processes=2]
+"""Trains all trials of a config's sweep, and compares them.
 
 The config defines `sweep()`, which returns {'optim.learning_rate': [1e-3, 3e-3], 'seed': [0, 1]} for all combinations,
 or a list of settings. Trials are runs in subfolders of the workdir, each in its own process. Repeating the command
 continues unfinished trials; another config needs another workdir. Writes sweep.md, sweep.json, and sweep.png with the
 ten best trials.
+
+  llm-jax sweep --config=optimizer_race --processes=2
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
@@ -19,20 +20,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from llm_jax.base import plugins
-from llm_jax.base.builder import parse_overrides, to_dict
+from llm_jax.base import flags, plugins
+from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, StorageError, UserError
 from llm_jax.base.files import check_no_link, open_append, write_file, writing
 from llm_jax.base.process import run_as_program
-from llm_jax.config import differences
-from llm_jax.config_file import open_config
-from llm_jax.training.log import duration, read_metrics
-from llm_jax.training.status import read_status
 
 
 def main(argv: list[str]) -> None:
-  args, overrides = parse_args(argv)
+  args = parser().parse(argv)
+  overrides = args.overrides
   plugins.load_all(args.plugin)
+  from llm_jax.base.progress import duration
+  from llm_jax.config_file import open_config
+  from llm_jax.training.status import read_status
   source = open_config(args.config)
   if not source.trials:
     raise ConfigError(f"--config: {args.config} has no sweep(); add, for example, def sweep(): return "
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> None:
   if args.processes < 1:
     raise ConfigError(f'--processes must be at least 1; got {args.processes}')
   # Reports a mistake in any trial before the first one runs, with and without on_cpu, as the machine is not known here.
+  for trial in source.trials:
+    source.check({**overrides, **trial})
   resolved = [[to_dict(source.resolve({**overrides, **trial}, cpu_only=cpu_only)) for cpu_only in (True, False)]
               for trial in source.trials]
   if args.metric and not args.mode:
@@ -58,10 +61,10 @@ def main(argv: list[str]) -> None:
     if read_status(folder)['state'] != 'finished':
       folder.mkdir(parents=True, exist_ok=True)
       write_file(check_no_link(folder) / 'trial.json', json.dumps(configs, indent=2))
-      flags = [f'--plugin={name}' for name in args.plugin]
-      flags += [f'--config.{field}={text_of(value)}' for field, value in {**overrides, **trial}.items()]
+      given = [f'--plugin={name}' for name in args.plugin]
+      given += [f'--config.{field}={text_of(value)}' for field, value in {**overrides, **trial}.items()]
       with open_append(folder / 'output.txt') as output:
-        subprocess.run([sys.executable, '-m', 'llm_jax.main', f'--config={args.config}', f'--workdir={folder}', *flags],
+        subprocess.run([sys.executable, '-m', 'llm_jax.main', f'--config={args.config}', f'--workdir={folder}', *given],
                        stdout=output, stderr=subprocess.STDOUT, check=False)
     done += 1
     left = (time.monotonic() - begin) / done * (len(names) - done)
@@ -84,24 +87,21 @@ def main(argv: list[str]) -> None:
     raise UserError(f'not finished: {", ".join(failed)}; see output.txt in their folders in {workdir}')
 
 
-def parse_args(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-  """The flags of the command, and the overrides of config fields."""
-  parser = argparse.ArgumentParser(prog='llm-jax sweep', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--config', type=Path, required=True)
-  parser.add_argument('--workdir', type=Path, help='default: runs/<name of the config>_sweep')
+def parser() -> flags.Parser:
+  parser = flags.Parser('sweep', __doc__, fields='llm_jax.config:Config')
+  parser.add_argument('--config', type=Path, metavar='FILE', required=True, help='a config file or preset with sweep()')
+  parser.add_argument('--workdir', type=Path, metavar='FOLDER', help='default: runs/<name of the config>_sweep')
   parser.add_argument('--processes', type=int, default=1, help='number of trials at a time')
   parser.add_argument('--metric', default='', help='metric to compare by (default: config.eval.monitor)')
   parser.add_argument('--mode', choices=('min', 'max'), help='whether lower or higher is better (default: '
                       'config.eval.mode)')
   plugins.add_flags(parser, trust=False)
-  args, rest = parser.parse_known_args(argv)
-  return args, parse_overrides(rest, '--config.', '--config, --workdir, --processes, --metric, --mode, --plugin, '
-                               '--config.FIELD')
+  return parser
 
 
 def check_unchanged(folder: Path, configs: list[dict]) -> None:
   """Raises ConfigError for a trial that was trained with other settings."""
+  from llm_jax.config import differences
   path, changed = folder / 'trial.json', dict[str, tuple[Any, Any]]()
   if not (folder / 'metrics.jsonl').is_file():  # not trained yet
     return
@@ -131,6 +131,8 @@ def plain(value: Any) -> str:
 
 
 def row_of(folder: Path, name: str, trial: dict[str, Any], metric: str, mode: str) -> dict[str, Any]:
+  from llm_jax.training.log import read_metrics
+  from llm_jax.training.status import read_status
   status = read_status(folder)
   lines = read_metrics(folder / 'metrics.jsonl') if (folder / 'metrics.jsonl').is_file() else []
   points = [(line[metric], line['step']) for line in lines if math.isfinite(line.get(metric, math.nan))]

@@ -1,0 +1,68 @@
+"""launches.jsonl, the history of a run's folder: one line for each launch, with its command and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import psutil
+
+from llm_jax import __version__
+from llm_jax.base.files import write_file
+
+FILE = 'launches.jsonl'
+
+
+class Launch:
+  """The line of this launch: written when it begins, when it has trained a step, and when it ends.
+
+  Only process 0 writes; a full disk does not stop the run.
+  """
+
+  def __init__(self, workdir: Path):
+    self._path, self._before = workdir / FILE, ''
+    if not self._path.is_symlink():
+      with contextlib.suppress(OSError, ValueError):
+        self._before = ''.join(line + '\n' for line in self._path.read_text().splitlines())
+    devices = jax.devices()
+    self.values: dict[str, Any] = {
+        'time': datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
+        'command': shlex.join(sys.orig_argv), 'llm_jax': __version__, 'jax': jax.__version__,
+        'num_processes': jax.process_count(), 'devices': f'{len(devices)} x {devices[0].device_kind}',
+        'host': socket.gethostname(), 'process': os.getpid()}
+
+  def update(self, **values: Any) -> None:
+    """Adds values and writes the line."""
+    self.values |= values
+    if jax.process_index() == 0:
+      with contextlib.suppress(OSError):
+        write_file(self._path, f'{self._before}{json.dumps(self.values)}\n')
+
+
+def read_launches(workdir: Path) -> list[dict[str, Any]]:
+  """The lines of a run's launches.jsonl, without damaged ones; [] if there is none."""
+  found = []
+  with contextlib.suppress(OSError, ValueError):
+    for line in (workdir / FILE).read_text().splitlines():
+      with contextlib.suppress(ValueError):
+        found.append(json.loads(line))
+  return [line for line in found if isinstance(line, dict)]
+
+
+def is_alive(launch: dict[str, Any]) -> bool | None:
+  """Whether the process of a launch that has not ended still exists; None if it is on another host."""
+  if launch.get('host') != socket.gethostname():
+    return None
+  try:
+    begin = datetime.datetime.fromisoformat(launch['time']).timestamp()
+    return psutil.Process(launch['process']).create_time() < begin + 1  # else a later process has its id
+  except psutil.Error:
+    return False

@@ -1,0 +1,104 @@
+"""The flags of all commands: help, defaults, examples, and messages on mistakes."""
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from program import ROOT
+
+from llm_jax.__main__ import COMMANDS
+from llm_jax.base.errors import ConfigError
+
+HEAVY = {'jax', 'numpy', 'ml_collections', 'flax', 'optax', 'orbax', 'grain', 'tensorboard', 'matplotlib', 'tokenizers'}
+
+
+def parser_of(command):
+  return importlib.import_module(f'llm_jax.{COMMANDS[command][0]}').parser()
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+  """A folder with runs, as far as the parsers look into them."""
+  monkeypatch.chdir(tmp_path)
+  for name in ('gpt_small', 'other', 'package'):
+    (tmp_path / 'runs' / name).mkdir(parents=True)
+    for file in ('config.json', 'metrics.jsonl'):
+      (tmp_path / 'runs' / name / file).touch()
+  return tmp_path
+
+
+def test_no_help_imports_a_heavy_module():
+  code = ('import io, contextlib, json, sys\nfrom llm_jax.__main__ import main\nfound = {}\n'
+          'for command in json.loads(sys.argv[1]):\n'
+          '  with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n'
+          '    main([*command.split(), "--help"])\n'
+          '  found[command] = sorted({name.split(".")[0] for name in sys.modules} & set(json.loads(sys.argv[2])))\n'
+          'print(json.dumps(found))')
+  done = subprocess.run([sys.executable, '-c', code, json.dumps(['', *COMMANDS]), json.dumps(sorted(HEAVY))], cwd=ROOT,
+                        capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert json.loads(done.stdout) == {command: [] for command in ['', *COMMANDS]}
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_describes_the_command_and_the_default_of_each_flag(command):
+  parser = parser_of(command)
+  assert parser.command == command and parser.description.splitlines()[0].endswith('.')
+  for action in parser._actions[1:]:
+    assert 'default' in action.help or '(required)' in action.help or action.nargs is None, action.option_strings
+  text = parser.format_help()
+  assert text.startswith(f'usage: llm-jax {command} ') and max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_the_examples_of_a_command_parse(command, runs):
+  examples = parser_of(command).examples
+  assert examples
+  for example in examples:
+    words = re.split(r' [<>] ', example.partition('  #')[0])[0]
+    program, *argv = shlex.split(words)
+    assert [program, *argv[:len(command.split())]] == ['llm-jax', *command.split()]
+    prefix = '--' if command.startswith('data') and '--config' not in example else '--config.'
+    parser_of(command).parse(argv[len(command.split()):], prefix, words=command == 'config')
+
+
+@pytest.mark.parametrize('command, flags, messages', [
+    ('generate', '--workdr=runs/other --promt=x --num_token 5 --sed=1', [
+        '--workdr=runs/other: no such flag; did you mean --workdir=runs/other?',
+        '--promt=x: no such flag; did you mean --prompt=x?', '--num_token: no such flag; did you mean --num_tokens?',
+        '--sed=1: no such flag; did you mean --seed=1?']),
+    ('generate', '--workdir=runs/gpt_smal --num_tokens=many', [
+        '--workdir: runs/gpt_smal does not exist; did you mean runs/gpt_small?',
+        "--num_tokens: expects a whole number, got 'many'"]),
+    ('generate', '--workdir=other', ['--workdir: other does not exist; did you mean runs/other?']),
+    ('generate', '--workdir=runs', ['--workdir: runs does not contain a run (no config.json); runs here: '
+                                    'runs/gpt_small, runs/other, runs/package']),
+    ('generate', '', ['--workdir is missing; runs here: runs/gpt_small, runs/other, runs/package']),
+    ('generate', 'runs/other', ['runs/other: no such flag; values need the name of their flag; did you mean '
+                                '--workdir=runs/other?']),
+    ('generate', '--workdir', ['--workdir: has no value; for example: llm-jax generate --workdir=runs/gpt_small '
+                               "--prompt='def main('"]),
+    ('plot', '--workdir runs/othr runs/package', ['--workdir: runs/othr does not exist; did you mean runs/other?']),
+    ('evaluate', '--workdir=runs/other --split=vall', ["--split: 'vall' is not one of val, test; did you mean val?"]),
+    ('sweep', '--num_steps=3', ['--num_steps=3: no such flag; did you mean --config.num_steps=3 or '
+                                '--config.profile.num_steps=3?',
+                                '--config is missing: set it to a file or a preset, which llm-jax configs '
+                                'lists; for example: llm-jax sweep --config=optimizer_race --processes=2']),
+    ('train', '--config=gpt_small --full_size=yes', ["--full_size: takes no value; got 'yes'; for example: llm-jax "
+                                                     'train --config=gpt_small']),
+    ('train', '--config=x --config.num_steps', ['--config.num_steps: has no value']),
+    ('data convert', 'a.pkl', ['the following arguments are required: output; for example: llm-jax data convert '
+                               'old.pkl new.parquet'])])
+def test_all_mistakes_are_one_message(command, flags, messages, runs):
+  with pytest.raises(ConfigError) as error:
+    parser_of(command).parse(shlex.split(flags))
+  assert str(error.value).splitlines() == messages
+
+
+def test_overrides_take_both_forms(runs):
+  args = parser_of('train').parse(['--config.model.num_layers', '4', '--config=x', '--config.data.path=a=b'])
+  assert args.overrides == {'model.num_layers': '4', 'data.path': 'a=b'} and args.config == 'x'

@@ -1,0 +1,165 @@
+"""A run's folder: config.json and status.json change only with a trained step; launches.jsonl has all launches."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+from program import write_config
+
+from llm_jax import main
+from llm_jax.base.errors import ConfigError, DataError, UserError
+from llm_jax.extras.commands import runs
+from llm_jax.training.launches import read_launches
+from llm_jax.training.status import read_status
+
+FLAGS = ['--config.eval.sample_tokens=0', '--config.model.num_layers=1', '--config.optim.warmup_cosine.warmup_steps=0']
+
+
+def train(folder, name, *flags):
+  main.main([f'--config={folder}/tiny.py', f'--workdir={folder / name}', '--config.num_steps=2', *FLAGS, *flags])
+
+
+def state_files(workdir):
+  return {name: (workdir / name).read_bytes() for name in ('config.json', 'status.json', 'tokenizer.json')}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('folder')
+  write_config(folder)
+  train(folder, 'run')
+  return folder
+
+
+@pytest.mark.parametrize('flag', ['--config.seed=7', '--config.data.path=nowhere', '--config.model.embed_dim=16',
+                                  '--config.eval.prompts=' + 'x ' * 99, '--config.num_steps=1'])
+def test_a_launch_that_trains_no_step_changes_neither_config_nor_status(folder, flag):
+  before, number = state_files(folder / 'run'), len(read_launches(folder / 'run'))
+  refused = 'num_steps' not in flag
+  samples = ['--config.eval.sample_tokens=8'] if 'prompts' in flag else []
+  try:
+    train(folder, 'run', flag, *samples)
+    assert not refused
+  except UserError as e:
+    assert refused and str(e) in read_launches(folder / 'run')[-1]['error']
+  assert state_files(folder / 'run') == before
+  last = read_launches(folder / 'run')[number:]
+  assert [launch['ended'] for launch in last] == ['failed' if refused else 'finished'] and 'begin' not in last[0]
+
+
+def test_a_launch_that_fails_in_a_new_folder_is_listed_as_failed(folder, capsys):
+  with pytest.raises(DataError):
+    train(folder, 'new', '--config.data.path=nowhere')
+  assert read_status(folder / 'new')['state'] == 'failed' and 'nowhere' in read_status(folder / 'new')['error']
+  capsys.readouterr()
+  runs.main([str(folder / 'new')])
+  printed = capsys.readouterr().out
+  assert 'new  failed  0/2' in printed and 'no step was trained' in printed and 'DataError' in printed
+  train(folder, 'new')
+  assert read_status(folder / 'new')['state'] == 'finished' and 'error' not in read_status(folder / 'new')
+
+
+def test_launches_are_listed_with_what_changed(folder, capsys):
+  train(folder, 'longer')
+  train(folder, 'longer', '--config.num_steps=3')
+  first, second = read_launches(folder / 'longer')
+  assert (first['begin'], first['changed'], first['ended'], first['step']) == (0, {}, 'finished', 2)
+  assert (second['begin'], second['changed'], second['step']) == (2, {'num_steps': [2, 3]}, 3)
+  assert second['process'] == os.getpid() and second['num_processes'] == 1 and 'cpu' in second['devices']
+  capsys.readouterr()
+  runs.main([str(folder / 'longer')])
+  printed = capsys.readouterr().out
+  assert 'launch 2: ' in printed and 'changed  config.num_steps: 2 -> 3' in printed and 'finished at step 3' in printed
+  assert json.loads((folder / 'longer' / 'config.json').read_text())['num_steps'] == 3
+
+
+def test_a_run_killed_after_its_last_checkpoint_becomes_finished(folder):
+  train(folder, 'killed')
+  path = folder / 'killed' / 'status.json'
+  path.write_text(json.dumps(read_status(folder / 'killed') | {'state': 'training', 'step': 1}))
+  train(folder, 'killed')
+  assert (read_status(folder / 'killed')['state'], read_status(folder / 'killed')['step']) == ('finished', 2)
+
+
+def test_other_data_in_a_runs_folder_names_both_paths_and_a_free_folder(folder, capsys):
+  other = folder / 'other.txt'
+  other.write_text('\n'.join(f'other words {i * i % 89}' for i in range(400)))
+  with pytest.raises(ConfigError) as e:
+    train(folder, 'run', f'--config.data.path={other}', '--config.model.vocab_size=none')
+  message = str(e.value)
+  assert f'config.data.path: checkpoint {folder}/corpus, now {other}' in message and 'vocab_size' not in message
+  flag = re.search(r'set (--workdir=\S+);', message)[1]
+  assert flag == f'--workdir={folder}/run_2'
+  train(folder, 'unused', f'--config.data.path={other}', flag)
+  assert read_status(folder / 'run_2')['state'] == 'finished'
+
+
+def test_changed_files_are_named_without_hashes(folder):
+  path = folder / 'notes.txt'
+  path.write_text('\n'.join(f'some words {i * i % 89}' for i in range(400)))
+  train(folder, 'notes', f'--config.data.path={path}')
+  path.write_text('\n'.join(f'more words {i * i % 83}' for i in range(400)))
+  with pytest.raises(ConfigError, match=r'the training data \(config.data.path .*\) has changed since') as e:
+    train(folder, 'notes', f'--config.data.path={path}')
+  assert not re.search('[0-9a-f]{12}', str(e.value).replace(str(folder), ''))
+
+
+def dead_process():
+  process = subprocess.Popen([sys.executable, '-c', ''])
+  process.wait()
+  return process.pid
+
+
+@pytest.mark.parametrize(('state', 'host', 'process', 'shown'), [
+    ('training', None, os.getpid, 'training'), ('training', None, dead_process, 'died'),
+    ('stopped', None, os.getpid, 'starting'), ('stopped', None, dead_process, 'stopped'),
+    ('training', 'elsewhere', os.getpid, 'no news')])
+def test_the_state_of_a_launch_without_an_end_is_that_of_its_process(state, host, process, shown, folder, tmp_path,
+                                                                    capsys):
+  [launch, *_] = read_launches(folder / 'run')
+  launch = {key: value for key, value in launch.items() if key != 'ended'}
+  launch |= {'process': process(), 'host': host or socket.gethostname(), 'time': '2100-01-01T00:00:00+00:00'}
+  (tmp_path / 'launches.jsonl').write_text(json.dumps(launch) + '\n')
+  (tmp_path / 'status.json').write_text(json.dumps(read_status(folder / 'run') | {'state': state, 'updated': 0}))
+  runs.main([str(tmp_path), '--format=json'])
+  [run] = json.loads(capsys.readouterr().out)
+  assert run['state'] == shown
+
+
+def test_a_later_process_with_the_same_id_is_another_one(folder, tmp_path, capsys):
+  launch = read_launches(folder / 'run')[0] | {'time': '2000-01-01T00:00:00+00:00'}
+  (tmp_path / 'launches.jsonl').write_text(json.dumps({k: v for k, v in launch.items() if k != 'ended'}) + '\n{"damag')
+  (tmp_path / 'status.json').write_text(json.dumps(read_status(folder / 'run') | {'state': 'training'}))
+  runs.main([str(tmp_path)])
+  assert ' died ' in capsys.readouterr().out
+
+
+def test_a_run_that_is_locked_keeps_its_files(folder):
+  before, number = state_files(folder / 'run'), len(read_launches(folder / 'run'))
+  holder = subprocess.Popen(
+      [sys.executable, '-c', 'import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(1, '
+       'flush=True); sys.stdin.read()', str(folder / 'run' / '.lock')], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+  holder.stdout.readline()
+  try:
+    with pytest.raises(UserError, match='another run is training'):
+      train(folder, 'run', '--config.num_steps=5')
+  finally:
+    holder.communicate()
+  assert state_files(folder / 'run') == before and len(read_launches(folder / 'run')) == number
+
+
+def test_runs_wraps_what_differs(tmp_path, capsys):
+  for name in ('a', 'b'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'status.json').write_text('{"state": "finished", "step": 1, "num_steps": 1, "started": 0}')
+    (tmp_path / name / 'config.json').write_text(json.dumps({f'field{i}': f'{name}{i}' * 5 for i in range(12)}))
+  runs.main([str(tmp_path)])
+  printed = capsys.readouterr().out
+  assert all(f'field{i}={name}{i}' in printed for i in range(12) for name in 'ab') and '...' not in printed
+  assert max(map(len, printed.splitlines())) < 140
+  with pytest.raises(ConfigError, match='there are no runs'):
+    runs.main([str(tmp_path / 'nowhere')])
