@@ -1,6 +1,7 @@
 """llm-jax chat, as a real process with lines on its stdin; and llm-jax runs, on real and damaged folders."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -23,18 +24,21 @@ def folder(tmp_path_factory):
 
 
 def test_chat_continues_each_line_and_obeys_commands(folder):
-  lines = ['def ', '/temperature 0', '/top_q 3', '/num_tokens none', 'def ', 'def ', 'def ' * 40, '/quit', 'def never']
+  lines = ['def ', '/temperature 0', '/top_q 3', '/num_tokens none', 'def ', 'def ', 'def ' * 40, '/more', '/more xy',
+           '/help', '/quit', 'def never']
   done = subprocess.run([sys.executable, '-m', 'llm_jax', 'chat', '--workdir=runs/seed0', '--num_tokens=4'],
                         cwd=folder, env=environment(folder), input='\n'.join(lines), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   printed = done.stdout
-  assert printed.startswith('runs/seed0, step 3;') and 'never' not in printed
+  assert 'runs/seed0, step 3; /help, /quit' in done.stderr and 'never' not in printed
+  assert all(f'\n  /{name} ' in printed for name in ('temperature', 'more', 'options', 'help', 'quit'))
   assert 'temperature=0.0  top_k=0' in printed
   assert '/top_q is unknown; known: /temperature, /top_k' in printed
   assert "/num_tokens needs a number; got 'none'" in printed
   assert 'error: --prompt: has' in printed  # too long for the model; the loop goes on
-  texts = [line for line in printed.splitlines() if line.startswith('def ')]
-  assert len(texts) >= 3 and texts[-1] == texts[-2]  # temperature 0: the same text
+  _, second, third, more, last = re.findall(r'^def .*(?:\n(?! *[/a-z_]+[ =]|error).*)*', printed, re.MULTILINE)
+  assert second == third  # temperature 0: the same text
+  assert more.startswith(third) and last.startswith(more + 'xy')  # after an error the text is the last one
 
 
 def test_runs_lists_state_and_what_differs(folder, capsys):
