@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llm_jax.base import flags
@@ -98,13 +98,14 @@ def answer(trained: Any, prompt: str, options: dict[str, Any]) -> str:
   from llm_jax.data.tokenizers.tokenizer import before_eos, decode
   row: list[int] = []
 
-  def columns() -> Iterator[Any]:
-    for column in trained.tokens(prompt, **options):
+  def kept(columns: Iterable[Any]) -> Iterator[Any]:
+    for column in columns:
       row.append(int(column[0]))
       yield column
 
   try:
-    print_samples(prompt if trained.run.model.prompt_in_row else '', columns(), trained.run.tokenizer, 1)
+    columns = trained.tokens(prompt, **options)  # an error is raised here, before the prompt is printed
+    print_samples(prompt if trained.run.model.prompt_in_row else '', kept(columns), trained.run.tokenizer, 1)
   except UserError as e:
     print(f'error: {e}')
     return ''
