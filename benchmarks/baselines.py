@@ -18,7 +18,7 @@ import numpy as np
 from llm_jax.config_file import open_config
 from llm_jax.data import pipeline
 from llm_jax.data.open import open_data, open_examples
-from llm_jax.extras.labels import macro_f1
+from llm_jax.extras.labels import macro_means
 from llm_jax.infer.score import num_eval_rows
 from llm_jax.losses.config import make_objective
 
@@ -62,7 +62,7 @@ def classes(train, val, size, num_rows) -> dict:
   for name, guess in guesses.items():
     confusion = np.zeros((num_classes, num_classes))
     np.add.at(confusion, (wanted, guess), 1)
-    results[name] = {'accuracy': np.mean(guess == wanted), 'macro_f1': macro_f1(confusion)}
+    results[name] = {'accuracy': np.mean(guess == wanted), **macro_means(confusion)}
   return results
 
 

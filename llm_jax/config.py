@@ -31,7 +31,7 @@ from llm_jax.base.registry import Registry
 from llm_jax.base.sharding import MeshConfig
 from llm_jax.data.config import DataConfig
 from llm_jax.losses.config import LossConfig
-from llm_jax.losses.metrics import METRICS
+from llm_jax.losses.metrics import ANSWER_METRICS, METRICS
 from llm_jax.models.registry import MODELS
 from llm_jax.optim.chain import OptimConfig
 
@@ -55,8 +55,9 @@ class EvalConfig:
   answers: int = 0  # number of prompts of the validation part to answer, for tasks with answers
   num_beams: int = 1  # for answers; 1: greedy
   metrics: tuple[str, ...] = ()  # additional metrics, names of METRICS, logged as val/NAME
+  answer_metrics: tuple[str, ...] = ()  # of answers, names of ANSWER_METRICS, logged likewise
   validator: str = ''  # of answers: one of VALIDATORS, or a command that reads stdin and exits with 0 if it is valid
-  sections: Sections = sections(METRICS)
+  sections: Sections = sections(METRICS, ANSWER_METRICS)
 
   def __post_init__(self) -> None:
     if min(self.sample_tokens, self.temperature, self.top_k, self.patience, self.min_delta, self.answers) < 0:
@@ -68,7 +69,8 @@ class EvalConfig:
     if not self.every and (self.patience or self.conditions):
       raise ValueError('every is 0, so nothing is evaluated: patience, capabilities and goal would have no effect')
     check_names('metrics', self.metrics, METRICS)
-    keep_named(self, self.metrics, 'metrics does not name it')
+    check_names('answer_metrics', self.answer_metrics, ANSWER_METRICS)
+    keep_named(self, (*self.metrics, *self.answer_metrics), 'neither metrics nor answer_metrics names it')
     if self.max_tokens is not None and self.max_tokens < 1:
       raise ValueError(f'max_tokens must be at least 1, or None for all; got {self.max_tokens}')
 

@@ -1,9 +1,12 @@
 """The Python API: configs, trainings that are iterated over, loaded runs; and the notebook."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 
+import jax
 import pytest
 from program import ROOT, environment, write_config
 
@@ -72,6 +75,18 @@ def test_goodput_and_system_load_are_logged(finished):
   assert sum(shares.values()) == pytest.approx(1)
   assert all(shares[f'goodput/{kind}'] > 0 for kind in ('step', 'start', 'data', 'evaluation', 'save', 'caller'))
   assert 0 <= rounds[-1]['system/host_memory'] <= 1 and rounds[-1]['system/process_bytes'] > 1e7
+
+
+def test_a_run_for_generation_gives_the_same_text_without_holding_the_stacked_weights(finished, folder):
+  trained = llm_jax.load(folder / 'run')
+  text = trained.generate('def ', num_tokens=6)
+  weights = [weakref.ref(x) for x in jax.tree.leaves(trained.run.params['blocks'])]
+  trained = trained.for_generation()
+  gc.collect()
+  assert [x for x in weights if x() is not None] == []
+  assert trained.generate('def ', num_tokens=6) == text
+  with pytest.raises(ConfigError, match='for generation only'):
+    trained.validate()
 
 
 def test_a_loaded_run_validates_and_generates(finished, folder):

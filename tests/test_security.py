@@ -8,6 +8,7 @@ import shutil
 import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
+from pair_runs import write_pair_config, write_pairs
 from program import ROOT, finish, start
 
 from llm_jax import main
@@ -17,30 +18,9 @@ from llm_jax.commands import evaluate, export, generate
 from llm_jax.extras.figures import write_picture
 from llm_jax.infer.load import read_config
 
-CONFIG = '''
-from llm_jax.config import base
-
-def get_config():
-  config = base()
-  config.num_steps = 2
-  config.batch_tokens = config.tokens_per_device = 8 * 16
-  config.model.num_layers = 1
-  config.model.embed_dim = 16
-  config.model.num_heads = 2
-  config.data.path = {path!r}
-  config.data.answer_field = 'answer'
-  config.data.split = 'document'
-  config.data.val_fraction = 0.2
-  config.data.tokenizer = 'word'
-  config.data.task = 'prompt_answer'
-  config.data.packing = 'pad'
-  config.data.seq_len = 16
-  config.optim.warmup_cosine.warmup_steps = 1
-  config.eval.every = 2
-  config.eval.max_tokens = 64
-  config.eval.sample_tokens = 0
-  return config
-'''
+SETTINGS = {
+    'num_steps': 2, 'batch_tokens': 128, 'tokens_per_device': 128, 'data.task': 'prompt_answer', 'data.seq_len': 16,
+    'optim.warmup_cosine.warmup_steps': 1, 'eval.every': 2, 'eval.max_tokens': 64, 'eval.sample_tokens': 0}
 PACKAGE = ROOT / 'llm_jax'
 PLUGIN = 'from pathlib import Path\nPath({mark!r}).touch()\n'
 
@@ -48,9 +28,8 @@ PLUGIN = 'from pathlib import Path\nPath({mark!r}).touch()\n'
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('security')
-  lines = [json.dumps({'text': f'a w{i} c{i % 3}', 'answer': f'c{i % 3} b'}) for i in range(40)]
-  (folder / 'pairs.jsonl').write_text('\n'.join(lines) + '\n')
-  (folder / 'tiny.py').write_text(CONFIG.format(path=str(folder / 'pairs.jsonl')))
+  pairs = write_pairs(folder / 'pairs.jsonl', [(f'a w{i} c{i % 3}', f'c{i % 3} b') for i in range(40)])
+  write_pair_config(folder / 'tiny.py', pairs, 'decoder', SETTINGS)
   return folder
 
 
@@ -163,11 +142,6 @@ def plant_plugin(run, mark, name='lab', sha256=None):
     (run / 'plugins' / f'{name}.py').write_text(source)
   sha256 = sha256 or hashlib.sha256(source.encode()).hexdigest()
   (run / 'plugins.json').write_text(json.dumps([{'name': name, 'path': f'{name}.py', 'sha256': sha256}]))
-
-
-@pytest.fixture(autouse=True)
-def no_plugins(monkeypatch):
-  monkeypatch.setattr(plugins, '_loaded', {})
 
 
 def test_the_copy_of_a_plugin_is_executed_only_with_trust(run, mark):

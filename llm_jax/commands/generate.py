@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
   from llm_jax.base.sharding import MeshConfig, make_mesh
 
   with jax.set_mesh(make_mesh(MeshConfig())):
-    trained = api.load(args.workdir, args.checkpoint, trust=args.trust)
+    trained = api.load(args.workdir, args.checkpoint, trust=args.trust).for_generation()
     columns = trained.tokens(
         args.prompt, num_samples=args.num_samples, num_tokens=args.num_tokens, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, num_beams=args.num_beams, seed=args.seed)

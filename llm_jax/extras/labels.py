@@ -128,19 +128,25 @@ class Classification(Term):
             'confusion': confusion}
 
   def summarize(self, sums: dict[str, Any]) -> dict[str, float]:
-    """loss (nats per document), accuracy, top5_accuracy, macro_f1, documents."""
+    """loss (nats per document), accuracy, top5_accuracy, macro_precision, macro_recall, macro_f1, documents."""
     confusion = sums['confusion']
     return {'loss': sums['nll'] / sums['count'], 'accuracy': float(np.trace(confusion)) / sums['count'],
-            'top5_accuracy': sums['top5'] / sums['count'], 'macro_f1': macro_f1(confusion), 'documents': sums['count']}
+            'top5_accuracy': sums['top5'] / sums['count'], **macro_means(confusion), 'documents': sums['count']}
 
 
-def macro_f1(confusion: np.ndarray) -> float:
-  """The mean over classes of 2 TP / (2 TP + FP + FN), from confusion[true class, predicted class].
+def macro_means(confusion: np.ndarray) -> dict[str, float]:
+  """Means over classes of TP / (TP + FP), TP / (TP + FN), 2 TP / (2 TP + FP + FN), from confusion[true, predicted].
 
-  Classes that neither occur nor are predicted do not count.
+  Classes that neither occur nor are predicted do not count. Where one is undefined, it is 0, as in scikit-learn.
   """
-  hits, total = np.diag(confusion), confusion.sum(0) + confusion.sum(1)
-  return float(np.mean(2 * hits[total > 0] / total[total > 0])) if total.any() else 0.0
+  hits, predicted, true = np.diag(confusion), confusion.sum(0), confusion.sum(1)
+  seen = predicted + true > 0
+
+  def mean(numerators: np.ndarray, denominators: np.ndarray) -> float:
+    return float(np.mean((numerators / np.maximum(denominators, 1))[seen])) if seen.any() else 0.0
+
+  return {'macro_precision': mean(hits, predicted), 'macro_recall': mean(hits, true),
+          'macro_f1': mean(2 * hits, predicted + true)}
 
 
 def draw_confusion(counts: np.ndarray, classes: tuple[str, ...], out: Path) -> None:

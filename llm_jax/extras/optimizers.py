@@ -13,6 +13,7 @@ import optax
 from optax import contrib
 
 from llm_jax.base.batch import Params
+from llm_jax.base.params import ParamInfo
 from llm_jax.base.ranges import at_least, positive, ranged, rate
 from llm_jax.base.registry import register
 from llm_jax.base.trees import path_of
@@ -158,6 +159,33 @@ class L2(Link):
         lambda path, _: re.search(self.pattern, path_of(path)) is not None, params))
 
 
+@dataclasses.dataclass(frozen=True)
+class AdaptiveGradClip(Link):
+  """Adaptive gradient clipping (arXiv 2102.06171, equation 3): each unit's gradient to `clipping` times its weights.
+
+  A unit has a norm of its own: the weights of one output of a matrix, a row of a table, or the whole of a bias or norm,
+  in each layer of a stack. Weights smaller than `eps` count as `eps`, so that zeros can grow.
+  """
+
+  clipping: float = positive(0.01)
+  eps: float = positive(1e-3)
+  place = 'filter'
+
+  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    def clip(grad: jax.Array, weights: jax.Array, units: ParamInfo) -> jax.Array:
+      tx = optax.adaptive_grad_clip(self.clipping, self.eps, unit_dims(units))
+      return tx.update(grad, tx.init(weights), weights)[0]
+
+    return optax.stateless(lambda grads, params: jax.tree.map(clip, grads, params, info))
+
+
+def unit_dims(info: ParamInfo) -> tuple[int, ...]:
+  """The dimensions of a parameter inside one unit."""
+  if info.inputs or info.is_table:
+    return info.inputs or info.outputs
+  return tuple(i for i in range(len(info.shape)) if i not in info.batch)
+
+
 for _name, _link in (('adafactor', Adafactor), ('ademamix', AdEMAMix), ('prodigy', Prodigy),
-                     ('schedule_free', ScheduleFree), ('l2', L2)):
+                     ('schedule_free', ScheduleFree), ('l2', L2), ('adaptive_grad_clip', AdaptiveGradClip)):
   register(TRANSFORMS, _name, _link)

@@ -13,7 +13,8 @@ TABLE: dict[str, dict[str, str]] = {
     'balance': {'uncertainty': 'balances', 'grad_norm': 'balances'},
     'transform': {'grokfast_ema': 'grokfast', 'grokfast_ma': 'grokfast', 'soap': 'soap', 'bitnet_flips': 'bitnet_flips',
                   'reduce_on_plateau': 'adaptive', 'noise_adaptive': 'adaptive', 'adafactor': 'optimizers',
-                  'ademamix': 'optimizers', 'prodigy': 'optimizers', 'schedule_free': 'optimizers', 'l2': 'optimizers'},
+                  'ademamix': 'optimizers', 'prodigy': 'optimizers', 'schedule_free': 'optimizers', 'l2': 'optimizers',
+                  'adaptive_grad_clip': 'optimizers'},
     'schedule': {'one_cycle': 'schedules', 'cyclic': 'schedules', 'restarts': 'schedules', 'polynomial': 'schedules',
                  'phases': 'schedules', 'composite': 'schedules'},
     'format': {'json': 'formats.text_tables', 'csv': 'formats.text_tables', 'tsv': 'formats.text_tables',
@@ -31,4 +32,6 @@ TABLE: dict[str, dict[str, str]] = {
     'exporter': {'packed': 'bitnet_pack'},
     'validator': {'wgsl': 'wgsl'},
     'logger': {'csv': 'loggers', 'wandb': 'loggers'},
+    'answer_metric': {'bleu': 'answer_metrics', 'word_precision': 'answer_metrics', 'word_recall': 'answer_metrics',
+                      'word_f1': 'answer_metrics'},
 }

@@ -9,13 +9,14 @@ import numpy as np
 
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import Interrupted
-from llm_jax.config import Config
+from llm_jax.config import Config, EvalConfig
 from llm_jax.data.open import Data, open_examples
 from llm_jax.data.rows.examples import Examples
 from llm_jax.data.stores.store import TokenStore
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, before_eos, decode
 from llm_jax.infer.sampling import beam_search, decode_variables
 from llm_jax.infer.validators import Validator, make_validator
+from llm_jax.losses.metrics import ANSWER_METRICS, Metric, make_metrics
 from llm_jax.models.protocol import LanguageModel
 
 ROWS = 32  # prompts per batch
@@ -78,13 +79,19 @@ def answer(model: LanguageModel, params: Params, examples: Examples, tokenizer: 
   return results
 
 
-def summarize_answers(answers: list[Answer]) -> dict[str, float]:
-  """Means over the answers: exact_match, answer_accuracy (of tokens), and valid if there is a validator."""
+def summarize_answers(answers: list[Answer], config: EvalConfig) -> dict[str, float]:
+  """exact_match, answer_accuracy (of tokens), valid if there is a validator, and the config's answer_metrics."""
   results = {'exact_match': np.mean([a.exact for a in answers]),
              'answer_accuracy': np.mean([a.token_accuracy for a in answers])}
   if answers[0].valid is not None:
     results['valid'] = np.mean([bool(a.valid) for a in answers])
+  results |= {name: metric(answers) for name, metric in answer_metrics(config)}
   return {name: float(value) for name, value in results.items()}
+
+
+def answer_metrics(config: EvalConfig) -> tuple[tuple[str, Metric], ...]:
+  """(name, function) of each. Raises ConfigError for a missing package."""
+  return make_metrics(config.answer_metrics, config.sections, ANSWER_METRICS)
 
 
 def answer_stores(config: Config, data: Data, model: LanguageModel, params: Params, stores: dict[str, TokenStore],

@@ -62,7 +62,8 @@ def make_evaluator(config: Config, data: Data, model: LanguageModel, objective: 
     whole = {key: sum(s[key] for s in sums.values()) for key in next(iter(sums.values()))}
     results = eval_objective.summarize(whole)
     if config.eval.answers:
-      results |= summarize_answers(answer_stores(config, data, model, params, stores, config.eval.answers, interrupted))
+      answers = answer_stores(config, data, model, params, stores, config.eval.answers, interrupted)
+      results |= summarize_answers(answers, config.eval)
     if len(stores) > 1:
       results |= {f'{name}/{key}': value for name in stores
                   for key, value in eval_objective.summarize(sums[name]).items() if key in ('loss', 'bits_per_byte')}

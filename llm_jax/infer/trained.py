@@ -18,7 +18,7 @@ from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.data.open import Data, tokenize
 from llm_jax.data.tokenizers.tokenizer import before_eos, decode
 from llm_jax.infer import sampling
-from llm_jax.infer.answers import Answer, answer_stores, summarize_answers
+from llm_jax.infer.answers import Answer, answer_metrics, answer_stores, summarize_answers
 from llm_jax.infer.load import Loaded, own_data
 from llm_jax.infer.score import make_evaluator
 from llm_jax.infer.text import prompt_ids
@@ -48,6 +48,15 @@ class Trained:
   def _variables(self) -> Any:
     return sampling.decode_variables(self.run.model, self.run.params)
 
+  def for_generation(self) -> Trained:
+    """The same run, which can only generate: it does not hold the weights in the form that evaluation needs.
+
+    Generation needs each layer in arrays of its own, so a Trained that does both holds the layers twice.
+    """
+    generator = Trained(dataclasses.replace(self.run, params=None), self.workdir, self._loss_terms)
+    generator._variables = self._variables
+    return generator
+
   def validate(self, split: str = 'val') -> dict[str, float]:
     """The losses and metrics on a whole split of the run's data."""
     return self.evaluate(split, num_answers=0).results
@@ -59,6 +68,8 @@ class Trained:
     A run trained on answers generates `num_answers` of them; None: all. Raises ConfigError, DataError.
     """
     run, own = self.run, self.config.eval
+    if run.params is None:
+      raise ConfigError('this run was loaded for generation only; evaluate one that llm_jax.load returns')
     if split not in ('train', 'val', 'test'):
       raise ConfigError(f'--split: must be train, val or test; got {split!r}')
     validator = own.validator if validator is None else validator
@@ -67,7 +78,7 @@ class Trained:
       raise ConfigError(f'--answers must not be negative, --num_beams at least 1; got {num_answers}, {num_beams}')
     answers_due = self.config.answers and run.tokenizer is not None and num_answers != 0
     if answers_due:
-      make_validator(validator)  # to report an error before the loss is computed
+      make_validator(validator), answer_metrics(own)  # to report an error before the loss is computed
     config = dataclasses.replace(
         self.config, eval=dataclasses.replace(own, answers=0, validator=validator, num_beams=num_beams))
     mesh = make_mesh(MeshConfig())
@@ -79,7 +90,7 @@ class Trained:
       if not answers_due:
         return Evaluation(results, tables, [])
       answers = answer_stores(config, opened, run.model, run.params, stores, num_answers)
-      return Evaluation(results | summarize_answers(answers), tables, answers)
+      return Evaluation(results | summarize_answers(answers, own), tables, answers)
 
   def _open(self, split: str, data: str | None) -> Data:
     """Opens the data to evaluate on. Raises ConfigError, DataError if the model cannot read them."""

@@ -28,7 +28,7 @@ class LossConfig(Ranged):
 
   terms: tuple[str, ...] = ('next_token',)  # names of LOSSES
   balance: str = 'fixed'  # one of BALANCES
-  alpha: float = at_least(0, 1.5)  # of grad_norm: how strongly losses that decrease slowly are favoured; 0: not at all
+  alpha: float = at_least(0, 1.5)  # of balances by speed: how strongly they favour losses that decrease slowly
   sections: Sections = sections(LOSSES)
 
   def __post_init__(self) -> None:
@@ -42,7 +42,8 @@ class LossConfig(Ranged):
       raise ValueError(f'balance {self.balance!r} is unknown; {known_names(self.balance, BALANCES)}')
     by_speed = BALANCES[self.balance].by_speed
     if not by_speed and self.alpha != LossConfig.alpha:
-      raise ValueError(f'alpha {self.alpha} is a setting of balance grad_norm, but balance is {self.balance}: it would '
+      names = ', '.join(name for name in BALANCES if BALANCES[name].by_speed)
+      raise ValueError(f'alpha {self.alpha} is a setting of balance {names}, but balance is {self.balance}: it would '
                        'have no effect')
     keep_named(self, self.terms, 'terms does not name it')
     weights = {name: self.sections[name].weight for name in self.terms}

@@ -51,6 +51,11 @@ class Best:
       return f'{self.config.monitor} has not improved for {self.stale} evaluations (config.eval.patience)'
     return ''
 
+  def retention(self, results: dict[str, float]) -> dict[str, float]:
+    """{'capability/retained': the share of the reached capabilities that `results` meet}; {} before the first."""
+    held = [condition(text).holds(results) for text in self.reached if text in self.config.conditions]
+    return {'capability/retained': sum(held) / len(held)} if held else {}
+
   def update(self, step: int, results: dict[str, float]) -> tuple[float, list[str]]:
     """(score, capabilities reached for the first time). Raises ConfigError for a missing metric."""
     try:

@@ -19,6 +19,7 @@ from llm_jax.base.multihost import gather, say
 from llm_jax.config import Config, replace
 from llm_jax.data import pipeline
 from llm_jax.data.open import Data
+from llm_jax.infer.answers import answer_metrics
 from llm_jax.infer.text import encode_prompts
 from llm_jax.infer.validators import make_validator
 from llm_jax.losses.objective import Objective
@@ -92,11 +93,15 @@ def with_num_steps(config: Config, data: Data) -> Config:
 
 
 def check_generation(config: Config, data: Data) -> None:
-  """Raises ConfigError for an invalid validator, number of answers or prompt."""
+  """Raises ConfigError for an invalid validator, metric or number of answers, or an invalid prompt."""
   make_validator(config.eval.validator)
+  answer_metrics(config.eval)
   if config.eval.answers and (data.tokenizer is None or not config.answers):
     raise ConfigError(f'config.eval.answers: {config.eval.answers} needs a tokenizer and a task with answers; the task '
                       f'is {config.data.task}; set 0')
+  if config.eval.answer_metrics and not config.answers:
+    raise ConfigError(f'config.eval.answer_metrics: {", ".join(config.eval.answer_metrics)} needs a task with answers; '
+                      f'the task is {config.data.task}; set ()')
   if data.prompt_tokenizer is not None and config.eval.sample_tokens and config.writes:
     encode_prompts(config, data.prompt_tokenizer)
 

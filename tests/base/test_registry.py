@@ -141,7 +141,7 @@ REFUSED = [
      "config.eval.focal.gamma: expects a number, got 'high'"),
     ({'eval': {'metrics': ['focal'], 'focal': {'gama': 1}}}, 'config.eval.focal.gama: no such field; did you mean '
      'config.eval.focal.gamma?'),
-    ({'eval': {'focal': {'gamma': 1}}}, 'config.eval: focal is set, but metrics does not name it'),
+    ({'eval': {'focal': {'gamma': 1}}}, 'config.eval: focal is set, but neither metrics nor answer_metrics names it'),
     ({'eval': {'metrics': ['foca']}}, "metrics names 'foca', which is unknown; known: focal (did you mean 'focal'?)"),
     ({'optim': {'chain': ['adamv']}}, "chain names 'adamv', which is unknown"),
     ({'optim': {'chain': ['adamww']}}, "(did you mean 'adamw'?)"),

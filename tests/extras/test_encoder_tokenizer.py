@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from pair_runs import write_pair_config, write_pairs
 from program import finish, start
 from test_store import files_of
 
@@ -25,12 +26,6 @@ from llm_jax.training.resolve import resolve
 
 PROMPT_WORDS = ['red', 'wörter', '中文', 'x', 'mix', '=', '{', '(a\tb)', 'of', 'zzz']
 ANSWER_WORDS = ['1', '2', 'add', ';', '\U0001F600', '\n', 'é', 'vec']
-
-
-def write(path, pairs):
-  path.parent.mkdir(exist_ok=True)
-  path.write_text(''.join(json.dumps({'text': t, 'answer': a}, ensure_ascii=False) + '\n' for t, a in pairs))
-  return path
 
 
 def pairs_of(seed, num=150, prompt_words=PROMPT_WORDS, answer_words=ANSWER_WORDS):
@@ -59,7 +54,7 @@ def rows_of(config, data, store):
 @pytest.mark.parametrize('tokenizer', TOKENIZERS)
 def test_both_sides_of_every_pair_can_be_decoded(tmp_path, tokenizer, encoder_tokenizer):
   pairs = pairs_of(0)
-  write(tmp_path / 'pairs.jsonl', pairs)
+  write_pairs(tmp_path / 'pairs.jsonl', pairs)
   config = config_of(tmp_path, tokenizer=tokenizer, encoder_tokenizer=encoder_tokenizer)
   data = open_data(config)
   reader, writer = data.encoder_tokenizer, data.tokenizer
@@ -81,8 +76,8 @@ def test_both_sides_of_every_pair_can_be_decoded(tmp_path, tokenizer, encoder_to
 @pytest.mark.parametrize('name', ['word', 'bpe'])
 def test_each_tokenizer_is_fitted_to_its_own_training_texts(tmp_path, name):
   pairs = pairs_of(1)
-  write(tmp_path / 'pairs.jsonl', pairs)
-  held_out = write(tmp_path / 'held.jsonl', pairs_of(2, 20, ['unseen', 'reading'], ['unseen', 'writing']))
+  write_pairs(tmp_path / 'pairs.jsonl', pairs)
+  held_out = write_pairs(tmp_path / 'held.jsonl', pairs_of(2, 20, ['unseen', 'reading'], ['unseen', 'writing']))
   data = open_data(config_of(tmp_path, tokenizer=name, encoder_tokenizer=name, val_path=str(held_out)))
   settings = TokenizerConfig(300)
   prompts, answers = zip(*pairs, strict=True)
@@ -91,9 +86,9 @@ def test_each_tokenizer_is_fitted_to_its_own_training_texts(tmp_path, name):
 
 
 def test_bytes_scale_covers_the_answers_alone(tmp_path):
-  write(tmp_path / 'pairs.jsonl', pairs_of(3))
+  write_pairs(tmp_path / 'pairs.jsonl', pairs_of(3))
   held = pairs_of(4, 20, ['unseen', 'red'], ['unseen', 'add'])
-  held_path = write(tmp_path / 'held.jsonl', held)
+  held_path = write_pairs(tmp_path / 'held.jsonl', held)
   config = config_of(tmp_path, tokenizer='word', val_path=str(held_path))
   data = open_data(config)
   again = tokenize(str(held_path), config, data.tokenizer, data.encoder_tokenizer)
@@ -108,7 +103,7 @@ def test_bytes_scale_covers_the_answers_alone(tmp_path):
 
 
 def test_a_store_depends_on_both_tokenizers(tmp_path):
-  write(tmp_path / 'pairs.jsonl', pairs_of(5))
+  write_pairs(tmp_path / 'pairs.jsonl', pairs_of(5))
   kinds = [('word', 'char'), ('word', 'byte'), ('word', None), ('char', 'word')]
   configs = [config_of(tmp_path, tokenizer=a, encoder_tokenizer=b) for a, b in kinds]
   fingerprints, before = [], set()
@@ -131,17 +126,17 @@ def test_a_store_depends_on_both_tokenizers(tmp_path):
 
 def test_ids_of_the_two_sides_are_kept_apart(tmp_path):
   """Prompt ids may be white space in the answers' tokenizer, or beyond its vocabulary."""
-  path = write(tmp_path / 'pairs.jsonl', [(chr(ord('a') + i) * 3, ' \n'[i % 2] * (i + 1)) for i in range(26)])
+  path = write_pairs(tmp_path / 'pairs.jsonl', [(chr(ord('a') + i) * 3, ' \n'[i % 2] * (i + 1)) for i in range(26)])
   config = config_of(tmp_path, tokenizer='char', encoder_tokenizer='char')
   data = open_data(config)
   assert (data.vocab_size, len(data.encoder_tokenizer.token_bytes)) == (3, 27)
-  write(path, [('\t' * (i + 1), ' \n'[i % 2] * 2) for i in range(26)])
+  write_pairs(path, [('\t' * (i + 1), ' \n'[i % 2] * 2) for i in range(26)])
   with pytest.raises(DataError, match='nothing but white space'):
     open_data(config)
 
 
 def test_augmentation_uses_the_ids_of_each_side(tmp_path):
-  write(tmp_path / 'pairs.jsonl', pairs_of(6))
+  write_pairs(tmp_path / 'pairs.jsonl', pairs_of(6))
   config = config_of(tmp_path, tokenizer='bpe', encoder_tokenizer='char', val_fraction=0.5,
                      augment=Augment(token_dropout=0.3, token_replace=0.3))
   data = open_data(config)
@@ -156,7 +151,7 @@ def test_augmentation_uses_the_ids_of_each_side(tmp_path):
 
 
 def test_inspect_shows_the_tokens_of_each_side(tmp_path, capsys):
-  write(tmp_path / 'pairs.jsonl', [(f'read {"abcdefgh"[i % 8]} {i}', 'xyz') for i in range(40)])
+  write_pairs(tmp_path / 'pairs.jsonl', [(f'read {"abcdefgh"[i % 8]} {i}', 'xyz') for i in range(40)])
   inspect.main([f'--path={tmp_path}/pairs.jsonl', '--answer_field=answer', '--task=seq2seq', '--packing=pad',
                 '--tokenizer=char', '--encoder_tokenizer=word', f'--cache_dir={tmp_path}/cache', '--rows=1'])
   output = capsys.readouterr().out
@@ -179,7 +174,7 @@ def test_invalid_configs_are_rejected(tmp_path, overrides, message):
 
 
 def test_data_without_text_pairs_is_rejected(tmp_path):
-  pairs = write(tmp_path / 'pairs.jsonl', pairs_of(7, 20))
+  pairs = write_pairs(tmp_path / 'pairs.jsonl', pairs_of(7, 20))
   with pytest.raises(ConfigError, match=r'config\.data\.encoder_tokenizer: word .* no pairs .*answer_field'):
     open_data(config_of(tmp_path, answer_field=None, field='text'))
   np.arange(99, dtype=np.uint16).tofile(tmp_path / 'ids.bin')
@@ -212,39 +207,18 @@ def test_the_model_has_an_embedding_for_each_tokenizer():
     completed(two, 'decoder')
 
 
-CONFIG = '''"""A sign to the number of its place, twice."""
-from llm_jax.config import base
-
-def get_config():
-  config = base('encdec')
-  config.num_steps = 60
-  config.batch_tokens = config.tokens_per_device = 16 * 8
-  config.model.num_layers = 1
-  config.model.embed_dim = 16
-  config.model.num_heads = 2
-  config.data.path = {path!r}
-  config.data.answer_field = 'answer'
-  config.data.split = 'document'
-  config.data.val_fraction = config.data.test_fraction = 0.2
-  config.data.tokenizer = 'char'
-  config.data.encoder_tokenizer = 'word'
-  config.data.task = 'seq2seq'
-  config.data.packing = 'pad'
-  config.data.seq_len = config.data.encoder_len = 8
-  config.optim.learning_rate = 1e-2
-  config.eval.every = 60
-  config.eval.prompts = ('b b b m',)
-  config.checkpoint.every = 1000
-  config.checkpoint.keep_best = 0
-  return config
-'''
+SETTINGS = {
+    'num_steps': 60, 'batch_tokens': 128, 'tokens_per_device': 128, 'data.tokenizer': 'char',
+    'data.encoder_tokenizer': 'word', 'data.task': 'seq2seq', 'data.seq_len': 8, 'data.encoder_len': 8,
+    'data.test_fraction': 0.2, 'optim.learning_rate': 1e-2, 'eval.every': 60, 'eval.prompts': ('b b b m',),
+    'checkpoint.every': 1000, 'checkpoint.keep_best': 0}
 
 
 @pytest.mark.slow
 def test_a_run_uses_both_tokenizers(tmp_path, capsys):
   pairs = [(f'{a} {a} {a} {b}', f'{ord(a) - 96}' * 2) for a in 'abcdefgh' for b in 'ijklmnop']
-  path = write(tmp_path / 'pairs.jsonl', pairs)
-  (tmp_path / 'signs.py').write_text(CONFIG.format(path=str(path)))
+  path = write_pairs(tmp_path / 'pairs.jsonl', pairs)
+  write_pair_config(tmp_path / 'signs.py', path, 'encdec', SETTINGS)
   output = finish(start(tmp_path, 'main', '--config=signs.py', '--workdir=run'))
   run = tmp_path / 'run'
   assert '  | b b b m\n  | 22' in output, 'the sample'

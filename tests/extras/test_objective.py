@@ -13,7 +13,7 @@ from llm_jax.base.errors import ConfigError
 from llm_jax.extras.balances import BALANCES
 from llm_jax.extras.contrastive import Contrastive
 from llm_jax.extras.distillation import Distillation
-from llm_jax.extras.labels import Classification, Regression, macro_f1, pool
+from llm_jax.extras.labels import Classification, Regression, macro_means, pool
 from llm_jax.losses import readout as readouts
 from llm_jax.losses.config import LossConfig
 from llm_jax.losses.readout import Readout
@@ -97,14 +97,23 @@ def test_class_metrics_do_not_depend_on_batches():
   assert results['documents'] == real.sum() == 7
   assert results['accuracy'] == pytest.approx(np.mean((labels == guesses)[real]))
   assert results['top5_accuracy'] == 1  # of four classes
-  f1 = []
+  means = []
   for c in range(C):
     hit, said, true = (np.sum(x & real) for x in ((labels == c) & (guesses == c), guesses == c, labels == c))
     if said + true:
       precision, recall = hit / max(said, 1), hit / max(true, 1)
-      f1.append(0.0 if not hit else 2 * precision * recall / (precision + recall))
-  assert results['macro_f1'] == pytest.approx(np.mean(f1))
-  assert macro_f1(np.diag([3.0, 0, 2])) == 1 and macro_f1(np.zeros((2, 2))) == 0
+      means.append((precision, recall, 0.0 if not hit else 2 * precision * recall / (precision + recall)))
+  names = ('macro_precision', 'macro_recall', 'macro_f1')
+  assert [results[name] for name in names] == pytest.approx(np.mean(means, 0))
+
+
+@pytest.mark.parametrize(('confusion', 'means'), [
+    ([[3, 0, 0], [0, 0, 0], [0, 0, 2]], (1, 1, 1)),  # a class that neither occurs nor is predicted does not count
+    ([[0, 0], [0, 0]], (0, 0, 0)),
+    ([[2, 1], [0, 0]], (1 / 2, 1 / 3, 2 / 5)),  # a class that is predicted, but does not occur: recall 0
+    ([[1, 3], [1, 5]], ((1 / 2 + 5 / 8) / 2, (1 / 4 + 5 / 6) / 2, (1 / 3 + 5 / 7) / 2))])
+def test_macro_means_by_hand(confusion, means):
+  assert tuple(macro_means(np.array(confusion, float)).values()) == pytest.approx(means)
 
 
 @pytest.mark.parametrize('delta', [0.0, 0.7])

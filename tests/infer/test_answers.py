@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pair_runs import write_pair_config, write_pairs
 from program import environment, finish, start
 
 from llm_jax import main
 from llm_jax.base.batch import Batch
 from llm_jax.base.errors import ConfigError
 from llm_jax.commands import evaluate
+from llm_jax.config import EvalConfig
 from llm_jax.data.rows.examples import make_examples
 from llm_jax.data.rows.tasks import PromptAnswer
 from llm_jax.data.stores.store import TokenStore
@@ -25,46 +27,18 @@ from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
 from llm_jax.training.log import read_metrics
 
-CONFIG = '''"""Reverse the prompt."""
-from llm_jax.config import base
-
-def get_config():
-  config = base('encdec')
-  config.num_steps = 400
-  config.batch_tokens = config.tokens_per_device = 8 * 8
-  config.model.num_layers = 1
-  config.model.embed_dim = 16
-  config.model.num_heads = 2
-  config.data.path = {path!r}
-  config.data.answer_field = 'answer'
-  config.data.split = 'document'
-  config.data.val_fraction = config.data.test_fraction = 0.2
-  config.data.tokenizer = 'word'
-  config.data.task = 'seq2seq'
-  config.data.packing = 'pad'
-  config.data.seq_len = config.data.encoder_len = 8
-  config.optim.learning_rate = 3e-2
-  config.eval.every = 10
-  config.eval.patience = 2
-  config.eval.answers = 8
-  config.eval.validator = 'python'
-  config.eval.prompts = ('a b',)
-  config.checkpoint.every = 1000
-  config.checkpoint.keep_best = 0
-  return config
-'''
-
-
-def write(folder, texts):
-  path = folder / 'pairs.jsonl'
-  path.write_text(''.join(json.dumps({'text': ' '.join(t), 'answer': ' '.join(t[::-1])}) + '\n' for t in texts))
-  (folder / 'backwards.py').write_text(CONFIG.format(path=str(path)))
+SETTINGS = {
+    'num_steps': 400, 'batch_tokens': 64, 'tokens_per_device': 64, 'data.task': 'seq2seq', 'data.seq_len': 8,
+    'data.encoder_len': 8, 'data.test_fraction': 0.2, 'optim.learning_rate': 3e-2, 'eval.every': 10, 'eval.patience': 2,
+    'eval.answers': 8, 'eval.validator': 'python', 'eval.answer_metrics': ('word_f1',), 'eval.prompts': ('a b',),
+    'checkpoint.every': 1000, 'checkpoint.keep_best': 0}
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp('answers')
-  write(folder, [a + b for a in 'abcdefgh' for b in 'abcdefgh'])
+  pairs = write_pairs(folder / 'pairs.jsonl', [(f'{a} {b}', f'{b} {a}') for a in 'abcdefgh' for b in 'abcdefgh'])
+  write_pair_config(folder / 'backwards.py', pairs, 'encdec', SETTINGS)
   output = finish(start(folder, 'main', '--config=backwards.py', '--workdir=run'))
   return folder, output
 
@@ -78,7 +52,7 @@ def test_patience_ends_the_run_and_is_reported(run, monkeypatch, capsys):
   assert f'step {last}: the run ends: val/loss has not improved for 2 evaluations' in output
   steps = {int(path.name) for path in (folder / 'run' / 'checkpoints').iterdir() if path.name.isdigit()}
   assert steps == {last}, 'no checkpoint is needed to know the best'
-  assert {'val/exact_match', 'val/answer_accuracy', 'val/valid'} <= lines[-1].keys()
+  assert {'val/exact_match', 'val/answer_accuracy', 'val/valid', 'val/word_f1'} <= lines[-1].keys()
   monkeypatch.setenv('LLM_JAX_CACHE', environment(folder)['LLM_JAX_CACHE'])
   main.main([f'--config={folder}/backwards.py', f'--workdir={folder}/run'])
   assert '(config.eval.patience); to continue, change that setting' in capsys.readouterr().out
@@ -98,6 +72,7 @@ def test_evaluate_writes_answers_of_the_test_split(run, capsys, tmp_path):
     assert a['valid'] == make_validator('python')(a['given'])
   assert report['exact_match'] == np.mean([a['exact'] for a in answers])
   assert report['valid'] == np.mean([a['valid'] for a in answers])
+  assert report['exact_match'] <= report['word_f1'] <= 1
 
 
 def test_generate_answers_with_beam_search(run):
@@ -111,6 +86,9 @@ def test_answers_need_a_task_with_answers(run, tmp_path):
   with pytest.raises(ConfigError, match=r'eval\.answers'):
     main.main([f'--config={folder}/backwards.py', f'--workdir={tmp_path}', '--config.data.task=span_corruption',
                '--config.data.span_corruption.num_sentinels=8'])
+  with pytest.raises(ConfigError, match=r'eval\.answer_metrics: word_f1 needs a task with answers.* span_corruption'):
+    main.main([f'--config={folder}/backwards.py', f'--workdir={tmp_path}', '--config.data.task=span_corruption',
+               '--config.data.span_corruption.num_sentinels=8', '--config.eval.answers=0'])
   with pytest.raises(ConfigError, match='encoder_tokens'):
     main.main([f'--config={folder}/backwards.py', f'--workdir={tmp_path}', '--config.data.task=prompt_answer'])
 
@@ -134,8 +112,8 @@ def test_pairs_are_read_back_from_the_store(task, packing):
 
 def test_answers_are_summarized_as_means():
   answers = [Answer('', 'a', 'a', True, 1.0, True), Answer('', 'ab', 'a', False, 0.5, False)]
-  assert summarize_answers(answers) == {'exact_match': 0.5, 'answer_accuracy': 0.75, 'valid': 0.5}
-  assert 'valid' not in summarize_answers([a._replace(valid=None) for a in answers])
+  assert summarize_answers(answers, EvalConfig()) == {'exact_match': 0.5, 'answer_accuracy': 0.75, 'valid': 0.5}
+  assert 'valid' not in summarize_answers([a._replace(valid=None) for a in answers], EvalConfig())
 
 
 GOOD = {'python': 'x = 1\nprint(x)', 'json': '{"a": [1, 2]}',

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from chains import RATE, STEPS, by_equation, close, descend, momentum, optimizer, trainable, tree
 from program import ROOT
@@ -12,6 +13,7 @@ from program import ROOT
 from llm_jax.api import load_config
 from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.params import ParamInfo
 from llm_jax.optim.chain import TRANSFORMS, OptimConfig
 
 
@@ -51,6 +53,42 @@ def test_a_phase_ends_when_its_condition_holds():
   assert at(tx.update_from_eval(tx.init({'w': jnp.ones(3)}), {'val/accuracy': 1.0})) == 2
   with pytest.raises(ConfigError, match=r'config.optim: val/accuracy is not a result.*val/loss'):
     tx.update_from_eval(tx.init({'w': jnp.ones(3)}), {'val/loss': 1.0})
+
+
+UNITS = {'q': (1,), 'b': (1, 2), 'out': (1, 2), 'embed': (1,)}  # dimensions of a unit in INFO
+
+
+def agc(p, g, dims, clipping, eps):
+  """Equation 3 of arXiv 2102.06171."""
+  norm = lambda x: np.sqrt((x * x).sum(dims, keepdims=True))  # noqa: E731
+  return g * np.minimum(1, clipping * np.maximum(norm(p), eps) / norm(g))
+
+
+def test_adaptive_clipping_matches_its_equation_for_each_unit():
+  got, _ = descend(optimizer('sgd', filters=['adaptive_grad_clip'], sgd={'momentum': 0.0},
+                             adaptive_grad_clip={'clipping': 0.8, 'eps': 0.9}))
+
+  def one(path, p):
+    dims = UNITS.get(path[-1].key) or UNITS[path[-2].key]
+    for t in range(1, STEPS + 1):
+      g = tree(t)
+      for key in path:
+        g = g[key.key]
+      p = p - RATE * agc(p, g, dims, 0.8, 0.9)
+    return p
+
+  close(got, jax.tree_util.tree_map_with_path(one, tree(0)))
+
+
+def test_adaptive_clipping_of_a_plain_matrix_is_optaxs():
+  rng = np.random.default_rng(0)
+  p, g = (jnp.asarray(rng.standard_normal((5, 3)), jnp.float32) for _ in range(2))
+  info = {'w': ParamInfo(('embed', 'mlp'), (5, 3), ('in', 'out'))}
+  ours = TRANSFORMS['adaptive_grad_clip'](clipping=0.1).make(None, info)
+  got, _ = ours.update({'w': g}, ours.init({'w': p}), {'w': p})
+  theirs = optax.adaptive_grad_clip(0.1)
+  np.testing.assert_array_equal(got['w'], theirs.update(g, theirs.init(p), p)[0])
+  assert (got['w'] != g).all()
 
 
 def test_l2_adds_decay_to_the_gradient():

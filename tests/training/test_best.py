@@ -48,6 +48,18 @@ def test_a_capability_is_reported_once_with_its_first_step():
   assert best.reached == {'val/accuracy > 0.5': 20, 'val/accuracy >= 0.9': 40}
 
 
+def test_retention_is_the_share_of_reached_capabilities_that_still_hold():
+  best = Best(EvalConfig(monitor='val/accuracy', mode='max', goal='val/accuracy > 0.9',
+                         capabilities=('val/accuracy > 0.3', 'val/accuracy > 0.5')))
+  retained = []
+  for step, value in enumerate((0.2, 0.4, 0.6, 0.4, 0.1), 1):
+    best.update(step, results := {'val/accuracy': value})
+    retained.append(best.retention(results))
+  assert retained == [{}, *({'capability/retained': share} for share in (1.0, 1.0, 0.5, 0.0))]
+  kept = Best.from_meta(EvalConfig(capabilities=('val/accuracy > 0.3',)), {'best': best.to_meta()})
+  assert kept.retention({'val/accuracy': 0.4}) == {'capability/retained': 1.0}, 'of those that are asked for now'
+
+
 def test_a_reached_goal_ends_the_run_for_good():
   best = Best(EvalConfig(monitor='val/accuracy', mode='max', goal='val/accuracy >= 0.9'))
   for step, value in ((10, 0.5), (20, 0.95), (30, 0.1)):

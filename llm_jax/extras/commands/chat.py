@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
   options = {name: getattr(args, name) for name in OPTIONS}
   signal.signal(signal.SIGINT, signal.default_int_handler)  # a KeyboardInterrupt, which ends a text only
   with jax.set_mesh(make_mesh(MeshConfig())):
-    trained = api.load(args.workdir, args.checkpoint, trust=args.trust)
+    trained = api.load(args.workdir, args.checkpoint, trust=args.trust).for_generation()
     print(f'{args.workdir}, step {trained.run.meta["step"]}; /help, /quit', file=sys.stderr, flush=True)
     text = ''
     while (line := read_line()) is not None and line.strip() != '/quit':

@@ -79,7 +79,7 @@ def serve(args: argparse.Namespace, listener: socket.socket, uvicorn: Any) -> No
 
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    trained = api.load(args.workdir, args.checkpoint, trust=args.trust)
+    trained = api.load(args.workdir, args.checkpoint, trust=args.trust).for_generation()
     prompt, name = example_prompt(trained), args.workdir.resolve().name
     waiting('compiling (later again for the first prompt of each other length, rounded up to a power of two, and for '
             'each new n and top_k)')
