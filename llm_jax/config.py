@@ -16,6 +16,7 @@ from llm_jax.base.builder import (
   Sections,
   check_names,
   keep_named,
+  known_names,
   registries_of,
   sections,
   to_dict,
@@ -24,6 +25,7 @@ from llm_jax.base.builder import (
 from llm_jax.base.callbacks import CALLBACKS
 from llm_jax.base.conditions import condition
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.loggers import LOGGERS
 from llm_jax.base.profiling import ProfileConfig
 from llm_jax.base.registry import Registry
 from llm_jax.base.sharding import MeshConfig
@@ -42,12 +44,12 @@ class EvalConfig:
   max_tokens: int | None = None  # evenly spread over the validation part; None: all
   prompts: tuple[str, ...] = ('',)  # one sample each; '' starts a new document
   sample_tokens: int = 128  # 0: no samples
-  temperature: float = 0.8
-  top_k: int = 0
+  temperature: float = 0.8  # of samples; 0: always the most likely token
+  top_k: int = 0  # samples are drawn from the k most likely tokens; 0: from all
   monitor: str = 'val/loss'  # the result that determines the best checkpoint and patience
   mode: Literal['min', 'max'] = 'min'  # whether lower or higher results are better
   patience: int = 0  # the run ends after this many evaluations without an improvement by min_delta; 0: never
-  min_delta: float = 0.0
+  min_delta: float = 0.0  # least improvement of monitor that counts for patience, in its unit
   capabilities: tuple[str, ...] = ()  # conditions 'val/accuracy > 0.5': the first step that meets each is recorded
   goal: str = ''  # a condition that ends the run
   answers: int = 0  # number of prompts of the validation part to answer, for tasks with answers
@@ -77,11 +79,6 @@ class EvalConfig:
     """The capabilities and the goal."""
     return tuple(dict.fromkeys([*self.capabilities, *([self.goal] if self.goal else [])]))
 
-  @property
-  def required_metrics(self) -> tuple[str, ...]:
-    """The results that monitor and conditions use."""
-    return (self.monitor, *(condition(text).metric for text in self.conditions))
-
 
 @dataclasses.dataclass(frozen=True)
 class StartConfig:
@@ -100,8 +97,8 @@ class StartConfig:
 class StageConfig:
   """Settings that change at step `begin`: 'batch_tokens=16384', 'data.seq_len=512', 'data.sources.code.weight=2'."""
 
-  begin: int = 0
-  set: tuple[str, ...] = ()
+  begin: int = 0  # the step at which the settings begin, at least 1
+  set: tuple[str, ...] = ()  # the settings, as 'FIELD=VALUE'
 
   def __post_init__(self) -> None:
     if self.begin < 1:
@@ -121,8 +118,8 @@ class CheckpointConfig:
   """When to save and what to keep. A new best (config.eval.monitor) is saved too, unless keep_best is 0."""
 
   every: int = 1000  # steps
-  keep_last: int = 2
-  keep_best: int = 1
+  keep_last: int = 2  # number of newest checkpoints to keep, at least 1
+  keep_best: int = 1  # number of best checkpoints to keep; 0: none
   keep_every: int | None = None  # steps: milestones, never deleted
 
   def __post_init__(self) -> None:
@@ -134,27 +131,29 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """When to log, and the callbacks for logged steps."""
+  """When and where to log, and the callbacks for logged steps."""
 
   every: int = 10  # steps
+  loggers: tuple[str, ...] = ('tensorboard', 'jsonl')  # of LOGGERS; plot and sweep read what jsonl writes
   samples: Literal['auto', 'always', 'never'] = 'auto'  # whether to print samples; auto: in a terminal
   callbacks: tuple[str, ...] = ()  # names of CALLBACKS, called with each logged step
-  sections: Sections = sections(CALLBACKS)
+  sections: Sections = sections(CALLBACKS, LOGGERS)
 
   def __post_init__(self) -> None:
     if self.every < 1:
       raise ValueError(f'every must be at least 1; got {self.every}')
+    check_names('loggers', self.loggers, LOGGERS)
     check_names('callbacks', self.callbacks, CALLBACKS)
-    keep_named(self, self.callbacks, 'callbacks does not name it')
+    keep_named(self, (*self.loggers, *self.callbacks), 'neither loggers nor callbacks names it')
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """The config of a whole run. Batch sizes are in tokens; the number of microbatches follows from them."""
 
-  num_steps: int = 1000
+  num_steps: int = 1000  # optimizer steps of the whole run, at least 1
   num_epochs: float = 0.0  # passes over the training part, from which num_steps is computed; 0: use num_steps
-  seed: int = 0
+  seed: int = 0  # of the initial weights, the order of the data and dropout; 0 to 2^32 - 1
   batch_tokens: int = 524288  # tokens per optimizer step, over all devices
   tokens_per_device: int | None = 16384  # tokens on one device at a time; None: as many as fit in its memory
   model: Any = variant(MODELS, 'decoder')
@@ -203,8 +202,32 @@ class Config:
     for part in (self.model, self.loss, self.optim):
       for settings in getattr(part, 'sections', {}).values():
         problems += getattr(settings, 'problems', lambda config: [])(self)
+    if self.eval.every and (known := self.results) is not None:
+      problems += [f'{field} {name} is not a result of evaluations in this run; {known_names(name, sorted(known))}'
+                   for field, names in self.required_results.items() for name in names if name not in known]
     if problems:
       raise ValueError('\n'.join(problems))
+
+  @property
+  def results(self) -> set[str] | None:
+    """The names of results that evaluations may have; None if a loss does not declare its own."""
+    names, evaluation = self.loss.results, self.eval
+    if names is None:
+      return None
+    names |= set(evaluation.metrics)
+    if evaluation.answers:
+      names |= {'exact_match', 'answer_accuracy'} | ({'valid'} if evaluation.validator else set())
+    if len(self.data.sources) > 1:
+      names |= {f'{source}/{name}' for source in self.data.sources for name in ('loss', 'bits_per_byte')}
+    return {f'val/{name}' for name in names}
+
+  @property
+  def required_results(self) -> dict[str, tuple[str, ...]]:
+    """The results that the config uses, by the field that names them."""
+    return {'eval.monitor': (self.eval.monitor,),
+            'eval.goal or capabilities': tuple(condition(text).metric for text in self.eval.conditions),
+            **{f'optim.{name}': link.required_metrics
+               for name, link in zip(self.optim.chain, self.optim.links, strict=True)}}
 
   @property
   def writes(self) -> bool:

@@ -85,8 +85,8 @@ def presets() -> dict[str, Path]:
   return {path.stem: path for path in sorted(folder.glob('*.py'))} if folder != package else {}
 
 
-def find_config(name: str | Path) -> Path:
-  """The file that --config names: a path, else a preset by its name, such as gpt_small or configs/gpt_small.py.
+def find_config(name: str | Path, flag: str = '--config') -> Path:
+  """The file that `flag` names: a path, else a preset by its name, such as gpt_small or configs/gpt_small.py.
 
   A run's folder stands for its config.json. Raises ConfigError with the nearest names.
   """
@@ -103,7 +103,7 @@ def find_config(name: str | Path) -> Path:
   files = {Path(file).stem: file for file in reversed([*known, *here])}
   near = [files[stem] for stem in difflib.get_close_matches(path.stem, files, n=1)]
   hint = f'did you mean {near[0]}?' if near else f'presets: {", ".join(known) or "none"}'
-  raise ConfigError(f'--config: no such file: {path}; {hint}')
+  raise ConfigError(f'{flag}: no such file: {path}; {hint}')
 
 
 def explain(error: Exception) -> str:
@@ -115,16 +115,16 @@ def explain(error: Exception) -> str:
   return f'{unknown[1]}: no such field' + (f'; did you mean config.{" or config.".join(near)}?' if near else '')
 
 
-def open_config(path: str | Path, *, trust: bool = False) -> ConfigFile:
+def open_config(path: str | Path, *, trust: bool = False, flag: str = '--config') -> ConfigFile:
   """Loads a .py config file, which is executed as trusted code, or a run's config.json, which is only parsed.
 
-  `path` may be the name of a preset, or a run's folder. With `trust` the plug-ins in the run's folder are executed.
-  Raises ConfigError.
+  `path` may be the name of a preset, or a run's folder; `flag` is the flag that named it. With `trust` the plug-ins in
+  the run's folder are executed. Raises ConfigError.
   """
-  path = find_config(path)
+  path = find_config(path, flag)
   if path.suffix == '.json':
-    return ConfigFile(path, read_values(path, '--config', trust), None)
-  module: Any = plugins.run_file(path, f'llm_jax_config_{path.stem}', '--config')
+    return ConfigFile(path, read_values(path, flag, trust), None)
+  module: Any = plugins.run_file(path, f'llm_jax_config_{path.stem}', flag)
   try:
     full, on_cpu = module.get_config(), None
     if hasattr(module, 'on_cpu'):
@@ -135,7 +135,7 @@ def open_config(path: str | Path, *, trust: bool = False) -> ConfigFile:
   except ConfigError:
     raise
   except Exception as e:  # a user's file may raise anything
-    raise ConfigError(f'--config: {path}{plugins.line_in(path, e)}: {explain(e)}') from e
+    raise ConfigError(f'{flag}: {path}{plugins.line_in(path, e)}: {explain(e)}') from e
   if has_registered(module.__name__):
     plugins.note(str(path), plugins.name_of(path))
   plugins.load_all(source.full.get('plugins', ()), path.parent)

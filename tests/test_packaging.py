@@ -25,7 +25,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_has_presets_types_and_license(wheel):
   names = zipfile.ZipFile(wheel).namelist()
   presets = {f'llm_jax/configs/{path.name}' for path in (ROOT / 'configs').glob('*.py')}
-  assert presets <= set(names) and 'llm_jax/py.typed' in names
+  assert presets <= set(names) and {'llm_jax/py.typed', 'llm_jax/extras/serving/page.html'} <= set(names)
   info = next(name for name in names if name.endswith('/METADATA')).rpartition('/')[0]
   metadata = zipfile.ZipFile(wheel).read(f'{info}/METADATA').decode()
   assert 'License-Expression: Apache-2.0' in metadata and f'{info}/licenses/LICENSE' in names

@@ -53,7 +53,7 @@ def type_name(hint: Any) -> str:
 
 @functools.cache
 def comments_of(cls: type) -> dict[str, str]:
-  """{field: the comment behind it, or above it}, of a class and its bases; {} for classes made at run time."""
+  """{field: the comment behind it, or above it, or that of a base class}; {} for classes made at run time."""
   comments: dict[str, str] = {}
   for base in reversed(cls.__mro__):
     try:
@@ -66,5 +66,6 @@ def comments_of(cls: type) -> dict[str, str]:
         assert node.end_lineno is not None
         behind = lines[node.end_lineno - 1][node.end_col_offset:].partition('#')[2].strip()
         above = lines[node.lineno - 2].strip()
-        comments[node.target.id] = behind or (above.lstrip('# ') if above.startswith('#') else '')
+        found = behind or (above.lstrip('# ') if above.startswith('#') else '')
+        comments[node.target.id] = found or comments.get(node.target.id, '')
   return comments

@@ -20,7 +20,7 @@ class ProfileConfig:
   """Which steps to trace into the workdir. Traced steps are slower."""
 
   start: int = 0  # the first traced step, counted from 1; 0: no trace
-  num_steps: int = 3
+  num_steps: int = 3  # number of traced steps, at least 1
 
   def __post_init__(self) -> None:
     if self.start < 0 or self.num_steps < 1:

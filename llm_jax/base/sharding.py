@@ -48,9 +48,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 class MeshConfig:
   """Devices along each mesh axis; -1, for one axis at most, takes the remaining devices."""
 
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
+  data: int = -1  # devices that split the batch and hold whole copies of the weights
+  fsdp: int = 1  # devices that split the batch and the weights
+  tensor: int = 1  # devices that split each matrix multiplication
 
   def __post_init__(self) -> None:
     sizes = dataclasses.astuple(self)

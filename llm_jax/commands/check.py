@@ -33,6 +33,7 @@ CORE = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-colle
         'tokenizers', 'tiktoken', 'safetensors', 'psutil', 'rich')
 OPTIONAL = {  # module: what it is used for, the extra that installs it
     'matplotlib': ('figures: plot, schedules, inspect, evaluate, sweep', 'plot'),
+    'wandb': ('logs to Weights & Biases: config.log.loggers', 'wandb'),
     'xprof': ('profiles in TensorBoard', 'profile'),
     'pyarrow': ('Parquet and Arrow files', 'data'),
     'h5py': ('HDF5 files', 'data'),

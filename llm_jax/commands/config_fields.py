@@ -1,6 +1,7 @@
 """Prints all fields of a config, or of some of its sections: value, type, origin and comment.
 
-A value comes from the defaults, the config file, its on_cpu (without an accelerator), or the command line.
+A value comes from the defaults, the config file, its on_cpu (without an accelerator), or the command line. --diff
+between a file and a run leaves out the fields that the file leaves open and the run has filled in from data and device.
 
   llm-jax config --config=gpt_small optim  # the section optim
   llm-jax config --config=gpt_small --format=json --config.num_steps=50
@@ -17,6 +18,10 @@ from llm_jax.base import flags
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.fields import Field, fields_of
+
+# Fields besides those of losses that training fills in (training/resolve.py, memory.py) where they are None or 'auto'.
+OPEN = ('tokens_per_device', *(f'model.{name}' for name in (
+    'vocab_size', 'max_len', 'encoder_len', 'start_id', 'encoder_vocab_size', 'dtype')))
 
 
 def parser() -> flags.Parser:
@@ -44,11 +49,22 @@ def main(argv: list[str]) -> None:
   if args.diff and args.config:
     raise ConfigError('--diff compares the two configs after it: leave out --config')
   if args.diff:
-    old, new = (to_dict(config_file.open_config(path, trust=args.trust).resolve(overrides, cpu_only=cpu_only))
-                for path in args.diff)
+    sources = [config_file.open_config(path, trust=args.trust, flag='--diff') for path in args.diff]
+    old, new = (to_dict(source.resolve(overrides, cpu_only=cpu_only)) for source in sources)
+    check_sections(sections, old | new, args.diff[0])
     found = {path: pair for path, pair in config_lib.differences(old, new).items() if chosen(path)}
-    print(json.dumps(found, indent=2) if args.format == 'json' else
-          '\n'.join(f'{path}: {as_typed(a)} -> {as_typed(b)}' for path, (a, b) in found.items()) or 'no difference')
+    filled = filled_in(found) if {source.path.suffix for source in sources} == {'.py', '.json'} else []
+    compared = {path: pair for path, pair in found.items() if path not in filled}
+    if args.format == 'json':
+      print(json.dumps(compared, indent=2))
+      return
+    for name, source in zip(args.diff, sources, strict=True):
+      if source.on_cpu is not None:
+        print(f'{name}: ' + ('with its on_cpu, as there is no accelerator (--full_size: without)' if cpu_only else
+                             'in full size, without its on_cpu'))
+    print('\n'.join(f'{path}: {as_typed(a)} -> {as_typed(b)}' for path, (a, b) in compared.items()) or 'no difference')
+    if filled:
+      print(f'left open by the file and filled in by the run: {", ".join(filled)}')
     return
   if args.config is None and sections:
     args.config = sections.pop(0)  # llm-jax config gpt_small optim
@@ -58,10 +74,7 @@ def main(argv: list[str]) -> None:
   config = source.resolve(overrides, cpu_only=cpu_only)
   fields = list(fields_of(config))
   entries = [field for field in fields if chosen(field.path)]
-  missing = [name for name in sections if not any(f'{field.path}.'.startswith(f'{name}.') for field in fields)]
-  if missing:
-    known = dict.fromkeys(field.path.partition('.')[0] for field in fields if '.' in field.path)
-    raise ConfigError(f'{args.config} has no section {", ".join(missing)}; sections: {", ".join(known)}')
+  check_sections(sections, to_dict(config), args.config)
   on_cpu = source.on_cpu if cpu_only else None
   origins = [origin(field, source.full, on_cpu, overrides) for field in entries]
   if args.format == 'json':
@@ -70,6 +83,29 @@ def main(argv: list[str]) -> None:
                       for field, found in zip(entries, origins, strict=True)}, indent=2))
   else:
     print('\n'.join(tree(entries, origins)))
+
+
+def check_sections(sections: list[str], values: Mapping[str, Any], name: str) -> None:
+  """Raises ConfigError for a section or field that the config does not have."""
+  if missing := [section for section in sections if not has(values, section)]:
+    known = [section for section, value in values.items() if isinstance(value, Mapping) and value]
+    raise ConfigError(f'{name} has no section {", ".join(missing)}; sections: {", ".join(known)}')
+
+
+def has(values: Any, path: str) -> bool:
+  """Whether nested dicts have a value at a path."""
+  for name in path.split('.'):
+    if not isinstance(values, Mapping) or name not in values:
+      return False
+    values = values[name]
+  return True
+
+
+def filled_in(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
+  """The differences between a file and a run in fields that the file leaves open and data and device determine."""
+  computed = ('num_steps', 'num_epochs') if 'num_epochs' in found else ()  # a run has steps, from the file's epochs
+  return [path for path, pair in found.items() if path in computed
+          or ((path in OPEN or path.startswith('loss.')) and (None in pair or 'auto' in pair))]
 
 
 def origin(field: Field, full: Mapping[str, Any], on_cpu: Mapping[str, Any] | None,

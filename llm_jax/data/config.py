@@ -24,7 +24,7 @@ class DataConfig(SourceConfig, SplitConfig):
 
   sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # a mixture, by name
   weights_from: tuple[int, ...] = (0,)  # the steps at which the sources' 1st, 2nd, ... weights begin
-  on_bad_record: Literal['fail', 'skip'] = 'fail'
+  on_bad_record: Literal['fail', 'skip'] = 'fail'  # what a damaged record does: end the run, or be left out and counted
   max_bad_fraction: float = 0.01  # of all records, if bad ones are skipped
   filters: FilterConfig = FilterConfig()
 
@@ -37,7 +37,7 @@ class DataConfig(SourceConfig, SplitConfig):
   task: str = 'next_token'  # one of TASKS (see docs/data.md); its settings are in the section of its name
   sections: Sections = sections(TASKS, TOKENIZERS)
   augment: Augment = Augment()
-  seq_len: int = 1024
+  seq_len: int = 1024  # tokens in a row, at least 1
   encoder_len: int = 512  # for tasks with an encoder
   packing: Literal['concat', 'best_fit', 'pad'] = 'concat'  # see rows.py
   stride: int | None = None  # distance between window starts; None: seq_len (no overlap)

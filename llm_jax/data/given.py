@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 
 from llm_jax.base.batch import Batch
@@ -94,6 +93,7 @@ class GivenBatches:
 
   def open(self, rows: np.ndarray, begin: int, states: list[dict] | None, process: int) -> Batches:
     """The rows `rows` of batches begin, begin + 1, ..."""
+    import grain
     if isinstance(self.source, grain.IterDataset):
       iterator = iter(self.source.map(lambda batch: pick(batch, rows)))
       if begin and states and states[process] is not None:
@@ -102,6 +102,7 @@ class GivenBatches:
     return Batches(self._batches(rows, begin))
 
   def _batches(self, rows: np.ndarray, begin: int) -> Iterator[Features]:
+    import grain
     if isinstance(self.source, (Sequence, grain.MapDataset)):
       for n in itertools.count(begin):
         yield pick(self.source[n % len(self.source)], rows)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from llm_jax.base.batch import Batch
 from llm_jax.data.config import DataConfig
@@ -27,8 +28,6 @@ from llm_jax.data.rows.tasks import Features
 KEPT_BYTES = 256 << 20  # a source whose rows fit in here keeps them in memory, instead of making them every epoch
 # Batches made per wake-up of the prefetch thread: the smallest of these three limits, but at least one batch.
 AHEAD, AHEAD_ROWS, AHEAD_BYTES = 16, 1024, 4 << 20  # batches, rows, bytes
-# No threads of Grain's own: chunks are made 10 times faster than these hand them over with the default options.
-INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 class Endless:
@@ -114,7 +113,7 @@ def train_batches(make: Callable[[np.ndarray], Features], batch_size: int, rows:
 class Batches:
   """This host's batches, one per step. From a store, the step alone determines the batch."""
 
-  iterator: Generator[Features, None, None] | grain.DatasetIterator
+  iterator: Any  # a generator, or one of Grain's iterators, which have a state
   counters: Any = None  # of a stream: an object whose attributes are logged
   rows_per_epoch: float = float('inf')  # infinite for several sources and for streams
 
@@ -123,7 +122,7 @@ class Batches:
 
   def state(self) -> dict | None:
     """The state that a checkpoint must hold besides the step; None unless streaming."""
-    return self.iterator.get_state() if isinstance(self.iterator, grain.DatasetIterator) else None
+    return self.iterator.get_state() if hasattr(self.iterator, 'get_state') else None
 
   def metrics(self) -> dict[str, float]:
     return {f'data/{name}': float(n) for name, n in vars(self.counters).items()} if self.counters else {}
@@ -154,17 +153,34 @@ def prefetched(batches: Callable[[np.ndarray], Features], begin: int,
                num_workers: int = 0) -> Generator[Features, None, None]:
   """Batches begin, begin + 1, ..., made in advance by one thread or by `num_workers` processes. Close it when done."""
   count = 1 if num_workers else num_ahead(batches(np.array([begin])))
-  chunks = grain.MapDataset.range(sys.maxsize).map(
-      lambda n: batches(begin + n * count + np.arange(count))).to_iter_dataset(INLINE)
-  if num_workers:
-    if not flags.FLAGS.is_parsed():
-      flags.FLAGS.mark_as_parsed()  # Grain's workers read an absl flag, which fails before parsing
-    chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2))
-  else:
-    chunks = grain.experimental.ThreadPrefetchIterDataset(chunks, prefetch_buffer_size=2)
-  with contextlib.closing(iter(chunks)) as iterator:
-    for chunk in iterator:
+
+  def make(n: int) -> Features:
+    return batches(begin + n * count + np.arange(count))
+
+  with contextlib.closing(in_processes(make, num_workers) if num_workers else in_thread(make)) as chunks:
+    for chunk in chunks:
       yield from ({name: x[i] for name, x in chunk.items()} for i in range(count))
+
+
+def in_thread(make: Callable[[int], Features]) -> Generator[Features, None, None]:
+  """make(0), make(1), ...; a thread makes two of them in advance."""
+  with ThreadPoolExecutor(1, 'batches') as thread:
+    ahead = collections.deque(thread.submit(make, n) for n in range(2))
+    for n in itertools.count(2):
+      made = ahead.popleft().result()
+      ahead.append(thread.submit(make, n))
+      yield made
+
+
+def in_processes(make: Callable[[int], Features], num_workers: int) -> Any:
+  """make(0), make(1), ...; Grain's processes make two of them each in advance."""
+  import grain
+  from absl import flags
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # Grain's workers read an absl flag, which fails before parsing
+  inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # no threads in the processes
+  chunks = grain.MapDataset.range(sys.maxsize).map(make).to_iter_dataset(inline)
+  return iter(chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)))
 
 
 def num_ahead(batch: Features) -> int:

@@ -25,14 +25,14 @@ class ReduceOnPlateau(Link):
   over `accumulation_size` steps counts as an evaluation.
   """
 
-  metric: str = 'val/loss'
-  mode: Literal['min', 'max'] = 'min'
-  factor: float = ranged(0.5, lambda x: 0 < x < 1, 'in (0, 1)')
-  patience: int = positive(2)
-  min_delta: float = positive(1e-4)
-  cooldown: int = at_least(0, 0)
-  accumulation_size: int = positive(100)
-  min_scale: float = at_least(0, 0.0)
+  metric: str = 'val/loss'  # a result of evaluations, or train/loss
+  mode: Literal['min', 'max'] = 'min'  # whether lower or higher values are better
+  factor: float = ranged(0.5, lambda x: 0 < x < 1, 'in (0, 1)')  # of each reduction, in (0, 1)
+  patience: int = positive(2)  # evaluations without an improvement before a reduction
+  min_delta: float = positive(1e-4)  # least improvement that counts, in the metric's unit
+  cooldown: int = at_least(0, 0)  # evaluations after a reduction that do not count
+  accumulation_size: int = positive(100)  # steps whose mean counts as one evaluation, for train/loss
+  min_scale: float = at_least(0, 0.0)  # lowest product of all reductions
   place = 'control'
   scales = True
 
@@ -83,11 +83,11 @@ class NoiseAdaptive(Link):
   [`min_scale`, `max_scale`].
   """
 
-  decay: float = rate(0.98)
-  target: float = positive(0.1)
-  power: float = positive(0.5)
-  min_scale: float = positive(0.1)
-  max_scale: float = 1.0
+  decay: float = rate(0.98)  # of both means, per step, in [0, 1)
+  target: float = positive(0.1)  # the signal at which the factor is 1
+  power: float = positive(0.5)  # exponent of signal / target
+  min_scale: float = positive(0.1)  # smallest factor
+  max_scale: float = 1.0  # largest factor
   place = 'control'
   scales = True
 

@@ -30,8 +30,8 @@ EPS = 1e-5
 class BitNet:
   """How matrices are quantized; embeddings, norms and the readout are not."""
 
-  weight_bits: Literal['1.58', '1'] = '1.58'
-  activation_bits: int = 8
+  weight_bits: Literal['1.58', '1'] = '1.58'  # 1.58: weights of -1, 0 and 1; 1: of -1 and 1
+  activation_bits: int = 8  # of the inputs of matrices
   rounding: Literal['nearest', 'stochastic'] = 'nearest'  # of activations and weights, in training
   warmup_steps: int = 0  # steps over which quantization is blended in linearly; evaluation is always fully quantized
   sub_norm: bool = False  # RMSNorm without a scale before each matrix, in addition to the model's norms

@@ -23,7 +23,7 @@ from llm_jax.optim.masks import Dims, matrix_dims
 class BitnetFlips(Link):
   """Logs the share of each matrix's codes that an update changed (see extras/bitnet.py); does not change updates."""
 
-  weight_bits: Literal['1.58', '1'] = '1.58'
+  weight_bits: Literal['1.58', '1'] = '1.58'  # that of model.bitnet
   place = 'control'
 
   def problems(self, config: Any) -> list[str]:

@@ -38,8 +38,8 @@ from llm_jax.models.registry import MODELS
 class BytePatchConfig(StackConfig):
   """Shape and parts of a byte-patch model. The defaults are AGIFORMER's medium model, with 37M parameters here."""
 
-  name: str = 'byte_patch'
-  patch_size: int = 4
+  name: str = 'byte_patch'  # one of MODELS
+  patch_size: int = 4  # bytes in a patch, one position of the stack
   overlap: bool = False  # a patch also reads the bytes of the patch before it
   num_layers: int = 6
   embed_dim: int = 512

@@ -29,13 +29,14 @@ class Contrastive(Term):
   The mean of -log softmax_j(cos(a_i, b_j) / temperature) at j = i and the same from b to a.
   """
 
-  pooling: Pooling = 'mean'
-  embedding_dim: int = at_least(1, 128)
-  temperature: float = positive(0.05)
+  pooling: Pooling = 'mean'  # how the hidden states of a text become one vector
+  embedding_dim: int = at_least(1, 128)  # width of the embedding
+  temperature: float = positive(0.05)  # by which cosines are divided; lower is sharper
   reads: ClassVar[frozenset[str]] = frozenset({'encoder_tokens', 'encoder_segment_ids', 'segment_ids'})
   tasks: ClassVar[tuple[str, ...]] = ('pairs',)
   row_wise: ClassVar[bool] = False
   fixed: ClassVar[tuple[str, ...]] = ('embedding_dim',)
+  results: ClassVar[tuple[str, ...]] = ('loss', 'accuracy', 'top5_accuracy', 'mrr', 'documents')
 
   def check(self, loss: Any) -> None:
     if loss.balance == 'grad_norm':

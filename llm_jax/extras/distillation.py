@@ -34,7 +34,7 @@ class Distillation(Term):
 
   teacher: str = ''  # the workdir of a run
   checkpoint: str = 'best'  # of the teacher: best, latest or a step
-  temperature: float = positive(2.0)
+  temperature: float = positive(2.0)  # by which the logits of both are divided
   logits: float = at_least(0, 1.0)  # weight of the logits' part
   hidden: float = at_least(0, 0.0)  # weight of the hidden states' part
   hidden_dim: int | None = None  # the teacher's width; None: read from its config

@@ -33,9 +33,9 @@ class Phased(Link):
   phases (0, 1, 0.2, 0).
   """
 
-  lamb: float = at_least(0, 2.0)
-  phases: tuple[float, ...] = at_least(0, ())
-  until: tuple[str, ...] = ()
+  lamb: float = at_least(0, 2.0)  # factor on the slow gradient, before it is added
+  phases: tuple[float, ...] = at_least(0, ())  # a factor on lamb for each phase; (): one phase with factor 1
+  until: tuple[str, ...] = ()  # ends of the phases but the last: '1000', 'val/accuracy > 0.5'
   place = 'filter'
 
   def __post_init__(self):
@@ -89,7 +89,7 @@ class GrokfastEma(Phased):
   The mean starts at the first gradient, as in the authors' code.
   """
 
-  alpha: float = rate(0.98)
+  alpha: float = rate(0.98)  # decay of the gradient's mean, per step, in [0, 1)
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     def init(params: Params) -> EmaState:
@@ -118,7 +118,7 @@ class GrokfastMa(Phased):
   """
 
   lamb: float = at_least(0, 5.0)
-  window: int = at_least(1, 100)
+  window: int = at_least(1, 100)  # steps of the mean
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     size = self.window

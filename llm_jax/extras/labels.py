@@ -39,12 +39,13 @@ class Classification(Term):
   pooling: Pooling = 'last'  # of hidden states; with causal attention only the last token has read the whole document
   num_classes: int | None = at_least(2, None)  # None: from the training part
   classes: tuple[str, ...] | None = None  # their names; None: those of the training part, if they have any
-  focal_gamma: float = at_least(0, 0.0)
-  label_smoothing: float = rate(0.0)
-  z_loss: float = at_least(0, 0.0)
+  focal_gamma: float = at_least(0, 0.0)  # 0: no focal loss
+  label_smoothing: float = rate(0.0)  # share of the target probability that is spread over all classes, in [0, 1)
+  z_loss: float = at_least(0, 0.0)  # weight of log(Z)^2; 0: off
   reads: ClassVar[frozenset[str]] = frozenset({'labels', 'segment_ids'})
   tasks: ClassVar[tuple[str, ...]] = ('classification',)
   fixed: ClassVar[tuple[str, ...]] = ('num_classes', 'classes')
+  results: ClassVar[tuple[str, ...]] = ('loss', 'accuracy', 'top5_accuracy', 'macro_f1', 'documents')
 
   @property
   def head_dim(self) -> int:
@@ -171,13 +172,14 @@ def draw_confusion(counts: np.ndarray, classes: tuple[str, ...], out: Path) -> N
 class Regression(Term):
   """Half the squared error, or Huber's loss, of a document's numbers, in standard deviations of the training part."""
 
-  pooling: Pooling = 'last'
+  pooling: Pooling = 'last'  # how the hidden states of a text become one vector
   # Standard deviations beyond which the loss is linear (Huber 1964); 0: squared everywhere.
   huber_delta: float = at_least(0, 0.0)
   mean: tuple[float, ...] | None = None  # of each number; mean and std None: from the training part
-  std: tuple[float, ...] | None = None
+  std: tuple[float, ...] | None = None  # standard deviation of each number
   reads: ClassVar[frozenset[str]] = frozenset({'labels', 'segment_ids'})
   tasks: ClassVar[tuple[str, ...]] = ('regression',)
+  results: ClassVar[tuple[str, ...]] = ('loss', 'mae', 'rmse', 'r2', 'documents')
 
   def __post_init__(self):
     super().__post_init__()

@@ -30,12 +30,12 @@ class Adafactor(Link):
   Clipping and scaling by the parameter apply to whole arrays; for a stack that is all layers together.
   """
 
-  decay_rate: float = rate(0.8)
-  min_dim_size_to_factor: int = positive(128)
-  multiply_by_parameter_scale: bool = True
-  clipping_threshold: float = positive(1.0)
-  momentum: float = rate(0.0)
-  weight_decay: float = at_least(0, 0.0)
+  decay_rate: float = rate(0.8)  # exponent by which the decay of the second moment grows with the step
+  min_dim_size_to_factor: int = positive(128)  # matrices with a smaller dimension keep a whole second moment
+  multiply_by_parameter_scale: bool = True  # scale updates by the rms of the parameter
+  clipping_threshold: float = positive(1.0)  # largest rms of an update
+  momentum: float = rate(0.0)  # decay of the first moment, per step; 0: none
+  weight_decay: float = at_least(0, 0.0)  # decoupled, times the learning rate; 0: none
   mu_dtype: MuDtype = 'float32'  # of the momentum
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
@@ -49,14 +49,14 @@ class Adafactor(Link):
 class AdEMAMix(Link):
   """AdEMAMix (arXiv 2409.03137): Adam with a second, much slower momentum, with warm-up of its rate and weight."""
 
-  b1: float = rate(0.9)
-  b2: float = rate(0.999)
-  b3: float = rate(0.9999)
-  alpha: float = positive(5.0)
+  b1: float = rate(0.9)  # decay of the fast mean of gradients, per step
+  b2: float = rate(0.999)  # decay of the mean of squared gradients, per step
+  b3: float = rate(0.9999)  # decay of the slow mean of gradients, per step
+  alpha: float = positive(5.0)  # weight of the slow mean
   slow_steps: int = at_least(0, 0)  # warm-up steps of alpha and b3; 0: none. The paper uses all of training
-  eps: float = positive(1e-8)
-  weight_decay: float = at_least(0, 0.1)
-  mu_dtype: MuDtype = 'float32'
+  eps: float = positive(1e-8)  # added to the denominator
+  weight_decay: float = at_least(0, 0.1)  # decoupled, times the learning rate; 0: none
+  mu_dtype: MuDtype = 'float32'  # of the fast mean, as stored
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -83,12 +83,12 @@ def half_life(b: float) -> float:
 class Prodigy(Link):
   """Prodigy (arXiv 2306.06101): Adam that estimates its learning rate; config.optim.learning_rate is a factor on it."""
 
-  b1: float = rate(0.9)
-  b2: float = rate(0.999)
-  estim_lr0: float = positive(1e-6)
-  estim_lr_coef: float = positive(1.0)
-  safeguard_warmup: bool = True
-  weight_decay: float = at_least(0, 0.0)
+  b1: float = rate(0.9)  # decay of the mean of gradients, per step
+  b2: float = rate(0.999)  # decay of the mean of squared gradients, per step
+  estim_lr0: float = positive(1e-6)  # first estimate of the step size
+  estim_lr_coef: float = positive(1.0)  # factor on the estimated step size
+  safeguard_warmup: bool = True  # keep warm-up steps out of the estimate
+  weight_decay: float = at_least(0, 0.0)  # decoupled, times the step size; 0: none
 
   def check(self, optim: Any) -> None:
     if any(group.decays for group in optim.groups.values()) or optim.learning_rate < 0.1:
@@ -117,11 +117,12 @@ class Prodigy(Link):
 class ScheduleFree(Link):
   """AdamW with schedule-free averaging of weights (arXiv 2405.15682). Needs schedule `constant`, with warm-up."""
 
+  # weight of the average in the point where gradients are taken, in (0, 1)
   b1: float = ranged(0.9, lambda x: 0 < x < 1, 'in (0, 1)')
-  b2: float = rate(0.95)
-  eps: float = positive(1e-8)
-  weight_decay: float = at_least(0, 0.1)
-  weight_lr_power: float = 2.0
+  b2: float = rate(0.95)  # decay of the mean of squared gradients, per step
+  eps: float = positive(1e-8)  # added to the denominator
+  weight_decay: float = at_least(0, 0.1)  # decoupled, times the learning rate; 0: none
+  weight_lr_power: float = 2.0  # exponent of the learning rate in a step's weight in the average
   averages = True
 
   def check(self, optim: Any) -> None:
@@ -145,7 +146,7 @@ class L2(Link):
   With Adam, unlike adamw, the decay is strongest where gradients are small (arXiv 1711.05101, section 2).
   """
 
-  weight_decay: float = positive(0.01)
+  weight_decay: float = positive(0.01)  # factor of the weights that is added to gradients
   pattern: str = '/w$'  # regular expression for the paths of decayed parameters; '^blocks.*/w$' excludes tables
   place = 'filter'
 

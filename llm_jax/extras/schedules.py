@@ -19,8 +19,8 @@ from llm_jax.optim.schedules import SHAPES, Schedule, Warmup
 class Polynomial(Warmup):
   """Polynomial decay, (1 - progress)^power, to `end_factor` at the last step."""
 
-  power: float = positive(2.0)
-  end_factor: float = share(0.0)
+  power: float = positive(2.0)  # 1: linear; 2: quadratic
+  end_factor: float = share(0.0)  # last rate, as a share of the peak
 
   def after(self, peak_value: float, num_steps: int) -> optax.Schedule:
     return optax.polynomial_schedule(peak_value, self.end_factor * peak_value, self.power, num_steps)
@@ -30,9 +30,9 @@ class Polynomial(Warmup):
 class OneCycle(Schedule):
   """One cosine up from peak / div_factor and one down to peak / div_factor / final_div_factor (arXiv 1708.07120)."""
 
-  pct_start: float = ranged(0.3, lambda x: 0 < x < 1, 'in (0, 1)')
-  div_factor: float = positive(25.0)
-  final_div_factor: float = positive(1e4)
+  pct_start: float = ranged(0.3, lambda x: 0 < x < 1, 'in (0, 1)')  # share of the steps that rise, in (0, 1)
+  div_factor: float = positive(25.0)  # the peak / the first rate
+  final_div_factor: float = positive(1e4)  # the first rate / the last rate
 
   def make(self, peak_value: float, num_steps: int) -> optax.Schedule:
     return optax.cosine_onecycle_schedule(num_steps, peak_value, self.pct_start, self.div_factor,
@@ -46,8 +46,9 @@ class Cyclic(Schedule):
   `shrink` scales the height of each cycle relative to the one before: 1 is "triangular", 0.5 "triangular2".
   """
 
-  half_steps: int = positive(1000)
-  min_factor: float = share(0.1)
+  half_steps: int = positive(1000)  # steps from the lowest to the highest rate
+  min_factor: float = share(0.1)  # lowest rate, as a share of the peak
+  # height of a cycle relative to the one before, in (0, 1]
   shrink: float = ranged(1.0, lambda x: 0 < x <= 1, 'in (0, 1]')
 
   def make(self, peak_value: float, num_steps: int) -> optax.Schedule:
@@ -65,10 +66,10 @@ class Restarts(Warmup):
   `shrink` scales the peak of each decay relative to the one before; `end_factor` is relative to its own peak.
   """
 
-  period: int = positive(1000)
-  multiply: float = at_least(1, 2.0)
-  shrink: float = positive(1.0)
-  end_factor: float = share(0.0)
+  period: int = positive(1000)  # steps of the first decay
+  multiply: float = at_least(1, 2.0)  # length of a decay relative to the one before, at least 1
+  shrink: float = positive(1.0)  # peak of a decay relative to the one before
+  end_factor: float = share(0.0)  # last rate of a decay, as a share of its peak
 
   def after(self, peak_value: float, num_steps: int) -> optax.Schedule:
     lengths, begins = [self.period], [0]
@@ -92,8 +93,8 @@ class Phases(Warmup):
   The defaults are four phases as in Grokfast: warm-up, acceleration, consolidation, refinement.
   """
 
-  factors: tuple[float, ...] = at_least(0, (1.0, 5.0, 0.2, 0.1))
-  boundaries: tuple[int, ...] = (1000, 6000, 8000)
+  factors: tuple[float, ...] = at_least(0, (1.0, 5.0, 0.2, 0.1))  # on the peak, one for each phase
+  boundaries: tuple[int, ...] = (1000, 6000, 8000)  # the first steps of all phases but the first
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -122,8 +123,8 @@ class Composite(Schedule):
   Part k starts at step `boundaries[k - 1]` of the run, which is its own step 0.
   """
 
-  parts: tuple[str, ...] = ()
-  boundaries: tuple[int, ...] = ()
+  parts: tuple[str, ...] = ()  # names of schedules
+  boundaries: tuple[int, ...] = ()  # the first steps of all parts but the first
 
   def __post_init__(self) -> None:
     super().__post_init__()

@@ -44,11 +44,11 @@ class Soap(Link):
   The bases are updated every `precondition_every` steps by one power iteration and a QR decomposition.
   """
 
-  b1: float = rate(0.95)
-  b2: float = rate(0.95)
-  eps: float = positive(1e-8)
-  weight_decay: float = at_least(0, 0.1)
-  precondition_every: int = positive(10)
+  b1: float = rate(0.95)  # decay of the mean of gradients, per step
+  b2: float = rate(0.95)  # decay of the mean of squared gradients, per step
+  eps: float = positive(1e-8)  # added to the denominator
+  weight_decay: float = at_least(0, 0.1)  # decoupled, times the learning rate; 0: none
+  precondition_every: int = positive(10)  # steps between updates of the bases
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     check_declared(info)

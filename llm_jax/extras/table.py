@@ -31,6 +31,7 @@ TABLE: dict[str, dict[str, str]] = {
     'unpacker': {'archive': 'archives', 'stream': 'compression'},
     'exporter': {'packed': 'bitnet_pack'},
     'validator': {'wgsl': 'wgsl'},
+    'logger': {'csv': 'loggers', 'wandb': 'loggers'},
     'answer_metric': {'bleu': 'answer_metrics', 'word_precision': 'answer_metrics', 'word_recall': 'answer_metrics',
                       'word_f1': 'answer_metrics'},
 }

@@ -115,8 +115,8 @@ class SpanCorruption(Task):
   <0> B <1> D eos. `encoder_segment_ids` [encoder_len] is 1 on real tokens.
   """
 
-  noise_density: float = 0.15
-  mean_span_length: float = 3.0
+  noise_density: float = 0.15  # share of the tokens that are replaced, in (0, 1)
+  mean_span_length: float = 3.0  # tokens of a replaced span, on average
   num_sentinels: int = 100  # maximum number of spans in a row
   random: ClassVar[bool] = True
   overhead: ClassVar[int] = 2  # a sentinel and eos

@@ -58,6 +58,17 @@ class LossConfig(Ranged):
     """Whether a model trained with these losses can generate text."""
     return any(self.sections[name].writes for name in self.terms)
 
+  @property
+  def results(self) -> set[str] | None:
+    """The names of results of evaluations; None if a term does not declare its own."""
+    terms = {name: self.sections[name] for name in self.terms if self.sections[name].evaluated}
+    names = {name: term.results for name, term in terms.items()} or {'next_token': NextToken.results}
+    if None in names.values():
+      return None
+    if len(names) == 1:
+      return set(*names.values())
+    return {'loss'} | {f'{name}/{result}' for name, results in names.items() for result in results}
+
   def with_labels(self, labels: np.ndarray | None, classes: tuple[str, ...] = ()) -> LossConfig:
     """The config with fields filled in from the training part's labels and class names. Raises ValueError."""
     fitted: dict[str, Any] = {}

@@ -24,6 +24,7 @@ class FunctionTerm(Term):
   """
 
   function: ClassVar[LossFunction]
+  results: ClassVar[tuple[str, ...]] = ('loss', 'count')
 
   @property
   def writes(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,11 @@ from llm_jax.losses.term import Sums, Term, TermInputs
 class NextToken(Term):
   """-log p(target) where loss_mask is 1, with PaLM's z-loss and label smoothing (see cross_entropy)."""
 
-  z_loss: float = at_least(0, 0.0)
+  z_loss: float = at_least(0, 0.0)  # weight of log(Z)^2; 0: off
   label_smoothing: float = rate(0.0)  # share of the target probability that is spread over the vocabulary
+
+  results: ClassVar[tuple[str, ...]] = (
+      'loss', 'perplexity', 'accuracy', 'top5_accuracy', 'tokens', 'bits_per_byte')
 
   @property
   def writes(self) -> bool:

@@ -57,6 +57,12 @@ class Term(Ranged):
   head_dim: ClassVar[Any] = 0  # outputs of its head; 0: no head
   evaluated: ClassVar[bool] = True  # whether it has `score` and `summarize`; without, evaluations leave it out
   fixed: ClassVar[tuple[str, ...]] = ()  # fields that cannot change when a run is resumed
+  results: ClassVar[tuple[str, ...] | None] = None  # names that `summarize` may return; None: known after a first run
+
+  def __init_subclass__(cls, **kwargs: Any) -> None:
+    super().__init_subclass__(**kwargs)
+    if 'summarize' in vars(cls) and 'results' not in vars(cls):
+      cls.results = None  # those of the parent are not those of another `summarize`
 
   def __post_init__(self) -> None:
     super().__post_init__()

@@ -22,13 +22,13 @@ from llm_jax.models.protocol import ModelConfig
 class StackConfig(ModelConfig):
   """Shape and parts that models with a stack of layers share. The defaults are those of GPT-2, without biases."""
 
-  num_layers: int = 12
-  embed_dim: int = 768
-  num_heads: int = 12
+  num_layers: int = 12  # at least 1
+  embed_dim: int = 768  # width of the residual stream; a multiple of num_heads, unless head_dim is set
+  num_heads: int = 12  # attention heads of a layer
   mlp_dim: int | None = None  # None: 4 * embed_dim
   mlp: str = 'gelu_tanh'  # one of MLPS
   norm: str = 'layer_norm'  # one of NORMS
-  rope_base: float = 10000.0
+  rope_base: float = 10000.0  # base of the rotary wavelengths, for positions rope
   use_bias: bool = False  # on matrices and LayerNorms
   attention: str = 'auto'  # one of ATTENTION; auto: the fastest that supports the device, dtype and shapes
   logit_soft_cap: float = 0.0  # cap * tanh(logits / cap); 0: off
@@ -36,7 +36,7 @@ class StackConfig(ModelConfig):
   init_std: float = 0.02  # of matrices; those that write to the residual stream get init_std / sqrt(2 L)
   # Of matrix operands; everything else is float32. auto: bfloat16 where the device multiplies it faster than float32.
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
-  scan_unroll: int = 1
+  scan_unroll: int = 1  # layers per iteration of the scan; more compile longer and may run faster
   remat: str = 'none'  # one of REMAT: what a layer saves for its backward pass; see layers/stack.py
   sections: Sections = sections(*PARTS.values())
 
@@ -90,13 +90,13 @@ def require(config: Any, words: str, fits: Callable[[Any], bool], *fields: str) 
 class DecoderConfig(StackConfig):
   """Shape and parts of a decoder. With learned positions, rows longer than max_len are not possible."""
 
-  name: str = 'decoder'
+  name: str = 'decoder'  # one of MODELS
   num_kv_heads: int | None = None  # None: num_heads
   head_dim: int | None = None  # None: embed_dim / num_heads
-  positions: Literal['learned', 'rope'] = 'learned'
+  positions: Literal['learned', 'rope'] = 'learned'  # a table of max_len positions, or rotary
   einsum: str = 'full'  # one of EINSUMS: the kind of matrices between hidden states
-  qk_norm: bool = False
-  tie_embeddings: bool = True
+  qk_norm: bool = False  # normalize queries and keys
+  tie_embeddings: bool = True  # use the embedding as the readout matrix
   windows: tuple[int, ...] = (0,)  # layer l attends to windows[l % len(windows)] tokens; 0: all
   prefix_attention: bool = False  # bidirectional attention within prompts and where the data's prefix_mask is 1
   embed_init_std: float | None = None  # of token and position embeddings; None: init_std

@@ -41,7 +41,7 @@ PLACES = ('filter', 'optimizer', 'control')
 class OptimConfig:
   """The links of the chain in order, the settings of each, and the peak and schedule of the learning rate."""
 
-  learning_rate: float = 6e-4
+  learning_rate: float = 6e-4  # the peak of the schedule, in (0, 1000]
   schedule: str = 'warmup_cosine'  # one of SCHEDULES
   chain: tuple[str, ...] = ('clip_by_global_norm', 'adamw')  # of TRANSFORMS: filters, one optimizer, then controls
   groups: dict[str, Group] = dataclasses.field(default_factory=dict)
@@ -148,11 +148,6 @@ class Optimizer(NamedTuple):
   def averages(self) -> bool:
     """Whether the evaluated weights differ from the trained ones."""
     return any(link.averages for link in self.links)
-
-  @property
-  def required_metrics(self) -> tuple[str, ...]:
-    """The evaluation results that its links use."""
-    return tuple(name for link in self.links for name in link.required_metrics)
 
   def evaluated(self, opt_state: optax.OptState, params: Params) -> Params:
     for link, state in self._pairs(opt_state):

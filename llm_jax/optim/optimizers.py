@@ -25,7 +25,7 @@ MuDtype = Literal['float32', 'bfloat16']
 class ClipByGlobalNorm(Link):
   """Scales gradients down to at most this norm (arXiv 1211.5063)."""
 
-  max_norm: float = positive(1.0)
+  max_norm: float = positive(1.0)  # L2 norm of all gradients together
   place = 'filter'
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
@@ -49,11 +49,11 @@ def decayed(tx: optax.GradientTransformation, schedule: optax.Schedule, weight_d
 class AdamW(Link):
   """Adam with decoupled weight decay (arXiv 1711.05101)."""
 
-  b1: float = rate(0.9)
-  b2: float = rate(0.95)
-  eps: float = positive(1e-8)
-  weight_decay: float = at_least(0, 0.1)
-  mu_dtype: MuDtype = 'float32'
+  b1: float = rate(0.9)  # decay of the mean of gradients, per step
+  b2: float = rate(0.95)  # decay of the mean of squared gradients, per step
+  eps: float = positive(1e-8)  # added to the denominator
+  weight_decay: float = at_least(0, 0.1)  # decoupled, times the learning rate; 0: none
+  mu_dtype: MuDtype = 'float32'  # of the mean of gradients, as stored
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return optax.adamw(schedule, self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype, weight_decay=self.weight_decay,
@@ -64,11 +64,11 @@ class AdamW(Link):
 class Adam(Link):
   """Adam (arXiv 1412.6980), without decay; with `nesterov`, NAdam."""
 
-  b1: float = rate(0.9)
-  b2: float = rate(0.999)
-  eps: float = positive(1e-8)
-  nesterov: bool = False
-  mu_dtype: MuDtype = 'float32'
+  b1: float = rate(0.9)  # decay of the mean of gradients, per step
+  b2: float = rate(0.999)  # decay of the mean of squared gradients, per step
+  eps: float = positive(1e-8)  # added to the denominator
+  nesterov: bool = False  # NAdam
+  mu_dtype: MuDtype = 'float32'  # of the mean of gradients, as stored
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return optax.adam(schedule, self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype, nesterov=self.nesterov)
@@ -78,10 +78,10 @@ class Adam(Link):
 class Sgd(Link):
   """Stochastic gradient descent with momentum, optionally Nesterov's."""
 
-  momentum: float = rate(0.9)
-  nesterov: bool = False
-  weight_decay: float = at_least(0, 0.0)
-  accumulator_dtype: MuDtype = 'float32'
+  momentum: float = rate(0.9)  # decay of the sum of gradients, per step; 0: none
+  nesterov: bool = False  # look ahead along the momentum
+  weight_decay: float = at_least(0, 0.0)  # decoupled, times the learning rate; 0: none
+  accumulator_dtype: MuDtype = 'float32'  # of the momentum, as stored
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -97,10 +97,10 @@ class Sgd(Link):
 class Lion(Link):
   """Lion (arXiv 2302.06675): the sign of an interpolated momentum. Needs 3 to 10 times lower rates than Adam."""
 
-  b1: float = rate(0.9)
-  b2: float = rate(0.99)
-  weight_decay: float = at_least(0, 0.5)
-  mu_dtype: MuDtype = 'float32'
+  b1: float = rate(0.9)  # weight of the momentum in the sign of an update
+  b2: float = rate(0.99)  # decay of the momentum, per step
+  weight_decay: float = at_least(0, 0.5)  # decoupled, times the learning rate; 0: none
+  mu_dtype: MuDtype = 'float32'  # of the momentum, as stored
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return optax.lion(schedule, self.b1, self.b2, self.mu_dtype, self.weight_decay, mask=matrices)
@@ -114,14 +114,14 @@ class Muon(Link):
   both use one learning rate. Each matrix of a stack of layers or experts is orthogonalized separately.
   """
 
-  beta: float = rate(0.95)
-  ns_steps: int = positive(5)
-  nesterov: bool = True
-  consistent_rms: float = positive(0.2)
-  weight_decay: float = at_least(0, 0.1)
-  adam_b1: float = rate(0.9)
-  adam_b2: float = rate(0.95)
-  mu_dtype: MuDtype = 'float32'
+  beta: float = rate(0.95)  # decay of the momentum, per step
+  ns_steps: int = positive(5)  # Newton-Schulz iterations
+  nesterov: bool = True  # look ahead along the momentum
+  consistent_rms: float = positive(0.2)  # rms of an update before the learning rate
+  weight_decay: float = at_least(0, 0.1)  # decoupled, times the learning rate; 0: none
+  adam_b1: float = rate(0.9)  # b1 of the Adam for other parameters
+  adam_b2: float = rate(0.95)  # b2 of the Adam for other parameters
+  mu_dtype: MuDtype = 'float32'  # of the momentum, as stored
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     check_declared(info)
@@ -143,7 +143,7 @@ class Ema(Link):
   a = d a + (1 - d) p after each update, with d = min(decay, (1 + t) / (10 + t)) at update t, as in TensorFlow.
   """
 
-  decay: float = rate(0.999)
+  decay: float = rate(0.999)  # of the average, per step, in [0, 1)
   place = 'control'
   averages = True
 

@@ -53,7 +53,7 @@ class Schedule(Ranged):
 class Warmup(Schedule):
   """The base class of schedules with a warm-up: a linear rise, then `after`."""
 
-  warmup_steps: int = at_least(0, 0)
+  warmup_steps: int = at_least(0, 0)  # steps of the linear rise from 0; 0: none
 
   def make_for(self, optim: Any, num_steps: int) -> optax.Schedule:
     schedule = self.fitted(num_steps).make(optim.learning_rate, num_steps)
@@ -75,7 +75,7 @@ class Warmup(Schedule):
 class WarmupCosine(Warmup):
   """Cosine decay (arXiv 1608.03983) to `end_factor` at the last step."""
 
-  end_factor: float = share(0.1)
+  end_factor: float = share(0.1)  # last rate, as a share of the peak
 
   def after(self, peak_value: float, num_steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(peak_value, num_steps, self.end_factor)
@@ -85,7 +85,7 @@ class WarmupCosine(Warmup):
 class WarmupLinear(Warmup):
   """Linear decay to `end_factor` at the last step."""
 
-  end_factor: float = share(0.0)
+  end_factor: float = share(0.0)  # last rate, as a share of the peak
 
   def after(self, peak_value: float, num_steps: int) -> optax.Schedule:
     return optax.linear_schedule(peak_value, self.end_factor * peak_value, num_steps)
@@ -103,7 +103,7 @@ class Constant(Warmup):
 class InverseSqrt(Warmup):
   """Decay as 1 / sqrt(step) after the warm-up (arXiv 1706.03762), independent of the number of steps."""
 
-  warmup_steps: int = positive(1000)
+  warmup_steps: int = positive(1000)  # steps of the linear rise, and the scale of the decay
 
   def fitted(self, num_steps: int) -> InverseSqrt:
     return self  # the decay does not depend on the number of steps
@@ -126,9 +126,9 @@ class Wsd(Warmup):
   A cool-down can branch off any checkpoint of a run: see config.start.
   """
 
-  decay_steps: int = at_least(0, 0)
-  shape: Literal['linear', 'sqrt', 'cosine'] = 'sqrt'
-  end_factor: float = share(0.0)
+  decay_steps: int = at_least(0, 0)  # steps of the cool-down
+  shape: Literal['linear', 'sqrt', 'cosine'] = 'sqrt'  # of the cool-down
+  end_factor: float = share(0.0)  # last rate, as a share of the peak
 
   def after(self, peak_value: float, num_steps: int) -> optax.Schedule:
     begin = num_steps - self.decay_steps

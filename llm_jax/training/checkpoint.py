@@ -5,63 +5,49 @@ Each holds three items: `params`, `opt_state` (trees of arrays) and `meta` (JSON
 
 from __future__ import annotations
 
-import logging
+import functools
 import math
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as policies
 
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.files import writing
 from llm_jax.base.progress import Progress
 from llm_jax.config import CheckpointConfig
-
-# Orbax warns about things that are intended here, such as a save without metrics.
-logging.getLogger('absl').addFilter(lambda record: record.levelno >= logging.ERROR or 'orbax' not in record.pathname)
-
-
-class _Manager(ocp.CheckpointManager):
-
-  def reached_preemption(self, step: int) -> bool:
-    """Always False: StopSignal handles preemption, and asking JAX here would disturb its count of steps."""
-    return False
 
 
 class Checkpoints:
   """The checkpoints of one run. A context manager: leaving it waits for a save in progress."""
 
   def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
-    self._directory = directory
-    kept = [policies.LatestN(config.keep_last),
-            policies.BestN(get_metric_fn=_score, reverse=True, n=config.keep_best,
-                           keep_checkpoints_without_metrics=False)]
-    if config.keep_every:
-      kept.append(policies.EveryNSteps(config.keep_every))
-    # Orbax splits each array over the devices that hold copies of it, with one program per shape and device; compiling
-    # them blocks training during the first save. That is worth it only for large slices.
-    ocp.type_handlers.register_type_handler(
-        jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 26), override=True)
-    # Compression makes weights only 8% smaller and doubles the work of a save, for which training on a CPU waits.
-    self._manager = _manager(
-        directory, partial(ocp.PyTreeCheckpointHandler, use_compression=False),
-        best_fn=_score, best_mode='min',  # else Orbax drops the metrics
-        preservation_policy=policies.AnyPreservationPolicy(kept), read_only=read_only, create=not read_only,
-        cleanup_tmp_directories=not read_only)
+    self._directory, self._config, self._read_only = directory, config, read_only
+    if not read_only:
+      with writing(str(directory)):
+        directory.mkdir(parents=True, exist_ok=True)
+
+  @functools.cached_property
+  def _manager(self) -> Any:
+    from llm_jax.training.orbax_manager import keeping_manager
+    return keeping_manager(self._directory, self._config, read_only=self._read_only)
+
+  @property
+  def _is_open(self) -> bool:
+    return '_manager' in vars(self)
 
   def __enter__(self) -> Checkpoints:
     return self
 
   def __exit__(self, *exc: object) -> None:
-    self._manager.close()
+    if self._is_open:
+      self._manager.close()
 
   @property
   def workdir(self) -> Path:
@@ -69,6 +55,8 @@ class Checkpoints:
     return self._directory.parent
 
   def steps(self) -> list[int]:
+    if not self._is_open and not any(path.name.isdigit() for path in self._directory.glob('*')):
+      return []  # without Orbax, so that a new run need not wait for it
     return sorted(self._manager.all_steps())
 
   def best_step(self) -> int | None:
@@ -93,6 +81,7 @@ class Checkpoints:
     The best checkpoint has the lowest `score` among the saves with the newest `since`. Raises StorageError, also if an
     earlier save has failed.
     """
+    import orbax.checkpoint as ocp
     if step in self._manager.all_steps():
       return False
     metrics = {'since': since, 'score': score} if score is not None and math.isfinite(score) else None
@@ -108,6 +97,8 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Blocks until a save in progress is complete on disk. Raises StorageError if it failed."""
+    if not self._is_open:
+      return
     try:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
@@ -141,12 +132,11 @@ class Checkpoints:
     raise StorageError(f'{self._manager.directory}: no checkpoint can be read:\n  ' + '\n  '.join(failures))
 
   def _read(self, step: int, params: Params, opt_state: Any | None, check: Callable) -> tuple[Params, Any, dict]:
-    # Without Orbax's barriers: if only one process fails, they would match its next attempt with this one of others.
-    process = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+    import orbax.checkpoint as ocp
+
+    from llm_jax.training.orbax_manager import reading_manager
     items = {} if opt_state is None else {'opt_state': ocp.args.StandardRestore(opt_state)}
-    with _manager(Path(self._manager.directory), ocp.StandardCheckpointHandler, read_only=True, create=False,
-                  multiprocessing_options=options) as reader:
+    with reading_manager(Path(self._manager.directory)) as reader:
       meta = reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
       check(meta)
       restored = reader.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params), **items))
@@ -161,19 +151,6 @@ class Checkpoints:
     if newer:
       multihost_utils.sync_global_devices('set_aside')
       self._manager.reload()
-
-
-def _manager(directory: Path, of_arrays: Callable[[], Any], **options: Any) -> _Manager:
-  return _Manager(
-      directory.absolute(), item_names=('params', 'opt_state', 'meta'),
-      item_handlers={'params': of_arrays(), 'opt_state': of_arrays(), 'meta': ocp.JsonCheckpointHandler()},
-      options=ocp.CheckpointManagerOptions(**options))
-
-
-def _score(metrics: dict[str, float]) -> Any:
-  """The sort key of checkpoints: the best one has the lowest."""
-  score = metrics['score']
-  return -metrics.get('since', 0), score
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,11 +1,11 @@
-"""Logs of a run: metrics.jsonl, TensorBoard (without TensorFlow), means of epochs."""
+"""What is logged of a run: metrics of steps and epochs, and the loggers that write them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +14,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from llm_jax.base.batch import Metrics
-from llm_jax.base.files import open_append, write_file
+from llm_jax.base.loggers import LOGGERS, Histogram, LoggedRun, Logger, step_of
+from llm_jax.config import LogConfig
 from llm_jax.data.open import Data
 from llm_jax.training.console import Console
 from llm_jax.training.status import Status
@@ -45,71 +42,42 @@ def unpack_metrics(packed: PackedMetrics) -> dict[str, float]:
 
 
 class MetricsWriter:
-  """Appends to metrics.jsonl and a TensorBoard event file in `workdir`; removes entries after `step` on resume.
+  """The open loggers of a run. If one cannot write (the disk is full or read-only), it is left out with a warning.
 
-  Only process 0 writes. If the disk is full or read-only, it warns once and stops writing; the run continues.
+  Only process 0 writes.
   """
 
-  def __init__(self, workdir: Path, step: int):
-    self._enabled = jax.process_index() == 0
-    self._guarded(lambda: self._open(workdir, step))
-
-  def _open(self, workdir: Path, step: int) -> None:
-    self._path = workdir / 'metrics.jsonl'
-    kept = []
-    if self._path.exists():
-      kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-    self._rewrite(kept)
-    self._last: dict[str, float] = json.loads(kept[-1]) if kept else {}
-    self._events = EventFileWriter(str(workdir), flush_secs=10)
-    # Makes TensorBoard drop what an interrupted run wrote after this step.
-    self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-
-  def _rewrite(self, lines: list[str]) -> None:
-    """Atomically replaces the contents of the file with these lines, and reopens it for appending."""
-    write_file(self._path, ''.join(line + '\n' for line in lines))
-    self._jsonl = open_append(self._path)
+  def __init__(self, run: LoggedRun, config: LogConfig):
+    self._loggers: dict[str, Logger] = {}
+    for name in config.loggers if jax.process_index() == 0 else ():
+      with self._guarded(name):
+        self._loggers[name] = LOGGERS[name](LOGGERS.section(name, config.sections))(run)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    """Writes scalars of `step`; metrics.jsonl has one line per step, so a second call extends that line."""
-    if not values:
-      return
-
-    def write() -> None:
-      joins = self._last.get('step') == step
-      self._last = {**(self._last if joins else {}), 'step': step, **values}
-      if joins:
-        self._jsonl.close()
-        self._rewrite([*self._path.read_text().splitlines()[:-1], json.dumps(self._last)])
-      else:
-        self._jsonl.write(json.dumps(self._last) + '\n')
-        self._jsonl.flush()
-      # Written as simple values: TensorBoard's EventAccumulator neither lists tensors as scalars nor drops them after
-      # a restart.
-      points = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-      self._events.add_event(Event(wall_time=time.time(), step=step, summary=points))
-    self._guarded(write)
+    self._call('scalars', step, values) if values else None
 
   def text(self, step: int, name: str, value: str) -> None:
-    """Writes a text for TensorBoard's TEXT page, shown verbatim (an indented block of Markdown)."""
-    block = '\n'.join('    ' + line for line in value.splitlines())
-    self._guarded(lambda: self._events.add_event(
-        Event(wall_time=time.time(), step=step, summary=text_pb(name, block))))
+    self._call('text', step, name, value)
+
+  def histograms(self, step: int, values: dict[str, Histogram]) -> None:
+    self._call('histograms', step, values)
 
   def close(self) -> None:
-    if self._enabled:
-      self._guarded(self._jsonl.close)
-      self._guarded(self._events.close)
-    self._enabled = False
+    self._call('close')
+    self._loggers = {}
 
-  def _guarded(self, write: Any) -> None:
-    if not self._enabled:
-      return
+  def _call(self, method: str, *arguments: Any) -> None:
+    for name, logger in list(self._loggers.items()):
+      with self._guarded(name):
+        getattr(logger, method)(*arguments)
+
+  @contextlib.contextmanager
+  def _guarded(self, name: str) -> Iterator[None]:
     try:
-      write()
+      yield
     except OSError as e:
-      self._enabled = False
-      print(f'WARNING: metrics are no longer written ({e}); training continues', file=sys.stderr, flush=True)
+      self._loggers.pop(name, None)
+      print(f'WARNING: {name}: metrics are no longer written ({e}); training continues', file=sys.stderr, flush=True)
 
 
 class Epochs:
@@ -143,14 +111,7 @@ class Logs(NamedTuple):
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
   """The lines of a metrics.jsonl, without an incomplete last line from a killed process."""
-  return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < float('inf')]
-
-
-def _step_of(line: str) -> float:
-  try:
-    return json.loads(line)['step']
-  except (ValueError, KeyError):
-    return float('inf')
+  return [json.loads(line) for line in path.read_text().splitlines() if step_of(line) < float('inf')]
 
 
 def text_metrics(split: str, loss: float | None, data: Data, task: str) -> dict[str, float]:

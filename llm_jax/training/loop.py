@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Generator
 from functools import partial
@@ -18,6 +17,7 @@ from llm_jax.base.builder import to_dict
 from llm_jax.base.devices import peak_flops
 from llm_jax.base.errors import Interrupted
 from llm_jax.base.files import check_no_link, latest_step
+from llm_jax.base.loggers import LoggedRun
 from llm_jax.base.multihost import barrier
 from llm_jax.base.profiling import Profiler
 from llm_jax.base.progress import Progress
@@ -138,12 +138,11 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   with Progress('initializing the state', shown=jax.process_index() == 0):
     state, meta = first_state(program, checkpoints, mesh)
   begin = int(state.step)
-  writer, console = MetricsWriter(workdir, begin), Console(config.num_steps, begin, config.log)
+  writer = MetricsWriter(LoggedRun(workdir, begin, to_dict(config), config.eval.monitor), config.log)
+  console = Console(config.num_steps, begin, config.log)
   stack.callback(writer.close)
   stack.callback(console.close)
   run.print_summary(program, state, workdir, console)
-  if begin == 0:
-    writer.text(0, 'config', json.dumps(to_dict(config), indent=2))
   batches = stack.enter_context(contextlib.closing(open_own_batches(program, custom, begin, meta.get('stream_states'))))
   # In a single process the step takes NumPy rows directly: ten times as fast as creating sharded arrays here.
   put = as_batch if jax.process_count() == 1 else partial(

@@ -110,8 +110,7 @@ def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Pr
   parts: dict[str, Any] = {'model': model, 'tx': tx, 'is_trainable': is_trainable}
   shardings = state_shardings(example, mesh, **parts)
   abstract = abstract_state(example, shardings, **parts)
-  check_results(config, data, model, objective, abstract.params, batch,
-                (*config.eval.required_metrics, *tx.required_metrics))
+  check_results(config, data, model, objective, abstract.params, batch)
   arrays = {name: constant.arrays for name, constant in constants.items()}
   # Cached, so that a step that was compiled to measure its memory is not compiled again.
   make_step = functools.cache(partial(jit_step, config, mesh, shardings, arrays, model=model, tx=tx,

@@ -180,9 +180,12 @@ def check_microbatches(config: Config, objective: Objective, num_microbatches: i
                       'config.batch_tokens')
 
 
-def check_results(config: Config, data: Data, model: LanguageModel, objective: Objective, params: Params, batch: Batch,
-                  required: tuple[str, ...]) -> None:
-  """Raises ConfigError for a required metric that evaluations do not compute; params and batch are abstract."""
+def check_results(config: Config, data: Data, model: LanguageModel, objective: Objective, params: Params,
+                  batch: Batch) -> None:
+  """Raises ConfigError for a required result that evaluations do not compute; params and batch are abstract.
+
+  The config itself has checked what is known without data and model.
+  """
   if config.eval.answers or not data.val or not config.eval.every:  # metrics of answers depend on the validator
     return
   eval_objective, size = objective.eval_objective(), jnp.zeros(model.cfg.vocab_size, jnp.int32)
@@ -190,6 +193,7 @@ def check_results(config: Config, data: Data, model: LanguageModel, objective: O
   results = eval_objective.summarize({name: np.ones(x.shape) for name, x in sums.items()})
   known = {f'val/{name}' for name in results}
   known |= {f'val/{name}/{key}' for name in data.val if len(data.val) > 1 for key in ('loss', 'bits_per_byte')}
-  if missing := sorted(set(required) - known):
-    raise ConfigError(f'{", ".join(missing)} is not a result of evaluations in this run (config.eval.monitor, '
-                      f'capabilities and goal, config.optim); known: {", ".join(sorted(known))}')
+  if missing := [f'config.{field} {name}' for field, names in config.required_results.items() for name in names
+                 if name not in known]:
+    raise ConfigError(f'{", ".join(missing)} is not a result of evaluations in this run; '
+                      f'known: {", ".join(sorted(known))}')

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import multihost
+from jax.experimental import multihost_utils
 
 from llm_jax.base import plugins
 from llm_jax.base.builder import to_dict
@@ -40,7 +40,7 @@ def lock_run(workdir: Path) -> Iterator[None]:
         taken = True
       except OSError:
         pass  # a file system without locks
-    if multihost.broadcast_one_to_all(taken):  # all processes fail, or none
+    if multihost_utils.broadcast_one_to_all(taken):  # all processes fail, or none
       raise StorageError(f'--workdir: another run is training in {workdir}; set --workdir={unused(workdir)}, or stop '
                          'that run')
     yield

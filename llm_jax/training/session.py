@@ -119,8 +119,9 @@ class Session:
       results = self.measure()
       self.score, reached = self.best.update(self.step, results)
       self.evaluated_at = self.step
-      first_steps = {f'capability/{text}': float(self.step) for text in reached}
-      self._log(results | first_steps | self.best.retention(results))
+      best = self.best.best_value  # None if no result was finite
+      self._log(results | {f'capability/{text}': float(self.step) for text in reached} | self.best.retention(results)
+                | ({} if best is None else {f'best/{self.config.eval.monitor}': best}))
       opt_state = self.program.tx.update_from_eval(self.state.opt_state, results)
       self.state = dataclasses.replace(self.state, opt_state=opt_state)
       for text in reached:

@@ -1,10 +1,12 @@
 """llm-jax config and configs, presets, and suggestions for mistyped names, run as a user does."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import typing
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ import llm_jax
 from llm_jax import main
 from llm_jax.base.builder import build, leaf_paths, nearest_fields, to_dict
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.fields import fields_of
+from llm_jax.base.fields import comments_of, fields_of
 from llm_jax.commands import config_fields, configs
 from llm_jax.config import Config, StageConfig
 from llm_jax.config_file import open_config, presets
+from llm_jax.data.open import Data
+from llm_jax.training.resolve import resolve
 
 REPO = Path(__file__).parents[2]
 
@@ -40,6 +44,36 @@ def test_comments_and_types_are_those_of_the_source():
   assert fields['model.dtype'].comment.startswith('Of matrix operands;')  # a comment above the field
   assert fields['tokens_per_device'].kind == 'int | None'
   assert fields['data.packing'].kind == "'concat' | 'best_fit' | 'pad'"
+
+
+def config_classes(cls, seen):
+  """Adds `cls` and the classes of all sections below it, with those of all registry entries, to `seen`."""
+  if cls in seen:
+    return seen
+  seen.add(cls)
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    registries = [*field.metadata.get('registries', ()), *filter(None, [field.metadata.get('registry')])]
+    hint = hints[field.name]
+    parts = [registry.settings(name) for registry in registries for name in registry]
+    for part in [*parts, hint, *typing.get_args(hint)]:
+      if dataclasses.is_dataclass(part):
+        config_classes(part, seen)
+  return seen
+
+
+def test_every_field_that_a_config_can_have_has_a_comment():
+  classes = config_classes(Config, set())
+  assert {'Config', 'EncDecConfig', 'Soap', 'SpanCorruption', 'BitNet'} <= {cls.__name__ for cls in classes}
+  missing = []
+  for cls in classes:
+    hints, comments = typing.get_type_hints(cls), comments_of(cls)
+    for field in dataclasses.fields(cls):
+      is_value = not field.metadata.get('registries') and 'registry' not in field.metadata and not any(
+          dataclasses.is_dataclass(part) for part in (hints[field.name], *typing.get_args(hints[field.name])))
+      if is_value and cls.__module__.startswith('llm_jax.') and not comments.get(field.name):
+        missing.append(f'{cls.__name__}.{field.name}')
+  assert not missing
 
 
 def test_config_prints_where_each_value_comes_from(tmp_path, capsys):
@@ -74,14 +108,36 @@ def test_values_behind_their_flag_are_no_sections(capsys):
   with pytest.raises(ConfigError, match='has no section nosection'):
     config_fields.main(['--config=gpt_small', 'model', 'nosection'])
   config_fields.main(['--diff', 'gpt_small', 'shakespeare_char', 'optim'])
-  assert all(line.startswith('optim.') for line in capsys.readouterr().out.splitlines())
+  found = [line for line in capsys.readouterr().out.splitlines() if ' with its on_cpu' not in line]
+  assert found and all(line.startswith('optim.') for line in found)
+  with pytest.raises(ConfigError, match='gpt_small has no section optimizer; sections: model'):
+    config_fields.main(['--diff', 'gpt_small', 'shakespeare_char', 'optimizer'])
 
 
 def test_config_diff_prints_what_differs_between_a_file_and_a_run(tmp_path, capsys):
   config = open_config('gpt_small').resolve({'seed': '5'}, cpu_only=True)
   (tmp_path / 'config.json').write_text(json.dumps(to_dict(config)))
   config_fields.main(['--diff', 'gpt_small', str(tmp_path)])
-  assert capsys.readouterr().out == 'seed: 0 -> 5\n'
+  variant, *found = capsys.readouterr().out.splitlines()
+  assert found == ['seed: 0 -> 5'] and variant.startswith('gpt_small: with its on_cpu, as there is no accelerator')
+  config_fields.main(['--diff', str(tmp_path), 'gpt_small', '--full_size'])
+  printed = capsys.readouterr().out
+  assert 'gpt_small: in full size, without its on_cpu' in printed and 'model.num_layers: 4 -> 12' in printed
+  with pytest.raises(ConfigError, match=r'^--diff: no such file: nowhere'):
+    config_fields.main(['--diff', 'gpt_small', 'nowhere'])
+
+
+@pytest.mark.parametrize('name', ['gpt_small', 'package'])
+def test_config_diff_leaves_out_what_a_run_fills_in(name, tmp_path, capsys):
+  source = open_config(name).resolve({}, cpu_only=True)
+  config = resolve(source, Data({split: {} for split in ('train', 'val', 'test')}, None, 300, bos_id=0))
+  (tmp_path / 'config.json').write_text(json.dumps(to_dict(config) | {'seed': 5}))
+  config_fields.main(['--diff', name, str(tmp_path)])
+  _, found, filled = capsys.readouterr().out.splitlines()
+  assert found == 'seed: 0 -> 5'
+  assert filled.startswith('left open by the file and filled in by the run: model.vocab_size, model.')
+  steps = {'num_steps': (700, 33), 'num_epochs': (2.0, 0.0)}
+  assert config_fields.filled_in(steps) == list(steps) and not config_fields.filled_in({'num_steps': (700, 33)})
 
 
 def test_configs_lists_presets_and_prints_a_file(tmp_path, capsys):

@@ -71,21 +71,21 @@ def served(run: Path):
   """A Client of `llm-jax serve` as a real process, which Ctrl-C ends with code 0 while it generates."""
   process = subprocess.Popen(
       [sys.executable, '-m', 'llm_jax', 'serve', f'--workdir={run.name}', '--port=0', f'--max_waiting={MAX_WAITING}'],
-      cwd=run.parent, env=environment(run.parent), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+      cwd=run.parent, env=environment(run.parent), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   try:
     printed = ''
     for line in process.stdout:
       printed += line
       if line.startswith('ready: '):
         break
-    assert 'ready: ' in printed, printed
+    assert 'ready: ' in printed, process.stderr.read()
     client = Client(printed.rpartition('ready: ')[2].split()[0], printed)
     yield client
     response = client.begin(**LONG)
     process.send_signal(signal.SIGINT)
     rest = response.read().decode()
     assert 'the server is shutting down' in rest, rest
-    assert process.wait(timeout=30) == 0, process.stdout.read()
+    assert process.wait(timeout=30) == 0, process.stderr.read()
     assert process.stdout.read() == 'stopped\n'
   finally:
     process.kill()

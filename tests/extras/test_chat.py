@@ -1,6 +1,7 @@
 """llm-jax chat, as a real process with lines on its stdin; and llm-jax runs, on real and damaged folders."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -23,18 +24,23 @@ def folder(tmp_path_factory):
 
 
 def test_chat_continues_each_line_and_obeys_commands(folder):
-  lines = ['def ', '/temperature 0', '/top_q 3', '/num_tokens none', 'def ', 'def ', 'def ' * 40, '/quit', 'def never']
+  lines = ['def ', '/temperature 0', 'def ', '/top_q 3', 'def ', '/num_tokens none', 'def ' * 40, '/options', '/more',
+           '/options', '/more xy', '/options', '/help', '/quit', 'def never']
   done = subprocess.run([sys.executable, '-m', 'llm_jax', 'chat', '--workdir=runs/seed0', '--num_tokens=4'],
                         cwd=folder, env=environment(folder), input='\n'.join(lines), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  printed = done.stdout
-  assert printed.startswith('runs/seed0, step 3;') and 'never' not in printed
-  assert 'temperature=0.0  top_k=0' in printed
-  assert '/top_q is unknown; known: /temperature, /top_k' in printed
-  assert "/num_tokens needs a number; got 'none'" in printed
-  assert 'error: --prompt: has' in printed  # too long for the model; the loop goes on
-  texts = [line for line in printed.splitlines() if line.startswith('def ')]
-  assert len(texts) >= 3 and texts[-1] == texts[-2]  # temperature 0: the same text
+  assert 'runs/seed0, step 3; /help, /quit' in done.stderr and 'never' not in done.stdout
+  assert 'temperature=0.0  top_k=0' in done.stdout
+  # Each command but /more and /help prints the options.
+  _, first, second, error, more, last, commands = re.split(r'^temperature=.*\n', done.stdout, flags=re.MULTILINE)
+  first, _, unknown = first.rpartition('/top_q is unknown; ')
+  assert unknown.startswith('known: /temperature, /top_k')
+  second, _, number = second.rpartition('/num_tokens needs')
+  assert number == " a number; got 'none'\n"
+  assert first == second and first.startswith('def ')  # temperature 0: the same text
+  assert error.startswith('error: --prompt: has')  # too long for the model; the loop goes on, with the text before
+  assert more.startswith(first[:-1]) and last.startswith(more[:-1] + 'xy')
+  assert all(f'  /{name} ' in commands for name in ('temperature', 'more', 'options', 'help', 'quit'))
 
 
 def test_runs_lists_state_and_what_differs(folder, capsys):

@@ -1,5 +1,6 @@
 """llm-jax serve as a real process, with raw requests and the openai client."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -43,8 +44,8 @@ OPTIONS = {'prompt': 'def ', 'max_tokens': 12, 'temperature': 0.7}
 
 def test_the_same_seed_gives_the_text_of_generate(server, trained):
   tokenizer, [ids] = trained.run.tokenizer, trained.run.tokenizer.encode(['def '])
-  for seed, top_p in ((1, 1.0), (2, 0.5)):
-    options = {'temperature': 0.9, 'top_p': top_p, 'seed': seed}
+  for seed in (1, 2):
+    options = {'temperature': 0.9, 'top_p': 0.5, 'seed': seed}
     answer = server.complete(prompt='def ', max_tokens=40, model='tiny', **options)
     assert answer['object'] == 'text_completion' and answer['model'] == 'tiny'
     row = [int(column[0]) for column in trained.tokens('def ', num_tokens=40, **options)]
@@ -223,7 +224,7 @@ def test_a_full_queue_is_answered_at_once_with_503(server):
 
 
 def test_the_printed_lines_work(server, monkeypatch, capsys):
-  assert server.printed.startswith('tiny, step 3; compiling')
+  assert server.printed.startswith('tiny, step 3, as model tiny\n')
   [curl] = [line for line in server.printed.splitlines() if line.startswith('curl ')]
   if shutil.which('curl'):
     done = subprocess.run(curl, shell=True, capture_output=True, text=True, check=True)
@@ -275,9 +276,20 @@ def test_the_openai_client(server):
 def test_a_port_that_is_taken_is_one_message(server, run):
   port = server.address.rpartition(':')[2]
   with pytest.raises(ConfigError, match=f'--port={port}: cannot listen there: Address already in use; set another'):
-    serve.main(['--workdir=nowhere', f'--port={port}'])  # before the run is looked at
+    serve.main([f'--workdir={run}', '--checkpoint=none', f'--port={port}'])  # before the run is loaded
   with pytest.raises(ConfigError, match='--port: must be in 0 to 65535; got 70000'):
     serve.main([f'--workdir={run}', '--port=70000'])
+
+
+def test_code_in_the_folder_is_executed_only_with_trust(run, tmp_path):
+  copy = shutil.copytree(run, tmp_path / 'run')
+  (copy / 'plugins').mkdir()
+  (copy / 'plugins' / 'lab.py').write_text(f'from pathlib import Path\nPath({str(tmp_path / "mark")!r}).touch()\n')
+  (copy / 'plugins.json').write_text(json.dumps([{
+      'name': 'lab', 'path': 'lab.py', 'sha256': hashlib.sha256((copy / 'plugins/lab.py').read_bytes()).hexdigest()}]))
+  with pytest.raises(ConfigError, match=r'pass it again with --plugin=lab\.py, or .* with --trust'):
+    serve.main([f'--workdir={copy}', '--port=0'])
+  assert not (tmp_path / 'mark').exists()
 
 
 def test_hosts_that_requests_may_name():

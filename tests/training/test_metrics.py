@@ -11,15 +11,22 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
 from tensorboard.util import tensor_util
 
+from llm_jax.base.loggers import LoggedRun
 from llm_jax.base.progress import duration
+from llm_jax.config import LogConfig
 from llm_jax.training.log import MetricsWriter, read_metrics
 from llm_jax.training.status import Status, read_status
 from llm_jax.training.throughput import Throughput
 
 
+def open_writer(workdir, step, *loggers, config=None):
+  return MetricsWriter(LoggedRun(workdir, step, config or {'num_steps': 9}), LogConfig(
+      loggers=loggers or ('tensorboard', 'jsonl')))
+
+
 def write(workdir, begin, end, scale=1.0, text=None):
   """Writes the metrics of a run from `begin` to `end`: a loss at each step, a val/loss at every third."""
-  writer = MetricsWriter(workdir, begin)
+  writer = open_writer(workdir, begin)
   for step in range(begin + 1, end + 1):
     writer.scalars(step, {'train/loss': scale * step, **({'val/loss': -scale * step} if step % 3 == 0 else {})})
     if text:
@@ -37,7 +44,7 @@ def curves(workdir, reader=event_accumulator):
   accumulator.Reload()
   tags = accumulator.Tags()
   read = {tag: [(e.step, tensor_util.make_ndarray(e.tensor_proto).item()) for e in accumulator.Tensors(tag)]
-          for tag in tags['tensors']}
+          for tag in tags['tensors'] if not tag.startswith('_hparams_')}
   return read | {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in tags.get('scalars', [])}
 
 
@@ -50,7 +57,7 @@ def test_jsonl_has_one_line_per_step(tmp_path):
 
 def test_later_values_of_a_step_extend_its_line(tmp_path):
   write(tmp_path, 0, 2)
-  writer = MetricsWriter(tmp_path, 2)
+  writer = open_writer(tmp_path, 2)
   writer.scalars(2, {'val/loss': 9.0})
   writer.scalars(3, {'train/loss': 3.0})
   writer.scalars(3, {'val/loss': 8.0})
@@ -60,7 +67,7 @@ def test_later_values_of_a_step_extend_its_line(tmp_path):
 
 
 def test_lines_can_be_read_during_the_run(tmp_path):
-  writer = MetricsWriter(tmp_path, 0)
+  writer = open_writer(tmp_path, 0)
   for step in range(1, 4):
     writer.scalars(step, {'train/loss': 1.0})
     writer.scalars(step, {})  # nothing to say: no line
@@ -72,7 +79,7 @@ def test_lines_can_be_read_during_the_run(tmp_path):
 def test_resuming_removes_later_lines(tmp_path, step):
   write(tmp_path, 0, 7)
   before = lines_of(tmp_path)
-  MetricsWriter(tmp_path, step).close()
+  open_writer(tmp_path, step).close()
   assert lines_of(tmp_path) == before[:step]
   write(tmp_path, step, 10, scale=100.0)
   after = lines_of(tmp_path)
@@ -88,14 +95,14 @@ def test_a_truncated_last_line_is_removed(tmp_path):
   for cut in range(1, last + 1):  # 1: only the line's end is gone
     path.write_bytes(whole[:-cut])
     assert [line['step'] for line in read_metrics(path)] == ([1, 2, 3] if cut > 1 else [1, 2, 3, 4])
-    writer = MetricsWriter(tmp_path, 4)
+    writer = open_writer(tmp_path, 4)
     writer.scalars(5, {'train/loss': 5.0})
     writer.close()
     assert [line['step'] for line in lines_of(tmp_path)] in ([1, 2, 3, 5], [1, 2, 3, 4, 5]), cut
 
 
 def test_non_finite_values_survive(tmp_path):
-  writer = MetricsWriter(tmp_path, 0)
+  writer = open_writer(tmp_path, 0)
   writer.scalars(1, {'train/loss': float('nan'), 'train/grad_norm': float('inf')})
   writer.close()
   [line] = read_metrics(tmp_path / 'metrics.jsonl')
@@ -111,28 +118,30 @@ READERS = pytest.mark.parametrize('reader', [event_accumulator, plugin_event_acc
 def test_tensorboard_reads_scalars_and_texts(tmp_path, reader):
   write(tmp_path, 0, 6, text='once upon')
   read = curves(tmp_path, reader)
-  assert read['train/loss'] == [(step, step) for step in range(1, 7)]
-  assert read['val/loss'] == [(3, -3), (6, -6)]
+  assert read['loss/train'] == [(step, step) for step in range(1, 7)]
+  assert read['loss/val'] == [(3, -3), (6, -6)]
   texts = dict(next(values for tag, values in read.items() if tag.startswith('sample')))
   assert sorted(texts) == list(range(1, 7))
-  assert texts[4].decode().split('\n') == ['    once upon 4', '      second line']
+  assert texts[4].decode().split('\n') == ['**step 4, sample**', '', '> once upon 4  ', '> &nbsp;&nbsp;second line  ']
 
 
 @READERS
 @pytest.mark.parametrize('step', [1, 3, 4])
 def test_tensorboard_drops_points_after_a_resume(tmp_path, step, reader):
   write(tmp_path, 0, 8)
-  MetricsWriter(tmp_path, step).close()  # even before a new point is written, and for curves that get none
+  open_writer(tmp_path, step).close()  # even before a new point is written, and for curves that get none
   read = curves(tmp_path, reader)
-  assert [s for s, _ in read['train/loss']] == list(range(1, step + 1))
-  assert [s for s, _ in read['val/loss']] == [s for s in (3, 6) if s <= step]
+  assert [s for s, _ in read['loss/train']] == list(range(1, step + 1))
+  assert [s for s, _ in read['loss/val']] == [s for s in (3, 6) if s <= step]
   write(tmp_path, step, 6, scale=100.0)
-  assert curves(tmp_path, reader)['train/loss'] == [(s, s if s <= step else 100 * s) for s in range(1, 7)]
+  assert curves(tmp_path, reader)['loss/train'] == [(s, s if s <= step else 100 * s) for s in range(1, 7)]
 
 
 FULL_DISK = '''
 import resource, signal, sys, time
 from pathlib import Path
+from llm_jax.base.loggers import LoggedRun
+from llm_jax.config import LogConfig
 from llm_jax.training.log import MetricsWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails with an OSError, as on a full disk
 
@@ -147,7 +156,7 @@ for name, size, begin in (('later', 4000, 0), ('from_the_start', 0, 0), ('going_
     limit(resource.RLIM_INFINITY)
     (folder / 'metrics.jsonl').write_text(''.join('{"step": %d, "train/loss": 0.5}\\n' % i for i in (1, 2, 3)))
   limit(size)
-  writer = MetricsWriter(folder, begin)
+  writer = MetricsWriter(LoggedRun(folder, begin, {}), LogConfig())
   for step in range(begin + 1, 200):
     writer.scalars(step, {'train/loss': 0.5, 'train/grad_norm': 1.0})
     writer.text(step, 'sample', 'text ' * 10)
@@ -160,7 +169,8 @@ def test_a_full_disk_stops_only_the_log(tmp_path):
   done = subprocess.run([sys.executable, '-c', FULL_DISK, tmp_path], text=True, timeout=120,
                         env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True)
   assert (done.returncode, done.stdout) == (0, 'goes on\n'), done.stderr
-  assert done.stderr.count('WARNING: metrics are no longer written') == 3, done.stderr  # one for each writer
+  assert done.stderr.count('WARNING: jsonl: metrics are no longer written') == 3, done.stderr  # one for each writer
+  assert done.stderr.count('WARNING: tensorboard: metrics') <= 3, done.stderr
   steps = [line['step'] for line in read_metrics(tmp_path / 'later/metrics.jsonl')]
   assert steps == list(range(1, len(steps) + 1))
   assert 0 < len(steps) < 199
@@ -169,7 +179,7 @@ def test_a_full_disk_stops_only_the_log(tmp_path):
 
 
 def test_a_deleted_workdir_stops_only_the_log(tmp_path, capsys):
-  writer = MetricsWriter(tmp_path / 'gone', 0)
+  writer = open_writer(tmp_path / 'gone', 0)
   writer.scalars(1, {'train/loss': 1.0})
   writer.text(1, 'sample', 'text')
   writer.close()

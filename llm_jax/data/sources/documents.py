@@ -56,7 +56,7 @@ class SourceConfig:
   sha256: str | None = None  # expected sha256 of the file at a URL
   max_record_bytes: int = 8_000_000  # a longer line or record is bad; a longer text file is read in pieces
   val_path: str | None = None  # validation documents, read the same way; None: split off `path`
-  test_path: str | None = None
+  test_path: str | None = None  # test documents, read the same way; None: split off `path`
   weight: tuple[float, ...] = (1.0,)  # share in a mixture, for each step in config.data.weights_from
 
 

@@ -24,23 +24,23 @@ class FilterConfig:
   first rule that drops a document is reported as the reason.
   """
 
-  min_chars: int = 0
-  max_chars: int | None = None
-  min_words: int = 0
-  max_words: int | None = None
-  min_mean_word_length: float = 0.0
-  max_mean_word_length: float | None = None
+  min_chars: int = 0  # characters of a document
+  max_chars: int | None = None  # characters of a document
+  min_words: int = 0  # words of a document
+  max_words: int | None = None  # words of a document
+  min_mean_word_length: float = 0.0  # characters per word
+  max_mean_word_length: float | None = None  # characters per word
   min_letter_ratio: float = 0.0  # letters of any script / characters that are not white space
   min_letter_word_ratio: float = 0.0  # words with at least one letter / words
   max_symbol_ratio: float | None = None  # the more frequent of '#' and '...', per word; may exceed 1
   max_bullet_lines: float | None = None  # lines that start with a bullet / lines
   max_ellipsis_lines: float | None = None  # lines that end in an ellipsis / lines
   min_terminal_lines: float = 0.0  # lines that end in terminal punctuation / lines
-  min_sentences: int = 0
+  min_sentences: int = 0  # sentences of a document
   max_duplicate_line_ratio: float | None = None  # lines that repeat an earlier one / lines
   max_duplicate_line_char_ratio: float | None = None  # the same, by characters
-  max_duplicate_paragraph_ratio: float | None = None
-  max_duplicate_paragraph_char_ratio: float | None = None
+  max_duplicate_paragraph_ratio: float | None = None  # paragraphs that repeat an earlier one / paragraphs
+  max_duplicate_paragraph_char_ratio: float | None = None  # the same, by characters
   max_top_ngram_ratio: tuple[float, ...] = ()  # characters in the n-gram that covers most of them; n = 2, 3, 4, ...
   max_duplicate_ngram_ratio: tuple[float, ...] = ()  # characters in any n-gram that occurs twice; n = 5, 6, 7, ...
   deduplicate: bool = False  # keep the first of equal documents; documents read in pieces are not compared

@@ -25,11 +25,11 @@ class SplitConfig:
   else tail; adding documents may change the choice.
   """
 
-  split: Literal['auto', 'document', 'tail', 'count'] = 'auto'
-  val_fraction: float = 0.05
-  test_fraction: float = 0.0
-  val_documents: int = 0
-  test_documents: int = 0
+  split: Literal['auto', 'document', 'tail', 'count'] = 'auto'  # how documents are assigned to the parts; see above
+  val_fraction: float = 0.05  # share of the data to validate with, in [0, 1)
+  test_fraction: float = 0.0  # share of the data to test with, in [0, 1 - val_fraction)
+  val_documents: int = 0  # number of validation documents, for split count
+  test_documents: int = 0  # number of test documents, for split count
 
 
 class Splitter:

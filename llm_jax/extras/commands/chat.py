@@ -1,9 +1,12 @@
 """Continues prompts in a loop, with one loaded model.
 
-Each line is a prompt, which the model continues. Lines that begin with a slash set an option or ask for something:
+Each line is a prompt, which the model continues without the lines before; /more goes on with the text so far. Lines
+that begin with a slash set an option or ask for something:
 
   /temperature 0.5   /top_k 40   /top_p 0.9   /num_tokens 200   /seed 3
+  /more TEXT         continues the last text, with TEXT added to it; /more alone adds nothing
   /options           prints the options
+  /help              prints the commands
   /quit              ends, as Ctrl-D does; Ctrl-C stops a text that is being written
 
   llm-jax chat --workdir=runs/gpt_small --temperature=0.6
@@ -14,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llm_jax.base import flags
@@ -47,13 +51,16 @@ def main(argv: list[str]) -> None:
   signal.signal(signal.SIGINT, signal.default_int_handler)  # a KeyboardInterrupt, which ends a text only
   with jax.set_mesh(make_mesh(MeshConfig())):
     trained = api.load(args.workdir, args.checkpoint, trust=args.trust).for_generation()
-    print(f'{args.workdir}, step {trained.run.meta["step"]}; /options, /quit')
-    while (line := read_line()) is not None:
-      if line.startswith('/'):
-        if not command(line, options):
-          return
+    print(f'{args.workdir}, step {trained.run.meta["step"]}; /help, /quit', file=sys.stderr, flush=True)
+    text = ''
+    while (line := read_line()) is not None and line.strip() != '/quit':
+      name, _, added = line.partition(' ')
+      if line.startswith('/') and name != '/more':
+        command(line, options)
+      elif name == '/more' and not trained.run.model.prompt_in_row:
+        print('/more: this model writes a new text for each prompt')
       else:
-        answer(trained, line, options)
+        text = answer(trained, text + added if name == '/more' else line, options) or text
         options['seed'] += 1  # other random numbers for the next line
 
 
@@ -68,29 +75,40 @@ def read_line() -> str | None:
     return '/options'
 
 
-def command(line: str, options: dict[str, Any]) -> bool:
-  """Carries out a line such as /top_k 40; returns False for /quit."""
+def command(line: str, options: dict[str, Any]) -> None:
+  """Carries out a line such as /top_k 40."""
   name, _, text = line[1:].strip().partition(' ')
-  if name == 'quit':
-    return False
+  if name == 'help':
+    print('\n'.join(line for line in __doc__.splitlines() if line.startswith('  /')))
+    return
   if name in options:
     try:
       options[name] = type(OPTIONS[name])(text)
     except ValueError:
       print(f'/{name} needs a number; got {text!r}')
   elif name != 'options':
-    print(f'/{name} is unknown; known: {", ".join(f"/{option}" for option in options)}, /options, /quit')
+    known = ', '.join(f'/{name}' for name in (*options, 'more', 'options', 'help', 'quit'))
+    print(f'/{name} is unknown; known: {known}')
   print('  '.join(f'{option}={value}' for option, value in options.items()))
-  return True
 
 
-def answer(trained: Any, prompt: str, options: dict[str, Any]) -> None:
-  """Prints the continuation of a prompt while it is generated."""
+def answer(trained: Any, prompt: str, options: dict[str, Any]) -> str:
+  """Prints the continuation of a prompt while it is generated; returns both, or '' after an error."""
   from llm_jax.commands.generate import print_samples
+  from llm_jax.data.tokenizers.tokenizer import before_eos, decode
+  row: list[int] = []
+
+  def kept(columns: Iterable[Any]) -> Iterator[Any]:
+    for column in columns:
+      row.append(int(column[0]))
+      yield column
+
   try:
-    columns = trained.tokens(prompt, **options)
-    print_samples(prompt if trained.run.model.prompt_in_row else '', columns, trained.run.tokenizer, 1)
+    columns = trained.tokens(prompt, **options)  # an error is raised here, before the prompt is printed
+    print_samples(prompt if trained.run.model.prompt_in_row else '', kept(columns), trained.run.tokenizer, 1)
   except UserError as e:
     print(f'error: {e}')
+    return ''
   except KeyboardInterrupt:
     print()
+  return prompt + decode(trained.run.tokenizer, before_eos(trained.run.tokenizer, row))

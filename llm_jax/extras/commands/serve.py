@@ -1,6 +1,9 @@
-"""Serves a run on this machine, with a page and OpenAI's completions API: llm-jax serve --workdir=runs/gpt_small
+"""Serves a run on this machine by a page and OpenAI's completions API.
 
 Requests are answered one after another. docs/serving.md describes the endpoints and what is not supported.
+
+  llm-jax serve --workdir=runs/gpt_small
+  llm-jax serve --workdir=runs/gpt_small --checkpoint=best --port=8080
 """
 
 from __future__ import annotations
@@ -11,30 +14,31 @@ import shlex
 import signal
 import socket
 import sys
-from pathlib import Path
 from typing import Any
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError, UserError
+from llm_jax.base.process import waiting
 
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 ANY = ('', '0.0.0.0', '::')  # all addresses of this machine
 
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='llm-jax serve', allow_abbrev=False, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', type=Path, required=True)
-  parser.add_argument('--checkpoint', default='latest', help='latest, best, or a step (default: latest)')
-  parser.add_argument('--port', type=int, default=8000, help='0: a free one (default: 8000)')
-  parser.add_argument('--host', default='127.0.0.1', help='the address to listen on; anybody who reaches it can use '
-                      'the model (default: 127.0.0.1, this machine only)')
+def parser() -> flags.Parser:
+  parser = flags.Parser('serve', __doc__)
+  flags.add_run(parser)
+  parser.add_argument('--port', type=int, default=8000, help='where to listen; 0: a free port')
+  parser.add_argument('--host', default='127.0.0.1', help='address to listen on; other addresses than the default '
+                      'let everybody who reaches them use the model')
   parser.add_argument('--allow_host', action='append', default=[], metavar='NAME', help='a name of this machine that '
                       'clients may use beside its addresses; may be repeated')
-  parser.add_argument('--max_waiting', type=int, default=32, help='requests that may wait; more are answered with '
-                      'status 503 (default: 32)')
+  parser.add_argument('--max_waiting', type=int, default=32, help='requests that may wait; status 503 answers more')
   flags.add(parser)
-  args = parser.parse_args(argv)
+  return parser
+
+
+def main(argv: list[str]) -> None:
+  args = parser().parse(argv)
   if args.max_waiting < 0:
     raise ConfigError(f'--max_waiting must be at least 0; got {args.max_waiting}')
   try:
@@ -77,8 +81,8 @@ def serve(args: argparse.Namespace, listener: socket.socket, uvicorn: Any) -> No
   with jax.set_mesh(mesh):
     trained = api.load(args.workdir, args.checkpoint, trust=args.trust).for_generation()
     prompt, name = example_prompt(trained), args.workdir.resolve().name
-    print(f'{args.workdir}, step {trained.run.meta["step"]}; compiling (again for the first prompt of each other '
-          'length, rounded up to a power of two, and for each new n and top_k)', flush=True)
+    waiting('compiling (later again for the first prompt of each other length, rounded up to a power of two, and for '
+            'each new n and top_k)')
     for _ in trained.tokens(prompt, num_tokens=min(64, trained.config.model.max_len)):
       pass
   worker = Worker(args.max_waiting)
@@ -88,7 +92,8 @@ def serve(args: argparse.Namespace, listener: socket.socket, uvicorn: Any) -> No
   if args.host not in LOOPBACK:
     print(f'warning: --host={args.host}: there is no authentication: everybody who can reach this address can use the '
           'model', file=sys.stderr, flush=True)
-  print(welcome(url(args.host, listener.getsockname()[1]), name, prompt), flush=True)
+  print(f'{args.workdir}, step {trained.run.meta["step"]}, as model {name}\n'
+        + welcome(url(args.host, listener.getsockname()[1]), name, prompt), flush=True)
   Server(uvicorn.Config(app, log_level='warning', lifespan='off', timeout_graceful_shutdown=3)).run(sockets=[listener])
   print('stopped', flush=True)
 

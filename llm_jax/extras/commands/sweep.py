@@ -45,6 +45,8 @@ def main(argv: list[str]) -> None:
     source.check({**overrides, **trial})
   resolved = [[to_dict(source.resolve({**overrides, **trial}, cpu_only=cpu_only)) for cpu_only in (True, False)]
               for trial in source.trials]
+  if any('jsonl' not in configs[0]['log']['loggers'] for configs in resolved):
+    raise ConfigError('config.log.loggers: a sweep compares its trials by what jsonl writes; add jsonl to the list')
   if args.metric and not args.mode:
     raise ConfigError(f'--mode: set min or max, whether a lower or higher {args.metric} is better')
   evaluation = resolved[0][0]['eval']

@@ -28,7 +28,7 @@ PAGE = Path(__file__).parent / 'page.html'
 MAX_BODY = 4 << 20  # bytes
 # The page loads nothing from elsewhere, and no other page may show it in a frame.
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; " \
-              "form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
+              "img-src data:; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
 
 
 def make_app(trained: Any, mesh: Any, name: str, worker: Worker, allowed_hosts: list[str]) -> Starlette:
