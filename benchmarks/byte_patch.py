@@ -1,4 +1,4 @@
-"""byte_patch compared with the same in PyTorch, by the time of a step, and with a plain byte decoder, by its loss.
+"""byte_patch beside the same in PyTorch, by the time of a step, and beside a plain decoder on bytes, by its loss.
 
   python -m benchmarks.byte_patch --torch=/path/to/an/environment/with/torch/bin/python
   python -m benchmarks.byte_patch --study=runs/byte_study
@@ -8,8 +8,8 @@ the original, "masked" computes the same by masked products. Without --torch onl
 Each variant is a process that sleeps while another one runs: A B C A B C ..., after a warm-up round.
 The second trains models of equally many parameters on two texts (TEXTS) and prints their bits per byte of the
 validation part, after equally many steps and after equal time: the number of steps follows from the processor time of a
-step, measured in turn. Each row of the table tries RATES with one seed on the first text and keeps the better one. It
-continues where it was stopped.
+step, measured in turn. The decoder and the model with thinking steps try RATES with one seed on the first text, and all
+rows use the better one of their kind. It continues where it was stopped.
 """
 
 from __future__ import annotations

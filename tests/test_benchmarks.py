@@ -33,3 +33,9 @@ def test_step_prints_its_timing_as_json():
   row = json.loads(result.stdout.splitlines()[-1])
   assert row['preset'] == 'char_tiny' and 3 < row['loss'] < 5
   assert {'tokens_per_second', 'best_tokens_per_second', 'step_ms', 'model_flops_per_second', 'dtype'} <= row.keys()
+
+
+def test_the_models_of_the_byte_study_have_equally_many_parameters():
+  from benchmarks.byte_patch import TEXTS, equal_mlp_dims, num_params, resolved, study_config
+  sizes = [num_params(resolved(study_config(model, next(iter(TEXTS)), dim))) for model, dim in equal_mlp_dims().items()]
+  assert len(sizes) == 3 and max(sizes) < 1.001 * min(sizes)
