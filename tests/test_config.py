@@ -53,7 +53,6 @@ BAD = [  # overrides, and words that the message must contain: the path, the val
     (['--config.model.rope_base=0'], ['rope_base', '0']),
     (['--config.model.init_std=-1'], ['init_std', '-1']),
     (['--config.model.logit_soft_cap=-3'], ['logit_soft_cap', '-3']),
-    (['--config.data.path='], ['path']),
     (['--config.model.name=gpt5'], ['config.model.name', 'gpt5', 'decoder']),
     (['--config.model.num_heads=7'], ['num_heads 7', 'embed_dim 768', '6, 8']),
     (['--config.model.num_kv_heads=5'], ['num_kv_heads 5', '12']),

@@ -63,11 +63,12 @@ def main(argv: list[str]) -> None:
 
 
 def size_table(params: Any, arrays: dict[str, np.ndarray]) -> list[str]:
-  """A table of bytes of packed matrices and other parameters: as float32, as bfloat16 and as written."""
+  """A table of bytes of the parameters, packed matrices apart: as float32, as bfloat16 and as written."""
   packed, total = params.keys() - arrays.keys(), sum(leaf.size for leaf in params.values())
   count, size = sum(params[name].size for name in packed), sum(arrays[name].nbytes for name in arrays.keys() - params)
   written = sum(x.nbytes for x in arrays.values())
-  rows = [('matrices', count, size), ('all else', total - count, written - size), ('together', total, written)]
+  rows = [('matrices', count, size), ('all else', total - count, written - size)] if packed else []
+  rows.append(('together', total, written))
   return [f'{"":10} {"parameters":>14} {"float32":>14} {"bfloat16":>14} {"written":>14}  bytes'] + [
       f'{kind:10} {count:14,} {4 * count:14,} {2 * count:14,} {size:14,}  {8 * size / max(1, count):.2f} bits each'
       for kind, count, size in rows]

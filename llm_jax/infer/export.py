@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,8 +57,11 @@ def write_config(folder: Path, config: Any, tokenizer: Any, encoder_tokenizer: A
 
 def write_params(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
   """Writes arrays and `meta` as safetensors. Raises StorageError."""
+  umask = os.umask(0)
+  os.umask(umask)
   try:
     save_file(arrays, path, metadata={'meta': json.dumps(meta)})
+    path.chmod(0o666 & ~umask)  # as other files; save_file leaves it to its owner alone
   except (OSError, SafetensorError) as e:
     raise StorageError(f'--out: {path} cannot be written: {e}') from None
 

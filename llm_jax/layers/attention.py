@@ -15,7 +15,7 @@ from flax.typing import Dtype, Initializer
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.base.sharding import constrain
-from llm_jax.layers.kernels import ATTENTION, AUTO, AttentionCase, choose_attention, local_device, look_back, why_not
+from llm_jax.layers.kernels import ATTENTION, AttentionCase, choose_attention, local_device, look_back
 from llm_jax.layers.linear import Einsum
 from llm_jax.layers.norm import RMSNorm
 from llm_jax.layers.rope import apply_rope
@@ -41,15 +41,6 @@ def causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *,
   case = AttentionCase(*local_device(), str(q_BTNH.dtype), H, T, segment_ids_BT is not None, prefix_BT is not None)
   attend = ATTENTION[choose_attention(implementation, case)]
   return attend(q_BTNH, k_BTKH, v_BTKH, window if window < T else 0, segment_ids_BT, prefix_BT)
-
-
-def describe_attention(implementation: str, dtype: str, head_dim: int, length: int, *, segments: bool,
-                       prefix: bool) -> str:
-  """The chosen implementation for rows of this length: 'blocked', or 'blocked (cudnn: reason against it)'."""
-  case = AttentionCase(*local_device(), dtype, head_dim, length, segments, prefix)
-  chosen = choose_attention(implementation, case)
-  passed_over = [f'{name}: {why_not(name, case)}' for name in AUTO.get(case.platform, ()) if why_not(name, case)]
-  return chosen + (f' ({"; ".join(passed_over)})' if passed_over and implementation == 'auto' else '')
 
 
 def cached_attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *, positions_BT: jax.Array,

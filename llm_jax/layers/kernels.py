@@ -83,6 +83,8 @@ Implementation = Callable[..., jax.Array]
 ATTENTION = Registry('attention')
 for _function in (cudnn, splash, xla, blocked):
   register(ATTENTION, _function.__name__, _function, NoSettings)
+EXPLANATIONS = {'cudnn': ('the fused kernel of cuDNN',), 'splash': ('the Pallas kernel for TPUs',),
+                'xla': ('all T x T scores at once',), 'blocked': ('a block of scores at a time, which saves memory',)}
 # `auto` takes the first one that supports the case. On a CPU blocked was 1.3 to 2.2 times as fast as xla (T 64 to 512).
 AUTO: dict[str, tuple[str, ...]] = {'gpu': ('cudnn', 'blocked'), 'tpu': ('splash', 'blocked'), 'cpu': ('blocked',)}
 
@@ -140,6 +142,16 @@ def choose_attention(name: str, case: AttentionCase) -> str:
     raise ConfigError(f'config.model.attention: {name!r} cannot be used here: {reason}; '
                       f'set one of auto, {", ".join(supported)}')
   return name
+
+
+def describe_attention(implementation: str, dtype: str, head_dim: int, length: int, *, segments: bool,
+                       prefix: bool) -> str:
+  """The chosen implementation for rows of this length, with an explanation, and the reasons against faster ones."""
+  case = AttentionCase(*local_device(), dtype, head_dim, length, segments, prefix)
+  chosen = choose_attention(implementation, case)
+  against = [f'not {name}: {why_not(name, case)}' for name in AUTO.get(case.platform, ()) if why_not(name, case)]
+  notes = [*EXPLANATIONS.get(chosen, ()), *(against if implementation == 'auto' else ())]
+  return chosen + (f' ({"; ".join(notes)})' if notes else '')
 
 
 def look_back(positions_BT: jax.Array, num_slots: int, window: int) -> jax.Array:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from llm_jax.base.builder import Sections, keep_named, sections
-from llm_jax.layers.attention import describe_attention
+from llm_jax.layers.kernels import describe_attention
 from llm_jax.layers.mlp import MLPS
 from llm_jax.models.blocks import PARTS, check_parts, operand_dtype
 from llm_jax.models.protocol import ModelConfig
@@ -74,7 +74,7 @@ class StackConfig(ModelConfig):
   def describe(self, seq_len: int, segments: bool) -> list[str]:
     return [f'model: {self.name}, {self.num_layers} layers, {self.embed_dim} wide, vocabulary {self.vocab_size}, '
             f'{self.dtype}',
-            'attention: ' + describe_attention(self.attention, self.dtype, self.H, self.positions_of(seq_len),
+            'attention kernel: ' + describe_attention(self.attention, self.dtype, self.H, self.positions_of(seq_len),
                                                segments=segments, prefix=self.prefix_attention)]
 
 

@@ -91,9 +91,25 @@ class ModelConfig:
     """Matrix FLOPs of a training step per token; None: training/flops.py counts them in the traced forward pass."""
     return None
 
+  @property
+  def title(self) -> str:
+    """The model in messages."""
+    return f'the model {self.name}'
+
+  def too_small(self, needed: int) -> str:
+    """The message that vocab_size is smaller than the vocabulary of the data."""
+    return (f'config.model.vocab_size: {self.vocab_size} is less than the {needed} tokens of the data; leave it None '
+            f'or set it to {needed} or more')
+
   def describe(self, seq_len: int, segments: bool) -> list[str]:
     """Lines to print at the start of a run."""
     return [f'model: {self.name}, vocabulary {self.vocab_size}']
+
+
+def too_few_logits(cfg: ModelConfig, num_logits: int, needed: int) -> str:
+  """The message that a module has fewer logits than the data have tokens."""
+  return (f'{cfg.title} has logits for {num_logits} tokens, but the data have {needed}: make it for {needed} or more, '
+          'or use a tokenizer with fewer (config.data.tokenizer, config.data.vocab_size)')
 
 
 def adapt_model(name: str, value: Any, settings: type | None) -> tuple[Any, type]:

@@ -20,7 +20,7 @@ from llm_jax.config import Config, replace
 from llm_jax.data.given import GivenBatches
 from llm_jax.losses.config import LOSSES, LossConfig
 from llm_jax.losses.function import FunctionTerm, LossFunction, adapt_loss
-from llm_jax.models.protocol import ModelConfig
+from llm_jax.models.protocol import ModelConfig, too_few_logits
 from llm_jax.models.registry import MODELS
 from llm_jax.optim.chain import TRANSFORMS, OptimConfig
 from llm_jax.optim.link import Link
@@ -34,6 +34,16 @@ class CustomModel(ModelConfig):
 
   name: str = NAME
   description: str = ''
+
+  @property
+  def title(self) -> str:
+    return f'your model {self.description.partition("(")[0]}'.rstrip()
+
+  def too_small(self, needed: int) -> str:
+    return too_few_logits(self, self.vocab_size or 0, needed)
+
+  def describe(self, seq_len: int, segments: bool) -> list[str]:
+    return [f'model: {self.title.removeprefix("your model ")}, passed from Python, logits for {self.vocab_size} tokens']
 
 
 @dataclasses.dataclass(frozen=True)

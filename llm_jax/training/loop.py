@@ -116,11 +116,12 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
         session.sample()
       session.report()
       yield from session.events(custom.callbacks)
-      if ((stopping or session.stop.requested) and step < config.num_steps) or (now.evaluate and session.score is None):
+      over, unevaluated = step == config.num_steps or session.best.over, now.evaluate and session.score is None
+      if unevaluated or ((stopping or session.stop.requested) and not over):
         session.save()  # if the request came after the save above
         session.checkpoints.wait()
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
-                          'repeat the command to resume')
+                          f'repeat the command to {"evaluate that step" if over else "resume"}')
       profiler.begin_after(step)
       session.throughput.restart('evaluation' if now.evaluate else 'save' if now.save else '')
     if session.best.over and session.step > session.begin:

@@ -24,7 +24,7 @@ from llm_jax.infer.text import encode_prompts
 from llm_jax.infer.validators import make_validator
 from llm_jax.losses.objective import Objective
 from llm_jax.losses.term import Constants
-from llm_jax.models.protocol import LanguageModel
+from llm_jax.models.protocol import LanguageModel, too_few_logits
 from llm_jax.training.state import eval_step
 
 
@@ -35,8 +35,7 @@ def resolve(config: Config, data: Data) -> Config:
   needed = data.vocab_size + config.data.task_settings.num_sentinels
   vocab_size = config.model.vocab_size or needed
   if vocab_size < needed:
-    raise ConfigError(f'config.model.vocab_size: {vocab_size} is less than the {needed} tokens of the data; '
-                      f'leave it None or set it to {needed} or more')
+    raise ConfigError(config.model.too_small(needed))
   known: dict[str, Any] = {'max_len': config.data.seq_len, 'encoder_len': config.data.encoder_len,
                            'start_id': data.eos_id if data.bos_id is None else data.bos_id}
   if data.encoder_tokenizer is not None:
@@ -137,7 +136,7 @@ def all_labels(data: Data) -> tuple[np.ndarray | None, tuple[str, ...]]:
 def check_features(config: Config, model: LanguageModel, objective: Objective, features: dict[str, Any]) -> None:
   """Raises ConfigError if the task lacks features that model or losses need, or has features that neither uses."""
   terms, given = ', '.join(config.loss.terms), features.keys()
-  for who, needs in ((f'the model {config.model.name}', model.needs), (f'config.loss.terms={terms}', objective.reads)):
+  for who, needs in ((config.model.title, model.needs), (f'config.loss.terms={terms}', objective.reads)):
     if missing := needs - given:
       raise ConfigError(f'config.data.task: {config.data.task} does not provide {", ".join(sorted(missing))}, which '
                         f'{who} needs; set another task')
@@ -146,15 +145,15 @@ def check_features(config: Config, model: LanguageModel, objective: Objective, f
                       f'config.loss.terms={terms} needs them separately; set decoder or byte_patch')
   if ignored := given - model.reads - objective.reads:
     hint = '; set config.data.mask_documents=False' if ignored <= {'segment_ids', 'positions'} else ''
-    raise ConfigError(f'config.data.task: {config.data.task} provides {", ".join(sorted(ignored))}, which the model '
-                      f'{config.model.name} does not read, nor does config.loss.terms={terms}{hint}')
+    raise ConfigError(f'config.data.task: {config.data.task} provides {", ".join(sorted(ignored))}, which '
+                      f'{config.model.title} does not read, nor does config.loss.terms={terms}{hint}')
 
 
 def without_masks(config: Config, model: LanguageModel) -> Config:
   """The config with mask_documents=False for a plain module without a segment_ids parameter; prints a line."""
   if not config.data.mask_documents or 'segment_ids' in model.reads or getattr(model, 'hidden_states', True):
     return config
-  say(f'the model {config.model.name} has no segment_ids parameter, so config.data.mask_documents is set to False: '
+  say(f'{config.model.title} has no segment_ids parameter, so config.data.mask_documents is set to False: '
       'documents in one row attend to each other')
   return dataclasses.replace(config, data=dataclasses.replace(config.data, mask_documents=False))
 
@@ -164,9 +163,11 @@ def with_logits(config: Config, data: Data, model: LanguageModel, example: Batch
   if getattr(model, 'hidden_states', True):
     return config
   logits = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), example)[0])  # type: ignore[attr-defined]
-  if logits.ndim != 3 or logits.shape[-1] < data.vocab_size:
-    raise ConfigError(f'the model {config.model.name} returns logits of shape {logits.shape} for tokens of shape '
+  if logits.shape[:-1] != example.tokens.shape:
+    raise ConfigError(f'{config.model.title} returns logits of shape {logits.shape} for tokens of shape '
                       f'{example.tokens.shape}; they must be [B, T, V] with V {data.vocab_size} or more')
+  if logits.shape[-1] < (needed := data.vocab_size + config.data.task_settings.num_sentinels):
+    raise ConfigError(too_few_logits(config.model, logits.shape[-1], needed))
   return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=logits.shape[-1]))
 
 

@@ -39,12 +39,12 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: st
   try:  # first, as other data may need another vocabulary
     if not begin or meta['step'] != begin:
       check_fingerprint(meta['data'], fingerprint, meta['step'], differences(saved['data'], now['data']))
-    check_parts(saved, config, meta['state_key'] == state_key)
+    check_same_parts(saved, config, meta['state_key'] == state_key)
   except ConfigError as e:
     raise ConfigError(f'{e}\n{advice}') from None
 
 
-def check_parts(saved: dict, config: Config, same_state: bool) -> None:
+def check_same_parts(saved: dict, config: Config, same_state: bool) -> None:
   """Raises ConfigError if the model, losses or optimizer differ from those of the config `saved`."""
   def listed(section: str, found: dict[str, tuple[Any, Any]]) -> str:
     return ''.join(f'\n  config.{section}.{name}: checkpoint {old}, now {new}' for name, (old, new) in found.items())

@@ -79,22 +79,27 @@ def print_summary(program: Program, state: TrainState, workdir: Path, console: C
   seq_len, held_rows, num_microbatches = config.data.seq_len, program.held_rows, program.num_microbatches
   num_params, num_frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
   num_train, num_val = (sum(len(store.tokens) for store in side.values()) for side in (data.train, data.val))
-  amount = 'a stream' if config.data.streaming else f'{num_train / 1e6:.2f} M tokens'
+  amount = 'a stream' if config.data.streaming else f'{amount_of(num_train)} tokens'
   epochs = config.num_steps * config.batch_tokens / max(1, num_train)
   console.line(f'devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es), '
                f'mesh {dict(jax.sharding.get_abstract_mesh().shape)}')
-  frozen = f', {num_frozen / 1e6:.2f} M of them frozen' if num_frozen else ''
+  frozen = f', {amount_of(num_frozen)} of them frozen' if num_frozen else ''
   first, *more = config.model.describe(seq_len, config.data.mask_documents)
-  for line in (f'{first}, {num_params / 1e6:.2f} M parameters{frozen}', *more):
+  for line in (f'{first}, {amount_of(num_params)} parameters{frozen}', *more):
     console.line(line)
   sources = ', '.join(shown(s.path) for s in config.data.named_sources.values())
   if not data.train and not data.streams:
     sources = 'batches passed from Python'
-  console.line(f'data: {sources}: {amount} to train on, '
-               + (f'{num_val / 1e6:.2f} M to validate with' if num_val and config.eval.every else 'no validation')
+  console.line(f'data: {sources}: {amount} of a vocabulary of {data.vocab_size} to train on, '
+               + (f'{amount_of(num_val)} to validate with' if num_val and config.eval.every else 'no validation')
                + (f'; {config.num_steps} steps are {epochs:.2f} epochs' if num_train else ''))
   for line in config.optim.shortened(config.num_steps):
     console.line(f'schedule: {line}')
   console.line(f'batch: {config.batch_tokens} tokens = {num_microbatches} microbatch(es) x {held_rows} row(s) '
                f'x {seq_len} tokens on each of {config.rows_per_batch // num_microbatches // held_rows} device(s)')
   console.line(f'workdir: {workdir}; to watch the run: tensorboard --logdir {workdir}')
+
+
+def amount_of(number: int) -> str:
+  """A number for people: 2,551 or 124.37 M."""
+  return f'{number / 1e6:.2f} M' if number >= 1e6 else f'{number:,}'

@@ -57,7 +57,10 @@ def test_packed_matrices_take_two_bits_per_weight(folder, capsys, tmp_path):
 
 def test_an_unpacked_export_equals_the_run(folder, capsys):
   export.main([f'--workdir={folder}/bitnet', f'--out={folder}/whole', '--weight_bits=32'])
-  assert '32.00 bits each' in capsys.readouterr().out.splitlines()[-2]
+  printed = capsys.readouterr().out
+  assert '32.00 bits each' in printed.splitlines()[-2] and 'matrices' not in printed, 'nothing is packed'
+  modes = {path.name: path.stat().st_mode for path in (folder / 'whole').iterdir()}
+  assert modes['model.safetensors'] == modes['config.json'], 'the umask applies to all files'
   assert loss(folder / 'whole', capsys) == loss(folder / 'bitnet', capsys)
 
 

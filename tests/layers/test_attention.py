@@ -12,8 +12,8 @@ from jax._src.cudnn import fused_attention_stablehlo
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.layers import blocked
-from llm_jax.layers.attention import cached_attention, causal_attention, describe_attention
-from llm_jax.layers.kernels import ATTENTION, AttentionCase, choose_attention
+from llm_jax.layers.attention import cached_attention, causal_attention
+from llm_jax.layers.kernels import ATTENTION, AttentionCase, choose_attention, describe_attention
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 0, 0, 0]])
 PREFIX = np.array([[1, 1, 0, 1, 0, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0, 0]], bool)
@@ -169,7 +169,8 @@ def test_an_unsupported_kernel_reports_alternatives():
     choose_attention('cudnn', dataclasses.replace(H100, dtype='float32'))
   with pytest.raises(ConfigError, match='it needs a TPU; the length must be a multiple of 128; got 4'):
     causal_attention(*qkv(1, 4, 2, 2, 8), implementation='splash')
-  assert describe_attention('auto', 'float32', 64, 8, segments=True, prefix=False) == 'blocked'
+  assert describe_attention('auto', 'float32', 64, 8, segments=True, prefix=False) == (
+      'blocked (a block of scores at a time, which saves memory)')
 
 
 @pytest.mark.parametrize('window', [0, 3])

@@ -39,6 +39,14 @@ class Bigram(nn.Module):
     return nn.Dense(self.vocab_size)(nn.relu(nn.Embed(self.vocab_size, 16)(tokens_BT)))
 
 
+class BigramOf200(nn.Module):
+  """Without a field for its number of tokens."""
+
+  @nn.compact
+  def __call__(self, tokens_BT):
+    return nn.Embed(200, 200)(tokens_BT)
+
+
 class NnxBigram(nnx.Module):
   def __init__(self, rngs):
     self.embed = nnx.Embed(257, 16, rngs=rngs)
@@ -116,6 +124,16 @@ def test_it_is_loaded_and_generates_with_the_model_given_again(tmp_path):
     list(llm_jax.train(llm_jax.load_config(tmp_path / 'run' / 'config.json'), tmp_path / 'run', model=Bigram()))
   with pytest.raises(ConfigError, match=r'vocab_size'):
     list(train(tmp_path / 'run', data=TEXTS, model=Bigram(300)))
+
+
+def test_a_model_with_fewer_logits_than_tokens_is_told_the_number(tmp_path, capsys):
+  for model in (Bigram(200), BigramOf200()):
+    with pytest.raises(ConfigError, match=r'your model Bigram\w* has logits for 200 tokens, but the data have 257'):
+      list(train(tmp_path / 'small', data=TEXTS, model=model))
+  next(iter(train(tmp_path / 'large', data=TEXTS, model=Bigram(300))))
+  printed = capsys.readouterr().out
+  assert 'model: Bigram, passed from Python, logits for 300 tokens' in printed and 'model custom' not in printed
+  assert 'tokens of a vocabulary of 257 to train on' in printed
 
 
 def test_all_texts_of_a_generator_are_data_and_batches_must_be_readable_again(tmp_path):

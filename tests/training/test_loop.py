@@ -241,6 +241,19 @@ def test_stopping_saves_the_run_and_raises_interrupted(folder):
   assert [line['step'] for line in read_metrics(workdir / 'metrics.jsonl')] == seen
 
 
+def test_a_run_that_is_stopped_at_its_last_step_lacks_its_evaluation_alone(folder):
+  def stop(event):
+    if event.step == 7:  # its event comes while step 8 runs
+      event.stop()
+
+  with pytest.raises(Interrupted, match=r'at step 8 of 8, saved in .*; repeat the command to evaluate that step'):
+    list(llm_jax.train(tiny(folder), folder / 'last', callbacks=stop))
+  assert not list(llm_jax.train(tiny(folder), folder / 'last')), 'no step is trained again'
+  assert 'val/loss' in read_metrics(folder / 'last' / 'metrics.jsonl')[-1]
+  assert json.loads((folder / 'last' / 'status.json').read_text())['state'] == 'finished'
+  list(llm_jax.train(tiny(folder, **{'eval.every': 0}), folder / 'unevaluated', callbacks=stop))  # it is complete
+
+
 def test_a_run_without_a_validation_part_is_not_evaluated(folder):
   """Neither at its last step nor when the finished run is started again."""
   tokens = np.tile(np.arange(32, dtype=np.int32), (8, 1))

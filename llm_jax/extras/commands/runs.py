@@ -108,9 +108,9 @@ def leaves(values: dict[str, Any], path: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def differences(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """For each config, its values of the fields in which the configs differ."""
+  """For each config, its values of the fields in which the configs that have them differ."""
   names = dict.fromkeys(name for config in configs for name in config)
-  differing = [name for name in names if len({json.dumps(config.get(name)) for config in configs if config}) > 1]
+  differing = [name for name in names if len({json.dumps(config[name]) for config in configs if name in config}) > 1]
   return [{name: config[name] for name in differing if name in config} for config in configs]
 
 
