@@ -18,6 +18,7 @@ from typing import Any
 
 from llm_jax.base import flags
 from llm_jax.base.errors import UserError
+from llm_jax.base.process import waiting
 
 OPTIONS: dict[str, Any] = {'temperature': 0.8, 'top_k': 0, 'top_p': 1.0, 'num_tokens': 256, 'seed': 0}
 HELP = {'temperature': '0: always take the most likely token', 'top_k': 'sample only from the k most likely tokens; 0: '
@@ -48,11 +49,15 @@ def main(argv: list[str]) -> None:
   with jax.set_mesh(make_mesh(MeshConfig())):
     trained = api.load(args.workdir, args.checkpoint, trust=args.trust)
     print(f'{args.workdir}, step {trained.run.meta["step"]}; /options, /quit')
+    compiled = False
     while (line := read_line()) is not None:
       if line.startswith('/'):
         if not command(line, options):
           return
       else:
+        if not compiled:
+          waiting('compiling')
+          compiled = True
         answer(trained, line, options)
         options['seed'] += 1  # other random numbers for the next line
 
