@@ -27,6 +27,7 @@ COMMANDS = {
     'config': ('commands.config_fields', 'print all fields of a config with values, origins and comments'),
     'check': ('commands.check', 'report devices and packages, and whether a config runs'),
     'sweep': ('extras.commands.sweep', "train all trials of a config's sweep"),
+    'validate': ('extras.commands.validate', 'check files with a validator of answers'),
     'data prepare': ('commands.data_prepare', 'tokenize the data of a config into the cache'),
     'data inspect': ('extras.commands.data_inspect', 'print and plot statistics of data'),
     'data convert': ('extras.commands.convert', 'convert a pickle to Parquet without running its code'),

@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
     action = super().add_argument(*names, **options)
     rest = ' [--FLAG=VALUE ...]' + (' [--config.FIELD=VALUE ...]' if self.fields else '')
     words = [f'{a.option_strings[0]}={a.metavar}' if a.option_strings else
-             f'[{a.dest}]' if a.nargs in ('?', '*') else a.dest for a in self._actions
+             {'?': f'[{a.dest}]', '+': f'{a.dest} ...'}.get(str(a.nargs), a.dest) for a in self._actions
              if not a.option_strings or a.option_strings[0] in self._required]
     self.usage = ' '.join([self.prog, *words]) + rest
     return action

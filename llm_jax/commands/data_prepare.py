@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from llm_jax.base import flags, plugins
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.process import run_as_program
+from llm_jax.base.process import run_as_program, waiting
 
 if TYPE_CHECKING:
+  waiting('reading data')
   from llm_jax.data.config import DataConfig
   from llm_jax.data.open import Data
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llm_jax.base import flags
 from llm_jax.base.files import write_file, writing
-from llm_jax.base.process import run_as_program
+from llm_jax.base.process import run_as_program, waiting
 
 
 def parser() -> flags.Parser:
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
   flags.apply(args)
   from llm_jax import api
   trained = api.load(args.workdir, args.checkpoint, trust=args.trust)
+  waiting('reading data, compiling and evaluating')
   results, tables, answers = trained.evaluate(args.split, args.data, num_answers=args.answers, num_beams=args.num_beams,
                                               validator=args.validator)
   report = {'workdir': str(args.workdir), 'step': trained.run.meta['step'],

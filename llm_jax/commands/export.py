@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.process import run_as_program
+from llm_jax.base.process import run_as_program, waiting
 
 if TYPE_CHECKING:
   import numpy as np
@@ -54,6 +54,7 @@ def main(argv: list[str]) -> None:
       raise ConfigError('--weight_bits: this copy of llm_jax cannot pack weights; set it to 32')
     exporter = EXPORTERS['plain' if args.weight_bits == '32' else 'packed']
     model, arrays = exporter.export(run.config, run.params, info, args.weight_bits)
+  waiting(f'writing {args.out}')
   config = dataclasses.replace(run.config, model=model)
   write_config(args.out, config, run.tokenizer, run.encoder_tokenizer, '--out')
   write_params(args.out / FILE, arrays, run.meta)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from llm_jax.base import flags
-from llm_jax.base.process import run_as_program
+from llm_jax.base.process import run_as_program, waiting
 
 if TYPE_CHECKING:
   import numpy as np
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
 
   with jax.set_mesh(make_mesh(MeshConfig())):
     trained = api.load(args.workdir, args.checkpoint, trust=args.trust).for_generation()
+    waiting('compiling')
     columns = trained.tokens(
         args.prompt, num_samples=args.num_samples, num_tokens=args.num_tokens, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, num_beams=args.num_beams, seed=args.seed)

@@ -49,7 +49,8 @@ def test_help_describes_the_command_and_the_default_of_each_flag(command):
   parser = parser_of(command)
   assert parser.command == command and parser.description.splitlines()[0].endswith('.')
   for action in parser._actions[1:]:
-    assert 'default' in action.help or '(required)' in action.help or action.nargs is None, action.option_strings
+    needed = not action.option_strings and action.nargs != '?'
+    assert needed or 'default' in action.help or '(required)' in action.help, action.option_strings
   text = parser.format_help()
   assert text.startswith(f'usage: llm-jax {command} ') and max(map(len, text.splitlines())) <= 120
 

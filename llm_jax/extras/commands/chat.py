@@ -22,6 +22,7 @@ from typing import Any
 
 from llm_jax.base import flags
 from llm_jax.base.errors import UserError
+from llm_jax.base.process import waiting
 
 OPTIONS: dict[str, Any] = {'temperature': 0.8, 'top_k': 0, 'top_p': 1.0, 'num_tokens': 256, 'seed': 0}
 HELP = {'temperature': '0: always take the most likely token', 'top_k': 'sample only from the k most likely tokens; 0: '
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
   with jax.set_mesh(make_mesh(MeshConfig())):
     trained = api.load(args.workdir, args.checkpoint, trust=args.trust).for_generation()
     print(f'{args.workdir}, step {trained.run.meta["step"]}; /help, /quit', file=sys.stderr, flush=True)
-    text = ''
+    text, compiled = '', False
     while (line := read_line()) is not None and line.strip() != '/quit':
       name, _, added = line.partition(' ')
       if line.startswith('/') and name != '/more':
@@ -60,6 +61,9 @@ def main(argv: list[str]) -> None:
       elif name == '/more' and not trained.run.model.prompt_in_row:
         print('/more: this model writes a new text for each prompt')
       else:
+        if not compiled:
+          waiting('compiling')
+          compiled = True
         text = answer(trained, text + added if name == '/more' else line, options) or text
         options['seed'] += 1  # other random numbers for the next line
 

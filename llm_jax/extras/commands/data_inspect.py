@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.process import run_as_program
+from llm_jax.base.process import run_as_program, waiting
 from llm_jax.commands.data_prepare import add_data, parse, table
 from llm_jax.extras.figures import load_pyplot, write_picture
 
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
     raise ConfigError('config.data.streaming: a stream has no rows to inspect; set streaming=False')
   if args.rows < 0 or args.seed < 0:
     raise ConfigError(f'--rows and --seed must be 0 or more; got {args.rows} and {args.seed}')
+  waiting('reading data')
   data = open_data(config)
   print(table(data))
   for name, report in data.reports.items():

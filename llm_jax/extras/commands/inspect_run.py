@@ -15,7 +15,7 @@ from typing import Any
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.files import write_file, writing
-from llm_jax.base.process import run_as_program
+from llm_jax.base.process import run_as_program, waiting
 from llm_jax.extras.figures import load_pyplot, write_picture
 
 DORMANT = 0.01  # thinking is dormant if no step moves the latent by this share of its norm
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     run = load_run(args.workdir, mesh, args.checkpoint, trust=args.trust)
+    waiting('reading data and computing activations')
     data, objective = open_data(run.config.data), make_objective(run.config.loss)
     store = next(iter(data.val.values()))
     examples = pipeline.open_examples(run.config.data, data, store, train=False)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.process import run_as_program
+from llm_jax.base.process import run_as_program, waiting
 
 if TYPE_CHECKING:
   import numpy as np
@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
       raise ConfigError(f'--workdir: {args.workdir} was trained on ids without a tokenizer, so it cannot read text')
     predict = jax.jit(lambda params, batch: run.model.apply(
         {'params': params}, batch, method=lambda module, batch: objective.predict(module, batch)))
+    waiting('compiling')
     texts = iter(args.text if args.text is not None else (line.rstrip('\n') for line in sys.stdin))
     while part := list(islice(texts, ROWS)):
       features = rows(run.config.data, run.tokenizer, part)
