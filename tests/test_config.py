@@ -26,7 +26,7 @@ def resolve(text='', *overrides, tmp_path, cpu_only=False):
   path = tmp_path / 'c.py'
   path.write_text(f'from llm_jax.config import base\ndef get_config():\n  config = base()\n  {text or "pass"}\n'
                   '  return config\n')
-  return open_config(path).resolve(main.parser().parse(overrides).overrides, cpu_only=cpu_only)
+  return open_config(path).resolve(main.parser().parse([f'--config={path}', *overrides]).overrides, cpu_only=cpu_only)
 
 
 BAD = [  # overrides, and words that the message must contain: the path, the value, legal values
