@@ -135,6 +135,7 @@ class LogConfig:
 
   every: int = 10  # steps
   loggers: tuple[str, ...] = ('tensorboard', 'jsonl')  # of LOGGERS; plot and sweep read what jsonl writes
+  histograms_every: int = 0  # steps, a multiple of every: histograms of weights, gradients and updates; 0: never
   samples: Literal['auto', 'always', 'never'] = 'auto'  # whether to print samples; auto: in a terminal
   callbacks: tuple[str, ...] = ()  # names of CALLBACKS, called with each logged step
   sections: Sections = sections(CALLBACKS, LOGGERS)
@@ -142,6 +143,8 @@ class LogConfig:
   def __post_init__(self) -> None:
     if self.every < 1:
       raise ValueError(f'every must be at least 1; got {self.every}')
+    if self.histograms_every < 0 or self.histograms_every % self.every:
+      raise ValueError(f'histograms_every must be 0 or a multiple of every, {self.every}; got {self.histograms_every}')
     check_names('loggers', self.loggers, LOGGERS)
     check_names('callbacks', self.callbacks, CALLBACKS)
     keep_named(self, (*self.loggers, *self.callbacks), 'neither loggers nor callbacks names it')

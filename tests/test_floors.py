@@ -19,7 +19,7 @@ FLOORS = [
      'training.console', 'training.throughput', 'training.status', 'training.launches', 'training.best',
      'training.ending', 'infer.sampling', 'infer.answers', 'infer.text'},
     {'infer.score', 'infer.load'},
-    {'training.custom', 'training.flops', 'training.memory', 'training.resolve'},
+    {'training.custom', 'training.histograms', 'training.flops', 'training.memory', 'training.resolve'},
     {'infer.trained', 'training.program'},
     {'training.run', 'training.resume', 'training.session'},
     {'training.loop'},

@@ -155,10 +155,10 @@ def test_tensorboard_shows_scalars_and_samples(whole, folder):
         pass
       time.sleep(0.5)
     run = next(iter(scalars))
-    assert {'loss/train', 'loss/val', 'loss/best/val', 'val/bits_per_byte', 'train/grad_norm'} <= scalars[run].keys()
+    assert {'loss/train', 'loss/val', 'loss/val/best', 'val/bits_per_byte', 'train/grad_norm'} <= scalars[run].keys()
     points = get(f'scalars/scalars?run={run}&tag=loss/val')
     assert [step for _, step, _ in points] == [50, 100, 150]
-    assert {'sample/def ', 'sample/new document', 'config'} <= set(texts[run])
+    assert {'sample/def ', 'sample/new document', 'x_config'} <= set(texts[run])
     assert 'def' in get(f'text/text?run={run}&tag=sample/def%20')[0]['text']
   finally:
     process.terminate()

@@ -15,7 +15,7 @@ from llm_jax.base.loggers import Histogram, LoggedRun, Logger
 if TYPE_CHECKING:
   from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-MAIN = ('best', 'loss', 'train', 'val')  # groups of tags; all others sort behind them
+MAIN = ('loss', 'train', 'val')  # groups of tags; all others sort behind them
 
 
 class TensorBoard(Logger):
@@ -47,15 +47,15 @@ class TensorBoard(Logger):
   def text(self, step: int, name: str, value: str) -> None:
     """Writes a text as Markdown that wraps, below a heading with step and name."""
     group, _, prompt = name.partition('/')
-    heading = f'**step {step}, {group}: {escape_markdown(prompt)}**' if prompt else f'**step {step}, {group}**'
-    self._markdown(step, name, heading + '\n\n' + quoted(value))
+    heading = f'**step {step}**, {group}' + (f': {escape_markdown(prompt)}' if prompt else '')
+    self._markdown(step, name, f'{heading}\n\n{quoted(value)}')
 
   def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
     from tensorboard.compat.proto.summary_pb2 import HistogramProto
     for name, h in values.items():
       proto = HistogramProto(min=h.low, max=h.high, num=float(h.counts.sum()), sum=h.total, sum_squares=h.squares,
                              bucket_limit=h.edges[1:].tolist(), bucket=h.counts.tolist())
-      self._value(step, tag=name, histo=proto, metadata=self._metadata(name, name, 'histograms'))
+      self._value(step, tag=tag_of(name), histo=proto, metadata=self._metadata(tag_of(name), name, 'histograms'))
 
   def close(self) -> None:
     for tag, (step, value, written) in self._last.items():
@@ -69,16 +69,16 @@ class TensorBoard(Logger):
       from tensorboard.compat.proto.event_pb2 import Event, SessionLog
       from tensorboard.plugins.hparams.summary_v2 import hparams_pb
       from tensorboard.summary.writer.event_file_writer import EventFileWriter
-      run = self._run
+      run, folder = self._run, self._run.workdir.absolute()
       self._events = EventFileWriter(str(run.workdir), flush_secs=10)
       # Makes TensorBoard drop what an interrupted run wrote after this step.
       self._events.add_event(Event(wall_time=time.time(), step=run.step + 1,
                                    session_log=SessionLog(status=SessionLog.START)))
       values = hyperparameters(run.config)
       self._events.add_event(Event(wall_time=time.time(), step=run.step, summary=hparams_pb(
-          values, trial_id=str(run.workdir.absolute()))))
+          values, trial_id=f'{folder.name} in {folder.parent}')))
       if run.step == 0:
-        self._markdown(0, 'config', f'```json\n{json.dumps(run.config, indent=2)}\n```')
+        self._markdown(0, tag_of('config'), f'```json\n{json.dumps(run.config, indent=2)}\n```')
     return self._events
 
   def _scalar(self, tag: str, name: str, step: int, value: float) -> None:
@@ -89,7 +89,7 @@ class TensorBoard(Logger):
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.plugins.text.summary_v2 import text_pb
     self._writer.add_event(Event(wall_time=time.time(), step=step, summary=text_pb(
-        name, value, description=describe_metric(name))))
+        name, value, description=describe_metric(name.removeprefix('x_')))))
 
   def _value(self, step: int, **fields: Any) -> None:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -109,9 +109,11 @@ class TensorBoard(Logger):
 def tag_of(name: str) -> str:
   """The tag of a metric, so that losses come first and side groups last, as TensorBoard sorts groups by name.
 
-  'train/loss' is 'loss/train', 'best/val/loss' is 'loss/best/val', 'goodput/step' is 'x_goodput/step'.
+  'train/loss' is 'loss/train', 'best/val/loss' is 'loss/val/best', 'goodput/step' is 'x_goodput/step'.
   """
   group, *rest = name.split('/')
+  if group == 'best':
+    return tag_of('/'.join(rest)) + '/best'
   if group in MAIN and rest and rest[-1] == 'loss':
     return '/'.join(['loss', group, *rest[:-1]])
   return name if group in MAIN else f'x_{name}'

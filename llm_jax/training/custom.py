@@ -24,6 +24,7 @@ from llm_jax.models.protocol import ModelConfig, too_few_logits
 from llm_jax.models.registry import MODELS
 from llm_jax.optim.chain import TRANSFORMS, OptimConfig
 from llm_jax.optim.link import Link
+from llm_jax.training.histograms import Histograms
 
 NAME = 'custom'
 
@@ -113,9 +114,10 @@ def with_custom(config: Config, custom: Custom) -> Config:
 
 
 def with_named_callbacks(custom: Custom, config: Config) -> Custom:
-  """`custom` with the callbacks added that config.log names."""
+  """`custom` with the callbacks added that config.log asks for."""
   named = [CALLBACKS[name](CALLBACKS.section(name, config.log.sections)) for name in config.log.callbacks]
-  return dataclasses.replace(custom, callbacks=(*custom.callbacks, *named))
+  return dataclasses.replace(custom, callbacks=(
+      *custom.callbacks, Histograms(config.log.histograms_every), *named))
 
 
 def describe_part(part: Any) -> str:

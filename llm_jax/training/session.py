@@ -101,7 +101,8 @@ class Session:
     self.goodput.add('data', time.perf_counter() - start)
     previous, self.step, self.score = self.pending, self.step + 1, None
     with jax.profiler.StepTraceAnnotation('train', step_num=self.step):
-      self.state, metrics = self.program.step(self.state, self._put(features), self.program.constants)
+      self.batch = self._put(features)
+      self.state, metrics = self.program.step(self.state, self.batch, self.program.constants)
     self.pending = self.step, metrics
     if previous is not None:
       self._fetch(*previous)

@@ -122,7 +122,7 @@ def test_tensorboard_reads_scalars_and_texts(tmp_path, reader):
   assert read['loss/val'] == [(3, -3), (6, -6)]
   texts = dict(next(values for tag, values in read.items() if tag.startswith('sample')))
   assert sorted(texts) == list(range(1, 7))
-  assert texts[4].decode().split('\n') == ['**step 4, sample**', '', '> once upon 4  ', '> &nbsp;&nbsp;second line  ']
+  assert texts[4].decode().split('\n') == ['**step 4**, sample', '', '> once upon 4  ', '> &nbsp;&nbsp;second line  ']
 
 
 @READERS

@@ -20,10 +20,10 @@ def read(workdir):
 
 
 def test_losses_come_first_and_side_groups_last():
-  names = ['best/val/loss', 'train/loss', 'val/loss', 'val/stdlib/loss', 'train/grad_norm', 'val/accuracy',
+  names = ['train/loss', 'val/loss', 'best/val/loss', 'val/stdlib/loss', 'train/grad_norm', 'val/accuracy',
            'capability/val/loss < 2', 'epoch/loss', 'goodput/step', 'system/host_cpu', 'update_ratio/head/w']
   assert sorted(map(tag_of, reversed(names))) == list(map(tag_of, names))
-  assert [tag_of(name) for name in names[:4]] == ['loss/best/val', 'loss/train', 'loss/val', 'loss/val/stdlib']
+  assert [tag_of(name) for name in names[:4]] == ['loss/train', 'loss/val', 'loss/val/best', 'loss/val/stdlib']
 
 
 def test_every_tag_has_a_description_and_scalars_are_listed(tmp_path):
@@ -73,7 +73,7 @@ def test_histograms_are_read_as_they_were_written(tmp_path):
   counts, edges = np.histogram(values, 6)
   logger.histograms(3, {'weights/head/w': Histogram(-1.0, 2.0, counts, values.sum(), (values**2).sum())})
   logger.close()
-  [event] = read(tmp_path).Histograms('weights/head/w')
+  [event] = read(tmp_path).Histograms('x_weights/head/w')
   found = event.histogram_value
   assert event.step == 3 and found.num == 31 and (found.min, found.max) == (-1, 2)
   np.testing.assert_allclose(found.bucket_limit, edges[1:])
