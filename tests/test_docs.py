@@ -13,8 +13,8 @@ import pytest
 from program import ROOT, environment
 
 from llm_jax import __main__ as program
-from llm_jax.base.builder import registries_of
-from llm_jax.config import Config
+from llm_jax.base.builder import build, registries_of
+from llm_jax.config import Config, base
 from llm_jax.data.config import DataConfig
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text()
@@ -34,6 +34,10 @@ def commands_of(page):
       command = re.sub(r'\s+#.*', '', line).strip()
       if re.match(r'(\S*/)?(llm-jax|python|tensorboard|make|pip|srun|sbatch|gcloud|bash|launch/\S+)\b', command):
         yield command
+
+
+def python_blocks(page):
+  return re.findall(r'^```python\n(.*?)^```', PAGES[page], re.M | re.S)
 
 
 def anchors(text):
@@ -83,7 +87,7 @@ def has_field(cls, path, added):
 
 @pytest.mark.parametrize('page', PAGES)
 def test_config_fields_exist(page):
-  code = '\n'.join(re.findall(r'^```python\n(.*?)^```', PAGES[page], re.M | re.S))
+  code = '\n'.join(python_blocks(page))
   added = set(re.findall(r"register\(\w+, '(\w+)'", code))  # parts that the page adds
   added |= set(re.findall(r'^  (\w+): \w+ = ', code, re.M)) if 'register(MODELS' in code else set()  # of its model
   paths = set(re.findall(r'(?:--|`)config\.([a-z]\w*(?:\.\w+)*)', PAGES[page])) - {'json', 'py'}
@@ -93,6 +97,17 @@ def test_config_fields_exist(page):
 def test_a_wrong_field_is_found():
   for path in ('optm.learning_rate', 'optim.rate', 'data.sources.a.pth', 'optim.adamw.beta1', 'model.depth'):
     assert not has_field(Config, path.split('.'), ()), path
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_settings_in_python_are_valid(page):
+  """Those of a config file, as the pages print them."""
+  for block in python_blocks(page):
+    if re.search(r'^config\.', block, re.M) and 'def ' not in block:
+      config = base()
+      config.num_steps = 100_000
+      exec(block, {'config': config})
+      build(Config, config.to_dict())
 
 
 @functools.cache

@@ -10,10 +10,7 @@ import sys
 
 import pytest
 from program import ROOT, environment
-from test_docs import PAGES, commands_of
-
-from llm_jax.base.builder import build
-from llm_jax.config import Config, base
+from test_docs import PAGES, commands_of, python_blocks
 
 pytestmark = pytest.mark.slow
 
@@ -54,10 +51,6 @@ class Foo(nn.Module):
   def __call__(self, tokens):
     return nn.Embed(self.config.vocab_size, self.config.vocab_size)(tokens)
 '''
-
-
-def python_blocks(page):
-  return re.findall(r'^```python\n(.*?)^```', PAGES[page], re.M | re.S)
 
 
 def shorter(text):
@@ -102,7 +95,7 @@ def folder(tmp_path_factory):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(f'{name}\n{text}')
   (folder / 'my_fortunes').write_text('\n%\n'.join(f'cat {i} sat on the mat of sir {i * i}' for i in range(500)))
-  pairs = [{'prompt': f'add {i} and {i}', 'answer': str(2 * i)} for i in range(500)]
+  pairs = [{'question': f'add {i} and {i}', 'answer': str(2 * i)} for i in range(500)]
   texts = [{'text': f'twice {i} is {2 * i}'} for i in range(500)]
   (folder / 'pairs.jsonl').write_text(''.join(json.dumps(pair) + '\n' for pair in pairs))
   for name in ('web/a.jsonl.gz', 'shards/a.jsonl.gz'):
@@ -124,16 +117,6 @@ def test_a_command_runs(command, folder):
   if reason:
     pytest.skip(reason)
   run(folder, *prepared(command), stdin='def \n')
-
-
-@pytest.mark.parametrize('page', PAGES)
-def test_settings_in_python_are_valid(page):
-  for block in python_blocks(page):
-    if re.search(r'^config\.', block, re.M) and 'def ' not in block:
-      config = base()
-      config.num_steps = 100_000
-      exec(block, {'config': config})
-      build(Config, config.to_dict())
 
 
 @pytest.mark.parametrize('page', PAGES)

@@ -91,24 +91,18 @@ def test_a_killed_run_resumes_bitwise(whole, folder):
   jax.tree.map(np.testing.assert_array_equal, final_arrays(workdir), final_arrays(whole[0]))
 
 
-def test_ctrl_c_saves_and_a_finished_run_is_reported(whole, folder, capsys):
+def test_a_second_run_is_rejected_ctrl_c_saves_and_a_finished_run_is_reported(whole, folder, capsys):
   process = start(folder, 'main', '--config=tiny.py', '--workdir=stopped', '--config.num_steps=100000')
-  signal_at(process, folder / 'stopped', 3, signal.SIGINT)
+  signal_at(process, folder / 'stopped', 3, signal.SIGCONT)
+  with pytest.raises(StorageError, match='another run'):
+    tiny(folder, f'--workdir={folder}/stopped')
+  process.send_signal(signal.SIGINT)
   output = finish(process, code=75)
   step = int(re.search(r'stopped at step (\d+)', output)[1])
   assert (folder / 'stopped' / 'checkpoints' / str(step)).is_dir()
   assert read_metrics(folder / 'stopped' / 'metrics.jsonl')[-1]['step'] == step
   main.main([f'--config={folder}/tiny.py', f'--workdir={whole[0]}'])
   assert f'already at step {STEPS}' in capsys.readouterr().out
-
-
-def test_a_second_run_in_a_workdir_is_rejected(folder):
-  process = start(folder, 'main', '--config=tiny.py', '--workdir=locked', '--config.num_steps=100000')
-  signal_at(process, folder / 'locked', 1, signal.SIGCONT)
-  with pytest.raises(StorageError, match='another run'):
-    tiny(folder, f'--workdir={folder}/locked')
-  process.kill()
-  process.communicate()
 
 
 def test_generate_streams_text(whole, folder, capsys):
