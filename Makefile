@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 LOCK := requirements$(if $(CUDA),-cuda).lock
 INSTALLED := $(VENV)/installed$(if $(CUDA),-cuda)
 
-.PHONY: install train test test-slow lint bench lock
+.PHONY: install train test test-slow lint docs bench lock
 
 install: $(INSTALLED)
 
@@ -32,6 +32,13 @@ test-slow: install
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+# The documentation as a site, in site/. The packages of the extra `docs` are not in the lock.
+docs: install
+	$(RUN) -c 'import material, mkdocstrings' 2>/dev/null || \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 # TORCH=/path/to/python, one that has PyTorch, times that beside us. Nothing else should run meanwhile.
 bench: install

@@ -267,8 +267,8 @@ class Config:
 class OpenSection(ml_collections.ConfigDict):
   """A section of base() that creates the settings of a registered entry, at their defaults, on first access."""
 
-  def __init__(self, values: dict, registries: tuple[Registry, ...]):
-    super().__init__(values)
+  def __init__(self, values: dict, registries: tuple[Registry, ...] = (), **options: Any):  # options: of a dict in it
+    super().__init__(values, **options)
     object.__setattr__(self, '_registries', registries)
 
   def __getattr__(self, name: str) -> Any:

@@ -167,8 +167,8 @@ class AdaptiveGradClip(Link):
   in each layer of a stack. Weights smaller than `eps` count as `eps`, so that zeros can grow.
   """
 
-  clipping: float = positive(0.01)
-  eps: float = positive(1e-3)
+  clipping: float = positive(0.01)  # largest norm of a unit's gradient, as a multiple of the norm of its weights
+  eps: float = positive(1e-3)  # least norm of weights, so that zeros can grow
   place = 'filter'
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:

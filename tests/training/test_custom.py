@@ -73,7 +73,8 @@ DATA = {
     'texts': lambda: TEXTS,
     'batches': ready_batches,
     'map_dataset': lambda: grain.MapDataset.source(ready_batches()).shuffle(seed=1),
-    'iter_dataset': lambda: grain.MapDataset.source(ready_batches()).shuffle(seed=1).repeat().to_iter_dataset(),
+    'iter_dataset': lambda: grain.MapDataset.source(ready_batches()).shuffle(seed=1).repeat().to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)),  # by default it reads 500 batches ahead
     'map_dataset_of_texts': lambda: grain.MapDataset.source(TEXTS),
 }
 
