@@ -45,8 +45,8 @@ class Classification(Term):
   reads: ClassVar[frozenset[str]] = frozenset({'labels', 'segment_ids'})
   tasks: ClassVar[tuple[str, ...]] = ('classification',)
   fixed: ClassVar[tuple[str, ...]] = ('num_classes', 'classes')
-  results: ClassVar[tuple[str, ...]] = ('loss', 'accuracy', 'top5_accuracy', 'macro_precision', 'macro_recall', 'macro_f1',
-                                       'documents')
+  results: ClassVar[tuple[str, ...]] = (
+      'loss', 'accuracy', 'top5_accuracy', 'macro_precision', 'macro_recall', 'macro_f1', 'documents')
 
   @property
   def head_dim(self) -> int:
