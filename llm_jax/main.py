@@ -38,13 +38,15 @@ def main(argv: list[str]) -> None:
   source.check(overrides)  # reports a config that is invalid on any machine before starting JAX
   if args.workdir and '://' in str(args.workdir):
     raise ConfigError(f'--workdir: {args.workdir} is a URL; mount the storage and set the folder')
-  import jax
+  from llm_jax.base.progress import Progress
+  with Progress('starting JAX'):
+    import jax
 
-  from llm_jax import api
-  from llm_jax.base.devices import only_cpus
-  from llm_jax.training.ending import ending
-  if args.distributed:
-    start_processes()
+    from llm_jax import api
+    from llm_jax.base.devices import only_cpus
+    from llm_jax.training.ending import ending
+    if args.distributed:
+      start_processes()
   if jax.process_index() == 0:
     print(f'runtime: {was_set}', flush=True)
   cpu_only = only_cpus() and not args.full_size
