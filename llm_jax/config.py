@@ -219,7 +219,8 @@ class Config:
       return None
     names |= set(evaluation.metrics)
     if evaluation.answers:
-      names |= {'exact_match', 'answer_accuracy'} | ({'valid'} if evaluation.validator else set())
+      names |= {'exact_match', 'answer_accuracy', *evaluation.answer_metrics}
+      names |= {'valid'} if evaluation.validator else set()
     if len(self.data.sources) > 1:
       names |= {f'{source}/{name}' for source in self.data.sources for name in ('loss', 'bits_per_byte')}
     return {f'val/{name}' for name in names}

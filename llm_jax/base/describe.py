@@ -25,6 +25,7 @@ DESCRIPTIONS = (
     ('best/(.*)', 'The best {} of the run so far.'),
     ('epoch/number', 'The number of the epoch that ends with this step.'),
     ('epoch/(.*)', 'The mean of {} over the steps of an epoch.'),
+    ('capability/retained', 'The share of the conditions reached so far that still hold.'),
     ('capability/(.*)', 'The step that first met the condition {}.'),
     ('goodput/(.*)', "The share of the run's time so far spent on: {}."),
     ('system/host_cpu', 'The load of the CPUs of the first host.'),

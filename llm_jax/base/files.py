@@ -54,6 +54,8 @@ def check_run(folder: Path, flag: str = '--workdir', file: str = 'config.json') 
   """Returns the folder. Raises ConfigError, with the nearest runs, if it lacks the file that every run has."""
   if (folder / file).is_file():
     return folder
+  if file == 'config.json' and (folder / 'status.json').is_file():
+    raise ConfigError(f'{flag}: the run in {folder} has not trained a step yet')
   problem = f'does not contain a run (no {file})' if folder.exists() else 'does not exist'
   names = {Path(run).name: run for run in list_runs(folder, file)}
   near = difflib.get_close_matches(folder.name, names, n=1)

@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
       if words and argument[:1] != '-':
         args.words.append(argument)
         continue
-      if name[:1] == '-' and not equals and rest and rest[0][:1] != '-':
+      if name[:1] == '-' and not equals and rest and (rest[0][:1] != '-' or re.match(r'-\.?\d', rest[0])):
         value = rest.pop(0)
       elif is_field and not equals:
         self._problems.append(f'{argument}: has no value')

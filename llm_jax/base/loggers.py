@@ -19,7 +19,6 @@ class LoggedRun(NamedTuple):
   workdir: Path
   step: int  # from which the run starts or resumes
   config: dict[str, Any]
-  monitor: str = 'val/loss'  # the result that determines the best checkpoint
 
 
 class Histogram(NamedTuple):

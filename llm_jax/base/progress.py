@@ -115,7 +115,8 @@ class LiveLine:
       if self._live is None and is_terminal():
         # Long lines are left to the terminal to wrap, so that paths and commands can be copied. Only what goes to a
         # terminal is moved above the live line; a redirected stdout remains as it is.
-        terminal = Terminal(file=sys.stderr, force_jupyter=False, force_terminal=True, soft_wrap=True, highlight=False)
+        terminal = Terminal(file=sys.stderr, force_jupyter=False, force_terminal=True, soft_wrap=True, highlight=False,
+                            markup=False, emoji=False)
         self._live = Live(get_renderable=self._newest, console=terminal, transient=True,
                           redirect_stdout=sys.stdout.isatty())
         self._live.start()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
-import sys
 import threading
 
 import jax
@@ -58,4 +58,6 @@ def interrupt_all(number: int, frame: object) -> None:
 
 def _announce(number: int) -> None:
   name = signal.Signals(number).name
-  print(f'\n{name}: saving, then stopping (repeat it to stop at once)', file=sys.stderr, flush=True)
+  # Not by print: the signal may interrupt a write to the live line of base/progress.py, whose lock would be held.
+  with contextlib.suppress(OSError):
+    os.write(2, f'\n{name}: saving, then stopping (repeat it to stop at once)\n'.encode())

@@ -22,7 +22,8 @@ class Csv(Logger):
     text = self._path.read_text() if self._path.exists() else ''
     rows = list(csv.DictReader(io.StringIO(text[:text.rfind('\n') + 1])))  # a killed process may leave part of a row
     self._names = list(rows[0]) if rows else ['step']
-    self._rows: list[dict[str, Any]] = [row for row in rows if int(row['step']) <= run.step]
+    self._rows: list[dict[str, Any]] = [
+        row for row in rows if (row['step'] or '').isdigit() and int(row['step']) <= run.step]
     self._rewrite()
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -77,20 +78,27 @@ class Wandb(Logger):
     self._run.define_metric('*', step_metric='step')
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
-    self._run.log({'step': step, **values})
+    self._log({'step': step, **values})
 
   def text(self, step: int, name: str, value: str) -> None:
     import wandb
-    self._run.log({'step': step, name: wandb.Html(f'<p>step {step}</p><pre style="white-space: pre-wrap">'
+    self._log({'step': step, name: wandb.Html(f'<p>step {step}</p><pre style="white-space: pre-wrap">'
                                                   f'{html.escape(value)}</pre>', inject=False)})
 
   def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
     import wandb
-    self._run.log({'step': step} | {name: wandb.Histogram(np_histogram=(h.counts, h.edges))
+    self._log({'step': step} | {name: wandb.Histogram(np_histogram=(h.counts, h.edges))
                                     for name, h in values.items()})
 
   def close(self) -> None:
     self._run.finish()
+
+  def _log(self, values: Mapping[str, Any]) -> None:
+    import wandb
+    try:
+      self._run.log(values)
+    except wandb.errors.Error as e:
+      raise OSError(str(e)) from None
 
 
 register(LOGGERS, 'csv', Csv)

@@ -19,7 +19,7 @@ from llm_jax.base.registry import register
 from llm_jax.base.trees import path_of
 from llm_jax.optim.chain import TRANSFORMS
 from llm_jax.optim.link import Link, regular
-from llm_jax.optim.masks import matrices
+from llm_jax.optim.masks import check_declared, matrices
 from llm_jax.optim.optimizers import MuDtype, decayed
 
 
@@ -172,6 +172,8 @@ class AdaptiveGradClip(Link):
   place = 'filter'
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
+    check_declared(info)
+
     def clip(grad: jax.Array, weights: jax.Array, units: ParamInfo) -> jax.Array:
       tx = optax.adaptive_grad_clip(self.clipping, self.eps, unit_dims(units))
       return tx.update(grad, tx.init(weights), weights)[0]

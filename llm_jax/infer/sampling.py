@@ -19,10 +19,10 @@ def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: jax.Array | flo
            top_p: jax.Array | float | None = None, num_ids: int | None = None) -> jax.Array:
   """Samples one token per row, int32 [B]. top_p: nucleus (arXiv 1904.09751); top_k 0 and top_p None: all tokens.
 
-  temperature None: argmax. Only the first `num_ids` ids are sampled, as the model's vocabulary may be padded.
+  temperature None or 0: argmax. Only the first `num_ids` ids are sampled, as the model's vocabulary may be padded.
   """
   logits_BV = constrain(logits_BV[:, :num_ids], None, None)  # all processes get all tokens
-  if temperature is None:
+  if temperature is None or (isinstance(temperature, int | float) and not temperature):
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = logits_BV.astype(jnp.float32) / temperature
   if not top_k and top_p is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from typing import Any
 
@@ -44,7 +45,7 @@ def make_evaluator(config: Config, data: Data, model: LanguageModel, objective: 
 
   def evaluator(params: Params, stores: dict[str, TokenStore], max_tokens: int | None,
                 interrupted: Callable[[], bool] = lambda: False) -> Results:
-    def batches(store: TokenStore) -> Iterator[Batch]:
+    def batches(store: TokenStore) -> Generator[Batch, None, None]:
       max_rows = max_tokens and max(1, max_tokens // config.data.seq_len // len(stores))
       examples = pipeline.open_examples(config.data, data, store, train=False)
       total = min(len(examples), max_rows or len(examples))
@@ -55,7 +56,11 @@ def make_evaluator(config: Config, data: Data, model: LanguageModel, objective: 
           yield put_batch(features, rows, num_rows, mesh)
           task.update(min(num_rows, total - task.n))
 
-    sums = {name: add_up(eval_fn, params, batches(store)) for name, store in stores.items()}
+    def sums_of(store: TokenStore) -> dict[str, Any]:
+      with contextlib.closing(batches(store)) as rows_of_store:  # also after an error, which would hold it open
+        return add_up(eval_fn, params, rows_of_store)
+
+    sums = {name: sums_of(store) for name, store in stores.items()}
     for name, store in stores.items():
       if 'next_token/bytes' in sums[name]:
         sums[name]['next_token/bytes'] *= store.bytes_scale

@@ -79,8 +79,9 @@ class Trained:
     answers_due = self.config.answers and run.tokenizer is not None and num_answers != 0
     if answers_due:
       make_validator(validator), answer_metrics(own)  # to report an error before the loss is computed
-    config = dataclasses.replace(
-        self.config, eval=dataclasses.replace(own, answers=0, validator=validator, num_beams=num_beams))
+    # every=0: no evaluation chooses a checkpoint here, so the names of results are not checked against each other.
+    config = dataclasses.replace(self.config, eval=dataclasses.replace(
+        own, every=0, patience=0, capabilities=(), goal='', answers=0, validator=validator, num_beams=num_beams))
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
       opened = self._open(split, data)

@@ -31,7 +31,8 @@ def check_declared(info: Params) -> None:
                 for path, p in jax.tree_util.tree_leaves_with_path(info) if p.is_undeclared_matrix]
   if undeclared:
     raise ValueError(
-        'chain: muon and soap need fan-in and fan-out of every matrix, and these parameters do not declare them:\n  '
+        'chain: muon, soap and adaptive_grad_clip need fan-in and fan-out of every matrix, and these parameters do not '
+        'declare them:\n  '
         + '\n  '.join(undeclared) + '\nCreate them with layers.linear.Einsum, or with layers.linear.weight(..., '
         "roles=('in', 'out')), one of batch, in, out, row per dimension; for tables and readouts, which Adam updates, "
         'declare an axis vocab, positions or norm; or use another optimizer')

@@ -28,10 +28,13 @@ class Launch:
   """
 
   def __init__(self, workdir: Path):
-    self._path, self._before = workdir / FILE, ''
-    if not self._path.is_symlink():
-      with contextlib.suppress(OSError, ValueError):
-        self._before = ''.join(line + '\n' for line in self._path.read_text().splitlines())
+    self._path = workdir / FILE
+    self._before: bytes | None = b''  # None: the lines before cannot be read, so that nothing may be written
+    try:
+      if self._path.exists() and not self._path.is_symlink():
+        self._before = b''.join(line + b'\n' for line in self._path.read_bytes().splitlines())
+    except OSError:
+      self._before = None
     devices = jax.devices()
     self.values: dict[str, Any] = {
         'time': datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
@@ -42,19 +45,19 @@ class Launch:
   def update(self, **values: Any) -> None:
     """Adds values and writes the line."""
     self.values |= values
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and self._before is not None:
       with contextlib.suppress(OSError):
-        write_file(self._path, f'{self._before}{json.dumps(self.values)}\n')
+        write_file(self._path, self._before + json.dumps(self.values).encode() + b'\n')
 
 
 def read_launches(workdir: Path) -> list[dict[str, Any]]:
   """The lines of a run's launches.jsonl, without damaged ones; [] if there is none."""
   found = []
   with contextlib.suppress(OSError, ValueError):
-    for line in (workdir / FILE).read_text().splitlines():
+    for line in (workdir / FILE).read_text(errors='replace').splitlines():
       with contextlib.suppress(ValueError):
         found.append(json.loads(line))
-  return [line for line in found if isinstance(line, dict)]
+  return [line for line in found if isinstance(line, dict) and {'time', 'process'} <= line.keys()]
 
 
 def is_alive(launch: dict[str, Any]) -> bool | None:

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.base.batch import Metrics
+from llm_jax.base.errors import ConfigError
 from llm_jax.base.loggers import LOGGERS, Histogram, LoggedRun, Logger, step_of
+from llm_jax.base.multihost import gather
 from llm_jax.config import LogConfig
 from llm_jax.data.open import Data
 from llm_jax.training.console import Console
@@ -49,9 +51,16 @@ class MetricsWriter:
 
   def __init__(self, run: LoggedRun, config: LogConfig):
     self._loggers: dict[str, Logger] = {}
+    problem = ''
     for name in config.loggers if jax.process_index() == 0 else ():
       with self._guarded(name):
-        self._loggers[name] = LOGGERS[name](LOGGERS.section(name, config.sections))(run)
+        try:
+          self._loggers[name] = LOGGERS[name](LOGGERS.section(name, config.sections))(run)
+        except ConfigError as e:
+          problem = str(e)
+    if problem := next(filter(None, gather(problem)), ''):  # all processes fail, or none
+      self.close()
+      raise ConfigError(problem)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     self._call('scalars', step, values) if values else None

@@ -57,7 +57,8 @@ def due(step: int, config: Config, *, end: int, has_val: bool, first: bool = Fal
   last = step == config.num_steps
   evaluate = has_val and config.eval.every > 0 and (step % config.eval.every == 0 or last)
   save = step % config.checkpoint.every == 0 or last or step == end or stopping
-  return Due(evaluate, save, evaluate, evaluate or save or first or traced)
+  histograms = config.log.histograms_every and step % config.log.histograms_every == 0
+  return Due(evaluate, save, evaluate, evaluate or save or first or traced or bool(histograms))
 
 
 def train(config: Config, workdir: Path, custom: Custom) -> Generator[Event, None, None]:
@@ -139,7 +140,7 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   with Progress('initializing the state', shown=jax.process_index() == 0):
     state, meta = first_state(program, checkpoints, mesh)
   begin = int(state.step)
-  writer = MetricsWriter(LoggedRun(workdir, begin, to_dict(config), config.eval.monitor), config.log)
+  writer = MetricsWriter(LoggedRun(workdir, begin, to_dict(config)), config.log)
   console = Console(config.num_steps, begin, config.log)
   stack.callback(writer.close)
   stack.callback(console.close)

@@ -235,10 +235,12 @@ class Session:
   def _save(self, score: float | None, best: Best) -> bool:
     # The step is saved with the optimizer's state, as some optimizers have an empty state, which Orbax rejects.
     state = self.state
-    self.console.saving(self.step, self.config.eval.monitor, best.best_value)
-    return self.checkpoints.save(
+    saves = self.checkpoints.save(
         self.step, state.params, (state.step, state.opt_state), score=score, since=best.since, meta={
             'config': to_dict(self.config), 'data': self.program.fingerprint,
             'stream_states': gather(self.batches.state()), 'evaluated': self.evaluated_at == self.step,
             'best': best.to_meta(), 'epoch': self._epochs.sums, 'state_key': self.program.state_key,
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
+    if saves:
+      self.console.saving(self.step, self.config.eval.monitor, best.best_value)
+    return saves

@@ -8,6 +8,8 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
+import time
 
 import pytest
 from program import ROOT
@@ -122,3 +124,48 @@ def test_a_redirected_stdout_is_not_moved_to_the_terminal(tmp_path):
   written = run_in_terminal(program, 120)
   assert (tmp_path / 'out').read_text().splitlines() == [line for line in LINES if 'stderr' not in line]
   assert [row for row in screen(written, 120) if row] == ['WARNING: a line of stderr']
+
+
+def test_text_that_looks_like_markup_is_printed_as_it_is():
+  """Also without an end of line, which rich buffers."""
+  program = PROGRAM.replace("print('end')", """
+with Progress('training', 3):
+  print('x [/b] [red]y[/red] :smile:', end='', flush=True)
+  print()
+print('end')""")
+  assert 'x [/b] [red]y[/red] :smile:' in screen(run_in_terminal(program, 120), 120)
+
+
+SIGNALLED = """
+import time
+from llm_jax.base.progress import Progress
+from llm_jax.base.stopping import StopSignal
+with StopSignal() as stop, Progress('training', 10) as task:
+  for number in range(100_000):
+    print('a line of a log that fills the buffer of the terminal', number, flush=True)
+    if stop.requested:
+      break
+print('end')
+"""
+
+
+def test_a_signal_during_a_write_to_the_terminal_does_not_lock_the_process():
+  """A terminal that nobody reads, as after Ctrl-S, blocks the write; the handler then must not need its lock."""
+  own, theirs = pty.openpty()
+  env = os.environ | {'PYTHONPATH': str(ROOT), 'TERM': 'xterm-256color', 'JAX_PLATFORMS': 'cpu'}
+  process = subprocess.Popen([sys.executable, '-c', SIGNALLED], stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+  os.close(theirs)
+  written = os.read(own, 1)  # it has begun to print
+  time.sleep(1)
+  process.terminate()
+  time.sleep(0.5)
+  killer = threading.Timer(60, process.kill)
+  killer.start()
+  try:
+    while chunk := os.read(own, 65536):
+      written += chunk
+  except OSError:  # the terminal was closed
+    pass
+  os.close(own)
+  killer.cancel()
+  assert process.wait() == 0 and b'SIGTERM: saving' in written and b'end' in written

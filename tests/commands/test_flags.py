@@ -103,10 +103,12 @@ def test_all_mistakes_are_one_message(command, flags, messages, runs):
 def test_overrides_take_both_forms(runs):
   args = parser_of('train').parse(['--config.model.num_layers', '4', '--config=x', '--config.data.path=a=b'])
   assert args.overrides == {'model.num_layers': '4', 'data.path': 'a=b'} and args.config == 'x'
+  args = parser_of('train').parse(['--config=x', '--config.mesh.data', '-1', '--config.eval.min_delta', '-.5'])
+  assert args.overrides == {'mesh.data': '-1', 'eval.min_delta': '-.5'}
 
 
 def test_loading_the_api_imports_neither_orbax_nor_grain():
-  """They take a second; Orbax is needed for the first checkpoint, Grain for worker processes and streams."""
+  """They take a second; Orbax is needed for the first checkpoint, Grain for batches."""
   code = "import sys, llm_jax.api; print(sorted({name.split('.')[0] for name in sys.modules} & {'orbax', 'grain'}))"
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
   assert done.stdout.strip() == '[]', done.stderr

@@ -31,6 +31,7 @@ SETTINGS = {
     'num_steps': 400, 'batch_tokens': 64, 'tokens_per_device': 64, 'data.task': 'seq2seq', 'data.seq_len': 8,
     'data.encoder_len': 8, 'data.test_fraction': 0.2, 'optim.learning_rate': 3e-2, 'eval.every': 10, 'eval.patience': 2,
     'eval.answers': 8, 'eval.validator': 'python', 'eval.answer_metrics': ('word_f1',), 'eval.prompts': ('a b',),
+    'eval.capabilities': ('val/word_f1 > 0.01', 'val/valid >= 0'),
     'checkpoint.every': 1000, 'checkpoint.keep_best': 0}
 
 

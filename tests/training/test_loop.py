@@ -27,7 +27,7 @@ from llm_jax.training.throughput import Goodput, Throughput
 CONFIG = Config(
     num_steps=100, batch_tokens=64, tokens_per_device=64, model=DecoderConfig(vocab_size=16, num_layers=1),
     data=DataConfig(seq_len=8), eval=EvalConfig(every=10), checkpoint=CheckpointConfig(every=25),
-    log=LogConfig(every=1))
+    log=LogConfig(every=1, histograms_every=8))
 DUE = [
     ('an ordinary step', 7, {}, ''),
     ('eval.every', 10, {}, 'evaluate sample settle'),
@@ -38,6 +38,7 @@ DUE = [
     ('the first step of a process', 7, {'first': True}, 'settle'),
     ('a signal', 7, {'stopping': True}, 'save settle'),
     ('a trace begins or ends', 7, {'traced': True}, 'settle'),
+    ('log.histograms_every', 8, {}, 'settle'),
     ('eval.every without a validation part', 10, {'has_val': False}, ''),
     ('the last step without a validation part', 100, {'has_val': False}, 'save settle'),
     ('a signal where an evaluation is due', 10, {'stopping': True}, 'evaluate save sample settle'),

@@ -77,6 +77,18 @@ def test_launches_are_listed_with_what_changed(folder, capsys):
   assert json.loads((folder / 'longer' / 'config.json').read_text())['num_steps'] == 3
 
 
+def test_damaged_lines_of_the_history_are_kept_and_not_shown(folder, capsys):
+  shutil.copytree(folder / 'run', folder / 'damaged')
+  path, number = folder / 'damaged' / 'launches.jsonl', len(read_launches(folder / 'run'))
+  damaged = path.read_bytes() + b'\xff\n{"time": 1}\n[1]\n'
+  path.write_bytes(damaged)
+  train(folder, 'damaged', '--config.num_steps=3')
+  assert path.read_bytes().startswith(damaged) and len(read_launches(folder / 'damaged')) == number + 1
+  capsys.readouterr()
+  runs.main([str(folder / 'damaged')])
+  assert f'launch {number + 1}: ' in capsys.readouterr().out
+
+
 def test_a_run_killed_after_its_last_checkpoint_becomes_finished(folder):
   shutil.copytree(folder / 'run', folder / 'killed')
   path = folder / 'killed' / 'status.json'
