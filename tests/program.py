@@ -1,6 +1,7 @@
 """Runs the package's programs as real processes, with real signals and files."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,9 +65,10 @@ def start(folder: Path, command: str, *flags: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
+  """What the process prints, without the lines on what it waits for."""
   output = process.communicate(timeout=240)[0]
   assert process.returncode == code, f'exit {process.returncode}, not {code}:\n{output[-4000:]}'
-  return output
+  return re.sub(r'^(loading|reading|compiling|starting) .*\.\.\.\n|^compiling \.\.\.\n', '', output, flags=re.MULTILINE)
 
 
 def signal_at(process: subprocess.Popen, workdir: Path, step: int, number: signal.Signals) -> None:

@@ -123,7 +123,8 @@ def load_teacher(settings: Distillation, config: Config, data: Data, mesh: Mesh)
   """The teacher's run. Raises UserErrors if it cannot be read or does not fit the data."""
   path = 'config.loss.distillation.teacher'
   try:
-    teacher = load_run(Path(settings.teacher).expanduser(), mesh, settings.checkpoint)
+    teacher = load_run(Path(settings.teacher).expanduser(), mesh, settings.checkpoint,
+                       flag='config.loss.distillation.teacher')
   except StorageError as e:
     raise ConfigError(str(e).replace('--workdir', path)) from None
   except ConfigError as e:

@@ -55,12 +55,13 @@ def tokenizers_of(source: Data | Loaded) -> list[str | None]:
 
 
 def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, trust: bool = False,
-             module: Any = None) -> Loaded:
-  """Loads the run in `workdir` at 'latest', 'best' or a step. `module` is its model, if it was passed from Python.
+             module: Any = None, flag: str = '--workdir') -> Loaded:
+  """Loads the run in `workdir` at 'latest', 'best' or a step. `module` is its model, if it was passed from Python;
+  `flag` is what named the folder, for messages.
 
   The run's plug-ins must be loaded before; with `trust` the copies in the folder are executed. Raises UserErrors.
   """
-  config = read_config(workdir, trust)
+  config = read_config(workdir, trust, flag)
   tokenizer = load_tokenizer(workdir / 'tokenizer.json') if (workdir / 'tokenizer.json').exists() else None
   encoder_tokenizer = None
   if config.data.encoder_tokenizer is not None:
@@ -71,19 +72,19 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, trust: bo
     params, meta = read_params(workdir / FILE, abstract_params(example_batch(config.data), mesh, model))
     return Loaded(config, tokenizer, model, params, meta, encoder_tokenizer)
   if latest_step(workdir) < 0:
-    raise StorageError(f'--workdir: {workdir} has no checkpoints yet')
+    raise StorageError(f'{flag}: {workdir} has no checkpoints yet')
   with Checkpoints(workdir / 'checkpoints', config.checkpoint, read_only=True) as checkpoints:
     params, meta = read_weights(checkpoints, checkpoints.named(checkpoint, '--checkpoint'), config, model, mesh)
   return Loaded(config_at(config, meta['step']), tokenizer, model, params, meta, encoder_tokenizer)
 
 
-def read_config(workdir: Path, trust: bool) -> Config:
+def read_config(workdir: Path, trust: bool, flag: str = '--workdir') -> Config:
   """Reads a run's config. Raises StorageError, and ConfigError if there is no run or a plug-in is not loaded."""
-  path = check_run(workdir) / 'config.json'
+  path = check_run(workdir, flag) / 'config.json'
   for line in plugins.check_notes(workdir, trust=trust):
     say(line)
   try:
-    return build(Config, read_values(path, '--workdir', trust))
+    return build(Config, read_values(path, flag, trust))
   except (ValueError, ConfigError) as e:
     raise StorageError(f'{path}: damaged: {e}') from None
 

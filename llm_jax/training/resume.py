@@ -127,7 +127,8 @@ def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
   """A fresh state with all weights that the other run has. Raises ConfigError for weights of other shapes."""
   config, fresh = program.config, program.init()
   try:
-    run = load_run(Path(config.start.run).expanduser(), mesh, config.start.checkpoint)
+    run = load_run(Path(config.start.run).expanduser(), mesh, config.start.checkpoint,
+                   flag='config.start.run')
   except (StorageError, ConfigError) as e:
     raise ConfigError(str(e).replace('--workdir', 'config.start.run')
                       .replace('--checkpoint', 'config.start.checkpoint')) from None

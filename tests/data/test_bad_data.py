@@ -31,7 +31,7 @@ from llm_jax.data.sources.files import open_source
 from llm_jax.data.tokenizers.tokenizer import decode
 
 SECONDS = 5
-PROGRESS = ('tokenizing', 'fetching')  # progress bars on stderr
+PROGRESS = ('tokenizing', 'fetching', 'reading data ...')  # on stderr
 AS_PROCESSES = (
     'empty file', 'invalid UTF-8', 'malformed line 7', 'truncated gz', 'zst bomb', 'truncated parquet',
     'truncated HDF5', 'npy of objects', 'damaged arrayrecord', 'id beyond the vocabulary', 'query that writes',

@@ -209,6 +209,6 @@ def test_contrastive_rejects_microbatches(folder, tmp_path):
 
 def test_another_loss_in_the_same_workdir_is_rejected(folder, run):
   run('classification')
-  with pytest.raises(ConfigError, match=r'config\.loss: checkpoint classification .* now .*next_token'):
+  with pytest.raises(ConfigError, match=r"config\.loss\.terms: checkpoint \['classification'\], now .*next_token"):
     main.main([f'--config={folder}/classification.py', f'--workdir={folder}/classification',
                '--config.loss.terms=classification,next_token'])
