@@ -23,9 +23,9 @@ COMMANDS = {
     'plot': ('extras.commands.plot', 'plot metrics of runs'),
     'inspect': ('extras.commands.inspect_run', "print and plot a run's weights and activations by layer"),
     'schedules': ('extras.commands.schedules', "plot a config's learning rate"),
-    'configs': ('commands.configs', 'list the presets, or print one'),
-    'config': ('commands.config_fields', 'print all fields of a config with values, origins and comments'),
-    'check': ('commands.check', 'report devices and packages, and whether a config runs'),
+    'configs': ('extras.commands.configs', 'list the presets, or print one'),
+    'config': ('extras.commands.config_fields', 'print all fields of a config with values, origins and comments'),
+    'check': ('extras.commands.check', 'report devices and packages, and whether a config runs'),
     'sweep': ('extras.commands.sweep', "train all trials of a config's sweep"),
     'validate': ('extras.commands.validate', 'check files with a validator of answers'),
     'data prepare': ('commands.data_prepare', 'tokenize the data of a config into the cache'),
@@ -47,9 +47,10 @@ def main(argv: list[str]) -> None:
   name, rest, known = ' '.join(argv[:num_words]), argv[num_words:], commands()
   if name in ('--version', '-V', 'version'):
     print(f'llm_jax {__version__}')
-  elif not argv or name in ('-h', '--help'):
+  elif not argv or name in ('-h', '--help', 'help', 'data', 'data -h', 'data --help'):
     print('usage: llm-jax COMMAND [...]; llm-jax COMMAND --help shows its flags\n')
-    print('\n'.join(f'  {command:14} {line}' for command, (_, line) in known.items()))
+    print('\n'.join(f'  {command:14} {line}' for command, (_, line) in known.items()
+                    if command.startswith('data ') or argv[:1] != ['data']))
   elif name in known:
     importlib.import_module(f'llm_jax.{known[name][0]}').main(rest)
   else:

@@ -16,11 +16,11 @@ from llm_jax import main
 from llm_jax.__main__ import COMMANDS
 from llm_jax.base.builder import leaf_paths, registries_of
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.commands import config_fields
 from llm_jax.config import Config, EvalConfig, LogConfig
 from llm_jax.config_file import open_config
 from llm_jax.data.config import DataConfig
 from llm_jax.data.open import open_data
+from llm_jax.extras.commands import config_fields
 from llm_jax.losses.config import LOSSES, LossConfig
 from llm_jax.losses.term import Term
 from llm_jax.models.registry import MODELS

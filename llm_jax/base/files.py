@@ -52,8 +52,11 @@ def check_no_link(path: Path) -> Path:
 
 def check_run(folder: Path, flag: str = '--workdir', file: str = 'config.json') -> Path:
   """Returns the folder. Raises ConfigError, with the nearest runs, if it lacks the file that every run has."""
-  if (folder / file).is_file():
-    return folder
+  try:
+    if (folder / file).is_file():
+      return folder
+  except OSError as e:
+    raise ConfigError(f'{flag}: {folder} cannot be read: {e.strerror}') from None
   if file == 'config.json' and (folder / 'status.json').is_file():
     raise ConfigError(f'{flag}: the run in {folder} has not trained a step yet')
   problem = f'does not contain a run (no {file})' if folder.exists() else 'does not exist'

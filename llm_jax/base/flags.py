@@ -66,7 +66,11 @@ class Parser(argparse.ArgumentParser):
 
     With `words`, arguments that are not flags become the list `words`. Raises ConfigError with all mistakes.
     """
-    args, rest = self.parse_known_args(list(argv))
+    # argparse takes an unknown flag whose value has a space for a positional argument.
+    known = {name for action in self._actions for name in action.option_strings}
+    unknown = [word for word in argv if re.match(r'--[\w.-]+=', word) and word.partition('=')[0] not in known]
+    args, rest = self.parse_known_args([word for word in argv if word not in unknown])
+    rest = unknown + rest
     args.overrides, args.words = {}, []
     while rest:
       argument = rest.pop(0)
@@ -82,7 +86,7 @@ class Parser(argparse.ArgumentParser):
       if is_field:
         args.overrides[name.removeprefix(prefix)] = value
       else:
-        self._problems.append(f'{argument}: no such flag; {self._nearest(argument, prefix)}')
+        self._problems.append(f'{argument}: {self._nearest(argument, prefix)}')
     self._problems += [self._missing(flag) for flag in self._required
                        if getattr(args, flag[2:]) in (None, [])
                        and not any(re.search(f'did you mean {flag}\\b(?!\\.)', line) for line in self._problems)]
@@ -125,18 +129,19 @@ class Parser(argparse.ArgumentParser):
     """What an unknown flag, or a word without a flag, may mean."""
     name, equals, value = argument.partition('=')
     known = [a.option_strings[-1] for a in self._actions if a.option_strings]
-    taker = next((flag for flag in ('--config', '--workdir') if flag in known), None)
-    if not name.startswith('-') and not equals and taker is not None:
-      return f'values need the name of their flag; did you mean {taker}={argument}?'
+    taker = '--path' if prefix == '--' else next((flag for flag in ('--config', '--workdir') if flag in known), None)
+    if not name.startswith('-') and not equals:
+      return (f'values need the name of their flag; did you mean {taker}={argument}?' if taker is not None else
+              f'one argument too many; usage: {self.usage}')
     name = name.lstrip('-').removeprefix('config.')
     near = difflib.get_close_matches(f'--{SYNONYMS.get(name, name)}', known, n=1, cutoff=0.75)
     if self.fields and not near:
       near = [prefix + path for path in nearest_fields(name, pkgutil.resolve_name(self.fields))]
     if any(flag.endswith(IN_TOKENS) for flag in near) and name in SYNONYMS:
-      return f'did you mean {" or ".join(near)}, which counts tokens, not rows?'
+      return f'no such flag; did you mean {" or ".join(near)}, which counts tokens, not rows?'
     if near:
-      return f'did you mean {" or ".join(flag + equals + value for flag in near)}?'
-    return f'known: {", ".join([*known, *([prefix + "FIELD"] if self.fields else [])])}'
+      return f'no such flag; did you mean {" or ".join(flag + equals + value for flag in near)}?'
+    return f'no such flag; known: {", ".join([*known, *([prefix + "FIELD"] if self.fields else [])])}'
 
 
 def add(parser: argparse.ArgumentParser, *, trust: bool = True) -> None:

@@ -88,10 +88,10 @@ class Jsonl(Logger):
 
 
 def step_of(line: str) -> float:
-  """The step of a line of metrics.jsonl; infinity if a killed process left it incomplete."""
+  """The step of a line of metrics.jsonl; infinity if it is damaged, as a killed process may leave it."""
   try:
     return json.loads(line)['step']
-  except (ValueError, KeyError):
+  except (ValueError, KeyError, TypeError):
     return float('inf')
 
 

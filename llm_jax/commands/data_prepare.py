@@ -17,7 +17,6 @@ from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import run_as_program, waiting
 
 if TYPE_CHECKING:
-  waiting('reading data')
   from llm_jax.data.config import DataConfig
   from llm_jax.data.open import Data
 
@@ -33,6 +32,7 @@ def main(argv: list[str]) -> None:
   from llm_jax.data.config import cache_dir
   from llm_jax.data.open import open_data
   begin = time.perf_counter()
+  waiting('reading data')
   data = open_data(config)
   print(table(data))
   print(f'ready in {time.perf_counter() - begin:.1f} s, in {cache_dir(config)}; training will use these stores')
@@ -56,9 +56,13 @@ def parse(parser: flags.Parser, argv: list[str]) -> tuple[DataConfig, argparse.N
   from llm_jax.base.builder import build, override
   from llm_jax.data.config import DataConfig
   values: dict = {'data': {}}
-  override(values, {f'data.{name}': value for name, value in args.overrides.items()})
-  config = build(DataConfig, values['data'], 'config.data')
-  if 'path' not in args.overrides and not config.sources:
+  given = {name.removeprefix('config.data.'): value for name, value in args.overrides.items()}
+  try:
+    override(values, {f'data.{name}': value for name, value in given.items()})
+    config = build(DataConfig, values['data'], 'config.data')
+  except ConfigError as e:  # fields are flags here
+    raise ConfigError(str(e).replace('config.data.', '--')) from None
+  if 'path' not in given and not config.sources:
     raise ConfigError('--path: give a file, folder, glob or URL, or a --config')
   return config, args
 

@@ -69,6 +69,9 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, trust: bo
   objective = make_objective(config.loss)
   model = make_model(config.model, objective.heads, objective.num_weights, module)
   if (workdir / FILE).is_file():  # an exported model
+    if checkpoint != 'latest':
+      raise ConfigError(f'--checkpoint: {workdir} is an exported model with one set of weights; leave it out, '
+                        f'or set it to latest; got {checkpoint!r}')
     params, meta = read_params(workdir / FILE, abstract_params(example_batch(config.data), mesh, model))
     return Loaded(config, tokenizer, model, params, meta, encoder_tokenizer)
   if latest_step(workdir) < 0:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from llm_jax.base.errors import ConfigError
+from llm_jax.base.errors import ConfigError, UserError
 from llm_jax.base.files import write_file, writing
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.data.open import Data, tokenize
@@ -72,10 +72,14 @@ class Trained:
       raise ConfigError('this run was loaded for generation only; evaluate one that llm_jax.load returns')
     if split not in ('train', 'val', 'test'):
       raise ConfigError(f'--split: must be train, val or test; got {split!r}')
+    if not self.config.answers and (num_answers or validator or num_beams):
+      raise ConfigError('--answers, --num_beams and --validator are for runs that learned answers to prompts')
     validator = own.validator if validator is None else validator
     num_beams = own.num_beams if num_beams is None else num_beams
-    if (num_answers or 0) < 0 or num_beams < 1:
-      raise ConfigError(f'--answers must not be negative, --num_beams at least 1; got {num_answers}, {num_beams}')
+    if num_beams < 1:
+      raise ConfigError(f'--num_beams: must be at least 1; got {num_beams}')
+    if (num_answers or 0) < 0:
+      raise ConfigError(f'--answers: must not be negative; got {num_answers}')
     answers_due = self.config.answers and run.tokenizer is not None and num_answers != 0
     if answers_due:
       make_validator(validator), answer_metrics(own)  # to report an error before the loss is computed
@@ -99,7 +103,10 @@ class Trained:
     if data is None:
       opened = own_data(run)
     else:
-      opened = tokenize(data, config.data, run.tokenizer, run.encoder_tokenizer)
+      try:
+        opened = tokenize(data, config.data, run.tokenizer, run.encoder_tokenizer)
+      except UserError as e:
+        raise type(e)(str(e).replace('config.data.path', '--data')) from None
       for name in config.loss.terms:
         opened = config.loss.sections[name].relabel(opened)
     check_labels(config, opened)

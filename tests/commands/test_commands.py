@@ -8,9 +8,8 @@ from program import finish, start, write_config
 
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, DataError, UserError
-from llm_jax.commands import check
 from llm_jax.config_file import combinations, open_config
-from llm_jax.extras.commands import plot, schedules, sweep
+from llm_jax.extras.commands import check, plot, schedules, sweep
 
 SWEEP = """
 from tiny import get_config as tiny
@@ -81,6 +80,10 @@ def test_check_reports_devices_and_whether_a_config_runs(folder, capsys):
   assert found['devices']['platform'] == 'cpu' and found['packages']['jax'] and found['config']['valid']
   assert 'runs' not in found['config'], 'trained without --step'
   assert 'starting JAX ...' in captured.err
+  with pytest.raises(ConfigError):
+    check.main(['--config=gpt_small', '--format=json', '--config.num_steps=0'])
+  error = json.loads(capsys.readouterr().out)['error']
+  assert 'num_steps' in error['message'] and error['exit_code'] == 78
   with pytest.raises(DataError, match='nowhere'):
     check.main([f'--config={folder}/tiny.py', '--step', '--config.data.path=nowhere'])
   assert 'does NOT run' in capsys.readouterr().out

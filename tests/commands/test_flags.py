@@ -70,8 +70,8 @@ def test_the_examples_of_a_command_parse(command, runs):
 @pytest.mark.parametrize('command, flags, messages', [
     ('generate', '--workdr=runs/other --promt=x --num_token 5 --sed=1', [
         '--workdr=runs/other: no such flag; did you mean --workdir=runs/other?',
-        '--promt=x: no such flag; did you mean --prompt=x?', '--num_token: no such flag; did you mean --num_tokens?',
-        '--sed=1: no such flag; did you mean --seed=1?']),
+        '--promt=x: no such flag; did you mean --prompt=x?', '--sed=1: no such flag; did you mean --seed=1?',
+        '--num_token: no such flag; did you mean --num_tokens?']),
     ('generate', '--workdir=runs/gpt_smal --num_tokens=many', [
         '--workdir: runs/gpt_smal does not exist; did you mean runs/gpt_small?',
         "--num_tokens: expects a whole number, got 'many'"]),
@@ -79,11 +79,14 @@ def test_the_examples_of_a_command_parse(command, runs):
     ('generate', '--workdir=runs', ['--workdir: runs does not contain a run (no config.json); runs here: '
                                     'runs/gpt_small, runs/other, runs/package']),
     ('generate', '', ['--workdir is missing; runs here: runs/gpt_small, runs/other, runs/package']),
-    ('generate', 'runs/other', ['runs/other: no such flag; values need the name of their flag; did you mean '
-                                '--workdir=runs/other?']),
+    ('generate', 'runs/other', ['runs/other: values need the name of their flag; did you mean --workdir=runs/other?']),
+    ('plot', "--workdir runs/package --otu='a b.png'", ['--otu=a b.png: no such flag; did you mean --out=a b.png?']),
+    ('runs', "--plt='my plot.png'", ['--plt=my plot.png: no such flag; did you mean --plot=my plot.png?']),
+    ('configs', 'gpt_small more', ['more: one argument too many; usage: llm-jax configs [name] [--FLAG=VALUE ...]']),
     ('generate', '--workdir', ['--workdir: has no value; for example: llm-jax generate --workdir=runs/gpt_small '
                                "--prompt='def main('"]),
     ('plot', '--workdir runs/othr runs/package', ['--workdir: runs/othr does not exist; did you mean runs/other?']),
+    ('generate', f'--workdir={"x" * 300}', [f'--workdir: {"x" * 300} cannot be read: File name too long']),
     ('evaluate', '--workdir=runs/other --split=vall', ["--split: 'vall' is not one of val, test; did you mean val?"]),
     ('sweep', '--num_steps=3', ['--num_steps=3: no such flag; did you mean --config.num_steps=3 or '
                                 '--config.profile.num_steps=3?',

@@ -181,3 +181,16 @@ def test_runs_wraps_what_differs(tmp_path, capsys):
   assert max(map(len, printed.splitlines())) < 140
   with pytest.raises(ConfigError, match='there are no runs'):
     runs.main([str(tmp_path / 'nowhere')])
+
+
+def test_runs_with_damaged_or_missing_files_do_not_hide_the_others(folder, tmp_path, capsys):
+  shutil.copytree(folder / 'run', tmp_path / 'run')
+  with open(tmp_path / 'run' / 'metrics.jsonl', 'a') as f:
+    f.write('[1]\n')
+  for name, status in (('failed', '"step": 0'), ('damaged', '"step": 1, "best": "x"')):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'status.json').write_text(f'{{"state": "failed", {status}, "num_steps": 2, "started": 0}}')
+  runs.main([str(tmp_path), f'--plot={tmp_path}/runs.png'])
+  printed = capsys.readouterr().out
+  assert re.search(r'^damaged +unreadable', printed, re.M) and re.search(r'^failed +failed +0/2', printed, re.M)
+  assert re.search(r'^run +finished +2/2', printed, re.M) and (tmp_path / 'runs.png').stat().st_size > 1000

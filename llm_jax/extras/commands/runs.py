@@ -38,14 +38,15 @@ def main(argv: list[str]) -> None:
   if not folders:
     raise ConfigError(f'{args.folder}: there are no runs in this folder')
   found = [read_run(folder, args.folder) for folder in folders]
-  if args.plot:
-    from llm_jax.extras.commands import plot
-    plot.main(['--workdir', *map(str, folders), f'--out={args.plot}'])
   differing = differences([run.pop('config') for run in found])
   for run, values in zip(found, differing, strict=True):
     run['differs'] = values
   launches = found[0]['launches'] if folders == [args.folder] else []
   print(json.dumps(found, indent=2) if args.format == 'json' else '\n'.join([*table(found), *history(launches)]))
+  logged = [str(folder) for folder in folders if (folder / 'metrics.jsonl').is_file()]
+  if args.plot and logged:
+    from llm_jax.extras.commands import plot
+    plot.main(['--workdir', *logged, f'--out={args.plot}'])
 
 
 def read_run(folder: Path, root: Path) -> dict[str, Any]:
@@ -58,9 +59,11 @@ def read_run(folder: Path, root: Path) -> dict[str, Any]:
     path = folder / 'config.json'  # written with the first step
     config = json.loads(path.read_text()) if path.is_file() else {}
     age = time.time() - status.get('updated', status['started'])
-    return run | {'state': state_of(status, run['launches'], age), 'step': status['step'],
-                  'num_steps': status['num_steps'], 'monitor': status.get('monitor'), 'best': status.get('best'),
-                  'tokens_per_second': (status.get('metrics') or {}).get('train/tokens_per_second'), 'age': age,
+    best, speed = status.get('best'), (status.get('metrics') or {}).get('train/tokens_per_second')
+    return run | {'state': state_of(status, run['launches'], age), 'step': int(status['step']),
+                  'num_steps': int(status['num_steps']), 'monitor': status.get('monitor'),
+                  'best': None if best is None else float(best),
+                  'tokens_per_second': None if speed is None else float(speed), 'age': age,
                   'config': dict(leaves(config))}
   except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return run | {'state': 'unreadable', 'step': None, 'num_steps': None, 'monitor': None, 'best': None,

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
   args = parser().parse(argv)
   from llm_jax import config_file
   if args.name is not None:
-    print(config_file.find_config(args.name).read_text(), end='')
+    print(config_file.find_config(args.name, 'llm-jax configs').read_text(), end='')
     return
   known = config_file.presets()
   width = max(map(len, known), default=0)

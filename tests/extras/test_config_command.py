@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 import llm_jax
+from llm_jax import __main__ as program
 from llm_jax import main
 from llm_jax.base.builder import build, leaf_paths, nearest_fields, to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.fields import comments_of, fields_of
-from llm_jax.commands import config_fields, configs
 from llm_jax.config import Config, StageConfig
 from llm_jax.config_file import open_config, presets
 from llm_jax.data.open import Data
+from llm_jax.extras.commands import config_fields, configs
 from llm_jax.training.resolve import resolve
 
 REPO = Path(__file__).parents[2]
@@ -252,3 +253,10 @@ def test_the_package_shows_its_functions_with_their_types():
 
 def test_a_mistyped_command_names_the_nearest():
   assert 'did you mean llm-jax generate?' in command('llm_jax', 'genrate').stderr
+
+
+def test_data_alone_and_help_list_commands(capsys):
+  for argv in (['data'], ['data', '--help'], ['help']):
+    program.main(argv)
+    printed = capsys.readouterr().out
+    assert 'data inspect' in printed and (' chat ' in printed) == (argv == ['help'])

@@ -69,6 +69,9 @@ def main(argv: list[str]) -> None:
       report.setdefault(name, {}).update(values)
       if args.format == 'text':
         print(f'{name:12} {text}', flush=True)
+  except UserError as e:
+    report['error'] = {'message': str(e), 'exit_code': e.exit_code}
+    raise
   finally:
     if args.format == 'json':
       print(json.dumps(report, indent=2), flush=True)
