@@ -65,7 +65,6 @@ def main(argv: list[str]) -> None:
           waiting('compiling')
           compiled = True
         text = answer(trained, text + added if name == '/more' else line, options) or text
-        options['seed'] = (options['seed'] + 1) % (1 << 32)  # other random numbers for the next line
 
 
 def read_line() -> str | None:
@@ -109,6 +108,7 @@ def answer(trained: Any, prompt: str, options: dict[str, Any]) -> str:
 
   try:
     columns = trained.tokens(prompt, **options)  # an error is raised here, before the prompt is printed
+    options['seed'] = (options['seed'] + 1) % (1 << 32)  # other random numbers for the next line
     print_samples(prompt if trained.run.model.prompt_in_row else '', kept(columns), trained.run.tokenizer, 1)
   except UserError as e:
     print(f'error: {e}')
