@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from llm_jax.data.rows.examples import Examples
 from llm_jax.data.stores.store import TokenStore
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, before_eos, decode
 from llm_jax.infer.sampling import beam_search, decode_variables
-from llm_jax.infer.validators import Validator, make_validator
+from llm_jax.infer.validators import TimedOut, Validator, make_validator
 from llm_jax.losses.metrics import ANSWER_METRICS, Metric, make_metrics
 from llm_jax.models.protocol import LanguageModel
 
@@ -75,8 +76,17 @@ def answer(model: LanguageModel, params: Params, examples: Examples, tokenizer: 
       text = decode(tokenizer, given)
       asked_text = decode(prompt_tokenizer or tokenizer, prompt)
       results.append(Answer(asked_text, decode(tokenizer, expected), text, exact,
-                            same / max(len(given), len(expected), 1), None if validator is None else validator(text)))
+                            same / max(len(given), len(expected), 1), is_valid(validator, text)))
   return results
+
+
+def is_valid(validator: Validator | None, text: str) -> bool | None:
+  """False with a warning for a text that a command has not checked in time; None without a validator."""
+  try:
+    return None if validator is None else validator(text)
+  except TimedOut as e:
+    print(f'WARNING: config.eval.validator: {e}; the answer counts as invalid', file=sys.stderr, flush=True)
+    return False
 
 
 def summarize_answers(answers: list[Answer], config: EvalConfig) -> dict[str, float]:

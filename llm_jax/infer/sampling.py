@@ -69,9 +69,9 @@ def generate(model: LanguageModel, params: Params, prompts: list[list[int]], *, 
   Prompts must not be empty. The computation of token i+1 starts before token i is yielded.
   """
   tokens_BT, lengths_B = pad(model, prompts, max_len)
-  # Other values of temperature and top_p need no other program.
-  options = {'temperature': temperature or None, 'top_k': top_k, 'top_p': top_p if top_p < 1 else None,
-             'num_ids': num_ids}
+  # One program serves all temperatures above 0, and with them all top_p below 1; temperature 0 ignores top_k and top_p.
+  options = {'temperature': temperature or None, 'top_k': top_k if temperature else 0,
+             'top_p': top_p if temperature and top_p < 1 else None, 'num_ids': num_ids}
   num_tokens = min(num_tokens, room(model, lengths_B, max_len))
   keys = jax.random.split(jax.random.key(seed), max(num_tokens, 1))
   variables, filled = variables or decode_variables(model, params), slots_filled(model, lengths_B)

@@ -136,6 +136,8 @@ class Trained:
         raise ConfigError(f'--{name} must be at least {least}; got {value}')
     if num_beams and num_samples > 1:
       raise ConfigError('--num_beams gives one text; leave out --num_samples')
+    if not 0 <= seed < 1 << 32:
+      raise ConfigError(f'--seed must be in 0 to {(1 << 32) - 1}; got {seed}')
     if not 0 < top_p <= 1:
       raise ConfigError(f'--top_p must be in (0, 1]; got {top_p}')
     run, config = self.run, self.config
@@ -148,13 +150,14 @@ class Trained:
     [ids] = prompt_ids(config, run.prompt_tokenizer, [prompt])
     if len(ids) > config.model.longest_prompt:
       raise ConfigError(f'--prompt: has {len(ids)} tokens; shorten it to at most {config.model.longest_prompt}')
-    options = {'max_len': config.model.max_len, 'num_tokens': num_tokens, 'num_ids': len(run.tokenizer.token_bytes),
+    num_ids = len(run.tokenizer.token_bytes)
+    options = {'max_len': config.model.max_len, 'num_tokens': num_tokens, 'num_ids': num_ids,
                'variables': self._variables}
     if num_beams:
       return sampling.beam_search(run.model, run.params, [ids], eos_id=run.tokenizer.eos_id, num_beams=num_beams,
                                   **options).T
     return sampling.generate(run.model, run.params, [ids] * num_samples, seed=seed, temperature=temperature,
-                             top_k=top_k, top_p=top_p, **options)
+                             top_k=min(top_k, num_ids), top_p=top_p, **options)
 
   def status(self) -> dict[str, Any]:
     return read_status(self.workdir)

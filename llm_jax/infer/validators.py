@@ -17,6 +17,10 @@ Validator = Callable[[str], bool]
 SECONDS = 60  # time limit of a command for one text
 
 
+class TimedOut(Exception):
+  """A command has not ended within SECONDS, so that it has neither accepted nor refused the text."""
+
+
 def python() -> Validator:
   return lambda text: _accepts(ast.parse, text)
 
@@ -35,7 +39,7 @@ UNTRUSTED = '(a command in a config.json)'  # replaces a command that may not be
 def make_validator(name: str) -> Validator | None:
   """One of VALIDATORS, or a command that reads the text from stdin and exits with 0 if it is valid; None for ''.
 
-  Raises ConfigError for other names.
+  Raises ConfigError for other names. The validator of a command raises TimedOut.
   """
   if not name:
     return None
@@ -57,7 +61,7 @@ def make_validator(name: str) -> Validator | None:
     try:
       return subprocess.run(command, input=text.encode(), capture_output=True, timeout=SECONDS).returncode == 0
     except subprocess.TimeoutExpired:
-      return False
+      raise TimedOut(f'{name} timed out after {SECONDS} s') from None
     except OSError as e:
       raise ConfigError(f'config.eval.validator: {command[0]} cannot be run: {e.strerror}') from None
 

@@ -42,6 +42,12 @@ class Client:
     response.connection = connection
     return response
 
+  def send_half(self) -> http.client.HTTPConnection:
+    """Sends a request of which a part of the body is missing."""
+    connection = http.client.HTTPConnection(urlsplit(self.address).netloc, timeout=60)
+    connection.request('POST', '/v1/completions', b'{', {'Content-Type': 'application/json', 'Content-Length': '9'})
+    return connection
+
   def get(self, path: str) -> dict:
     return json.loads(self.send(path).read())
 
@@ -81,12 +87,14 @@ def served(run: Path):
     assert 'ready: ' in printed, process.stderr.read()
     client = Client(printed.rpartition('ready: ')[2].split()[0], printed)
     yield client
-    response = client.begin(**LONG)
+    response, half, gone = client.begin(**LONG), client.send_half(), client.send_half()
+    gone.close()
     process.send_signal(signal.SIGINT)
     rest = response.read().decode()
     assert 'the server is shutting down' in rest, rest
+    assert half.getresponse().status == 503
     assert process.wait(timeout=30) == 0, process.stderr.read()
-    assert process.stdout.read() == 'stopped\n'
+    assert process.stdout.read() == 'stopped\n' and 'Traceback' not in process.stderr.read()
   finally:
     process.kill()
     process.communicate()

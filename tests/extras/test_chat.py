@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from program import environment, write_config
 
 from llm_jax import main
 from llm_jax.base.errors import ConfigError
-from llm_jax.extras.commands import runs
+from llm_jax.extras.commands import chat, runs
 
 
 @pytest.fixture(scope='module')
@@ -24,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 def test_chat_continues_each_line_and_obeys_commands(folder):
-  lines = ['def ', '/temperature 0', 'def ', '/top_q 3', 'def ', '/num_tokens none', 'def ' * 40, '/options', '/more',
+  lines = ['def ', '/temperature 0', 'def ', '/top_q 3', 'def ', '/num_tokens 1.5', 'def ' * 40, '/options', '/more',
            '/options', '/more xy', '/options', '/help', '/quit', 'def never']
   done = subprocess.run([sys.executable, '-m', 'llm_jax', 'chat', '--workdir=runs/seed0', '--num_tokens=4'],
                         cwd=folder, env=environment(folder), input='\n'.join(lines), capture_output=True, text=True)
@@ -36,11 +37,21 @@ def test_chat_continues_each_line_and_obeys_commands(folder):
   first, _, unknown = first.rpartition('/top_q is unknown; ')
   assert unknown.startswith('known: /temperature, /top_k')
   second, _, number = second.rpartition('/num_tokens needs')
-  assert number == " a number; got 'none'\n"
+  assert number == " a whole number; got '1.5'\n"
   assert first == second and first.startswith('def ')  # temperature 0: the same text
   assert error.startswith('error: --prompt: has')  # too long for the model; the loop goes on, with the text before
   assert more.startswith(first[:-1]) and last.startswith(more[:-1] + 'xy')
   assert all(f'  /{name} ' in commands for name in ('temperature', 'more', 'options', 'help', 'quit'))
+
+
+def test_ctrl_c_ends_chat_while_the_run_is_loaded(folder):
+  previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
+    with pytest.raises(ConfigError, match='--checkpoint'):
+      chat.main([f'--workdir={folder}/runs/seed0', '--checkpoint=none'])
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+  finally:
+    signal.signal(signal.SIGINT, previous)
 
 
 def test_runs_lists_state_and_what_differs(folder, capsys):

@@ -1,13 +1,17 @@
 """llm-jax serve as a real process, with raw requests and the openai client."""
 
+import asyncio
 import hashlib
 import json
 import random
 import shutil
+import socket
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import pytest
 import serving
@@ -15,11 +19,13 @@ import serving
 from llm_jax import api
 from llm_jax.base.errors import ConfigError
 from llm_jax.data.tokenizers.tokenizer import ByteTokenizer, before_eos, decode
+from llm_jax.infer import sampling
 
 pytest.importorskip('uvicorn')
 pytest.importorskip('starlette')
 
 from llm_jax.extras.commands import serve
+from llm_jax.extras.serving.hosts import OnlyHosts, allowed_hosts, check_host
 from llm_jax.extras.serving.texts import Text
 
 
@@ -168,7 +174,13 @@ def test_other_endpoints(server):
 
 def test_other_web_pages_cannot_use_the_server(server):
   """By DNS rebinding, by a request that needs no permission, or by reading the answer."""
-  assert server.send('/v1/models', Host='evil.example').status == 400
+  for host, name in (('Evil.example:80', 'evil.example'), ('[::2]', '::2')):
+    response = server.send('/v1/models', Host=host)
+    message = json.loads(response.read())['error']['message']
+    assert response.status == 400
+    assert message == f'Host {host!r} is not a name of this server; start it with --allow_host={name}'
+  assert server.send('/v1/models', Host='x@localhost').status == 400
+  assert server.send('/v1/models', Host='LOCALHOST').status == server.send('/v1/models', Host='[::1]:1').status == 200
   assert server.send('/v1/completions', {'prompt': ''}, **{'Content-Type': 'text/plain'}).status == 415
   response = server.send('/health', Origin='http://evil.example')
   assert not [name for name in response.headers if name.lower().startswith('access-control')]
@@ -293,7 +305,75 @@ def test_code_in_the_folder_is_executed_only_with_trust(run, tmp_path):
 
 
 def test_hosts_that_requests_may_name():
-  local = {'127.0.0.1', 'localhost', '::1', '[::1]'}
-  assert local <= set(serve.allowed_hosts('127.0.0.1', [])) and '*' not in serve.allowed_hosts('0.0.0.0', ['lab'])
-  assert local | {'lab'} <= set(serve.allowed_hosts('0.0.0.0', ['lab'])) - {'0.0.0.0'}
-  assert serve.url('::', 1) == 'http://127.0.0.1:1' and serve.url('::1', 2) == 'http://[::1]:2'
+  local = {'127.0.0.1', 'localhost', '::1'}
+  assert allowed_hosts('127.0.0.1', []) == local and '*' not in allowed_hosts('0.0.0.0', ['lab'])
+  assert local | {'lab'} <= allowed_hosts('0.0.0.0', ['lab']) - {'0.0.0.0'}
+  assert [check_host(name) for name in ('Lab', '10.0.0.1', '0::1', '*.lab.example')] == [
+      'lab', '10.0.0.1', '::1', '*.lab.example']
+
+
+@pytest.mark.parametrize('name', ['*', 'a*b', '*.', 'a.*', 'http://x', 'x:80', '[::1]', 'a b', '', 'a..b', '-a', 'é'])
+def test_a_name_that_no_request_can_have_is_refused_before_the_run_is_loaded(name, run):
+  with pytest.raises(ConfigError, match='--allow_host: must be a host name, an IP address') as e:
+    serve.main([f'--workdir={run}', '--checkpoint=none', '--port=0', f'--allow_host={name}'])
+  assert str(e.value).endswith(f'got {name!r}')
+
+
+def test_names_below_a_name():
+  async def answer(scope, receive, send):
+    sent.append(scope['headers'])
+
+  async def ignore(message):
+    pass
+
+  sent = []
+  for host in (b'a.lab:80', b'a.b.LAB', b'lab', b'xlab', b'a.lab.x', b''):
+    asyncio.run(OnlyHosts(answer, frozenset({'*.lab'}))({'type': 'http', 'headers': [(b'host', host)]}, None, ignore))
+  assert sent == [[(b'host', b'a.lab:80')], [(b'host', b'a.b.LAB')]]
+
+
+def test_the_printed_address_is_one_that_is_served():
+  assert serve.url('0.0.0.0', 1) == 'http://127.0.0.1:1' and serve.url('::1', 2) == 'http://[::1]:2'
+  if socket.has_ipv6:
+    with serve.listen('::', 0) as listener:
+      address = urlsplit(serve.url('::', listener.getsockname()[1]))
+      socket.create_connection((address.hostname, address.port)).close()
+
+
+STUCK = """
+import asyncio, time
+from llm_jax.extras.commands.serve import end
+from llm_jax.extras.serving.worker import Worker
+
+async def main(worker):
+  job = worker.submit(lambda: time.sleep(60))
+  while not job.future.running():
+    await asyncio.sleep(0.01)
+  worker.close()
+
+worker = Worker(1)
+asyncio.run(main(worker))
+end(worker)
+"""
+
+
+def test_the_server_ends_while_a_request_compiles():
+  done = subprocess.run([sys.executable, '-c', STUCK], capture_output=True, text=True, timeout=30)
+  assert done.returncode == 0 and done.stdout == 'stopped\n', done.stderr
+
+
+def test_all_values_of_an_option_share_a_program(trained):
+  def compiled(**options):
+    before = sampling._prefill._cache_size()
+    list(trained.tokens('def ', num_tokens=1, **options))
+    return sampling._prefill._cache_size() - before
+
+  compiled(), compiled(temperature=0), compiled(top_p=0.5), compiled(top_k=3)
+  assert compiled(temperature=0.3) == compiled(temperature=0, top_p=0.5, top_k=3) == compiled(top_p=0.7) == 0
+  assert compiled(top_k=10 ** 6) == 1 and compiled(top_k=10 ** 30) == 0
+
+
+@pytest.mark.parametrize('seed', [-1, 1 << 32, 10 ** 20])
+def test_a_seed_outside_32_bits_is_refused(seed, trained):
+  with pytest.raises(ConfigError, match=f'--seed must be in 0 to 4294967295; got {seed}'):
+    trained.tokens('def ', seed=seed)

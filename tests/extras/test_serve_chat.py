@@ -15,6 +15,7 @@ pytest.importorskip('starlette')
 
 import uvicorn
 
+from llm_jax.extras.serving import app
 from llm_jax.extras.serving.app import make_app
 from llm_jax.extras.serving.worker import Worker
 
@@ -51,8 +52,8 @@ def server(tmp_path_factory):
   main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/pairs'])
   listener = socket.create_server(('127.0.0.1', 0))
   worker = Worker(4)
-  app = make_app(api.load(folder / 'pairs'), make_mesh(MeshConfig()), 'pairs', worker, ['127.0.0.1'])
-  server = uvicorn.Server(uvicorn.Config(app, log_level='warning', lifespan='off'))
+  served = make_app(api.load(folder / 'pairs'), make_mesh(MeshConfig()), 'pairs', worker, frozenset({'127.0.0.1'}))
+  server = uvicorn.Server(uvicorn.Config(served, log_level='warning', lifespan='off'))
   thread = threading.Thread(target=server.run, kwargs={'sockets': [listener]})
   thread.start()
   yield Client(f'http://127.0.0.1:{listener.getsockname()[1]}')
@@ -92,6 +93,13 @@ def test_a_stream_begins_with_the_role(server):
 def test_what_is_not_supported_is_an_error(server, change, param):
   response = server.send('/v1/chat/completions', ask('ab?') | change)
   assert response.status == 400 and json.loads(response.read())['error']['param'] == param
+
+
+def test_a_body_that_does_not_arrive_in_time_is_answered_with_408(server, monkeypatch):
+  monkeypatch.setattr(app, 'BODY_SECONDS', 0.2)
+  response = server.send_half().getresponse()
+  assert response.status == 408 and response.headers['connection'] == 'close'
+  assert json.loads(response.read())['error']['message'] == 'the body did not arrive within 0.2 seconds'
 
 
 def test_the_openai_client_chats(server):

@@ -43,10 +43,11 @@ def test_a_prompt_is_continued(page, server):
   page.fill('#prompt', 'def ')
   page.fill('#max_tokens', '12')
   page.fill('#seed', '3')
-  page.fill('#temperature', '0.7')
+  page.fill('#temperature', '0.33')
+  page.fill('#top_p', '0.995')
   page.click('#generate')
   expect(page.locator('#status')).to_have_text(re.compile('^12 tokens.*; ended by the length$'))
-  expected = server.complete(prompt='def ', max_tokens=12, seed=3, temperature=0.7)['choices'][0]['text']
+  expected = server.complete(prompt='def ', max_tokens=12, seed=3, temperature=0.33, top_p=0.995)['choices'][0]['text']
   assert page.text_content('#asked') == 'def ' and page.text_content('#text') == expected
   assert page.is_enabled('#generate') and page.is_disabled('#stop') and not page.problems
 

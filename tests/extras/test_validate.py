@@ -4,6 +4,7 @@ import pytest
 
 from llm_jax.__main__ import main
 from llm_jax.base.errors import ConfigError, DataError, UserError
+from llm_jax.infer import answers, validators
 
 
 @pytest.fixture
@@ -31,6 +32,15 @@ def test_a_file_that_is_not_utf8_is_invalid(files, capsys):
   with pytest.raises(UserError, match='1 of 1'):
     main(['validate', 'latin.json', '--validator=json'])
   assert capsys.readouterr().out == 'latin.json: invalid: not UTF-8 text at byte 4\n'
+
+
+def test_a_command_that_takes_too_long_is_not_said_to_refuse(files, monkeypatch, capsys):
+  monkeypatch.setattr(validators, 'SECONDS', 0.2)
+  with pytest.raises(UserError, match='1 of 1'):
+    main(['validate', 'good.json', '--validator=sleep 5'])
+  assert capsys.readouterr().out == 'good.json: invalid: sleep 5 timed out after 0.2 s\n'
+  assert answers.is_valid(validators.make_validator('sleep 5'), '') is False
+  assert 'sleep 5 timed out' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('flags, error, message', [

@@ -49,10 +49,10 @@ def main(argv: list[str]) -> None:
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (line editing and history)
   options = {name: getattr(args, name) for name in OPTIONS}
-  signal.signal(signal.SIGINT, signal.default_int_handler)  # a KeyboardInterrupt, which ends a text only
   with jax.set_mesh(make_mesh(MeshConfig())):
     trained = api.load(args.workdir, args.checkpoint, trust=args.trust).for_generation()
     print(f'{args.workdir}, step {trained.run.meta["step"]}; /help, /quit', file=sys.stderr, flush=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a KeyboardInterrupt, which from now on ends a text only
     text, compiled = '', False
     while (line := read_line()) is not None and line.strip() != '/quit':
       name, _, added = line.partition(' ')
@@ -65,7 +65,6 @@ def main(argv: list[str]) -> None:
           waiting('compiling')
           compiled = True
         text = answer(trained, text + added if name == '/more' else line, options) or text
-        options['seed'] += 1  # other random numbers for the next line
 
 
 def read_line() -> str | None:
@@ -89,7 +88,7 @@ def command(line: str, options: dict[str, Any]) -> None:
     try:
       options[name] = type(OPTIONS[name])(text)
     except ValueError:
-      print(f'/{name} needs a number; got {text!r}')
+      print(f'/{name} needs a {"whole " * isinstance(OPTIONS[name], int)}number; got {text!r}')
   elif name != 'options':
     known = ', '.join(f'/{name}' for name in (*options, 'more', 'options', 'help', 'quit'))
     print(f'/{name} is unknown; known: {known}')
@@ -109,6 +108,7 @@ def answer(trained: Any, prompt: str, options: dict[str, Any]) -> str:
 
   try:
     columns = trained.tokens(prompt, **options)  # an error is raised here, before the prompt is printed
+    options['seed'] = (options['seed'] + 1) % (1 << 32)  # other random numbers for the next line
     print_samples(prompt if trained.run.model.prompt_in_row else '', kept(columns), trained.run.tokenizer, 1)
   except UserError as e:
     print(f'error: {e}')

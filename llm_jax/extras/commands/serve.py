@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import socket
@@ -20,9 +21,6 @@ from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError, UserError
 from llm_jax.base.process import waiting
 
-LOOPBACK = ('127.0.0.1', 'localhost', '::1')
-ANY = ('', '0.0.0.0', '::')  # all addresses of this machine
-
 
 def parser() -> flags.Parser:
   parser = flags.Parser('serve', __doc__)
@@ -31,7 +29,7 @@ def parser() -> flags.Parser:
   parser.add_argument('--host', default='127.0.0.1', help='address to listen on; other addresses than the default '
                       'let everybody who reaches them use the model')
   parser.add_argument('--allow_host', action='append', default=[], metavar='NAME', help='a name of this machine that '
-                      'clients may use beside its addresses; may be repeated')
+                      'clients may use beside its addresses, or *.NAME for all below a name; may be repeated')
   parser.add_argument('--max_waiting', type=int, default=32, help='requests that may wait; status 503 answers more')
   flags.add(parser)
   return parser
@@ -46,6 +44,8 @@ def main(argv: list[str]) -> None:
     import uvicorn
   except ImportError:
     raise ConfigError("llm-jax serve needs starlette and uvicorn: pip install 'llm_jax[serve]'") from None
+  from llm_jax.extras.serving.hosts import check_host
+  args.allow_host = [check_host(name) for name in args.allow_host]
   with listen(args.host, args.port) as listener:  # first, to report a port that is taken before the model is loaded
     flags.apply(args)
     serve(args, listener, uvicorn)
@@ -56,7 +56,8 @@ def listen(host: str, port: int) -> socket.socket:
   if not 0 <= port < 65536:
     raise ConfigError(f'--port: must be in 0 to 65535; got {port}')
   try:
-    return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=128)
+    return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=128,
+                                dualstack_ipv6=host == '::' and socket.has_dualstack_ipv6())
   except OSError as e:
     reason = (e.strerror or str(e)).partition(' (while')[0]
     raise ConfigError(f'--host={host} --port={port}: cannot listen there: {reason}; set another --port, or --port=0 '
@@ -70,6 +71,7 @@ def serve(args: argparse.Namespace, listener: socket.socket, uvicorn: Any) -> No
   from llm_jax import api
   from llm_jax.base.sharding import MeshConfig, make_mesh
   from llm_jax.extras.serving.app import make_app
+  from llm_jax.extras.serving.hosts import LOOPBACK, allowed_hosts
   from llm_jax.extras.serving.worker import Worker
 
   class Server(uvicorn.Server):
@@ -81,36 +83,38 @@ def serve(args: argparse.Namespace, listener: socket.socket, uvicorn: Any) -> No
   with jax.set_mesh(mesh):
     trained = api.load(args.workdir, args.checkpoint, trust=args.trust).for_generation()
     prompt, name = example_prompt(trained), args.workdir.resolve().name
-    waiting('compiling (later again for the first prompt of each other length, rounded up to a power of two, and for '
-            'each new n and top_k)')
+    waiting('compiling (later again for the first text of each other length, rounded up to a power of two, for each '
+            'new n and top_k, for temperature 0 and for top_p below 1)')
     for _ in trained.tokens(prompt, num_tokens=min(64, trained.config.model.max_len)):
       pass
   worker = Worker(args.max_waiting)
   app = make_app(trained, mesh, name, worker, allowed_hosts(args.host, args.allow_host))
+  server = Server(uvicorn.Config(app, log_level='warning', lifespan='off', timeout_graceful_shutdown=3))
   for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda *_: None)  # uvicorn handles signals, and raises them again when it has ended
+    signal.signal(number, server.handle_exit)  # uvicorn sets it too, and raises the signals again when it has ended
   if args.host not in LOOPBACK:
     print(f'warning: --host={args.host}: there is no authentication: everybody who can reach this address can use the '
           'model', file=sys.stderr, flush=True)
   print(f'{args.workdir}, step {trained.run.meta["step"]}, as model {name}\n'
         + welcome(url(args.host, listener.getsockname()[1]), name, prompt), flush=True)
-  Server(uvicorn.Config(app, log_level='warning', lifespan='off', timeout_graceful_shutdown=3)).run(sockets=[listener])
+  server.run(sockets=[listener])
+  end(worker)
+
+
+def end(worker: Any) -> None:
+  """Ends the program at once if the worker still runs: it may be compiling, which nothing interrupts."""
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
   print('stopped', flush=True)
-
-
-def allowed_hosts(host: str, more: list[str]) -> list[str]:
-  """The host names that requests may be addressed to: with any, a web page could reach the server by DNS rebinding."""
-  found = {*LOOPBACK, host, *more}
-  if host in ANY:
-    import psutil
-    found |= {socket.gethostname()} | {
-        address.address.partition('%')[0] for addresses in psutil.net_if_addrs().values() for address in addresses
-        if address.family in (socket.AF_INET, socket.AF_INET6)}
-  return sorted({name for found_name in found - set(ANY) for name in (found_name, f'[{found_name}]')})
+  if worker.running:
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def url(host: str, port: int) -> str:
-  host = '127.0.0.1' if host in ANY else host
+  from llm_jax.extras.serving.hosts import ANY
+  if host in ANY:
+    host = '::1' if host == '::' and not socket.has_dualstack_ipv6() else '127.0.0.1'
   return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
 
 

@@ -1,6 +1,7 @@
 """Checks files with a validator: one by name (python, json, wgsl, a plug-in's), or a command that reads stdin.
 
-A command accepts a file by exit code 0. Prints a line for each invalid file; the exit code is 1 if there is one.
+A command accepts a file by exit code 0, within a minute. Prints a line for each invalid file; the exit code is 1 if
+there is one.
 
   llm-jax validate shaders/a.wgsl shaders/b.wgsl --validator=wgsl
   llm-jax validate answers/*.json --validator='jq empty'
@@ -26,7 +27,7 @@ def parser() -> flags.Parser:
 def main(argv: list[str]) -> None:
   args = parser().parse(argv)
   plugins.load_all(args.plugin)
-  from llm_jax.infer.validators import make_validator
+  from llm_jax.infer.validators import TimedOut, make_validator
   try:
     accepts = make_validator(args.validator)
   except ConfigError as e:
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> None:
       problem = '' if accepts(content.decode()) else f'not accepted by {args.validator}'
     except UnicodeDecodeError as e:
       problem = f'not UTF-8 text at byte {e.start}'
+    except TimedOut as e:
+      problem = str(e)
     invalid += bool(problem)
     if problem:
       print(f'{path}: invalid: {problem}', flush=True)

@@ -15,30 +15,31 @@ import jax
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from llm_jax.extras.serving.hosts import OnlyHosts
 from llm_jax.extras.serving.requests import CHAT, COMPLETION, ApiError, Request, parse
 from llm_jax.extras.serving.texts import Piece, count_prompts, generate
 from llm_jax.extras.serving.worker import Job, Worker
 
 PAGE = Path(__file__).parent / 'page.html'
-MAX_BODY = 4 << 20  # bytes
+MAX_BODY, BODY_SECONDS = 4 << 20, 30  # bytes, and the time in which they must arrive
 # The page loads nothing from elsewhere, and no other page may show it in a frame.
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; " \
               "img-src data:; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
 
 
-def make_app(trained: Any, mesh: Any, name: str, worker: Worker, allowed_hosts: list[str]) -> Starlette:
+def make_app(trained: Any, mesh: Any, name: str, worker: Worker, hosts: frozenset[str]) -> Starlette:
   server = Server(trained, mesh, name, worker)
   return Starlette(
       routes=[Route('/', server.page), Route('/health', server.health), Route('/v1/models', server.models),
               Route('/v1/models/{name:path}', server.models),
               Route('/v1/completions', server.completions, methods=['POST']),
               Route('/v1/chat/completions', server.chat, methods=['POST'])],
-      middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts, www_redirect=False)],
+      middleware=[Middleware(OnlyHosts, hosts)],
       exception_handlers={ApiError: show_error, HTTPException: show_http_error, Exception: show_bug})
 
 
@@ -74,7 +75,7 @@ class Server:
     return await self._answer(http, CHAT, Chat())
 
   async def _answer(self, http: HttpRequest, fields: dict[str, Any], form: Completion) -> Response:
-    request = parse(await read_body(http), fields, self.name, self.trained.config.model.max_len)
+    request = parse(await read_body(http, self.worker), fields, self.name, self.trained.config.model.max_len)
     num_prompt_tokens = await asyncio.to_thread(count_prompts, self.trained, request)
     job = self.worker.submit(lambda: self._pieces(request))
     header = {'id': f'{form.prefix}-{secrets.token_hex(12)}', 'created': int(time.time()), 'model': self.name}
@@ -187,15 +188,21 @@ async def until_disconnect(http: HttpRequest, job: Job, answer: Any) -> dict[str
       task.cancel()
 
 
-async def read_body(http: HttpRequest) -> bytes:
+async def read_body(http: HttpRequest, worker: Worker) -> bytes:
   """The body of a request. Raises ApiError unless it is marked as JSON, which other web pages cannot send."""
   if http.headers.get('content-type', '').partition(';')[0].strip().lower() != 'application/json':
     raise ApiError('the header Content-Type must be application/json', status=415)
   body = b''
-  async for part in http.stream():
-    body += part
-    if len(body) > MAX_BODY:
-      raise ApiError(f'the body is longer than {MAX_BODY} bytes', status=413)
+  try:
+    async with worker.while_open(BODY_SECONDS):
+      async for part in http.stream():
+        body += part
+        if len(body) > MAX_BODY:
+          raise ApiError(f'the body is longer than {MAX_BODY} bytes', status=413)
+  except TimeoutError:
+    raise ApiError(f'the body did not arrive within {BODY_SECONDS} seconds', status=408) from None
+  except ClientDisconnect:  # nobody reads the answer
+    raise ApiError('the body is incomplete') from None
   return body
 
 
@@ -204,7 +211,7 @@ def as_json(body: dict[str, Any], status: int = 200, headers: Any = None) -> Res
 
 
 async def show_error(http: HttpRequest, error: Any) -> Response:
-  return as_json(error.body, error.status, {'Retry-After': '1'} if error.status == 503 else None)
+  return as_json(error.body, error.status, {408: {'Connection': 'close'}, 503: {'Retry-After': '1'}}.get(error.status))
 
 
 async def show_http_error(http: HttpRequest, error: Any) -> Response:

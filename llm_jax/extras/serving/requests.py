@@ -170,7 +170,7 @@ def parse(body: bytes, fields: dict[str, tuple[Check, Any]], model: str, max_len
   return Request(
       prompts=asked, max_tokens=min(read.get('max_completion_tokens') or read['max_tokens'] or max_len, max_len),
       temperature=read['temperature'] if read['temperature'] >= GREEDY_BELOW else 0.0, top_p=read['top_p'],
-      top_k=min(read['top_k'], 1 << 30), n=read['n'], seed=None if read['seed'] is None else read['seed'] % (1 << 32),
+      top_k=read['top_k'], n=read['n'], seed=None if read['seed'] is None else read['seed'] % (1 << 32),
       stop=read['stop'], stream=read['stream'], include_usage=read['stream_options'], echo=read.get('echo', False))
 
 

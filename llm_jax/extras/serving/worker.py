@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import threading
 import traceback
@@ -61,19 +62,43 @@ class Job:
       self._items.put_nowait(error)
 
 
+def shutting_down() -> ApiError:
+  return ApiError('the server is shutting down', status=503, code='shutting_down')
+
+
 class Worker:
   """Runs jobs in the order in which they arrive; at most `limit` wait. Used from the thread of the event loop."""
 
   def __init__(self, limit: int):
-    self._limit, self._jobs = limit, set[Job]()
+    self._limit, self._jobs, self._timeouts, self._closed = limit, set[Job](), set[asyncio.Timeout](), False
     self._executor = ThreadPoolExecutor(1, 'generate')
 
   @property
   def waiting(self) -> int:
     return max(0, sum(not job.future.done() for job in self._jobs if job.future is not None) - 1)
 
+  @property
+  def running(self) -> bool:
+    """Also true for a job that was cancelled and has not reached its next item."""
+    return any(job.future.running() for job in self._jobs if job.future is not None)
+
+  @contextlib.asynccontextmanager
+  async def while_open(self, seconds: float) -> AsyncIterator[None]:
+    """Ends its block with TimeoutError after that time, and with ApiError when the worker is closed."""
+    timeout = asyncio.timeout(0 if self._closed else seconds)
+    self._timeouts.add(timeout)
+    try:
+      async with timeout:
+        yield
+    except TimeoutError:
+      raise shutting_down() if self._closed else TimeoutError from None
+    finally:
+      self._timeouts.discard(timeout)
+
   def submit(self, produce: Callable[[], Iterable[Any]]) -> Job:
-    """Raises ApiError if too many jobs wait."""
+    """Raises ApiError if too many jobs wait, or the worker is closed."""
+    if self._closed:
+      raise shutting_down()
     self._jobs = {job for job in self._jobs if job.future is not None and not job.future.done()}
     if len(self._jobs) > self._limit:
       raise ApiError(f'{len(self._jobs)} requests are running or waiting; try again later', status=503,
@@ -84,7 +109,11 @@ class Worker:
     return job
 
   def close(self) -> None:
-    """Ends all jobs."""
+    """Ends all jobs, and the blocks of `while_open`."""
+    self._closed = True
     for job in self._jobs:
-      job.cancel(ApiError('the server is shutting down', status=503, code='shutting_down'))
+      job.cancel(shutting_down())
+    for timeout in self._timeouts:
+      if not timeout.expired():
+        timeout.reschedule(0)
     self._executor.shutdown(wait=False, cancel_futures=True)
