@@ -25,6 +25,7 @@ def test_benchmark_imports_exist(path):
           importlib.import_module(f'{node.module}.{name.name}')
 
 
+@pytest.mark.slow
 def test_step_prints_its_timing_as_json():
   command = [sys.executable, '-m', 'benchmarks.step', '--preset=char_tiny', '--steps=1', '--warmup=1', '--batch=8']
   env = os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'}
@@ -35,6 +36,7 @@ def test_step_prints_its_timing_as_json():
   assert {'tokens_per_second', 'best_tokens_per_second', 'step_ms', 'model_flops_per_second', 'dtype'} <= row.keys()
 
 
+@pytest.mark.slow
 def test_the_models_of_the_byte_study_have_equally_many_parameters():
   from benchmarks.byte_patch import TEXTS, equal_mlp_dims, num_params, resolved, study_config
   sizes = [num_params(resolved(study_config(model, next(iter(TEXTS)), dim))) for model, dim in equal_mlp_dims().items()]
