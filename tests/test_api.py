@@ -139,6 +139,7 @@ def test_mistakes_raise_clear_errors(folder, tmp_path):
     llm_jax.evaluat  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(folder):
   """Runs the notebook's cells in order, unchanged except for the corpus, in a separate process."""
   cells = [''.join(cell['source']) for cell in json.loads((ROOT / 'docs' / 'notebook.ipynb').read_text())['cells']

@@ -50,6 +50,7 @@ def core(tmp_path_factory):
   return folder, run
 
 
+@pytest.mark.slow
 def test_it_trains_generates_evaluates_and_exports(core):
   folder, run = core
   settings = [f'--config.{name}={value}' for name, value in SMALLER.items()]

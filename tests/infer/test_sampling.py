@@ -180,7 +180,8 @@ def test_decoding_in_bfloat16_matches_the_full_forward_pass():
   np.testing.assert_allclose(np.concatenate(found), full[2:], atol=0.02 * np.abs(full).max())
 
 
-@pytest.mark.parametrize(('num_rows', 'kv_heads'), [(2, 4), (1, 2)])
+@pytest.mark.parametrize(('num_rows', 'kv_heads'), [
+    (2, 4), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_bfloat16_generates_and_searches(num_rows, kv_heads):
   model, params = model_and_params('gpt2')
   cfg = dataclasses.replace(model.cfg, dtype='bfloat16', num_heads=4, num_kv_heads=kv_heads)

@@ -122,7 +122,7 @@ def test_only_the_prefix_is_attended_to_bidirectionally():
   np.testing.assert_array_equal(dependence(plain, params, prefix_mask=prefix), s <= t)
 
 
-@pytest.mark.parametrize('windows', [(0,), (2,)])
+@pytest.mark.parametrize('windows', [pytest.param((0,), marks=pytest.mark.slow), (2,)])
 def test_a_prompt_is_treated_as_prefix(windows):
   """A token sees the whole prompt, also where a window ends before it."""
   cfg = dataclasses.replace(TINY, prefix_attention=True, windows=windows)

@@ -143,6 +143,7 @@ def test_updates_shrink_on_a_plateau_of_train_loss():
   jax.tree.map(np.testing.assert_array_equal, tx.update_from_eval(state, {}), state)  # asks for nothing
 
 
+@pytest.mark.slow
 def test_noise_scales_updates_down():
   def scale(gradients):
     tx = optimizer('sgd', controls=['noise_adaptive'], sgd={'momentum': 0.0},

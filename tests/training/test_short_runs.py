@@ -39,6 +39,7 @@ def test_validation_can_be_turned_off(folder, flag, capsys):
   assert sorted(lines) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_going_on_for_longer_reports_both_rates_and_its_advice_works(folder, capsys):
   train(folder, 'longer', '--config.num_steps=20', '--config.eval.every=0')
   capsys.readouterr()

@@ -131,6 +131,7 @@ def test_the_best_is_reset_when_the_data_change(folder):
   assert saved[-1]['record']['stale'] < 3
 
 
+@pytest.mark.slow
 def test_a_goal_reached_in_a_stage_ends_the_run(folder):
   flags = ['--config.eval.every=2', '--config.eval.goal=val/loss < 100']
   assert [line['step'] for line in train(folder, 'goal', *flags)] == [1, 2]
