@@ -20,8 +20,9 @@ $(INSTALLED): $(LOCK) pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# Exit code 75: stopped by a signal and saved, so that the same command resumes it.
 train: install
-	$(RUN) -m llm_jax.main --config=configs/gpt_small.py
+	@$(RUN) -m llm_jax.main --config=configs/gpt_small.py || [ $$? -eq 75 ]
 
 test: lint
 	$(RUN) -m pytest

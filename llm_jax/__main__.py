@@ -33,6 +33,8 @@ COMMANDS = {
     'data convert': ('extras.commands.convert', 'convert a pickle to Parquet without running its code'),
 }
 
+OTHER_NAMES = {'sample': 'generate', 'eval': 'evaluate', 'pretrain': 'train', 'finetune': 'train', 'list': 'runs'}
+
 
 def commands() -> dict[str, tuple[str, str]]:
   """COMMANDS without those of extras that this copy of the package lacks."""
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> None:
   elif name in known:
     importlib.import_module(f'llm_jax.{known[name][0]}').main(rest)
   else:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(OTHER_NAMES.get(name, name), known, n=1)
     hint = f'did you mean llm-jax {near[0]}?' if near else f'known: {", ".join(known)}'
     raise ConfigError(f'llm-jax: {name!r} is not a command; {hint}')
 

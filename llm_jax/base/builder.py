@@ -75,7 +75,7 @@ SYNONYMS = {
     'wd': 'weight_decay', 'beta1': 'b1', 'beta2': 'b2', 'grad_clip': 'max_norm', 'warmup': 'warmup_steps',
     'warmup_iters': 'warmup_steps', 'dataset': 'path', 'data_path': 'path', 'data_dir': 'path',
     'eval_interval': 'every', 'log_interval': 'every', 'save_every': 'every', 'out_dir': 'workdir',
-    'output_dir': 'workdir'}
+    'output_dir': 'workdir', 'max_new_tokens': 'num_tokens', 'max_tokens': 'num_tokens', 'n_samples': 'num_samples'}
 
 
 def leaf_paths(cls: type) -> Iterator[str]:

@@ -71,6 +71,10 @@ class Parser(argparse.ArgumentParser):
     unknown = [word for word in argv if re.match(r'--[\w.-]+=', word) and word.partition('=')[0] not in known]
     args, rest = self.parse_known_args([word for word in argv if word not in unknown])
     rest = unknown + rest
+    words_left = [word for word in rest if word[:1] != '-' and '=' not in word and Path(word).exists()]
+    if not words and len(words_left) > 2:
+      raise ConfigError(f'{words_left[0]} and {len(words_left) - 1} further files: the shell has expanded a pattern; '
+                        "quote it, such as --path='notes/*.md'")
     args.overrides, args.words = {}, []
     while rest:
       argument = rest.pop(0)

@@ -23,17 +23,18 @@ def ending(config: Config, workdir: Path, arguments: Sequence[str]) -> list[str]
   if status['state'] != 'finished':
     return []
   best = f'; best {status["monitor"]} {status["best"]:.4f}' if status.get('best') is not None else ''
-  run, steps = shlex.quote(str(workdir)), 2 * config.num_steps
+  reached = max(config.num_steps, status['step'])  # more than num_steps if an earlier launch went on for longer
+  run, steps = shlex.quote(str(workdir)), 2 * reached
   use = f"generate --workdir={run} --prompt=''" if config.writes else f'predict --workdir={run} --text=TEXT'
   further = without(arguments, '--config.num_steps', '--workdir', '--config.optim.rewarm')
   commands = [use, f'evaluate --workdir={run}', f'export --workdir={run} --out=exported --weight_bits=32']
   notes = ['text from the model' if config.writes else 'predictions', 'the loss on all validation data',
            'safetensors, config and tokenizer']
   if not config.num_epochs:  # which would determine num_steps
-    old, new = (float(config.optim.make_schedule(n)(config.num_steps)) for n in (config.num_steps, steps))
+    old, new = (float(config.optim.make_schedule(n)(reached)) for n in (reached, steps))
     rises = abs(new - old) > 1e-3 * new
     commands.append(f'train {shlex.join(further)} --workdir={run} --config.num_steps={steps}' + (
-        f' --config.optim.rewarm={config.num_steps},{max(1, config.num_steps // 10)}' if rises else ''))
+        f' --config.optim.rewarm={reached},{max(1, reached // 10)}' if rises else ''))
     notes.append(f'goes on to step {steps}' + ('; the learning rate rises again from 0' if rises else ''))
   if not config.eval.every:
     del commands[1], notes[1]

@@ -79,6 +79,11 @@ def test_the_examples_of_a_command_parse(command, runs):
     ('generate', '--workdir=runs', ['--workdir: runs does not contain a run (no config.json); runs here: '
                                     'runs/gpt_small, runs/other, runs/package']),
     ('generate', '', ['--workdir is missing; runs here: runs/gpt_small, runs/other, runs/package']),
+    ('generate', '--workdir=runs/other --max_new_tokens=9', [
+        '--max_new_tokens=9: no such flag; did you mean --num_tokens=9?']),
+    ('data inspect', '--path runs/gpt_small runs/other runs/package', [
+        'runs/gpt_small and 2 further files: the shell has expanded a pattern; quote it, such as '
+        "--path='notes/*.md'"]),
     ('generate', 'runs/other', ['runs/other: values need the name of their flag; did you mean --workdir=runs/other?']),
     ('plot', "--workdir runs/package --otu='a b.png'", ['--otu=a b.png: no such flag; did you mean --out=a b.png?']),
     ('runs', "--plt='my plot.png'", ['--plt=my plot.png: no such flag; did you mean --plot=my plot.png?']),

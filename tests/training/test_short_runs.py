@@ -84,6 +84,7 @@ def test_the_end_of_a_run_prints_its_result_and_the_next_commands(folder, capsys
 
 @pytest.mark.parametrize(('settings', 'command'), [
     ({}, 'train .* --config.num_steps=1400 --config.optim.rewarm=700,70$'),
+    ({'num_steps': 350}, 'train .* --config.num_steps=1400 --config.optim.rewarm=700,70$'),  # it has gone on before
     ({'optim.schedule': 'constant'}, 'train .* --config.num_steps=1400$'), ({'num_epochs': 2}, None)])
 def test_the_command_to_go_on_fits_the_schedule(settings, command, tmp_path):
   config = open_config('gpt_small').resolve(settings, cpu_only=True)

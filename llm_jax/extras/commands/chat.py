@@ -115,4 +115,8 @@ def answer(trained: Any, prompt: str, options: dict[str, Any]) -> str:
     return ''
   except KeyboardInterrupt:
     print()
+  except ValueError as e:  # JAX turns an interrupt in a comparison of pytrees into one
+    if not isinstance(e.__cause__, KeyboardInterrupt):
+      raise
+    print()
   return prompt + decode(trained.run.tokenizer, before_eos(trained.run.tokenizer, row))
