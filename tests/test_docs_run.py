@@ -94,7 +94,8 @@ def folder(tmp_path_factory):
   for name in ('configs', 'launch'):
     (folder / name).symlink_to(ROOT / name)
   text = (ROOT / 'llm_jax' / 'config.py').read_text()
-  for name in ('texts/a.py', 'texts/b.py', 'my_texts/a.txt', 'my_file.txt', 'README.md', 'notes/a.md', 'notes/b/c.md', 'src/a.py'):
+  for name in ('texts/a.py', 'texts/b.py', 'my_texts/a.txt', 'my_file.txt', 'README.md', 'notes/a.md',
+               'notes/b/c.md', 'src/a.py'):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(f'{name}\n{text}')
   (folder / 'my_fortunes').write_text('\n%\n'.join(f'cat {i} sat on the mat of sir {i * i}' for i in range(500)))
