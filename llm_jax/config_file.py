@@ -49,7 +49,6 @@ class ConfigFile:
     override(values, overrides)
     return build(Config, values)
 
-
   def check(self, overrides: Mapping[str, Any]) -> None:
     """Raises ConfigError for a config that cannot be trained on any machine; does not start JAX."""
     problems = []

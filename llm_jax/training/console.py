@@ -57,7 +57,7 @@ class Console:
       self.line(f'step {step}/{self._num_steps}  ' + '  '.join([loss, *more, *speed, *left]))
 
   def sample(self, step: int, prompt: str, text: str) -> None:
-    """Prints the begin of a sample, if config.log.samples says so."""
+    """Prints the first lines of a sample, if config.log.samples says so."""
     if not self._samples:
       return
     shown = ''.join(c if c.isprintable() or c == '\n' else '\N{REPLACEMENT CHARACTER}' for c in text.expandtabs())

@@ -37,14 +37,18 @@ class CustomModel(ModelConfig):
   description: str = ''
 
   @property
+  def module_name(self) -> str:
+    return self.description.partition('(')[0]
+
+  @property
   def title(self) -> str:
-    return f'your model {self.description.partition("(")[0]}'.rstrip()
+    return f'your model {self.module_name}'.rstrip()
 
   def too_small(self, needed: int) -> str:
     return too_few_logits(self, self.vocab_size or 0, needed)
 
   def describe(self, seq_len: int, segments: bool) -> list[str]:
-    return [f'model: {self.title.removeprefix("your model ")}, passed from Python, logits for {self.vocab_size} tokens']
+    return [f'model: {self.module_name}, passed from Python, logits for {self.vocab_size} tokens']
 
 
 @dataclasses.dataclass(frozen=True)

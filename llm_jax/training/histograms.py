@@ -26,7 +26,7 @@ Statistics = dict[str, dict[str, tuple[jax.Array, ...]]]  # by path and kind: th
 
 
 class Histograms:
-  """A callback that logs histograms every so many logged steps (0: never). No state is changed.
+  """A callback that logs histograms at each step that is a multiple of `every` (0: never). No state is changed.
 
   It computes gradient and update of the newest batch once more, at the weights of the newest step, by the train step
   itself. For this time it needs memory for two more copies of the trained parameters.

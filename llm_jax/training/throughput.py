@@ -20,6 +20,7 @@ def _note_compiling(event: str, duration_secs: float, **_: Any) -> None:
 
 jax.monitoring.register_event_duration_secs_listener(_note_compiling)
 
+
 def work_left(step: int, num_steps: int, eval_every: int, save_every: int) -> dict[str, int]:
   """How many steps, evaluations and saves without an evaluation follow after `step`; 0: no evaluations."""
   def multiples(every: int) -> int:
@@ -129,7 +130,7 @@ class Goodput:
     self._seconds = dict.fromkeys(('start', 'data', 'evaluation', 'save', 'caller'), 0.0)
 
   def starting(self) -> None:
-    """Marks the begin of a stage: the time until its first step is done counts as start (loading and compiling)."""
+    """Marks the start of a stage: the time until its first step is done counts as start (loading and compiling)."""
     self._stage, self._before = time.perf_counter(), sum(self._seconds.values())
 
   def started(self) -> None:

@@ -1,5 +1,6 @@
 """The live line in a terminal: it does not garble what is printed, and leaves nothing behind; elsewhere plain lines."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -45,15 +46,19 @@ def run_in_terminal(program, width, **variables):
   env = kept | {'PYTHONPATH': str(ROOT), 'TERM': 'xterm-256color'} | variables
   process = subprocess.Popen([sys.executable, '-c', program], stdin=theirs, stdout=theirs, stderr=theirs, env=env)
   os.close(theirs)
-  written = b''
-  try:
-    while chunk := os.read(own, 65536):
-      written += chunk
-  except OSError:  # the terminal was closed
-    pass
-  os.close(own)
+  written = read_to_end(own)
   assert process.wait() == 0, written
   return written.decode()
+
+
+def read_to_end(terminal):
+  """All that is written to a terminal until its last process closes it."""
+  written = b''
+  with contextlib.suppress(OSError):  # the terminal was closed
+    while chunk := os.read(terminal, 65536):
+      written += chunk
+  os.close(terminal)
+  return written
 
 
 def screen(written, width):
@@ -161,11 +166,6 @@ def test_a_signal_during_a_write_to_the_terminal_does_not_lock_the_process():
   time.sleep(0.5)
   killer = threading.Timer(60, process.kill)
   killer.start()
-  try:
-    while chunk := os.read(own, 65536):
-      written += chunk
-  except OSError:  # the terminal was closed
-    pass
-  os.close(own)
+  written += read_to_end(own)
   killer.cancel()
   assert process.wait() == 0 and b'SIGTERM: saving' in written and b'end' in written

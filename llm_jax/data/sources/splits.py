@@ -25,7 +25,7 @@ class SplitConfig:
   else tail; adding documents may change the choice.
   """
 
-  split: Literal['auto', 'document', 'tail', 'count'] = 'auto'  # how documents are assigned to the parts; see above
+  split: Literal['auto', 'document', 'tail', 'count'] = 'auto'  # by hash, end of the text, number; auto: hash or end
   val_fraction: float = 0.05  # share of the data to validate with, in [0, 1)
   test_fraction: float = 0.0  # share of the data to test with, in [0, 1 - val_fraction)
   val_documents: int = 0  # number of validation documents, for split count
