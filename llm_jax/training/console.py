@@ -8,6 +8,7 @@ from llm_jax.base.progress import LINE, Progress, duration
 from llm_jax.config import LogConfig
 
 SAMPLE_LINES, SAMPLE_CHARACTERS = 4, 400
+LINES_KEPT = 20  # lines of metrics that a terminal keeps of a run, besides those of evaluated steps
 
 
 class Console:
@@ -19,6 +20,7 @@ class Console:
     self._training = Progress('training', num_steps, initial=step, shown=self._enabled)
     self._training.note = f'{step:,}/{num_steps:,}'
     self._values = ''
+    self._points, self._unprinted = -1, ''  # the share of the run that was printed, in LINES_KEPT; the newest metrics
     self._first: Progress | None = None  # compiling the first step
     self._samples = config.samples == 'always' or (config.samples == 'auto' and LINE.live)
 
@@ -43,18 +45,28 @@ class Console:
     loss, *more = [f'loss {values["train/loss"]:.4f}', f'grad norm {values["train/grad_norm"]:.2f}']
     if 'train/learning_rate' in values:  # an optimizer that is passed from Python does not report it
       more.append(f'lr {values["train/learning_rate"]:.2e}')
-    speed = []
+    speed, rest = [], []
     if 'train/tokens_per_second' in values:
       speed.append(f'{values["train/tokens_per_second"]:,.0f} tokens/s')
     if 'train/mfu' in values:
-      speed.append(f'MFU {values["train/mfu"]:.1%}')
+      rest.append(f'MFU {values["train/mfu"]:.1%}')
     if values.get('train/data_wait', 0) > 0.05:
-      speed.append(f'waits for data {values["train/data_wait"]:.0%} of the time')
+      rest.append(f'waits for data {values["train/data_wait"]:.0%} of the time')
     left = [] if seconds_left is None else [f'{duration(seconds_left)} left']
-    self._values = '  '.join([loss, *speed[:2], *left, *speed[2:]])
+    self._values = '  '.join([loss, *speed, *left, *rest])
     self.step(step)
-    if not LINE.live:
-      self.line(f'step {step}/{self._num_steps}  ' + '  '.join([loss, *more, *speed, *left]))
+    kept = [] if LINE.live else [*rest, *left]  # the live line has them
+    self._unprinted = f'step {step}/{self._num_steps}  ' + '  '.join([loss, *more, *speed, *kept])
+    points = LINES_KEPT * step // self._num_steps
+    if not LINE.live or points > self._points:
+      self._points = points
+      self._print_metrics()
+
+  def results(self, step: int, values: dict[str, float]) -> None:
+    """Prints the results of an evaluation, below the metrics of the newest logged step."""
+    self._print_metrics()
+    self.line(f'step {step}: ' + '  '.join(
+        f'{name} {value:.4f}' for name, value in values.items() if name != 'val/tokens'))
 
   def sample(self, step: int, prompt: str, text: str) -> None:
     """Prints the first lines of a sample, if config.log.samples says so."""
@@ -76,6 +88,11 @@ class Console:
   def line(self, text: str) -> None:
     if self._enabled:
       print(text, flush=True)
+
+  def _print_metrics(self) -> None:
+    if self._unprinted:
+      self.line(self._unprinted)
+    self._unprinted = ''
 
   def close(self) -> None:
     if self._first is not None:

@@ -137,8 +137,7 @@ class Session:
     results, _ = self.program.evaluator(self.weights, self.program.data.val, evaluation.max_tokens,
                                         lambda: self.stop.requested)
     results = {f'val/{name}': value for name, value in results.items()}
-    self.console.line(f'step {self.step}: ' + '  '.join(
-        f'{name} {value:.4f}' for name, value in results.items() if name != 'val/tokens'))
+    self.console.results(self.step, results)
     return results
 
   @property

@@ -85,6 +85,28 @@ def screen(written, width):
   return [''.join(cells).rstrip() for cells in rows]
 
 
+TRAINING = '''
+from llm_jax.config import LogConfig
+from llm_jax.training.console import Console
+console = Console(1000, 0, LogConfig())
+for step in range(10, 1001, 10):
+  console.metrics(step, {'train/loss': 2000 - step, 'train/grad_norm': 1.0, 'train/learning_rate': 1e-3,
+                         'train/tokens_per_second': 12345.0, 'train/mfu': 0.4}, 60.0)
+  if step % 510 == 0:
+    console.results(step, {'val/loss': 3.0, 'val/tokens': 8.0})
+console.close()
+'''
+
+
+def test_a_terminal_keeps_metrics_of_evenly_spaced_and_of_evaluated_steps():
+  rows = [row for row in screen(run_in_terminal(TRAINING, 80, JAX_PLATFORMS='cpu'), 80) if row]
+  steps = [10, *range(50, 1001, 50)]
+  expected = [f'step {step}/1000  loss {2000 - step}.0000  grad norm 1.00  lr 1.00e-03  12,345 tokens/s'
+              for step in sorted([*steps, 510])]
+  expected.insert(expected.index(next(row for row in expected if 'step 510/' in row)) + 1, 'step 510: val/loss 3.0000')
+  assert rows == expected
+
+
 @pytest.mark.parametrize('width', [120, 40])
 @pytest.mark.parametrize('variables', [{}, {'NO_COLOR': '1'}], ids=['color', 'no color'])
 def test_lines_and_live_line_do_not_garble_each_other(width, variables):

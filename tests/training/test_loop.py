@@ -114,7 +114,8 @@ def open_session(**options):
   writer = SimpleNamespace(
       scalars=lambda step, values: happened.append(f'write {step}') if values else None, text=lambda *_: None)
   console = SimpleNamespace(step=lambda *_: None, metrics=lambda *_: None, saving=lambda *_: None,
-                            line=lambda text: happened.append(text), progress=lambda name: contextlib.nullcontext())
+                            results=lambda *_: None, line=lambda text: happened.append(text),
+                            progress=lambda name: contextlib.nullcontext())
   status = SimpleNamespace(values={}, system=dict, update=lambda **values: None)
   state = TrainState(jnp.int32(0), {'w': jnp.zeros(2)}, {}, optax.EmptyState())
   batches = Batches(iter([{'tokens': np.zeros((1, 8))}] * 100))
