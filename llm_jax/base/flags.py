@@ -16,9 +16,23 @@ from llm_jax.base.builder import SYNONYMS, nearest_fields
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.files import check_run, latest_step, list_runs
 from llm_jax.base.process import waiting
+from llm_jax.base.terminal import wrap, wrap_paragraphs
 
 METAVARS = {int: 'N', float: 'X', Path: 'PATH'}
 IN_TOKENS = ('batch_tokens', 'tokens_per_device')  # a value in rows, as others give it, would mean something else
+
+
+class Help(argparse.HelpFormatter):
+  """Wraps usage, description and flags at words, in the width of the terminal."""
+
+  def __init__(self, prog: str):
+    super().__init__(prog, max_help_position=30)
+
+  def _format_usage(self, *args: Any) -> str:
+    return f'{wrap(super()._format_usage(*args).strip(), 4, self._width)}\n\n'
+
+  def _fill_text(self, text: str, width: int, indent: str) -> str:
+    return wrap_paragraphs(text, width)
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,8 +47,7 @@ class Parser(argparse.ArgumentParser):
     self.examples = re.findall(r'^  (llm-jax .*)$', text or '', re.MULTILINE)
     self._required: list[str] = []
     self._problems: list[str] = []
-    width = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
-    super().__init__(prog=f'llm-jax {command}', usage='', description=text, allow_abbrev=False, formatter_class=width)
+    super().__init__(prog=f'llm-jax {command}', usage='', description=text, allow_abbrev=False, formatter_class=Help)
 
   def add_argument(self, *names: str, **options: Any) -> argparse.Action:
     """As argparse's. A value that does not fit its type or choices is reported together with other mistakes."""

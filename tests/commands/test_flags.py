@@ -55,6 +55,18 @@ def test_help_describes_the_command_and_the_default_of_each_flag(command):
   assert text.startswith(f'usage: llm-jax {command} ') and max(map(len, text.splitlines())) <= 120
 
 
+@pytest.mark.parametrize('width', [60, 80, 120])
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_fits_the_terminal_and_its_examples_can_be_copied(command, width, monkeypatch):
+  monkeypatch.setenv('COLUMNS', str(width))
+  parser = parser_of(command)
+  text = parser.format_help()
+  assert not [line for line in text.splitlines() if len(line) > width and len(line.split()) > 1]
+  joined = re.sub(r' *\\\n +', ' ', text)
+  assert all(example.partition('  # ')[0] in joined for example in parser.examples)
+  assert ' '.join(parser.description.split('\n\n')[0].split()) in ' '.join(text.split())
+
+
 @pytest.mark.parametrize('command', COMMANDS)
 def test_the_examples_of_a_command_parse(command, runs):
   examples = parser_of(command).examples
