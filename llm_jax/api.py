@@ -31,6 +31,7 @@ from llm_jax.infer.trained import Trained, export_results
 from llm_jax.losses.function import LossFunction
 from llm_jax.training import loop
 from llm_jax.training.custom import Custom, as_callbacks
+from llm_jax.training.ending import workdir_line
 from llm_jax.training.session import Event
 from llm_jax.training.status import read_status
 
@@ -103,7 +104,7 @@ def train(config: Config, workdir: str | Path = 'runs/run', *, model: nn.Module 
   with `text` and optionally `answer` or `label`, or of batches with `tokens` and `targets` [B, T]. `callbacks`:
   functions called with the Event of each logged step. Raises UserErrors.
   """
-  custom = Custom(model, tx, loss, callbacks=as_callbacks(callbacks))
+  custom = Custom(model, tx, loss, callbacks=as_callbacks(callbacks), summary=(workdir_line(Path(workdir)),))
   if data is not None:
     holds_batches, data = given.inspect(data)
     if holds_batches:

@@ -19,7 +19,7 @@ from llm_jax.base import plugins
 from llm_jax.base.builder import build, nearest_fields, override, to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import has_registered
-from llm_jax.config import Config
+from llm_jax.config import Config, differences
 from llm_jax.infer.validators import UNTRUSTED, VALIDATORS
 from llm_jax.models.registry import MODELS
 from llm_jax.optim.chain import without_replaced
@@ -48,6 +48,12 @@ class ConfigFile:
       values['model'] = model_values(values.get('model', {}), str(overrides['model.name']))
     override(values, overrides)
     return build(Config, values)
+
+  def cpu_note(self, name: str, overrides: Mapping[str, Any]) -> list[str]:
+    """A line on the fields that on_cpu changes where it is applied, if it changes some; `name`: of the file."""
+    number = len(differences(self.full, self.on_cpu or self.full).keys() - overrides.keys())
+    return [f'no accelerator: on_cpu of {name} changes {number} field(s) (--full_size: do not); list them: llm-jax '
+            f'config --config={name}'] if number else []
 
   def check(self, overrides: Mapping[str, Any]) -> None:
     """Raises ConfigError for a config that cannot be trained on any machine; does not start JAX."""

@@ -8,8 +8,6 @@ Any field can be set; `llm-jax config --config=NAME` lists all fields with their
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 from llm_jax.base import flags
@@ -32,7 +30,6 @@ def main(argv: list[str]) -> None:
   args = parser().parse(argv)
   was_set, overrides = flags.apply(args), args.overrides
 
-  from llm_jax import config as config_lib
   from llm_jax import config_file
   source = config_file.open_config(args.config, trust=args.trust)
   source.check(overrides)  # reports a config that is invalid on any machine before starting JAX
@@ -44,23 +41,19 @@ def main(argv: list[str]) -> None:
 
     from llm_jax import api
     from llm_jax.base.devices import only_cpus
-    from llm_jax.training.ending import ending
+    from llm_jax.training.custom import Custom
+    from llm_jax.training.ending import ending, workdir_line
     if args.distributed:
       start_processes()
   if jax.process_index() == 0:
     print(f'runtime: {was_set}', flush=True)
   cpu_only = only_cpus() and not args.full_size
   config = source.resolve(overrides, cpu_only=cpu_only)
-  if cpu_only and source.on_cpu is not None and jax.process_index() == 0:
-    print(f'no accelerator: on_cpu of {args.config} is applied (--full_size: do not apply it)')
-    for name, (old, new) in config_lib.differences(source.full, source.on_cpu).items():
-      if name not in overrides:
-        print(f'  config.{name}: {json.dumps(old)} -> {json.dumps(new)}')
-    sys.stdout.flush()
   name = source.path.stem if source.path.suffix == '.py' else f'{source.path.absolute().parent.name}_again'
   workdir = Path(args.workdir or Path('runs') / name)
+  summary = (*(source.cpu_note(args.config, overrides) if cpu_only else ()), workdir_line(workdir))
   with out_of_memory_as_config_error(config.tokens_per_device):
-    for _ in api.train(config, workdir):
+    for _ in api.Training(config, workdir, Custom(summary=summary)):
       pass
   for line in ending(config, workdir, argv) if jax.process_index() == 0 else ():
     print(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import traceback
@@ -26,7 +27,17 @@ def out_of_memory_as_config_error(tokens_per_device: int | None) -> Iterator[Non
       raise
     raise ConfigError(f'out of device memory: set a lower --config.tokens_per_device (now {tokens_per_device}), set '
                       f'--config.model.remat=full, or shard over more devices (--config.mesh.fsdp)\n'
-                      f'{str(e).splitlines()[0]}') from None
+                      f'{with_binary_units(str(e).splitlines()[0])}') from None
+
+
+def gib(size: float) -> str:
+  """Bytes as '1.50 GiB', or '24 MiB' below half a GiB."""
+  return f'{size / 2**30:.2f} GiB' if size >= 2**29 else f'{size / 2**20:.3g} MiB'
+
+
+def with_binary_units(message: str) -> str:
+  """A message of XLA with its numbers of bytes as GiB or MiB."""
+  return re.sub(r'(\d{6,}) ?(?:bytes|B)\b', lambda found: gib(int(found[1])), message)
 
 
 def start_processes() -> None:

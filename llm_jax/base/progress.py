@@ -129,6 +129,12 @@ class LiveLine:
         self._live.stop()
         self._live = None
 
+  def clear(self) -> None:
+    """Removes the line for good, as before the program exits."""
+    with self._lock:
+      for task in list(self._tasks):
+        self.close(task)
+
   def _newest(self) -> Any:
     return self._tasks[-1] if self._tasks else ''
 

@@ -1,4 +1,4 @@
-"""Graceful stops: SIGTERM and Ctrl-C end a run at a step that all its processes agree on."""
+"""Stops by SIGTERM and Ctrl-C: at once before the first step, then at a step that all processes of a run agree on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,59 @@ import contextlib
 import itertools
 import os
 import signal
+import sys
 import threading
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
+from llm_jax.base.errors import Interrupted
+from llm_jax.base.progress import LINE
+
 _QUESTIONS = itertools.count(1)  # calls of reached() in this process, over all runs and stages
+
+
+@contextlib.contextmanager
+def stopping_at_once(begun: Callable[[], bool], end: Callable[[], str]) -> Iterator[None]:
+  """Until `begun()`, SIGINT and SIGTERM end a program at once, also while its main thread compiles or reads data.
+
+  Python's handlers would run only after that; so a thread calls `end()`, which cleans up and returns the message. Where
+  something else handles SIGINT, as in a notebook or for several processes, nothing changes.
+  """
+  if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+
+  def watch() -> None:
+    while number := os.read(reader, 1):
+      if number[0] in numbers and not begun():
+        threading.Timer(5, os._exit, [Interrupted.exit_code]).start()  # a terminal that nobody reads blocks the message
+        LINE.clear()
+        print(end(), file=sys.stderr, flush=True)
+        os._exit(Interrupted.exit_code)
+
+  def handle(number: int, frame: object) -> None:
+    if begun():
+      signal.signal(number, signal.SIG_DFL)
+      signal.raise_signal(number)
+
+  thread = threading.Thread(target=watch, daemon=True)
+  thread.start()
+  before = {number: signal.signal(number, handle) for number in numbers}
+  signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+      signal.signal(number, handler)
+    os.close(writer)
+    thread.join()
+    os.close(reader)
 
 
 class StopSignal:

@@ -85,6 +85,7 @@ class Custom:
   loss: LossFunction | None = None
   batches: GivenBatches | None = None
   callbacks: tuple[Callable[[Any], Any], ...] = ()
+  summary: tuple[str, ...] = ()  # further lines of the summary that is printed before the first step
 
   @property
   def loss_terms(self) -> dict[str, Any]:

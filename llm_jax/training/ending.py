@@ -1,4 +1,4 @@
-"""What a finished run prints: its result, and the commands to go on with."""
+"""What a run prints of its folder, and at its end: its result, and the commands to go on with."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ def ending(config: Config, workdir: Path, arguments: Sequence[str]) -> list[str]
   lines = [f'{tool} {command}' for command in commands] + [f'{beside(tool, "tensorboard")} --logdir {run}']
   return [f'finished: step {status["step"]} after {duration(status["seconds"])}{best}; all files are in {workdir}',
           'next:', *(f'  {line}  # {note}' for line, note in zip(lines, [*notes, 'curves and samples'], strict=True))]
+
+
+def workdir_line(workdir: Path) -> str:
+  """A line of the summary: where the run is, and how to watch it."""
+  return f'workdir: {workdir}; to watch the run: tensorboard --logdir {workdir}'
 
 
 def without(arguments: Sequence[str], *flags: str) -> list[str]:

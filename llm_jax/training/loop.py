@@ -68,7 +68,7 @@ def train(config: Config, workdir: Path, custom: Custom) -> Generator[Event, Non
   """
   goodput, config = Goodput(), with_custom(config, custom)
   custom = with_named_callbacks(custom, config)
-  with run.lock_run(workdir), Status(workdir, config.num_steps) as status:
+  with run.open_run(workdir, config.num_steps) as status:
     for stage in (stages := make_stages(config)):
       done = stage is not stages[-1] and latest_step(workdir) >= stage.end
       if not done and (yield from train_stage(stage, workdir, custom, status, goodput)):
@@ -107,6 +107,7 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
       session.settle()
       profiler.end_after(step)
       if first:
+        stack.enter_context(session.stop)  # from here on a signal saves what was trained
         console.started(time.perf_counter() - session.step_started)
         run.write_files(program, workdir, status, session.begin)
       if now.evaluate:
@@ -144,7 +145,7 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   console = Console(config.num_steps, begin, config.log)
   stack.callback(writer.close)
   stack.callback(console.close)
-  run.print_summary(program, state, workdir, console)
+  run.print_summary(program, state, workdir, console, custom.summary)
   batches = stack.enter_context(contextlib.closing(open_own_batches(program, custom, begin, meta.get('stream_states'))))
   # In a single process the step takes NumPy rows directly: ten times as fast as creating sharded arrays here.
   put = as_batch if jax.process_count() == 1 else partial(
@@ -153,7 +154,7 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
                     Throughput(program.flops_per_token, peak_flops(jax.devices()), partial(
                         work_left, num_steps=config.num_steps, save_every=config.checkpoint.every,
                         eval_every=config.eval.every if program.data.val else 0)),
-                    stack.enter_context(StopSignal()), put)
+                    StopSignal(), put)
   status.update(state='training', step=begin, num_steps=config.num_steps, monitor=config.eval.monitor,
                 best=session.best.best_value, state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
   return session

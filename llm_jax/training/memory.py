@@ -14,6 +14,7 @@ import jax
 from llm_jax.base.devices import device_memory
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.multihost import gather, say
+from llm_jax.base.process import gib
 from llm_jax.config import Config
 
 SHARE = 0.9  # of a device's memory; the rest is for evaluation, samples and fragmentation
@@ -40,7 +41,7 @@ def most_rows(num_rows: int, bytes_needed: Callable[[int], int], limit: int, lik
         raise
       size = 2 * limit
     verdict = 'fits' if size <= limit else 'does not fit'
-    say(f'tokens_per_device: {rows} row(s) at a time need {size / 1e9:.3g} of {limit / 1e9:.3g} GB: {verdict}')
+    say(f'tokens_per_device: {rows} row(s) at a time need {gib(size)} of {gib(limit)}: {verdict}')
     return size <= limit
 
   divisors = [n for n in range(1, num_rows + 1) if num_rows % n == 0]
@@ -52,7 +53,7 @@ def most_rows(num_rows: int, bytes_needed: Callable[[int], int], limit: int, lik
     middle = (low + high) // 2
     low, high = (middle + 1, high) if fits(divisors[middle]) else (low, middle)
   if low == 0:
-    raise ConfigError(f'config.tokens_per_device: not even one row fits in the {limit / 1e9:.3g} GB of a device; set '
+    raise ConfigError(f'config.tokens_per_device: not even one row fits in the {gib(limit)} of a device; set '
                       '--config.model.remat=full, use a shorter data.seq_len or a smaller model, or shard the model '
                       'over more devices (--config.mesh.fsdp)')
   return divisors[low - 1]

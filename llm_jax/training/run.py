@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from llm_jax.base import plugins
 from llm_jax.base.builder import to_dict
-from llm_jax.base.errors import StorageError
-from llm_jax.base.files import open_append, unused, writing
+from llm_jax.base.errors import Interrupted, StorageError
+from llm_jax.base.files import latest_step, open_append, unused, writing
+from llm_jax.base.multihost import gather
+from llm_jax.base.stopping import stopping_at_once
 from llm_jax.config import differences, replace
 from llm_jax.data.sources.documents import shown
 from llm_jax.infer.export import write_config
@@ -26,9 +28,41 @@ from llm_jax.training.status import Status
 
 
 @contextlib.contextmanager
-def lock_run(workdir: Path) -> Iterator[None]:
-  """Creates the folder and holds its lock, so that only one run uses it. Raises StorageError."""
+def open_run(workdir: Path, num_steps: int) -> Iterator[Status]:
+  """Locks the folder and yields its Status. A launch that trains no step leaves no folder that it has created.
+
+  Raises StorageError.
+  """
+  with lock_run(workdir) as created:
+    status = Status(workdir, num_steps)
+
+    def interrupted() -> str:
+      status.__exit__(Interrupted, None, None)
+      return ended()
+
+    def ended() -> str:
+      if created and not status.has_trained:
+        shutil.rmtree(workdir, ignore_errors=True)
+      step = latest_step(workdir)
+      return 'interrupted before the first step; ' + (
+          'nothing was trained' if step < 0 else f'{workdir} stays at step {step}, and the same command resumes it')
+
+    try:
+      with stopping_at_once(lambda: status.has_trained, interrupted), status:
+        yield status
+    except BaseException:
+      ended()
+      raise
+
+
+@contextlib.contextmanager
+def lock_run(workdir: Path) -> Iterator[bool]:
+  """Creates the folder and holds its lock, so that only one run uses it; yields whether it is new.
+
+  Raises StorageError.
+  """
   with writing(f'--workdir: {workdir}'):
+    created = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
     lock = open_append(workdir / '.lock')
   with lock:
@@ -40,10 +74,11 @@ def lock_run(workdir: Path) -> Iterator[None]:
         taken = True
       except OSError:
         pass  # a file system without locks
-    if multihost_utils.broadcast_one_to_all(taken):  # all processes fail, or none
+    new, locked = zip(*gather([created, taken]), strict=True)
+    if any(locked):  # all processes fail, or none
       raise StorageError(f'--workdir: another run is training in {workdir}; set --workdir={unused(workdir)}, or stop '
                          'that run')
-    yield
+    yield any(new)
 
 
 def write_files(program: Program, workdir: Path, status: Status, begin: int) -> None:
@@ -71,8 +106,9 @@ def config_before(workdir: Path) -> dict[str, Any]:
   return {}
 
 
-def print_summary(program: Program, state: TrainState, workdir: Path, console: Console) -> None:
-  """Prints a summary of devices, model, data, batch and workdir, and the plug-ins that changed."""
+def print_summary(program: Program, state: TrainState, workdir: Path, console: Console,
+                  further: tuple[str, ...]) -> None:
+  """Prints a summary of devices, model, data and batch, `further` lines, and the plug-ins that changed."""
   for line in plugins.changes(workdir):
     console.line(line)
   config, data, devices = program.config, program.data, jax.devices()
@@ -97,7 +133,8 @@ def print_summary(program: Program, state: TrainState, workdir: Path, console: C
     console.line(f'schedule: {line}')
   console.line(f'batch: {config.batch_tokens} tokens = {num_microbatches} microbatch(es) x {held_rows} row(s) '
                f'x {seq_len} tokens on each of {config.rows_per_batch // num_microbatches // held_rows} device(s)')
-  console.line(f'workdir: {workdir}; to watch the run: tensorboard --logdir {workdir}')
+  for line in further:
+    console.line(line)
 
 
 def amount_of(number: int) -> str:

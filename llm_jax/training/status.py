@@ -53,8 +53,13 @@ class Status:
     """Notes that this launch has trained a step, and values for its line of launches.jsonl, if it is the first one."""
     self._writes = True
     self.update()
-    if 'begin' not in self._launch.values:
+    if not self.has_trained:
       self._launch.update(**values)
+
+  @property
+  def has_trained(self) -> bool:
+    """Whether this launch has trained a step."""
+    return 'begin' in self._launch.values
 
   def system(self) -> dict[str, float]:
     """The values of `system`, at most SECONDS old."""

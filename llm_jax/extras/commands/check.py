@@ -27,7 +27,8 @@ from typing import Any
 from llm_jax import __version__
 from llm_jax.base import flags, runtime
 from llm_jax.base.errors import ConfigError, UserError
-from llm_jax.base.process import out_of_memory_as_config_error, run_as_program, waiting
+from llm_jax.base.process import gib, out_of_memory_as_config_error, run_as_program, waiting
+from llm_jax.base.terminal import columns, wrap
 
 CORE = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-collections', 'numpy', 'tensorboard',
         'tokenizers', 'tiktoken', 'safetensors', 'psutil', 'rich')
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
     for name, text, values in facts(args):
       report.setdefault(name, {}).update(values)
       if args.format == 'text':
-        print(f'{name:12} {text}', flush=True)
+        print(wrap(f'{name:12} {text}', 13, columns()), flush=True)
   except UserError as e:
     report['error'] = {'message': str(e), 'exit_code': e.exit_code}
     raise
@@ -88,8 +89,12 @@ def facts(args: argparse.Namespace) -> Iterator[Fact]:
   yield 'runtime', was_set, {'set': was_set}
   if args.config is None:
     return
-  from llm_jax import api
-  config = api.load_config(args.config, full_size=args.full_size, **args.overrides)
+  from llm_jax import config_file
+  from llm_jax.base.devices import only_cpus
+  source, cpu_only = config_file.open_config(args.config), only_cpus() and not args.full_size
+  config = source.resolve(args.overrides, cpu_only=cpu_only)
+  for note in source.cpu_note(args.config, args.overrides) if cpu_only else ():
+    yield 'on_cpu', note, {'applied': True}
   yield ('config', f'{args.config}: fields and values are valid{"" if args.step else "; --step checks data and model"}',
          {'name': args.config, 'valid': True, 'num_steps': config.num_steps, 'batch_tokens': config.batch_tokens})
   if args.step:
@@ -166,10 +171,6 @@ def version(name: str) -> str | None:
     return importlib.metadata.version(name)
   except importlib.metadata.PackageNotFoundError:
     return None
-
-
-def gib(size: float) -> str:
-  return f'{size / 2**30:.2f} GiB'
 
 
 if __name__ == '__main__':
