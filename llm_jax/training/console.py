@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from llm_jax.base.progress import LINE, Progress, duration
+from llm_jax.base.terminal import columns, wrap
 from llm_jax.config import LogConfig
 
 SAMPLE_LINES, SAMPLE_CHARACTERS = 4, 400
@@ -76,7 +77,7 @@ class Console:
     short = '\n'.join(shown[:SAMPLE_CHARACTERS].split('\n')[:SAMPLE_LINES])
     end = ' ...' if len(short) < len(shown) else ''
     self.line(f'step {step}: sample, ' + (f'prompt {prompt!r}:' if prompt else 'new document:'))
-    self.line('\n'.join('  | ' + line for line in (short + end).split('\n')))
+    self._print('\n'.join('  | ' + line for line in (short + end).split('\n')))
 
   def saving(self, step: int, monitor: str, best: float | None) -> None:
     self.line(f'step {step}: saving checkpoints/{step}' + ('' if best is None else f' (best {monitor} {best:.4f})'))
@@ -86,6 +87,10 @@ class Console:
     return Progress(name, shown=self._enabled)
 
   def line(self, text: str) -> None:
+    """Prints a line, which a terminal wraps at words."""
+    self._print(wrap(text, 2, columns()))
+
+  def _print(self, text: str) -> None:
     if self._enabled:
       print(text, flush=True)
 

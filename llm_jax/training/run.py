@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +19,15 @@ from llm_jax.base.errors import Interrupted, StorageError
 from llm_jax.base.files import latest_step, open_append, unused, writing
 from llm_jax.base.multihost import gather
 from llm_jax.base.stopping import stopping_at_once
-from llm_jax.config import differences, replace
+from llm_jax.config import Config, differences, replace
 from llm_jax.data.sources.documents import shown
 from llm_jax.infer.export import write_config
 from llm_jax.training.console import Console
 from llm_jax.training.program import Program
 from llm_jax.training.state import TrainState
 from llm_jax.training.status import Status
+
+FEW_STEPS = 20  # training tokens that make an epoch of fewer steps are too few
 
 
 @contextlib.contextmanager
@@ -129,12 +132,24 @@ def print_summary(program: Program, state: TrainState, workdir: Path, console: C
   console.line(f'data: {sources}: {amount} of a vocabulary of {data.vocab_size} to train on, '
                + (f'{amount_of(num_val)} to validate with' if num_val and config.eval.every else 'no validation')
                + (f'; {config.num_steps} steps are {epochs:.2f} epochs' if num_train else ''))
+  if warning := too_little_data(config, num_train):
+    console.line(f'WARNING: {warning}')
   for line in config.optim.shortened(config.num_steps):
     console.line(f'schedule: {line}')
   console.line(f'batch: {config.batch_tokens} tokens = {num_microbatches} microbatch(es) x {held_rows} row(s) '
                f'x {seq_len} tokens on each of {config.rows_per_batch // num_microbatches // held_rows} device(s)')
   for line in further:
     console.line(line)
+
+
+def too_little_data(config: Config, num_train: int) -> str:
+  """What is wrong with this number of tokens to train on; '' if it suffices, or for another task than next tokens."""
+  epochs, steps_per_epoch = config.num_steps * config.batch_tokens / max(1, num_train), num_train / config.batch_tokens
+  if steps_per_epoch >= FEW_STEPS or not num_train or epochs < 2 or config.data.task != 'next_token':
+    return ''
+  return (f'there are only {num_train:,} tokens to train on, and each is seen {epochs:,.0f} times, so the model learns '
+          f'them by heart; add data, or set a smaller model and a lower config.num_steps ({math.ceil(steps_per_epoch)} '
+          f'step(s) of {config.batch_tokens:,} tokens are one epoch)')
 
 
 def amount_of(number: int) -> str:

@@ -74,6 +74,7 @@ def test_check_reports_devices_and_whether_a_config_runs(folder, capsys):
               '--config.optim.warmup_cosine.warmup_steps=1'])
   printed = capsys.readouterr().out
   assert 'runs: the loss of step 1 is' in printed and 'GiB are free' in printed
+  assert 'tensorboard' not in printed.split('training a step')[-1].split('devices: ')[-1], 'of a temporary folder'
   check.main(['--config=gpt_small', '--format=json'])
   captured = capsys.readouterr()
   found = json.loads(captured.out)  # nothing else on stdout

@@ -57,12 +57,12 @@ def test_ctrl_c_ends_chat_while_the_run_is_loaded(folder):
 def test_runs_lists_state_and_what_differs(folder, capsys):
   runs.main([str(folder / 'runs')])
   header, *lines = capsys.readouterr().out.splitlines()
-  assert header.split()[:2] == ['run', 'state'] and len(lines) == 2
-  for seed, line in enumerate(lines):
-    assert line.startswith(f'seed{seed}  finished  3/3') and line.endswith(f'seed={seed}') and 'val/loss' in line
+  assert header.split()[:4] == ['run', 'state', 'step', 'val/loss'] and len(lines) == 2
+  for seed, line in zip((1, 0), lines, strict=True):  # the newest first
+    assert line.startswith(f'seed{seed}  finished  3/3') and line.endswith(f'seed={seed}')
   runs.main([str(folder / 'runs'), '--format=json'])
   found = json.loads(capsys.readouterr().out)
-  assert [run['differs'] for run in found] == [{'seed': 0}, {'seed': 1}] and found[0]['best'] > 0
+  assert [run['differs'] for run in found] == [{'seed': 1}, {'seed': 0}] and found[0]['best'] > 0
 
 
 def test_runs_reports_damaged_and_silent_runs(folder, tmp_path, capsys):

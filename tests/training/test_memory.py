@@ -1,8 +1,10 @@
 """The search for rows per device: it finds the most that fit, and keeps a run's number if that fits."""
 
+import jax
 import pytest
 
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.process import out_of_memory_as_config_error
 from llm_jax.training.memory import most_rows, tokens_before
 
 
@@ -55,3 +57,13 @@ def test_the_number_of_a_run_is_read_from_its_config_json(tmp_path):
   for content, tokens in (('{"tokens_per_device": null}', 0), ('{"tokens_per_device": 64}', 64)):
     (tmp_path / 'config.json').write_text(content)
     assert tokens_before(tmp_path) == tokens
+
+
+@pytest.mark.parametrize(('message', 'shown'), [
+    ('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1610612736 bytes.',
+     'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.50 GiB.'),
+    ('RESOURCE_EXHAUSTED: allocating 25165824B, step 1234567', 'RESOURCE_EXHAUSTED: allocating 24 MiB, step 1234567')])
+def test_bytes_of_an_out_of_memory_message_are_gib_or_mib(message, shown):
+  with pytest.raises(ConfigError, match='tokens_per_device') as error, out_of_memory_as_config_error(64):
+    raise jax.errors.JaxRuntimeError(message)
+  assert str(error.value).splitlines()[-1] == shown

@@ -4,16 +4,18 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
-from program import write_config
+from program import finish, start, write_config
 
 from llm_jax import main
 from llm_jax.base.errors import ConfigError, DataError, UserError
-from llm_jax.extras.commands import runs
+from llm_jax.extras.commands import check, runs
 from llm_jax.training.launches import read_launches
 from llm_jax.training.run import amount_of
 from llm_jax.training.status import read_status
@@ -53,7 +55,41 @@ def test_a_launch_that_trains_no_step_changes_neither_config_nor_status(folder, 
   assert [launch['ended'] for launch in last] == ['failed' if refused else 'finished'] and 'begin' not in last[0]
 
 
-def test_a_launch_that_fails_in_a_new_folder_is_listed_as_failed(folder, capsys):
+def test_a_launch_that_is_refused_leaves_no_folder_of_its_own_and_says_nothing_of_on_cpu(folder, capsys):
+  (folder / 'small.py').write_text((folder / 'tiny.py').read_text() + 'def on_cpu(config):\n  config.seed = 7\n')
+  flags = [f'--config={folder}/small.py', f'--workdir={folder / "refused"}', '--config.num_steps=2', *FLAGS]
+  with pytest.raises(DataError):
+    main.main([*flags, '--config.data.path=nowhere'])
+  assert not (folder / 'refused').exists() and 'on_cpu' not in capsys.readouterr().out
+  main.main(flags)
+  [line] = [line for line in capsys.readouterr().out.splitlines() if 'on_cpu' in line]
+  assert line == (f'no accelerator: on_cpu of {folder}/small.py changes 1 field(s) (--full_size: do not); list them: '
+                  f'llm-jax config --config={folder}/small.py')
+  check.main([f'--config={folder}/small.py'])
+  assert f'on_cpu       {line}' in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize('resumed', [False, True])
+def test_a_signal_before_the_first_step_ends_a_launch_at_once(resumed, folder):
+  workdir, flags = folder / 'interrupted', [*FLAGS, f'--config.num_steps={9 if resumed else 2}']
+  if resumed:
+    shutil.copytree(folder / 'run', workdir, dirs_exist_ok=True)
+    before = state_files(workdir)
+  process = start(folder, 'main', f'--config={folder}/tiny.py', f'--workdir={workdir}', *flags)
+  while (line := process.stdout.readline()) and 'compiling the training step' not in line:
+    pass
+  process.send_signal(signal.SIGINT)
+  printed = finish(process, code=75)
+  assert 'first step after' not in printed
+  if resumed:
+    assert printed == f'interrupted before the first step; {workdir} stays at step 2, and the same command resumes it\n'
+    assert state_files(workdir) == before and read_launches(workdir)[-1]['ended'] == 'stopped'
+  else:
+    assert printed == 'interrupted before the first step; nothing was trained\n' and not workdir.exists()
+
+
+def test_a_launch_that_fails_in_a_folder_of_the_user_is_listed_as_failed(folder, capsys):
+  (folder / 'new').mkdir()
   with pytest.raises(DataError):
     train(folder, 'new', '--config.data.path=nowhere')
   assert read_status(folder / 'new')['state'] == 'failed' and 'nowhere' in read_status(folder / 'new')['error']
@@ -168,19 +204,54 @@ def test_small_numbers_are_written_out():
   assert [amount_of(n) for n in (201, 48_212, 1_000_000, 124_373_760)] == ['201', '48,212', '1.00 M', '124.37 M']
 
 
-def test_runs_wraps_what_differs(tmp_path, capsys):
+def make_run(folder, config, ago=300):
+  """A run's folder, as far as `llm-jax runs` reads it."""
+  folder.mkdir()
+  status = {'state': 'finished', 'step': 1000, 'num_steps': 2000, 'started': 0, 'best': 2.3456,
+            'updated': time.time() - ago, 'monitor': 'val/loss', 'metrics': {'train/tokens_per_second': 12345.6}}
+  (folder / 'status.json').write_text(json.dumps(status))
+  (folder / 'config.json').write_text(json.dumps(config))
+
+
+def test_runs_prints_whole_rows_into_a_pipe(tmp_path, capsys):
   for name in ('a', 'b'):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / 'status.json').write_text('{"state": "finished", "step": 1, "num_steps": 1, "started": 0}')
-    config = {f'field{i}': f'{name}{i}' * 5 for i in range(12)} | {'same': 1, f'only_{name}': 1}
-    (tmp_path / name / 'config.json').write_text(json.dumps(config))
+    make_run(tmp_path / name, {f'field{i}': f'{name}{i}' * 5 for i in range(12)} | {'same': 1, f'only_{name}': 1})
   runs.main([str(tmp_path)])
   printed = capsys.readouterr().out
-  assert all(f'field{i}={name}{i}' in printed for i in range(12) for name in 'ab') and '...' not in printed
-  assert 'same' not in printed and 'only' not in printed
-  assert max(map(len, printed.splitlines())) < 140
+  for row, name in zip(printed.splitlines()[1:], 'ba', strict=True):
+    assert row.startswith(f'{name}    finished  1000/2000  2.3456') and 'same' not in row and 'only' not in row
+    assert all(f'field{i}={name}{i}' in row for i in range(12))
   with pytest.raises(ConfigError, match='there are no runs'):
     runs.main([str(tmp_path / 'nowhere')])
+
+
+def test_runs_lists_the_newest_first_and_names_fields_and_paths_shortly(tmp_path, capsys):
+  for i, name in enumerate(('b', 'c', 'a')):
+    make_run(tmp_path / name, {
+        'optim': {'adamw': {'decay': i, 'rate': i}, 'lion': {'decay': i}}, 'model': {'vocab_size': i},
+        'data': {'path': f'/some/where/notes{i}.txt', 'sha256': f'{i}' * 64}}, ago=300 - i)
+  runs.main([str(tmp_path)])
+  header, *rows = capsys.readouterr().out.splitlines()
+  assert header.split() == ['run', 'state', 'step', 'val/loss', 'tokens/s', 'updated', 'differs', 'in']
+  assert [row.split()[0] for row in rows] == ['a', 'c', 'b']
+  assert rows[0].endswith('  adamw.decay=2 rate=2 lion.decay=2 path=notes2.txt')
+  runs.main([str(tmp_path), '--format=json'])
+  assert json.loads(capsys.readouterr().out)[0]['differs']['data.path'] == '/some/where/notes2.txt'
+
+
+@pytest.mark.parametrize('width', [60, 80, 100, 120])
+def test_runs_fits_the_terminal(width, tmp_path, monkeypatch, capsys):
+  for i in range(3):
+    make_run(tmp_path / f'a_long_name_of_a_run_{i}', {f'field{j}': i * j for j in range(8)})
+  monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+  monkeypatch.setenv('COLUMNS', str(width))
+  runs.main([str(tmp_path)])
+  header, *rows = capsys.readouterr().out.splitlines()
+  assert max(map(len, rows)) <= width and len([row for row in rows if ' finished ' in row]) == 3
+  shown = {name for name in ('differs in', 'tokens/s', 'updated') if name in header}
+  assert shown == {60: set(), 80: {'tokens/s', 'updated'}}.get(width, {'differs in', 'tokens/s', 'updated'})
+  text = re.sub(r'\s', '', ''.join(rows))
+  assert ('field7=14' in text) == ('differs in' in header) != ('runs|cathasall' in text)
 
 
 def test_runs_with_damaged_or_missing_files_do_not_hide_the_others(folder, tmp_path, capsys):

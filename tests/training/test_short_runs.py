@@ -10,6 +10,7 @@ from llm_jax import main
 from llm_jax.config_file import open_config
 from llm_jax.training.ending import ending
 from llm_jax.training.log import read_metrics
+from llm_jax.training.run import too_little_data
 
 
 @pytest.fixture(scope='module')
@@ -29,6 +30,15 @@ def test_a_run_of_few_steps_says_what_it_shortens(folder, capsys):
   printed = capsys.readouterr().out
   assert 'optim.warmup_cosine.warmup_steps: 5 is shortened to 2, as the run has 4 steps' in printed
   assert lines[1]['train/learning_rate'] == pytest.approx(3e-3 / 2) and 'val/loss' in lines[4]
+
+
+def test_too_little_data_is_said_with_how_often_it_is_seen():
+  config = open_config('gpt_small').resolve({}, cpu_only=True)  # 700 steps of 2,048 tokens, windows of 128
+  warning = too_little_data(config, 10_240)
+  assert '10,240 tokens' in warning and 'seen 140 times' in warning and '5 step(s) of 2,048 tokens are one' in warning
+  assert not too_little_data(config, 20 * 2048) and not too_little_data(config, 0)
+  few_steps = open_config('gpt_small').resolve({'num_steps': 3}, cpu_only=True)
+  assert not too_little_data(few_steps, 10_240), 'no part is seen twice'
 
 
 @pytest.mark.parametrize('flag', ['--config.eval.every=0', '--config.data.val_fraction=0'])

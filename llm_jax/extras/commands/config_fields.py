@@ -18,6 +18,7 @@ from llm_jax.base import flags
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.fields import Field, fields_of
+from llm_jax.base.terminal import columns, wrap
 
 # Fields besides those of losses that training fills in (training/resolve.py, memory.py) where they are None or 'auto'.
 OPEN = ('tokens_per_device', *(f'model.{name}' for name in (
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> None:
                                    'comment': field.comment}
                       for field, found in zip(entries, origins, strict=True)}, indent=2))
   else:
-    print('\n'.join(tree(entries, origins)))
+    print('\n'.join(tree(entries, origins, columns())))
 
 
 def check_sections(sections: list[str], values: Mapping[str, Any], name: str) -> None:
@@ -135,8 +136,11 @@ def as_typed(value: Any) -> str:
   return repr(value) if value == '' else str(value)
 
 
-def tree(entries: list[Field], origins: list[str]) -> list[str]:
-  """Lines of fields under the names of their sections, in columns: value, type, origin, comment."""
+def tree(entries: list[Field], origins: list[str], width: int | None) -> list[str]:
+  """Lines of fields under the names of their sections, in columns: value, type, origin, comment.
+
+  In a terminal of `width` columns a comment that does not fit is below its field.
+  """
   rows, above = [], list[str]()
   for field, found in zip(entries, origins, strict=True):
     *parents, name = field.path.split('.')
@@ -146,4 +150,14 @@ def tree(entries: list[Field], origins: list[str]) -> list[str]:
     rows.append((f'{"  " * len(parents)}{name} = {as_typed(field.value)}', field.kind, found, field.comment))
     above = parents
   widths = [min(max(len(row[column]) for row in rows), limit) for column, limit in ((0, 48), (1, 24), (2, 12))]
-  return ['  '.join(f'{text:{width}}' for text, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
+  lines = ['  '.join(f'{text:{size}}' for text, size in zip(row[:3], widths, strict=True)) for row in rows]
+  return [line for start, row in zip(lines, rows, strict=True) for line in with_comment(start, row[3], width)]
+
+
+def with_comment(start: str, comment: str, width: int | None) -> list[str]:
+  """A line that ends with a comment, or two if that does not fit in `width` columns."""
+  line = f'{start}  {comment}'.rstrip()
+  if width is None or len(line) <= width:
+    return [line]
+  indent = ' ' * (len(start) - len(start.lstrip()) + 4)
+  return [wrap(start.rstrip(), len(indent), width), wrap(f'{indent}{comment}', len(indent), width)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 
 from llm_jax.base import flags
+from llm_jax.base.terminal import columns, wrap
 
 
 def parser() -> flags.Parser:
@@ -27,4 +28,4 @@ def main(argv: list[str]) -> None:
   width = max(map(len, known), default=0)
   for name, path in known.items():
     summary = (ast.get_docstring(ast.parse(path.read_text())) or '').splitlines()[:1]
-    print(f'{name:{width}}  {"".join(summary)}')
+    print(wrap(f'{name:{width}}  {"".join(summary)}', width + 2, columns()))

@@ -1,8 +1,9 @@
 """Lists runs with their state, best result and differences.
 
-A folder is searched for runs at any depth (default: runs). The last column has the config fields in which the runs
-differ. For the folder of one run, its launches are listed too: when, by which command, from which step, with which
-changes of the config, and how each ended. Nothing in the folders is executed.
+A folder is searched for runs at any depth (default: runs); the newest comes first. The last column has the config
+fields in which the runs differ, if the terminal is wide enough; a pipe gets whole rows. For the folder of one run, its
+launches are listed too: when, by which command, from which step, with which changes of the config, and how each ended.
+Nothing in the folders is executed.
 
   llm-jax runs
   llm-jax runs runs/sweep --plot=runs.png
@@ -11,17 +12,22 @@ changes of the config, and how each ended. Nothing in the folders is executed.
 from __future__ import annotations
 
 import json
-import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.terminal import columns, wrap
 
 RUNNING = ('starting', 'training')
 STALE_SECONDS = 600  # without an update a run of another host has probably been killed
+OPTIONAL = ('differs in', 'tokens/s', 'updated')  # columns that a narrow terminal does without, the first one first
+NAME_WIDTH, DIFFERS_WIDTH = 24, 20  # of a narrow terminal; longer cells are wrapped
+# Fields that follow from data.path and the machine: they are left out for runs of different data.
+OF_DATA = (*(f'data.{name}' for name in ('sha256', 'format', 'separator', 'dtype', 'eot_id', 'cache_dir')),
+           'tokens_per_device', 'model.vocab_size', 'model.encoder_vocab_size', 'model.start_id', 'model.dtype')
 
 
 def parser() -> flags.Parser:
@@ -37,12 +43,14 @@ def main(argv: list[str]) -> None:
   folders = [path.parent for path in sorted(args.folder.rglob('status.json'))]
   if not folders:
     raise ConfigError(f'{args.folder}: there are no runs in this folder')
-  found = [read_run(folder, args.folder) for folder in folders]
+  found = sorted((read_run(folder, args.folder) for folder in folders),
+                 key=lambda run: (run['age'] is None, run['age']))  # the newest first, unreadable ones last
   differing = differences([run.pop('config') for run in found])
   for run, values in zip(found, differing, strict=True):
     run['differs'] = values
   launches = found[0]['launches'] if folders == [args.folder] else []
-  print(json.dumps(found, indent=2) if args.format == 'json' else '\n'.join([*table(found), *history(launches)]))
+  print(json.dumps(found, indent=2) if args.format == 'json' else
+        '\n'.join([*table(found, columns()), *history(launches)]))
   logged = [str(folder) for folder in folders if (folder / 'metrics.jsonl').is_file()]
   if args.plot and logged:
     from llm_jax.extras.commands import plot
@@ -117,19 +125,73 @@ def differences(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
   return [{name: config[name] for name in differing if name in config} for config in configs]
 
 
-def table(runs: list[dict[str, Any]]) -> list[str]:
-  """The runs as aligned lines, below a header."""
-  rows = [('run', 'state', 'step', 'best', 'tokens/s', 'updated', 'differs in')]
-  for run in runs:
-    best = '' if run['best'] is None else f'{run["monitor"] or ""} {run["best"]:.4f}'.strip()
-    speed = '' if run['tokens_per_second'] is None else f'{run["tokens_per_second"]:,.0f}'
-    differs = ' '.join(f'{name}={value}' for name, value in run['differs'].items())
-    first, *more = textwrap.wrap(differs, 80, break_long_words=False, break_on_hyphens=False) or ['']
-    rows += [(run['run'], run['state'], '' if run['step'] is None else f'{run["step"]}/{run["num_steps"]}', best, speed,
-              ago(run['age']), first), *(('',) * 6 + (line,) for line in more)]
-  widths = [max(len(row[column]) for row in rows) for column in range(6)]
-  return ['  '.join([*(f'{text:{width}}' for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
-          for row in rows]
+def short(differing: list[dict[str, Any]]) -> list[str]:
+  """The differences of each run for people: 'seed=1 learning_rate=0.01 path=notes.txt'."""
+  other_data = any('data.path' in values for values in differing)
+  shown = [{name: value for name, value in values.items() if not (other_data and name in OF_DATA)}
+           for values in differing]
+  names = unambiguous(list(dict.fromkeys(name for values in shown for name in values)), '.')
+  paths = unambiguous(sorted({value for values in shown for value in values.values()
+                              if isinstance(value, str) and '/' in value and ' ' not in value}), '/')
+
+  def text(value: Any) -> str:
+    if isinstance(value, list):
+      return ','.join(map(str, value))
+    return paths.get(value, value) if isinstance(value, str) else str(value)
+
+  return [' '.join(f'{names[name]}={text(value)}' for name, value in values.items()) for values in shown]
+
+
+def unambiguous(names: Sequence[str], separator: str) -> dict[str, str]:
+  """For each name the shortest of its endings that no other name has."""
+  def endings(name: str) -> list[str]:
+    parts = name.split(separator)
+    return [separator.join(parts[i:]) for i in reversed(range(len(parts)))]
+
+  others = {name: {end for other in names if other != name for end in endings(other)} for name in names}
+  return {name: next((end for end in endings(name) if end and end not in others[name]), name) for name in names}
+
+
+def table(runs: list[dict[str, Any]], width: int | None) -> list[str]:
+  """The runs as lines below a header: within `width`, or whole if that is None."""
+  monitors = {run['monitor'] for run in runs if run['best'] is not None}
+  [monitor] = monitors if len(monitors) == 1 else ['best']
+  rows = [{'run': run['run'], 'state': run['state'],
+           'step': '' if run['step'] is None else f'{run["step"]}/{run["num_steps"]}',
+           monitor or 'best': '' if run['best'] is None else
+           f'{run["monitor"] if monitor == "best" else ""} {run["best"]:.4f}'.strip(),
+           'tokens/s': '' if run['tokens_per_second'] is None else f'{run["tokens_per_second"]:,.0f}',
+           'updated': ago(run['age']), 'differs in': differs}
+          for run, differs in zip(runs, short([run['differs'] for run in runs]), strict=True)]
+  wide = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0] if any(row[name] for row in rows)}
+  if width is None:
+    header = {name: name for name in wide}
+    return ['  '.join(f'{row[name]:{wide[name]}}' for name in wide).rstrip() for row in (header, *rows)]
+  least = wide | {'run': min(wide['run'], NAME_WIDTH), 'differs in': min(wide['differs in'], DIFFERS_WIDTH)}
+  left_out = []
+  for name in (name for name in OPTIONAL if name in least):
+    if sum(least.values()) + 2 * (len(least) - 1) > width:
+      del least[name]
+      left_out.append(name)
+  lines = fitted(rows, list(least), width)
+  note = f'left out for lack of columns: {", ".join(left_out)}; llm-jax runs | cat has all'
+  return [*lines, wrap(note, 2, width)] if left_out else lines
+
+
+def fitted(rows: list[dict[str, str]], names: list[str], width: int) -> list[str]:
+  """These columns of the rows as lines of at most `width` characters; long names and differences are wrapped."""
+  from rich.console import Console
+  from rich.table import Table
+  from rich.text import Text
+  grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=True)
+  for name in names:
+    grid.add_column(Text(name), no_wrap=name not in ('run', 'differs in'), overflow='fold')
+  for row in rows:
+    grid.add_row(*(Text(row[name]) for name in names))
+  console = Console(width=width, color_system=None)
+  with console.capture() as captured:
+    console.print(grid)
+  return [line.rstrip() for line in captured.get().splitlines()]
 
 
 def ago(seconds: float | None) -> str:
