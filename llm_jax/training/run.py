@@ -44,9 +44,9 @@ def open_run(workdir: Path, num_steps: int) -> Iterator[Status]:
       return ended()
 
     def ended() -> str:
-      if created and not status.has_trained:
-        shutil.rmtree(workdir, ignore_errors=True)
       step = latest_step(workdir)
+      if created and step < 0 and not status.has_trained and jax.process_index() == 0:  # which knows has_trained
+        shutil.rmtree(workdir, ignore_errors=True)
       return 'interrupted before the first step; ' + (
           'nothing was trained' if step < 0 else f'{workdir} stays at step {step}, and the same command resumes it')
 
