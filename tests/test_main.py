@@ -261,7 +261,7 @@ def test_a_profile_in_the_past_is_reported(tmp_path):
 def test_the_rows_that_fit_are_stored_in_config_json(watched):
   workdir, printed, _ = watched
   assert json.loads((workdir / 'config.json').read_text())['tokens_per_device'] == 2048 // 8
-  assert re.search(r'8 row\(s\) at a time need .* GB: fits', printed)
+  assert re.search(r'8 row\(s\) at a time need .* [MG]iB: fits', printed)
 
 
 @pytest.mark.parametrize(('flag', 'words'), RESUME_REFUSED, ids=[f for f, _ in RESUME_REFUSED])

@@ -73,7 +73,7 @@ def test_runs_reports_damaged_and_silent_runs(folder, tmp_path, capsys):
     status = tmp_path / name / 'status.json'
     status.write_text(json.dumps(json.loads(status.read_text()) | change) if change else '[]')
   runs.main([str(tmp_path)])
-  _, damaged, silent = capsys.readouterr().out.splitlines()
+  _, silent, damaged = capsys.readouterr().out.splitlines()
   assert damaged.split() == ['damaged', 'unreadable'] and 'no news' in silent
   with pytest.raises(ConfigError, match='there are no runs'):
     runs.main([str(tmp_path / 'nowhere')])

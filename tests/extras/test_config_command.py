@@ -260,3 +260,14 @@ def test_data_alone_and_help_list_commands(capsys):
     program.main(argv)
     printed = capsys.readouterr().out
     assert 'data inspect' in printed and (' chat ' in printed) == (argv == ['help'])
+
+
+def test_fields_fit_the_terminal_and_keep_their_comments(monkeypatch, capsys):
+  config_fields.main(['gpt_small', 'data'])
+  whole = capsys.readouterr().out
+  monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+  monkeypatch.setenv('COLUMNS', '80')
+  config_fields.main(['gpt_small', 'data'])
+  printed = capsys.readouterr().out
+  assert max(map(len, printed.splitlines())) <= 80 < max(map(len, whole.splitlines()))
+  assert printed.split() == whole.split() and '' not in printed.splitlines()
