@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import pkgutil
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from llm_jax.base import plugins, runtime
 from llm_jax.base.builder import SYNONYMS, nearest_fields
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.files import check_run, latest_step, list_runs
+from llm_jax.base.nearest import nearest
 from llm_jax.base.process import waiting
 
 METAVARS = {int: 'N', float: 'X', Path: 'PATH'}
@@ -115,9 +115,9 @@ class Parser(argparse.ArgumentParser):
     else:
       if choices is None or value in choices:
         return value
-      near = difflib.get_close_matches(text, choices, n=1)
+      near = nearest(text, choices)
       self._problems.append(f'{flag}: {text!r} is not one of {", ".join(choices)}'
-                            + (f'; did you mean {near[0]}?' if near else ''))
+                            + (f'; did you mean {near}?' if near else ''))
     return text
 
   def _missing(self, flag: str) -> str:
@@ -138,7 +138,8 @@ class Parser(argparse.ArgumentParser):
       return (f'values need the name of their flag; did you mean {taker}={argument}?' if taker is not None else
               f'one argument too many; usage: {self.usage}')
     name = name.lstrip('-').removeprefix('config.')
-    near = difflib.get_close_matches(f'--{SYNONYMS.get(name, name)}', known, n=1, cutoff=0.75)
+    flag = nearest(SYNONYMS.get(name, name), [flag[2:] for flag in known], cutoff=0.75)
+    near = [f'--{flag}'] if flag else []
     if self.fields and not near:
       near = [prefix + path for path in nearest_fields(name, pkgutil.resolve_name(self.fields))]
     if any(flag.endswith(IN_TOKENS) for flag in near) and name in SYNONYMS:

@@ -11,17 +11,23 @@ between a file and a run leaves out the fields that the file leaves open and the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llm_jax.base import flags
-from llm_jax.base.builder import to_dict
+from llm_jax.base.builder import nearest_fields, to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.fields import Field, fields_of
+from llm_jax.base.nearest import nearest
 
 # Fields besides those of losses that training fills in (training/resolve.py, memory.py) where they are None or 'auto'.
 OPEN = ('tokens_per_device', *(f'model.{name}' for name in (
     'vocab_size', 'max_len', 'encoder_len', 'start_id', 'encoder_vocab_size', 'dtype')))
+
+MIN_COMMENT = 40  # columns for the comments beside the fields
 
 
 def parser() -> flags.Parser:
@@ -82,23 +88,28 @@ def main(argv: list[str]) -> None:
                                    'comment': field.comment}
                       for field, found in zip(entries, origins, strict=True)}, indent=2))
   else:
-    print('\n'.join(tree(entries, origins)))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print('\n'.join(tree(entries, origins, width)))
 
 
 def check_sections(sections: list[str], values: Mapping[str, Any], name: str) -> None:
   """Raises ConfigError for a section or field that the config does not have."""
-  if missing := [section for section in sections if not has(values, section)]:
-    known = [section for section, value in values.items() if isinstance(value, Mapping) and value]
-    raise ConfigError(f'{name} has no section {", ".join(missing)}; sections: {", ".join(known)}')
+  from llm_jax.config import Config
+  paths = list(paths_in(values))
+  for section in sections:
+    if section not in paths:
+      near = nearest(section, paths) or next(iter(nearest_fields(section, Config)), None)
+      known = [path for path in paths if '.' not in path and isinstance(values[path], Mapping) and values[path]]
+      raise ConfigError(f'{name} has no section or field {section}; '
+                        + (f'did you mean {near}?' if near else f'sections: {", ".join(known)}'))
 
 
-def has(values: Any, path: str) -> bool:
-  """Whether nested dicts have a value at a path."""
-  for name in path.split('.'):
-    if not isinstance(values, Mapping) or name not in values:
-      return False
-    values = values[name]
-  return True
+def paths_in(values: Mapping[str, Any], above: str = '') -> Iterator[str]:
+  """The paths of all sections and fields in nested dicts."""
+  for name, value in values.items():
+    yield f'{above}{name}'
+    if isinstance(value, Mapping):
+      yield from paths_in(value, f'{above}{name}.')
 
 
 def filled_in(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
@@ -135,8 +146,12 @@ def as_typed(value: Any) -> str:
   return repr(value) if value == '' else str(value)
 
 
-def tree(entries: list[Field], origins: list[str]) -> list[str]:
-  """Lines of fields under the names of their sections, in columns: value, type, origin, comment."""
+def tree(entries: list[Field], origins: list[str], width: int | None = None) -> list[str]:
+  """Lines of fields under the names of their sections: value, type, origin, comment.
+
+  They are columns, of which the last may be long. Where less than MIN_COMMENT of `width` is left for it, the comment
+  is below the field.
+  """
   rows, above = [], list[str]()
   for field, found in zip(entries, origins, strict=True):
     *parents, name = field.path.split('.')
@@ -146,4 +161,19 @@ def tree(entries: list[Field], origins: list[str]) -> list[str]:
     rows.append((f'{"  " * len(parents)}{name} = {as_typed(field.value)}', field.kind, found, field.comment))
     above = parents
   widths = [min(max(len(row[column]) for row in rows), limit) for column, limit in ((0, 48), (1, 24), (2, 12))]
-  return ['  '.join(f'{text:{width}}' for text, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
+  start = sum(widths) + 2 * len(widths)
+  if width is not None and width - start < MIN_COMMENT:
+    return [line for row in rows for line in (
+        '  '.join(filter(None, row[:3])), *wrapped(row[3], width, len(row[0]) - len(row[0].lstrip()) + 4))]
+  lines = []
+  for row in rows:
+    first, *rest = wrapped(row[3], width, start) or ['']
+    lines.append('  '.join(f'{text:{size}}' for text, size in zip(row[:3], widths, strict=True)) + f'  {first.lstrip()}')
+    lines += rest
+  return [line.rstrip() for line in lines]
+
+
+def wrapped(text: str, width: int | None, indent: int) -> list[str]:
+  """The text in lines of at most `width`, each indented."""
+  return textwrap.wrap(text, width or len(text) + indent + 1, initial_indent=' ' * indent,
+                       subsequent_indent=' ' * indent)
