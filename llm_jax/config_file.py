@@ -100,7 +100,9 @@ def find_config(name: str | Path, flag: str = '--config') -> Path:
   for file in (Path('configs') / f'{path.stem}.py', known.get(path.stem)) if is_preset else ():
     if file is not None and file.is_file():
       return file
-  if not is_preset and path.suffix not in ('.py', '.json') and not any(path.parent.glob('*.py')):
+  is_folder = path.is_dir()
+  if (is_folder or not is_preset) and path.suffix not in ('.py', '.json') and not any(
+      (path if is_folder else path.parent).glob('*.py')):
     return check_run(path, flag) / 'config.json'
   here = [str(file) for folder in (path.parent, Path('configs')) for file in sorted(folder.glob('*.py'))]
   files = {Path(file).stem: file for file in reversed([*known, *here, *list_runs(path)])}

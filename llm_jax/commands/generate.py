@@ -2,8 +2,8 @@
 
 The first sample is printed while it is generated; stdout receives nothing but text.
 
-  llm-jax generate --workdir=runs/gpt_small --prompt='def main('
-  llm-jax generate --workdir=runs/gpt_small --num_samples=3 --num_tokens=100 --temperature=0.6 --top_k=40
+  llm-jax generate runs/gpt_small --prompt='def main('
+  llm-jax generate runs/gpt_small --num_samples=3 --num_tokens=100 --temperature=0.6 --top_k=40
 """
 
 from __future__ import annotations

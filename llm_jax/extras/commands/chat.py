@@ -9,7 +9,7 @@ that begin with a slash set an option or ask for something:
   /help              prints the commands
   /quit              ends, as Ctrl-D does; Ctrl-C stops a text that is being written
 
-  llm-jax chat --workdir=runs/gpt_small --temperature=0.6
+  llm-jax chat runs/gpt_small --temperature=0.6
 """
 
 from __future__ import annotations

@@ -162,18 +162,15 @@ def tree(entries: list[Field], origins: list[str], width: int | None = None) -> 
     above = parents
   widths = [min(max(len(row[column]) for row in rows), limit) for column, limit in ((0, 48), (1, 24), (2, 12))]
   start = sum(widths) + 2 * len(widths)
-  if width is not None and width - start < MIN_COMMENT:
-    return [line for row in rows for line in (
-        '  '.join(filter(None, row[:3])), *wrapped(row[3], width, len(row[0]) - len(row[0].lstrip()) + 4))]
+  beside = width is None or width - start >= MIN_COMMENT
   lines = []
-  for row in rows:
-    first, *rest = wrapped(row[3], width, start) or ['']
-    lines.append('  '.join(f'{text:{size}}' for text, size in zip(row[:3], widths, strict=True)) + f'  {first.lstrip()}')
-    lines += rest
+  for *cells, comment in rows:
+    head = '  '.join(f'{text:{size}}' for text, size in zip(cells, widths if beside else (0, 0, 0), strict=True)) + '  '
+    indent = start if beside else len(cells[0]) - len(cells[0].lstrip()) + 4
+    if width is None:
+      lines.append(head + comment)
+      continue
+    below = textwrap.wrap(comment, width, initial_indent=' ' * indent, subsequent_indent=' ' * indent)
+    fits = beside and len(head) == start and below
+    lines += [head + below[0].lstrip(), *below[1:]] if fits else [head, *below]
   return [line.rstrip() for line in lines]
-
-
-def wrapped(text: str, width: int | None, indent: int) -> list[str]:
-  """The text in lines of at most `width`, each indented."""
-  return textwrap.wrap(text, width or len(text) + indent + 1, initial_indent=' ' * indent,
-                       subsequent_indent=' ' * indent)

@@ -2,8 +2,8 @@
 
 Requests are answered one after another. docs/serving.md describes the endpoints and what is not supported.
 
-  llm-jax serve --workdir=runs/gpt_small
-  llm-jax serve --workdir=runs/gpt_small --checkpoint=best --port=8080
+  llm-jax serve runs/gpt_small
+  llm-jax serve runs/gpt_small --checkpoint=best --port=8080
 """
 
 from __future__ import annotations
