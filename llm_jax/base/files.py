@@ -72,6 +72,13 @@ def latest_step(workdir: Path) -> int:
   return max((int(path.name) for path in paths if path.name.isdigit()), default=-1)
 
 
+def check_checkpoint(workdir: Path, name: str) -> None:
+  """Raises ConfigError for a name other than latest and best that is no step of a run's checkpoints."""
+  steps = sorted(int(path.name) for path in (workdir / 'checkpoints').glob('*') if path.name.isdigit())
+  if steps and name not in ('latest', 'best') and not (name.isdigit() and int(name) in steps):
+    raise ConfigError(f'--checkpoint: must be latest, best, or a step of {steps}; got {name!r}')
+
+
 def list_runs(folder: Path, file: str = 'config.json') -> list[str]:
   """The runs in a folder, beside it, and in runs/; up to two levels deep."""
   places = [(folder, '*'), (folder.parent, '*'), (Path('runs'), '*'), (Path('runs'), '*/*')]

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from llm_jax.base import plugins, runtime
 from llm_jax.base.builder import SYNONYMS, nearest_fields
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.files import check_run, latest_step, list_runs
+from llm_jax.base.files import check_checkpoint, check_run, latest_step, list_runs
 from llm_jax.base.nearest import nearest
 from llm_jax.base.process import waiting
 
@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
     rest = ' [--FLAG=VALUE ...]' + (' [--config.FIELD=VALUE ...]' if self.fields else '')
     positional = [a.dest for a in self._actions if not a.option_strings]
     words = [f'{a.option_strings[0]}={a.metavar}' if a.option_strings else
-             {'?': a.metavar or f'[{a.dest}]', '+': f'{a.dest} ...', '*': f'{a.metavar} ...'}.get(str(a.nargs), a.dest)
+             {'?': str(a.metavar or f'[{a.dest}]'), '+': f'{a.dest} ...', '*': f'{a.metavar} ...'}.get(str(a.nargs), a.dest)
              for a in self._actions
              if not a.option_strings or (a.option_strings[0] in self._required and a.dest not in positional)]
     self.usage = ' '.join([self.prog, *words]) + rest
@@ -120,7 +120,7 @@ class Parser(argparse.ArgumentParser):
   def _split(self, argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(unknown flags with their values, which argparse would take for positional arguments; all other words)."""
     flags = {name for action in self._actions for name in action.option_strings}
-    unknown, others, after = [], [], False
+    unknown, others, after = list[str](), list[str](), False
     for word in argv:
       is_unknown = re.match(r'--\w', word) is not None and word.partition('=')[0] not in flags
       (unknown if is_unknown or (after and is_value(word)) else others).append(word)
@@ -228,6 +228,7 @@ def apply(args: argparse.Namespace) -> str:
   """
   was_set = runtime.prepare(args.tuning == 'on')
   if hasattr(args, 'checkpoint'):
+    check_checkpoint(args.workdir, args.checkpoint)
     waiting(f'loading {args.workdir}' + (f' at step {latest_step(args.workdir)}' if args.checkpoint == 'latest' and
                                           latest_step(args.workdir) >= 0 else ''))
   plugins.load_all(args.plugin)

@@ -29,7 +29,7 @@ class DataConfig(SourceConfig, SplitConfig):
   filters: FilterConfig = FilterConfig()
 
   tokenizer: str = 'bpe'  # one of TOKENIZERS; a tokenizer.json or SentencePiece .model; tiktoken:NAME; none
-  # Of the prompts of seq2seq: one of TOKENIZERS, or a file; `tokenizer` is then for answers. None: `tokenizer` for both.
+  # Of the prompts of seq2seq: one of TOKENIZERS, or a file; `tokenizer` is then that of answers. None: the same.
   encoder_tokenizer: str | None = None
   vocab_size: int = 8192  # of bpe; maximum for word. The same for both tokenizers
   min_frequency: int = 1  # of a word, or of a pair merged by bpe
