@@ -73,9 +73,9 @@ class Parser(argparse.ArgumentParser):
     action = super().add_argument(*names, **options)
     rest = ' [--FLAG=VALUE ...]' + (' [--config.FIELD=VALUE ...]' if self.fields else '')
     positional = [a.dest for a in self._actions if not a.option_strings]
-    words = [f'{a.option_strings[0]}={a.metavar}' if a.option_strings else
-             {'?': str(a.metavar or f'[{a.dest}]'), '+': f'{a.dest} ...', '*': f'{a.metavar} ...'}.get(str(a.nargs), a.dest)
-             for a in self._actions
+    forms = {'?': '[{}]', '+': '{} ...', '*': '{} ...'}
+    words = [f'{a.option_strings[0]}={a.metavar}' if a.option_strings else str(a.metavar) if a.nargs == '?' and a.metavar
+             else forms.get(str(a.nargs), '{}').format(a.metavar or a.dest) for a in self._actions
              if not a.option_strings or (a.option_strings[0] in self._required and a.dest not in positional)]
     self.usage = ' '.join([self.prog, *words]) + rest
     return action
