@@ -71,14 +71,22 @@ class Parser(argparse.ArgumentParser):
           default, (list, tuple)) else default
       options['help'] = f'{options["help"]} (default: {shown})'
     action = super().add_argument(*names, **options)
-    rest = ' [--FLAG=VALUE ...]' + (' [--config.FIELD=VALUE ...]' if self.fields else '')
-    positional = [a.dest for a in self._actions if not a.option_strings]
-    forms = {'?': '[{}]', '+': '{} ...', '*': '{} ...'}
-    words = [f'{a.option_strings[0]}={a.metavar}' if a.option_strings else str(a.metavar) if a.nargs == '?' and a.metavar
-             else forms.get(str(a.nargs), '{}').format(a.metavar or a.dest) for a in self._actions
-             if not a.option_strings or (a.option_strings[0] in self._required and a.dest not in positional)]
-    self.usage = ' '.join([self.prog, *words]) + rest
+    self.usage = self._usage()
     return action
+
+  def _usage(self) -> str:
+    """The positional arguments, the required flags that are none of them, and a word on the others."""
+    words, named = [], set()
+    for action in self._actions:
+      name, flag = str(action.metavar or action.dest), f'--{action.dest}'
+      if not action.option_strings:
+        optional = action.nargs == '?' and flag not in self._required
+        words.append(f'{name} ...' if action.nargs in ('+', '*') else f'[{name}]' if optional else name)
+        named.add(flag)
+      elif flag in self._required and flag not in named:
+        words.append(f'{flag}={name}')
+    fields = ' [--config.FIELD=VALUE ...]' if self.fields else ''
+    return ' '.join([self.prog, *words]) + f' [--FLAG=VALUE ...]{fields}'
 
   def parse(self, argv: Sequence[str], prefix: str = '--config.', *, words: bool = False) -> argparse.Namespace:
     """The flags; with fields, also `overrides`: {'model.num_layers': '4'} from PREFIXmodel.num_layers=4.

@@ -38,7 +38,8 @@ def test_chat_continues_each_line_and_obeys_commands(folder):
   assert 'runs/seed0, step 3; /help, /quit' in done.stderr and 'never' not in done.stdout
   assert 'temperature=0.0  top_k=0' in done.stdout
   # Each command but /more and /help prints the options.
-  _, first, wrong, number, long, first_again, more, last, commands = re.split(r'^temperature=.*\n', done.stdout, flags=re.MULTILINE)
+  _, first, wrong, number, long, first_again, more, last, commands = re.split(
+      r'^temperature=.*\n', done.stdout, flags=re.MULTILINE)
   first, _, unknown = first.rpartition('/top_q is unknown; ')
   assert unknown.startswith('known: /temperature, /top_k')
   assert wrong == '/top_p must be in (0, 1]; got 2.0\n' and 'top_p=1.0' in done.stdout and 'top_p=2' not in done.stdout
