@@ -13,6 +13,7 @@ from program import environment, write_config
 import llm_jax
 from llm_jax import main
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.progress import LINE
 from llm_jax.commands import generate
 from llm_jax.data.tokenizers.tokenizer import before_eos, decode
 from llm_jax.extras.commands import chat, runs
@@ -84,6 +85,11 @@ def test_a_prompt_longer_than_the_context_is_continued_from_its_end(folder, caps
     columns = sampling.generate(trained.run.model, trained.run.params, [list(map(int, ids[-kept:]))], max_len=32,
                                 num_tokens=num_tokens, temperature=0, num_ids=len(tokenizer.token_bytes))
     assert text == decode(tokenizer, before_eos(tokenizer, [int(column[0]) for column in columns]))
+
+
+def test_the_live_line_shows_compiling_until_the_first_token():
+  columns = generate.begun(lambda: ([task.name for task in LINE._tasks] for _ in range(2)))
+  assert list(columns) == [['compiling'], []]
 
 
 def test_ctrl_c_ends_chat_while_the_run_is_loaded(folder):
