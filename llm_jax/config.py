@@ -54,9 +54,10 @@ class EvalConfig:
   goal: str = ''  # a condition that ends the run
   answers: int = 0  # number of prompts of the validation part to answer, for tasks with answers
   num_beams: int = 1  # for answers; 1: greedy
-  metrics: tuple[str, ...] = ()  # additional metrics, names of METRICS, logged as val/NAME
-  answer_metrics: tuple[str, ...] = ()  # of answers, names of ANSWER_METRICS, logged likewise
-  validator: str = ''  # of answers: one of VALIDATORS, or a command that reads stdin and exits with 0 if it is valid
+  metrics: tuple[str, ...] = ()  # additional metrics, each one of METRICS, logged as val/NAME
+  answer_metrics: tuple[str, ...] = ()  # of answers, each one of ANSWER_METRICS, logged likewise
+  # Of answers: one of infer.validators.VALIDATORS, or a command that reads stdin and exits with 0 if it is valid.
+  validator: str = ''
   sections: Sections = sections(METRICS, ANSWER_METRICS)
 
   def __post_init__(self) -> None:
@@ -134,10 +135,10 @@ class LogConfig:
   """When and where to log, and the callbacks for logged steps."""
 
   every: int = 10  # steps
-  loggers: tuple[str, ...] = ('tensorboard', 'jsonl')  # of LOGGERS; plot and sweep read what jsonl writes
+  loggers: tuple[str, ...] = ('tensorboard', 'jsonl')  # each one of LOGGERS; plot and sweep read that of jsonl
   histograms_every: int = 0  # steps, a multiple of every: histograms of weights, gradients and updates; 0: never
   samples: Literal['auto', 'always', 'never'] = 'auto'  # whether to print samples; auto: in a terminal
-  callbacks: tuple[str, ...] = ()  # names of CALLBACKS, called with each logged step
+  callbacks: tuple[str, ...] = ()  # each one of CALLBACKS, called with each logged step
   sections: Sections = sections(CALLBACKS, LOGGERS)
 
   def __post_init__(self) -> None:
@@ -283,8 +284,7 @@ class OpenSection(ml_collections.ConfigDict):
 def base(model: str = 'decoder') -> ml_collections.ConfigDict:
   """All fields of Config at their defaults, with one of MODELS, as a locked ConfigDict that rejects unknown names."""
   if model not in MODELS:
-    raise ConfigError(f'model {model!r} is unknown; known: {", ".join(MODELS)}; load the plug-in that registers it '
-                      'with --plugin')
+    raise ConfigError(f'model {model!r} is unknown; {known_names(model, MODELS)}')
   config = Config(model=MODELS.settings(model)())
   values = ml_collections.ConfigDict(to_dict(config))
   for name in ('model', 'data', 'loss', 'optim', 'eval', 'log'):

@@ -7,7 +7,6 @@ for machines without an accelerator. The command line overrides both.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import json
 import re
@@ -18,6 +17,8 @@ from typing import Any
 from llm_jax.base import plugins
 from llm_jax.base.builder import build, nearest_fields, override, to_dict
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.files import check_run, list_runs
+from llm_jax.base.nearest import nearest
 from llm_jax.base.registry import has_registered
 from llm_jax.config import Config, differences
 from llm_jax.infer.validators import UNTRUSTED, VALIDATORS
@@ -93,7 +94,8 @@ def presets() -> dict[str, Path]:
 def find_config(name: str | Path, flag: str = '--config') -> Path:
   """The file that `flag` names: a path, else a preset by its name, such as gpt_small or configs/gpt_small.py.
 
-  A run's folder stands for its config.json. Raises ConfigError with the nearest names.
+  A run's folder stands for its config.json. Raises ConfigError with the nearest names; of runs, for a path that is
+  neither a file nor a preset.
   """
   path, known = Path(name), presets()
   if path.is_file():
@@ -104,10 +106,14 @@ def find_config(name: str | Path, flag: str = '--config') -> Path:
   for file in (Path('configs') / f'{path.stem}.py', known.get(path.stem)) if is_preset else ():
     if file is not None and file.is_file():
       return file
+  is_folder = path.is_dir()
+  if (is_folder or not is_preset) and path.suffix not in ('.py', '.json') and not any(
+      (path if is_folder else path.parent).glob('*.py')):
+    return check_run(path, flag) / 'config.json'
   here = [str(file) for folder in (path.parent, Path('configs')) for file in sorted(folder.glob('*.py'))]
-  files = {Path(file).stem: file for file in reversed([*known, *here])}
-  near = [files[stem] for stem in difflib.get_close_matches(path.stem, files, n=1)]
-  hint = f'did you mean {near[0]}?' if near else f'presets: {", ".join(known) or "none"}'
+  files = {Path(file).stem: file for file in reversed([*known, *here, *list_runs(path)])}
+  near = nearest(path.stem, files)
+  hint = f'did you mean {files[near]}?' if near else f'presets: {", ".join(known) or "none"}'
   raise ConfigError(f'{flag}: no such file: {path}; {hint}')
 
 

@@ -294,7 +294,7 @@ BAD: dict[str, Bad] = {
     # Wrong flags.
     'unknown format': Bad(raw('a.txt', PROSE), ("'doc' is unknown", 'jsonl'), ('--format=doc',), 78),
     'format of another file': Bad(raw('a.txt', PROSE), ('not Parquet',), ('--format=parquet',)),
-    'unknown tokenizer': Bad(raw('a.txt', PROSE), ("'bte' is not one of", 'byte'), ('--tokenizer=bte',), 78),
+    'unknown tokenizer': Bad(raw('a.txt', PROSE), ("'bte' is unknown", 'byte'), ('--tokenizer=bte',), 78),
     'unknown dtype': Bad(raw('a.bin', bytes(1000)), ("'float32'", 'uint16'), ('--dtype=float32',), 78),
     'sha256 of a file': Bad(raw('a.txt', PROSE), ('not a URL',), (f'--sha256={"0" * 64}',), 78),
 }

@@ -119,7 +119,7 @@ BEFORE_DATA = [
     (['optim.chain=adamv'], r"did you mean '(\w+)'\?", ['optim.chain={0}']),
     (['data.packing=padd'], r"did you mean '(\w+)'\?", ['data.packing={0}']),
     (['data.streaming=true'], r'needs (split=count)', ['data.streaming=true;data.{0};data.val_documents=5']),
-    (['data.tokenizer=bpee'], r'one of (\w+)', ['data.tokenizer={0}']),
+    (['data.tokenizer=bpee'], r'known: (\w+)', ['data.tokenizer={0}']),
     (['data.split=count'], r'(val_documents) must be at least (\d)', ['data.split=count;data.{0}={1}']),
     (['data.split=count'], r'set (val_fraction=0)', ['data.split=count;data.{0};eval.every=0']),
     (['eval.goal=accuracy'], r"as in '(.*?)'", ['eval.goal={0}']),

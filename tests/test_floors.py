@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / 'llm_jax'
 # From the bottom up. A name stands for a module or for all modules of a folder; the longest that fits counts.
 FLOORS = [
     {'base'},
-    {'layers', 'losses', 'optim', 'data', 'infer.validators', 'infer.export'},
+    {'layers', 'losses', 'optim', 'data', 'infer.validators', 'infer.options', 'infer.export'},
     {'models'},
     {'config'},
     {'config_file'},

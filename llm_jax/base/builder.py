@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.nearest import nearest
 from llm_jax.base.registry import Registry
 
 
@@ -55,11 +55,19 @@ def registries_of(cls: type) -> tuple[Registry, ...]:
   return field.metadata.get('registries', ()) if field else ()
 
 
-def known_names(name: str, known: Iterable[str]) -> str:
-  """'known: adam, adamw (did you mean 'adamw'?)': the end of a message on a name that is unknown."""
+PLUGIN_HINT = '; if a module of yours defines it, add --plugin=FILE'  # once in a message
+
+
+def known_names(name: str, known: Iterable[str], *, extensible: bool | None = None) -> str:
+  """'known: adam, adamw (did you mean 'adamw'?)': the end of a message on a name that is unknown.
+
+  With `extensible`, which a registry is, it says how a plug-in is loaded.
+  """
+  extensible = isinstance(known, Registry) if extensible is None else extensible
   known = list(known)
-  near = difflib.get_close_matches(name, known, n=1)
-  return f'known: {", ".join(known) or "none"}' + (f' (did you mean {near[0]!r}?)' if near else '')
+  near = nearest(name, known)
+  return (f'known: {", ".join(known) or "none"}' + (f' (did you mean {near!r}?)' if near else '')
+          + (PLUGIN_HINT if extensible else ''))
 
 
 # What others call a field: nanoGPT, Hugging Face, PyTorch.
@@ -103,8 +111,8 @@ def nearest_fields(name: str, cls: type) -> list[str]:
     usual = set(_paths(to_dict(cls())))  # of entries that are named by default
   paths = sorted(leaf_paths(cls), key=lambda path: (path not in usual, path.count('.'), path))
   leaves = {path.rpartition('.')[2] for path in paths}
-  near = [SYNONYMS[leaf]] if SYNONYMS.get(leaf) in leaves else difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
-  found = [path for path in paths if path.rpartition('.')[2] in near]
+  near = SYNONYMS[leaf] if SYNONYMS.get(leaf) in leaves else nearest(leaf, sorted(leaves), cutoff=0.75)
+  found = [path for path in paths if path.rpartition('.')[2] == near]
   named = [path for path in found if path.rpartition('.')[0] == name.rpartition('.')[0]]
   return list(dict.fromkeys(named + found))[:3]
 
@@ -156,7 +164,8 @@ def build(cls: type, values: Mapping, path: str = 'config') -> Any:
   problems = Problems(cls, path)
   result = _build(cls, values, path, problems)
   if problems:
-    raise ConfigError('\n'.join(problems))
+    before, hint, after = '\n'.join(problems).partition(PLUGIN_HINT)
+    raise ConfigError(before + hint + after.replace(PLUGIN_HINT, ''))
   return result
 
 
@@ -170,8 +179,8 @@ class Problems(list[str]):
     """Adds a message on a name that is neither among the fields nor the registry entries of its section."""
     section, _, name = path.rpartition('.')
     wanted, known = SYNONYMS.get(name, name), [*fields, *entries]
-    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6 if wanted == name else 1)
-    paths = [f'{section}.{near[0]}'] if near else [
+    near = nearest(name, known) if wanted == name else wanted if wanted in known else None
+    paths = [f'{section}.{near}'] if near else [
         f'{self.path}.{found}' for found in nearest_fields(path.removeprefix(f'{self.path}.'), self.root)]
     hint = f'did you mean {" or ".join(paths)}?' if paths else f'known: {", ".join(fields)}'
     self.append(f'{path}: no such field; {hint}')
@@ -245,8 +254,8 @@ def _convert(hint: Any, value: Any, path: str, problems: Problems) -> Any:
     return {name: _convert(args[1], item, f'{path}.{name}', problems) for name, item in value.items()}
   if origin is typing.Literal:
     if value not in args:
-      near = difflib.get_close_matches(str(value), map(str, args), n=1)
-      hint = f' (did you mean {near[0]!r}?)' if near else ''
+      near = nearest(str(value), map(str, args))
+      hint = f' (did you mean {near!r}?)' if near else ''
       problems.append(f'{path}: {str(value)!r} is not one of {", ".join(map(repr, args))}{hint}')
     return str(value)
   return _scalar(hint, value, path, problems)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import itertools
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.nearest import nearest
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -61,8 +61,8 @@ def check_run(folder: Path, flag: str = '--workdir', file: str = 'config.json') 
     raise ConfigError(f'{flag}: the run in {folder} has not trained a step yet')
   problem = f'does not contain a run (no {file})' if folder.exists() else 'does not exist'
   names = {Path(run).name: run for run in list_runs(folder, file)}
-  near = difflib.get_close_matches(folder.name, names, n=1)
-  hint = f'did you mean {names[near[0]]}?' if near else f'runs here: {", ".join([*names.values()][:8]) or "none"}'
+  near = nearest(folder.name, names)
+  hint = f'did you mean {names[near]}?' if near else f'runs here: {", ".join([*names.values()][:8]) or "none"}'
   raise ConfigError(f'{flag}: {folder} {problem}; {hint}')
 
 
@@ -70,6 +70,13 @@ def latest_step(workdir: Path) -> int:
   """The latest step with a checkpoint in a run's folder; -1 if there is none."""
   paths = (workdir / 'checkpoints').glob('*')
   return max((int(path.name) for path in paths if path.name.isdigit()), default=-1)
+
+
+def check_checkpoint(workdir: Path, name: str) -> None:
+  """Raises ConfigError for a name other than latest and best that is no step of a run's checkpoints."""
+  steps = sorted(int(path.name) for path in (workdir / 'checkpoints').glob('*') if path.name.isdigit())
+  if steps and name not in ('latest', 'best') and not (name.isdigit() and int(name) in steps):
+    raise ConfigError(f'--checkpoint: must be latest, best, or a step of {steps}; got {name!r}')
 
 
 def list_runs(folder: Path, file: str = 'config.json') -> list[str]:

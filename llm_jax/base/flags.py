@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import pkgutil
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +13,8 @@ from typing import Any, NoReturn
 from llm_jax.base import plugins, runtime
 from llm_jax.base.builder import SYNONYMS, nearest_fields
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.files import check_run, latest_step, list_runs
+from llm_jax.base.files import check_checkpoint, check_run, latest_step, list_runs
+from llm_jax.base.nearest import nearest
 from llm_jax.base.process import waiting
 from llm_jax.base.terminal import wrap, wrap_paragraphs
 
@@ -35,6 +35,23 @@ class Help(argparse.HelpFormatter):
     return wrap_paragraphs(text, width)
 
 
+def is_value(word: str) -> bool:
+  """Whether a word may be the value of the flag before it."""
+  return word[:1] != '-' or re.match(r'-\.?\d', word) is not None
+
+
+class Once(argparse.Action):
+  """Sets a value that a flag or a positional argument gives, but not both."""
+
+  def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+               option_string: str | None = None) -> None:
+    given = getattr(namespace, self.dest)
+    if values and given and values != given and not isinstance(values, str):  # text: it is not a run, as reported
+      raise argparse.ArgumentError(self, f'{values} is not the run that is named too, {given}; name one')
+    if values:  # else there is no positional argument
+      setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
   """The flags of one command. All mistakes are reported by one ConfigError; the help shows the default of each flag.
 
@@ -52,7 +69,7 @@ class Parser(argparse.ArgumentParser):
   def add_argument(self, *names: str, **options: Any) -> argparse.Action:
     """As argparse's. A value that does not fit its type or choices is reported together with other mistakes."""
     name, required = names[0], options.pop('required', False) or names[0][0] != '-'
-    has_value = options.get('action', 'store') in ('store', 'append')
+    has_value = options.get('action', 'store') in ('store', 'append', Once)
     if has_value:
       choices, kind = options.pop('choices', None), options.pop('type', str)
       options['type'] = partial(self._convert, name, kind, choices)
@@ -60,32 +77,40 @@ class Parser(argparse.ArgumentParser):
         options.setdefault('metavar', f'{{{",".join(choices)}}}' if choices else METAVARS.get(kind, 'TEXT'))
     if name[0] == '-' and required:
       self._required.append(name)
-      options['help'] = f'{options["help"]} (required)'
+      options['help'] += '' if options.get('action') is Once else ' (required)'
     elif name[0] == '-' and options.get('action') != 'help' and 'default' not in options['help']:
       default = options.get('default')
       shown = 'off' if not has_value else 'none' if default == [] else ' '.join(map(str, default)) if isinstance(
           default, (list, tuple)) else default
       options['help'] = f'{options["help"]} (default: {shown})'
     action = super().add_argument(*names, **options)
-    rest = ' [--FLAG=VALUE ...]' + (' [--config.FIELD=VALUE ...]' if self.fields else '')
-    words = [f'{a.option_strings[0]}={a.metavar}' if a.option_strings else
-             {'?': f'[{a.dest}]', '+': f'{a.dest} ...'}.get(str(a.nargs), a.dest) for a in self._actions
-             if not a.option_strings or a.option_strings[0] in self._required]
-    self.usage = ' '.join([self.prog, *words]) + rest
+    self.usage = self._usage()
     return action
+
+  def _usage(self) -> str:
+    """The positional arguments, the required flags that are none of them, and a word on the others."""
+    words, named = [], set()
+    for action in self._actions:
+      name, flag = str(action.metavar or action.dest), f'--{action.dest}'
+      if not action.option_strings:
+        optional = action.nargs == '?' and flag not in self._required
+        words.append(f'{name} ...' if action.nargs in ('+', '*') else f'[{name}]' if optional else name)
+        named.add(flag)
+      elif flag in self._required and flag not in named:
+        words.append(f'{flag}={name}')
+    fields = ' [--config.FIELD=VALUE ...]' if self.fields else ''
+    return ' '.join([self.prog, *words]) + f' [--FLAG=VALUE ...]{fields}'
 
   def parse(self, argv: Sequence[str], prefix: str = '--config.', *, words: bool = False) -> argparse.Namespace:
     """The flags; with fields, also `overrides`: {'model.num_layers': '4'} from PREFIXmodel.num_layers=4.
 
     With `words`, arguments that are not flags become the list `words`. Raises ConfigError with all mistakes.
     """
-    # argparse takes an unknown flag whose value has a space for a positional argument.
-    known = {name for action in self._actions for name in action.option_strings}
-    unknown = [word for word in argv if re.match(r'--[\w.-]+=', word) and word.partition('=')[0] not in known]
-    args, rest = self.parse_known_args([word for word in argv if word not in unknown])
+    unknown, known = self._split(argv)
+    args, rest = self.parse_known_args(known)
     rest = unknown + rest
     words_left = [word for word in rest if word[:1] != '-' and '=' not in word and Path(word).exists()]
-    if not words and len(words_left) > 2:
+    if not words and len(words_left) > 2 and not any(action.nargs == '*' for action in self._actions):
       raise ConfigError(f'{words_left[0]} and {len(words_left) - 1} further files: the shell has expanded a pattern; '
                         "quote it, such as --path='notes/*.md'")
     args.overrides, args.words = {}, []
@@ -96,7 +121,9 @@ class Parser(argparse.ArgumentParser):
       if words and argument[:1] != '-':
         args.words.append(argument)
         continue
-      if name[:1] == '-' and not equals and rest and (rest[0][:1] != '-' or re.match(r'-\.?\d', rest[0])):
+      if argument[:1] != '-' and self._take(args, argument):
+        continue
+      if name[:1] == '-' and not equals and rest and is_value(rest[0]):
         value = rest.pop(0)
       elif is_field and not equals:
         self._problems.append(f'{argument}: has no value')
@@ -110,6 +137,26 @@ class Parser(argparse.ArgumentParser):
     if self._problems:
       raise ConfigError('\n'.join(self._problems))
     return args
+
+  def _split(self, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(unknown flags with their values, which argparse would take for positional arguments; all other words)."""
+    flags = {name for action in self._actions for name in action.option_strings}
+    unknown, others, after = list[str](), list[str](), False
+    for word in argv:
+      is_unknown = re.match(r'--\w', word) is not None and word.partition('=')[0] not in flags
+      (unknown if is_unknown or (after and is_value(word)) else others).append(word)
+      after = is_unknown and '=' not in word
+    return unknown, others
+
+  def _take(self, args: argparse.Namespace, argument: str) -> bool:
+    """Whether a positional argument takes a word behind flags, which argparse leaves over."""
+    for action in self._actions:
+      given = getattr(args, action.dest, None)
+      if not action.option_strings and (action.nargs == '*' or (action.nargs == '?' and given == action.default)):
+        value = action.type(argument)  # type: ignore[operator, misc]
+        setattr(args, action.dest, [*(given or []), value] if action.nargs == '*' else value)
+        return True
+    return False
 
   def error(self, message: str) -> NoReturn:
     """Raises ConfigError instead of argparse's usage message and exit code 2."""
@@ -128,9 +175,9 @@ class Parser(argparse.ArgumentParser):
     else:
       if choices is None or value in choices:
         return value
-      near = difflib.get_close_matches(text, choices, n=1)
+      near = nearest(text, choices)
       self._problems.append(f'{flag}: {text!r} is not one of {", ".join(choices)}'
-                            + (f'; did you mean {near[0]}?' if near else ''))
+                            + (f'; did you mean {near}?' if near else ''))
     return text
 
   def _missing(self, flag: str) -> str:
@@ -146,12 +193,13 @@ class Parser(argparse.ArgumentParser):
     """What an unknown flag, or a word without a flag, may mean."""
     name, equals, value = argument.partition('=')
     known = [a.option_strings[-1] for a in self._actions if a.option_strings]
-    taker = '--path' if prefix == '--' else next((flag for flag in ('--config', '--workdir') if flag in known), None)
+    taker = '--path' if prefix == '--' else next((flag for flag in ('--prompt', '--config') if flag in known), None)
     if not name.startswith('-') and not equals:
       return (f'values need the name of their flag; did you mean {taker}={argument}?' if taker is not None else
               f'one argument too many; usage: {self.usage}')
     name = name.lstrip('-').removeprefix('config.')
-    near = difflib.get_close_matches(f'--{SYNONYMS.get(name, name)}', known, n=1, cutoff=0.75)
+    flag = nearest(SYNONYMS.get(name, name), [flag[2:] for flag in known], cutoff=0.65)
+    near = [f'--{flag}'] if flag else []
     if self.fields and not near:
       near = [prefix + path for path in nearest_fields(name, pkgutil.resolve_name(self.fields))]
     if any(flag.endswith(IN_TOKENS) for flag in near) and name in SYNONYMS:
@@ -168,11 +216,18 @@ def add(parser: argparse.ArgumentParser, *, trust: bool = True) -> None:
   plugins.add_flags(parser, trust=trust)
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-  """Adds --workdir, which must be a run, and --checkpoint."""
-  parser.add_argument('--workdir', type=run_folder, metavar='FOLDER', required=True,
-                      help='folder of a trained run or of an exported model')
+def add_run(parser: Parser) -> None:
+  """Adds --workdir, also without its name, which must be a run, and --checkpoint."""
+  add_workdir(parser, 'folder of a trained run or of an exported model', run_folder)
   parser.add_argument('--checkpoint', metavar='STEP', default='latest', help='latest, best, or a step')
+
+
+def add_workdir(parser: Parser, text: str, kind: Callable[[str], Path], *, several: bool = False) -> None:
+  """Adds the folder of a run, or of several, as a positional argument and as --workdir."""
+  parser.add_argument('workdir', type=kind, action=Once, metavar='RUN', nargs='*' if several else '?',
+                      help=f'{text} (required)')
+  parser.add_argument('--workdir', type=kind, action=Once, metavar='FOLDER', required=True,
+                      nargs='+' if several else None, help='the same as RUN')
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -194,6 +249,7 @@ def apply(args: argparse.Namespace) -> str:
   """
   was_set = runtime.prepare(args.tuning == 'on')
   if hasattr(args, 'checkpoint'):
+    check_checkpoint(args.workdir, args.checkpoint)
     waiting(f'loading {args.workdir}' + (f' at step {latest_step(args.workdir)}' if args.checkpoint == 'latest' and
                                           latest_step(args.workdir) >= 0 else ''))
   plugins.load_all(args.plugin)

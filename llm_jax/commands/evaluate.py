@@ -3,8 +3,8 @@
 For a run trained on answers to prompts it also reports the shares of exact and of valid answers; for a classification
 the confusion counts, as numbers and as a figure.
 
-  llm-jax evaluate --workdir=runs/gpt_small
-  llm-jax evaluate --workdir=runs/gpt_small --data=other.txt --checkpoint=best
+  llm-jax evaluate runs/gpt_small
+  llm-jax evaluate runs/gpt_small --data=other.txt --checkpoint=best
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The folder can be used like a run: llm-jax generate --workdir=FOLDER, and evalua
 FOLDER`. Matrices are packed at two bits per weight: a model trained with config.model.einsum=bitnet computes the same
 as before; one of full precision is rounded, with worse results. --weight_bits=32 writes all weights unchanged.
 
-  llm-jax export --workdir=runs/gpt_small --out=exported --weight_bits=32
+  llm-jax export runs/gpt_small --out=exported --weight_bits=32
 """
 
 from __future__ import annotations

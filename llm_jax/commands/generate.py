@@ -1,23 +1,29 @@
 """Generates text with a trained run.
 
-The first sample is printed while it is generated; stdout receives nothing but text.
+The first sample is printed while it is generated; stdout receives nothing but text. A prompt that is longer than the
+model's context is continued from its end, unless the model has learned to answer whole prompts.
 
-  llm-jax generate --workdir=runs/gpt_small --prompt='def main('
-  llm-jax generate --workdir=runs/gpt_small --num_samples=3 --num_tokens=100 --temperature=0.6 --top_k=40
+  llm-jax generate runs/gpt_small --prompt='def main('
+  llm-jax generate runs/gpt_small --num_samples=3 --num_tokens=100 --temperature=0.6 --top_k=40
 """
 
 from __future__ import annotations
 
 import codecs
+import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from llm_jax.base import flags
-from llm_jax.base.process import run_as_program, waiting
+from llm_jax.base.process import run_as_program
+from llm_jax.base.progress import Progress
+from llm_jax.infer.options import check_options
 
 if TYPE_CHECKING:
   import numpy as np
+
+OPTIONS = ('num_samples', 'num_tokens', 'temperature', 'top_k', 'top_p', 'num_beams', 'seed')
 
 
 def parser() -> flags.Parser:
@@ -38,28 +44,39 @@ def parser() -> flags.Parser:
 
 def main(argv: list[str]) -> None:
   args = parser().parse(argv)
+  options = {name: getattr(args, name) for name in OPTIONS}
+  check_options(options)
   flags.apply(args)
   import jax
 
-  from llm_jax import api
   from llm_jax.base.sharding import MeshConfig, make_mesh
-
-  with jax.set_mesh(make_mesh(MeshConfig())):
-    trained = api.load(args.workdir, args.checkpoint, trust=args.trust).for_generation()
-    waiting('compiling')
-    columns = trained.tokens(
-        args.prompt, num_samples=args.num_samples, num_tokens=args.num_tokens, temperature=args.temperature,
-        top_k=args.top_k, top_p=args.top_p, num_beams=args.num_beams, seed=args.seed)
+  from llm_jax.infer.trained import load_writer
+  mesh = make_mesh(MeshConfig())
+  with jax.set_mesh(mesh):
+    trained = load_writer(args.workdir, mesh, args.checkpoint, trust=args.trust, prompt=args.prompt,
+                          num_tokens=args.num_tokens)
+    columns = begun(lambda: trained.tokens(args.prompt, **options))
     print_samples(args.prompt if trained.run.model.prompt_in_row else '', columns, trained.run.tokenizer,
                   1 if args.num_beams else args.num_samples)
 
 
+def begun(start: Callable[[], Iterable[np.ndarray]]) -> Iterator[np.ndarray]:
+  """The columns that start() gives, with the first one computed; a terminal shows the time that this takes."""
+  with Progress('compiling'):
+    columns = iter(start())
+    first = list(itertools.islice(columns, 1))
+  return itertools.chain(first, columns)
+
+
 def print_samples(prompt: str, columns: Iterable[np.ndarray], tokenizer: Any, num_samples: int) -> None:
-  """Prints the first sample as it is generated, then the others."""
+  """Prints the first sample as it is generated, then the others, each of several under a heading."""
+  def heading(i: int) -> str:
+    return f'--- sample {i} of {num_samples} ---\n' if num_samples > 1 else ''
+
   rows: list[list[int]] = [[] for _ in range(num_samples)]
   ended = [False] * num_samples
   decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # holds back incomplete characters
-  show(prompt)
+  show(heading(1) + prompt)
   for column in columns:
     for i, token in enumerate(column.tolist()):
       ended[i] = ended[i] or token == tokenizer.eos_id
@@ -72,7 +89,7 @@ def print_samples(prompt: str, columns: Iterable[np.ndarray], tokenizer: Any, nu
   show(decoder.decode(b'', final=True) + '\n')
   for i, row in enumerate(rows[1:], start=2):
     text = b''.join(tokenizer.token_bytes[token] for token in row).decode(errors='replace')
-    show(f'\n--- sample {i} of {num_samples} ---\n{prompt}{text}\n')
+    show(f'\n{heading(i)}{prompt}{text}\n')
 
 
 def show(text: str) -> None:

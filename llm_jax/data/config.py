@@ -28,13 +28,14 @@ class DataConfig(SourceConfig, SplitConfig):
   max_bad_fraction: float = 0.01  # of all records, if bad ones are skipped
   filters: FilterConfig = FilterConfig()
 
-  tokenizer: str = 'bpe'  # one of TOKENIZERS; a tokenizer.json or SentencePiece .model; tiktoken:NAME; none (ids)
-  encoder_tokenizer: str | None = None  # for the prompts of seq2seq; `tokenizer` is then for answers. None: for both
+  tokenizer: str = 'bpe'  # one of TOKENIZERS; a tokenizer.json or SentencePiece .model; tiktoken:NAME; none
+  # Of the prompts of seq2seq: one of TOKENIZERS, or a file; `tokenizer` is then that of answers. None: the same.
+  encoder_tokenizer: str | None = None
   vocab_size: int = 8192  # of bpe; maximum for word. The same for both tokenizers
   min_frequency: int = 1  # of a word, or of a pair merged by bpe
   pattern: str | None = None  # regular expression for words; None: the one in extras/word_tokenizer.py
 
-  task: str = 'next_token'  # one of TASKS (see docs/data.md); its settings are in the section of its name
+  task: str = 'next_token'  # one of TASKS; its settings are in the section of its name
   sections: Sections = sections(TASKS, TOKENIZERS)
   augment: Augment = Augment()
   seq_len: int = 1024  # tokens in a row, at least 1
@@ -73,8 +74,8 @@ class DataConfig(SourceConfig, SplitConfig):
     if self.split == 'count' and not self.val_documents and self.val_path is None and self.val_fraction:
       problems.append('val_documents must be at least 1 if split is count; for no validation part set val_fraction=0')
     if self.tokenizer not in (*TOKENIZERS, 'none') and not set(self.tokenizer) & set('./:'):
-      problems.append(f'tokenizer {self.tokenizer!r} is not one of {", ".join(TOKENIZERS)}, none, a path ending in '
-                      '.json or .model, tiktoken:NAME')
+      problems.append(f'tokenizer {self.tokenizer!r} is unknown, and not a path ending in .json or .model, nor '
+                      f'tiktoken:NAME; {known_names(self.tokenizer, [*TOKENIZERS, "none"], extensible=True)}')
     if self.encoder_tokenizer is not None:
       problems += self._encoder_tokenizer_problems(self.encoder_tokenizer)
     if 'bpe' in (self.tokenizer, self.encoder_tokenizer) and self.vocab_size < 257:
@@ -100,8 +101,8 @@ class DataConfig(SourceConfig, SplitConfig):
     tasks = [] if fits else [task for task in TASKS if TASKS[task].encoder_tokenizer]
     return [f'encoder_tokenizer {name!r} {message}' for wrong, message in (
         (name not in TOKENIZERS and not set(name) & set('./:'),
-         f'is not one of {", ".join(TOKENIZERS)}, a path ending in .json or .model, tiktoken:NAME; or set '
-         'it to None to use tokenizer for both sides'),
+         'is unknown, and not a path ending in .json or .model, nor tiktoken:NAME; set it to None to use tokenizer for '
+         f'both sides; {known_names(name, TOKENIZERS)}'),
         (not fits, f'is for task {" or ".join(tasks)}, where an encoder reads the prompts; the task is {self.task!r}: '
          'set it to None'),
         (self.tokenizer == 'none', 'needs a tokenizer for the answers too, but tokenizer is none')) if wrong]

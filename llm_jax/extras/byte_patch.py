@@ -50,7 +50,7 @@ class BytePatchConfig(StackConfig):
   thinking_steps: int = 3  # with shared weights; 0: none
   halting: bool = False  # adaptive number of steps per patch (arXiv 1603.08983), at most thinking_steps
   ponder_cost: float = 0.01  # loss in nats per step, with halting
-  decoder: str = 'gru'  # the decoder inside a patch; one of LOCAL
+  decoder: str = 'gru'  # the decoder inside a patch: one of LOCAL
   decoder_layers: int = 2  # for decoder transformer
   sections: Sections = sections(PARTS['mlp'], PARTS['norm'])
   positions: ClassVar[str] = 'rope'

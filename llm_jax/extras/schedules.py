@@ -123,7 +123,7 @@ class Composite(Schedule):
   Part k starts at step `boundaries[k - 1]` of the run, which is its own step 0.
   """
 
-  parts: tuple[str, ...] = ()  # names of schedules
+  parts: tuple[str, ...] = ()  # each one of SCHEDULES, but not composite
   boundaries: tuple[int, ...] = ()  # the first steps of all parts but the first
 
   def __post_init__(self) -> None:
@@ -136,7 +136,8 @@ class Composite(Schedule):
     known = [name for name in SCHEDULES if name != 'composite']
     for name in self.parts:
       if name not in known:
-        raise ValueError(f'composite.parts names {name!r}, which is unknown; {known_names(name, known)}')
+        raise ValueError(f'composite.parts names {name!r}, which is unknown; '
+                         f'{known_names(name, known, extensible=True)}')
     if not self.parts:
       raise ValueError(f'composite.parts must name schedules: {", ".join(known)}')
     return self.parts

@@ -34,19 +34,25 @@ from llm_jax.training.state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
-  """A trained run in memory."""
+class Opened:
+  """A trained run without its weights."""
 
   config: Config
   tokenizer: Tokenizer | None
-  model: LanguageModel
-  params: Params  # averaged, if the optimizer averages weights
-  meta: dict  # of the checkpoint: step, data fingerprint, ...
-  encoder_tokenizer: Tokenizer | None = None  # for prompts; None: tokenizer encodes them too
+  encoder_tokenizer: Tokenizer | None  # for prompts; None: tokenizer encodes them too
 
   @property
   def prompt_tokenizer(self) -> Tokenizer | None:
     return self.tokenizer if self.encoder_tokenizer is None else self.encoder_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded(Opened):
+  """A trained run in memory."""
+
+  model: LanguageModel
+  params: Params  # averaged, if the optimizer averages weights
+  meta: dict  # of the checkpoint: step, data fingerprint, ...
 
 
 def tokenizers_of(source: Data | Loaded) -> list[str | None]:
@@ -54,10 +60,8 @@ def tokenizers_of(source: Data | Loaded) -> list[str | None]:
   return [None if t is None else t.to_json() for t in (source.tokenizer, source.prompt_tokenizer)]
 
 
-def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, trust: bool = False,
-             module: Any = None, flag: str = '--workdir') -> Loaded:
-  """Loads the run in `workdir` at 'latest', 'best' or a step. `module` is its model, if it was passed from Python;
-  `flag` is what named the folder, for messages.
+def open_run(workdir: Path, *, trust: bool = False, flag: str = '--workdir') -> Opened:
+  """Opens the run in `workdir` without reading its weights; `flag` is what named the folder, for messages.
 
   The run's plug-ins must be loaded before; with `trust` the copies in the folder are executed. Raises UserErrors.
   """
@@ -66,6 +70,21 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, trust: bo
   encoder_tokenizer = None
   if config.data.encoder_tokenizer is not None:
     encoder_tokenizer = load_tokenizer(workdir / 'encoder_tokenizer.json')
+  return Opened(config, tokenizer, encoder_tokenizer)
+
+
+def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, trust: bool = False,
+             module: Any = None, flag: str = '--workdir') -> Loaded:
+  """Loads the run in `workdir` at 'latest', 'best' or a step, as `open_run` opens it. `module` is its model, if it was
+  passed from Python. Raises UserErrors.
+  """
+  return read_run(open_run(workdir, trust=trust, flag=flag), workdir, mesh, checkpoint, module=module, flag=flag)
+
+
+def read_run(run: Opened, workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, module: Any = None,
+             flag: str = '--workdir') -> Loaded:
+  """The run in `workdir` with its weights. Raises UserErrors."""
+  config, tokenizers = run.config, (run.tokenizer, run.encoder_tokenizer)
   objective = make_objective(config.loss)
   model = make_model(config.model, objective.heads, objective.num_weights, module)
   if (workdir / FILE).is_file():  # an exported model
@@ -73,12 +92,12 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, trust: bo
       raise ConfigError(f'--checkpoint: {workdir} is an exported model with one set of weights; leave it out, '
                         f'or set it to latest; got {checkpoint!r}')
     params, meta = read_params(workdir / FILE, abstract_params(example_batch(config.data), mesh, model))
-    return Loaded(config, tokenizer, model, params, meta, encoder_tokenizer)
+    return Loaded(config, *tokenizers, model, params, meta)
   if latest_step(workdir) < 0:
     raise StorageError(f'{flag}: {workdir} has no checkpoints yet')
   with Checkpoints(workdir / 'checkpoints', config.checkpoint, read_only=True) as checkpoints:
     params, meta = read_weights(checkpoints, checkpoints.named(checkpoint, '--checkpoint'), config, model, mesh)
-  return Loaded(config_at(config, meta['step']), tokenizer, model, params, meta, encoder_tokenizer)
+  return Loaded(config_at(config, meta['step']), *tokenizers, model, params, meta)
 
 
 def read_config(workdir: Path, trust: bool, flag: str = '--workdir') -> Config:

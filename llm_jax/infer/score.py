@@ -27,6 +27,7 @@ from llm_jax.training.state import eval_step
 
 Results = tuple[dict[str, float], dict[str, np.ndarray]]
 Evaluator = Callable[..., Results]
+COUNTS = ('tokens', 'documents', 'count')  # results that are whole numbers, unless a loss weights them
 
 
 def make_evaluator(config: Config, data: Data, model: LanguageModel, objective: Objective, mesh: Mesh) -> Evaluator:
@@ -72,9 +73,15 @@ def make_evaluator(config: Config, data: Data, model: LanguageModel, objective: 
     if len(stores) > 1:
       results |= {f'{name}/{key}': value for name in stores
                   for key, value in eval_objective.summarize(sums[name]).items() if key in ('loss', 'bits_per_byte')}
-    return results, eval_objective.tables(whole)
+    return with_counts(results), eval_objective.tables(whole)
 
   return evaluator
+
+
+def with_counts(results: dict[str, float]) -> dict[str, float]:
+  """The results with counts as integers."""
+  return {name: int(x) if name.rpartition('/')[2] in COUNTS and float(x).is_integer() else x
+          for name, x in results.items()}
 
 
 def num_eval_rows(config: Config, objective: Objective, num_shards: int) -> int:

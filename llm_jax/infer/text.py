@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from llm_jax.base.batch import Params
@@ -18,6 +20,34 @@ def prompt_ids(config: Config, tokenizer: Tokenizer, texts: list[str]) -> list[l
   encodes = config.data.task_settings.encodes
   return [[*map(int, ids), tokenizer.eos_id] if encodes else [tokenizer.bos_id, *map(int, ids)]
           for ids in tokenizer.encode(texts)]
+
+
+def check_writes(config: Config, tokenizer: Tokenizer | None, workdir: Path) -> Tokenizer:
+  """The tokenizer of prompts. Raises ConfigError if the run in `workdir` cannot write text."""
+  if tokenizer is None:
+    raise ConfigError(f'--workdir: {workdir} was trained on token ids without a tokenizer, so it cannot read or '
+                      'generate text')
+  if not config.writes:
+    raise ConfigError(f'--workdir: {workdir} was not trained to generate text (config.data.task={config.data.task}, '
+                      f'config.loss.terms={", ".join(config.loss.terms)}); use llm-jax predict')
+  return tokenizer
+
+
+def fit_prompt(config: Config, tokenizer: Tokenizer, text: str, num_tokens: int) -> tuple[list[int], str]:
+  """(the input ids of a text to continue, a note if they are only its last ones).
+
+  Where the text is longer than the context, its end leaves room for `num_tokens`, but at most for half of the context.
+  Raises ConfigError instead if the text is a prompt to answer, which means something only as a whole.
+  """
+  [ids] = prompt_ids(config, tokenizer, [text])
+  context, longest, task = config.model.max_len, config.model.longest_prompt, config.data.task_settings
+  if len(ids) <= longest:
+    return ids, ''
+  if task.encodes or task.needs == 'answers':
+    raise ConfigError(f'--prompt: has {len(ids)} tokens; shorten it to at most {longest}, as the model answers only '
+                      'whole prompts')
+  kept = min(longest, max(context - num_tokens, context // 2))
+  return ids[-kept:], f'the prompt has {len(ids)} tokens, but the context {context}: only the last {kept} are read'
 
 
 def encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from llm_jax.base.errors import ConfigError, UserError
 from llm_jax.base.files import write_file, writing
@@ -19,9 +21,10 @@ from llm_jax.data.open import Data, tokenize
 from llm_jax.data.tokenizers.tokenizer import before_eos, decode
 from llm_jax.infer import sampling
 from llm_jax.infer.answers import Answer, answer_metrics, answer_stores, summarize_answers
-from llm_jax.infer.load import Loaded, own_data
+from llm_jax.infer.load import Loaded, open_run, own_data, read_run
+from llm_jax.infer.options import check_options
 from llm_jax.infer.score import make_evaluator
-from llm_jax.infer.text import prompt_ids
+from llm_jax.infer.text import check_writes, fit_prompt
 from llm_jax.infer.validators import make_validator
 from llm_jax.losses.config import make_objective
 from llm_jax.losses.metrics import make_metrics
@@ -128,28 +131,18 @@ class Trained:
              top_k: int = 0, top_p: float = 1.0, num_beams: int = 0, seed: int = 0) -> Iterable[np.ndarray]:
     """Iterates over columns int32 [num_samples], the next token of each sample; beam search gives one sample.
 
-    Raises ConfigError if the run has no tokenizer, the prompt is too long, or an option is invalid.
+    Of a prompt that is longer than the context, the end is continued, and a line on stderr says so. Raises ConfigError
+    if the run cannot write text, has learned to answer only whole prompts and this one is too long, or an option is
+    invalid.
     """
-    for name, value, least in (('num_samples', num_samples, 1), ('num_tokens', num_tokens, 1), ('top_k', top_k, 0),
-                               ('num_beams', num_beams, 0), ('temperature', temperature, 0)):
-      if not least <= value < float('inf'):  # also false for NaN
-        raise ConfigError(f'--{name} must be at least {least}; got {value}')
-    if num_beams and num_samples > 1:
-      raise ConfigError('--num_beams gives one text; leave out --num_samples')
-    if not 0 <= seed < 1 << 32:
-      raise ConfigError(f'--seed must be in 0 to {(1 << 32) - 1}; got {seed}')
-    if not 0 < top_p <= 1:
-      raise ConfigError(f'--top_p must be in (0, 1]; got {top_p}')
+    check_options({'num_samples': num_samples, 'num_tokens': num_tokens, 'temperature': temperature, 'top_k': top_k,
+                   'top_p': top_p, 'num_beams': num_beams, 'seed': seed})
     run, config = self.run, self.config
-    if run.tokenizer is None or run.prompt_tokenizer is None:
-      raise ConfigError(f'--workdir: {self.workdir} was trained on token ids without a tokenizer, so it cannot read or '
-                        'generate text')
-    if not config.writes:
-      raise ConfigError(f'--workdir: {self.workdir} was not trained to generate text (config.data.task='
-                        f'{config.data.task}, config.loss.terms={", ".join(config.loss.terms)}); use llm-jax predict')
-    [ids] = prompt_ids(config, run.prompt_tokenizer, [prompt])
-    if len(ids) > config.model.longest_prompt:
-      raise ConfigError(f'--prompt: has {len(ids)} tokens; shorten it to at most {config.model.longest_prompt}')
+    reader = check_writes(config, run.prompt_tokenizer, self.workdir)
+    ids, note = fit_prompt(config, reader, prompt, num_tokens)
+    if note and jax.process_index() == 0:
+      print(note, file=sys.stderr, flush=True)
+    assert run.tokenizer is not None  # as there is one of prompts
     num_ids = len(run.tokenizer.token_bytes)
     options = {'max_len': config.model.max_len, 'num_tokens': num_tokens, 'num_ids': num_ids,
                'variables': self._variables}
@@ -165,6 +158,17 @@ class Trained:
   def export_results(self, path: str | Path) -> None:
     """Writes config, status, evaluation and all metrics as one JSON file. Raises StorageError."""
     export_results(self.workdir, Path(path))
+
+
+def load_writer(workdir: Path, mesh: Mesh, checkpoint: str, *, trust: bool, prompt: str = '',
+                num_tokens: int = 1) -> Trained:
+  """A run for generation, beginning with `prompt`; what is wrong is reported before the weights are read.
+
+  Raises UserErrors.
+  """
+  run = open_run(workdir, trust=trust)
+  fit_prompt(run.config, check_writes(run.config, run.prompt_tokenizer, workdir), prompt, num_tokens)
+  return Trained(read_run(run, workdir, mesh, checkpoint), workdir).for_generation()
 
 
 def export_results(workdir: Path, path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import warnings
 from collections.abc import Callable
 
+from llm_jax.base.builder import known_names
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import NoSettings, Registry, register
 
@@ -54,8 +55,8 @@ def make_validator(name: str) -> Validator | None:
   except ValueError as e:
     raise ConfigError(f'config.eval.validator: {name!r} is not a valid command line: {e}') from None
   if not command or shutil.which(command[0]) is None:
-    raise ConfigError(f'config.eval.validator: {name!r} is not a command on this machine, nor one of '
-                      f'{", ".join(VALIDATORS)}')
+    raise ConfigError(f'config.eval.validator: {name!r} is not a command on this machine, nor a validator; '
+                      f'{known_names(name, VALIDATORS)}')
 
   def accepts(text: str) -> bool:
     try:

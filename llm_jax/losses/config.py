@@ -26,7 +26,7 @@ register(LOSSES, 'next_token', NextToken)
 class LossConfig(Ranged):
   """The losses that are added up, how they are weighted, and the settings of each."""
 
-  terms: tuple[str, ...] = ('next_token',)  # names of LOSSES
+  terms: tuple[str, ...] = ('next_token',)  # each one of LOSSES
   balance: str = 'fixed'  # one of BALANCES
   alpha: float = at_least(0, 1.5)  # of balances by speed: how strongly they favour losses that decrease slowly
   sections: Sections = sections(LOSSES)

@@ -36,7 +36,7 @@ def check_parts(cfg: Any) -> None:
   for field, table in (*PARTS.items(), ('remat', REMAT), ('attention', ('auto', *ATTENTION))):
     name = getattr(cfg, field, None)
     if name is not None and name not in table:
-      raise ValueError(f'{field} {name!r} is unknown; {known_names(name, table)}')
+      raise ValueError(f'{field} {name!r} is unknown; {known_names(name, table, extensible=field != "remat")}')
 
 
 def _make(cfg: Any, field: str, default: str) -> Callable[..., Any]:

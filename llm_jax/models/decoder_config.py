@@ -27,17 +27,17 @@ class StackConfig(ModelConfig):
   num_heads: int = 12  # attention heads of a layer
   mlp_dim: int | None = None  # None: 4 * embed_dim
   mlp: str = 'gelu_tanh'  # one of MLPS
-  norm: str = 'layer_norm'  # one of NORMS
+  norm: str = 'layer_norm'  # one of layers.norm.NORMS
   rope_base: float = 10000.0  # base of the rotary wavelengths, for positions rope
   use_bias: bool = False  # on matrices and LayerNorms
-  attention: str = 'auto'  # one of ATTENTION; auto: the fastest that supports the device, dtype and shapes
+  attention: str = 'auto'  # auto, the fastest that supports the case, or one of layers.kernels.ATTENTION
   logit_soft_cap: float = 0.0  # cap * tanh(logits / cap); 0: off
   dropout: float = 0.0  # on the embedding and on each layer's output, before it is added to the residual stream
   init_std: float = 0.02  # of matrices; those that write to the residual stream get init_std / sqrt(2 L)
   # Of matrix operands; everything else is float32. auto: bfloat16 where the device multiplies it faster than float32.
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   scan_unroll: int = 1  # layers per iteration of the scan; more compile longer and may run faster
-  remat: str = 'none'  # one of REMAT: what a layer saves for its backward pass; see layers/stack.py
+  remat: str = 'none'  # what a layer saves for its backward pass, from all to nothing: one of layers.stack.REMAT
   sections: Sections = sections(*PARTS.values())
 
   def __post_init__(self) -> None:
@@ -90,11 +90,11 @@ def require(config: Any, words: str, fits: Callable[[Any], bool], *fields: str) 
 class DecoderConfig(StackConfig):
   """Shape and parts of a decoder. With learned positions, rows longer than max_len are not possible."""
 
-  name: str = 'decoder'  # one of MODELS
+  name: str = 'decoder'  # one of models.registry.MODELS
   num_kv_heads: int | None = None  # None: num_heads
   head_dim: int | None = None  # None: embed_dim / num_heads
   positions: Literal['learned', 'rope'] = 'learned'  # a table of max_len positions, or rotary
-  einsum: str = 'full'  # one of EINSUMS: the kind of matrices between hidden states
+  einsum: str = 'full'  # one of layers.linear.EINSUMS: the kind of matrices between hidden states
   qk_norm: bool = False  # normalize queries and keys
   tie_embeddings: bool = True  # use the embedding as the readout matrix
   windows: tuple[int, ...] = (0,)  # layer l attends to windows[l % len(windows)] tokens; 0: all

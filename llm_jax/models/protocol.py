@@ -64,7 +64,7 @@ class LanguageModel(Protocol):
 class ModelConfig:
   """The config section of a model, with defaults for everything that the package needs from a model's config."""
 
-  name: str = ''
+  name: str = ''  # one of models.registry.MODELS
   vocab_size: int | None = None  # None: the tokenizer's
   max_len: int | None = None  # tokens of the longest row; None: data.seq_len
 

@@ -43,7 +43,7 @@ class OptimConfig:
 
   learning_rate: float = 6e-4  # the peak of the schedule, in (0, 1000]
   schedule: str = 'warmup_cosine'  # one of SCHEDULES
-  chain: tuple[str, ...] = ('clip_by_global_norm', 'adamw')  # of TRANSFORMS: filters, one optimizer, then controls
+  chain: tuple[str, ...] = ('clip_by_global_norm', 'adamw')  # filters, one optimizer, then controls, of TRANSFORMS
   groups: dict[str, Group] = dataclasses.field(default_factory=dict)
   first_count: int = 1  # the count at which a schedule with a warm-up is read for the first update; 0: as Optax counts
   rewarm: tuple[int, ...] = ()  # (step, steps): from that step on, the rate rises from 0 again, over so many steps

@@ -68,7 +68,7 @@ def train(config: Config, workdir: Path, custom: Custom) -> Generator[Event, Non
   """
   goodput, config = Goodput(), with_custom(config, custom)
   custom = with_named_callbacks(custom, config)
-  with run.open_run(workdir, config.num_steps) as status:
+  with run.open_training(workdir, config.num_steps) as status:
     for stage in (stages := make_stages(config)):
       done = stage is not stages[-1] and latest_step(workdir) >= stage.end
       if not done and (yield from train_stage(stage, workdir, custom, status, goodput)):

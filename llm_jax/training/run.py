@@ -31,7 +31,7 @@ FEW_STEPS = 20  # training tokens that make an epoch of fewer steps are too few
 
 
 @contextlib.contextmanager
-def open_run(workdir: Path, num_steps: int) -> Iterator[Status]:
+def open_training(workdir: Path, num_steps: int) -> Iterator[Status]:
   """Locks the folder and yields its Status. A launch that trains no step leaves no folder that it has created.
 
   Raises StorageError.

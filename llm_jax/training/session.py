@@ -193,7 +193,7 @@ class Session:
     """The model with a copy of its current weights."""
     data, params = self.program.data, jax.tree.map(jnp.copy, self.weights)  # the next step overwrites the originals
     meta = {'step': self.step, 'data': self.program.fingerprint}
-    return Loaded(self.config, data.tokenizer, self.program.model, params, meta, data.encoder_tokenizer)
+    return Loaded(self.config, data.tokenizer, data.encoder_tokenizer, self.program.model, params, meta)
 
   def _fetch(self, step: int, metrics: PackedMetrics) -> None:
     """Waits for a step; logs its metrics if due, and the means of an epoch that ends with it."""

@@ -13,6 +13,7 @@ from program import ROOT
 from llm_jax.base.builder import Sections, build, sections, to_dict
 from llm_jax.base.callbacks import CALLBACKS
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.nearest import nearest
 from llm_jax.base.registry import Registry, _registries, register, settings_from_signature
 from llm_jax.config import Config, base
 from llm_jax.config_file import open_config
@@ -265,3 +266,24 @@ def test_losses_of_the_user_are_terms(registered):
   registered(LOSSES, 'focal', lambda logits, batch, gamma=2.0: (logits[..., 0], batch.loss_mask))
   config = build(Config, {'loss': {'terms': ['next_token', 'focal'], 'focal': {'gamma': 1, 'weight': 0.1}}})
   assert (config.loss.sections['focal'].gamma, config.loss.sections['focal'].weight) == (1.0, 0.1)
+
+
+@pytest.mark.parametrize(('registry', 'name', 'near'), [
+    (SCHEDULES, 'cosine', 'warmup_cosine'), (SCHEDULES, 'cosine_warmup', 'warmup_cosine'),
+    (SCHEDULES, 'poly', 'polynomial'), (SCHEDULES, 'compsite', 'composite'), (TRANSFORMS, 'AdamW', 'adamw'),
+    (TRANSFORMS, 'adamww', 'adamw'), (TRANSFORMS, 'plateau', 'reduce_on_plateau'), (TRANSFORMS, 'sgd_momentum', 'sgd'),
+    (FORMATS, 'json_lines', 'jsonl'), (MLPS, 'silu', 'swiglu'), (MODELS, 'xyz', None)])
+def test_the_nearest_name_shares_words_before_letters(registry, name, near):
+  assert nearest(name, registry) == near
+
+
+def test_a_message_on_unknown_names_says_once_how_a_plug_in_is_loaded():
+  for values in ({'optim': {'chain': ['foo']}}, {'model': {'name': 'foo'}}, {'data': {'tokenizer': 'foo'}},
+                 {'data': {'task': 'foo'}, 'loss': {'terms': ['foo']}, 'model': {'norm': 'foo'}}):
+    with pytest.raises(ConfigError) as error:
+      build(Config, values)
+    assert str(error.value).count('--plugin=FILE') == 1
+  for values in ({'model': {'remat': 'foo'}}, {'data': {'packing': 'foo'}}):  # no plug-in can add one
+    with pytest.raises(ConfigError) as error:
+      build(Config, values)
+    assert '--plugin' not in str(error.value)

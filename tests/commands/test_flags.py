@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from program import ROOT
@@ -49,7 +50,7 @@ def test_help_describes_the_command_and_the_default_of_each_flag(command):
   parser = parser_of(command)
   assert parser.command == command and parser.description.splitlines()[0].endswith('.')
   for action in parser._actions[1:]:
-    needed = not action.option_strings and action.nargs != '?'
+    needed = action.dest == 'workdir' or (not action.option_strings and action.nargs != '?')
     assert needed or 'default' in action.help or '(required)' in action.help, action.option_strings
   text = parser.format_help()
   assert text.startswith(f'usage: llm-jax {command} ') and max(map(len, text.splitlines())) <= 120
@@ -82,8 +83,8 @@ def test_the_examples_of_a_command_parse(command, runs):
 @pytest.mark.parametrize('command, flags, messages', [
     ('generate', '--workdr=runs/other --promt=x --num_token 5 --sed=1', [
         '--workdr=runs/other: no such flag; did you mean --workdir=runs/other?',
-        '--promt=x: no such flag; did you mean --prompt=x?', '--sed=1: no such flag; did you mean --seed=1?',
-        '--num_token: no such flag; did you mean --num_tokens?']),
+        '--promt=x: no such flag; did you mean --prompt=x?', '--num_token: no such flag; did you mean --num_tokens?',
+        '--sed=1: no such flag; did you mean --seed=1?']),
     ('generate', '--workdir=runs/gpt_smal --num_tokens=many', [
         '--workdir: runs/gpt_smal does not exist; did you mean runs/gpt_small?',
         "--num_tokens: expects a whole number, got 'many'"]),
@@ -96,11 +97,15 @@ def test_the_examples_of_a_command_parse(command, runs):
     ('data inspect', '--path runs/gpt_small runs/other runs/package', [
         'runs/gpt_small and 2 further files: the shell has expanded a pattern; quote it, such as '
         "--path='notes/*.md'"]),
-    ('generate', 'runs/other', ['runs/other: values need the name of their flag; did you mean --workdir=runs/other?']),
+    ('generate', 'runs/other hello', ['hello: values need the name of their flag; did you mean --prompt=hello?']),
+    ('generate', '--seed=1 runs/othr', ['--workdir: runs/othr does not exist; did you mean runs/other?']),
+    ('evaluate', 'runs/other --workdir=runs/package', [
+        '--workdir: runs/package is not the run that is named too, runs/other; name one; for example: llm-jax evaluate '
+        'runs/gpt_small']),
     ('plot', "--workdir runs/package --otu='a b.png'", ['--otu=a b.png: no such flag; did you mean --out=a b.png?']),
     ('runs', "--plt='my plot.png'", ['--plt=my plot.png: no such flag; did you mean --plot=my plot.png?']),
     ('configs', 'gpt_small more', ['more: one argument too many; usage: llm-jax configs [name] [--FLAG=VALUE ...]']),
-    ('generate', '--workdir', ['--workdir: has no value; for example: llm-jax generate --workdir=runs/gpt_small '
+    ('generate', '--workdir', ['--workdir: has no value; for example: llm-jax generate runs/gpt_small '
                                "--prompt='def main('"]),
     ('plot', '--workdir runs/othr runs/package', ['--workdir: runs/othr does not exist; did you mean runs/other?']),
     ('generate', f'--workdir={"x" * 300}', [f'--workdir: {"x" * 300} cannot be read: File name too long']),
@@ -118,6 +123,23 @@ def test_all_mistakes_are_one_message(command, flags, messages, runs):
   with pytest.raises(ConfigError) as error:
     parser_of(command).parse(shlex.split(flags))
   assert str(error.value).splitlines() == messages
+
+
+@pytest.mark.parametrize('command', [
+    name for name in COMMANDS if '--workdir' in parser_of(name)._option_string_actions
+    and name not in ('train', 'sweep')])  # their --workdir is a folder to write
+def test_a_run_is_named_with_and_without_workdir_before_and_behind_flags(command, runs):
+  [flag] = [flag for flag in ('--seed=1', '--port=1', '--data=x', '--top=1', '--out=x', '--log_x')
+            if flag.partition('=')[0] in parser_of(command)._option_string_actions][:1]
+  needed = ['--out=y'] if command == 'export' else []
+  found = [parser_of(command).parse([*needed, *argv]).workdir
+           for argv in (['runs/other', flag], [flag, 'runs/other'], [flag, '--workdir', 'runs/other'])]
+  assert found == 3 * [[Path('runs/other')] if command == 'plot' else Path('runs/other')]
+
+
+def test_plot_takes_several_runs_in_any_place(runs):
+  found = parser_of('plot').parse(['runs/other', '--log_x', 'runs/package', 'runs/gpt_small']).workdir
+  assert found == [Path('runs/other'), Path('runs/package'), Path('runs/gpt_small')]
 
 
 def test_overrides_take_both_forms(runs):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -17,10 +18,27 @@ from llm_jax import main
 from llm_jax.base.builder import build, leaf_paths, nearest_fields, to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.fields import comments_of, fields_of
-from llm_jax.config import Config, StageConfig
+from llm_jax.base.loggers import LOGGERS
+from llm_jax.base.registry import Registry, register
+from llm_jax.config import Config, EvalConfig, StageConfig
 from llm_jax.config_file import open_config, presets
+from llm_jax.data.formats.registry import FORMATS
+from llm_jax.data.loaders import SOURCES
 from llm_jax.data.open import Data
+from llm_jax.data.rows.tasks import TASKS
+from llm_jax.data.tokenizers.tokenizer import TOKENIZERS
 from llm_jax.extras.commands import config_fields, configs
+from llm_jax.infer.validators import VALIDATORS
+from llm_jax.layers.kernels import ATTENTION
+from llm_jax.layers.linear import EINSUMS
+from llm_jax.layers.mlp import MLPS
+from llm_jax.layers.norm import NORMS
+from llm_jax.layers.stack import REMAT
+from llm_jax.losses.balance import BALANCES
+from llm_jax.losses.config import LOSSES
+from llm_jax.losses.metrics import ANSWER_METRICS, METRICS
+from llm_jax.models.registry import MODELS
+from llm_jax.optim.chain import SCHEDULES, TRANSFORMS
 from llm_jax.training.resolve import resolve
 
 REPO = Path(__file__).parents[2]
@@ -77,6 +95,52 @@ def test_every_field_that_a_config_can_have_has_a_comment():
   assert not missing
 
 
+def registries():
+  """{name of the variable: names that it has}: all registries and other mappings that comments refer to."""
+  return {name: set(value) for module in list(sys.modules.values()) if module.__name__.startswith('llm_jax.')
+          for name, value in vars(module).items() if isinstance(value, Registry) or name in ('REMAT', 'LOCAL')}
+
+
+def test_no_comment_names_a_registry_in_place_of_its_names():
+  classes = config_classes(Config, set())
+  found = {(cls.__name__, field): text for cls in classes for field, text in comments_of(cls).items()}
+  empty = {name for name, names in registries().items() if not names}
+  unreplaced = {where: text for where, text in found.items() for name in re.findall(r'[A-Z][A-Z_]+', text)
+                if name in registries() and f'{name} (empty until a plug-in adds one)' not in text}
+  assert not unreplaced and {'METRICS', 'CALLBACKS'} <= empty
+
+
+@pytest.mark.parametrize(('field', 'registry'), [
+    ('model.name', MODELS), ('model.mlp', MLPS), ('model.norm', NORMS), ('model.einsum', EINSUMS),
+    ('model.attention', ATTENTION), ('model.remat', REMAT), ('data.path', SOURCES), ('data.format', FORMATS),
+    ('data.tokenizer', TOKENIZERS), ('data.encoder_tokenizer', TOKENIZERS), ('data.task', TASKS),
+    ('loss.terms', LOSSES), ('loss.balance', BALANCES), ('optim.schedule', SCHEDULES), ('optim.chain', TRANSFORMS),
+    ('eval.answer_metrics', ANSWER_METRICS), ('eval.validator', VALIDATORS), ('log.loggers', LOGGERS)])
+def test_a_field_that_names_entries_lists_all_of_them(field, registry, capsys):
+  config_fields.main(['--config=gpt_small', '--format=json', field])
+  comment = json.loads(capsys.readouterr().out)[field]['comment']
+  assert ', '.join(registry) in comment
+  config_fields.main(['--config=gpt_small', field])
+  assert ', '.join(registry) in capsys.readouterr().out
+
+
+def test_a_comment_lists_what_is_registered_now(monkeypatch):
+  monkeypatch.setattr(METRICS, '_entries', {})
+  assert 'METRICS (empty until a plug-in adds one)' in comments_of(EvalConfig)['metrics']
+  register(METRICS, 'focal', lambda logits, batch: None)
+  assert 'each one of focal, logged' in comments_of(EvalConfig)['metrics']
+
+
+def test_comments_fit_the_width_of_a_terminal():
+  config = open_config('gpt_small').resolve({}, cpu_only=True)
+  fields = list(fields_of(config))
+  for width in (80, 160):
+    lines = config_fields.tree(fields, ['default'] * len(fields), width)
+    assert max(map(len, lines)) <= width
+    words = ' '.join(' '.join(lines).split())
+    assert all(' '.join(field.comment.split()) in words for field in fields)
+
+
 def test_config_prints_where_each_value_comes_from(tmp_path, capsys):
   (tmp_path / 'mine.py').write_text(textwrap.dedent('''
       from llm_jax.config import base
@@ -98,20 +162,26 @@ def test_config_prints_where_each_value_comes_from(tmp_path, capsys):
   config_fields.main([f'--config={tmp_path / "mine.py"}', 'optim'])
   text = capsys.readouterr().out
   assert text.startswith('optim\n') and '    weight_decay = 0.1' in text and 'num_layers' not in text
-  with pytest.raises(ConfigError, match=r'has no section optimizer; sections: .*optim'):
-    config_fields.main([f'--config={tmp_path / "mine.py"}', 'optimizer'])
+
+
+@pytest.mark.parametrize('name, near', [
+    ('optm', 'optim'), ('optimizer', 'optim'), ('optim.scedule', 'optim.schedule'), ('lr', 'optim.learning_rate'),
+    ('schedule', 'optim.schedule'), ('model.n_layer', 'model.num_layers'), ('adam', 'optim.adamw')])
+def test_a_missing_section_or_field_names_the_nearest(name, near):
+  with pytest.raises(ConfigError, match=rf'gpt_small has no section or field {name}; did you mean {near}\?$'):
+    config_fields.main(['--config=gpt_small', name])
 
 
 def test_values_behind_their_flag_are_no_sections(capsys):
   config_fields.main(['--config=gpt_small', '--config.model.num_layers', '5', 'model'])
   text = capsys.readouterr().out
   assert text.startswith('model\n') and 'num_layers = 5 ' in text
-  with pytest.raises(ConfigError, match='has no section nosection'):
+  with pytest.raises(ConfigError, match='has no section or field nosection; sections: model, '):
     config_fields.main(['--config=gpt_small', 'model', 'nosection'])
   config_fields.main(['--diff', 'gpt_small', 'shakespeare_char', 'optim'])
   found = [line for line in capsys.readouterr().out.splitlines() if ' with its on_cpu' not in line]
   assert found and all(line.startswith('optim.') for line in found)
-  with pytest.raises(ConfigError, match='gpt_small has no section optimizer; sections: model'):
+  with pytest.raises(ConfigError, match='gpt_small has no section or field optimizer; did you mean optim'):
     config_fields.main(['--diff', 'gpt_small', 'shakespeare_char', 'optimizer'])
 
 
@@ -126,6 +196,21 @@ def test_config_diff_prints_what_differs_between_a_file_and_a_run(tmp_path, caps
   assert 'gpt_small: in full size, without its on_cpu' in printed and 'model.num_layers: 4 -> 12' in printed
   with pytest.raises(ConfigError, match=r'^--diff: no such file: nowhere'):
     config_fields.main(['--diff', 'gpt_small', 'nowhere'])
+
+
+def test_a_missing_run_names_runs_and_not_presets(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ('gpt_deep', 'other'):
+    (tmp_path / 'runs' / name).mkdir(parents=True)
+    (tmp_path / 'runs' / name / 'config.json').touch()
+  for name, hint in (('runs/gpt_dep', 'does not exist; did you mean runs/gpt_deep?'),
+                     ('runs/xyz', 'does not exist; runs here: runs/gpt_deep, runs/other'),
+                     ('runs', 'does not contain a run (no config.json); runs here: runs/gpt_deep, runs/other')):
+    with pytest.raises(ConfigError) as error:
+      config_fields.main(['--diff', name, 'gpt_small'])
+    assert str(error.value) in (f'--diff: {name} {hint}', f'--diff: no such file: {name}; {hint}')
+  with pytest.raises(ConfigError, match=r'no such file: gpt_dep; did you mean runs/gpt_deep\?$'):
+    config_fields.main(['--diff', 'gpt_dep', 'gpt_small'])
 
 
 @pytest.mark.parametrize('name', ['gpt_small', 'package'])

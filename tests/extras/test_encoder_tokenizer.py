@@ -162,8 +162,9 @@ def test_inspect_shows_the_tokens_of_each_side(tmp_path, capsys):
 
 @pytest.mark.parametrize(('overrides', 'message'), [
     ({'task': 'next_token', 'packing': 'concat'}, "encoder_tokenizer 'word' is for task seq2seq.* 'next_token'"),
-    ({'encoder_tokenizer': 'wrod'}, "encoder_tokenizer 'wrod' is not one of byte, char, bpe, word, a path"),
-    ({'encoder_tokenizer': 'none'}, "encoder_tokenizer 'none' is not one of"),
+    ({'encoder_tokenizer': 'wrod'},
+     "encoder_tokenizer 'wrod' is unknown, .*known: byte, char, bpe, word .did you mean 'word'"),
+    ({'encoder_tokenizer': 'none'}, "encoder_tokenizer 'none' is unknown"),
     ({'tokenizer': 'none'}, "encoder_tokenizer 'word' needs a tokenizer for the answers"),
     ({'tokenizer': 'byte', 'encoder_tokenizer': 'bpe', 'vocab_size': 200}, 'vocab_size must be at least 257'),
     ({'streaming': True, 'split': 'count', 'val_documents': 3}, 'streaming: only task next_token'),

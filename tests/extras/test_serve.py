@@ -125,6 +125,11 @@ def test_a_full_context_ends_a_text(server, trained):
   assert answer['usage']['total_tokens'] == 512
 
 
+def test_a_prompt_longer_than_the_context_is_continued_from_its_end(server):
+  usage = server.complete(prompt='x' * 9000, max_tokens=30, seed=0)['usage']
+  assert usage['prompt_tokens'] == 512 - 30 and usage['completion_tokens'] <= 30
+
+
 ERRORS = [
     ({'model': 'gpt-4'}, 404, 'model', "must be 'tiny'"),
     ({'temperature': -1}, 400, 'temperature', 'at least 0; got -1'),
@@ -133,7 +138,6 @@ ERRORS = [
     ({'temperature': True}, 400, 'temperature', 'got true'), ({'top_p': 0}, 400, 'top_p', 'in (0, 1]'),
     ({'n': 17}, 400, 'n', 'from 1 to 16'), ({'n': 1.0}, 400, 'n', 'integer'),
     ({'max_tokens': 0}, 400, 'max_tokens', 'at least 1; got 0'), ({'logprobs': 0}, 400, 'logprobs', 'not supported'),
-    ({'prompt': 'x' * 9000}, 400, 'prompt', 'shorten it to at most 511'),
     ({'prompt': [1, 2]}, 400, 'prompt', 'token ids'), ({'prompt': []}, 400, 'prompt', 'list of strings'),
     ({'prompt': '\ud800'}, 400, 'prompt', 'lone surrogate'),
     ({'prompt': [''] * 100, 'n': 2}, 400, 'prompt', 'more than 128 texts'),

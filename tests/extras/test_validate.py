@@ -44,7 +44,8 @@ def test_a_command_that_takes_too_long_is_not_said_to_refuse(files, monkeypatch,
 
 
 @pytest.mark.parametrize('flags, error, message', [
-    (['good.json', '--validator=jsn'], ConfigError, "--validator: 'jsn' is not a command on this machine, nor one of"),
+    (['good.json', '--validator=jsn'], ConfigError,
+     "--validator: 'jsn' is not a command on this machine, nor a validator; known: python, json, wgsl (did you mean"),
     (['none.json', '--validator=json'], DataError, 'none.json: cannot be read: No such file or directory'),
     (['good.json'], ConfigError, '--validator is missing'), (['--validator=json'], ConfigError, 'required: files')])
 def test_mistakes_are_one_message(flags, error, message, files):

@@ -33,7 +33,7 @@ def format_of(file: File, config: SourceConfig) -> str:
   """The configured format, or the one by the file's ending or first bytes. Raises ConfigError."""
   if config.format not in ('auto', *FORMATS):
     raise ConfigError(f'config.data.format: {config.format!r} is unknown; '
-                      f'{known_names(config.format, ["auto", *FORMATS])}')
+                      f'{known_names(config.format, ["auto", *FORMATS], extensible=True)}')
   if config.format != 'auto':
     return config.format
   if file.format is not None:

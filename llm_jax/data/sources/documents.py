@@ -44,8 +44,8 @@ class File:
 class SourceConfig:
   """Where documents come from and how they are read. Settings that a format does not use stay None."""
 
-  path: str = 'stdlib'  # a file, folder, glob or URL, or one of loaders.SOURCES; '' is refused
-  format: str = 'auto'  # one of formats.registry.FORMATS; 'auto': by the file's ending or first bytes
+  path: str = 'stdlib'  # a file, folder, glob or URL, or NAME or NAME:..., of data.sources.files.SOURCES
+  format: str = 'auto'  # one of data.formats.registry.FORMATS; auto: by the file's ending or first bytes
   field: str | None = None  # key, column or data set of the text (or ids); None: the only one there is
   answer_field: str | None = None  # key of the answer: documents are (text, answer) pairs
   label_field: str | None = None  # key of the label

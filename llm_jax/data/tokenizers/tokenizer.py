@@ -7,7 +7,6 @@ Each id has fixed bytes (`token_bytes`), so the bytes of text per token are know
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import inspect
 import json
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from llm_jax.base.builder import known_names
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, Registry, register, settings_from_signature
 from llm_jax.data.tokenizers.bpe import utf8
@@ -154,10 +154,8 @@ def open_tokenizer(name: str) -> Tokenizer:
     return load_tokenizer(path)
   if path.suffix in ENDINGS:
     return OPENED[ENDINGS[path.suffix]].open(name)
-  near = difflib.get_close_matches(name, TOKENIZERS, 1)
-  raise ConfigError(f'tokenizer {name!r} is unknown{f"; did you mean {near[0]!r}?" if near else ""} '
-                    f'Use one of {", ".join(TOKENIZERS)}, a path to a tokenizer.json or a SentencePiece *.model, '
-                    'and tiktoken:NAME')
+  raise ConfigError(f'tokenizer {name!r} is not a path to a tokenizer.json or a SentencePiece *.model, tiktoken:NAME, '
+                    f'nor a name; {known_names(name, TOKENIZERS)}')
 
 
 def identity(name: str) -> str:

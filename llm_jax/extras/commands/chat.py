@@ -9,7 +9,7 @@ that begin with a slash set an option or ask for something:
   /help              prints the commands
   /quit              ends, as Ctrl-D does; Ctrl-C stops a text that is being written
 
-  llm-jax chat --workdir=runs/gpt_small --temperature=0.6
+  llm-jax chat runs/gpt_small --temperature=0.6
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llm_jax.base import flags
-from llm_jax.base.errors import UserError
-from llm_jax.base.process import waiting
+from llm_jax.base.errors import ConfigError, UserError
+from llm_jax.infer.options import check_options
 
 OPTIONS: dict[str, Any] = {'temperature': 0.8, 'top_k': 0, 'top_p': 1.0, 'num_tokens': 256, 'seed': 0}
 HELP = {'temperature': '0: always take the most likely token', 'top_k': 'sample only from the k most likely tokens; 0: '
@@ -41,19 +41,21 @@ def parser() -> flags.Parser:
 
 def main(argv: list[str]) -> None:
   args = parser().parse(argv)
+  options = {name: getattr(args, name) for name in OPTIONS}
+  check_options(options)
   flags.apply(args)
   import jax
 
-  from llm_jax import api
   from llm_jax.base.sharding import MeshConfig, make_mesh
+  from llm_jax.infer.trained import load_writer
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (line editing and history)
-  options = {name: getattr(args, name) for name in OPTIONS}
-  with jax.set_mesh(make_mesh(MeshConfig())):
-    trained = api.load(args.workdir, args.checkpoint, trust=args.trust).for_generation()
+  mesh = make_mesh(MeshConfig())
+  with jax.set_mesh(mesh):
+    trained = load_writer(args.workdir, mesh, args.checkpoint, trust=args.trust)
     print(f'{args.workdir}, step {trained.run.meta["step"]}; /help, /quit', file=sys.stderr, flush=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a KeyboardInterrupt, which from now on ends a text only
-    text, compiled = '', False
+    text = ''
     while (line := read_line()) is not None and line.strip() != '/quit':
       name, _, added = line.partition(' ')
       if line.startswith('/') and name != '/more':
@@ -61,9 +63,6 @@ def main(argv: list[str]) -> None:
       elif name == '/more' and not trained.run.model.prompt_in_row:
         print('/more: this model writes a new text for each prompt')
       else:
-        if not compiled:
-          waiting('compiling')
-          compiled = True
         text = answer(trained, text + added if name == '/more' else line, options) or text
 
 
@@ -86,7 +85,11 @@ def command(line: str, options: dict[str, Any]) -> None:
     return
   if name in options:
     try:
-      options[name] = type(OPTIONS[name])(text)
+      value = type(OPTIONS[name])(text)
+      check_options({name: value})
+      options[name] = value
+    except ConfigError as e:
+      print(str(e).replace('--', '/'))
     except ValueError:
       print(f'/{name} needs a {"whole " * isinstance(OPTIONS[name], int)}number; got {text!r}')
   elif name != 'options':
@@ -97,7 +100,7 @@ def command(line: str, options: dict[str, Any]) -> None:
 
 def answer(trained: Any, prompt: str, options: dict[str, Any]) -> str:
   """Prints the continuation of a prompt while it is generated; returns both, or '' after an error."""
-  from llm_jax.commands.generate import print_samples
+  from llm_jax.commands.generate import begun, print_samples
   from llm_jax.data.tokenizers.tokenizer import before_eos, decode
   row: list[int] = []
 
@@ -107,7 +110,7 @@ def answer(trained: Any, prompt: str, options: dict[str, Any]) -> str:
       yield column
 
   try:
-    columns = trained.tokens(prompt, **options)  # an error is raised here, before the prompt is printed
+    columns = begun(lambda: trained.tokens(prompt, **options))  # raises an error before the prompt is printed
     options['seed'] = (options['seed'] + 1) % (1 << 32)  # other random numbers for the next line
     print_samples(prompt if trained.run.model.prompt_in_row else '', kept(columns), trained.run.tokenizer, 1)
   except UserError as e:

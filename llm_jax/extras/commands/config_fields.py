@@ -11,18 +11,22 @@ between a file and a run leaves out the fields that the file leaves open and the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llm_jax.base import flags
-from llm_jax.base.builder import to_dict
+from llm_jax.base.builder import nearest_fields, to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.fields import Field, fields_of
-from llm_jax.base.terminal import columns, wrap
+from llm_jax.base.nearest import nearest
+from llm_jax.base.terminal import columns
 
 # Fields besides those of losses that training fills in (training/resolve.py, memory.py) where they are None or 'auto'.
 OPEN = ('tokens_per_device', *(f'model.{name}' for name in (
     'vocab_size', 'max_len', 'encoder_len', 'start_id', 'encoder_vocab_size', 'dtype')))
+
+MIN_COMMENT = 40  # columns for the comments beside the fields
 
 
 def parser() -> flags.Parser:
@@ -88,18 +92,22 @@ def main(argv: list[str]) -> None:
 
 def check_sections(sections: list[str], values: Mapping[str, Any], name: str) -> None:
   """Raises ConfigError for a section or field that the config does not have."""
-  if missing := [section for section in sections if not has(values, section)]:
-    known = [section for section, value in values.items() if isinstance(value, Mapping) and value]
-    raise ConfigError(f'{name} has no section {", ".join(missing)}; sections: {", ".join(known)}')
+  from llm_jax.config import Config
+  paths = list(paths_in(values))
+  for section in sections:
+    if section not in paths:
+      near = nearest(section, paths) or next(iter(nearest_fields(section, Config)), None)
+      known = [path for path in paths if '.' not in path and isinstance(values[path], Mapping) and values[path]]
+      raise ConfigError(f'{name} has no section or field {section}; '
+                        + (f'did you mean {near}?' if near else f'sections: {", ".join(known)}'))
 
 
-def has(values: Any, path: str) -> bool:
-  """Whether nested dicts have a value at a path."""
-  for name in path.split('.'):
-    if not isinstance(values, Mapping) or name not in values:
-      return False
-    values = values[name]
-  return True
+def paths_in(values: Mapping[str, Any], above: str = '') -> Iterator[str]:
+  """The paths of all sections and fields in nested dicts."""
+  for name, value in values.items():
+    yield f'{above}{name}'
+    if isinstance(value, Mapping):
+      yield from paths_in(value, f'{above}{name}.')
 
 
 def filled_in(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
@@ -136,10 +144,11 @@ def as_typed(value: Any) -> str:
   return repr(value) if value == '' else str(value)
 
 
-def tree(entries: list[Field], origins: list[str], width: int | None) -> list[str]:
-  """Lines of fields under the names of their sections, in columns: value, type, origin, comment.
+def tree(entries: list[Field], origins: list[str], width: int | None = None) -> list[str]:
+  """Lines of fields under the names of their sections: value, type, origin, comment.
 
-  In a terminal of `width` columns a comment that does not fit is below its field.
+  They are columns, of which the last may be long. Where less than MIN_COMMENT of `width` is left for it, the comment
+  is below the field.
   """
   rows, above = [], list[str]()
   for field, found in zip(entries, origins, strict=True):
@@ -150,14 +159,16 @@ def tree(entries: list[Field], origins: list[str], width: int | None) -> list[st
     rows.append((f'{"  " * len(parents)}{name} = {as_typed(field.value)}', field.kind, found, field.comment))
     above = parents
   widths = [min(max(len(row[column]) for row in rows), limit) for column, limit in ((0, 48), (1, 24), (2, 12))]
-  lines = ['  '.join(f'{text:{size}}' for text, size in zip(row[:3], widths, strict=True)) for row in rows]
-  return [line for start, row in zip(lines, rows, strict=True) for line in with_comment(start, row[3], width)]
-
-
-def with_comment(start: str, comment: str, width: int | None) -> list[str]:
-  """A line that ends with a comment, or two if that does not fit in `width` columns."""
-  line = f'{start}  {comment}'.rstrip()
-  if width is None or len(line) <= width:
-    return [line]
-  indent = ' ' * (len(start) - len(start.lstrip()) + 4)
-  return [wrap(start.rstrip(), len(indent), width), wrap(f'{indent}{comment}', len(indent), width)]
+  start = sum(widths) + 2 * len(widths)
+  beside = width is None or width - start >= MIN_COMMENT
+  lines = []
+  for *cells, comment in rows:
+    head = '  '.join(f'{text:{size}}' for text, size in zip(cells, widths if beside else (0, 0, 0), strict=True)) + '  '
+    indent = start if beside else len(cells[0]) - len(cells[0].lstrip()) + 4
+    if width is None:
+      lines.append(head + comment)
+      continue
+    below = textwrap.wrap(comment, width, initial_indent=' ' * indent, subsequent_indent=' ' * indent)
+    fits = beside and len(head) == start and below
+    lines += [head + below[0].lstrip(), *below[1:]] if fits else [head, *below]
+  return [line.rstrip() for line in lines]

@@ -2,7 +2,7 @@
 
 For a model with thinking steps it also reports the effect of each step.
 
-  llm-jax inspect --workdir=runs/gpt_small --out=layers.png
+  llm-jax inspect runs/gpt_small --out=layers.png
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Trials of a sweep that differ only in their seed have the same colour.
 
-  llm-jax plot --workdir=runs/gpt_small --out=loss.png
-  llm-jax plot --workdir runs/gpt_small runs/other --metric val/loss --log_x
+  llm-jax plot runs/gpt_small --out=loss.png
+  llm-jax plot runs/gpt_small runs/other --metric val/loss --log_x
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from llm_jax.extras.figures import load_pyplot, write_picture
 
 def parser() -> flags.Parser:
   parser = flags.Parser('plot', __doc__)
-  parser.add_argument('--workdir', type=lambda text: check_run(Path(text), file='metrics.jsonl'), nargs='+',
-                      metavar='FOLDER', required=True, help='one run, or several to compare')
+  flags.add_workdir(parser, 'one run, or several to compare',
+                    lambda text: check_run(Path(text), file='metrics.jsonl'), several=True)
   parser.add_argument('--metric', nargs='+', metavar='NAME', default=['train/loss', 'val/loss'],
                       help='names of metrics in metrics.jsonl')
   parser.add_argument('--log_x', action='store_true', help='logarithmic axis for steps')

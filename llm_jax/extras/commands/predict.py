@@ -3,8 +3,8 @@
 It has the most likely classes for classification, the numbers for regression, the embedding for contrastive runs (as
 the first text of a pair). Without --text, each line of stdin is a text.
 
-  llm-jax predict --workdir=runs/package --text='def sleep(delay):' --top=3
-  llm-jax predict --workdir=runs/package < functions.txt
+  llm-jax predict runs/package --text='def sleep(delay):' --top=3
+  llm-jax predict runs/package < functions.txt
 """
 
 from __future__ import annotations

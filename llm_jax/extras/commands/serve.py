@@ -2,8 +2,8 @@
 
 Requests are answered one after another. docs/serving.md describes the endpoints and what is not supported.
 
-  llm-jax serve --workdir=runs/gpt_small
-  llm-jax serve --workdir=runs/gpt_small --checkpoint=best --port=8080
+  llm-jax serve runs/gpt_small
+  llm-jax serve runs/gpt_small --checkpoint=best --port=8080
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def serve(args: argparse.Namespace, listener: socket.socket, uvicorn: Any) -> No
   """Loads the run and serves it until SIGINT or SIGTERM."""
   import jax
 
-  from llm_jax import api
   from llm_jax.base.sharding import MeshConfig, make_mesh
   from llm_jax.extras.serving.app import make_app
   from llm_jax.extras.serving.hosts import LOOPBACK, allowed_hosts
   from llm_jax.extras.serving.worker import Worker
+  from llm_jax.infer.trained import load_writer
 
   class Server(uvicorn.Server):
     async def shutdown(self, sockets: Any = None) -> None:
@@ -81,7 +81,7 @@ def serve(args: argparse.Namespace, listener: socket.socket, uvicorn: Any) -> No
 
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    trained = api.load(args.workdir, args.checkpoint, trust=args.trust).for_generation()
+    trained = load_writer(args.workdir, mesh, args.checkpoint, trust=args.trust)
     prompt, name = example_prompt(trained), args.workdir.resolve().name
     waiting('compiling (later again for the first text of each other length, rounded up to a power of two, for each '
             'new n and top_k, for temperature 0 and for top_p below 1)')

@@ -8,9 +8,9 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
-from llm_jax.base.errors import DataError
+from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.extras.serving.requests import ApiError, Request
-from llm_jax.infer.text import prompt_ids
+from llm_jax.infer.text import fit_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +58,14 @@ class Text:
 
 
 def count_prompts(trained: Any, request: Request) -> int:
-  """The number of tokens of all prompts. Raises ApiError for a prompt that the model cannot read."""
+  """The number of tokens that the model reads of all prompts. Raises ApiError for a prompt that it cannot read."""
   config, tokenizer = trained.config, trained.run.prompt_tokenizer
   try:
-    sizes = [len(ids) for ids in prompt_ids(config, tokenizer, list(request.prompts))]
+    return sum(len(fit_prompt(config, tokenizer, prompt, request.max_tokens)[0]) for prompt in request.prompts)
   except DataError as e:
     raise ApiError(f'prompt: {e}', 'prompt') from None
-  if max(sizes) > config.model.longest_prompt:
-    raise ApiError(f'prompt: has {max(sizes)} tokens; shorten it to at most {config.model.longest_prompt}', 'prompt',
-                   code='context_length_exceeded')
-  return sum(sizes)
+  except ConfigError as e:
+    raise ApiError(str(e).removeprefix('--'), 'prompt', code='context_length_exceeded') from None
 
 
 def generate(trained: Any, request: Request) -> Iterator[Piece]:
