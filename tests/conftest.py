@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, separate caches, and errors on implicit broadcasting between ranks."""
 
+import gc
 import os
 import tempfile
 
@@ -13,6 +14,7 @@ import pytest
 
 if jax.__version_info__ < (0, 11):  # compiles in 60% of the time; later versions abort on this unknown flag
   os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false'
+gc.set_threshold(50_000)  # as llm_jax.base.runtime does
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # With tiny models, compiling takes more time than running.
 jax.config.update('jax_disable_most_optimizations', True)
