@@ -4,6 +4,7 @@ import gc
 import os
 import tempfile
 
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)  # each process would compile all modules of the package again
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 if 'PYTEST_XDIST_WORKER' not in os.environ:  # all workers share one
