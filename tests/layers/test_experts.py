@@ -67,7 +67,8 @@ def test_expert_matrices_compute_like_single_matrices(kind, eqn, x_shape, w_shap
   alone = jax.jit(dataclasses.replace(matrix, shape=w_shape[1:], axes=matrix.axes[1:]).apply, static_argnums=1)
   for e in range(3):
     expected = alone({'params': {'w': w[e], 'b': b[e]}}, eqn.replace('E', ''), np.take(x, e, axis))
-    np.testing.assert_allclose(np.take(np.asarray(got), e, eqn.split('->')[1].index('E')), expected, rtol=1e-5, atol=1e-5)
+    of_expert = np.take(np.asarray(got), e, eqn.split('->')[1].index('E'))
+    np.testing.assert_allclose(of_expert, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_packed_experts_compute_the_same():
