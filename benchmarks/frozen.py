@@ -34,7 +34,7 @@ def main() -> None:
   from llm_jax.optim.chain import OptimConfig, make_optimizer
   from llm_jax.optim.groups import Group, trainable_paths
   from llm_jax.training.flops import count_in
-  from llm_jax.training.shardings import param_info
+  from llm_jax.training.shardings import boxed_params, param_info
   from llm_jax.training.state import init_state, train_step
 
   def used_part(jaxpr):
@@ -44,7 +44,7 @@ def main() -> None:
   model = make_model(DecoderConfig(vocab_size=50_304, max_len=1024, dtype='float32', remat='full'))
   tokens = jax.ShapeDtypeStruct((args.rows, 1024), jnp.int32)
   batch = Batch(tokens=tokens, targets=tokens, loss_mask=jax.ShapeDtypeStruct(tokens.shape, jnp.float32))  # type: ignore
-  info, rows = param_info(batch, model=model), []
+  info, rows = param_info(boxed_params(batch, model=model)), []
   for name, pattern in FROZEN.items():
     groups = {'frozen': Group(pattern, frozen=True)} if pattern else {}
     tx, is_trainable = make_optimizer(OptimConfig(groups=groups), 1000, info), trainable_paths(groups, info)

@@ -39,7 +39,7 @@ from llm_jax.optim.chain import make_optimizer
 from llm_jax.training import loop
 from llm_jax.training.custom import Custom
 from llm_jax.training.program import jit_step
-from llm_jax.training.shardings import state_shardings
+from llm_jax.training.shardings import abstract_state, boxed_params, shardings_of
 from llm_jax.training.state import init_state
 
 CASES = [  # preset, intended milliseconds of a step, steps in a window
@@ -80,9 +80,9 @@ def bare_step(config: Config):
   tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
   features = {'tokens': tokens, 'targets': tokens, 'loss_mask': np.ones(shape, np.float32)}
   with jax.set_mesh(mesh):
-    shardings = state_shardings(example_batch(config.data), mesh, model=model, tx=tx)
-    state = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)(
-        jax.random.key(0), example_batch(config.data))
+    example = example_batch(config.data)
+    shardings = shardings_of(abstract_state(boxed_params(example, model=model), mesh, tx=tx))
+    state = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)(jax.random.key(0), example)
     batch = put_batch(features, local_rows(mesh, shape[0]), shape[0], mesh)
     _, num_microbatches = config.split_batch(num_batch_shards(mesh))
     step = jit_step(config, mesh, shardings, None, num_microbatches, model=model, tx=tx)

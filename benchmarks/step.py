@@ -39,7 +39,7 @@ def main():
   from llm_jax.optim.chain import OptimConfig, make_optimizer
   from llm_jax.optim.optimizers import AdamW
   from llm_jax.optim.schedules import Constant
-  from llm_jax.training.shardings import state_shardings
+  from llm_jax.training.shardings import abstract_state, boxed_params, shardings_of
   from llm_jax.training.state import init_state, train_step
 
   preset = PRESETS[args.preset]
@@ -61,7 +61,7 @@ def main():
   rows = np.random.default_rng(0).integers(preset.vocab_size, size=(8, batch, preset.seq_len + 1), dtype=np.int32)
   batches, count = [put(r) for r in rows], 0
   with jax.set_mesh(mesh):
-    shardings = state_shardings(batches[0], mesh, model=model, tx=tx)
+    shardings = shardings_of(abstract_state(boxed_params(batches[0], model=model), mesh, tx=tx))
     state = jax.jit(partial(init_state, model=model, tx=tx), out_shardings=shardings)(jax.random.key(0), batches[0])
     train = jax.jit(
         partial(train_step, model=model, tx=tx, seed=0, num_microbatches=args.num_microbatches),

@@ -35,12 +35,16 @@ def descend(tx, steps=STEPS, groups=None):
   """All parameters after `steps` steps of gradients tree(1), tree(2), ..., and the state."""
   with jax.enable_x64(True):
     is_trainable = trainable_paths({name: Group(**group) for name, group in (groups or {}).items()}, INFO)
-    params, frozen = split(jax.tree.map(jnp.asarray, tree(0)), is_trainable)
-    state = tx.init(params)
-    for t in range(1, steps + 1):
-      grads, _ = split(jax.tree.map(jnp.asarray, tree(t)), is_trainable)
+    params, frozen = split(tree(0), is_trainable)
+
+    @jax.jit  # one program instead of one for each operation
+    def step(params, state, grads):
       updates, state = tx.update(grads, state, params, value=1.0, grad=grads)
-      params = optax.apply_updates(params, updates)
+      return optax.apply_updates(params, updates), state
+
+    state = jax.jit(tx.init)(params)
+    for t in range(1, steps + 1):
+      params, state = step(params, state, split(tree(t), is_trainable)[0])
     return jax.device_get(merge(params, frozen)), state
 
 

@@ -1,8 +1,10 @@
 """Eight virtual CPU devices, separate caches, and errors on implicit broadcasting between ranks."""
 
+import gc
 import os
 import tempfile
 
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)  # each process would compile all modules of the package again
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 if 'PYTEST_XDIST_WORKER' not in os.environ:  # all workers share one
@@ -13,6 +15,7 @@ import pytest
 
 if jax.__version_info__ < (0, 11):  # compiles in 60% of the time; later versions abort on this unknown flag
   os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false'
+gc.set_threshold(50_000)  # as llm_jax.base.runtime does
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # With tiny models, compiling takes more time than running.
 jax.config.update('jax_disable_most_optimizations', True)

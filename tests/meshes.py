@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from llm_jax.base.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, put_batch
-from llm_jax.training.shardings import state_shardings
+from llm_jax.training.shardings import abstract_state, boxed_params, shardings_of
 from llm_jax.training.state import init_state, train_step
 
 
@@ -20,7 +20,7 @@ def train_on(sizes, model, tx, features, *, num_steps, state=None, is_trainable=
   with jax.set_mesh(mesh):
     rows = local_rows(mesh, num_rows)
     example = put_batch(features(0), rows, num_rows, mesh)
-    shardings = state_shardings(example, mesh, model=model, tx=tx, is_trainable=is_trainable)
+    shardings = shardings_of(abstract_state(boxed_params(example, model=model), mesh, tx=tx, is_trainable=is_trainable))
     if state is None:
       init = jax.jit(partial(init_state, model=model, tx=tx, is_trainable=is_trainable), out_shardings=shardings)
       state = init(jax.random.key(0), example)

@@ -6,6 +6,7 @@ They are read once, when JAX starts, so this module does not import JAX. Values 
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import os
 import sys
@@ -34,13 +35,18 @@ XLA_FLAGS: dict[str, dict[str, tuple[str, str]]] = {
 VARIABLE = {'gpu': 'XLA_FLAGS', 'tpu': 'LIBTPU_INIT_ARGS', 'cpu': 'XLA_FLAGS'}
 
 CACHE_BYTES = 2 << 30  # limit of compiled programs on disk; the least recently used are removed first
+NEW_OBJECTS = 50_000  # between two collections of garbage; importing and tracing create many objects that stay
 MIN_COMPILE_SECONDS = 0.05  # programs that compile faster are not cached
 
 
 def prepare(tuning: bool = True) -> str:
-  """Sets allocator and flags (if `tuning`) and the cache of compiled programs; returns one line on what was set."""
+  """Sets allocator and flags (if `tuning`), the cache of compiled programs and the garbage collector.
+
+  Returns one line on what was set.
+  """
   if 'jax' in sys.modules:
     return 'nothing set, as jax was already imported'
+  gc.set_threshold(NEW_OBJECTS)
   platform = find_platform()
   kept = tuning and platform == 'cpu' and keep_freed_memory()
   flags = add_xla_flags(platform, os.environ) if tuning else []

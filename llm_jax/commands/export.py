@@ -44,12 +44,12 @@ def main(argv: list[str]) -> None:
   from llm_jax.data.pipeline import example_batch
   from llm_jax.infer.export import EXPORTERS, FILE, write_config, write_params
   from llm_jax.infer.load import load_run
-  from llm_jax.training.shardings import param_info
+  from llm_jax.training.shardings import boxed_params, param_info
 
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     run = load_run(args.workdir, mesh, args.checkpoint, trust=args.trust)
-    info = param_info(example_batch(run.config.data), model=run.model)
+    info = param_info(boxed_params(example_batch(run.config.data), model=run.model))
     if args.weight_bits != '32' and 'packed' not in EXPORTERS:
       raise ConfigError('--weight_bits: this copy of llm_jax cannot pack weights; set it to 32')
     exporter = EXPORTERS['plain' if args.weight_bits == '32' else 'packed']

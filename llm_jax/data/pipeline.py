@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.base.batch import Batch
@@ -192,9 +191,12 @@ def stack(examples: list[Features]) -> Features:
 
 def example_batch(config: DataConfig) -> Batch:
   """One blank row with the features that every task gives; only its shapes matter."""
-  blank = jnp.zeros((1, config.seq_len), jnp.int32)
-  encoder = jnp.zeros((1, config.encoder_len), jnp.int32) if config.task_settings.encodes else None
-  return Batch(tokens=blank, targets=blank, loss_mask=blank.astype(jnp.float32), encoder_tokens=encoder)
+  def blank(length: int, dtype: type = np.int32) -> Any:
+    return np.zeros((1, length), dtype)  # NumPy's: JAX would compile it
+
+  encoder = blank(config.encoder_len) if config.task_settings.encodes else None
+  return Batch(tokens=blank(config.seq_len), targets=blank(config.seq_len), loss_mask=blank(config.seq_len, np.float32),
+               encoder_tokens=encoder)
 
 
 def abstract_batch(features: Features, num_rows: int) -> Batch:

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from llm_jax.base import plugins
-from llm_jax.base.batch import Batch, Params
+from llm_jax.base.batch import Params
 from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError, DataError, StorageError
 from llm_jax.base.files import check_run, latest_step
@@ -28,9 +28,8 @@ from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import make_optimizer
 from llm_jax.optim.groups import trainable_paths
 from llm_jax.training.checkpoint import Checkpoints
-from llm_jax.training.shardings import param_info, param_shardings, state_shardings
+from llm_jax.training.shardings import abstract_params, abstract_state, boxed_params, param_info, shardings_of
 from llm_jax.training.stages import config_at
-from llm_jax.training.state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +90,8 @@ def read_run(run: Opened, workdir: Path, mesh: Mesh, checkpoint: str = 'latest',
     if checkpoint != 'latest':
       raise ConfigError(f'--checkpoint: {workdir} is an exported model with one set of weights; leave it out, '
                         f'or set it to latest; got {checkpoint!r}')
-    params, meta = read_params(workdir / FILE, abstract_params(example_batch(config.data), mesh, model))
+    boxed = boxed_params(example_batch(config.data), model=model)
+    params, meta = read_params(workdir / FILE, abstract_params(boxed, mesh))
     return Loaded(config, *tokenizers, model, params, meta)
   if latest_step(workdir) < 0:
     raise StorageError(f'{flag}: {workdir} has no checkpoints yet')
@@ -111,27 +111,19 @@ def read_config(workdir: Path, trust: bool, flag: str = '--workdir') -> Config:
     raise StorageError(f'{path}: damaged: {e}') from None
 
 
-def abstract_params(example: Batch, mesh: Mesh, model: LanguageModel) -> Params:
-  """The parameters as ShapeDtypeStructs with shardings."""
-  leaves, shardings = param_shardings(example, mesh, model=model)
-  return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), leaves, shardings)
-
-
 def read_weights(checkpoints: Checkpoints, step: int | None, config: Config, model: LanguageModel,
                  mesh: Mesh) -> tuple[Params, dict]:
   """(weights to evaluate, meta) of a checkpoint; weights are averaged if the optimizer averages them."""
-  example = example_batch(config.data)
+  boxed = boxed_params(example_batch(config.data), model=model)
   if not any(link.averages for link in config.optim.links):
-    params, _, meta = checkpoints.restore(abstract_params(example, mesh, model), step=step)
+    params, _, meta = checkpoints.restore(abstract_params(boxed, mesh), step=step)
     return params, meta
-  info = param_info(example, model=model)
+  info = param_info(boxed)
   is_trainable, tx = trainable_paths(config.optim.groups, info), make_optimizer(config.optim, config.num_steps, info)
-  parts: dict[str, Any] = {'model': model, 'tx': tx, 'is_trainable': is_trainable}
-  shardings = state_shardings(example, mesh, **parts)
-  state = abstract_state(example, shardings, **parts)
+  state = abstract_state(boxed, mesh, tx=tx, is_trainable=is_trainable)
   params, kept, meta = checkpoints.restore(state.params, (state.step, state.opt_state), step=step)
   trainable, frozen = split(params, is_trainable)
-  averaged = jax.jit(tx.evaluated, out_shardings=shardings.trainable)(kept[1], trainable)
+  averaged = jax.jit(tx.evaluated, out_shardings=shardings_of(state.trainable))(kept[1], trainable)
   return merge(averaged, frozen), meta
 
 

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -40,7 +39,7 @@ def make_evaluator(config: Config, data: Data, model: LanguageModel, objective: 
   token_bytes = np.zeros(max(model.cfg.vocab_size or 0, len(lengths)), np.int32)
   token_bytes[:len(lengths)] = lengths
   eval_objective = objective.eval_objective()
-  eval_fn = jax.jit(partial(eval_step, model=model, token_bytes=jnp.asarray(token_bytes), objective=eval_objective))
+  eval_fn = jax.jit(partial(eval_step, model=model, token_bytes=token_bytes, objective=eval_objective))
   num_rows = num_eval_rows(config, objective, num_batch_shards(mesh))
   rows = local_rows(mesh, num_rows)
 

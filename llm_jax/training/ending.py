@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from llm_jax.base.progress import duration
 from llm_jax.config import Config
 from llm_jax.training.status import read_status
@@ -31,7 +33,7 @@ def ending(config: Config, workdir: Path, arguments: Sequence[str]) -> list[str]
   notes = ['text from the model' if config.writes else 'predictions', 'the loss on all validation data',
            'safetensors, config and tokenizer']
   if not config.num_epochs:  # which would determine num_steps
-    old, new = (float(config.optim.make_schedule(n)(reached)) for n in (reached, steps))
+    old, new = (float(jax.jit(config.optim.make_schedule(n))(reached)) for n in (reached, steps))
     rises = abs(new - old) > 1e-3 * new
     commands.append(f'train {shlex.join(further)} --workdir={run} --config.num_steps={steps}' + (
         f' --config.optim.rewarm={reached},{max(1, reached // 10)}' if rises else ''))

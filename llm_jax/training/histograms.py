@@ -18,7 +18,6 @@ from llm_jax.base.params import ParamInfo
 from llm_jax.base.sharding import batch_sharding
 from llm_jax.base.trees import by_name
 from llm_jax.optim.chain import Optimizer
-from llm_jax.training.shardings import param_info
 from llm_jax.training.state import TrainState, train_step
 
 NUM_BINS = 32
@@ -43,7 +42,7 @@ class Histograms:
     with session.console.progress('computing histograms'):
       if self._program is not session.program:  # the first time, or another stage
         self._program = session.program
-        self._info = by_name(param_info(session.program.example, model=session.program.model))
+        self._info = by_name(session.program.info)
         self._compute = compile_statistics(session.program, self._info)
       found = jax.device_get(self._compute(session.state, session.batch, session.program.constants))
     histograms, ratios = dict[str, Histogram](), dict[str, float]()

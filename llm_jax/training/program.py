@@ -45,9 +45,9 @@ from llm_jax.training.resolve import (
   with_logits,
   without_masks,
 )
-from llm_jax.training.shardings import param_info, state_shardings
+from llm_jax.training.shardings import abstract_state, boxed_params, param_info, shardings_of
 from llm_jax.training.stages import Stage, fingerprint_of
-from llm_jax.training.state import TrainState, abstract_state, init_state, train_step
+from llm_jax.training.state import TrainState, init_state, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Program:
   tx: Optimizer
   is_trainable: Callable[[tuple], bool]  # of a parameter's path
   constants: Params  # frozen arrays of losses by name, arguments of `step`
-  example: Batch  # one row; only its shapes are used
+  info: Params  # a tree of ParamInfo
   abstract: TrainState  # of ShapeDtypeStructs, with shardings
   shardings: TrainState
   rows: np.ndarray  # indices of this process's rows in each batch
@@ -106,10 +106,11 @@ def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Pr
   example, batch = pipeline.example_batch(config.data), pipeline.abstract_batch(features, config.rows_per_batch)
   config = with_logits(config, data, model, example)
 
-  tx, is_trainable = build_optimizer(config, param_info(example, model=model), custom)
-  parts: dict[str, Any] = {'model': model, 'tx': tx, 'is_trainable': is_trainable}
-  shardings = state_shardings(example, mesh, **parts)
-  abstract = abstract_state(example, shardings, **parts)
+  boxed = boxed_params(example, model=model)
+  info = param_info(boxed)
+  tx, is_trainable = build_optimizer(config, info, custom)
+  abstract = abstract_state(boxed, mesh, tx=tx, is_trainable=is_trainable)
+  shardings = shardings_of(abstract)
   check_results(config, data, model, objective, abstract.params, batch)
   arrays = {name: constant.arrays for name, constant in constants.items()}
   # Cached, so that a step that was compiled to measure its memory is not compiled again.
@@ -120,10 +121,10 @@ def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Pr
   held_rows, num_microbatches = config.split_batch(num_shards)
   check_microbatches(config, objective, num_microbatches, num_shards)
   stage = dataclasses.replace(stage, config=config, end=stage.end if config.stages else config.num_steps)
-  init = jax.jit(partial(init_state, **parts), out_shardings=shardings)
+  init = jax.jit(partial(init_state, model=model, tx=tx, is_trainable=is_trainable), out_shardings=shardings)
   average = jax.jit(tx.evaluated, out_shardings=shardings.trainable)
   return Program(
-      stage, data, model, objective, tx, is_trainable, arrays, example, abstract, shardings,
+      stage, data, model, objective, tx, is_trainable, arrays, info, abstract, shardings,
       local_rows(mesh, config.rows_per_batch), held_rows, num_microbatches,
       init=lambda: init(jax.random.key(config.seed), example),
       step=make_step(num_microbatches), evaluator=make_evaluator(config, data, model, objective, mesh),

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -185,11 +184,14 @@ def check_results(config: Config, data: Data, model: LanguageModel, objective: O
                   batch: Batch) -> None:
   """Raises ConfigError for a required result that evaluations do not compute; params and batch are abstract.
 
-  The config itself has checked what is known without data and model.
+  The config itself has checked what is known without data and model. The loss, which most runs need alone, is always
+  computed, so that these runs start without tracing an evaluation.
   """
-  if config.eval.answers or not data.val or not config.eval.every:  # metrics of answers depend on the validator
+  required = {name for names in config.required_results.values() for name in names} - {'val/loss'}
+  # Metrics of answers depend on the validator.
+  if not required or config.eval.answers or not data.val or not config.eval.every:
     return
-  eval_objective, size = objective.eval_objective(), jnp.zeros(model.cfg.vocab_size, jnp.int32)
+  eval_objective, size = objective.eval_objective(), np.zeros(model.cfg.vocab_size, np.int32)
   sums = jax.eval_shape(partial(eval_step, model=model, token_bytes=size, objective=eval_objective), params, batch)
   results = eval_objective.summarize({name: np.ones(x.shape) for name, x in sums.items()})
   known = {f'val/{name}' for name in results}

@@ -22,7 +22,6 @@ from llm_jax.infer.load import load_run, tokenizers_of
 from llm_jax.optim.chain import OptimConfig
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.program import Program
-from llm_jax.training.shardings import param_info
 from llm_jax.training.state import TrainState
 
 
@@ -138,7 +137,7 @@ def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
     path = Path(config.start.run).expanduser() / f'{other[0]}.json'
     raise ConfigError(f'config.start.run: {config.start.run} has another {other[0]}; set '
                       f'--config.data.{other[0]}={path if path.is_file() else "none"}')
-  mine, info = by_name(fresh.params), param_info(program.example, model=program.model)
+  mine, info = by_name(fresh.params), program.info
   exporter = EXPORTERS['packed' if getattr(run.config.model, 'einsum', '') == 'packed' else 'plain']
   other = exporter.restore(config, run.params, fresh.params, info)
   wrong = [name for name in mine.keys() & other.keys() if mine[name].shape != other[name].shape]

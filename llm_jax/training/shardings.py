@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,13 +21,17 @@ from llm_jax.models.protocol import LanguageModel
 from llm_jax.training.state import TrainState
 
 
-def param_shardings(example: Batch, mesh: Mesh, *, model: LanguageModel) -> tuple[Params, Params]:
-  """(abstract parameters, their NamedShardings by logical axes).
+def boxed_params(example: Batch, *, model: LanguageModel) -> Params:
+  """The abstract parameters in Flax's boxes, which hold logical axes and roles. Traces the model."""
+  return jax.eval_shape(lambda example: model.init(jax.random.key(0), example), example)['params']
+
+
+def abstract_params(boxed: Params, mesh: Mesh) -> Params:
+  """The parameters as ShapeDtypeStructs with shardings by logical axes.
 
   A parameter without logical axes is sharded over fsdp along its largest divisible dimension. Raises ConfigError if a
   dimension with a logical axis does not divide over its mesh axes.
   """
-  boxed = jax.eval_shape(model.init, jax.random.key(0), example)['params']
   abstract = nn.unbox(boxed)
 
   def sharding(leaf: jax.ShapeDtypeStruct, spec: P) -> NamedSharding:
@@ -35,7 +40,7 @@ def param_shardings(example: Batch, mesh: Mesh, *, model: LanguageModel) -> tupl
 
   shardings = jax.tree.map(sharding, abstract, nn.get_partition_spec(boxed))
   check_divisible(abstract, shardings)
-  return abstract, shardings
+  return placed(abstract, shardings)
 
 
 def largest_over_fsdp(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> P:
@@ -46,20 +51,16 @@ def largest_over_fsdp(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> P:
   return P(*('fsdp' if i == sizes.index(max(sizes)) else None for i in range(leaf.ndim)))
 
 
-def param_info(example: Batch, *, model: LanguageModel) -> Params:
+def param_info(boxed: Params) -> Params:
   """A tree of ParamInfo: logical axes, shape and roles of every parameter."""
-  boxed = jax.eval_shape(model.init, jax.random.key(0), example)['params']
   return jax.tree.map(info_of, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
 
-def state_shardings(example: Batch, mesh: Mesh, *, model: LanguageModel, tx: optax.GradientTransformation,
-                    is_trainable: Callable[[tuple], bool] = lambda path: True) -> Any:
-  """A TrainState of NamedShardings: optimizer state is sharded like its parameter, everything else is replicated."""
-  whole, shardings = param_shardings(example, mesh, model=model)
-  abstract, _ = split(whole, is_trainable)
-  trainable, frozen = split(shardings, is_trainable)
-  by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in zip(
-      jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(trainable), strict=True)}
+def abstract_state(boxed: Params, mesh: Mesh, *, tx: optax.GradientTransformation,
+                   is_trainable: Callable[[tuple], bool] = lambda path: True) -> TrainState:
+  """The state as ShapeDtypeStructs: optimizer state is sharded like its parameter, everything else is replicated."""
+  trainable, frozen = split(abstract_params(boxed, mesh), is_trainable)
+  by_path = {path: (leaf.shape, leaf.sharding) for path, leaf in jax.tree_util.tree_leaves_with_path(trainable)}
   replicated: Any = NamedSharding(mesh, P())
 
   def sharding_of(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -71,5 +72,17 @@ def state_shardings(example: Batch, mesh: Mesh, *, model: LanguageModel, tx: opt
       return NamedSharding(mesh, P(None, *sharding.spec))
     return sharding if shape == leaf.shape else replicated
 
-  opt_state = jax.tree_util.tree_map_with_path(sharding_of, jax.eval_shape(tx.init, abstract))
-  return TrainState(replicated, trainable, frozen, opt_state)
+  opt_state = jax.eval_shape(tx.init, split(nn.unbox(boxed), is_trainable)[0])
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+  return TrainState(step, trainable, frozen, placed(  # type: ignore[arg-type]
+      opt_state, jax.tree_util.tree_map_with_path(sharding_of, opt_state)))
+
+
+def placed(abstract: Any, shardings: Any) -> Any:
+  """A tree of ShapeDtypeStructs with these shardings."""
+  return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings)
+
+
+def shardings_of(abstract: Any) -> Any:
+  """The NamedShardings of a tree of ShapeDtypeStructs."""
+  return jax.tree.map(lambda leaf: leaf.sharding, abstract)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from llm_jax.base.batch import Batch, Metrics, Params
@@ -41,14 +42,6 @@ def init_state(key: jax.Array, example: Batch, *, model: LanguageModel, tx: opta
   """A fresh state. A pure function; only the shapes of `example` are used."""
   trainable, frozen = split(nn.unbox(model.init(key, example)['params']), is_trainable)
   return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, tx.init(trainable))
-
-
-def abstract_state(example: Batch, shardings: TrainState, *, model: LanguageModel, tx: optax.GradientTransformation,
-                   is_trainable: Callable[[tuple], bool] = lambda path: True) -> TrainState:
-  """The state as ShapeDtypeStructs with the given shardings."""
-  state = jax.eval_shape(lambda key: init_state(key, example, model=model, tx=tx, is_trainable=is_trainable),
-                         jax.random.key(0))
-  return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, shardings)
 
 
 def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: optax.GradientTransformation, seed: int,
@@ -118,11 +111,11 @@ def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,
   return jax.lax.scan(body, zeros, xs)[0]
 
 
-def eval_step(params: Params, batch: Batch, *, model: LanguageModel, token_bytes: jax.Array,
+def eval_step(params: Params, batch: Batch, *, model: LanguageModel, token_bytes: np.ndarray,
               objective: Objective = NEXT_TOKEN) -> Metrics:
   """Sums over a batch, NAME/... for each loss; they add up to the same total for any split of a data set."""
   return model.apply({'params': params}, batch,
-                     method=lambda module, batch: objective.score(module, batch, token_bytes))
+                     method=lambda module, batch: objective.score(module, batch, jnp.asarray(token_bytes)))
 
 
 def _by_layer(path: Any, leaf: jax.Array) -> list[tuple[str, jax.Array]]:

@@ -29,7 +29,7 @@ from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import OptimConfig, make_optimizer
 from llm_jax.optim.groups import trainable_paths
-from llm_jax.training.shardings import param_info, state_shardings
+from llm_jax.training.shardings import abstract_state, boxed_params, param_info, shardings_of
 from llm_jax.training.state import NEXT_TOKEN, eval_step, init_state, train_step
 
 CFG = DecoderConfig(vocab_size=32, max_len=16, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, dtype='float32',
@@ -77,14 +77,14 @@ LONG = build(OptimConfig, {
 
 def long_chain():
   """(the optimizer, whether a path is trainable)"""
-  info = param_info(Batch(**features(0)), model=make_model(CFG))
+  info = param_info(boxed_params(Batch(**features(0)), model=make_model(CFG)))
   return make_optimizer(LONG, 20, info), trainable_paths(LONG.groups, info)
 
 
 def test_optimizer_states_are_sharded_like_parameters():
   tx, is_trainable = long_chain()
-  shardings = state_shardings(Batch(**features(0)), make_mesh(MeshConfig(2, 2, 2)), model=make_model(CFG), tx=tx,
-                              is_trainable=is_trainable)
+  boxed = boxed_params(Batch(**features(0)), model=make_model(CFG))
+  shardings = shardings_of(abstract_state(boxed, make_mesh(MeshConfig(2, 2, 2)), tx=tx, is_trainable=is_trainable))
   lies = {leaf.spec for leaf in jax.tree.leaves(shardings.params)}
   sharded = [s.spec for s in jax.tree.leaves(shardings.opt_state) if s.spec != P()]
   assert len(sharded) > 2 * sum(s.spec != P() for s in jax.tree.leaves(shardings.params)) - 8
