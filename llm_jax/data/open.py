@@ -79,8 +79,8 @@ def open_data(config: DataConfig) -> Data:
   if bins and tokenizer is not None and not _takes_ids(config):
     raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is fitted to texts, but '
                       f'{shown(sources[next(iter(bins))].path)} holds token ids; set the tokenizer of these ids')
-  by_source = {name: _map_bins(config, source, bins[name]) if name in bins else
-               _stores(config, source, corpora[name], tokenizer, encoder_tokenizer, key)
+  recipes = {name: _recipe(config, sources[name], corpora[name], tokenizer, encoder_tokenizer, key) for name in corpora}
+  by_source = {name: _map_bins(config, source, bins[name]) if name in bins else _stores(config, recipes[name])
                for name, source in sources.items()}
   splits = {split: {name: s[split] for name, s in by_source.items() if split in s and len(s[split].tokens)}
             for split in SPLITS}
@@ -202,8 +202,36 @@ def _takes_ids(config: DataConfig) -> bool:
   return (config.tokenizer not in TOKENIZERS or config.tokenizer == 'byte') and config.encoder_tokenizer is None
 
 
-def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer: Tokenizer | None,
-            encoder_tokenizer: Tokenizer | None, tokenizer_key: str) -> dict[str, TokenStore]:
+@dataclasses.dataclass(frozen=True)
+class StoreRecipe:
+  """Everything that determines a store, and its folder in the cache."""
+
+  corpus: Corpus
+  tokenizer: Tokenizer | None
+  encoder_tokenizer: Tokenizer | None
+  folder: Path
+  dtype: str
+  takes_ids: bool
+  about: dict[str, Any]
+
+  def make(self, corpus: Corpus, folder: Path, shard_tokens: int) -> None:
+    """Writes the store of a corpus, or of a part of it, if the folder is missing. Raises DataError, StorageError."""
+    make_store(corpus, self.tokenizer, folder, self.dtype, shard_tokens, self.takes_ids, self.about,
+               self.encoder_tokenizer)
+
+
+def store_recipes(config: DataConfig) -> dict[str, StoreRecipe]:
+  """The recipe of each source's store; fits a tokenizer that is not in the cache. Sources of .bin files have none."""
+  config.check_paths()
+  sources = config.named_sources
+  bins = {name for name, source in sources.items() if _bins(config, source)}
+  corpora = {name: open_corpus(config, name, source) for name, source in sources.items() if name not in bins}
+  tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
+  return {name: _recipe(config, sources[name], corpora[name], tokenizer, encoder_tokenizer, key) for name in corpora}
+
+
+def _recipe(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer: Tokenizer | None,
+            encoder_tokenizer: Tokenizer | None, tokenizer_key: str) -> StoreRecipe:
   if tokenizer is None:
     dtype = source.dtype or 'uint32'
   else:
@@ -215,7 +243,14 @@ def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer:
   about: dict[str, Any] = {'path': shown(source.path), 'tokenizer': kind}
   if encoder_tokenizer is not None:
     about |= {'encoder_tokenizer': config.encoder_tokenizer, 'encoder_vocab_size': len(encoder_tokenizer.token_bytes)}
-  make_store(corpus, tokenizer, folder, dtype, config.shard_tokens, _takes_ids(config), about, encoder_tokenizer)
+  return StoreRecipe(corpus, tokenizer, encoder_tokenizer, folder, dtype, _takes_ids(config), about)
+
+
+def _stores(config: DataConfig, recipe: StoreRecipe) -> dict[str, TokenStore]:
+  folder = recipe.folder
+  if not folder.exists() and next(folder.parent.glob(f'{folder.name}.shard-*'), None):
+    LOADERS['shards'].merge(folder)
+  recipe.make(recipe.corpus, folder, config.shard_tokens)
   if config.verify:
     store.verify(folder)
   return {split: open_split(folder, split) for split in SPLITS}

@@ -25,7 +25,7 @@ from llm_jax.base.errors import DataError
 from llm_jax.base.progress import progress_bar
 from llm_jax.data.stores.token_files import TokenFile, document_starts, sampled_sha256
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TokenStore:
 
   tokens: Any  # Tokens, or an array [num_tokens]
   starts: np.ndarray  # int64 [D], ascending, 0 first
-  sha256: str  # of tokens, starts, answers and labels: identifies the data
+  sha256: str  # of tokens, starts, answers and labels, not of their files: identifies the data
   num_bytes: float  # of the text; 0: unknown
   answers: np.ndarray | None = None  # int64 [D]
   labels: np.ndarray | None = None  # float64 [D] or [D, C]
@@ -90,9 +90,7 @@ def open_split(folder: Path, split: str) -> TokenStore:
       columns['classes'] = tuple(classes[i] for i in np.argsort(values))
   elif 'labels' in columns and manifest['label_width'] > 1:
     columns['labels'] = columns['labels'].reshape(-1, manifest['label_width'])
-  of_split = sorted(name for name in manifest['files'] if name.startswith((f'{split}-', f'{split}.')))
-  sha256 = hashlib.sha256(''.join(manifest['files'][name]['sha256'] for name in of_split).encode()
-                          + json.dumps(classes).encode()).hexdigest()
+  sha256 = hashlib.sha256(json.dumps([about['identity'], about['pieces'], manifest['ends']]).encode()).hexdigest()
   learnt_bytes = about.get('answer_bytes', about['bytes'])
   return TokenStore(Tokens(files), np.fromfile(folder / f'{split}.starts', 'int64'), sha256, about['bytes'],
                     bytes_scale=learnt_bytes / (about['token_bytes'] or learnt_bytes or 1),
