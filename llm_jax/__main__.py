@@ -29,6 +29,7 @@ COMMANDS = {
     'sweep': ('extras.commands.sweep', "train all trials of a config's sweep"),
     'validate': ('extras.commands.validate', 'check files with a validator of answers'),
     'data prepare': ('commands.data_prepare', 'tokenize the data of a config into the cache'),
+    'data merge': ('extras.commands.data_merge', 'merge the shards of prepared data'),
     'data inspect': ('extras.commands.data_inspect', 'print and plot statistics of data'),
     'data convert': ('extras.commands.convert', 'convert a pickle to Parquet without running its code'),
 }

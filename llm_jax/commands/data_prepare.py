@@ -1,9 +1,13 @@
 """Tokenizes the data of a config into the cache, so that training starts at once.
 
-Without a config, the fields of config.data are flags.
+Without a config, the fields of config.data are flags. Data that take one machine too long are prepared in shards by
+processes that share config.data.cache_dir, such as the tasks of a SLURM array or of an indexed Kubernetes job; each can
+be started again. `llm-jax data merge`, or the training run, then merges them into the store of one process.
 
   llm-jax data prepare --config=gpt_small
   llm-jax data prepare --path='data/*.jsonl.gz' --field=text --tokenizer=bpe
+  llm-jax data prepare --config=my_data.py --shard=$SLURM_ARRAY_TASK_ID/64
+  llm-jax data prepare --config=my_data.py --dask=scheduler:8786 --num_shards=64
 """
 
 from __future__ import annotations
@@ -24,12 +28,23 @@ if TYPE_CHECKING:
 def parser() -> flags.Parser:
   parser = flags.Parser('data prepare', __doc__, fields='llm_jax.data.config:DataConfig')
   add_data(parser)
+  parser.add_argument('--shard', metavar='INDEX/COUNT', help='prepare one shard only, as 0/8')
+  parser.add_argument('--dask', metavar='ADDRESS', help='prepare on the workers of this Dask scheduler, and merge')
+  parser.add_argument('--num_shards', type=int, metavar='N', help='for --dask; default: 4 for each worker')
   return parser
 
 
 def main(argv: list[str]) -> None:
-  config, _ = parse(parser(), argv)
+  config, args = parse(parser(), argv)
   from llm_jax.data.config import cache_dir
+  from llm_jax.data.loaders import LOADERS
+  if (args.shard and args.dask) or (args.num_shards is not None and not args.dask):
+    raise ConfigError('--dask: makes all shards, --num_shards of them; --shard makes one without Dask')
+  if args.shard:
+    LOADERS['shards'].prepare(config, args.shard)
+    return
+  if args.dask:
+    LOADERS['dask'](config, args.dask, args.num_shards, args.plugin)
   from llm_jax.data.open import open_data
   begin = time.perf_counter()
   waiting('reading data')

@@ -51,6 +51,7 @@ class DataConfig(SourceConfig, SplitConfig):
   num_workers: int = 0  # processes that make batches; 0: one thread
   shard_tokens: int = 1 << 27  # tokens per file of a store
   verify: bool = False  # check the sha256 of every file of a store when opening it
+  remote_cache_gb: float = 50.0  # GB of a store in object storage that are kept on this machine
   cache_dir: str | None = None  # None: $LLM_JAX_CACHE, else ~/.cache/llm_jax
 
   def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class DataConfig(SourceConfig, SplitConfig):
     for field in ('seq_len', 'encoder_len', 'shard_tokens', 'shuffle_buffer', 'max_record_bytes', 'min_frequency'):
       if getattr(self, field) < 1:
         problems.append(f'{field} must be at least 1; got {getattr(self, field)}')
-    for field in ('cache_mb', 'num_workers', 'val_documents', 'test_documents'):
+    for field in ('cache_mb', 'remote_cache_gb', 'num_workers', 'val_documents', 'test_documents'):
       if getattr(self, field) < 0:
         problems.append(f'{field} must not be negative; got {getattr(self, field)}')
     if not 0 <= self.val_fraction < 1:

@@ -22,6 +22,7 @@ from llm_jax.data.sources.files import Source, locate, open_source
 from llm_jax.data.sources.filters import FilterConfig, Report
 from llm_jax.data.sources.splits import SPLITS, SplitConfig, borders
 from llm_jax.data.stores import store
+from llm_jax.data.stores.prepared import find_prepared, prepared_tokenizers
 from llm_jax.data.stores.store import TokenStore, mapped_store, open_split
 from llm_jax.data.stores.token_files import TokenFile, open_bin
 from llm_jax.data.tokenizers.tokenizer import (
@@ -71,17 +72,29 @@ def open_data(config: DataConfig) -> Data:
   """Opens the stores; makes those that are not in the cache. Raises DataError, ConfigError, StorageError."""
   config.check_paths()
   sources = config.named_sources
+  prepared = {name: ready for name, source in sources.items() if (ready := find_prepared(config, source))}
   if config.streaming:
+    if prepared:
+      raise ConfigError(f'config.data.streaming: {shown(sources[next(iter(prepared))].path)} is a prepared store, '
+                        'which is read from its files; set streaming to False')
     return LOADERS['stream'].open(config)
-  bins = {name: found for name, source in sources.items() if (found := _bins(config, source))}
-  corpora = {name: open_corpus(config, name, source) for name, source in sources.items() if name not in bins}
-  tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
-  if bins and tokenizer is not None and not _takes_ids(config):
+  bins = {name: found for name, source in sources.items() if name not in prepared and (found := _bins(config, source))}
+  corpora = {name: open_corpus(config, name, source) for name, source in sources.items()
+             if name not in bins and name not in prepared}
+  if prepared:
+    tokenizer, encoder_tokenizer = prepared_tokenizers(prepared)
+    key = key_of([t.to_json() if t else None for t in (tokenizer, encoder_tokenizer)])
+    print(f'data: {", ".join(prepared)}: prepared, with its splits, filters and tokenizer', flush=True)
+  else:
+    tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
+  if bins and tokenizer is not None and not prepared and not _takes_ids(config):
     raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is fitted to texts, but '
                       f'{shown(sources[next(iter(bins))].path)} holds token ids; set the tokenizer of these ids')
-  by_source = {name: _map_bins(config, source, bins[name]) if name in bins else
-               _stores(config, source, corpora[name], tokenizer, encoder_tokenizer, key)
-               for name, source in sources.items()}
+  recipes = {name: _recipe(config, sources[name], corpora[name], tokenizer, encoder_tokenizer, key) for name in corpora}
+  opened = {name: found.splits(config.verify) for name, found in prepared.items()}
+  opened |= {name: _map_bins(config, sources[name], found) for name, found in bins.items()}
+  opened |= {name: _stores(config, recipe) for name, recipe in recipes.items()}
+  by_source = {name: opened[name] for name in sources}
   splits = {split: {name: s[split] for name, s in by_source.items() if split in s and len(s[split].tokens)}
             for split in SPLITS}
   reports = {name: report for name, s in by_source.items() if 'train' in s and (report := s['train'].report)}
@@ -93,7 +106,7 @@ def open_data(config: DataConfig) -> Data:
         counts = f'; {", ".join(map(str.strip, Report.from_dict(reports[name]).lines()))}' if name in reports else ''
         raise DataError(f'config.data.path: {shown(source.path)} gives {num_tokens} token(s) for {split}, which needs '
                         f'2 or more (config.data.split {config.split}, val_fraction {config.val_fraction}{counts})')
-      if tokenizer is not None:
+      if tokenizer is not None and name not in prepared:
         _check_tokens(source, splits[split][name], tokenizer, encoder_tokenizer, is_bin=name in bins)
   return dataclasses.replace(data_of(config, splits, tokenizer, encoder_tokenizer), reports=reports)
 
@@ -113,7 +126,7 @@ def data_of(config: DataConfig, splits: dict[str, dict[str, TokenStore]], tokeni
     return Data(splits, tokenizer, len(tokenizer.token_bytes), tokenizer.bos_id, tokenizer.eos_id,
                 encoder_tokenizer=encoder_tokenizer)
   eot_id = next(iter(config.named_sources.values())).eot_id
-  vocab_size = 1 + max(_max_id(tokens) for stores in splits.values() for tokens in stores.values())
+  vocab_size = max(tokens.vocab_size or 1 + _max_id(tokens) for stores in splits.values() for tokens in stores.values())
   return Data(splits, None, vocab_size, eot_id, eot_id)
 
 
@@ -202,8 +215,36 @@ def _takes_ids(config: DataConfig) -> bool:
   return (config.tokenizer not in TOKENIZERS or config.tokenizer == 'byte') and config.encoder_tokenizer is None
 
 
-def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer: Tokenizer | None,
-            encoder_tokenizer: Tokenizer | None, tokenizer_key: str) -> dict[str, TokenStore]:
+@dataclasses.dataclass(frozen=True)
+class StoreRecipe:
+  """Everything that determines a store, and its folder in the cache."""
+
+  corpus: Corpus
+  tokenizer: Tokenizer | None
+  encoder_tokenizer: Tokenizer | None
+  folder: Path
+  dtype: str
+  takes_ids: bool
+  about: dict[str, Any]
+
+  def make(self, corpus: Corpus, folder: Path, shard_tokens: int) -> None:
+    """Writes the store of a corpus, or of a part of it, if the folder is missing. Raises DataError, StorageError."""
+    make_store(corpus, self.tokenizer, folder, self.dtype, shard_tokens, self.takes_ids, self.about,
+               self.encoder_tokenizer)
+
+
+def store_recipes(config: DataConfig) -> dict[str, StoreRecipe]:
+  """The recipe of each source's store; fits a tokenizer that is not in the cache. Sources of .bin files have none."""
+  config.check_paths()
+  sources = config.named_sources
+  bins = {name for name, source in sources.items() if _bins(config, source)}
+  corpora = {name: open_corpus(config, name, source) for name, source in sources.items() if name not in bins}
+  tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
+  return {name: _recipe(config, sources[name], corpora[name], tokenizer, encoder_tokenizer, key) for name in corpora}
+
+
+def _recipe(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer: Tokenizer | None,
+            encoder_tokenizer: Tokenizer | None, tokenizer_key: str) -> StoreRecipe:
   if tokenizer is None:
     dtype = source.dtype or 'uint32'
   else:
@@ -215,7 +256,14 @@ def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer:
   about: dict[str, Any] = {'path': shown(source.path), 'tokenizer': kind}
   if encoder_tokenizer is not None:
     about |= {'encoder_tokenizer': config.encoder_tokenizer, 'encoder_vocab_size': len(encoder_tokenizer.token_bytes)}
-  make_store(corpus, tokenizer, folder, dtype, config.shard_tokens, _takes_ids(config), about, encoder_tokenizer)
+  return StoreRecipe(corpus, tokenizer, encoder_tokenizer, folder, dtype, _takes_ids(config), about)
+
+
+def _stores(config: DataConfig, recipe: StoreRecipe) -> dict[str, TokenStore]:
+  folder = recipe.folder
+  if not folder.exists() and next(folder.parent.glob(f'{folder.name}.shard-*'), None):
+    LOADERS['shards'].merge(folder)
+  recipe.make(recipe.corpus, folder, config.shard_tokens)
   if config.verify:
     store.verify(folder)
   return {split: open_split(folder, split) for split in SPLITS}
@@ -258,6 +306,8 @@ def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
   """All of a path as validation data, encoded with existing tokenizers; .bin files are mapped."""
   source = dataclasses.replace(next(iter(config.named_sources.values())), path=path, format='auto', sha256=None,
                                val_path=None, test_path=None)
+  if find_prepared(config, source):
+    raise DataError(f'--data: {shown(path)} is a prepared store; give the texts or ids that it was made from')
   if bins := _bins(config, source):
     val = mapped_store(bins['train'], source.eot_id if tokenizer is None else tokenizer.bos_id)
   else:

@@ -58,8 +58,7 @@ class Endless:
     return {name: x[rows] for name, x in kept.items()}
 
   def _make(self, rows: np.ndarray, positions: np.ndarray) -> Features:
-    return stack([self._examples.make(row, self._rng(position))
-                  for row, position in zip(rows.tolist(), positions.tolist(), strict=True)])
+    return stack(list(self._examples.map(self._examples.make, rows.tolist(), map(self._rng, positions.tolist()))))
 
   def _rng(self, position: int) -> np.random.Generator:
     return np.random.default_rng([self._seed, position]) if self._examples.random else self._unused
@@ -182,7 +181,8 @@ def eval_batches(examples: Examples, batch_size: int, rows: np.ndarray, max_rows
 
   blank = {name: np.zeros_like(x) for name, x in example(0).items()}
   for begin in range(0, count, batch_size):
-    yield stack([example(begin + row) if begin + row < count else blank for row in rows])
+    made = examples.map(lambda row: example(row) if row < count else blank, (begin + rows).tolist())
+    yield stack(list(made))
 
 
 def stack(examples: list[Features]) -> Features:

@@ -262,7 +262,7 @@ def _fetch_by_fsspec(url: str, sha256: str | None, folder: Path) -> list[tuple[s
 
 def _list(url: str) -> list[dict]:
   """Name relative to the URL, path in the file system and size of each file. Raises DataError if there are none."""
-  with _remote(url) as (fs, root):
+  with remote_files(url) as (fs, root):
     if fs.isfile(root):
       return [{'name': PurePosixPath(root).name, 'remote': root, 'size': fs.size(root)}]
     if fs.isdir(root):
@@ -285,7 +285,7 @@ def _list(url: str) -> list[dict]:
 def _copy(url: str, remote: str, bar: Any, out: BinaryIO) -> str:
   """Writes the remote file to `out` and returns its sha256."""
   digest, done = hashlib.sha256(), 0
-  with _remote(url) as (fs, _):
+  with remote_files(url) as (fs, _):
     size = fs.size(remote)
     with fs.open(remote, 'rb') as f:
       while chunk := f.read(4 << 20):
@@ -300,7 +300,7 @@ def _copy(url: str, remote: str, bar: Any, out: BinaryIO) -> str:
 
 
 @contextlib.contextmanager
-def _remote(url: str) -> Iterator[tuple[Any, str]]:
+def remote_files(url: str) -> Iterator[tuple[Any, str]]:
   """The URL's file system and the path in it. Errors inside become a DataError or ConfigError."""
   try:
     import fsspec

@@ -27,7 +27,7 @@ TABLE: dict[str, dict[str, str]] = {
     'rules': {'quality': 'filters'},
     'tokenizer': {'word': 'word_tokenizer'},
     'opened_tokenizer': {'sentencepiece': 'outside_tokenizers', 'tiktoken': 'outside_tokenizers'},
-    'loader': {'stream': 'streaming'},
+    'loader': {'stream': 'streaming', 'shards': 'shards', 'dask': 'dask_shards', 'remote': 'remote_store'},
     'unpacker': {'archive': 'archives', 'stream': 'compression'},
     'exporter': {'packed': 'bitnet_pack'},
     'validator': {'wgsl': 'wgsl'},

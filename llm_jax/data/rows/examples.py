@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,11 @@ class Examples:
   def random(self) -> bool:
     """Whether `make` draws from its rng."""
     return self.task.random or self.augment.random
+
+  @property
+  def map(self) -> Callable[..., Iterable[Any]]:
+    """Calls `make` for many rows."""
+    return getattr(self.rows.store, 'map', map)
 
   def make(self, index: int, rng: np.random.Generator) -> Features:
     """Features of row `index`: a function of the index and the rng's state alone."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_jax.base.errors import DataError, StorageError
+from llm_jax.base.errors import ConfigError, DataError, StorageError
 from llm_jax.base.progress import progress_bar
 from llm_jax.data.sources.documents import BadRecord, Content, Document
 from llm_jax.data.sources.files import Position, Source
@@ -95,6 +95,16 @@ class Corpus:
     found = sum(1 for _ in islice(documents, enough))
     split = dataclasses.replace(self.split, split='tail' if found < enough else 'document')
     return dataclasses.replace(self, split=split)
+
+  def shard(self, index: int, count: int) -> Corpus:
+    """The part `index` of `count`: whole files, in order, of about equal size. Raises ConfigError."""
+    if self.split.split != 'document' and any(side is None for side, _ in self.sides):
+      raise ConfigError(f'config.data.split: {self.split.split} needs all text in one process; for shards set '
+                        'document, or name the validation data by config.data.val_path')
+    if self.filters.deduplicate:
+      raise ConfigError('config.data.filters.deduplicate: compares all documents, which shards cannot; set it to '
+                        'False, or prepare the data in one process')
+    return dataclasses.replace(self, sides=tuple((side, source.shard(index, count)) for side, source in self.sides))
 
   def train_texts(self, parts: tuple[str, ...]) -> Iterator[str]:
     """Texts of the training split, about FIT_BYTES at most, sampled by their hash."""

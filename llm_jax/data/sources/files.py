@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from itertools import islice, takewhile
 from pathlib import Path
 
+import numpy as np
+
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import register
 from llm_jax.data.formats.registry import FORMATS, format_of
@@ -49,6 +51,14 @@ class Source:
   def sizes(self) -> list[int]:
     """Bytes of each file; 0 for generated data."""
     return [sum(size for _, size, _ in _stats(file)) for file in self.files]
+
+  def shard(self, index: int, count: int) -> Source:
+    """The files whose middle lies in part `index` of `count` equal parts of all bytes."""
+    sizes = np.array(self.sizes(), np.float64) + 1
+    parts = ((np.cumsum(sizes) - sizes / 2) / sizes.sum() * count).astype(int)
+    chosen = np.flatnonzero(parts == index)
+    return dataclasses.replace(self, files=tuple(self.files[i] for i in chosen),
+                               formats=tuple(self.formats[i] for i in chosen))
 
   def fingerprint(self) -> list:
     """Names, formats, sizes and modification times of the files, and the code of formats that are not the package's."""

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,14 @@ from llm_jax.base.errors import DataError
 from llm_jax.base.progress import progress_bar
 from llm_jax.data.stores.token_files import TokenFile, document_starts, sampled_sha256
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
   """Several token files as one flat array: supports `len`, and slices with step 1."""
 
-  files: tuple[TokenFile, ...]
+  files: tuple[Any, ...]  # TokenFile, or others with size and array
 
   @cached_property
   def _begins(self) -> list[int]:
@@ -57,7 +57,7 @@ class TokenStore:
 
   tokens: Any  # Tokens, or an array [num_tokens]
   starts: np.ndarray  # int64 [D], ascending, 0 first
-  sha256: str  # of tokens, starts, answers and labels: identifies the data
+  sha256: str  # of tokens, starts, answers and labels, not of their files: identifies the data
   num_bytes: float  # of the text; 0: unknown
   answers: np.ndarray | None = None  # int64 [D]
   labels: np.ndarray | None = None  # float64 [D] or [D, C]
@@ -66,19 +66,27 @@ class TokenStore:
   bytes_scale: float = 1.0
   report: dict | None = None  # of the filters, for all splits together
   classes: tuple[str, ...] = ()  # names of the classes 0, 1, ...; empty if labels are numbers
+  vocab_size: int | None = None  # above all ids; None: unknown
+  map: Callable[..., Iterable[Any]] = map  # makes many rows: where reading them takes long, in threads
 
 
-def open_split(folder: Path, split: str) -> TokenStore:
-  """Opens one split of a store. Raises DataError when a file is missing or its size differs from the manifest."""
+def open_split(folder: Path, split: str, token_file: Callable[[Path, str, int], Any] = TokenFile,
+               **fields: Any) -> TokenStore:
+  """Opens one split of a store. Raises DataError when a file is missing or its size differs from the manifest.
+
+  `token_file` opens a file of tokens from (path, dtype, number of tokens); others than TokenFile check it themselves.
+  """
   manifest = read_manifest(folder)
   for name, entry in manifest['files'].items():
+    if name.endswith('.tokens') and token_file is not TokenFile:
+      continue
     size = (folder / name).stat().st_size if (folder / name).exists() else 'none'
     if size != entry['size']:
       raise DataError(f'{folder / name}: size is {size}, the manifest says {entry["size"]}; '
                       'delete the folder and start again')
   dtype, about = manifest['dtype'], manifest['splits'][split]
   names = sorted(name for name in manifest['files'] if name.startswith(f'{split}-') and name.endswith('.tokens'))
-  files = tuple(TokenFile(folder / name, dtype, manifest['files'][name]['size'] // np.dtype(dtype).itemsize)
+  files = tuple(token_file(folder / name, dtype, manifest['files'][name]['size'] // np.dtype(dtype).itemsize)
                 for name in names)
   columns: dict[str, Any] = {kind: np.fromfile(folder / f'{split}.{kind}', dtype)
              for kind, dtype in (('answers', 'int64'), ('labels', 'float64')) if f'{split}.{kind}' in manifest['files']}
@@ -90,13 +98,11 @@ def open_split(folder: Path, split: str) -> TokenStore:
       columns['classes'] = tuple(classes[i] for i in np.argsort(values))
   elif 'labels' in columns and manifest['label_width'] > 1:
     columns['labels'] = columns['labels'].reshape(-1, manifest['label_width'])
-  of_split = sorted(name for name in manifest['files'] if name.startswith((f'{split}-', f'{split}.')))
-  sha256 = hashlib.sha256(''.join(manifest['files'][name]['sha256'] for name in of_split).encode()
-                          + json.dumps(classes).encode()).hexdigest()
+  sha256 = hashlib.sha256(json.dumps([about['identity'], about['pieces'], manifest['ends']]).encode()).hexdigest()
   learnt_bytes = about.get('answer_bytes', about['bytes'])
   return TokenStore(Tokens(files), np.fromfile(folder / f'{split}.starts', 'int64'), sha256, about['bytes'],
                     bytes_scale=learnt_bytes / (about['token_bytes'] or learnt_bytes or 1),
-                    report=manifest.get('report'), **columns)
+                    report=manifest.get('report'), vocab_size=manifest['vocab_size'], **columns, **fields)
 
 
 def class_values(classes: Sequence[str]) -> np.ndarray:

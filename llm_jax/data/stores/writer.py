@@ -15,6 +15,7 @@ import numpy as np
 from llm_jax.base.errors import DataError, StorageError
 from llm_jax.data.sources.documents import Content, Document
 from llm_jax.data.sources.splits import SPLITS, size
+from llm_jax.data.stores import identity
 from llm_jax.data.stores.store import VERSION, file_sha256
 from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
@@ -43,7 +44,8 @@ class StoreWriter:
     saved = json.loads(self._progress.read_text()) if self._progress.exists() else {}
     self.reader_state: Any = saved.get('reader')
     self.counts: dict[str, dict[str, int]] = saved.get('counts') or {
-        split: {'tokens': 0, 'documents': 0, 'bytes': 0, 'token_bytes': 0} for split in SPLITS}
+        split: {'tokens': 0, 'documents': 0, 'bytes': 0, 'token_bytes': 0, 'pieces': 0, 'identity': 0}
+        for split in SPLITS}
     self.about = saved.get('about') or {'max_id': -1, 'answers': None, 'label_width': None, 'classes': []}
     lengths = saved.get('lengths', {})
     for path in folder.iterdir():
@@ -69,6 +71,8 @@ class StoreWriter:
       self._append(split, text, is_prompt=self.encoder_tokenizer is not None)
       self._append(split, answer)
       counts, answer_bytes = self.counts[split], num_bytes(document.answer, answer, self._token_bytes)
+      counts['identity'] = identity.joined(counts['identity'], identity.digest(document, (text, answer)), 1)
+      counts['pieces'] += 1
       counts['bytes'] += num_bytes(document.text, text, self._prompt_bytes) + answer_bytes
       if self.encoder_tokenizer is not None:
         counts['answer_bytes'] = counts.get('answer_bytes', 0) + answer_bytes
@@ -166,6 +170,7 @@ class StoreWriter:
     vocab_size = len(self.tokenizer.token_bytes) if self.tokenizer else self.about['max_id'] + 1
     write_json(self.folder / 'manifest.json', {
         'version': VERSION, 'dtype': self.dtype.name, 'vocab_size': vocab_size, 'splits': self.counts,
+        'ends': [self.bos_id, self.eos_id],
         'label_width': self.about['label_width'] or 0, 'classes': self.about['classes'], **about,
         'files': {p.name: {'size': p.stat().st_size, 'sha256': file_sha256(p)} for p in files}})
     os.rename(self.folder, target)

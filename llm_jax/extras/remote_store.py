@@ -1,0 +1,186 @@
+"""Token stores in object storage (gs://, s3:// and others of fsspec): blocks are fetched when a row first needs them.
+
+The blocks are kept in the cache, at most data.remote_cache_gb of them; those not used for longest are deleted first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_jax.base.errors import DataError, StorageError
+from llm_jax.base.registry import NoSettings, register
+from llm_jax.data.config import DataConfig, cache_dir
+from llm_jax.data.loaders import LOADERS
+from llm_jax.data.sources.documents import shown
+from llm_jax.data.stores.prepared import Prepared
+from llm_jax.data.stores.store import read_manifest
+from llm_jax.extras.fetch import remote_files
+
+BLOCK_BYTES = 256 << 10  # a row needs a few KB, and a request costs about as much time as this many bytes
+NUM_THREADS = 32
+TRIES, WAIT = 4, 0.5  # of a request; seconds before the second one, doubled for each further one
+CHECK_EVERY = 256  # blocks written between two looks at the size of the cache
+
+
+@dataclasses.dataclass
+class Blocks:
+  """The blocks of one store on this machine; shared by processes, and pickled without its file system."""
+
+  url: str
+  folder: Path
+  max_bytes: float
+  _written: int = 0
+
+  @cached_property
+  def _remote(self) -> tuple[Any, str]:
+    with remote_files(self.url) as found:
+      return found
+
+  @cached_property
+  def _threads(self) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(NUM_THREADS, thread_name_prefix='blocks')
+
+  def __getstate__(self) -> dict:
+    return {name: value for name, value in vars(self).items() if name in ('url', 'folder', 'max_bytes', '_written')}
+
+  def map(self, make: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Any]:
+    """As the builtin, in threads: rows wait for their requests at the same time."""
+    return self._threads.map(make, *arguments)
+
+  def get(self, name: str, number: int, size: int) -> bytes:
+    """A block, of `size` bytes, from this machine or fetched."""
+    kept = self._kept(name, number, size)
+    return self._fetch(name, number, size) if kept is None else kept
+
+  def fetch_whole(self, name: str) -> bytes:
+    return self._request(name, None, None)
+
+  def _path(self, name: str, number: int) -> Path:
+    return self.folder / f'{name}.{number:07}'
+
+  def _kept(self, name: str, number: int, size: int) -> bytes | None:
+    path = self._path(name, number)
+    try:
+      content = path.read_bytes()
+      os.utime(path)  # for the order of deletion; the time of reading is not kept on every file system
+    except OSError:  # never fetched, or deleted by another process
+      return None
+    return content if len(content) == size else None
+
+  def _fetch(self, name: str, number: int, size: int) -> bytes:
+    begin = number * BLOCK_BYTES
+    content = self._request(name, begin, begin + size)
+    if len(content) != size:
+      raise DataError(f'{shown(self.url)}/{name}: has {len(content)} bytes from byte {begin} on where the manifest '
+                      f'says {size}; upload the store again')
+    path = self._path(name, number)
+    aside = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.partial')
+    try:
+      aside.write_bytes(content)
+      os.replace(aside, path)
+    except OSError as e:
+      raise StorageError(f'{path}: cannot be written ({e.strerror or e}); lower config.data.remote_cache_gb, or set '
+                         'config.data.cache_dir to another folder') from None
+    self._written += 1
+    if self._written % CHECK_EVERY == 0:
+      self.prune()
+    return content
+
+  def _request(self, name: str, begin: int | None, end: int | None) -> bytes:
+    for attempt in range(TRIES):
+      try:
+        with remote_files(self.url):  # turns the errors of file systems into a DataError
+          fs, root = self._remote
+          return fs.cat_file(f'{root.rstrip("/")}/{name}', start=begin, end=end)
+      except DataError:
+        if attempt == TRIES - 1:
+          raise
+        time.sleep(WAIT * 2 ** attempt)
+    raise AssertionError('the last try returns or raises')
+
+  def prune(self) -> None:
+    """Deletes the blocks that were not used for longest, until nine tenths of the bound are left."""
+    found = []
+    for path in self.folder.glob('*.tokens.*'):
+      with contextlib.suppress(OSError):
+        found.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = sum(size for _, size, _ in found)
+    if total <= self.max_bytes:
+      return
+    for _, size, path in sorted(found):
+      if total <= 0.9 * self.max_bytes:
+        break
+      path.unlink(missing_ok=True)
+      total -= size
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteTokens:
+  """A token file in object storage; `array[begin:end]` fetches the blocks that the slice needs."""
+
+  blocks: Blocks
+  name: str
+  dtype: str
+  size: int
+
+  @property
+  def path(self) -> str:
+    return f'{shown(self.blocks.url)}/{self.name}'
+
+  @property
+  def array(self) -> RemoteTokens:
+    return self
+
+  def __getitem__(self, where: slice) -> np.ndarray:
+    begin, end, _ = where.indices(self.size)
+    if end <= begin:
+      return np.zeros(0, self.dtype)
+    width = np.dtype(self.dtype).itemsize
+    first, last = begin * width // BLOCK_BYTES, -(-end * width // BLOCK_BYTES)
+    content = b''.join(self.blocks.get(self.name, number, min(BLOCK_BYTES, self.size * width - number * BLOCK_BYTES))
+                       for number in range(first, last))
+    return np.frombuffer(content, self.dtype, end - begin, begin * width - first * BLOCK_BYTES)
+
+
+def open_remote(url: str, config: DataConfig) -> Prepared | None:
+  """The store at a URL; None where there is no manifest. Raises DataError, ConfigError, StorageError."""
+  with remote_files(url) as (fs, root):
+    manifest_path = f'{root.rstrip("/")}/manifest.json'
+    if not fs.exists(manifest_path):
+      return None
+    manifest = fs.cat_file(manifest_path)
+  # The manifest has the hashes of all files: blocks of another version of the store are never used.
+  key = hashlib.sha256(url.encode() + manifest).hexdigest()[:16]
+  folder = cache_dir(config) / 'remote' / key
+  blocks = Blocks(url, folder, config.remote_cache_gb * 1e9)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'manifest.json').write_bytes(manifest)
+    for name, entry in read_manifest(folder)['files'].items():
+      path = folder / name
+      if path.suffix != '.tokens' and not (path.exists() and path.stat().st_size == entry['size']):
+        content = blocks.fetch_whole(name)
+        if hashlib.sha256(content).hexdigest() != entry['sha256']:
+          raise DataError(f'{shown(url)}/{name}: differs from the manifest; upload the store again')
+        aside = path.with_name(f'{name}.{uuid.uuid4().hex[:8]}.partial')
+        aside.write_bytes(content)
+        os.replace(aside, path)
+  except OSError as e:
+    raise StorageError(f'{folder}: cannot be written: {e.strerror or e}') from None
+  blocks.prune()
+  return Prepared(folder, lambda path, dtype, size: RemoteTokens(blocks, path.name, dtype, size), {'map': blocks.map})
+
+
+register(LOADERS, 'remote', open_remote, NoSettings)
