@@ -254,6 +254,14 @@ def test_runs_fits_the_terminal(width, tmp_path, monkeypatch, capsys):
   assert ('field7=14' in text) == ('differs in' in header) != ('runs|cathasall' in text)
 
 
+def test_one_run_fits_the_terminal(tmp_path, monkeypatch, capsys):
+  make_run(tmp_path / 'alone', {'field': 1})
+  monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+  monkeypatch.setenv('COLUMNS', '80')
+  runs.main([str(tmp_path)])
+  assert 'alone  finished  1000/2000' in capsys.readouterr().out
+
+
 def test_runs_with_damaged_or_missing_files_do_not_hide_the_others(folder, tmp_path, capsys):
   shutil.copytree(folder / 'run', tmp_path / 'run')
   with open(tmp_path / 'run' / 'metrics.jsonl', 'a') as f:

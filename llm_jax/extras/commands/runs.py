@@ -24,7 +24,7 @@ from llm_jax.base.terminal import columns, wrap
 RUNNING = ('starting', 'training')
 STALE_SECONDS = 600  # without an update a run of another host has probably been killed
 OPTIONAL = ('differs in', 'tokens/s', 'updated')  # columns that a narrow terminal does without, the first one first
-NAME_WIDTH, DIFFERS_WIDTH = 24, 20  # of a narrow terminal; longer cells are wrapped
+LEAST_WIDTH = {'run': 24, 'differs in': 20}  # of columns whose cells are wrapped
 # Fields that follow from data.path and the machine: they are left out for runs of different data.
 OF_DATA = (*(f'data.{name}' for name in ('sha256', 'format', 'separator', 'dtype', 'eot_id', 'cache_dir')),
            'tokens_per_device', 'model.vocab_size', 'model.encoder_vocab_size', 'model.start_id', 'model.dtype')
@@ -167,7 +167,7 @@ def table(runs: list[dict[str, Any]], width: int | None) -> list[str]:
   if width is None:
     header = {name: name for name in wide}
     return ['  '.join(f'{row[name]:{wide[name]}}' for name in wide).rstrip() for row in (header, *rows)]
-  least = wide | {'run': min(wide['run'], NAME_WIDTH), 'differs in': min(wide['differs in'], DIFFERS_WIDTH)}
+  least = {name: min(wide[name], LEAST_WIDTH.get(name, width)) for name in wide}
   left_out = []
   for name in (name for name in OPTIONAL if name in least):
     if sum(least.values()) + 2 * (len(least) - 1) > width:
