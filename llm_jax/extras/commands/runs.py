@@ -43,7 +43,8 @@ def main(argv: list[str]) -> None:
   folders = [path.parent for path in sorted(args.folder.rglob('status.json'))]
   if not folders:
     raise ConfigError(f'{args.folder}: there are no runs in this folder')
-  found = sorted((read_run(folder, args.folder) for folder in folders),
+  now = time.time()
+  found = sorted((read_run(folder, args.folder, now) for folder in folders),
                  key=lambda run: (run['age'] is None, run['age']))  # the newest first, unreadable ones last
   differing = differences([run.pop('config') for run in found])
   for run, values in zip(found, differing, strict=True):
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     plot.main(['--workdir', *logged, f'--out={args.plot}'])
 
 
-def read_run(folder: Path, root: Path) -> dict[str, Any]:
+def read_run(folder: Path, root: Path, now: float) -> dict[str, Any]:
   """A run's name, progress, launches and config; damaged files give the state 'unreadable'."""
   from llm_jax.training.launches import read_launches
   run: dict[str, Any] = {'run': str(folder.relative_to(root) if folder != root else folder.name),
@@ -66,7 +67,7 @@ def read_run(folder: Path, root: Path) -> dict[str, Any]:
     status = json.loads((folder / 'status.json').read_text())
     path = folder / 'config.json'  # written with the first step
     config = json.loads(path.read_text()) if path.is_file() else {}
-    age = time.time() - status.get('updated', status['started'])
+    age = now - status.get('updated', status['started'])
     best, speed = status.get('best'), (status.get('metrics') or {}).get('train/tokens_per_second')
     return run | {'state': state_of(status, run['launches'], age), 'step': int(status['step']),
                   'num_steps': int(status['num_steps']), 'monitor': status.get('monitor'),
