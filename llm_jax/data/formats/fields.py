@@ -134,9 +134,13 @@ def names_of(record: Mapping[str, Any]) -> str:
 
 def no_text(record: Mapping[str, Any]) -> str:
   """The message for a record in which no field can be the text."""
+  return f'no field holds text or a list of token ids; the record has {names_of(record)}{of_lists(record)}'
+
+
+def of_lists(record: Mapping[str, Any]) -> str:
+  """The hint for a record with a list of texts."""
   lists = [name for name in _paths(record) if is_texts(lookup(record, name))]
-  return f'no field holds text or a list of token ids; the record has {names_of(record)}' + (
-      f'; {lists[0]} holds a list of texts: set config.data.join to the text between them' if lists else '')
+  return f'; {lists[0]} holds a list of texts: set config.data.join to the text between them' if lists else ''
 
 
 def is_text(value: Any, join: str | None) -> bool:

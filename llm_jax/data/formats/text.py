@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from llm_jax.data.formats.compression import open_stream
@@ -104,13 +104,7 @@ def _json_lines(file: File, config: SourceConfig) -> Iterator[tuple[str, str, An
 def parse_json(data: bytes, where: str) -> Any:
   """The value of one JSON text, or a BadRecord. What is odd in a field matters where the field is used."""
   try:
-    text = data.decode()
-    try:
-      return record_decoder().decode(text)
-    except json.JSONDecodeError:
-      raise
-    except ValueError:  # a number of thousands of digits
-      return record_decoder(parse_int=_number).decode(text)
+    return decode_json(json.JSONDecoder.decode, data.decode())
   except UnicodeDecodeError as e:
     return BadRecord(where, not_utf8(e, 0))
   except json.JSONDecodeError as e:
@@ -119,23 +113,30 @@ def parse_json(data: bytes, where: str) -> Any:
     return BadRecord(where, f'JSON cannot be read: {e}')
 
 
-def record_decoder(**options: Any) -> json.JSONDecoder:
-  """A JSON decoder that puts TWICE in place of values whose key is given twice. NaN and Infinity are read as floats."""
-  def marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-      keys = [key for key, _ in pairs]
-      record |= {key: TWICE for key in record if keys.count(key) > 1}
-    return record
+def decode_json(method: Callable[..., Any], *args: Any) -> Any:
+  """`method` of a JSON decoder that reads NaN and Infinity as floats, and puts TWICE for keys that are given twice."""
+  try:
+    return method(_DECODER, *args)
+  except json.JSONDecodeError:
+    raise
+  except ValueError:  # an integer of thousands of digits
+    return method(_DECODER_OF_LONG_NUMBERS, *args)
 
-  return json.JSONDecoder(object_pairs_hook=marked, **options)
+
+def _marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  record = dict(pairs)
+  if len(record) < len(pairs):
+    keys = [key for key, _ in pairs]
+    record |= {key: TWICE for key in record if keys.count(key) > 1}
+  return record
 
 
 def _number(digits: str) -> int | float:
-  try:
-    return int(digits)
-  except ValueError:
-    return float(digits)
+  return int(digits) if len(digits) < 1000 else float(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_marked)
+_DECODER_OF_LONG_NUMBERS = json.JSONDecoder(object_pairs_hook=_marked, parse_int=_number)
 
 
 def _first_bad_byte(file: File) -> str | None:

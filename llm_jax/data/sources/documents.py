@@ -47,13 +47,13 @@ class SourceConfig:
 
   path: str = 'stdlib'  # a file, folder, glob or URL, or one of loaders.SOURCES; '' is refused
   format: str = 'auto'  # one of formats.registry.FORMATS; 'auto': by the file's ending or first bytes
-  # Key, column or data set of the text (or ids); doc.text reaches into objects, title+body joins two; None: the only one
+  # Key, column or data set of the text (or ids); None: the only one. doc.text reaches into objects, title+body joins two
   field: str | None = None
   answer_field: str | None = None  # key of the answer: documents are (text, answer) pairs
   label_field: str | None = None  # key of the label
   separator: str | None = None  # text between the documents of a text file; None: one document per file
-  join: str | None = None  # text between the texts of a list, and of joined fields; None: a new line, lists are refused
-  delimiter: str | None = None  # of CSV and TSV: a character, or 'tab'; None: , ; | or tab, found by header and first rows
+  join: str | None = None  # between joined fields and the texts of a list; None: a new line, and lists are refused
+  delimiter: str | None = None  # of CSV and TSV, a character or tab; None: found by the header and the first rows
   quoting: Literal['minimal', 'none'] | None = None  # of CSV and TSV; None: minimal for CSV, none for TSV
   query: str | None = None  # SQL, for SQLite
   dtype: str | None = None  # type of a .bin without a header; None: uint16

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, register
-from llm_jax.data.formats.fields import choose_fields, is_texts, left_over, names_of, no_text
+from llm_jax.data.formats.fields import choose_fields, left_over, names_of, of_lists
 from llm_jax.data.formats.records import to_documents
 from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.loaders import SOURCES
@@ -97,11 +97,10 @@ def _hub_rows(name: str, label_field: str | None) -> Iterator[tuple[str, str, An
   parts = name.removeprefix('hf:').split('/')
   try:
     rows = datasets.load_dataset('/'.join(parts[:2]), '/'.join(parts[2:]) or None, split='train', streaming=True)
-    label = rows.features.get(label_field) if rows.features and label_field else None
+    classes = getattr((rows.features or {}).get(label_field), 'names', None)  # of a ClassLabel
     for i, row in enumerate(rows, 1):
-      if hasattr(label, 'names'):  # a ClassLabel
-        row = row | {label_field: class_name(row[label_field], label.names)}
-      yield f'{name}:{i}', f'{name}, row {i}', row
+      named = {} if classes is None else {label_field: class_name(row[label_field], classes)}
+      yield f'{name}:{i}', f'{name}, row {i}', row | named
   except Exception as e:  # errors of a dozen other packages come through
     raise DataError(f'{name}: cannot be loaded from the Hugging Face hub ({type(e).__name__}: {_first_line(e)}); '
                     f'{elsewhere}') from None
@@ -142,8 +141,7 @@ def _columns(schema: Any, config: SourceConfig, path: Path) -> list[Steps]:
   fields = choose_fields(stand_ins, config, str(path))
   if fields is None:
     raise DataError(f'{path}: no column holds text or lists of token ids; its schema is '
-                    f'{", ".join(f"{field.name}: {field.type}" for field in schema)}'
-                    + (f'; {no_text(stand_ins).partition("; ")[2]}' if any(map(is_texts, stand_ins.values())) else ''))
+                    f'{", ".join(f"{field.name}: {field.type}" for field in schema)}{of_lists(stand_ins)}')
   if (rest := left_over(stand_ins, fields)) is not None:
     raise DataError(f'{path}: {rest}')
   found = {name: _steps(schema, name) for name in fields.names}
@@ -190,7 +188,8 @@ def _stand_in(kind: Any) -> Any:
     return {field.name: _stand_in(field.type) for field in _Struct(kind)}
   if not _is_list(kind):
     return None
-  return [0] if types.is_integer(kind.value_type) else ['text'] if _is_text(kind.value_type) else None
+  item = 0 if types.is_integer(kind.value_type) else _stand_in(kind.value_type)
+  return None if item is None else [item]
 
 
 def _is_text(kind: Any) -> bool:
@@ -208,7 +207,8 @@ def _is_list(kind: Any) -> bool:
 
 def _rows(batches: Iterable[Any], columns: list[Steps], schema: Any, file: File, config: SourceConfig,
           pa: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-  names, number, classes = ['.'.join(steps) for steps in columns], 0, _class_names(schema, config.label_field)
+  names, number = ['.'.join(steps) for steps in columns], 0
+  label, classes = config.label_field or '', _class_names(schema, config.label_field)
   for batch in batches:
     arrays = [_readable(_column(batch, steps), pa) for steps in columns]
     for begin in range(0, batch.num_rows, _BATCH_ROWS):
@@ -217,7 +217,7 @@ def _rows(batches: Iterable[Any], columns: list[Steps], schema: Any, file: File,
         number += 1
         record = dict(zip(names, row, strict=True))
         if classes is not None:
-          record[config.label_field] = class_name(record[config.label_field], classes)
+          record[label] = class_name(record[label], classes)
         yield f'{file.name}:{number}', f'{file.path}, row {number}', record
 
 
@@ -259,7 +259,9 @@ def _readable(column: Any, pa: Any) -> Any:
 
 def _values(column: Any) -> list[Any]:
   """Python values; lists of integers as arrays."""
-  if _is_list(column.type) and not _is_text(column.type.value_type) and _stand_in(column.type) is not None:
+  import pyarrow.types as types
+
+  if _is_list(column.type) and types.is_integer(column.type.value_type):
     return [None if row.values is None else row.values.to_numpy(zero_copy_only=False) for row in column]
   return column.to_pylist()
 

@@ -25,8 +25,8 @@ def dialect(file: File, config: SourceConfig, head: str, usual: str) -> dict[str
   if config.delimiter is not None:
     given = {'tab': '\t'}.get(config.delimiter, unescaped(config.delimiter))
     if len(given) != 1 or given in '"\r\n':
-      raise ConfigError(f'config.data.delimiter: {config.delimiter!r} must be one character, or tab, and no quote or new '
-                        'line')
+      raise ConfigError(f'config.data.delimiter: {config.delimiter!r} must be one character, or tab, and no quote or '
+                        'new line')
     return options | {'delimiter': given}
   found = _find(file, head, usual, options)
   if found != usual:
@@ -44,8 +44,9 @@ def _find(file: File, head: str, usual: str, options: dict[str, Any]) -> str:
   inside = [delimiter for delimiter, counts in widths.items() if delimiter != usual and counts and counts[0] > 1]
   if not even and (header > 1 or not inside):  # uneven rows are reported one by one
     return usual
-  why = (f'{" and ".join(DELIMITERS[d] for d in even)} each divide it into rows of one width' if even else
-         f'its header holds {" and ".join(DELIMITERS[d] for d in inside)}, and the rows have different numbers of fields')
+  names = ' and '.join(DELIMITERS[delimiter] for delimiter in even or inside)
+  why = (f'{names} each divide it into rows of one width' if even else
+         f'its header holds {names}, and the rows have different numbers of fields')
   raise DataError(f'{file.path}: the delimiter is in doubt: {why}; set config.data.delimiter to one of '
                   f'{" ".join(DELIMITERS.values())}')
 

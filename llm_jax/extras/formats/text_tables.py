@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import tomllib
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from llm_jax.base.registry import NoSettings, register
 from llm_jax.data.formats.compression import open_stream
 from llm_jax.data.formats.records import to_documents
 from llm_jax.data.formats.registry import FORMATS
-from llm_jax.data.formats.text import BOM, CHUNK, not_utf8, parse_json, record_decoder
+from llm_jax.data.formats.text import BOM, CHUNK, decode_json, not_utf8, parse_json
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 from llm_jax.extras.formats.delimiters import HEAD, dialect
 
@@ -54,7 +55,6 @@ def _json_records(file: File, config: SourceConfig) -> Iterator[tuple[str, str, 
 
 def _json_array(file: File, stream: io.TextIOBase, buffer: str, limit: int) -> Iterator[tuple[str, str, Any]]:
   """Items of an array, after its '['. Raises DataError for a malformed item, as the start of the next is unknown."""
-  decoder = record_decoder()
   position, behind, number = 0, 0, 1
   while True:
     position = _end_of_space(buffer, position)
@@ -66,7 +66,7 @@ def _json_array(file: File, stream: io.TextIOBase, buffer: str, limit: int) -> I
         if not buffer.startswith(',', position):
           raise ValueError('expected a comma or ] after the record before')
         begin = _end_of_space(buffer, position + 1)
-      value, end = decoder.raw_decode(buffer, begin)
+      value, end = decode_json(json.JSONDecoder.raw_decode, buffer, begin)
       why = None if end < len(buffer) else 'the file ends inside the array'
     except (ValueError, RecursionError) as e:
       why = getattr(e, 'msg', str(e))
@@ -171,8 +171,8 @@ def _rows(file: File, config: SourceConfig, delimiter: str) -> Iterator[tuple[st
       if row is None:
         return
       if delimiter == '\t' and rows.line_num > line:
-        raise DataError(f'{where}: a quoted record over {rows.line_num - line + 1} lines; a TSV has one record a line: set '
-                        'config.data.quoting=none, or if it was written so, config.data.format=csv')
+        raise DataError(f'{where}: a quoted record over {rows.line_num - line + 1} lines; a TSV has one record a line: '
+                        'set config.data.quoting=none, or if it was written so, config.data.format=csv')
       line, taken = rows.line_num + 1, 0
       if row and not header:
         header = _header(row, where)
