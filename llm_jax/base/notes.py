@@ -6,5 +6,5 @@ import functools
 
 
 @functools.cache
-def note(line: str) -> None:
+def print_once(line: str) -> None:
   print(line, flush=True)

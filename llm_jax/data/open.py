@@ -11,6 +11,7 @@ import numpy as np
 
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.base.notes import print_once
 from llm_jax.data.config import DataConfig, cache_dir
 from llm_jax.data.loaders import LOADERS
 from llm_jax.data.rows.augment import Augment
@@ -24,6 +25,7 @@ from llm_jax.data.sources.splits import SPLITS, SplitConfig, borders
 from llm_jax.data.stores import store
 from llm_jax.data.stores.store import TokenStore, mapped_store, open_split
 from llm_jax.data.stores.token_files import TokenFile, open_bin
+from llm_jax.data.stores.writer import beyond_vocabulary
 from llm_jax.data.tokenizers.tokenizer import (
   TOKENIZERS,
   ByteTokenizer,
@@ -75,10 +77,11 @@ def open_data(config: DataConfig) -> Data:
     return LOADERS['stream'].open(config)
   bins = {name: found for name, source in sources.items() if (found := _bins(config, source))}
   corpora = {name: open_corpus(config, name, source) for name, source in sources.items() if name not in bins}
+  if _holds_only_ids(config, corpora, bins):
+    print_once(f'data: {", ".join(shown(source.path) for source in sources.values())}: token ids alone: they are used '
+               f'as they are, without config.data.tokenizer {config.tokenizer}')
+    config = dataclasses.replace(config, tokenizer='none')
   tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
-  if bins and tokenizer is not None and not _takes_ids(config):
-    raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is fitted to texts, but '
-                      f'{shown(sources[next(iter(bins))].path)} holds token ids; set the tokenizer of these ids')
   by_source = {name: _map_bins(config, source, bins[name]) if name in bins else
                _stores(config, source, corpora[name], tokenizer, encoder_tokenizer, key)
                for name, source in sources.items()}
@@ -133,8 +136,7 @@ def _check_tokens(source: SourceConfig, tokens: TokenStore, tokenizer: Tokenizer
                   is_bin: bool) -> None:
   """Raises DataError if all tokens are white space, or for ids of a .bin (not checked before) beyond the vocabulary."""
   if is_bin and (most := _max_id(tokens)) >= len(tokenizer.token_bytes):
-    raise DataError(f'{tokens.tokens.files[0].path}: token {most} is beyond the vocabulary of '
-                    f'{len(tokenizer.token_bytes)} tokens')
+    raise DataError(f'{tokens.tokens.files[0].path}: {beyond_vocabulary(most, tokenizer)}')
   blank, blank_prompt = (np.array([not b.strip() for b in t.token_bytes])
                          for t in (tokenizer, encoder_tokenizer or tokenizer))
   for begin in range(0, len(tokens.tokens), _STEP):
@@ -191,10 +193,34 @@ def tokenizer_of(config: DataConfig, name: str, corpora: dict[str, Corpus],
                parts: tuple[str, ...] = PARTS) -> tuple[Tokenizer | None, str]:
   if name not in ('none', *TOKENIZERS):
     return open_tokenizer(name), identity(name)
-  if name == 'none' or not corpora or any(corpus.holds_ids() for corpus in corpora.values()):
+  if name == 'none' or not corpora or any(corpus.dtype_of_ids() for corpus in corpora.values()):
     return (ByteTokenizer(), 'byte') if name == 'byte' else (None, 'none')
   settings = TokenizerConfig(config.vocab_size, config.min_frequency, config.pattern, config.sections.get(name))
   return fit_tokenizer(name, settings, corpora.values(), cache_dir(config), parts)
+
+
+def _holds_only_ids(config: DataConfig, corpora: dict[str, Corpus], bins: dict[str, dict[str, TokenFile]]) -> bool:
+  """Whether all sources hold token ids, which a tokenizer that is fitted here cannot have made.
+
+  The tokenizer byte goes with bytes (format bytes, or ids of uint8). Raises ConfigError where texts stand beside ids.
+  """
+  if config.tokenizer not in TOKENIZERS or config.encoder_tokenizer is not None:
+    return False
+  dtypes = {name: files['train'].dtype for name, files in bins.items()}
+  dtypes |= {name: corpus.dtype_of_ids() or '' for name, corpus in corpora.items()}
+  ids = [name for name, dtype in dtypes.items() if dtype and (config.tokenizer, dtype) != ('byte', 'uint8')]
+  if not ids:
+    return False
+  paths = {name: shown(source.path) for name, source in config.named_sources.items()}
+  others = [name for name in paths if name not in ids]
+  if others:
+    raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is for texts, but {paths[ids[0]]} holds token ids '
+                      f'beside {paths[others[0]]}; set it to the tokenizer of these ids (a tokenizer.json, a .model or '
+                      'tiktoken:NAME), which encodes the texts too, or leave one of the two out')
+  if 'uint8' in (dtypes[name] for name in corpora):
+    raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is fitted to texts, but {paths[ids[0]]} is read as '
+                      'bytes; set it to byte, or config.data.format to text')
+  return True
 
 
 def _takes_ids(config: DataConfig) -> bool:
@@ -235,6 +261,8 @@ def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | No
     paths = {split: found or str(root / f'{split}.bin') for split, found in paths.items()
              if found or (root / f'{split}.bin').is_file()}
     root /= 'train.bin'
+  elif not root.exists() and Path(f'{root}.bin').is_file() and Path(f'{root}.idx').is_file():
+    root = Path(f'{root}.bin')  # Megatron names the two files by what they share
   elif root.suffix != '.bin' or source.format not in ('auto', 'bin'):
     return None
   return {'train': open_bin(root, source.dtype), **{
@@ -263,7 +291,7 @@ def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
   else:
     corpus = Corpus(path, (('val', open_source(source, cache_dir(config))),), SplitConfig('document'), FilterConfig(),
                     config.on_bad_record, config.max_bad_fraction)
-    if tokenizer is None and not corpus.holds_ids():
+    if tokenizer is None and corpus.dtype_of_ids() is None:
       raise DataError(f'--data: {path} is text, but the run has no tokenizer')
     val = memory_stores((pair for _, dealt in corpus.documents() for pair in dealt), ('val',), tokenizer,
                         encoder_tokenizer)['val']

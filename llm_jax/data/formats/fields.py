@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.base.errors import DataError
-from llm_jax.base.notes import note
+from llm_jax.base.notes import print_once
 from llm_jax.data.sources.documents import SourceConfig, shown, unescaped
 
 # Known pairs: (parts of the prompt in their order, answer). The first part and the answer identify the pair; the other
@@ -74,7 +74,7 @@ def _known_pair(record: Mapping[str, Any], config: SourceConfig) -> Fields | Non
       fields = Fields(text, optional, answer, config.label_field, found=True)
       joined, about = [name for name in text if name in record], sorted(ABOUT & record.keys() - set(fields.names))
       if len(joined) > 1 or about:
-        note(f'data: {shown(config.path)}: prompt {" + ".join(joined)}, answer {answer}'
+        print_once(f'data: {shown(config.path)}: prompt {" + ".join(joined)}, answer {answer}'
              + (f'; not used: {", ".join(about)}' if about else ''))
       return fields
   return None

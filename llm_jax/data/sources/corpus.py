@@ -116,10 +116,10 @@ class Corpus:
     """The first document, which determines what all of them hold."""
     return next((document for _, _, document in self.kept()), None)
 
-  def holds_ids(self) -> bool:
-    """Whether the documents are token ids."""
+  def dtype_of_ids(self) -> str | None:
+    """The type of the token ids that the documents are, uint8 for bytes; None: they are texts."""
     first = self.first()
-    return first is not None and isinstance(first.text, np.ndarray)
+    return first.text.dtype.name if first is not None and isinstance(first.text, np.ndarray) else None
 
   def fingerprint(self) -> dict:
     """`contents` with the folders and modification times on this machine."""

@@ -47,7 +47,7 @@ class SourceConfig:
 
   path: str = 'stdlib'  # a file, folder, glob or URL, or one of loaders.SOURCES; '' is refused
   format: str = 'auto'  # one of formats.registry.FORMATS; 'auto': by the file's ending or first bytes
-  # Key, column or data set of the text (or ids); None: the only one. doc.text reaches into objects, title+body joins two
+  # Key, column or data set of the text (or ids); doc.text reaches into objects, title+body joins two; None: the only
   field: str | None = None
   answer_field: str | None = None  # key of the answer: documents are (text, answer) pairs
   label_field: str | None = None  # key of the label

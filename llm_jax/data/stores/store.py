@@ -130,8 +130,11 @@ def mapped_store(file: TokenFile, eot_id: int | None, begin: int = 0, end: int |
   """A .bin file, or its tokens [begin, end), as a store; nothing is copied."""
   end = file.size if end is None else end
   part = TokenFile(file.path, file.dtype, end - begin, file.offset + begin * np.dtype(file.dtype).itemsize)
-  starts = document_starts(part.array, eot_id)
-  return TokenStore(Tokens((part,)), starts, f'{sampled_sha256(part.array)} {eot_id}', 0)
+  if file.starts is None:
+    return TokenStore(Tokens((part,)), document_starts(part.array, eot_id), f'{sampled_sha256(part.array)} {eot_id}', 0)
+  inside = file.starts[(file.starts > begin) & (file.starts < end)] - begin
+  starts = np.concatenate([[0], inside])
+  return TokenStore(Tokens((part,)), starts, f'{sampled_sha256(part.array)} {sampled_sha256(starts)}', 0)
 
 
 def file_sha256(path: Path) -> str:

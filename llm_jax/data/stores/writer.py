@@ -206,14 +206,19 @@ def encode_documents(tokenizer: Tokenizer | None, documents: list[Document], tak
   for document, c, found in zip(owners, contents, ids, strict=True):
     if tokenizer is None and isinstance(c, str) and c:  # '' stands for no answer
       raise DataError(f'{document.name}: holds text, but there is no tokenizer: the first document holds token ids, '
-                      'or config.data.tokenizer is none')
+                      'or config.data.tokenizer is none; set it to the tokenizer of these ids, which encodes texts '
+                      'too, or leave the texts out')
     if not takes_ids and isinstance(c, np.ndarray):
       raise DataError(f'{document.name}: holds token ids, but the tokenizer was fitted to the texts; set '
                       'config.data.tokenizer to the tokenizer of these ids, or leave them out')
     if tokenizer and isinstance(c, np.ndarray) and len(c) and found.max() >= len(tokenizer.token_bytes):
-      raise DataError(f'{document.name}: token {found.max()} is beyond the vocabulary of '
-                      f'{len(tokenizer.token_bytes)} tokens')
+      raise DataError(f'{document.name}: {beyond_vocabulary(int(found.max()), tokenizer)}')
   return list(zip(ids[::2], ids[1::2], strict=True))
+
+
+def beyond_vocabulary(most: int, tokenizer: Tokenizer) -> str:
+  return (f'token {most} is beyond the vocabulary of {len(tokenizer.token_bytes)} tokens; set config.data.tokenizer to '
+          'the tokenizer of these ids, or to none')
 
 
 def token_sizes(tokenizer: Tokenizer | None) -> np.ndarray | None:

@@ -7,7 +7,7 @@ import io
 from typing import Any
 
 from llm_jax.base.errors import ConfigError, DataError
-from llm_jax.base.notes import note
+from llm_jax.base.notes import print_once
 from llm_jax.data.sources.documents import File, SourceConfig, unescaped
 
 DELIMITERS = {',': ',', ';': ';', '\t': 'tab', '|': '|'}  # with their names in messages
@@ -30,7 +30,7 @@ def dialect(file: File, config: SourceConfig, head: str, usual: str) -> dict[str
     return options | {'delimiter': given}
   found = _find(file, head, usual, options)
   if found != usual:
-    note(f'data: {file.path}: the delimiter is {DELIMITERS[found]}')
+    print_once(f'data: {file.path}: the delimiter is {DELIMITERS[found]}')
   return options | {'delimiter': found}
 
 
