@@ -23,7 +23,7 @@ from llm_jax.data.sources.files import Source, locate, open_source
 from llm_jax.data.sources.filters import FilterConfig, Report
 from llm_jax.data.sources.splits import SPLITS, SplitConfig, borders
 from llm_jax.data.stores import store
-from llm_jax.data.stores.store import TokenStore, mapped_store, open_split
+from llm_jax.data.stores.store import TokenStore, mapped_store
 from llm_jax.data.stores.token_files import TokenFile, open_bin
 from llm_jax.data.stores.writer import beyond_vocabulary
 from llm_jax.data.tokenizers.tokenizer import (
@@ -242,9 +242,7 @@ def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer:
   if encoder_tokenizer is not None:
     about |= {'encoder_tokenizer': config.encoder_tokenizer, 'encoder_vocab_size': len(encoder_tokenizer.token_bytes)}
   make_store(corpus, tokenizer, folder, dtype, config.shard_tokens, _takes_ids(config), about, encoder_tokenizer)
-  if config.verify:
-    store.verify(folder)
-  return {split: open_split(folder, split) for split in SPLITS}
+  return store.open_store(folder, config.verify)
 
 
 def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | None:

@@ -251,7 +251,9 @@ def memory_stores(dealt: Iterable[tuple[str, Document]], sides: tuple[str, ...],
       writer.add(parts)
     writer.finish(Path(folder) / 'store', {})
     stores = {side: open_split(Path(folder) / 'store', side) for side in sides}
-    return {side: dataclasses.replace(s, tokens=np.array(s.tokens[:])) for side, s in stores.items()}
+    return {side: dataclasses.replace(s, tokens=np.array(s.tokens[:]), mapped={}, starts=np.array(s.starts),
+                                      answers=None if s.answers is None else np.array(s.answers))
+            for side, s in stores.items()}
 
 
 def _bytes_before(sizes: list[list[int]], position: tuple[int, int, int]) -> int:

@@ -46,7 +46,7 @@ def read_index(index: Path, path: Path) -> tuple[str, np.ndarray | None]:
   expected = _HEADER.size + num_sequences * 12 + num_borders * 8
   if len(data) not in (expected, expected + num_sequences):  # a mode follows for each sequence of several media
     raise DataError(f'{index}: {num_sequences} sequences and {num_borders} document borders take {expected} bytes; the '
-                    f'file has {len(data)}: it is damaged; get it again')
+                    f'file has {len(data)}: it is damaged; get it again with {path.name}')
 
   def column(kind: str, count: int, begin: int) -> np.ndarray:
     return np.frombuffer(data, kind, count, begin)
@@ -62,6 +62,7 @@ def read_index(index: Path, path: Path) -> tuple[str, np.ndarray | None]:
   if not np.array_equal(positions, begins[:-1] * itemsize):
     raise DataError(f'{index}: its sequences do not follow one another in {path.name}; write the data set again')
   if not num_borders or borders[0] != 0 or borders[-1] != num_sequences or (np.diff(borders) < 0).any():
-    raise DataError(f'{index}: its document borders are not ascending from 0 to {num_sequences}: it is damaged')
+    raise DataError(f'{index}: its document borders are not ascending from 0 to {num_sequences}: it is damaged; get it '
+                    f'again with {path.name}')
   starts = np.unique(begins[borders[:-1]])  # an empty document has no token
   return dtype, starts[starts < begins[-1]]

@@ -3,7 +3,8 @@
 A store is a folder: `<split>-00000.tokens`, `<split>-00001.tokens`, ... (flat uint16 or uint32; each but the last holds
 `shard_tokens` ids), `<split>.starts` (int64, the position of each document's first token), for pairs `<split>.answers`
 (int64, the answer's offset in its document), for labels `<split>.labels` (float64), `tokenizer.json` (and
-`encoder_tokenizer.json` if prompts have their own tokenizer), and `manifest.json` with size and sha256 of each file.
+`encoder_tokenizer.json` if prompts have their own tokenizer), checksums of the tokens (checks.py), and `manifest.json`
+with size and sha256 of each file.
 writer.py writes a temporary folder and renames it: a store is complete or absent.
 """
 
@@ -14,7 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from llm_jax.base.errors import DataError
-from llm_jax.base.progress import progress_bar
+from llm_jax.data.sources.splits import SPLITS
+from llm_jax.data.stores.checks import BlockChecks, check_files, checks_of
 from llm_jax.data.stores.token_files import TokenFile, document_starts, sampled_sha256
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Tokens:
     parts, index = [], bisect.bisect_right(self._begins, begin) - 1
     while begin < end:
       first = self._begins[index]
-      parts.append(self.files[index].array[begin - first:end - first])
+      parts.append(self.files[index].read(begin - first, min(end - first, self.files[index].size)))
       begin, index = first + self.files[index].size, index + 1
     return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, np.int64)])
 
@@ -66,22 +68,36 @@ class TokenStore:
   bytes_scale: float = 1.0
   report: dict | None = None  # of the filters, for all splits together
   classes: tuple[str, ...] = ()  # names of the classes 0, 1, ...; empty if labels are numbers
+  mapped: Mapping[str, TokenFile] = dataclasses.field(default_factory=dict)  # the files of starts and answers
+
+  def __getstate__(self) -> dict:
+    return {name: value for name, value in self.__dict__.items() if name not in self.mapped}
+
+  def __setstate__(self, state: dict) -> None:
+    self.__dict__.update(state | {name: file.array for name, file in state['mapped'].items()})
 
 
-def open_split(folder: Path, split: str) -> TokenStore:
-  """Opens one split of a store. Raises DataError when a file is missing or its size differs from the manifest."""
+def open_store(folder: Path, verify: bool) -> dict[str, TokenStore]:
+  """Opens all splits, after checking as much as checks.py says, or with `verify` all. Raises DataError."""
+  files = read_manifest(folder)['files']
+  if verify:
+    check_files(folder, files, shown=True)
+  checks = {} if verify else checks_of(folder, files)
+  return {split: open_split(folder, split, checks) for split in SPLITS}
+
+
+def open_split(folder: Path, split: str, checks: Mapping[str, BlockChecks] | None = None) -> TokenStore:
+  """Opens one split of a store, whose starts and answers are mapped, not read. Raises DataError."""
   manifest = read_manifest(folder)
-  for name, entry in manifest['files'].items():
-    size = (folder / name).stat().st_size if (folder / name).exists() else 'none'
-    if size != entry['size']:
-      raise DataError(f'{folder / name}: size is {size}, the manifest says {entry["size"]}; '
-                      'delete the folder and start again')
   dtype, about = manifest['dtype'], manifest['splits'][split]
   names = sorted(name for name in manifest['files'] if name.startswith(f'{split}-') and name.endswith('.tokens'))
-  files = tuple(TokenFile(folder / name, dtype, manifest['files'][name]['size'] // np.dtype(dtype).itemsize)
-                for name in names)
-  columns: dict[str, Any] = {kind: np.fromfile(folder / f'{split}.{kind}', dtype)
-             for kind, dtype in (('answers', 'int64'), ('labels', 'float64')) if f'{split}.{kind}' in manifest['files']}
+  files = tuple(TokenFile(folder / name, dtype, manifest['files'][name]['size'] // np.dtype(dtype).itemsize,
+                          checks=(checks or {}).get(name)) for name in names)
+  mapped = {kind: TokenFile(folder / name, 'int64', manifest['files'][name]['size'] // 8)
+            for kind in ('starts', 'answers') if (name := f'{split}.{kind}') in manifest['files']}
+  columns: dict[str, Any] = {kind: file.array for kind, file in mapped.items()}
+  if f'{split}.labels' in manifest['files']:
+    columns['labels'] = np.fromfile(folder / f'{split}.labels', 'float64')
   classes = manifest['classes']
   if classes:
     values = class_values(classes)
@@ -90,13 +106,13 @@ def open_split(folder: Path, split: str) -> TokenStore:
       columns['classes'] = tuple(classes[i] for i in np.argsort(values))
   elif 'labels' in columns and manifest['label_width'] > 1:
     columns['labels'] = columns['labels'].reshape(-1, manifest['label_width'])
-  of_split = sorted(name for name in manifest['files'] if name.startswith((f'{split}-', f'{split}.')))
+  of_split = sorted(name for name in manifest['files']
+                    if name.startswith((f'{split}-', f'{split}.')) and not name.endswith('.crc'))
   sha256 = hashlib.sha256(''.join(manifest['files'][name]['sha256'] for name in of_split).encode()
                           + json.dumps(classes).encode()).hexdigest()
   learnt_bytes = about.get('answer_bytes', about['bytes'])
-  return TokenStore(Tokens(files), np.fromfile(folder / f'{split}.starts', 'int64'), sha256, about['bytes'],
-                    bytes_scale=learnt_bytes / (about['token_bytes'] or learnt_bytes or 1),
-                    report=manifest.get('report'), **columns)
+  return TokenStore(Tokens(files), sha256=sha256, num_bytes=about['bytes'], report=manifest.get('report'),
+                    bytes_scale=learnt_bytes / (about['token_bytes'] or learnt_bytes or 1), mapped=mapped, **columns)
 
 
 def class_values(classes: Sequence[str]) -> np.ndarray:
@@ -108,22 +124,18 @@ def class_values(classes: Sequence[str]) -> np.ndarray:
 
 
 def read_manifest(folder: Path) -> dict:
+  """The manifest. Raises DataError when it is damaged, and when a file is missing or has another size."""
   path = folder / 'manifest.json'
   try:
-    return json.loads(path.read_text())
+    manifest = json.loads(path.read_text())
   except (OSError, ValueError) as e:
     raise DataError(f'{path}: cannot be read ({e}); delete the folder and start again') from None
-
-
-def verify(folder: Path) -> None:
-  """Checks the sha256 of every file. Raises DataError naming the first file that differs from the manifest."""
-  files = read_manifest(folder)['files']
-  with progress_bar(f'verifying {folder.name}', sum(entry['size'] for entry in files.values()), 'B') as bar:
-    for name, entry in files.items():
-      if (found := file_sha256(folder / name)) != entry['sha256']:
-        raise DataError(f'{folder / name}: sha256 is {found}, the manifest says {entry["sha256"]}: '
-                        'the file is damaged; delete the folder and start again')
-      bar.update(entry['size'])
+  for name, entry in manifest['files'].items():
+    size = (folder / name).stat().st_size if (folder / name).exists() else 'none'
+    if size != entry['size']:
+      raise DataError(f'{folder / name}: size is {size}, the manifest says {entry["size"]}; '
+                      'delete the folder and start again')
+  return manifest
 
 
 def mapped_store(file: TokenFile, eot_id: int | None, begin: int = 0, end: int | None = None) -> TokenStore:
@@ -135,11 +147,3 @@ def mapped_store(file: TokenFile, eot_id: int | None, begin: int = 0, end: int |
   inside = file.starts[(file.starts > begin) & (file.starts < end)] - begin
   starts = np.concatenate([[0], inside])
   return TokenStore(Tokens((part,)), starts, f'{sampled_sha256(part.array)} {sampled_sha256(starts)}', 0)
-
-
-def file_sha256(path: Path) -> str:
-  try:
-    with open(path, 'rb') as f:
-      return hashlib.file_digest(f, 'sha256').hexdigest()
-  except OSError as e:
-    raise DataError(f'{path}: cannot be read: {e.strerror}') from None

@@ -12,6 +12,7 @@ import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
+from llm_jax.data.stores.checks import BlockChecks
 from llm_jax.data.stores.megatron import index_of, read_index
 
 # The first int32 of a header; llm.c data files: 20240520 for GPT-2's uint16, 20240801 for Llama 3's uint32.
@@ -31,6 +32,17 @@ class TokenFile:
   size: int
   offset: int = 0  # bytes
   starts: np.ndarray | None = None  # int64: where documents start, if the file's index says so
+  checks: BlockChecks | None = None  # of a part of a store, before its first use
+
+  def read(self, begin: int, end: int) -> np.ndarray:
+    """The ids [begin, end). Raises DataError for a part that differs from its checksum."""
+    if self.checks is not None:
+      self.checks.before(self._bytes, begin * self.array.itemsize, end * self.array.itemsize)
+    return self.array[begin:end]
+
+  @cached_property
+  def _bytes(self) -> np.ndarray:
+    return self.array.view(np.uint8)
 
   @cached_property
   def array(self) -> np.ndarray:
@@ -40,7 +52,7 @@ class TokenFile:
     return np.asarray(np.memmap(self.path, self.dtype, mode='r', offset=self.offset, shape=(self.size,)))
 
   def __getstate__(self) -> dict:
-    return {name: value for name, value in self.__dict__.items() if name != 'array'}
+    return {name: value for name, value in self.__dict__.items() if name not in ('array', '_bytes')}
 
   def __setstate__(self, state: dict) -> None:
     self.__dict__.update(state)

@@ -15,7 +15,8 @@ import numpy as np
 from llm_jax.base.errors import DataError, StorageError
 from llm_jax.data.sources.documents import Content, Document
 from llm_jax.data.sources.splits import SPLITS, size
-from llm_jax.data.stores.store import VERSION, file_sha256
+from llm_jax.data.stores.checks import file_sha256, write_crc
+from llm_jax.data.stores.store import VERSION
 from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
 SEEN = 'documents.seen'  # hashes of the documents so far, when duplicates are removed
@@ -162,12 +163,13 @@ class StoreWriter:
     for name, tokenizer in (('tokenizer', self.tokenizer), ('encoder_tokenizer', self.encoder_tokenizer)):
       if tokenizer is not None:
         (self.folder / f'{name}.json').write_text(tokenizer.to_json(), encoding='utf-8')
+    hashes = {path.name: write_crc(path) for path in sorted(self.folder.glob('*.tokens'))}
     files = sorted(p for p in self.folder.iterdir() if p.name not in ('progress.json', 'manifest.json', SEEN))
     vocab_size = len(self.tokenizer.token_bytes) if self.tokenizer else self.about['max_id'] + 1
     write_json(self.folder / 'manifest.json', {
         'version': VERSION, 'dtype': self.dtype.name, 'vocab_size': vocab_size, 'splits': self.counts,
         'label_width': self.about['label_width'] or 0, 'classes': self.about['classes'], **about,
-        'files': {p.name: {'size': p.stat().st_size, 'sha256': file_sha256(p)} for p in files}})
+        'files': {p.name: {'size': p.stat().st_size, 'sha256': hashes.get(p.name) or file_sha256(p)} for p in files}})
     os.rename(self.folder, target)
     for name in (SEEN, 'progress.json'):  # needed to resume, until the rename
       (target / name).unlink(missing_ok=True)
