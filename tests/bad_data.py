@@ -135,7 +135,7 @@ BAD: dict[str, Bad] = {
     'lone surrogate': Bad(lines('data.jsonl', amid(r'{"text": "x\ud800y"}')), ('line 7', 'U+D800')),
     'NaN': Bad(lines('data.jsonl', amid('{"text": NaN}')), ('line 7', 'NaN')),
     'infinity': Bad(lines('data.jsonl', amid('{"text": -Infinity}')), ('line 7', 'Infinity')),
-    'text left over': Bad(lines('data.jsonl', [{'prompt': 'a', 'completion': 'b'} | more for more in ({}, {'why': 'z'})]),
+    'text left over': Bad(lines('data.jsonl', [{'prompt': 'a', 'completion': 'b'} | m for m in ({}, {'why': 'z'})]),
                           ('line 2', 'why would be left out', 'config.data.field=prompt')),
     'delimiter in doubt': Bad(raw('data.csv', 'text;n\na, b\nc\n'), ('in doubt', 'config.data.delimiter')),
     'delimiter of two characters': Bad(_CSV, ("'||'", 'one character'), ('--delimiter=||', '--field=text'), 78),

@@ -17,12 +17,14 @@ from llm_jax.data.loaders import LOADERS
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.rows.examples import Examples, make_examples
 from llm_jax.data.rows.order import VERSION as ORDER_VERSION
+from llm_jax.data.sources.content import FileHashes
 from llm_jax.data.sources.corpus import PARTS, Corpus, fit_tokenizer, key_of, make_store, memory_stores
 from llm_jax.data.sources.documents import SourceConfig, is_url, shown
 from llm_jax.data.sources.files import Source, locate, open_source
 from llm_jax.data.sources.filters import FilterConfig, Report
 from llm_jax.data.sources.splits import SPLITS, SplitConfig, borders
 from llm_jax.data.stores import store
+from llm_jax.data.stores.cache import lease, prune
 from llm_jax.data.stores.store import TokenStore, mapped_store
 from llm_jax.data.stores.token_files import TokenFile, open_bin
 from llm_jax.data.stores.writer import beyond_vocabulary
@@ -85,6 +87,7 @@ def open_data(config: DataConfig) -> Data:
   by_source = {name: _map_bins(config, source, bins[name]) if name in bins else
                _stores(config, source, corpora[name], tokenizer, encoder_tokenizer, key)
                for name, source in sources.items()}
+  _prune_cache(config)
   splits = {split: {name: s[split] for name, s in by_source.items() if split in s and len(s[split].tokens)}
             for split in SPLITS}
   reports = {name: report for name, s in by_source.items() if 'train' in s and (report := s['train'].report)}
@@ -165,7 +168,7 @@ def open_corpus(config: DataConfig, name: str, source: SourceConfig) -> Corpus:
       nothing: Any = {f'{side}_fraction': 0.0, f'{side}_documents': 0}
       split = dataclasses.replace(split, **nothing)
   corpus = Corpus(shown(source.path) if name == 'data' else name, tuple(sides), split, config.filters,
-                  config.on_bad_record, config.max_bad_fraction)
+                  config.on_bad_record, config.max_bad_fraction, FileHashes(cache_dir(config)))
   return corpus.resolved()
 
 
@@ -241,8 +244,20 @@ def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer:
   about: dict[str, Any] = {'path': shown(source.path), 'tokenizer': kind}
   if encoder_tokenizer is not None:
     about |= {'encoder_tokenizer': config.encoder_tokenizer, 'encoder_vocab_size': len(encoder_tokenizer.token_bytes)}
+  in_use = lease(folder)
   make_store(corpus, tokenizer, folder, dtype, config.shard_tokens, _takes_ids(config), about, encoder_tokenizer)
-  return store.open_store(folder, config.verify)
+  return store.open_store(folder, config.verify, in_use)
+
+
+def _prune_cache(config: DataConfig) -> None:
+  """Keeps the cache within its bounds."""
+  if config.cache_max_gb is None and config.cache_max_days is None:
+    return
+  max_bytes = None if config.cache_max_gb is None else config.cache_max_gb * 1e9
+  if deleted := prune(cache_dir(config), max_bytes, config.cache_max_days):
+    print(f'data: {sum(entry.num_bytes for entry in deleted) / 1e6:,.1f} MB deleted from the cache, used least: '
+          f'{", ".join(entry.path.name for entry in deleted[:5])}'
+          f'{f" and {len(deleted) - 5} more" if len(deleted) > 5 else ""}', flush=True)
 
 
 def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | None:

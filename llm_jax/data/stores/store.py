@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -69,21 +69,22 @@ class TokenStore:
   report: dict | None = None  # of the filters, for all splits together
   classes: tuple[str, ...] = ()  # names of the classes 0, 1, ...; empty if labels are numbers
   mapped: Mapping[str, TokenFile] = dataclasses.field(default_factory=dict)  # the files of starts and answers
+  lease: IO | None = None  # keeps the store in the cache
 
   def __getstate__(self) -> dict:
-    return {name: value for name, value in self.__dict__.items() if name not in self.mapped}
+    return {name: value for name, value in self.__dict__.items() if name not in self.mapped} | {'lease': None}
 
   def __setstate__(self, state: dict) -> None:
     self.__dict__.update(state | {name: file.array for name, file in state['mapped'].items()})
 
 
-def open_store(folder: Path, verify: bool) -> dict[str, TokenStore]:
+def open_store(folder: Path, verify: bool, lease: IO | None = None) -> dict[str, TokenStore]:
   """Opens all splits, after checking as much as checks.py says, or with `verify` all. Raises DataError."""
   files = read_manifest(folder)['files']
   if verify:
     check_files(folder, files, shown=True)
   checks = {} if verify else checks_of(folder, files)
-  return {split: open_split(folder, split, checks) for split in SPLITS}
+  return {split: dataclasses.replace(open_split(folder, split, checks), lease=lease) for split in SPLITS}
 
 
 def open_split(folder: Path, split: str, checks: Mapping[str, BlockChecks] | None = None) -> TokenStore:

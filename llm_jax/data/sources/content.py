@@ -1,0 +1,114 @@
+"""Hashes of what files hold, so that a store is found again whatever the files' times and folder.
+
+Files that are unchanged since they were hashed, by size, times and inode, are not read again: `hashes/KEY.json` in the
+cache has a line for each file of a source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from llm_jax.base.errors import DataError
+from llm_jax.base.progress import Progress
+from llm_jax.data.sources.documents import File
+
+SETTLED_SECONDS = 2  # a file may change again within the resolution of its times
+SHOWN_BYTES = 1 << 30  # more than this to read is shown
+
+State = list[int]  # size, times of the last change of data and of anything, inode
+
+
+class FileHashes:
+  """The hashes of files; each is read once."""
+
+  def __init__(self, cache_dir: Path | None = None):
+    self._cache_dir, self._found, self._states = cache_dir, dict[str, str](), dict[str, State]()
+
+  def of(self, files: Sequence[File], source: str) -> list[list[tuple[str, str]]]:
+    """[(name, sha256)] of each file, or of the files in each folder; empty for generated data. Raises DataError."""
+    below = [_paths(file.path) for file in files]
+    paths = [str(path.absolute()) for group in below for path in group]
+    if missing := [path for path in dict.fromkeys(paths) if path not in self._found]:
+      self._found |= self._hash(missing, source)
+    return [[(path.name, self._found[str(path.absolute())]) for path in group] for group in below]
+
+  def changed(self) -> str | None:
+    """The first file that does not hold what it held when it was hashed."""
+    for path, state in self._states.items():
+      if not Path(path).exists() or (_state(path)[:2] != state[:2] and _sha256(path) != self._found[path]):
+        return path
+    return None
+
+  def _hash(self, paths: list[str], source: str) -> dict[str, str]:
+    index = self._index(source)
+    saved = _read(index)
+    states, now = {path: _state(path) for path in paths}, time.time()
+    self._states |= states
+    known = {path: saved[path][-1] for path, state in states.items() if saved.get(path, [None])[:-1] == state}
+    unknown = [path for path in paths if path not in known]
+    if not unknown:
+      return known
+    total = sum(states[path][0] for path in unknown)
+    with (Progress('reading files', total, 'B', shown=total > SHOWN_BYTES) as bar,
+          ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool):
+      for path, found in zip(unknown, pool.map(_sha256, unknown), strict=True):
+        known[path] = found
+        bar.update(states[path][0])
+    settled = [path for path in unknown if _settled(states[path], now) and _state(path) == states[path]]
+    if index is not None and settled:
+      kept = {path: entry for path, entry in saved.items() if path in states or Path(path).exists()}
+      _write(index, kept | {path: [*states[path], known[path]] for path in settled})
+    return known
+
+  def _index(self, source: str) -> Path | None:
+    if self._cache_dir is None:
+      return None
+    root = str(Path(source).expanduser().absolute()).encode('utf-8', 'surrogateescape')
+    return self._cache_dir / 'hashes' / f'{hashlib.sha256(root).hexdigest()[:16]}.json'
+
+
+def _paths(path: Path) -> list[Path]:
+  if path.is_dir():
+    return sorted(p for p in path.rglob('*') if p.is_file())
+  return [path] if path.exists() else []
+
+
+def _state(path: str) -> State:
+  stat = os.stat(path)
+  return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _settled(state: State, now: float) -> bool:
+  return max(state[1], state[2]) < (now - SETTLED_SECONDS) * 1e9
+
+
+def _sha256(path: str) -> str:
+  try:
+    with open(path, 'rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+  except OSError as e:
+    raise DataError(f'{path}: cannot be read: {e.strerror}') from None
+
+
+def _read(index: Path | None) -> dict[str, list]:
+  try:
+    return json.loads(index.read_bytes()) if index is not None else {}
+  except (OSError, ValueError):
+    return {}
+
+
+def _write(index: Path, entries: dict[str, list]) -> None:
+  """Writes the index atomically; a cache that cannot be written is reported when a store is made."""
+  aside = index.with_name(f'{index.name}.{os.getpid()}.partial')
+  try:
+    index.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text(json.dumps(entries))
+    os.replace(aside, index)
+  except OSError:
+    aside.unlink(missing_ok=True)
