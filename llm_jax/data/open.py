@@ -245,8 +245,9 @@ def _stores(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer:
   if encoder_tokenizer is not None:
     about |= {'encoder_tokenizer': config.encoder_tokenizer, 'encoder_vocab_size': len(encoder_tokenizer.token_bytes)}
   in_use = lease(folder)
-  make_store(corpus, tokenizer, folder, dtype, config.shard_tokens, _takes_ids(config), about, encoder_tokenizer)
-  return store.open_store(folder, config.verify, in_use)
+  is_new = make_store(corpus, tokenizer, folder, dtype, config.shard_tokens, _takes_ids(config), about,
+                      encoder_tokenizer)
+  return store.open_store(folder, 'all' if config.verify else 'nothing' if is_new else 'some', in_use)
 
 
 def _prune_cache(config: DataConfig) -> None:

@@ -50,7 +50,7 @@ def test_each_block_of_a_large_store_is_checked_before_its_first_use(tmp_path, m
   whole = np.array(open_data(config_of(tmp_path)).train['data'].tokens[:])
   folder = only_store(tmp_path / 'cache')
   overwrite(folder / 'train-00000.tokens', 5 * 1024 + 7, 6 * 1024 - 7)
-  tokens = open_store(folder, verify=False)['train'].tokens
+  tokens = open_store(folder)['train'].tokens
   for begin, end in ((0, 5 * 512), (6 * 512, len(whole)), (6 * 512, 6 * 512 + 1)):
     assert tokens[begin:end].tolist() == whole[begin:end].tolist()
   for begin, end in ((5 * 512, 5 * 512 + 1), (0, len(whole)), (6 * 512 - 1, 6 * 512 + 1)):
@@ -63,7 +63,7 @@ def test_the_thread_finds_damage_that_is_not_used_yet(name, folder, monkeypatch)
   monkeypatch.setattr(checks, 'SMALL', 0)  # columns are then checked by the thread too
   path = folder / name
   overwrite(path, path.stat().st_size - 4, path.stat().st_size, b'\7')
-  tokens, deadline = open_store(folder, verify=False)['train'].tokens, time.monotonic() + 10
+  tokens, deadline = open_store(folder)['train'].tokens, time.monotonic() + 10
   with pytest.raises(DataError, match=name):
     while time.monotonic() < deadline:
       tokens[:8]
@@ -74,13 +74,13 @@ def test_checksums_that_were_changed_are_found(folder, as_large, monkeypatch):
   monkeypatch.setattr(checks, 'SMALL', 4096)
   overwrite(folder / 'train-00000.tokens.crc', 0, 4)
   with pytest.raises(DataError, match=r'train-00000\.tokens\.crc: sha256'):
-    open_store(folder, verify=False)
+    open_store(folder)
 
 
 def test_damage_ends_the_batches_of_a_run(folder, tmp_path, as_large):
   config = config_of(tmp_path, shard_tokens=20_000, seq_len=64)
   data = open_data(config)
-  data = dataclasses.replace(data, splits=data.splits | {'train': {'data': open_store(folder, verify=False)['train']}})
+  data = dataclasses.replace(data, splits=data.splits | {'train': {'data': open_store(folder)['train']}})
   overwrite(folder / 'train-00001.tokens', 0, 20_000)
   batches = train_batches(mixed(config, train_sources(config, data), lambda step: step, 0), 8, np.arange(8))
   with pytest.raises(DataError, match='damaged'):
@@ -89,7 +89,7 @@ def test_damage_ends_the_batches_of_a_run(folder, tmp_path, as_large):
 
 
 def test_a_pickled_store_holds_no_data_and_checks_again(folder, as_large):
-  store = open_store(folder, verify=False)['train']
+  store = open_store(folder)['train']
   store.tokens[:]
   pickled = pickle.dumps(store)
   assert len(pickled) < 10_000
@@ -102,7 +102,7 @@ def test_a_pickled_store_holds_no_data_and_checks_again(folder, as_large):
 
 
 def test_starts_are_mapped(folder):
-  starts = open_store(folder, verify=False)['train'].starts
+  starts = open_store(folder)['train'].starts
   while isinstance(starts.base, np.ndarray) and not isinstance(starts, np.memmap):
     starts = starts.base
   assert isinstance(starts, np.memmap)

@@ -190,7 +190,11 @@ def test_names_of_a_class_label_are_kept(tmp_path):
     ('pipe', 'id|text\n0|a, b\n1|c\n', ['a, b', 'c']),
     ('comma', 'id,text\n0,a;b\n1,c\n', ['a;b', 'c']),
     ('quoted', 'id;text\n0;"a; b"\n1;"c\nd"\n', ['a; b', 'c\nd']),
-    ('one column', 'text\nhello\nthere; you\n', ['hello', 'there; you'])])
+    ('one column', 'text\nhello\nthere; you\n', ['hello', 'there; you']),
+    ('lists in a field', 'text,type\none/two,a\n1;2:3;4,b\n', ['one/two', '1;2:3;4']),
+    ('decimal commas', 'amount;text\n1,50;coffee\n2,25;tea\n', ['coffee', 'tea']),
+    ('quotes before spaces', 'text;n\n"a "" b";1\n"c d";2\n', ['a " b', 'c d']),
+    ('dashes', 'date;text\n2011-01-01;-1\n2011-01-02;x\n', ['-1', 'x'])])
 def test_the_delimiter_is_found(name, data, expected, tmp_path):
   (tmp_path / 'x.csv').write_text(data)
   assert [d.text for d in csv_file(File('x.csv', tmp_path / 'x.csv'), SourceConfig(field='text'))] == expected
@@ -198,7 +202,8 @@ def test_the_delimiter_is_found(name, data, expected, tmp_path):
 
 @pytest.mark.parametrize('data', [
     'text;n\nhello, you\nthere\n',  # one field by comma, whose name holds a semicolon, and uneven rows
-    'a,b;c\n1,2;3\n4,5;6\n'])  # both give rows of one width
+    'a,b;c\n1,2;3\n4,5;6\n',  # both give rows of one width
+    'month, year;amount;note\nApril, 2023;25.00;paid\nMay, 2023;4\n'])  # commas are even, but semicolons divide more
 def test_a_delimiter_in_doubt_is_refused(data, tmp_path):
   (tmp_path / 'x.csv').write_text(data)
   with pytest.raises(DataError, match=r'x\.csv.*config\.data\.delimiter'):

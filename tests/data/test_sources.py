@@ -5,6 +5,8 @@ import json
 import os
 import zipfile
 
+from pathlib import Path
+
 import pytest
 
 from llm_jax.base.errors import ConfigError, DataError
@@ -15,11 +17,11 @@ from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConf
 from llm_jax.data.sources.files import open_source
 
 
-def source_of(path, cache='no cache needed', **options):
+def source_of(path, cache=Path('no cache needed'), **options):
   return open_source(SourceConfig(path=str(path), **options), cache)
 
 
-def read(path, cache='no cache needed', **options):
+def read(path, cache=Path('no cache needed'), **options):
   """(name, text) of every document."""
   items = [item for _, item in source_of(path, cache, **options).records()]
   assert all(isinstance(item, Document) for item in items)

@@ -65,7 +65,7 @@ def ended(pid, cache):
   status = os.waitpid(pid, 0)[1]
   for folder in Path(cache).glob('stores/*'):
     if folder.is_dir() and folder.suffix != '.partial':
-      open_store(folder, verify=True)  # complete or absent
+      open_store(folder, 'all')  # complete or absent
   if os.WIFEXITED(status) and os.WEXITSTATUS(status):
     sys.exit('a child failed')
   return os.WIFEXITED(status)

@@ -33,7 +33,7 @@ FIRST_BYTES = {
 
 def format_of(file: File, config: SourceConfig) -> str:
   """The configured format, or the one by the file's ending or first bytes. Raises ConfigError."""
-  if config.format not in ('auto', *FORMATS):
+  if config.format != 'auto' and config.format not in FORMATS:
     raise ConfigError(f'config.data.format: {config.format!r} is unknown; '
                       f'{known_names(config.format, ["auto", *FORMATS])}')
   if config.format != 'auto':

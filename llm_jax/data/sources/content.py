@@ -11,7 +11,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llm_jax.base.errors import DataError
@@ -19,6 +18,7 @@ from llm_jax.base.progress import Progress
 from llm_jax.data.sources.documents import File
 
 SETTLED_SECONDS = 2  # a file may change again within the resolution of its times
+_PIECE = 1 << 20
 SHOWN_BYTES = 1 << 30  # more than this to read is shown
 
 State = list[int]  # size, times of the last change of data and of anything, inode
@@ -33,10 +33,10 @@ class FileHashes:
   def of(self, files: Sequence[File], source: str) -> list[list[tuple[str, str]]]:
     """[(name, sha256)] of each file, or of the files in each folder; empty for generated data. Raises DataError."""
     below = [_paths(file.path) for file in files]
-    paths = [str(path.absolute()) for group in below for path in group]
-    if missing := [path for path in dict.fromkeys(paths) if path not in self._found]:
+    if missing := [path for path in dict.fromkeys(path for group in below for path in group)
+                   if path not in self._found]:
       self._found |= self._hash(missing, source)
-    return [[(path.name, self._found[str(path.absolute())]) for path in group] for group in below]
+    return [[(os.path.basename(path), self._found[path]) for path in group] for group in below]
 
   def changed(self) -> str | None:
     """The first file that does not hold what it held when it was hashed."""
@@ -55,10 +55,9 @@ class FileHashes:
     if not unknown:
       return known
     total = sum(states[path][0] for path in unknown)
-    with (Progress('reading files', total, 'B', shown=total > SHOWN_BYTES) as bar,
-          ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool):
-      for path, found in zip(unknown, pool.map(_sha256, unknown), strict=True):
-        known[path] = found
+    with Progress('reading files', total, 'B', shown=total > SHOWN_BYTES) as bar:
+      for path in unknown:
+        known[path] = _sha256(path)
         bar.update(states[path][0])
     settled = [path for path in unknown if _settled(states[path], now) and _state(path) == states[path]]
     if index is not None and settled:
@@ -73,10 +72,11 @@ class FileHashes:
     return self._cache_dir / 'hashes' / f'{hashlib.sha256(root).hexdigest()[:16]}.json'
 
 
-def _paths(path: Path) -> list[Path]:
-  if path.is_dir():
-    return sorted(p for p in path.rglob('*') if p.is_file())
-  return [path] if path.exists() else []
+def _paths(path: Path) -> list[str]:
+  """The file, or all files below the folder; none for generated data."""
+  if os.path.isfile(path):
+    return [os.path.abspath(path)]
+  return sorted(str(p.absolute()) for p in path.rglob('*') if p.is_file()) if path.is_dir() else []
 
 
 def _state(path: str) -> State:
@@ -90,8 +90,11 @@ def _settled(state: State, now: float) -> bool:
 
 def _sha256(path: str) -> str:
   try:
-    with open(path, 'rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
+    digest = hashlib.sha256()
+    with open(path, 'rb', buffering=0) as file:
+      while piece := file.read(_PIECE):
+        digest.update(piece)
+    return digest.hexdigest()
   except OSError as e:
     raise DataError(f'{path}: cannot be read: {e.strerror}') from None
 

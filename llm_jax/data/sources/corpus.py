@@ -207,15 +207,19 @@ def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus],
 
 
 def make_store(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype: str, shard_tokens: int,
-               takes_ids: bool, about: dict, encoder_tokenizer: Tokenizer | None = None) -> None:
-  """Writes the store if it is missing; resumes the work of a killed process. Raises DataError, StorageError."""
+               takes_ids: bool, about: dict, encoder_tokenizer: Tokenizer | None = None) -> bool:
+  """Writes the store and returns True if it is missing; resumes the work of a killed process.
+
+  Raises DataError, StorageError.
+  """
   with locked(folder):
     if folder.exists():
-      return
+      return False
     try:
       aside = folder.with_name(f'{folder.name}.partial')
       writer = StoreWriter(aside, tokenizer, dtype, shard_tokens, takes_ids, encoder_tokenizer)
       _write(corpus, writer, folder, about)
+      return True
     except OSError as e:
       raise StorageError(f'{folder}: cannot be written: {e.strerror or e}') from None
 

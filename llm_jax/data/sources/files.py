@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import glob
 import os
+import stat
 import sysconfig
 from collections.abc import Iterator
 from itertools import islice, takewhile
@@ -50,7 +52,11 @@ class Source:
 
   def sizes(self) -> list[int]:
     """Bytes of each file; 0 for generated data."""
-    return [_size(file) for file in self.files]
+    return self._sizes
+
+  @functools.cached_property
+  def _sizes(self) -> list[int]:
+    return [_size(file.path) for file in self.files]
 
   def fingerprint(self, hashes: FileHashes) -> list:
     """Names, formats and contents of the files, and the code of formats that are not the package's."""
@@ -144,9 +150,12 @@ def _is_saved_dataset(root: Path) -> bool:
                                                     and (root / 'dataset_info.json').is_file())
 
 
-def _size(file: File) -> int:
-  paths = [p for p in file.path.rglob('*') if p.is_file()] if file.path.is_dir() else [file.path]
-  return sum(p.stat().st_size for p in paths if p.exists())
+def _size(path: Path) -> int:
+  try:
+    state = os.stat(path)
+  except OSError:
+    return 0
+  return sum(p.stat().st_size for p in path.rglob('*') if p.is_file()) if stat.S_ISDIR(state.st_mode) else state.st_size
 
 
 register(SOURCES, 'stdlib', stdlib_files)

@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -78,12 +78,13 @@ class TokenStore:
     self.__dict__.update(state | {name: file.array for name, file in state['mapped'].items()})
 
 
-def open_store(folder: Path, verify: bool, lease: IO | None = None) -> dict[str, TokenStore]:
-  """Opens all splits, after checking as much as checks.py says, or with `verify` all. Raises DataError."""
+def open_store(folder: Path, check: Literal['some', 'all', 'nothing'] = 'some',
+               lease: IO | None = None) -> dict[str, TokenStore]:
+  """Opens all splits, after checking `all` files, or `some`: as much as checks.py says. Raises DataError."""
   files = read_manifest(folder)['files']
-  if verify:
+  if check == 'all':
     check_files(folder, files, shown=True)
-  checks = {} if verify else checks_of(folder, files)
+  checks = checks_of(folder, files) if check == 'some' else {}
   return {split: dataclasses.replace(open_split(folder, split, checks), lease=lease) for split in SPLITS}
 
 

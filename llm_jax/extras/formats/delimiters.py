@@ -35,17 +35,21 @@ def dialect(file: File, config: SourceConfig, head: str, usual: str) -> dict[str
 
 
 def _find(file: File, head: str, usual: str, options: dict[str, Any]) -> str:
-  """The delimiter that divides the header and all first rows into the same number of fields, two or more."""
+  """The delimiter that divides the header and all first rows into the same number of fields, two or more.
+
+  None of the others may divide each of these lines too.
+  """
   widths = {delimiter: _widths(head, options | {'delimiter': delimiter}) for delimiter in DELIMITERS}
   even = [delimiter for delimiter, counts in widths.items() if counts and counts[0] > 1 and set(counts) == {counts[0]}]
-  if len(even) == 1:
+  rivals = [delimiter for delimiter, counts in widths.items() if counts and min(counts) > 1]
+  if len(even) == 1 and rivals == even:
     return even[0]
   header = widths[usual][0] if widths[usual] else 1
   inside = [delimiter for delimiter, counts in widths.items() if delimiter != usual and counts and counts[0] > 1]
   if not even and (header > 1 or not inside):  # uneven rows are reported one by one
     return usual
-  names = ' and '.join(DELIMITERS[delimiter] for delimiter in even or inside)
-  why = (f'{names} each divide it into rows of one width' if even else
+  names = ' and '.join(DELIMITERS[delimiter] for delimiter in (rivals if even else inside))
+  why = (f'{names} each divide its header and its first rows' if even else
          f'its header holds {names}, and the rows have different numbers of fields')
   raise DataError(f'{file.path}: the delimiter is in doubt: {why}; set config.data.delimiter to one of '
                   f'{" ".join(DELIMITERS.values())}')
