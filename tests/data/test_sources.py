@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import zipfile
-
 from pathlib import Path
 
 import pytest
