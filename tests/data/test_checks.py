@@ -106,3 +106,12 @@ def test_starts_are_mapped(folder):
   while isinstance(starts.base, np.ndarray) and not isinstance(starts, np.memmap):
     starts = starts.base
   assert isinstance(starts, np.memmap)
+
+
+def test_prepare_waits_for_the_thread(folder, tmp_path, monkeypatch):
+  monkeypatch.setattr(checks, 'SMALL', 0)
+  for file in open_store(folder)['train'].tokens.files:
+    file.wait_for_checks()
+  overwrite(folder / 'val-00000.tokens', 0, 10)
+  with pytest.raises(DataError, match='val-00000'):
+    open_store(folder)['train'].tokens.files[0].wait_for_checks()

@@ -29,6 +29,14 @@ class Problem:
   """What the thread has found; every later read raises it."""
 
   error: DataError | None = None
+  thread: threading.Thread | None = None
+
+  def wait(self) -> None:
+    """Waits for the thread. Raises what it has found."""
+    if self.thread is not None:
+      self.thread.join()
+    if self.error is not None:
+      raise self.error
 
 
 class BlockChecks:
@@ -93,8 +101,9 @@ def checks_of(folder: Path, files: dict[str, dict]) -> dict[str, BlockChecks]:
   problem = Problem()
   blocks = {name: BlockChecks(folder / name, problem) for name in later if name.endswith('.tokens')}
   columns = {name: files[name] for name in later if name not in blocks}
-  threading.Thread(target=_check_later, args=(folder, columns, list(blocks.values()), problem), daemon=True,
-                   name='check of the token store').start()
+  problem.thread = threading.Thread(target=_check_later, args=(folder, columns, list(blocks.values()), problem),
+                                    daemon=True, name='check of the token store')
+  problem.thread.start()
   return blocks
 
 

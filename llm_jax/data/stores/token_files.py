@@ -40,6 +40,11 @@ class TokenFile:
       self.checks.before(self._bytes, begin * self.array.itemsize, end * self.array.itemsize)
     return self.array[begin:end]
 
+  def wait_for_checks(self) -> None:
+    """Waits for the thread that checks the store, at most a minute. Raises DataError."""
+    if self.checks is not None:
+      self.checks.problem.wait()
+
   @cached_property
   def _bytes(self) -> np.ndarray:
     return self.array.view(np.uint8)
