@@ -22,6 +22,7 @@ SYSTEM = ('system', 'system_prompt')
 # Text in fields of these names is about the record. Beside a known pair it is left out, which is printed.
 ABOUT = {'category', 'categories', 'dataset', 'date', 'id', 'idx', 'index', 'lang', 'language', 'license', 'meta',
          'metadata', 'subset', 'tags', 'topic', 'type', 'url', 'uuid'}
+_NO_TEXT = {int, float, bool, type(None)}  # types; a quick test
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Fields:
   """The fields of a record that make up a document."""
 
   text: tuple[str, ...]  # joined
-  optional: tuple[str, ...] = ()  # those of `text` that a record may lack
+  optional: frozenset[str] = frozenset()  # those of `text` that a record may lack
   answer: str | None = None
   label: str | None = None
   found: bool = False  # whether the fields were found, and not named by the config: then no text may be left over
@@ -37,6 +38,10 @@ class Fields:
   @functools.cached_property
   def names(self) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys([*self.text, self.answer, self.label]) if name is not None)
+
+  @functools.cached_property
+  def required(self) -> tuple[str, ...]:
+    return tuple(name for name in self.text if name not in self.optional)
 
   @functools.cached_property
   def known(self) -> frozenset[str]:
@@ -51,14 +56,14 @@ def choose_fields(record: Mapping[str, Any], config: SourceConfig, where: str) -
   """
   if config.field is not None:
     parts = (config.field,) if has(record, config.field) else tuple(config.field.split('+'))
-    return Fields(parts, (), config.answer_field, config.label_field)
+    return Fields(parts, frozenset(), config.answer_field, config.label_field)
   if config.answer_field is None and (pair := _known_pair(record, config)) is not None:
     return pair
   taken = (config.answer_field, config.label_field)
   for holds in (is_text, _is_ids):
     names = [name for name, value in record.items() if name not in taken and holds(value, config.join)]
     if len(names) == 1:
-      return Fields((names[0],), (), config.answer_field, config.label_field, found=True)
+      return Fields((names[0],), frozenset(), config.answer_field, config.label_field, found=True)
     if names:
       raise DataError(f'{where}: several fields could be the text; set config.data.field to one of {", ".join(names)}, '
                       f'or join them with config.data.field={"+".join(names[:2])}')
@@ -68,10 +73,8 @@ def choose_fields(record: Mapping[str, Any], config: SourceConfig, where: str) -
 def _known_pair(record: Mapping[str, Any], config: SourceConfig) -> Fields | None:
   for (first, *more), answer in PAIRS:
     if first in record and answer in record and config.label_field not in (first, answer):
-      optional = tuple(name for name in (*SYSTEM, *more) if name != config.label_field)
-      before = tuple(name for name in optional if name in SYSTEM)
-      text = (*before, first, *(name for name in optional if name not in SYSTEM))
-      fields = Fields(text, optional, answer, config.label_field, found=True)
+      text = tuple(name for name in (*SYSTEM, first, *more) if name != config.label_field)
+      fields = Fields(text, frozenset(text) - {first}, answer, config.label_field, found=True)
       joined, about = [name for name in text if name in record], sorted(ABOUT & record.keys() - set(fields.names))
       if len(joined) > 1 or about:
         print_once(f'data: {shown(config.path)}: prompt {" + ".join(joined)}, answer {answer}'
@@ -82,7 +85,11 @@ def _known_pair(record: Mapping[str, Any], config: SourceConfig) -> Fields | Non
 
 def left_over(record: Mapping[str, Any], fields: Fields) -> str | None:
   """The message for text in fields beside those that were found."""
-  names = [name for name in record if name not in fields.known and _holds_text(record[name])] if fields.found else []
+  if not fields.found:
+    return None
+  known = fields.known
+  names = [name for name, value in record.items()
+           if name not in known and type(value) not in _NO_TEXT and _holds_text(value)]
   if not names:
     return None
   used = [name for name in fields.text if name in record]
@@ -164,8 +171,8 @@ def _is_ids(value: Any, join: str | None) -> bool:
 
 def _holds_text(value: Any) -> bool:
   if isinstance(value, str | bytes):
-    return bool(value.strip())
-  if isinstance(value, Mapping):
+    return bool(value) and not value.isspace()
+  if isinstance(value, dict):
     value = list(value.values())
   return isinstance(value, list | tuple) and any(map(_holds_text, value))
 

@@ -42,8 +42,9 @@ def to_documents(records: Iterable[tuple[str, str, Any]], config: SourceConfig) 
     if fields is None:
       yield BadRecord(where, no_text(record))
     else:
-      document, rest = to_document(record, fields, name, where, config), left_over(record, fields)
-      yield BadRecord(where, rest) if rest and isinstance(document, Document) else document
+      document = to_document(record, fields, name, where, config)
+      rest = left_over(record, fields)
+      yield document if rest is None or isinstance(document, BadRecord) else BadRecord(where, rest)
 
 
 def to_document(record: Mapping[str, Any], fields: Fields, name: str, where: str,
@@ -60,8 +61,8 @@ def to_document(record: Mapping[str, Any], fields: Fields, name: str, where: str
 
 def _joined(record: Mapping[str, Any], fields: Fields, config: SourceConfig) -> Content:
   """The text, of one field or of several. Raises ValueError."""
-  if len(fields.text) == 1:
-    return _content_at(record, fields.text[0], config)
+  if len(fields.required) == 1 and fields.optional.isdisjoint(record):
+    return _content_at(record, fields.required[0], config)
   parts = [(path, _content_at(record, path, config)) for path in fields.text
            if path not in fields.optional or record.get(path)]
   if len(parts) == 1:
@@ -74,8 +75,13 @@ def _joined(record: Mapping[str, Any], fields: Fields, config: SourceConfig) -> 
 
 def _content_at(record: Mapping[str, Any], path: str, config: SourceConfig) -> Content:
   """Raises ValueError."""
-  value, what = _get(record, path), f'field {path!r}'
-  if is_texts(value):
+  value = record.get(path)
+  if type(value) is str and value.isascii() and len(value) <= config.max_record_bytes:
+    return value  # most texts, quickly
+  what = f'field {path!r}'
+  if value is None or value is TWICE:
+    value = _get(record, path)
+  if isinstance(value, list | tuple) and is_texts(value):
     if config.join is None:
       raise ValueError(f"{what} holds a list of texts; set config.data.join to the text between them, such as '\\n'")
     value = unescaped(config.join).join(_text(item, what, config.max_record_bytes) for item in value)

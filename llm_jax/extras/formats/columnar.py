@@ -222,10 +222,11 @@ def _rows(batches: Iterable[Any], columns: list[Steps], schema: Any, file: File,
 
 
 def _column(batch: Any, steps: Steps) -> Any:
-  import pyarrow.compute
-
   column = batch.column(steps[0])
-  return pyarrow.compute.struct_field(column, list(steps[1:])) if len(steps) > 1 else column
+  if len(steps) == 1:
+    return column
+  import pyarrow.compute
+  return pyarrow.compute.struct_field(column, list(steps[1:]))
 
 
 def _class_names(schema: Any, label: str | None) -> list[str] | None:
