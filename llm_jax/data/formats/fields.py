@@ -85,7 +85,7 @@ def _known_pair(record: Mapping[str, Any], config: SourceConfig) -> Fields | Non
 
 def left_over(record: Mapping[str, Any], fields: Fields) -> str | None:
   """The message for text in fields beside those that were found."""
-  if not fields.found:
+  if not fields.found or len(record) == 1:
     return None
   known = fields.known
   names = [name for name, value in record.items()

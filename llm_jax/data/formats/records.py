@@ -75,13 +75,19 @@ def _joined(record: Mapping[str, Any], fields: Fields, config: SourceConfig) -> 
 
 def _content_at(record: Mapping[str, Any], path: str, config: SourceConfig) -> Content:
   """Raises ValueError."""
-  value = record.get(path)
-  if type(value) is str and value.isascii() and len(value) <= config.max_record_bytes:
-    return value  # most texts, quickly
+  value: Any = record.get(path)
+  kind = type(value)  # most texts are returned at once
+  if kind is str and value.isascii() and len(value) <= config.max_record_bytes:
+    return value
+  if kind is bytes and len(value) <= config.max_record_bytes:
+    try:
+      return value.decode()
+    except UnicodeDecodeError:  # reported below
+      pass
   what = f'field {path!r}'
   if value is None or value is TWICE:
     value = _get(record, path)
-  if isinstance(value, list | tuple) and is_texts(value):
+  if kind in (list, tuple) and is_texts(value):
     if config.join is None:
       raise ValueError(f"{what} holds a list of texts; set config.data.join to the text between them, such as '\\n'")
     value = unescaped(config.join).join(_text(item, what, config.max_record_bytes) for item in value)
