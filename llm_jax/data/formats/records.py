@@ -87,7 +87,7 @@ def _content_at(record: Mapping[str, Any], path: str, config: SourceConfig) -> C
   what = f'field {path!r}'
   if value is None or value is TWICE:
     value = _get(record, path)
-  if kind in (list, tuple) and is_texts(value):
+  if type(value) in (list, tuple) and is_texts(value):
     if config.join is None:
       raise ValueError(f"{what} holds a list of texts; set config.data.join to the text between them, such as '\\n'")
     value = unescaped(config.join).join(_text(item, what, config.max_record_bytes) for item in value)
