@@ -168,7 +168,8 @@ def open_corpus(config: DataConfig, name: str, source: SourceConfig) -> Corpus:
       nothing: Any = {f'{side}_fraction': 0.0, f'{side}_documents': 0}
       split = dataclasses.replace(split, **nothing)
   corpus = Corpus(shown(source.path) if name == 'data' else name, tuple(sides), split, config.filters,
-                  config.on_bad_record, config.max_bad_fraction, FileHashes(cache_dir(config)))
+                  config.on_bad_record, config.max_bad_fraction,
+                  FileHashes(cache_dir(config), of_stream=config.streaming))
   return corpus.resolved()
 
 

@@ -90,3 +90,11 @@ def test_a_damaged_index_is_made_again(tmp_path, reads, monkeypatch):
     [index] = (tmp_path / 'cache/hashes').iterdir()
     index.write_text('{"damaged')
   assert reads == ['a', 'a']
+
+
+def test_files_of_a_stream_are_not_read_to_be_hashed(tmp_path, reads):
+  (tmp_path / 'corpus').mkdir()
+  for i in range(30):
+    (tmp_path / f'corpus/{i}.txt').write_text(f'text {i} ' * 20)
+  data = open_data(config_of(tmp_path, tokenizer='bpe', streaming=True, split='count', val_documents=5))
+  assert data.tokenizer is not None and not reads

@@ -25,10 +25,11 @@ State = list[int]  # size, times of the last change of data and of anything, ino
 
 
 class FileHashes:
-  """The hashes of files; each is read once."""
+  """The hashes of files; each is read once. For a stream, which may be too large for that, places and times instead."""
 
-  def __init__(self, cache_dir: Path | None = None):
-    self._cache_dir, self._found, self._states = cache_dir, dict[str, str](), dict[str, State]()
+  def __init__(self, cache_dir: Path | None = None, *, of_stream: bool = False):
+    self._cache_dir, self._of_stream = cache_dir, of_stream
+    self._found, self._states = dict[str, str](), dict[str, State]()
 
   def of(self, files: Sequence[File], source: str) -> list[list[tuple[str, str]]]:
     """[(name, sha256)] of each file, or of the files in each folder; empty for generated data. Raises DataError."""
@@ -46,6 +47,8 @@ class FileHashes:
     return None
 
   def _hash(self, paths: list[str], source: str) -> dict[str, str]:
+    if self._of_stream:
+      return {path: ' '.join([path, *map(str, _state(path)[:2])]) for path in paths}
     index = self._index(source)
     saved = _read(index)
     states, now = {path: _state(path) for path in paths}, time.time()
