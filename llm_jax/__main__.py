@@ -31,6 +31,7 @@ COMMANDS = {
     'data prepare': ('commands.data_prepare', 'tokenize the data of a config into the cache'),
     'data merge': ('extras.commands.data_merge', 'merge the shards of prepared data'),
     'data inspect': ('extras.commands.data_inspect', 'print and plot statistics of data'),
+    'data cache': ('extras.commands.data_cache', 'list the cache of data, and delete what is used least'),
     'data convert': ('extras.commands.convert', 'convert a pickle to Parquet without running its code'),
 }
 

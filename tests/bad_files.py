@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import sqlite3
+import struct
 import tarfile
 import warnings
 import zipfile
@@ -261,6 +262,15 @@ def llmc(magic: int, stated: int, tokens: int) -> bytes:
   header = np.zeros(256, np.int32)
   header[:3] = magic, 1, stated
   return header.tobytes() + np.arange(tokens, dtype=np.uint16).tobytes()
+
+
+def megatron(lengths: list[int], borders: list[int], dtype: type) -> bytes:
+  """Megatron's .idx: `borders` are the first sequence of each document, and the number of sequences."""
+  codes = {np.uint8: 1, np.int32: 4, np.int64: 5, np.uint16: 8}
+  header = b'MMIDIDX\0\0' + struct.pack('<QBQQ', 1, codes[dtype], len(lengths), len(borders))
+  positions = np.cumsum([0, *lengths[:-1]]) * np.dtype(dtype).itemsize
+  return b''.join([header, np.array(lengths, '<i4').tobytes(), positions.astype('<i8').tobytes(),
+                   np.array(borders, '<i8').tobytes()])
 
 
 def saved_dataset(**changed: str) -> Make:

@@ -49,6 +49,9 @@ def main(argv: list[str]) -> None:
   begin = time.perf_counter()
   waiting('reading data')
   data = open_data(config)
+  for store in (store for stores in data.splits.values() for store in stores.values()):
+    for file in getattr(store.tokens, 'files', ()):
+      file.wait_for_checks()
   print(table(data))
   print(f'ready in {time.perf_counter() - begin:.1f} s, in {cache_dir(config)}; training will use these stores')
 

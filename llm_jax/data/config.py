@@ -53,6 +53,8 @@ class DataConfig(SourceConfig, SplitConfig):
   verify: bool = False  # check the sha256 of every file of a store when opening it
   remote_cache_gb: float = 50.0  # GB of a store in object storage that are kept on this machine
   cache_dir: str | None = None  # None: $LLM_JAX_CACHE, else ~/.cache/llm_jax
+  cache_max_gb: float | None = None  # of the cache, in 10^9 bytes; what is used least is deleted. None: no bound
+  cache_max_days: float | None = None  # since the last use, after which an entry is deleted. None: no bound
 
   def __post_init__(self) -> None:
     problems = []
@@ -63,6 +65,9 @@ class DataConfig(SourceConfig, SplitConfig):
     for field in ('seq_len', 'encoder_len', 'shard_tokens', 'shuffle_buffer', 'max_record_bytes', 'min_frequency'):
       if getattr(self, field) < 1:
         problems.append(f'{field} must be at least 1; got {getattr(self, field)}')
+    for field in ('cache_max_gb', 'cache_max_days'):
+      if (value := getattr(self, field)) is not None and not value >= 0:
+        problems.append(f'{field} must be 0 or more, or None; got {value}')
     for field in ('cache_mb', 'remote_cache_gb', 'num_workers', 'val_documents', 'test_documents'):
       if getattr(self, field) < 0:
         problems.append(f'{field} must not be negative; got {getattr(self, field)}')

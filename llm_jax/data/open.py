@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,24 @@ import numpy as np
 
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.base.notes import print_once
 from llm_jax.data.config import DataConfig, cache_dir
 from llm_jax.data.loaders import LOADERS
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.rows.examples import Examples, make_examples
 from llm_jax.data.rows.order import VERSION as ORDER_VERSION
+from llm_jax.data.sources.content import FileHashes
 from llm_jax.data.sources.corpus import PARTS, Corpus, fit_tokenizer, key_of, make_store, memory_stores
 from llm_jax.data.sources.documents import SourceConfig, is_url, shown
 from llm_jax.data.sources.files import Source, locate, open_source
 from llm_jax.data.sources.filters import FilterConfig, Report
 from llm_jax.data.sources.splits import SPLITS, SplitConfig, borders
 from llm_jax.data.stores import store
+from llm_jax.data.stores.cache import lease, prune
 from llm_jax.data.stores.prepared import find_prepared, prepared_tokenizers
-from llm_jax.data.stores.store import TokenStore, mapped_store, open_split
+from llm_jax.data.stores.store import TokenStore, mapped_store
 from llm_jax.data.stores.token_files import TokenFile, open_bin
+from llm_jax.data.stores.writer import beyond_vocabulary
 from llm_jax.data.tokenizers.tokenizer import (
   TOKENIZERS,
   ByteTokenizer,
@@ -86,15 +90,13 @@ def open_data(config: DataConfig) -> Data:
     key = key_of([t.to_json() if t else None for t in (tokenizer, encoder_tokenizer)])
     print(f'data: {", ".join(prepared)}: prepared, with its splits, filters and tokenizer', flush=True)
   else:
-    tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
-  if bins and tokenizer is not None and not prepared and not _takes_ids(config):
-    raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is fitted to texts, but '
-                      f'{shown(sources[next(iter(bins))].path)} holds token ids; set the tokenizer of these ids')
+    config, tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
   recipes = {name: _recipe(config, sources[name], corpora[name], tokenizer, encoder_tokenizer, key) for name in corpora}
   opened = {name: found.splits(config.verify) for name, found in prepared.items()}
   opened |= {name: _map_bins(config, sources[name], found) for name, found in bins.items()}
   opened |= {name: _stores(config, recipe) for name, recipe in recipes.items()}
   by_source = {name: opened[name] for name in sources}
+  _prune_cache(config)
   splits = {split: {name: s[split] for name, s in by_source.items() if split in s and len(s[split].tokens)}
             for split in SPLITS}
   reports = {name: report for name, s in by_source.items() if 'train' in s and (report := s['train'].report)}
@@ -146,8 +148,7 @@ def _check_tokens(source: SourceConfig, tokens: TokenStore, tokenizer: Tokenizer
                   is_bin: bool) -> None:
   """Raises DataError if all tokens are white space, or for ids of a .bin (not checked before) beyond the vocabulary."""
   if is_bin and (most := _max_id(tokens)) >= len(tokenizer.token_bytes):
-    raise DataError(f'{tokens.tokens.files[0].path}: token {most} is beyond the vocabulary of '
-                    f'{len(tokenizer.token_bytes)} tokens')
+    raise DataError(f'{tokens.tokens.files[0].path}: {beyond_vocabulary(most, tokenizer)}')
   blank, blank_prompt = (np.array([not b.strip() for b in t.token_bytes])
                          for t in (tokenizer, encoder_tokenizer or tokenizer))
   for begin in range(0, len(tokens.tokens), _STEP):
@@ -176,17 +177,25 @@ def open_corpus(config: DataConfig, name: str, source: SourceConfig) -> Corpus:
       nothing: Any = {f'{side}_fraction': 0.0, f'{side}_documents': 0}
       split = dataclasses.replace(split, **nothing)
   corpus = Corpus(shown(source.path) if name == 'data' else name, tuple(sides), split, config.filters,
-                  config.on_bad_record, config.max_bad_fraction)
+                  config.on_bad_record, config.max_bad_fraction,
+                  FileHashes(cache_dir(config), of_stream=config.streaming))
   return corpus.resolved()
 
 
-def _tokenizers(config: DataConfig, corpora: dict[str, Corpus],
-                bins: Collection[str]) -> tuple[Tokenizer | None, Tokenizer | None, str]:
-  """(tokenizer, the prompts' own tokenizer or None, cache key of both). Raises ConfigError."""
+def _tokenizers(config: DataConfig, corpora: dict[str, Corpus], bins: dict[str, dict[str, TokenFile]]) -> tuple[
+    DataConfig, Tokenizer | None, Tokenizer | None, str]:
+  """(the config, tokenizer, the prompts' own tokenizer or None, cache key of both). Raises ConfigError.
+
+  In the config that is returned, the tokenizer is none if all data are token ids.
+  """
+  if _holds_only_ids(config, corpora, bins):
+    print_once(f'data: {", ".join(shown(source.path) for source in config.named_sources.values())}: token ids alone: '
+               f'they are used as they are, without config.data.tokenizer {config.tokenizer}')
+    config = dataclasses.replace(config, tokenizer='none')
   reader = config.encoder_tokenizer
   if reader is None:
     tokenizer, key = tokenizer_of(config, config.tokenizer, corpora)
-    return tokenizer, None, key
+    return config, tokenizer, None, key
   path = f'config.data.encoder_tokenizer: {reader}'
   for name, source in config.named_sources.items():
     first = None if name in bins else corpora[name].first()
@@ -197,17 +206,41 @@ def _tokenizers(config: DataConfig, corpora: dict[str, Corpus],
       raise ConfigError(f'{path} is for texts, but {shown(source.path)} holds token ids; set it to None')
   [(tokenizer, key), (encoder_tokenizer, encoder_key)] = (
       tokenizer_of(config, name, corpora, (part,)) for name, part in ((config.tokenizer, 'answer'), (reader, 'text')))
-  return tokenizer, encoder_tokenizer, key_of([key, encoder_key])
+  return config, tokenizer, encoder_tokenizer, key_of([key, encoder_key])
 
 
 def tokenizer_of(config: DataConfig, name: str, corpora: dict[str, Corpus],
                parts: tuple[str, ...] = PARTS) -> tuple[Tokenizer | None, str]:
   if name not in ('none', *TOKENIZERS):
     return open_tokenizer(name), identity(name)
-  if name == 'none' or not corpora or any(corpus.holds_ids() for corpus in corpora.values()):
+  if name == 'none' or not corpora or any(corpus.dtype_of_ids() for corpus in corpora.values()):
     return (ByteTokenizer(), 'byte') if name == 'byte' else (None, 'none')
   settings = TokenizerConfig(config.vocab_size, config.min_frequency, config.pattern, config.sections.get(name))
   return fit_tokenizer(name, settings, corpora.values(), cache_dir(config), parts)
+
+
+def _holds_only_ids(config: DataConfig, corpora: dict[str, Corpus], bins: dict[str, dict[str, TokenFile]]) -> bool:
+  """Whether all sources hold token ids, which a tokenizer that is fitted here cannot have made.
+
+  The tokenizer byte goes with bytes (format bytes, or ids of uint8). Raises ConfigError where texts stand beside ids.
+  """
+  if config.tokenizer not in TOKENIZERS or config.encoder_tokenizer is not None:
+    return False
+  dtypes = {name: files['train'].dtype for name, files in bins.items()}
+  dtypes |= {name: corpus.dtype_of_ids() or '' for name, corpus in corpora.items()}
+  ids = [name for name, dtype in dtypes.items() if dtype and (config.tokenizer, dtype) != ('byte', 'uint8')]
+  if not ids:
+    return False
+  paths = {name: shown(source.path) for name, source in config.named_sources.items()}
+  others = [name for name in paths if name not in ids]
+  if others:
+    raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is for texts, but {paths[ids[0]]} holds token ids '
+                      f'beside {paths[others[0]]}; set it to the tokenizer of these ids (a tokenizer.json, a .model or '
+                      'tiktoken:NAME), which encodes the texts too, or leave one of the two out')
+  if 'uint8' in (dtypes[name] for name in corpora):
+    raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is fitted to texts, but {paths[ids[0]]} is read as '
+                      'bytes; set it to byte, or config.data.format to text')
+  return True
 
 
 def _takes_ids(config: DataConfig) -> bool:
@@ -227,19 +260,22 @@ class StoreRecipe:
   takes_ids: bool
   about: dict[str, Any]
 
-  def make(self, corpus: Corpus, folder: Path, shard_tokens: int) -> None:
-    """Writes the store of a corpus, or of a part of it, if the folder is missing. Raises DataError, StorageError."""
-    make_store(corpus, self.tokenizer, folder, self.dtype, shard_tokens, self.takes_ids, self.about,
-               self.encoder_tokenizer)
+  def make(self, corpus: Corpus, folder: Path, shard_tokens: int) -> bool:
+    """Writes the store of a corpus, or of a part of it, and returns True if the folder is missing.
+
+    Raises DataError, StorageError.
+    """
+    return make_store(corpus, self.tokenizer, folder, self.dtype, shard_tokens, self.takes_ids, self.about,
+                      self.encoder_tokenizer)
 
 
 def store_recipes(config: DataConfig) -> dict[str, StoreRecipe]:
   """The recipe of each source's store; fits a tokenizer that is not in the cache. Sources of .bin files have none."""
   config.check_paths()
   sources = config.named_sources
-  bins = {name for name, source in sources.items() if _bins(config, source)}
+  bins = {name: found for name, source in sources.items() if (found := _bins(config, source))}
   corpora = {name: open_corpus(config, name, source) for name, source in sources.items() if name not in bins}
-  tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
+  config, tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
   return {name: _recipe(config, sources[name], corpora[name], tokenizer, encoder_tokenizer, key) for name in corpora}
 
 
@@ -261,12 +297,22 @@ def _recipe(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer:
 
 def _stores(config: DataConfig, recipe: StoreRecipe) -> dict[str, TokenStore]:
   folder = recipe.folder
+  in_use = lease(folder)
   if not folder.exists() and next(folder.parent.glob(f'{folder.name}.shard-*'), None):
     LOADERS['shards'].merge(folder)
-  recipe.make(recipe.corpus, folder, config.shard_tokens)
-  if config.verify:
-    store.verify(folder)
-  return {split: open_split(folder, split) for split in SPLITS}
+  is_new = recipe.make(recipe.corpus, folder, config.shard_tokens)
+  return store.open_store(folder, 'all' if config.verify else 'nothing' if is_new else 'some', in_use)
+
+
+def _prune_cache(config: DataConfig) -> None:
+  """Keeps the cache within its bounds."""
+  if config.cache_max_gb is None and config.cache_max_days is None:
+    return
+  max_bytes = None if config.cache_max_gb is None else config.cache_max_gb * 1e9
+  if deleted := prune(cache_dir(config), max_bytes, config.cache_max_days):
+    print(f'data: {sum(entry.num_bytes for entry in deleted) / 1e6:,.1f} MB deleted from the cache, used least: '
+          f'{", ".join(entry.path.name for entry in deleted[:5])}'
+          f'{f" and {len(deleted) - 5} more" if len(deleted) > 5 else ""}', flush=True)
 
 
 def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | None:
@@ -283,6 +329,8 @@ def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | No
     paths = {split: found or str(root / f'{split}.bin') for split, found in paths.items()
              if found or (root / f'{split}.bin').is_file()}
     root /= 'train.bin'
+  elif not root.exists() and Path(f'{root}.bin').is_file() and Path(f'{root}.idx').is_file():
+    root = Path(f'{root}.bin')  # Megatron names the two files by what they share
   elif root.suffix != '.bin' or source.format not in ('auto', 'bin'):
     return None
   return {'train': open_bin(root, source.dtype), **{
@@ -313,7 +361,7 @@ def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
   else:
     corpus = Corpus(path, (('val', open_source(source, cache_dir(config))),), SplitConfig('document'), FilterConfig(),
                     config.on_bad_record, config.max_bad_fraction)
-    if tokenizer is None and not corpus.holds_ids():
+    if tokenizer is None and corpus.dtype_of_ids() is None:
       raise DataError(f'--data: {path} is text, but the run has no tokenizer')
     val = memory_stores((pair for _, dealt in corpus.documents() for pair in dealt), ('val',), tokenizer,
                         encoder_tokenizer)['val']

@@ -32,7 +32,7 @@ from llm_jax.base.progress import progress_bar
 from llm_jax.base.registry import register
 from llm_jax.data.loaders import SOURCES
 from llm_jax.data.sources.documents import File, SourceConfig, shown
-from llm_jax.data.stores.store import file_sha256
+from llm_jax.data.stores.checks import file_sha256
 
 TIMEOUT = 30  # seconds without a byte
 RETRY_SECONDS = 1.0  # before a broken download is resumed

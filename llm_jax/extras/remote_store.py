@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -24,11 +26,12 @@ from llm_jax.base.registry import NoSettings, register
 from llm_jax.data.config import DataConfig, cache_dir
 from llm_jax.data.loaders import LOADERS
 from llm_jax.data.sources.documents import shown
+from llm_jax.data.stores.cache import hold
+from llm_jax.data.stores.checks import BLOCK
 from llm_jax.data.stores.prepared import Prepared
-from llm_jax.data.stores.store import read_manifest
 from llm_jax.extras.fetch import remote_files
 
-BLOCK_BYTES = 256 << 10  # a row needs a few KB, and a request costs about as much time as this many bytes
+BLOCK_BYTES = 4 * BLOCK  # 256 KB: a row needs a few KB, and a request costs about as much time as this many bytes
 NUM_THREADS = 32
 TRIES, WAIT = 4, 0.5  # of a request; seconds before the second one, doubled for each further one
 CHECK_EVERY = 256  # blocks written between two looks at the size of the cache
@@ -42,6 +45,7 @@ class Blocks:
   folder: Path
   max_bytes: float
   _written: int = 0
+  _crc: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
   @cached_property
   def _remote(self) -> tuple[Any, str]:
@@ -53,7 +57,7 @@ class Blocks:
     return ThreadPoolExecutor(NUM_THREADS, thread_name_prefix='blocks')
 
   def __getstate__(self) -> dict:
-    return {name: value for name, value in vars(self).items() if name in ('url', 'folder', 'max_bytes', '_written')}
+    return {name: value for name, value in vars(self).items() if name not in ('_remote', '_threads')}
 
   def map(self, make: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Any]:
     """As the builtin, in threads: rows wait for their requests at the same time."""
@@ -63,6 +67,11 @@ class Blocks:
     """A block, of `size` bytes, from this machine or fetched."""
     kept = self._kept(name, number, size)
     return self._fetch(name, number, size) if kept is None else kept
+
+  def _sums(self, name: str) -> list[int]:
+    if name not in self._crc:
+      self._crc[name] = np.fromfile(self.folder / f'{name}.crc', '<u4').tolist()
+    return self._crc[name]
 
   def fetch_whole(self, name: str) -> bytes:
     return self._request(name, None, None)
@@ -85,6 +94,10 @@ class Blocks:
     if len(content) != size:
       raise DataError(f'{shown(self.url)}/{name}: has {len(content)} bytes from byte {begin} on where the manifest '
                       f'says {size}; upload the store again')
+    sums = self._sums(name)[begin // BLOCK:-(-(begin + size) // BLOCK)]
+    if sums != [zlib.crc32(content[i:i + BLOCK]) for i in range(0, size, BLOCK)]:
+      raise DataError(f'{shown(self.url)}/{name}: damaged between bytes {begin} and {begin + size}: the checksum '
+                      'differs from the one that was written with it; upload the store again')
     path = self._path(name, number)
     aside = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.partial')
     try:
@@ -128,7 +141,7 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class RemoteTokens:
-  """A token file in object storage; `array[begin:end]` fetches the blocks that the slice needs."""
+  """A token file in object storage; `read` fetches the blocks that it needs."""
 
   blocks: Blocks
   name: str
@@ -139,14 +152,8 @@ class RemoteTokens:
   def path(self) -> str:
     return f'{shown(self.blocks.url)}/{self.name}'
 
-  @property
-  def array(self) -> RemoteTokens:
-    return self
-
-  def __getitem__(self, where: slice) -> np.ndarray:
-    begin, end, _ = where.indices(self.size)
-    if end <= begin:
-      return np.zeros(0, self.dtype)
+  def read(self, begin: int, end: int) -> np.ndarray:
+    """The ids [begin, end). Raises DataError."""
     width = np.dtype(self.dtype).itemsize
     first, last = begin * width // BLOCK_BYTES, -(-end * width // BLOCK_BYTES)
     content = b''.join(self.blocks.get(self.name, number, min(BLOCK_BYTES, self.size * width - number * BLOCK_BYTES))
@@ -161,6 +168,10 @@ def open_remote(url: str, config: DataConfig) -> Prepared | None:
     if not fs.exists(manifest_path):
       return None
     manifest = fs.cat_file(manifest_path)
+  try:
+    files = json.loads(manifest)['files']
+  except (ValueError, KeyError):
+    raise DataError(f'{shown(url)}/manifest.json: is not the manifest of a store; upload the store again') from None
   # The manifest has the hashes of all files: blocks of another version of the store are never used.
   key = hashlib.sha256(url.encode() + manifest).hexdigest()[:16]
   folder = cache_dir(config) / 'remote' / key
@@ -168,7 +179,7 @@ def open_remote(url: str, config: DataConfig) -> Prepared | None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'manifest.json').write_bytes(manifest)
-    for name, entry in read_manifest(folder)['files'].items():
+    for name, entry in files.items():
       path = folder / name
       if path.suffix != '.tokens' and not (path.exists() and path.stat().st_size == entry['size']):
         content = blocks.fetch_whole(name)
@@ -179,6 +190,7 @@ def open_remote(url: str, config: DataConfig) -> Prepared | None:
         os.replace(aside, path)
   except OSError as e:
     raise StorageError(f'{folder}: cannot be written: {e.strerror or e}') from None
+  hold([folder / 'manifest.json'], cache_dir(config))
   blocks.prune()
   return Prepared(folder, lambda path, dtype, size: RemoteTokens(blocks, path.name, dtype, size), {'map': blocks.map})
 

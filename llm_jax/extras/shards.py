@@ -19,7 +19,8 @@ from llm_jax.data.open import store_recipes
 from llm_jax.data.sources.filters import Report
 from llm_jax.data.sources.splits import SPLITS
 from llm_jax.data.stores import identity
-from llm_jax.data.stores.store import file_sha256, read_manifest
+from llm_jax.data.stores.checks import file_sha256
+from llm_jax.data.stores.store import read_manifest
 from llm_jax.data.stores.writer import locked, write_json
 
 TYPES = {'.starts': 'int64', '.answers': 'int64', '.labels': 'float64'}  # of the files with one entry per document
@@ -149,7 +150,7 @@ def _link_tokens(shards: list[Path], manifests: list[dict], split: str, aside: P
   numbers: dict[str, int] = {}
   for shard, manifest in zip(shards, manifests, strict=True):
     for name, entry in sorted(manifest['files'].items()):
-      if match := re.fullmatch(rf'{split}-\d+\.(\w+)', name):
+      if match := re.fullmatch(rf'{split}-\d+\.([\w.]+)', name):
         kind = match[1]
         number = numbers.setdefault(kind, 0)
         if entry['size'] or (shard == shards[-1] and not number):

@@ -47,8 +47,8 @@ def run(folder, module, *flags):
 
 def state(cache):
   """Bytes and modification time of every file of the stores and tokenizers, without locks."""
-  return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in cache.rglob('*')
-          if path.is_file() and path.suffix != '.lock'}
+  return {path: (path.read_bytes(), path.stat().st_mtime_ns) for kind in ('stores', 'tokenizers')
+          for path in (cache / kind).rglob('*') if path.is_file() and path.suffix not in ('.lock', '.used')}
 
 
 def numbers(out, row):

@@ -127,7 +127,7 @@ def test_ids_cannot_be_mixed_with_a_fitted_tokenizer(kind, tmp_path):
   else:
     np.arange(50, dtype=np.uint16).tofile(tmp_path / 'b.bin')
     source = type(DataConfig().named_sources['data'])
-    with pytest.raises(ConfigError, match=r'fitted to texts, but .*b\.bin holds token ids'):
+    with pytest.raises(ConfigError, match=r'is for texts, but .*b\.bin holds token ids'):
       opened(tmp_path, 'stdlib', tokenizer='bpe', vocab_size=300, sources={
           'a': source(str(tmp_path / 'both')), 'b': source(str(tmp_path / 'b.bin'))})
 

@@ -23,7 +23,8 @@ from llm_jax.data.config import DataConfig
 from llm_jax.data.open import open_data
 from llm_jax.data.sources import corpus
 from llm_jax.data.sources.filters import FilterConfig
-from llm_jax.data.stores import store, writer
+from llm_jax.data.stores import writer
+from llm_jax.data.stores.store import open_store
 from llm_jax.data.tokenizers import tokenizer as tokenizers
 
 options, how, log = json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
@@ -64,7 +65,7 @@ def ended(pid, cache):
   status = os.waitpid(pid, 0)[1]
   for folder in Path(cache).glob('stores/*'):
     if folder.is_dir() and folder.suffix != '.partial':
-      store.verify(folder)  # complete or absent
+      open_store(folder, 'all')  # complete or absent
   if os.WIFEXITED(status) and os.WEXITSTATUS(status):
     sys.exit('a child failed')
   return os.WIFEXITED(status)

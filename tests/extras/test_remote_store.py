@@ -79,7 +79,7 @@ def test_a_store_in_memory_gives_the_rows_of_the_folder(local, tmp_path):
 
 def test_a_host_fetches_only_the_blocks_of_its_rows(local, tmp_path, monkeypatch):
   _, folder = local
-  monkeypatch.setattr(remote_store, 'BLOCK_BYTES', 4096)
+  monkeypatch.setattr(remote_store, 'BLOCK_BYTES', 1 << 16)
   upload(folder, 'memory://bucket/few')
   config = config_of('memory://bucket/few', tmp_path)
   from llm_jax.data.open import open_examples
@@ -96,14 +96,14 @@ def test_a_host_fetches_only_the_blocks_of_its_rows(local, tmp_path, monkeypatch
 
 def test_the_blocks_on_this_machine_are_bounded(local, tmp_path, monkeypatch):
   data, folder = local
-  monkeypatch.setattr(remote_store, 'BLOCK_BYTES', 4096)
-  monkeypatch.setattr(remote_store, 'CHECK_EVERY', 4)
+  monkeypatch.setattr(remote_store, 'BLOCK_BYTES', 1 << 16)
+  monkeypatch.setattr(remote_store, 'CHECK_EVERY', 2)
   upload(folder, 'memory://bucket/bounded')
-  config = config_of('memory://bucket/bounded', tmp_path, remote_cache_gb=1e-4)  # 100,000 bytes of 600,000
+  config = config_of('memory://bucket/bounded', tmp_path, remote_cache_gb=2e-4)  # 200,000 bytes of 600,000
   opened = open_data(config)
   for _ in range(2):
     np.testing.assert_array_equal(opened.train['data'].tokens[:], data.train['data'].tokens[:])
-    assert sum(p.stat().st_size for p in tmp_path.rglob('*.tokens.*')) < 100_000 + 4 * 4096
+    assert sum(p.stat().st_size for p in tmp_path.rglob('*.tokens.*')) < 200_000 + 2 * (1 << 16)
 
 
 def test_evaluation_reads_the_rows_of_the_folder(local, tmp_path):

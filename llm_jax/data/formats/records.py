@@ -1,44 +1,28 @@
-"""Turns records (mappings of fields) into documents: chooses the fields and checks their values."""
+"""Turns records (mappings of fields) into documents, and checks the values of the fields that are used."""
 
 from __future__ import annotations
 
-import difflib
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from llm_jax.base.errors import DataError
-from llm_jax.data.sources.documents import BadRecord, Content, Document, SourceConfig
+from llm_jax.data.formats.fields import (
+  Fields,
+  choose_fields,
+  is_texts,
+  join_text,
+  left_over,
+  lookup,
+  missing,
+  no_text,
+)
+from llm_jax.data.sources.documents import BadRecord, Content, Document, SourceConfig, unescaped
 
-# Names of fields for (text, answer); the first pair that a record has is used.
-PAIRS = (('input', 'output'), ('prompt', 'completion'), ('question', 'answer'), ('source', 'target'),
-         ('instruction', 'response'))
-
-
-Fields = tuple[str, str | None, str | None]  # the keys of a record that hold text, answer and label
-
-
-def choose_fields(record: Mapping[str, Any], config: SourceConfig, where: str) -> Fields | None:
-  """The fields that the config names, else a known pair, else the only one with text, else the only one with ids.
-
-  None: no field of this record fits; one of the next record may. Raises DataError when several fields fit.
-  """
-  if config.field is not None:
-    return config.field, config.answer_field, config.label_field
-  if config.answer_field is None:
-    for text, answer in PAIRS:
-      if text in record and answer in record and config.label_field not in (text, answer):
-        return text, answer, config.label_field
-  taken = (config.answer_field, config.label_field)
-  for holds in (_is_text, _is_ids):
-    names = [name for name, value in record.items() if name not in taken and holds(value)]
-    if len(names) == 1:
-      return names[0], config.answer_field, config.label_field
-    if names:
-      raise DataError(f'{where}: several fields could be the text; set config.data.field to one of {", ".join(names)}')
-  return None
+# In place of the value of a key that a JSON object has twice.
+TWICE = object()
 
 
 def to_documents(records: Iterable[tuple[str, str, Any]], config: SourceConfig) -> Iterator[Document | BadRecord]:
@@ -56,22 +40,58 @@ def to_documents(records: Iterable[tuple[str, str, Any]], config: SourceConfig) 
       continue
     fields = fields or choose_fields(record, config, where)
     if fields is None:
-      yield BadRecord(where, f'no field holds text or a list of token ids; the record has {_names(record)}')
+      yield BadRecord(where, no_text(record))
     else:
-      yield to_document(record, fields, name, where, config.max_record_bytes)
+      document = to_document(record, fields, name, where, config)
+      rest = left_over(record, fields)
+      yield document if rest is None or isinstance(document, BadRecord) else BadRecord(where, rest)
 
 
 def to_document(record: Mapping[str, Any], fields: Fields, name: str, where: str,
-                max_bytes: int) -> Document | BadRecord:
+                config: SourceConfig) -> Document | BadRecord:
   """The document of a record, or a BadRecord with the reason."""
-  text_key, answer_key, label_key = fields
   try:
-    text = content(_get(record, text_key), f'field {text_key!r}', max_bytes)
-    answer = content(_get(record, answer_key), f'field {answer_key!r}', max_bytes) if answer_key is not None else None
-    label = _label(_get(record, label_key), f'field {label_key!r}') if label_key is not None else None
+    text = _joined(record, fields, config)
+    answer = None if fields.answer is None else _content_at(record, fields.answer, config)
+    label = None if fields.label is None else _label(_get(record, fields.label), f'field {fields.label!r}')
   except (ValueError, OverflowError) as e:
     return BadRecord(where, str(e))
   return Document(name, text, answer, label)
+
+
+def _joined(record: Mapping[str, Any], fields: Fields, config: SourceConfig) -> Content:
+  """The text, of one field or of several. Raises ValueError."""
+  if len(fields.required) == 1 and fields.optional.isdisjoint(record):
+    return _content_at(record, fields.required[0], config)
+  parts = [(path, _content_at(record, path, config)) for path in fields.text
+           if path not in fields.optional or record.get(path)]
+  if len(parts) == 1:
+    return parts[0][1]
+  for path, part in parts:
+    if not isinstance(part, str):
+      raise ValueError(f'field {path!r} holds token ids, which cannot be joined with {", ".join(fields.text)}')
+  return join_text(config).join(part for _, part in parts if part)  # type: ignore[misc]
+
+
+def _content_at(record: Mapping[str, Any], path: str, config: SourceConfig) -> Content:
+  """Raises ValueError."""
+  value: Any = record.get(path)
+  kind = type(value)  # most texts are returned at once
+  if kind is str and value.isascii() and len(value) <= config.max_record_bytes:
+    return value
+  if kind is bytes and len(value) <= config.max_record_bytes:
+    try:
+      return value.decode()
+    except UnicodeDecodeError:  # reported below
+      pass
+  what = f'field {path!r}'
+  if value is None or value is TWICE:
+    value = _get(record, path)
+  if type(value) in (list, tuple) and is_texts(value):
+    if config.join is None:
+      raise ValueError(f"{what} holds a list of texts; set config.data.join to the text between them, such as '\\n'")
+    value = unescaped(config.join).join(_text(item, what, config.max_record_bytes) for item in value)
+  return content(value, what, config.max_record_bytes)
 
 
 def content(value: Any, what: str, max_bytes: int) -> Content:
@@ -132,33 +152,23 @@ def _label(value: Any, what: str) -> str | float | tuple[float, ...]:
   return tuple(float(x) for x in numbers) if isinstance(value, list | tuple) else float(value)
 
 
-def _get(record: Mapping[str, Any], key: str) -> Any:
-  if key not in record:
-    near = difflib.get_close_matches(key, map(str, record), 1)
-    hint = f'; did you mean {near[0]!r}?' if near else ''
-    raise ValueError(f'field {key!r} is missing; the record has {_names(record)}{hint}')
-  return record[key]
-
-
-def _is_text(value: Any) -> bool:
-  return isinstance(value, str | bytes)
-
-
-def _is_ids(value: Any) -> bool:
-  if isinstance(value, np.ndarray):
-    return value.ndim == 1 and value.dtype.kind in 'iu'
-  return isinstance(value, list) and bool(value) and all(type(x) is int for x in value)
-
-
-def _names(record: Mapping[str, Any]) -> str:
-  names = [str(name) for name in record]
-  return ', '.join(names[:12]) + (' ...' if len(names) > 12 else '') if names else 'no fields'
+def _get(record: Mapping[str, Any], path: str) -> Any:
+  """Raises ValueError."""
+  try:
+    value = lookup(record, path)
+  except KeyError:
+    raise ValueError(missing(record, path)) from None
+  if value is TWICE:
+    raise ValueError(f'key {path!r} is given twice')
+  return value
 
 
 def _show(value: Any) -> str:
   """A short description of a value, for messages."""
   if value is None:
     return 'null'
+  if isinstance(value, float) and not math.isfinite(value):
+    return json.dumps(value)  # 'NaN', as in the file
   if isinstance(value, np.ndarray):
     return f'an array of {value.dtype} {list(value.shape)}'
   text = repr(value)

@@ -15,14 +15,16 @@ from llm_jax.data.stores import token_files
 # Readers: functions (File, SourceConfig) -> iterator of Document and BadRecord.
 FORMATS = Registry('format')
 for _name, _reader in (
-    ('text', text.text), ('jsonl', text.jsonl), ('bin', token_files.bin_file), ('bytes', token_files.raw_bytes)):
+    ('text', text.text), ('jsonl', text.jsonl), ('bin', token_files.bin_file), ('idx', token_files.megatron_index),
+    ('bytes', token_files.raw_bytes)):
   register(FORMATS, _name, _reader, NoSettings)
 ENDINGS = {
     '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'json', '.csv': 'csv', '.tsv': 'tsv', '.toml': 'toml',
     '.sqlite': 'sqlite', '.sqlite3': 'sqlite', '.db': 'sqlite', '.parquet': 'parquet', '.pq': 'parquet',
     '.arrow': 'arrow', '.feather': 'arrow', '.ipc': 'arrow', '.h5': 'hdf5', '.hdf5': 'hdf5', '.npy': 'npy',
     '.npz': 'npz', '.array_record': 'arrayrecord', '.arrayrecord': 'arrayrecord', '.tfrecord': 'tfrecord',
-    '.tfrecords': 'tfrecord', '.bin': 'bin', '.pkl': 'pickle', '.pickle': 'pickle', '.txt': 'text', '.md': 'text'}
+    '.tfrecords': 'tfrecord', '.bin': 'bin', '.idx': 'idx', '.pkl': 'pickle', '.pickle': 'pickle',
+    '.txt': 'text', '.md': 'text'}
 FIRST_BYTES = {
     b'PAR1': 'parquet', b'ARROW1': 'arrow', b'\x89HDF\r\n\x1a\n': 'hdf5', b'\x93NUMPY': 'npy',
     b'SQLite format 3\0': 'sqlite', b'\x80\x02': 'pickle', b'\x80\x03': 'pickle', b'\x80\x04': 'pickle',
@@ -31,7 +33,7 @@ FIRST_BYTES = {
 
 def format_of(file: File, config: SourceConfig) -> str:
   """The configured format, or the one by the file's ending or first bytes. Raises ConfigError."""
-  if config.format not in ('auto', *FORMATS):
+  if config.format != 'auto' and config.format not in FORMATS:
     raise ConfigError(f'config.data.format: {config.format!r} is unknown; '
                       f'{known_names(config.format, ["auto", *FORMATS], extensible=True)}')
   if config.format != 'auto':

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from llm_jax.data.formats.compression import open_stream
-from llm_jax.data.formats.records import to_documents
+from llm_jax.data.formats.records import TWICE, to_documents
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
 CHUNK = 1 << 20
@@ -102,32 +102,41 @@ def _json_lines(file: File, config: SourceConfig) -> Iterator[tuple[str, str, An
 
 
 def parse_json(data: bytes, where: str) -> Any:
-  """The value of one strict JSON text, or a BadRecord."""
-  problems: list[str] = []
+  """The value of one JSON text, or a BadRecord. What is odd in a field matters where the field is used."""
   try:
-    value = strict_decoder(problems).decode(data.decode())
+    return decode_json(json.JSONDecoder.decode, data.decode())
   except UnicodeDecodeError as e:
     return BadRecord(where, not_utf8(e, 0))
   except json.JSONDecodeError as e:
     return BadRecord(where, f'malformed JSON: {e.msg} at character {e.pos + 1}')
-  except (ValueError, RecursionError) as e:  # thousands of digits; deep nesting
+  except RecursionError as e:  # deep nesting
     return BadRecord(where, f'JSON cannot be read: {e}')
-  return BadRecord(where, problems[0]) if problems else value
 
 
-def strict_decoder(problems: list[str]) -> json.JSONDecoder:
-  """A JSON decoder that adds to `problems` what Python accepts: duplicate keys, and NaN and Infinity."""
-  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-      keys = [key for key, _ in pairs]
-      problems.append(f'key {next(key for key in keys if keys.count(key) > 1)!r} is given twice')
-    return record
+def decode_json(method: Callable[..., Any], *args: Any) -> Any:
+  """`method` of a JSON decoder that reads NaN and Infinity as floats, and puts TWICE for keys that are given twice."""
+  try:
+    return method(_DECODER, *args)
+  except json.JSONDecodeError:
+    raise
+  except ValueError:  # an integer of thousands of digits
+    return method(_DECODER_OF_LONG_NUMBERS, *args)
 
-  def constant(name: str) -> None:
-    problems.append(f'{name} is not JSON')
 
-  return json.JSONDecoder(object_pairs_hook=unique, parse_constant=constant)
+def _marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  record = dict(pairs)
+  if len(record) < len(pairs):
+    keys = [key for key, _ in pairs]
+    record |= {key: TWICE for key in record if keys.count(key) > 1}
+  return record
+
+
+def _number(digits: str) -> int | float:
+  return int(digits) if len(digits) < 1000 else float(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_marked)
+_DECODER_OF_LONG_NUMBERS = json.JSONDecoder(object_pairs_hook=_marked, parse_int=_number)
 
 
 def _first_bad_byte(file: File) -> str | None:

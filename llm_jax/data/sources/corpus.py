@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +17,13 @@ import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError, StorageError
 from llm_jax.base.progress import progress_bar
+from llm_jax.data.sources.content import FileHashes
 from llm_jax.data.sources.documents import BadRecord, Content, Document
 from llm_jax.data.sources.files import Position, Source
 from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Report, rules_of
 from llm_jax.data.sources.splits import SplitConfig, Splitter, content_hash, size
 from llm_jax.data.stores import store
+from llm_jax.data.stores.cache import lease
 from llm_jax.data.stores.store import TokenStore, open_split
 from llm_jax.data.stores.writer import SEEN, StoreWriter, chunks, locked, write_whole
 from llm_jax.data.tokenizers.tokenizer import TOKENIZERS, Tokenizer, TokenizerConfig, load_tokenizer
@@ -40,6 +44,7 @@ class Corpus:
   filters: FilterConfig
   on_bad_record: str  # 'fail' or 'skip'
   max_bad_fraction: float
+  hashes: FileHashes = dataclasses.field(default_factory=FileHashes, compare=False)
 
   def kept(self, report: Report | None = None, seen: Deduplicator | None = None,
            begin: tuple[int, int, int] = (0, 0, 0)) -> Iterator[tuple[tuple[int, int, int], str | None, Document]]:
@@ -126,16 +131,14 @@ class Corpus:
     """The first document, which determines what all of them hold."""
     return next((document for _, _, document in self.kept()), None)
 
-  def holds_ids(self) -> bool:
-    """Whether the documents are token ids."""
+  def dtype_of_ids(self) -> str | None:
+    """The type of the token ids that the documents are, uint8 for bytes; None: they are texts."""
     first = self.first()
-    return first is not None and isinstance(first.text, np.ndarray)
+    return first.text.dtype.name if first is not None and isinstance(first.text, np.ndarray) else None
 
   def fingerprint(self) -> dict:
-    """`contents` with the folders and modification times on this machine."""
-    # Other folders may hold files of the same names, sizes and times; generated data has no folder.
-    places = [str(file.path.absolute()) for _, source in self.sides for file in source.files[:1] if file.path.exists()]
-    return self.contents() | {'places': places, 'files': [source.fingerprint() for _, source in self.sides]}
+    """`contents` with the hashes of the files."""
+    return self.contents() | {'files': [source.fingerprint(self.hashes) for _, source in self.sides]}
 
   def contents(self) -> dict:
     """Everything that determines the documents of each split; the same on any machine with the same files."""
@@ -197,7 +200,7 @@ def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus],
   key = key_of([name, settings, [corpus.fingerprint() for corpus in corpora], store.VERSION,
                 *(parts if parts != PARTS else ()), *TOKENIZERS.code(name)])
   path = cache_dir / 'tokenizers' / f'{name}-{key}.json'
-  with locked(path):
+  with lease(path) or contextlib.nullcontext(), locked(path):
     if not path.exists():
       begin = time.perf_counter()
       # Characters that occur only in validation need an id too; everything else is learnt from the training split.
@@ -210,19 +213,23 @@ def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus],
         raise StorageError(f'{path}: cannot be written: {e.strerror or e}') from None
       print(f'data: {name} tokenizer of {len(tokenizer.token_bytes)} tokens '
             f'made in {time.perf_counter() - begin:.1f} s', flush=True)
-  return load_tokenizer(path), key
+    return load_tokenizer(path), key
 
 
 def make_store(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype: str, shard_tokens: int,
-               takes_ids: bool, about: dict, encoder_tokenizer: Tokenizer | None = None) -> None:
-  """Writes the store if it is missing; resumes the work of a killed process. Raises DataError, StorageError."""
+               takes_ids: bool, about: dict, encoder_tokenizer: Tokenizer | None = None) -> bool:
+  """Writes the store and returns True if it is missing; resumes the work of a killed process.
+
+  Raises DataError, StorageError.
+  """
   with locked(folder):
     if folder.exists():
-      return
+      return False
     try:
       aside = folder.with_name(f'{folder.name}.partial')
       writer = StoreWriter(aside, tokenizer, dtype, shard_tokens, takes_ids, encoder_tokenizer)
       _write(corpus, writer, folder, about)
+      return True
     except OSError as e:
       raise StorageError(f'{folder}: cannot be written: {e.strerror or e}') from None
 
@@ -246,6 +253,9 @@ def _write(corpus: Corpus, writer: StoreWriter, folder: Path, about: dict) -> No
       read = sum(count['bytes'] for count in writer.counts.values())
       before = _bytes_before(sizes, state()['position'])
       bar.update(max(0, min(max(read, before), total) - bar.n))
+  if (changed := corpus.hashes.changed()) is not None:
+    shutil.rmtree(writer.folder)  # it may hold parts of both versions
+    raise DataError(f'{changed}: changed while it was read; start again when it is complete')
   report = Report.from_dict(reading['report'])
   for line in report.lines():
     print(f'data: {corpus.name}: {line}', flush=True)
@@ -261,7 +271,9 @@ def memory_stores(dealt: Iterable[tuple[str, Document]], sides: tuple[str, ...],
       writer.add(parts)
     writer.finish(Path(folder) / 'store', {})
     stores = {side: open_split(Path(folder) / 'store', side) for side in sides}
-    return {side: dataclasses.replace(s, tokens=np.array(s.tokens[:])) for side, s in stores.items()}
+    return {side: dataclasses.replace(s, tokens=np.array(s.tokens[:]), mapped={}, starts=np.array(s.starts),
+                                      answers=None if s.answers is None else np.array(s.answers))
+            for side, s in stores.items()}
 
 
 def _bytes_before(sizes: list[list[int]], position: tuple[int, int, int]) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -46,10 +47,14 @@ class SourceConfig:
 
   path: str = 'stdlib'  # a file, folder, glob or URL, or NAME or NAME:..., of data.sources.files.SOURCES
   format: str = 'auto'  # one of data.formats.registry.FORMATS; auto: by the file's ending or first bytes
-  field: str | None = None  # key, column or data set of the text (or ids); None: the only one there is
+  # Key, column or data set of the text (or ids); doc.text reaches into objects, title+body joins two; None: the only
+  field: str | None = None
   answer_field: str | None = None  # key of the answer: documents are (text, answer) pairs
   label_field: str | None = None  # key of the label
   separator: str | None = None  # text between the documents of a text file; None: one document per file
+  join: str | None = None  # between joined fields and the texts of a list; None: a new line, and lists are refused
+  delimiter: str | None = None  # of CSV and TSV, a character or tab; None: found by the header and the first rows
+  quoting: Literal['minimal', 'none'] | None = None  # of CSV and TSV; None: minimal for CSV, none for TSV
   query: str | None = None  # SQL, for SQLite
   dtype: str | None = None  # type of a .bin without a header; None: uint16
   eot_id: int | None = None  # for data of token ids: the id that starts a document
@@ -62,6 +67,11 @@ class SourceConfig:
 
 # A reader yields BadRecord for records that it can skip, and raises DataError if it cannot read on.
 Reader = Callable[[File, SourceConfig], Iterator[Document | BadRecord]]
+
+
+def unescaped(text: str) -> str:
+  r"""The text with a written \n, \r or \t as the character, as shells pass them on."""
+  return text.replace('\\n', '\n').replace('\\r', '\r').replace('\\t', '\t')
 
 
 def is_url(path: str) -> bool:

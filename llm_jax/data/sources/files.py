@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import glob
 import os
+import stat
 import sysconfig
 from collections.abc import Iterator
 from itertools import islice, takewhile
@@ -17,7 +19,9 @@ from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import register
 from llm_jax.data.formats.registry import FORMATS, format_of
 from llm_jax.data.loaders import SOURCES, UNPACKERS
+from llm_jax.data.sources.content import FileHashes
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig, is_url, shown
+from llm_jax.data.stores.cache import hold
 
 ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.xz', '.tar.bz2', '.tar.zst')
 
@@ -50,7 +54,11 @@ class Source:
 
   def sizes(self) -> list[int]:
     """Bytes of each file; 0 for generated data."""
-    return [sum(size for _, size, _ in _stats(file)) for file in self.files]
+    return self._sizes
+
+  @functools.cached_property
+  def _sizes(self) -> list[int]:
+    return [_size(file.path) for file in self.files]
 
   def shard(self, index: int, count: int) -> Source:
     """The files whose middle lies in part `index` of `count` equal parts of all bytes."""
@@ -60,15 +68,17 @@ class Source:
     return dataclasses.replace(self, files=tuple(self.files[i] for i in chosen),
                                formats=tuple(self.formats[i] for i in chosen))
 
-  def fingerprint(self) -> list:
-    """Names, formats, sizes and modification times of the files, and the code of formats that are not the package's."""
-    return [[file.name, fmt, _stats(file), *FORMATS.code(fmt)]
-            for file, fmt in zip(self.files, self.formats, strict=True)]
+  def fingerprint(self, hashes: FileHashes) -> list:
+    """Names, formats and contents of the files, and the code of formats that are not the package's."""
+    contents = hashes.of(self.files, self.config.path)
+    return [[file.name, fmt, content, *FORMATS.code(fmt)]
+            for file, fmt, content in zip(self.files, self.formats, contents, strict=True)]
 
 
 def open_source(config: SourceConfig, cache_dir: Path) -> Source:
   """Finds the files of `config.path`; downloads URLs and unpacks archives once. Raises DataError, ConfigError."""
   files = tuple(locate(config, cache_dir))
+  hold((file.path for file in files), cache_dir)
   formats = tuple(format_of(file, config) for file in files)
   return Source(config, files, formats)
 
@@ -150,9 +160,12 @@ def _is_saved_dataset(root: Path) -> bool:
                                                     and (root / 'dataset_info.json').is_file())
 
 
-def _stats(file: File) -> list:
-  paths = sorted(p for p in file.path.rglob('*') if p.is_file()) if file.path.is_dir() else [file.path]
-  return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.exists()]
+def _size(path: Path) -> int:
+  try:
+    state = os.stat(path)
+  except OSError:
+    return 0
+  return sum(p.stat().st_size for p in path.rglob('*') if p.is_file()) if stat.S_ISDIR(state.st_mode) else state.st_size
 
 
 register(SOURCES, 'stdlib', stdlib_files)

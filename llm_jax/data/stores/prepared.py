@@ -12,8 +12,7 @@ from llm_jax.data.config import DataConfig
 from llm_jax.data.loaders import LOADERS
 from llm_jax.data.sources.documents import SourceConfig, is_url, shown
 from llm_jax.data.sources.splits import SPLITS
-from llm_jax.data.stores import store
-from llm_jax.data.stores.store import TokenStore, open_split
+from llm_jax.data.stores.store import TokenStore, open_split, open_store
 from llm_jax.data.stores.token_files import TokenFile
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -28,8 +27,8 @@ class Prepared:
 
   def splits(self, verify: bool) -> dict[str, TokenStore]:
     """Raises DataError."""
-    if verify and self.token_file is TokenFile:
-      store.verify(self.folder)
+    if self.token_file is TokenFile:
+      return open_store(self.folder, 'all' if verify else 'some')
     return {split: open_split(self.folder, split, self.token_file, **self.fields) for split in SPLITS}
 
   def tokenizer(self, name: str = 'tokenizer') -> Tokenizer | None:

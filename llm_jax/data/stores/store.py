@@ -3,7 +3,8 @@
 A store is a folder: `<split>-00000.tokens`, `<split>-00001.tokens`, ... (flat uint16 or uint32; each but the last holds
 `shard_tokens` ids), `<split>.starts` (int64, the position of each document's first token), for pairs `<split>.answers`
 (int64, the answer's offset in its document), for labels `<split>.labels` (float64), `tokenizer.json` (and
-`encoder_tokenizer.json` if prompts have their own tokenizer), and `manifest.json` with size and sha256 of each file.
+`encoder_tokenizer.json` if prompts have their own tokenizer), checksums of the tokens (checks.py), and `manifest.json`
+with size and sha256 of each file.
 writer.py writes a temporary folder and renames it: a store is complete or absent.
 """
 
@@ -14,15 +15,16 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
 from llm_jax.base.errors import DataError
-from llm_jax.base.progress import progress_bar
+from llm_jax.data.sources.splits import SPLITS
+from llm_jax.data.stores.checks import check_files, checks_of
 from llm_jax.data.stores.token_files import TokenFile, document_starts, sampled_sha256
 
 VERSION = 4
@@ -32,7 +34,7 @@ VERSION = 4
 class Tokens:
   """Several token files as one flat array: supports `len`, and slices with step 1."""
 
-  files: tuple[Any, ...]  # TokenFile, or others with size and array
+  files: tuple[Any, ...]  # TokenFile, or others with size and read
 
   @cached_property
   def _begins(self) -> list[int]:
@@ -46,7 +48,7 @@ class Tokens:
     parts, index = [], bisect.bisect_right(self._begins, begin) - 1
     while begin < end:
       first = self._begins[index]
-      parts.append(self.files[index].array[begin - first:end - first])
+      parts.append(self.files[index].read(begin - first, min(end - first, self.files[index].size)))
       begin, index = first + self.files[index].size, index + 1
     return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, np.int64)])
 
@@ -68,28 +70,46 @@ class TokenStore:
   classes: tuple[str, ...] = ()  # names of the classes 0, 1, ...; empty if labels are numbers
   vocab_size: int | None = None  # above all ids; None: unknown
   map: Callable[..., Iterable[Any]] = map  # makes many rows: where reading them takes long, in threads
+  mapped: Mapping[str, TokenFile] = dataclasses.field(default_factory=dict)  # the files of starts and answers
+  lease: IO | None = None  # keeps the store in the cache
+
+  def __getstate__(self) -> dict:
+    return {name: value for name, value in self.__dict__.items() if name not in self.mapped} | {'lease': None}
+
+  def __setstate__(self, state: dict) -> None:
+    self.__dict__.update(state | {name: file.array for name, file in state['mapped'].items()})
+
+
+def open_store(folder: Path, check: Literal['some', 'all', 'nothing'] = 'some',
+               lease: IO | None = None) -> dict[str, TokenStore]:
+  """Opens all splits, after checking `all` files, or `some`: as much as checks.py says. Raises DataError."""
+  files = read_manifest(folder)['files']
+  if check == 'all':
+    check_files(folder, files, shown=True)
+  checks = checks_of(folder, files) if check == 'some' else {}
+
+  def token_file(path: Path, dtype: str, size: int) -> TokenFile:
+    return TokenFile(path, dtype, size, checks=checks.get(path.name))
+
+  return {split: open_split(folder, split, token_file, lease=lease) for split in SPLITS}
 
 
 def open_split(folder: Path, split: str, token_file: Callable[[Path, str, int], Any] = TokenFile,
                **fields: Any) -> TokenStore:
-  """Opens one split of a store. Raises DataError when a file is missing or its size differs from the manifest.
+  """Opens one split of a store, whose starts and answers are mapped, not read. Raises DataError.
 
-  `token_file` opens a file of tokens from (path, dtype, number of tokens); others than TokenFile check it themselves.
+  `token_file` opens a file of tokens from (path, dtype, number of tokens). `fields` are those of TokenStore.
   """
-  manifest = read_manifest(folder)
-  for name, entry in manifest['files'].items():
-    if name.endswith('.tokens') and token_file is not TokenFile:
-      continue
-    size = (folder / name).stat().st_size if (folder / name).exists() else 'none'
-    if size != entry['size']:
-      raise DataError(f'{folder / name}: size is {size}, the manifest says {entry["size"]}; '
-                      'delete the folder and start again')
+  manifest = read_manifest(folder, with_tokens=token_file is TokenFile)
   dtype, about = manifest['dtype'], manifest['splits'][split]
   names = sorted(name for name in manifest['files'] if name.startswith(f'{split}-') and name.endswith('.tokens'))
   files = tuple(token_file(folder / name, dtype, manifest['files'][name]['size'] // np.dtype(dtype).itemsize)
                 for name in names)
-  columns: dict[str, Any] = {kind: np.fromfile(folder / f'{split}.{kind}', dtype)
-             for kind, dtype in (('answers', 'int64'), ('labels', 'float64')) if f'{split}.{kind}' in manifest['files']}
+  mapped = {kind: TokenFile(folder / name, 'int64', manifest['files'][name]['size'] // 8)
+            for kind in ('starts', 'answers') if (name := f'{split}.{kind}') in manifest['files']}
+  columns: dict[str, Any] = {kind: file.array for kind, file in mapped.items()}
+  if f'{split}.labels' in manifest['files']:
+    columns['labels'] = np.fromfile(folder / f'{split}.labels', 'float64')
   classes = manifest['classes']
   if classes:
     values = class_values(classes)
@@ -100,9 +120,9 @@ def open_split(folder: Path, split: str, token_file: Callable[[Path, str, int], 
     columns['labels'] = columns['labels'].reshape(-1, manifest['label_width'])
   sha256 = hashlib.sha256(json.dumps([about['identity'], about['pieces'], manifest['ends']]).encode()).hexdigest()
   learnt_bytes = about.get('answer_bytes', about['bytes'])
-  return TokenStore(Tokens(files), np.fromfile(folder / f'{split}.starts', 'int64'), sha256, about['bytes'],
+  return TokenStore(Tokens(files), sha256=sha256, num_bytes=about['bytes'], report=manifest.get('report'),
                     bytes_scale=learnt_bytes / (about['token_bytes'] or learnt_bytes or 1),
-                    report=manifest.get('report'), vocab_size=manifest['vocab_size'], **columns, **fields)
+                    vocab_size=manifest['vocab_size'], mapped=mapped, **columns, **fields)
 
 
 def class_values(classes: Sequence[str]) -> np.ndarray:
@@ -113,36 +133,32 @@ def class_values(classes: Sequence[str]) -> np.ndarray:
     return np.argsort(np.argsort(classes)).astype(np.float64)
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path, with_tokens: bool = True) -> dict:
+  """The manifest. Raises DataError when it is damaged, and when a file is missing or has another size.
+
+  Without `with_tokens`, the files of tokens may be elsewhere.
+  """
   path = folder / 'manifest.json'
   try:
-    return json.loads(path.read_text())
+    manifest = json.loads(path.read_text())
   except (OSError, ValueError) as e:
     raise DataError(f'{path}: cannot be read ({e}); delete the folder and start again') from None
-
-
-def verify(folder: Path) -> None:
-  """Checks the sha256 of every file. Raises DataError naming the first file that differs from the manifest."""
-  files = read_manifest(folder)['files']
-  with progress_bar(f'verifying {folder.name}', sum(entry['size'] for entry in files.values()), 'B') as bar:
-    for name, entry in files.items():
-      if (found := file_sha256(folder / name)) != entry['sha256']:
-        raise DataError(f'{folder / name}: sha256 is {found}, the manifest says {entry["sha256"]}: '
-                        'the file is damaged; delete the folder and start again')
-      bar.update(entry['size'])
+  for name, entry in manifest['files'].items():
+    if name.endswith('.tokens') and not with_tokens:
+      continue
+    size = (folder / name).stat().st_size if (folder / name).exists() else 'none'
+    if size != entry['size']:
+      raise DataError(f'{folder / name}: size is {size}, the manifest says {entry["size"]}; '
+                      'delete the folder and start again')
+  return manifest
 
 
 def mapped_store(file: TokenFile, eot_id: int | None, begin: int = 0, end: int | None = None) -> TokenStore:
   """A .bin file, or its tokens [begin, end), as a store; nothing is copied."""
   end = file.size if end is None else end
   part = TokenFile(file.path, file.dtype, end - begin, file.offset + begin * np.dtype(file.dtype).itemsize)
-  starts = document_starts(part.array, eot_id)
-  return TokenStore(Tokens((part,)), starts, f'{sampled_sha256(part.array)} {eot_id}', 0)
-
-
-def file_sha256(path: Path) -> str:
-  try:
-    with open(path, 'rb') as f:
-      return hashlib.file_digest(f, 'sha256').hexdigest()
-  except OSError as e:
-    raise DataError(f'{path}: cannot be read: {e.strerror}') from None
+  if file.starts is None:
+    return TokenStore(Tokens((part,)), document_starts(part.array, eot_id), f'{sampled_sha256(part.array)} {eot_id}', 0)
+  inside = file.starts[(file.starts > begin) & (file.starts < end)] - begin
+  starts = np.concatenate([[0], inside])
+  return TokenStore(Tokens((part,)), starts, f'{sampled_sha256(part.array)} {sampled_sha256(starts)}', 0)

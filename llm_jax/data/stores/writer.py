@@ -16,7 +16,8 @@ from llm_jax.base.errors import DataError, StorageError
 from llm_jax.data.sources.documents import Content, Document
 from llm_jax.data.sources.splits import SPLITS, size
 from llm_jax.data.stores import identity
-from llm_jax.data.stores.store import VERSION, file_sha256
+from llm_jax.data.stores.checks import file_sha256, write_crc
+from llm_jax.data.stores.store import VERSION
 from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
 SEEN = 'documents.seen'  # hashes of the documents so far, when duplicates are removed
@@ -166,13 +167,14 @@ class StoreWriter:
     for name, tokenizer in (('tokenizer', self.tokenizer), ('encoder_tokenizer', self.encoder_tokenizer)):
       if tokenizer is not None:
         (self.folder / f'{name}.json').write_text(tokenizer.to_json(), encoding='utf-8')
+    hashes = {path.name: write_crc(path) for path in sorted(self.folder.glob('*.tokens'))}
     files = sorted(p for p in self.folder.iterdir() if p.name not in ('progress.json', 'manifest.json', SEEN))
     vocab_size = len(self.tokenizer.token_bytes) if self.tokenizer else self.about['max_id'] + 1
     write_json(self.folder / 'manifest.json', {
         'version': VERSION, 'dtype': self.dtype.name, 'vocab_size': vocab_size, 'splits': self.counts,
         'ends': [self.bos_id, self.eos_id],
         'label_width': self.about['label_width'] or 0, 'classes': self.about['classes'], **about,
-        'files': {p.name: {'size': p.stat().st_size, 'sha256': file_sha256(p)} for p in files}})
+        'files': {p.name: {'size': p.stat().st_size, 'sha256': hashes.get(p.name) or file_sha256(p)} for p in files}})
     os.rename(self.folder, target)
     for name in (SEEN, 'progress.json'):  # needed to resume, until the rename
       (target / name).unlink(missing_ok=True)
@@ -211,14 +213,19 @@ def encode_documents(tokenizer: Tokenizer | None, documents: list[Document], tak
   for document, c, found in zip(owners, contents, ids, strict=True):
     if tokenizer is None and isinstance(c, str) and c:  # '' stands for no answer
       raise DataError(f'{document.name}: holds text, but there is no tokenizer: the first document holds token ids, '
-                      'or config.data.tokenizer is none')
+                      'or config.data.tokenizer is none; set it to the tokenizer of these ids, which encodes texts '
+                      'too, or leave the texts out')
     if not takes_ids and isinstance(c, np.ndarray):
       raise DataError(f'{document.name}: holds token ids, but the tokenizer was fitted to the texts; set '
                       'config.data.tokenizer to the tokenizer of these ids, or leave them out')
     if tokenizer and isinstance(c, np.ndarray) and len(c) and found.max() >= len(tokenizer.token_bytes):
-      raise DataError(f'{document.name}: token {found.max()} is beyond the vocabulary of '
-                      f'{len(tokenizer.token_bytes)} tokens')
+      raise DataError(f'{document.name}: {beyond_vocabulary(int(found.max()), tokenizer)}')
   return list(zip(ids[::2], ids[1::2], strict=True))
+
+
+def beyond_vocabulary(most: int, tokenizer: Tokenizer) -> str:
+  return (f'token {most} is beyond the vocabulary of {len(tokenizer.token_bytes)} tokens; set config.data.tokenizer to '
+          'the tokenizer of these ids, or to none')
 
 
 def token_sizes(tokenizer: Tokenizer | None) -> np.ndarray | None:

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, register
-from llm_jax.data.formats.records import choose_fields, to_documents
+from llm_jax.data.formats.fields import choose_fields, left_over, names_of, of_lists
+from llm_jax.data.formats.records import to_documents
 from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.loaders import SOURCES
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
@@ -31,8 +32,8 @@ def parquet(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
   with _errors(file.path, 'Parquet', pa):
     with pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True) as table:
       columns = _columns(table.schema_arrow, config, file.path)
-      batches = (batch.select(columns) for batch in table.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False))
-      yield from to_documents(_rows(batches, file, pa), config)
+      batches = table.iter_batches(_BATCH_ROWS, columns=['.'.join(steps) for steps in columns], use_threads=False)
+      yield from to_documents(_rows(batches, columns, table.schema_arrow, file, config, pa), config)
 
 
 def arrow(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
@@ -41,7 +42,7 @@ def arrow(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
   with _errors(file.path, 'Arrow', pa):
     with _open_arrow(file.path, pa) as (schema, batches):
       columns = _columns(schema, config, file.path)
-      yield from to_documents(_rows((batch.select(columns) for batch in batches), file, pa), config)
+      yield from to_documents(_rows(batches, columns, schema, file, config, pa), config)
 
 
 def huggingface(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
@@ -49,7 +50,8 @@ def huggingface(file: File, config: SourceConfig) -> Iterator[Document | BadReco
 
   A folder is read by pyarrow alone; the hub is streamed by the package `datasets`.
   """
-  return to_documents(_hub_rows(file.name) if file.name.startswith('hf:') else _saved_rows(file, config), config)
+  rows = _hub_rows(file.name, config.label_field) if file.name.startswith('hf:') else _saved_rows(file, config)
+  return to_documents(rows, config)
 
 
 def hub(config: SourceConfig, cache_dir: Path) -> list[File]:
@@ -76,12 +78,12 @@ def _saved_rows(file: File, config: SourceConfig) -> Iterator[tuple[str, str, An
   for path in paths:
     with _errors(path, 'Arrow', pa), _open_arrow(path, pa) as (schema, batches):
       columns = _columns(schema, config, path)
-      for _, where, row in _rows((batch.select(columns) for batch in batches), File(file.name, path), pa):
+      for _, where, row in _rows(batches, columns, schema, File(file.name, path), config, pa):
         number += 1
         yield f'{file.name}:{number}', where, row
 
 
-def _hub_rows(name: str) -> Iterator[tuple[str, str, Any]]:
+def _hub_rows(name: str, label_field: str | None) -> Iterator[tuple[str, str, Any]]:
   elsewhere = ('without a network, save it elsewhere with save_to_disk of the package datasets, copy the folder, and '
                'set config.data.path to it')
   try:
@@ -95,8 +97,10 @@ def _hub_rows(name: str) -> Iterator[tuple[str, str, Any]]:
   parts = name.removeprefix('hf:').split('/')
   try:
     rows = datasets.load_dataset('/'.join(parts[:2]), '/'.join(parts[2:]) or None, split='train', streaming=True)
+    classes = getattr((rows.features or {}).get(label_field), 'names', None)  # of a ClassLabel
     for i, row in enumerate(rows, 1):
-      yield f'{name}:{i}', f'{name}, row {i}', row
+      named = {} if classes is None else {label_field: class_name(row[label_field], classes)}
+      yield f'{name}:{i}', f'{name}, row {i}', row | named
   except Exception as e:  # errors of a dozen other packages come through
     raise DataError(f'{name}: cannot be loaded from the Hugging Face hub ({type(e).__name__}: {_first_line(e)}); '
                     f'{elsewhere}') from None
@@ -126,19 +130,51 @@ def _open_arrow(path: Path, pa: Any) -> Iterator[tuple[Any, Iterable[Any]]]:
     yield reader.schema, reader
 
 
-def _columns(schema: Any, config: SourceConfig, path: Path) -> list[str]:
+Steps = tuple[str, ...]  # a column, and names of fields in its structs
+
+
+def _columns(schema: Any, config: SourceConfig, path: Path) -> list[Steps]:
   """The columns that make up a document. Raises DataError when they are missing or ambiguous."""
   if len(set(schema.names)) < len(schema.names):
     raise DataError(f'{path}: two columns have the same name: {", ".join(schema.names)}')
-  fields = choose_fields({field.name: _stand_in(field.type) for field in schema}, config, str(path))
+  stand_ins = {field.name: _stand_in(field.type) for field in schema}
+  fields = choose_fields(stand_ins, config, str(path))
   if fields is None:
     raise DataError(f'{path}: no column holds text or lists of token ids; its schema is '
-                    f'{", ".join(f"{field.name}: {field.type}" for field in schema)}')
-  wanted = [name for name in fields if name is not None]
-  missing = next((name for name in wanted if name not in schema.names), None)
-  if missing is not None:
-    raise DataError(f'{path}: has no column {missing!r}, but {", ".join(schema.names)}')
-  return list(dict.fromkeys(wanted))
+                    f'{", ".join(f"{field.name}: {field.type}" for field in schema)}{of_lists(stand_ins)}')
+  if (rest := left_over(stand_ins, fields)) is not None:
+    raise DataError(f'{path}: {rest}')
+  found = {name: _steps(schema, name) for name in fields.names}
+  lacking = next((name for name, steps in found.items() if steps is None and name not in fields.optional), None)
+  if lacking is not None:
+    raise DataError(f'{path}: has no column {lacking!r}, but {names_of(stand_ins)}')
+  return [steps for steps in found.values() if steps is not None]
+
+
+def _steps(fields: Any, path: str) -> Steps | None:
+  """The column, or the struct's field, at a dotted path."""
+  names = [field.name for field in fields]
+  if path in names:
+    return (path,)
+  for at, char in enumerate(path):
+    if char == '.' and path[:at] in names:
+      kind = fields.field(path[:at]).type
+      if hasattr(kind, 'fields') and (rest := _steps(_Struct(kind), path[at + 1:])):
+        return path[:at], *rest
+  return None
+
+
+class _Struct:
+  """The fields of a struct type, as a schema gives them."""
+
+  def __init__(self, kind: Any):
+    self.fields = {kind.field(i).name: kind.field(i) for i in range(kind.num_fields)}
+
+  def __iter__(self) -> Iterator[Any]:
+    return iter(self.fields.values())
+
+  def field(self, name: str) -> Any:
+    return self.fields[name]
 
 
 def _stand_in(kind: Any) -> Any:
@@ -147,8 +183,13 @@ def _stand_in(kind: Any) -> Any:
 
   kind = kind.value_type if types.is_dictionary(kind) else kind
   if _is_text(kind):
-    return ''
-  return [0] if _is_list(kind) and types.is_integer(kind.value_type) else None
+    return 'text'
+  if types.is_struct(kind):
+    return {field.name: _stand_in(field.type) for field in _Struct(kind)}
+  if not _is_list(kind):
+    return None
+  item = 0 if types.is_integer(kind.value_type) else _stand_in(kind.value_type)
+  return None if item is None else [item]
 
 
 def _is_text(kind: Any) -> bool:
@@ -164,15 +205,42 @@ def _is_list(kind: Any) -> bool:
   return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
-def _rows(batches: Iterable[Any], file: File, pa: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-  number = 0
+def _rows(batches: Iterable[Any], columns: list[Steps], schema: Any, file: File, config: SourceConfig,
+          pa: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+  names, number = ['.'.join(steps) for steps in columns], 0
+  label, classes = config.label_field or '', _class_names(schema, config.label_field)
   for batch in batches:
-    columns = [_readable(column, pa) for column in batch.columns]
+    arrays = [_readable(_column(batch, steps), pa) for steps in columns]
     for begin in range(0, batch.num_rows, _BATCH_ROWS):
-      values = [_values(column.slice(begin, _BATCH_ROWS)) for column in columns]
+      values = [_values(column.slice(begin, _BATCH_ROWS)) for column in arrays]
       for row in zip(*values, strict=True):
         number += 1
-        yield f'{file.name}:{number}', f'{file.path}, row {number}', dict(zip(batch.schema.names, row, strict=True))
+        record = dict(zip(names, row, strict=True))
+        if classes is not None:
+          record[label] = class_name(record[label], classes)
+        yield f'{file.name}:{number}', f'{file.path}, row {number}', record
+
+
+def _column(batch: Any, steps: Steps) -> Any:
+  column = batch.column(steps[0])
+  if len(steps) == 1:
+    return column
+  import pyarrow.compute
+  return pyarrow.compute.struct_field(column, list(steps[1:]))
+
+
+def _class_names(schema: Any, label: str | None) -> list[str] | None:
+  """The names that the package `datasets` stores for the numbers of a ClassLabel."""
+  try:
+    features = json.loads(schema.metadata[b'huggingface'])['info']['features']
+    return list(map(str, features[label]['names'])) if features[label]['_type'] == 'ClassLabel' else None
+  except (KeyError, TypeError, ValueError):
+    return None
+
+
+def class_name(value: Any, names: list[str]) -> Any:
+  """The name of a class; None for -1, which stands for no label, and other numbers without a name."""
+  return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def _readable(column: Any, pa: Any) -> Any:
@@ -183,13 +251,18 @@ def _readable(column: Any, pa: Any) -> Any:
   as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
   if column.type in as_bytes:
     column = column.view(as_bytes[column.type])  # reads no data, so it is safe before validation
+  elif _is_list(column.type) and column.type.value_type in as_bytes:
+    column.validate()
+    column = column.cast(pa.large_list(as_bytes[column.type.value_type]))
   column.validate(full=True)
   return column
 
 
 def _values(column: Any) -> list[Any]:
   """Python values; lists of integers as arrays."""
-  if _is_list(column.type) and _stand_in(column.type) is not None:
+  import pyarrow.types as types
+
+  if _is_list(column.type) and types.is_integer(column.type.value_type):
     return [None if row.values is None else row.values.to_numpy(zero_copy_only=False) for row in column]
   return column.to_pylist()
 

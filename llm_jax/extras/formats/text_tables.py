@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import tomllib
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +14,9 @@ from llm_jax.base.registry import NoSettings, register
 from llm_jax.data.formats.compression import open_stream
 from llm_jax.data.formats.records import to_documents
 from llm_jax.data.formats.registry import FORMATS
-from llm_jax.data.formats.text import BOM, CHUNK, not_utf8, parse_json, strict_decoder
+from llm_jax.data.formats.text import BOM, CHUNK, decode_json, not_utf8, parse_json
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
+from llm_jax.extras.formats.delimiters import HEAD, dialect
 
 _SPACE = ' \t\n\r'
 _WHOLE_FILE_BYTES = 256 << 20  # limit for formats that cannot be read as a stream
@@ -53,8 +55,6 @@ def _json_records(file: File, config: SourceConfig) -> Iterator[tuple[str, str, 
 
 def _json_array(file: File, stream: io.TextIOBase, buffer: str, limit: int) -> Iterator[tuple[str, str, Any]]:
   """Items of an array, after its '['. Raises DataError for a malformed item, as the start of the next is unknown."""
-  problems: list[str] = []
-  decoder = strict_decoder(problems)
   position, behind, number = 0, 0, 1
   while True:
     position = _end_of_space(buffer, position)
@@ -66,8 +66,7 @@ def _json_array(file: File, stream: io.TextIOBase, buffer: str, limit: int) -> I
         if not buffer.startswith(',', position):
           raise ValueError('expected a comma or ] after the record before')
         begin = _end_of_space(buffer, position + 1)
-      problems.clear()
-      value, end = decoder.raw_decode(buffer, begin)
+      value, end = decode_json(json.JSONDecoder.raw_decode, buffer, begin)
       why = None if end < len(buffer) else 'the file ends inside the array'
     except (ValueError, RecursionError) as e:
       why = getattr(e, 'msg', str(e))
@@ -82,7 +81,7 @@ def _json_array(file: File, stream: io.TextIOBase, buffer: str, limit: int) -> I
       behind, buffer, position = behind + position, buffer[position:] + more, 0
       continue
     where = f'{file.path}, record {number}'
-    yield f'{file.name}:{number}', where, BadRecord(where, problems[0]) if problems else value
+    yield f'{file.name}:{number}', where, value
     position, number = end, number + 1
   rest = buffer[position + 1:]
   while rest:
@@ -126,17 +125,20 @@ def _only_table(file: File, value: dict[str, Any]) -> list[tuple[str, str, Any]]
 
 
 def csv_file(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """Comma-separated values (RFC 4180); the first row names the fields. Labels are text."""
+  """Comma-separated values (RFC 4180), or divided by ; tab or |; the first row names the fields. Labels are text."""
   return to_documents(_rows(file, config, ','), config)
 
 
 def tsv(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """As csv_file, with tabs."""
+  """As csv_file, with tabs, and without quoting unless config.quoting says so. Each record is one line."""
   return to_documents(_rows(file, config, '\t'), config)
 
 
 def _rows(file: File, config: SourceConfig, delimiter: str) -> Iterator[tuple[str, str, Any]]:
-  """Rows as mappings. An unclosed quote would swallow all rows after it, so it raises DataError."""
+  """Rows as mappings. An unclosed quote would swallow all rows after it, so it raises DataError.
+
+  `delimiter`: the usual one of the format.
+  """
   limit = config.max_record_bytes
   # The csv module's limit is global and per field; `taken` limits each record.
   csv.field_size_limit(max(csv.field_size_limit(), limit))
@@ -151,9 +153,11 @@ def _rows(file: File, config: SourceConfig, delimiter: str) -> Iterator[tuple[st
                         f'{limit} bytes: a quote is not closed, or config.data.max_record_bytes is too small')
       yield piece
 
+  with _open_text(file) as stream:
+    options = dialect(file, config, stream.read(HEAD), delimiter)
   header: list[str] = []
   with _open_text(file) as stream:
-    rows = csv.reader(lines(stream), delimiter=delimiter, strict=True)
+    rows = csv.reader(lines(stream), **options)
     while True:
       where, name = f'{file.path}, line {line}', f'{file.name}:{line}'
       try:
@@ -166,13 +170,21 @@ def _rows(file: File, config: SourceConfig, delimiter: str) -> Iterator[tuple[st
         continue
       if row is None:
         return
+      if delimiter == '\t' and rows.line_num > line:
+        raise DataError(f'{where}: a quoted record over {rows.line_num - line + 1} lines; a TSV has one record a line: '
+                        'set config.data.quoting=none, or if it was written so, config.data.format=csv')
       line, taken = rows.line_num + 1, 0
       if row and not header:
         header = _header(row, where)
       elif row and len(row) != len(header):
-        yield name, where, BadRecord(where, f'{len(row)} fields; the header names {len(header)}')
+        yield name, where, BadRecord(where, f'{len(row)} fields; the header names {len(header)}' + _hint(row, options))
       elif row:
         yield name, where, dict(zip(header, row, strict=True))
+
+
+def _hint(row: list[str], options: dict[str, Any]) -> str:
+  quoted = options['quoting'] == csv.QUOTE_NONE and any(field.count('"') % 2 for field in row)
+  return '; if its fields are quoted, set config.data.quoting=minimal' if quoted else ''
 
 
 def _header(row: list[str], where: str) -> list[str]:
