@@ -4,6 +4,7 @@ Without a config, the fields of config.data are flags.
 
   llm-jax data prepare --config=gpt_small
   llm-jax data prepare --path='data/*.jsonl.gz' --field=text --tokenizer=bpe
+  zcat texts.gz | llm-jax data prepare - --tokenizer=byte
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def parse(parser: flags.Parser, argv: list[str]) -> tuple[DataConfig, argparse.N
   """(DataConfig from --config and --config.data.FIELD, or from --FIELD alone; the parser's own flags)."""
   has_config = any(word.partition('=')[0] == '--config' for word in argv)
   parser.fields = 'llm_jax.config:Config' if has_config else parser.fields
-  args = parser.parse(argv, '--config.' if has_config else '--')
+  path = '--config.data.path=-' if has_config else '--path=-'
+  args = parser.parse([path if word == '-' else word for word in argv], '--config.' if has_config else '--')
   plugins.load_all(args.plugin)
   if args.config is not None:
     from llm_jax.config_file import open_config

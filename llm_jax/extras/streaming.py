@@ -174,7 +174,8 @@ class Stream:
         (config.task != 'next_token' or config.packing != 'concat', 'only task next_token with packing concat streams'),
         (config.augment.random, 'augment is not supported: turn it off'),
         (config.stride is not None, 'windows cannot overlap: set stride=None'),
-        (config.filters.deduplicate, 'duplicates cannot be found: set filters.deduplicate=False'),
+        (config.filters.deduplicate or config.filters.deduplicate_normalized,
+         'duplicates cannot be found: set filters.deduplicate=False and deduplicate_normalized=False'),
         (len(config.weights_from) > 1, 'weights cannot change: set weights_from=(0,)'),
         (config.num_workers > 0, 'a stream is read by one thread: set num_workers=0')) if wrong]
 

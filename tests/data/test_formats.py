@@ -150,7 +150,16 @@ def test_json_files_may_be_arrays_or_objects(path):
     with pytest.raises(DataError, match=str(path)):
       read(json_file, path, damaged)
   with pytest.raises(DataError, match='format to jsonl'):
-    read(json_file, path, b'{"a": "x"}\n{"a": "y"}')
+    read(json_file, path, b'{"a": "x"} {"a": "y"}')
+
+
+@pytest.mark.parametrize('size', [1, 700_000, 1_500_000])
+def test_a_json_file_may_hold_an_object_a_line(path, size):
+  records = [{'a': chr(65 + i) * size} for i in range(4)]
+  lines = '\n'.join(map(json.dumps, records)).encode()
+  for content in (lines, b'\n ' + lines + b'\n\n', lines.replace(b'\n', b'\r\n')):
+    assert texts(read(json_file, path, content)) == [record['a'] for record in records]
+  assert list(bad(read(json_file, path, lines + b'\n{"a": \n'))) == ['5']
 
 
 @QUICK

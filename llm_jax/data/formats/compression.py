@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from llm_jax.base.errors import DataError
 from llm_jax.data.loaders import UNPACKERS
@@ -49,3 +51,32 @@ def open_stream(path: Path) -> BinaryIO:
   except OSError as e:
     raise DataError(f'{path}: cannot be read: {e.strerror}') from None
   return raw if codec is None else UNPACKERS['stream'](path, codec, raw)
+
+
+def stream_of(pieces: Iterator[bytes], source: BinaryIO) -> BinaryIO:
+  """A buffered stream of the bytes of an iterator; closing it closes `source`."""
+  return io.BufferedReader(_Pieces(pieces, source), _BUFFER)
+
+
+class _Pieces(io.RawIOBase):
+  """A raw io stream over an iterator of pieces; closing it closes `source`."""
+
+  def __init__(self, pieces: Iterator[bytes], source: BinaryIO):
+    self._pieces, self._source, self._rest = pieces, source, memoryview(b'')
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    while not self._rest:
+      piece = next(self._pieces, None)
+      if piece is None:
+        return 0
+      self._rest = memoryview(piece)
+    count = min(len(buffer), len(self._rest))
+    buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+    return count
+
+  def close(self) -> None:
+    self._source.close()
+    super().close()

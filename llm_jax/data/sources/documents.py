@@ -49,6 +49,7 @@ class SourceConfig:
   field: str | None = None  # key, column or data set of the text (or ids); None: the only one there is
   answer_field: str | None = None  # key of the answer: documents are (text, answer) pairs
   label_field: str | None = None  # key of the label
+  encoding: str | None = None  # of text files that are not UTF-8, such as cp1252 or utf-16-le; None: they are refused
   separator: str | None = None  # text between the documents of a text file; None: one document per file
   query: str | None = None  # SQL, for SQLite
   dtype: str | None = None  # type of a .bin without a header; None: uint16

@@ -49,7 +49,7 @@ class StoreWriter:
     for path in folder.iterdir():
       if path.suffix == '.partial':
         path.unlink()
-      elif path.suffix in ('.tokens', '.starts', '.answers', '.labels', '.seen'):
+      elif path.suffix in ('.tokens', '.starts', '.answers', '.labels', '.seen', '.hashes'):
         os.truncate(path, lengths.get(path.name, 0))
 
   @property
@@ -138,6 +138,13 @@ class StoreWriter:
       self._files[name] = open(self.folder / name, 'ab')  # noqa: SIM115
     values.tofile(self._files[name])
 
+  def column(self, name: str, dtype: Any) -> np.ndarray:
+    """The values of a file so far, mapped into memory."""
+    if name in self._files:
+      self._files[name].flush()
+    path = self.folder / name
+    return np.memmap(path, dtype, 'r') if path.exists() and path.stat().st_size else np.zeros(0, dtype)
+
   def _sync(self, file: BinaryIO) -> BinaryIO:
     file.flush()
     os.fsync(file.fileno())
@@ -162,15 +169,16 @@ class StoreWriter:
     for name, tokenizer in (('tokenizer', self.tokenizer), ('encoder_tokenizer', self.encoder_tokenizer)):
       if tokenizer is not None:
         (self.folder / f'{name}.json').write_text(tokenizer.to_json(), encoding='utf-8')
-    files = sorted(p for p in self.folder.iterdir() if p.name not in ('progress.json', 'manifest.json', SEEN))
+    files = sorted(p for p in self.folder.iterdir()
+                   if p.name not in ('progress.json', 'manifest.json', SEEN) and p.suffix != '.hashes')
     vocab_size = len(self.tokenizer.token_bytes) if self.tokenizer else self.about['max_id'] + 1
     write_json(self.folder / 'manifest.json', {
         'version': VERSION, 'dtype': self.dtype.name, 'vocab_size': vocab_size, 'splits': self.counts,
         'label_width': self.about['label_width'] or 0, 'classes': self.about['classes'], **about,
         'files': {p.name: {'size': p.stat().st_size, 'sha256': file_sha256(p)} for p in files}})
     os.rename(self.folder, target)
-    for name in (SEEN, 'progress.json'):  # needed to resume, until the rename
-      (target / name).unlink(missing_ok=True)
+    for path in (target / SEEN, target / 'progress.json', *target.glob('*.hashes')):  # to resume, until the rename
+      path.unlink(missing_ok=True)
 
   def _write_empty(self, name: str) -> None:
     if not (self.folder / name).exists():
