@@ -12,7 +12,7 @@ from llm_jax.data.stores.store import TokenStore
 from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
 _STEP = 1 << 20  # tokens checked at once
-_BLOCKS, _BLOCK = 16, 1 << 16  # of tokens that are counted
+_BLOCKS, _BLOCK = 16, 1 << 13  # of tokens that are counted
 ONE_KIND, AT_LEAST = 0.99, 200  # share of one token, and number of tokens, for a warning
 
 

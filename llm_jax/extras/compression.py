@@ -7,6 +7,7 @@ import dataclasses
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,7 +62,7 @@ CODECS = {
 }
 
 
-def decompressed(path: Path, name: str, raw: BinaryIO) -> BinaryIO:
+def decompressed(path: Path, name: str, raw: BinaryIO) -> BufferedReader:
   """The stream of the decompressed bytes of `raw`, the file at `path`; `name`: of one of CODECS."""
   return stream_of(_expand(path, raw, name), raw)
 

@@ -258,6 +258,15 @@ def test_compressed_streams_are_read_and_checked(ending, tmp_path):
     assert str(path) in str(error.value)
 
 
+def test_zstandard_with_a_long_window_is_read(tmp_path):
+  path, rows = tmp_path / 'x.jsonl.zst', [f'text {i}' for i in range(300)]
+  parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+  machine = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # as `zstd --long=31` from a pipe
+  whole = machine.compress('\n'.join(json.dumps({'t': r}) for r in rows).encode()) + machine.flush()
+  assert zstandard.get_frame_parameters(whole).window_size == 1 << 31
+  assert texts(read(jsonl, path, whole)) == rows
+
+
 def test_padding_and_skippable_frames_are_allowed(tmp_path):
   path = tmp_path / 'x'
   skipped = b'\x50\x2a\x4d\x18\x04\0\0\0abcd'

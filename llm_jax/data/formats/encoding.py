@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +13,8 @@ from typing import BinaryIO
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.formats.compression import open_stream, stream_of
 
-HEAD = 1 << 14  # bytes by which the kind of a file is judged
+HEAD = 1 << 12  # bytes by which the kind of a file is judged
+_LEAST = 8  # bytes to judge by
 _CHUNK = 1 << 20
 _BOMS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'), (codecs.BOM_UTF16_LE, 'utf-16'),
          (codecs.BOM_UTF16_BE, 'utf-16'))
@@ -37,14 +39,13 @@ def check_encoding(encoding: str | None) -> None:
 def open_utf8(path: Path, encoding: str | None) -> BinaryIO:
   """The decompressed bytes of a text file, as UTF-8: a byte order mark decides, then whether it is UTF-8 already, then
   `encoding`. Raises DataError for UTF-16 without either."""
-  found = _encoding_of(path, encoding)
   stream = open_stream(path)
+  found = _encoding_of(path, stream.peek(HEAD)[:HEAD], encoding)
   return stream if found is None else stream_of(_transcoded(path, found, stream), stream)
 
 
-def _encoding_of(path: Path, encoding: str | None) -> str | None:
+def _encoding_of(path: Path, head: bytes, encoding: str | None) -> str | None:
   """The encoding to decode a file by; None: it is UTF-8, or damaged UTF-8 on which its reader reports."""
-  head = head_of(path)
   if (marked := _marked(head)) is not None:
     return marked
   wide = utf16_of(head)
@@ -84,18 +85,24 @@ def _marked(head: bytes) -> str | None:
 
 
 def utf16_of(head: bytes) -> str | None:
-  """'utf-16-le' or 'utf-16-be' for the beginning of such a text without a byte order mark: its zero bytes stand in
-  every second place, and what it decodes to can be printed."""
-  if b'\0' not in head:
+  """'utf-16-le' or 'utf-16-be' if a file begins as such text without a byte order mark: it holds zero bytes, and what
+  it decodes to can be printed. UTF-16 of some scripts is also UTF-8; then most high bytes must be the same two."""
+  if b'\0' not in head or len(head) < _LEAST or (len(head) < HEAD and len(head) % 2):
     return None
-  whole = head[:len(head) // 2 * 2]
-  zeros = whole[::2].count(0), whole[1::2].count(0)
-  least = 0.3 if is_utf8(head) else 0.01  # ASCII with zeros between is UTF-8 too
-  if min(zeros) or max(zeros) < least * len(whole) / 2:
-    return None
-  name = 'utf-16-be' if zeros[0] else 'utf-16-le'
-  text = codecs.getincrementaldecoder(name)('replace').decode(whole)
-  return name if '\ufffd' not in text and ''.join(text.split()).isprintable() else None
+  found = {}
+  for name, high in (('utf-16-le', 1), ('utf-16-be', 0)):
+    text = codecs.getincrementaldecoder(name)('replace').decode(head)
+    plain = ''.join(text.replace('\x1b', '').split())
+    common = Counter(head[high::2]).most_common(2)
+    one_script = sum(count for _, count in common) > 0.9 * len(head) / 2 and _controls(head) > 0.2
+    if '\ufffd' not in text and plain.isprintable() and (one_script or not is_utf8(head)):
+      found[name] = sum(c.isspace() or c.isascii() for c in text)
+  return max(found, key=found.__getitem__) if found else None
+
+
+def _controls(head: bytes) -> float:
+  """The share of control characters."""
+  return len(head.translate(None, _NOT_CONTROL)) / len(head)
 
 
 def is_utf8(head: bytes) -> bool:
@@ -111,10 +118,9 @@ def is_binary(head: bytes) -> bool:
   """Whether a file that begins so is no text in any encoding: by its first bytes, or by its control characters."""
   if head.startswith(_MAGIC):
     return True
-  if _marked(head) is not None or utf16_of(head) is not None:
+  if len(head) < _LEAST or _marked(head) is not None or utf16_of(head) is not None:
     return False
-  controls = len(head.translate(None, _NOT_CONTROL))
-  return controls > (0.1 if is_utf8(head) else 0.003) * len(head)
+  return _controls(head) > (0.1 if is_utf8(head) else 0.003)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +139,7 @@ class Scan:
   @property
   def is_dense(self) -> bool:
     """Whether so many bytes are not ASCII that the script is not Latin."""
-    return self.num_bad > 0.3 * self.num_ascii
+    return self.num_bad > 0.6 * self.num_ascii
 
 
 def scan(path: Path, limit: int | None = None) -> Scan:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import stat
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress, islice
@@ -12,11 +14,11 @@ from pathlib import Path
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import register
 from llm_jax.data.formats.encoding import check_encoding
-from llm_jax.data.formats.registry import FORMATS, format_of
+from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.loaders import SOURCES, UNPACKERS
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig, is_url, shown
 from llm_jax.data.sources.finding import LeftOut, below, find
-from llm_jax.data.sources.kinds import among_texts, refuse_pointers, without_binary
+from llm_jax.data.sources.kinds import among_texts, formats_of, refuse_pointers
 from llm_jax.data.sources.naming import cards, missing_shards, splits_of
 from llm_jax.data.sources.pipes import is_pipe, keep_pipe
 
@@ -58,12 +60,16 @@ class Source:
 
   def sizes(self) -> list[int]:
     """Bytes of each file; 0 for generated data."""
-    return [sum(size for _, size, _ in _stats(file)) for file in self.files]
+    return [sum(size for _, size, _ in stats) for stats in self._stats]
+
+  @functools.cached_property
+  def _stats(self) -> list[list]:
+    return [_stats(file) for file in self.files]
 
   def fingerprint(self) -> list:
     """Names, formats, sizes and modification times of the files, and the code of formats that are not the package's."""
-    return [[file.name, fmt, _stats(file), *FORMATS.code(fmt)]
-            for file, fmt in zip(self.files, self.formats, strict=True)]
+    return [[file.name, fmt, stats, *FORMATS.code(fmt)]
+            for file, fmt, stats in zip(self.files, self.formats, self._stats, strict=True)]
 
 
 def open_source(config: SourceConfig, cache_dir: Path) -> Source:
@@ -71,13 +77,10 @@ def open_source(config: SourceConfig, cache_dir: Path) -> Source:
   check_encoding(config.encoding)
   left_out = LeftOut()
   files = locate(config, cache_dir, left_out)
-  refuse_pointers(file.path for file in files)
-  formats = [format_of(file, config) for file in files]
+  found = formats_of(files, config, left_out)
+  files, formats = [f for f, fmt in zip(files, found, strict=True) if fmt], [fmt for fmt in found if fmt]
   notes: tuple[str, ...] = ()
   if len(files) > 1 and config.format == 'auto':
-    used = without_binary(files, formats, left_out)
-    if any(used):
-      files, formats = list(compress(files, used)), list(compress(formats, used))
     for card in cards(files, formats):
       index = files.index(card)
       left_out.add('file that describes the data', files.pop(index).name)
@@ -99,9 +102,10 @@ def locate(config: SourceConfig, cache_dir: Path, left_out: LeftOut) -> list[Fil
     found = [keep_pipe(path, cache_dir)]
   else:
     found = find(Path(path).expanduser(), shown(path), left_out)
+  refuse_pointers(file.path for file in found)
   files = []
   for file in found:
-    if file.path.is_file() and file.name.lower().endswith(ARCHIVES):
+    if file.name.lower().endswith(ARCHIVES) and file.path.is_file():
       unpacked = UNPACKERS['archive'](file.path, cache_dir)
       files += [File(f'{file.name}/{inner.name}', inner.path)
                 for inner in below(unpacked, str(file.path), left_out)]
@@ -123,7 +127,7 @@ def open_sides(config: SourceConfig, cache_dir: Path, held_out: Sequence[Source]
   for source in (own, *sides.values()):
     _check_shards(source, on_bad_record)
   elsewhere = {_real(file) for source in (*held_out, *sides.values()) for file in source.files}
-  names = [file.name for file in own.files if _real(file) in elsewhere]
+  names = [file.name for file in own.files if _real(file) in elsewhere] if elsewhere else []
   if names:
     own = own.keep(lambda i, own=own: _real(own.files[i]) not in elsewhere,  # type: ignore[misc]
                    f'{len(names)} file(s) of path are those of val_path or test_path, and are no training data: '
@@ -180,8 +184,14 @@ def stdlib() -> list[File]:
 
 
 def _stats(file: File) -> list:
-  paths = sorted(p for p in file.path.rglob('*') if p.is_file()) if file.path.is_dir() else [file.path]
-  return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.exists()]
+  """[(name, size, time)] of a file, or of those in a folder; none of generated data."""
+  try:
+    state = file.path.stat()
+  except OSError:
+    return []
+  if not stat.S_ISDIR(state.st_mode):
+    return [(file.path.name, state.st_size, state.st_mtime_ns)]
+  return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(file.path.rglob('*')) if p.is_file()]
 
 
 register(SOURCES, 'stdlib', stdlib_files)

@@ -79,8 +79,10 @@ def _walk(top: Path, root: Path, left_out: LeftOut) -> Iterator[tuple[Path, list
       child = folder / entry.name
       if entry.name.startswith('.'):
         left_out.add('hidden', child.relative_to(root))
+      elif entry.is_file(follow_symlinks=False) or (not entry.is_dir() and _is_file(child, root, left_out)):
+        files.append(child)
       elif not entry.is_dir():
-        files += [child] if _is_file(child, root, left_out) else []
+        continue
       elif entry.is_symlink():
         linked.append(child)
       elif _identity(child) not in seen:

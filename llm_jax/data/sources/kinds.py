@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from llm_jax.base.errors import DataError
 from llm_jax.data.formats.encoding import head_of, is_binary, open_utf8, scan, utf16_of
-from llm_jax.data.formats.registry import FORMATS
+from llm_jax.data.formats.registry import FORMATS, format_of
 from llm_jax.data.sources.documents import Document, File, SourceConfig
 from llm_jax.data.sources.finding import LeftOut
 
@@ -20,40 +21,52 @@ if TYPE_CHECKING:
 
 LFS = b'version https://git-lfs.github.com/spec/v'
 TEXTUAL = ('json', 'jsonl', 'toml', 'csv', 'tsv')  # records that are written as text
-STRAY = ('sqlite', 'pickle')  # what is no text among texts, and cannot be read without being asked for
 UNKNOWN = 'unknown encoding'
 SURVEY_BYTES = 1 << 30  # of all files together, to find those that are not UTF-8
 
 
 def refuse_pointers(paths: Iterable[Path]) -> None:
   """Raises DataError that names the files that hold a pointer in place of the data."""
-  found = [path for path in paths if path.is_file() and path.stat().st_size < 1024 and _begin(path).startswith(LFS)]
+  found = [path for path in paths if _begin(path) == LFS]
   if found:
     raise DataError(f'{_listed([str(path) for path in found])}: a Git LFS pointer, not the data: run git lfs pull '
                     'in the repository')
 
 
 def _begin(path: Path) -> bytes:
-  with open(path, 'rb') as f:
-    return f.read(len(LFS))
-
-
-def without_binary(files: Sequence[File], formats: Sequence[str], left_out: LeftOut) -> list[bool]:
-  """For each of several files, whether it is used: one with the format of text that holds none is not."""
-  used = []
-  for file, fmt in zip(files, formats, strict=True):
-    binary = fmt == 'text' and _is_binary(file.path)
-    if binary:
-      left_out.add(f'binary ({Path(file.name).suffix.lower() or "no ending"})', file.name)
-    used.append(not binary)
-  return used
-
-
-def _is_binary(path: Path) -> bool:
+  """The first bytes of a small file."""
   try:
-    return is_binary(head_of(path))
+    if path.stat().st_size < 1024:
+      with open(path, 'rb') as f:
+        return f.read(len(LFS))
+  except OSError:
+    pass  # no file, or its reader reports it
+  return b''
+
+
+def formats_of(files: Sequence[File], config: SourceConfig, left_out: LeftOut) -> list[str | None]:
+  """The format of each file; None for one among several that would be text and is not. Empty ones are counted.
+
+  Raises ConfigError for an unknown format.
+  """
+  formats = list[str | None]()
+  for file in files:
+    read = functools.cache(functools.partial(head_of, file.path))
+    fmt = format_of(file, config, read)
+    head = _try(read) if fmt == 'text' and config.format == 'auto' and len(files) > 1 else None
+    if head == b'':
+      left_out.add('empty', file.name)
+    if binary := bool(head) and is_binary(head or b''):
+      left_out.add(f'binary ({Path(file.name).suffix.lower() or "no ending"})', file.name)
+    formats.append(None if binary else fmt)
+  return formats if any(formats) else ['text'] * len(files)
+
+
+def _try(read: Callable[[], bytes]) -> bytes | None:
+  try:
+    return read()
   except DataError:
-    return False  # the reader of text reports it
+    return None  # the reader reports it
 
 
 def among_texts(files: Sequence[File], formats: Sequence[str], config: SourceConfig,
@@ -68,19 +81,20 @@ def among_texts(files: Sequence[File], formats: Sequence[str], config: SourceCon
     return list(formats), ()
   chosen, as_text = list[str | None](formats), []
   for index, (file, fmt) in enumerate(zip(files, formats, strict=True)):
-    if fmt in TEXTUAL and not _is_table(file, fmt, config) and not _is_binary(file.path):
+    head = _try(functools.partial(head_of, file.path)) if fmt in TEXTUAL else None
+    if head and not is_binary(head) and not _is_table(file, fmt, head, config):
       chosen[index] = 'text'
       as_text.append(file.name)
-    elif fmt in STRAY and not _gives_text(file, fmt, config):
+    elif fmt == 'sqlite' and not _gives_text(file, fmt, config):
       chosen[index] = None
       left_out.add(f'binary ({Path(file.name).suffix.lower() or fmt})', file.name)
   note = f'{len(as_text)} file(s) without a clear field of text are read as plain text: {_listed(as_text)}'
   return chosen, (note,) if as_text else ()
 
 
-def _is_table(file: File, fmt: str, config: SourceConfig) -> bool:
+def _is_table(file: File, fmt: str, head: bytes, config: SourceConfig) -> bool:
   """Whether a file is records; one JSON object alone is text."""
-  if fmt == 'json' and head_of(file.path).lstrip()[:1] == b'{':
+  if fmt == 'json' and head.lstrip()[:1] == b'{':
     return _gives_text(file, fmt, config, lambda name: name != file.name)
   return _gives_text(file, fmt, config)
 

@@ -187,8 +187,10 @@ def size(document: Document) -> int:
 
 def content_hash(document: Document) -> bytes:
   """sha256 of text and answer, independent of name and place."""
-  return hashlib.sha256(_bytes(document.text) + b'\0' + _bytes(document.answer if document.answer is not None else '')
-                        ).digest()
+  digest = hashlib.sha256(_bytes(document.text))
+  digest.update(b'\0')
+  digest.update(_bytes(document.answer if document.answer is not None else ''))
+  return digest.digest()
 
 
 def _bytes(content: Content) -> bytes:

@@ -122,7 +122,7 @@ class StoreWriter:
     count = self.counts[split]
     self.about['max_id'] = max(self.about['max_id'], int(ids.max()))
     if self._token_bytes is not None and not is_prompt:
-      count['token_bytes'] += int(self._token_bytes[ids].sum())
+      count['token_bytes'] += int(self._token_bytes[ids].sum(dtype=np.int64))
     while len(ids):
       shard, room = divmod(count['tokens'], self.shard_tokens)
       part = ids[:self.shard_tokens - room]
@@ -225,14 +225,17 @@ def encode_documents(tokenizer: Tokenizer | None, documents: list[Document], tak
 
 
 def token_sizes(tokenizer: Tokenizer | None) -> np.ndarray | None:
-  return np.array([len(b) for b in tokenizer.token_bytes]) if tokenizer else None
+  if tokenizer is None:
+    return None
+  sizes = [len(b) for b in tokenizer.token_bytes]
+  return np.array(sizes, np.min_scalar_type(max(sizes)))  # narrow, as it is looked up for every token
 
 
 def num_bytes(content: Content | None, ids: np.ndarray, token_bytes: np.ndarray | None) -> int:
   """Bytes of a text in UTF-8; for ids, the bytes of their tokens."""
   if isinstance(content, str):
     return len(content.encode())
-  return 0 if content is None or token_bytes is None else int(token_bytes[ids].sum())
+  return 0 if content is None or token_bytes is None else int(token_bytes[ids].sum(dtype=np.int64))
 
 
 def chunks(documents: Iterable[tuple[Any, list[tuple[str, Document]]]]) -> Iterator[tuple[Any, list]]:

@@ -44,7 +44,8 @@ class HuggingFaceTokenizer:
     model = spec['model']
     unknown = model['vocab'][model['unk_id']][0] if model.get('unk_id') is not None else model.get('unk_token')
     special = {*pair, *(token['content'] for token in spec['added_tokens'] if token['special'])} - {unknown}
-    self._spelled = re.compile('|'.join(map(re.escape, sorted(special, key=len, reverse=True))))
+    spelled = {*special, *(token['content'] for token in spec['added_tokens'] if token['special'])}
+    self._spelled = re.compile('|'.join(map(re.escape, spelled)))
     self._parse = parse
     self._special = special
     bytes_of = _spelling(spec)
