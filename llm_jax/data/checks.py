@@ -22,8 +22,9 @@ def check_size(config: DataConfig, source: SourceConfig, split: str, store: Toke
   num_tokens = len(store.tokens) if store is not None else 0
   if num_tokens < 2:
     counts = f'; {", ".join(map(str.strip, Report.from_dict(report).lines()))}' if report is not None else ''
-    raise DataError(f'config.data.path: {shown(source.path)} gives {num_tokens} token(s) for {split}, which needs '
-                    f'2 or more (config.data.split {config.split}, val_fraction {config.val_fraction}{counts})')
+    copies = '' if split == 'train' else '; all copies of a document are in one split'
+    raise DataError(f'config.data.path: {shown(source.path)} gives {num_tokens} token(s) for {split}, which needs 2 or '
+                    f'more (config.data.split {config.split}, val_fraction {config.val_fraction}{counts}{copies})')
 
 
 def max_id(tokens: TokenStore) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import grain
@@ -149,12 +148,17 @@ def with_tuples(state: Any) -> Any:
 
 
 def streaming_held_out(corpus: Corpus, most: int | None) -> Iterator[tuple[str, Document]]:
-  """The documents set aside for val and test: the first `most` of a corpus, or all of those splits' own paths."""
+  """The documents set aside for val and test: the first `most` different ones of a corpus, or all of their own paths.
+  """
   for side, source in corpus.sides:
     part = dataclasses.replace(corpus, sides=((side, source),))
     if side is None and not most:
       continue
-    for _, dealt in islice(part.documents(), most if side is None else None):
+    number = 0
+    for _, dealt in part.documents():
+      number += sum(not document.continues for _, document in dealt)
+      if side is None and number > part.num_placed:
+        break
       yield from (pair for pair in dealt if pair[0] != 'train')
 
 

@@ -55,7 +55,8 @@ def texts_of(corpora, kind):
            for line in path.read_text().splitlines()]
   if kind == 'filtered':
     lines = [line for line in lines if len(line) >= 12]
-  return lines[NUM_VAL:]
+  held = list(dict.fromkeys(lines))[:NUM_VAL]
+  return [line for line in lines if line not in held]  # no copies of documents to validate with
 
 
 def documents_of(corpora, kind, shard=0, num_shards=1, cache_bytes=0, counters=None):

@@ -92,6 +92,11 @@ class Corpus:
   def _placed(self) -> Placed | None:
     return place(self.split, lambda: ((d, goes_on) for _, side, d, goes_on in self.kept() if side is None))
 
+  @property
+  def num_placed(self) -> int:
+    """Number of documents, from the first on, that hold all of val and test with split count."""
+    return len(self._placed.codes) if self._placed is not None else 0
+
   def deduplicator(self, hashes: bytes = b'') -> Deduplicator:
     return Deduplicator(hashes, self.filters.deduplicate_normalized)
 

@@ -20,7 +20,7 @@ from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConf
 from llm_jax.data.sources.finding import LeftOut, below, find
 from llm_jax.data.sources.kinds import among_texts, formats_of, refuse_pointers
 from llm_jax.data.sources.naming import cards, missing_shards, splits_of
-from llm_jax.data.sources.pipes import is_pipe, keep_pipe
+from llm_jax.data.sources.standard_input import is_pipe, keep_pipe
 
 ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.xz', '.tar.bz2', '.tar.zst')
 
