@@ -256,9 +256,9 @@ def _write(corpus: Corpus, writer: StoreWriter, folder: Path, about: dict) -> No
   committed = time.monotonic()
   with progress_bar(f'tokenizing {corpus.name}', total, 'B', initial=_bytes_before(sizes, reading['position'])) as bar:
     for state, parts in chunks(corpus.documents(reading, seen)):
-      writer.add(parts)
       for split in SPLITS:
         writer.write(f'{split}{overlap.ENDING}', overlap.keys(d for side, d in parts if side == split))
+      writer.add(parts)
       if time.monotonic() - committed > COMMIT_SECONDS:
         writer.write(SEEN, np.frombuffer(seen.new_hashes(), np.uint8))
         writer.commit(state())

@@ -13,7 +13,8 @@ from llm_jax.data.sources.documents import Content, Document
 ENDING = '.hashes'  # of the files beside an unfinished store, uint64 [D, 2]: normalized and exact
 _LOWER = bytes(range(256)).lower()
 _WHITE = b' \t\n\r\v\f'
-_STEP = 1 << 20
+_STEP = 1 << 20  # documents compared at once
+_SLICE = 1 << 13  # characters
 
 
 def normalized(content: Content) -> bytes:
@@ -22,7 +23,8 @@ def normalized(content: Content) -> bytes:
     return np.asarray(content, '<i8').tobytes()
   if content.isascii():
     return content.encode().translate(_LOWER, _WHITE)
-  return ''.join(content.casefold().split()).encode('utf-8', 'surrogatepass')
+  slices = (content[i:i + _SLICE] for i in range(0, len(content), _SLICE))  # as splitting takes much memory
+  return b''.join(''.join(part.casefold().split()).encode('utf-8', 'surrogatepass') for part in slices)
 
 
 def keys(documents: Iterable[Document]) -> np.ndarray:
