@@ -34,6 +34,7 @@ def get_config():
   config.data.tokenizer = 'bpe'
   config.data.vocab_size = 8192
   config.data.filters.deduplicate = True
+  config.data.filters.deduplicate_normalized = True
   config.optim.learning_rate = 1e-3
   config.optim.warmup_cosine.warmup_steps = 100
   config.optim.adamw.b2 = 0.95

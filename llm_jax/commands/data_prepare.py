@@ -8,6 +8,7 @@ be started again. `llm-jax data merge`, or the training run, then merges them in
   llm-jax data prepare --path='data/*.jsonl.gz' --field=text --tokenizer=bpe
   llm-jax data prepare --config=my_data.py --shard=$SLURM_ARRAY_TASK_ID/64
   llm-jax data prepare --config=my_data.py --dask=scheduler:8786 --num_shards=64
+  zcat texts.gz | llm-jax data prepare - --tokenizer=byte
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def parse(parser: flags.Parser, argv: list[str]) -> tuple[DataConfig, argparse.N
   """(DataConfig from --config and --config.data.FIELD, or from --FIELD alone; the parser's own flags)."""
   has_config = any(word.partition('=')[0] == '--config' for word in argv)
   parser.fields = 'llm_jax.config:Config' if has_config else parser.fields
-  args = parser.parse(argv, '--config.' if has_config else '--')
+  path = '--config.data.path=-' if has_config else '--path=-'
+  args = parser.parse([path if word == '-' else word for word in argv], '--config.' if has_config else '--')
   plugins.load_all(args.plugin)
   if args.config is not None:
     from llm_jax.config_file import open_config

@@ -33,6 +33,7 @@ class DataConfig(SourceConfig, SplitConfig):
   encoder_tokenizer: str | None = None
   vocab_size: int = 8192  # of bpe; maximum for word. The same for both tokenizers
   min_frequency: int = 1  # of a word, or of a pair merged by bpe
+  special_tokens: Literal['text', 'parse'] = 'text'  # what spelled special tokens are: text, or the token
   pattern: str | None = None  # regular expression for words; None: the one in extras/word_tokenizer.py
 
   task: str = 'next_token'  # one of TASKS; its settings are in the section of its name

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.notes import print_once
+from llm_jax.data.checks import check_ids, check_size, check_white_space, max_id, warn_of_one_kind
 from llm_jax.data.config import DataConfig, cache_dir
 from llm_jax.data.loaders import LOADERS
 from llm_jax.data.rows.augment import Augment
@@ -20,15 +19,16 @@ from llm_jax.data.rows.order import VERSION as ORDER_VERSION
 from llm_jax.data.sources.content import FileHashes
 from llm_jax.data.sources.corpus import PARTS, Corpus, fit_tokenizer, key_of, make_store, memory_stores
 from llm_jax.data.sources.documents import SourceConfig, is_url, shown
-from llm_jax.data.sources.files import Source, locate, open_source
-from llm_jax.data.sources.filters import FilterConfig, Report
+from llm_jax.data.sources.files import locate, open_sides, open_source
+from llm_jax.data.sources.filters import FilterConfig
+from llm_jax.data.sources.finding import LeftOut
+from llm_jax.data.sources.kinds import refuse_pointers
 from llm_jax.data.sources.splits import SPLITS, SplitConfig, borders
 from llm_jax.data.stores import store
 from llm_jax.data.stores.cache import lease, prune
 from llm_jax.data.stores.prepared import find_prepared, prepared_tokenizers
 from llm_jax.data.stores.store import TokenStore, mapped_store
 from llm_jax.data.stores.token_files import TokenFile, open_bin
-from llm_jax.data.stores.writer import beyond_vocabulary
 from llm_jax.data.tokenizers.tokenizer import (
   TOKENIZERS,
   ByteTokenizer,
@@ -38,10 +38,10 @@ from llm_jax.data.tokenizers.tokenizer import (
   open_tokenizer,
 )
 
-_STEP = 1 << 20  # tokens checked at once
 # Fields of DataConfig that determine the tokens of a store, and what is compared by a hash in the fingerprint.
 TOKENS = {f.name for part in (SourceConfig, SplitConfig) for f in dataclasses.fields(part)} | {
-    'sources', 'filters', 'on_bad_record', 'tokenizer', 'encoder_tokenizer', 'vocab_size', 'min_frequency', 'pattern'}
+    'sources', 'filters', 'on_bad_record', 'tokenizer', 'encoder_tokenizer', 'vocab_size', 'min_frequency', 'pattern',
+    'special_tokens'}
 BY_HASH = {'train_tokens': 'the training data (config.data.path or config.data.sources)',
            'encoder_tokenizer': 'the tokenizer of config.data.encoder_tokenizer'}
 
@@ -103,13 +103,14 @@ def open_data(config: DataConfig) -> Data:
   wants_val = config.val_documents if config.split == 'count' else config.val_fraction
   for split in ('train', 'val'):
     for name, source in sources.items() if split == 'train' or wants_val or splits['val'] else ():
-      num_tokens = len(splits[split][name].tokens) if name in splits[split] else 0
-      if num_tokens < 2:
-        counts = f'; {", ".join(map(str.strip, Report.from_dict(reports[name]).lines()))}' if name in reports else ''
-        raise DataError(f'config.data.path: {shown(source.path)} gives {num_tokens} token(s) for {split}, which needs '
-                        f'2 or more (config.data.split {config.split}, val_fraction {config.val_fraction}{counts})')
-      if tokenizer is not None and name not in prepared:
-        _check_tokens(source, splits[split][name], tokenizer, encoder_tokenizer, is_bin=name in bins)
+      check_size(config, source, split, splits[split].get(name), reports.get(name))
+      if name in prepared:  # checked when it was prepared; looking at all of it here might fetch it
+        continue
+      if name in bins and tokenizer is not None:
+        check_ids(splits[split][name], tokenizer)
+      warn_of_one_kind(name, split, splits[split][name], tokenizer)
+      if tokenizer is not None:
+        check_white_space(source, name, split, splits[split][name], tokenizer, encoder_tokenizer)
   return dataclasses.replace(data_of(config, splits, tokenizer, encoder_tokenizer), reports=reports)
 
 
@@ -128,52 +129,18 @@ def data_of(config: DataConfig, splits: dict[str, dict[str, TokenStore]], tokeni
     return Data(splits, tokenizer, len(tokenizer.token_bytes), tokenizer.bos_id, tokenizer.eos_id,
                 encoder_tokenizer=encoder_tokenizer)
   eot_id = next(iter(config.named_sources.values())).eot_id
-  vocab_size = max(tokens.vocab_size or 1 + _max_id(tokens) for stores in splits.values() for tokens in stores.values())
+  vocab_size = max(tokens.vocab_size or 1 + max_id(tokens) for stores in splits.values() for tokens in stores.values())
   return Data(splits, None, vocab_size, eot_id, eot_id)
 
 
-def _max_id(tokens: TokenStore) -> int:
-  """The highest id. Raises DataError for an id below 0."""
-  most = 0
-  for begin in range(0, len(tokens.tokens), _STEP):
-    part = tokens.tokens[begin:begin + _STEP]
-    if part.dtype.kind == 'i' and part.min() < 0:
-      raise DataError(f'{tokens.tokens.files[0].path}: holds the token id {part.min()}; ids must be 0 or '
-                      f'more; is config.data.dtype {part.dtype} right?')
-    most = max(most, int(part.max()))
-  return most
-
-
-def _check_tokens(source: SourceConfig, tokens: TokenStore, tokenizer: Tokenizer, encoder_tokenizer: Tokenizer | None,
-                  is_bin: bool) -> None:
-  """Raises DataError if all tokens are white space, or for ids of a .bin (not checked before) beyond the vocabulary."""
-  if is_bin and (most := _max_id(tokens)) >= len(tokenizer.token_bytes):
-    raise DataError(f'{tokens.tokens.files[0].path}: {beyond_vocabulary(most, tokenizer)}')
-  blank, blank_prompt = (np.array([not b.strip() for b in t.token_bytes])
-                         for t in (tokenizer, encoder_tokenizer or tokenizer))
-  for begin in range(0, len(tokens.tokens), _STEP):
-    ids = tokens.tokens[begin:begin + _STEP]
-    is_prompt = np.zeros(len(ids), bool) if encoder_tokenizer is None else _in_prompts(tokens, begin, begin + len(ids))
-    if not (blank[ids[~is_prompt]].all() and blank_prompt[ids[is_prompt]].all()):
-      return
-  raise DataError(f'config.data.path: {shown(source.path)} holds nothing but white space')
-
-
-def _in_prompts(tokens: TokenStore, begin: int, end: int) -> np.ndarray:
-  """bool [end - begin]: whether each token in [begin, end) belongs to a prompt; bos does not."""
-  assert tokens.answers is not None, '_tokenizers checks for pairs'
-  positions = np.arange(begin, end)
-  documents = np.searchsorted(tokens.starts, positions, 'right') - 1
-  places = positions - tokens.starts[documents]
-  return (places > 0) & (places < tokens.answers[documents])
-
-
 def open_corpus(config: DataConfig, name: str, source: SourceConfig) -> Corpus:
-  sides: list[tuple[str | None, Source]] = [(None, open_source(source, cache_dir(config)))]
+  others = [dataclasses.replace(other, path=path) for key, other in config.named_sources.items() if key != name
+            for path in (other.val_path, other.test_path) if path is not None]
+  sides = open_sides(source, cache_dir(config), [open_source(other, cache_dir(config)) for other in others],
+                     config.on_bad_record)
   split = SplitConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SplitConfig)})
-  for side, path in (('val', source.val_path), ('test', source.test_path)):
-    if path is not None:
-      sides.append((side, open_source(dataclasses.replace(source, path=path), cache_dir(config))))
+  for side, _ in sides:
+    if side is not None:
       nothing: Any = {f'{side}_fraction': 0.0, f'{side}_documents': 0}
       split = dataclasses.replace(split, **nothing)
   corpus = Corpus(shown(source.path) if name == 'data' else name, tuple(sides), split, config.filters,
@@ -212,11 +179,26 @@ def _tokenizers(config: DataConfig, corpora: dict[str, Corpus], bins: dict[str, 
 def tokenizer_of(config: DataConfig, name: str, corpora: dict[str, Corpus],
                parts: tuple[str, ...] = PARTS) -> tuple[Tokenizer | None, str]:
   if name not in ('none', *TOKENIZERS):
-    return open_tokenizer(name), identity(name)
+    return with_special_tokens(config, open_tokenizer(name)), f'{identity(name)}{_special_key(config)}'
   if name == 'none' or not corpora or any(corpus.dtype_of_ids() for corpus in corpora.values()):
     return (ByteTokenizer(), 'byte') if name == 'byte' else (None, 'none')
   settings = TokenizerConfig(config.vocab_size, config.min_frequency, config.pattern, config.sections.get(name))
-  return fit_tokenizer(name, settings, corpora.values(), cache_dir(config), parts)
+  tokenizer, key = fit_tokenizer(name, settings, corpora.values(), cache_dir(config), parts)
+  return with_special_tokens(config, tokenizer), f'{key}{_special_key(config)}'
+
+
+def with_special_tokens(config: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
+  """The tokenizer, for which text may spell special tokens if the config says so. Raises ConfigError."""
+  if config.special_tokens == 'text':
+    return tokenizer
+  if not hasattr(tokenizer, 'with_special_tokens'):
+    raise ConfigError('config.data.special_tokens: parse needs a tokenizer whose special tokens have a spelling: bpe, '
+                      f'or a tokenizer.json; config.data.tokenizer is {config.tokenizer}: set text')
+  return tokenizer.with_special_tokens()
+
+
+def _special_key(config: DataConfig) -> str:
+  return '' if config.special_tokens == 'text' else f'-{config.special_tokens}'
 
 
 def _holds_only_ids(config: DataConfig, corpora: dict[str, Corpus], bins: dict[str, dict[str, TokenFile]]) -> bool:
@@ -260,13 +242,13 @@ class StoreRecipe:
   takes_ids: bool
   about: dict[str, Any]
 
-  def make(self, corpus: Corpus, folder: Path, shard_tokens: int) -> bool:
+  def make(self, corpus: Corpus, folder: Path, shard_tokens: int, *, is_shard: bool = False) -> bool:
     """Writes the store of a corpus, or of a part of it, and returns True if the folder is missing.
 
     Raises DataError, StorageError.
     """
     return make_store(corpus, self.tokenizer, folder, self.dtype, shard_tokens, self.takes_ids, self.about,
-                      self.encoder_tokenizer)
+                      self.encoder_tokenizer, is_shard=is_shard)
 
 
 def store_recipes(config: DataConfig) -> dict[str, StoreRecipe]:
@@ -319,7 +301,7 @@ def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | No
   """The .bin files of each split, if the path is a .bin file or a folder with train.bin; else None."""
   path = source.path
   if is_url(path) and path.endswith('.bin'):
-    files = locate(source, cache_dir(config))
+    files = locate(source, cache_dir(config), LeftOut())
     if len(files) > 1:
       return None
     path = str(files[0].path)
@@ -333,6 +315,7 @@ def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | No
     root = Path(f'{root}.bin')  # Megatron names the two files by what they share
   elif root.suffix != '.bin' or source.format not in ('auto', 'bin'):
     return None
+  refuse_pointers([root, *(Path(p).expanduser() for p in paths.values() if p)])
   return {'train': open_bin(root, source.dtype), **{
       split: open_bin(Path(p).expanduser(), source.dtype) for split, p in paths.items() if p}}
 
@@ -352,6 +335,7 @@ def _map_bins(config: DataConfig, source: SourceConfig, files: dict[str, TokenFi
 def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
              encoder_tokenizer: Tokenizer | None = None) -> Data:
   """All of a path as validation data, encoded with existing tokenizers; .bin files are mapped."""
+  tokenizer = tokenizer and with_special_tokens(config, tokenizer)
   source = dataclasses.replace(next(iter(config.named_sources.values())), path=path, format='auto', sha256=None,
                                val_path=None, test_path=None)
   if find_prepared(config, source):
@@ -370,7 +354,7 @@ def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
   data = data_of(config, {'train': {}, 'val': {'data': val}, 'test': {}}, tokenizer, encoder_tokenizer)
   if encoder_tokenizer is not None:  # two vocabularies: the ids fit their tokenizers
     return data
-  return dataclasses.replace(data, vocab_size=max(data.vocab_size, _max_id(val) + 1))
+  return dataclasses.replace(data, vocab_size=max(data.vocab_size, max_id(val) + 1))
 
 
 def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int) -> dict:

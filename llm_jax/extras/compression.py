@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import bz2
 import dataclasses
-import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, register
+from llm_jax.data.formats.compression import stream_of
 from llm_jax.data.loaders import UNPACKERS
 
 # Highly repetitive text stays below 100 to 1; bombs reach 1000 (gzip) to a million (bzip2, Zstandard).
@@ -41,7 +42,8 @@ def _zstd() -> Any:
     import zstandard
   except ImportError:
     raise ConfigError("Zstandard files need the package zstandard: pip install 'llm_jax[data]'") from None
-  return zstandard.ZstdDecompressor().decompressobj()
+  # A window takes memory only as data fill it, so the limit of `zstd --long=31` costs small files nothing.
+  return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
 def _errors(name: str) -> tuple[type[Exception], ...]:
@@ -60,9 +62,9 @@ CODECS = {
 }
 
 
-def decompressed(path: Path, name: str, raw: BinaryIO) -> BinaryIO:
+def decompressed(path: Path, name: str, raw: BinaryIO) -> BufferedReader:
   """The stream of the decompressed bytes of `raw`, the file at `path`; `name`: of one of CODECS."""
-  return io.BufferedReader(_Pieces(_expand(path, raw, name), raw), _PIECE)
+  return stream_of(_expand(path, raw, name), raw)
 
 
 def _expand(path: Path, raw: BinaryIO, name: str) -> Iterator[bytes]:
@@ -99,30 +101,6 @@ def _feed(machine: Any, data: bytes) -> Iterator[bytes]:
   yield machine.decompress(data, _PIECE)
   while not (machine.eof or machine.needs_input):
     yield machine.decompress(b'', _PIECE)
-
-
-class _Pieces(io.RawIOBase):
-  """A raw io stream over an iterator of pieces; closing it closes `source`."""
-
-  def __init__(self, pieces: Iterator[bytes], source: BinaryIO):
-    self._pieces, self._source, self._rest = pieces, source, memoryview(b'')
-
-  def readable(self) -> bool:
-    return True
-
-  def readinto(self, buffer: Any) -> int:
-    while not self._rest:
-      piece = next(self._pieces, None)
-      if piece is None:
-        return 0
-      self._rest = memoryview(piece)
-    count = min(len(buffer), len(self._rest))
-    buffer[:count], self._rest = self._rest[:count], self._rest[count:]
-    return count
-
-  def close(self) -> None:
-    self._source.close()
-    super().close()
 
 
 register(UNPACKERS, 'stream', decompressed, NoSettings)

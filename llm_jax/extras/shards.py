@@ -16,6 +16,7 @@ from llm_jax.base.registry import NoSettings, register
 from llm_jax.data.config import DataConfig
 from llm_jax.data.loaders import LOADERS
 from llm_jax.data.open import store_recipes
+from llm_jax.data.sources import overlap
 from llm_jax.data.sources.filters import Report
 from llm_jax.data.sources.splits import SPLITS
 from llm_jax.data.stores import identity
@@ -53,7 +54,7 @@ def prepare_shard(config: DataConfig, index: int, count: int) -> None:
     if recipe.folder.exists():
       print(f'data: {name}: the store {recipe.folder} is there already')
     else:
-      recipe.make(part, shard_folder(recipe.folder, index, count), config.shard_tokens)
+      recipe.make(part, shard_folder(recipe.folder, index, count), config.shard_tokens, is_shard=True)
 
 
 def merge(config: DataConfig) -> None:
@@ -116,12 +117,20 @@ def _merge(shards: list[Path], store: Path) -> None:
     if name in manifests[0]['files']:
       _link(shards[0] / name, aside / name)
       files[name] = manifests[0]['files'][name]
-  reports = [Report.from_dict(manifest['report']) for manifest in manifests]
+  report = _add_reports([Report.from_dict(manifest['report']) for manifest in manifests])
+
+  def hashes(name: str) -> np.ndarray:
+    found = [np.fromfile(shard / name, np.uint64) for shard in shards if (shard / name).exists()]
+    return np.concatenate([np.zeros(0, np.uint64), *found])
+
+  report.overlap = overlap.compare(hashes)
   write_json(aside / 'manifest.json', manifests[0] | {
       'splits': splits, 'classes': classes, 'files': dict(sorted(files.items())),
       'label_width': max(manifest['label_width'] for manifest in manifests),
-      'vocab_size': max(manifest['vocab_size'] for manifest in manifests), 'report': _add_reports(reports).to_dict()})
+      'vocab_size': max(manifest['vocab_size'] for manifest in manifests), 'report': report.to_dict()})
   os.rename(aside, store)
+  for line in report.lines():
+    print(f'data: {store.name}: {line}', flush=True)
 
 
 def _check(shards: list[Path], manifests: list[dict]) -> None:
@@ -187,6 +196,7 @@ def _add_reports(reports: list[Report]) -> Report:
     total.num_kept += report.num_kept
     total.num_bad += report.num_bad
     total.first_bad = total.first_bad or report.first_bad
+    total.notes += [note for note in report.notes if note not in total.notes]
     for reason, count in report.dropped.items():
       total.dropped[reason] = total.dropped.get(reason, 0) + count
   return total

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import grain
@@ -149,12 +148,17 @@ def with_tuples(state: Any) -> Any:
 
 
 def streaming_held_out(corpus: Corpus, most: int | None) -> Iterator[tuple[str, Document]]:
-  """The documents set aside for val and test: the first `most` of a corpus, or all of those splits' own paths."""
+  """The documents set aside for val and test: the first `most` different ones of a corpus, or all of their own paths.
+  """
   for side, source in corpus.sides:
     part = dataclasses.replace(corpus, sides=((side, source),))
     if side is None and not most:
       continue
-    for _, dealt in islice(part.documents(), most if side is None else None):
+    number = 0
+    for _, dealt in part.documents():
+      number += sum(not document.continues for _, document in dealt)
+      if side is None and number > part.num_placed:
+        break
       yield from (pair for pair in dealt if pair[0] != 'train')
 
 
@@ -174,7 +178,8 @@ class Stream:
         (config.task != 'next_token' or config.packing != 'concat', 'only task next_token with packing concat streams'),
         (config.augment.random, 'augment is not supported: turn it off'),
         (config.stride is not None, 'windows cannot overlap: set stride=None'),
-        (config.filters.deduplicate, 'duplicates cannot be found: set filters.deduplicate=False'),
+        (config.filters.deduplicate or config.filters.deduplicate_normalized,
+         'duplicates cannot be found: set filters.deduplicate=False and deduplicate_normalized=False'),
         (len(config.weights_from) > 1, 'weights cannot change: set weights_from=(0,)'),
         (config.num_workers > 0, 'a stream is read by one thread: set num_workers=0')) if wrong]
 

@@ -150,7 +150,16 @@ def test_json_files_may_be_arrays_or_objects(path):
     with pytest.raises(DataError, match=str(path)):
       read(json_file, path, damaged)
   with pytest.raises(DataError, match='format to jsonl'):
-    read(json_file, path, b'{"a": "x"}\n{"a": "y"}')
+    read(json_file, path, b'{"a": "x"} {"a": "y"}')
+
+
+@pytest.mark.parametrize('size', [1, 700_000, 1_500_000])
+def test_a_json_file_may_hold_an_object_a_line(path, size):
+  records = [{'a': chr(65 + i) * size} for i in range(4)]
+  lines = '\n'.join(map(json.dumps, records)).encode()
+  for content in (lines, b'\n ' + lines + b'\n\n', lines.replace(b'\n', b'\r\n')):
+    assert texts(read(json_file, path, content)) == [record['a'] for record in records]
+  assert list(bad(read(json_file, path, lines + b'\n{"a": \n'))) == ['5']
 
 
 @QUICK
@@ -246,6 +255,15 @@ def test_compressed_streams_are_read_and_checked(ending, tmp_path):
       while stream.read(1 << 16):
         pass
     assert str(path) in str(error.value)
+
+
+def test_zstandard_with_a_long_window_is_read(tmp_path):
+  path, rows = tmp_path / 'x.jsonl.zst', [f'text {i}' for i in range(300)]
+  parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+  machine = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # as `zstd --long=31` from a pipe
+  whole = machine.compress('\n'.join(json.dumps({'t': r}) for r in rows).encode()) + machine.flush()
+  assert zstandard.get_frame_parameters(whole).window_size == 1 << 31
+  assert texts(read(jsonl, path, whole)) == rows
 
 
 def test_padding_and_skippable_frames_are_allowed(tmp_path):

@@ -41,8 +41,8 @@ ROWS = [{'text': f'text {i}', 'a': i % 2, 'b': i % 3} for i in range(30)]
 
 def test_fingerprint_covers_labels_answers_and_borders(tmp_path):
   rows = write(tmp_path / 'rows.jsonl', ROWS)
-  early = write(tmp_path / 'early.jsonl', [{'text': 'ab', 'answer': 'cde'}] * 9)
-  late = write(tmp_path / 'late.jsonl', [{'text': 'abc', 'answer': 'de'}] * 9)
+  early = write(tmp_path / 'early.jsonl', [{'text': 'ab', 'answer': f'cde{i}'} for i in range(9)])
+  late = write(tmp_path / 'late.jsonl', [{'text': 'abc', 'answer': f'de{i}'} for i in range(9)])
   ids = np.arange(400, dtype=np.uint16) % 7
   ids.tofile(tmp_path / 'x.bin')
   pairs = {'field': 'text', 'answer_field': 'answer'}

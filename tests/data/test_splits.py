@@ -13,7 +13,7 @@ from test_store import config_of, jsonl, sides_of, texts_of, write_corpus
 
 from llm_jax.data.open import open_data
 from llm_jax.data.sources.documents import Document
-from llm_jax.data.sources.splits import SPLITS, SplitConfig, Splitter, borders, content_hash, size
+from llm_jax.data.sources.splits import SPLITS, SplitConfig, Splitter, borders, content_hash, place
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 texts_lists = st.lists(st.text('ab中\U0001F600', min_size=1, max_size=9), min_size=1, max_size=12)
@@ -27,11 +27,13 @@ def config_for(split, val=0, test=0, **options):
 
 def dealt(config, documents, resumed_at=()):
   """{split: documents}; at each index in `resumed_at` a new splitter continues from the state's JSON."""
-  splitter, found = Splitter(config, sum(map(size, documents))), {side: [] for side in SPLITS}
+  in_pieces = [after.continues for after in [*documents[1:], Document('', '')]]
+  placed = place(config, lambda: zip(documents, in_pieces, strict=True))
+  splitter, found = Splitter(config, placed), {side: [] for side in SPLITS}
   for i, document in enumerate(documents):
     if i in resumed_at:
-      splitter = Splitter(config, sum(map(size, documents)), json.loads(json.dumps(splitter.state)))
-    for side, part in splitter.deal(document):
+      splitter = Splitter(config, placed, json.loads(json.dumps(splitter.state)))
+    for side, part in splitter.deal(document, in_pieces[i]):
       found[side].append(part)
   return found
 
@@ -52,6 +54,11 @@ def pieces(texts, length):
           for i, text in enumerate(texts) for at in range(0, len(text), length)]
 
 
+def different(texts):
+  """The texts, each with another first character, so that there are no copies."""
+  return [chr(0x4e00 + i) + text for i, text in enumerate(texts)]
+
+
 @property_test
 @given(st.integers(0, 10**9), percents)
 def test_borders_are_exact(total, fractions):
@@ -69,6 +76,7 @@ def test_borders_of_enwik8_are_the_usual_ones():
 @property_test
 @given(texts_lists, percents, st.integers(1, 9), st.sets(st.integers(0, 60)))
 def test_tail_cuts_text_at_the_exact_character(texts, fractions, length, resumed_at):
+  texts = different(texts)
   text = ''.join(texts)
   val_begin, test_begin, _ = borders(len(text), fractions[0] / 100, fractions[1] / 100)
   found = dealt(config_for('tail', *fractions), pieces(texts, length), resumed_at)
@@ -84,6 +92,7 @@ def test_tail_cuts_text_at_the_exact_character(texts, fractions, length, resumed
 @given(st.lists(st.tuples(st.text('ab', min_size=1, max_size=9), st.text('c', max_size=3)), min_size=1, max_size=12),
        percents, st.booleans())
 def test_tail_never_cuts_pairs_or_labelled_documents(pairs, fractions, labelled):
+  pairs = list(zip(different([t for t, _ in pairs]), [a for _, a in pairs], strict=True))
   documents = [Document('', t + a, label=1) if labelled else Document('', t, a) for t, a in pairs]
   found = dealt(config_for('tail', *fractions), documents)
   assert [d for side in SPLITS for d in found[side]] == documents
@@ -123,9 +132,34 @@ def test_content_hash_depends_on_the_content_alone():
 @property_test
 @given(texts_lists, st.integers(0, 5), st.integers(0, 5), st.integers(1, 9), st.sets(st.integers(0, 60)))
 def test_count_takes_the_first_documents(texts, val, test, length, resumed_at):
+  texts = different(texts)
   found = dealt(config_for('count', val_documents=val, test_documents=test), pieces(texts, length), resumed_at)
   assert {side: joined(found[side]) for side in SPLITS} == {
       'val': texts[:val], 'test': texts[val:val + test], 'train': texts[val + test:]}
+
+
+copies = st.lists(st.sampled_from(['one', 'two two', 'three', 'the fourth one']), min_size=2, max_size=30)
+
+
+@property_test
+@given(copies, percents, st.integers(1, 4), st.sampled_from(['document', 'tail', 'count']), st.booleans(),
+       st.sets(st.integers(0, 60)))
+def test_copies_are_in_one_split(texts, fractions, num_val, split, pairs, resumed_at):
+  documents = [Document(str(i), text, 'answer' if pairs else None) for i, text in enumerate(texts)]
+  found = dealt(config_for(split, *fractions, val_documents=num_val), documents, resumed_at)
+  parts = {side: [(d.text, d.answer) for d in found[side]] for side in SPLITS}
+  assert not set(parts['train']) & set(parts['val']) and not set(parts['train']) & set(parts['test'])
+  assert not set(parts['val']) & set(parts['test'])
+  assert sum(map(len, (t for side in SPLITS for t, _ in parts[side]))) == sum(map(len, texts)), 'text is lost'
+
+
+@property_test
+@given(st.lists(st.integers(0, 9), min_size=40, max_size=200), st.integers(5, 40))
+def test_tail_keeps_the_size_of_validation_with_copies(numbers, val):
+  texts = ['the same text' if number else f'text {i}' for i, number in enumerate(numbers)]
+  found = dealt(config_for('tail', val), [Document('', text) for text in texts])
+  held = sum(len(d.text) for d in found['val'])
+  assert 0 < held <= sum(map(len, texts)) * val / 100 + 1
 
 
 # From files to stores.

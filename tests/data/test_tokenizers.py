@@ -300,6 +300,28 @@ def test_long_runs_are_cut_before_their_last_character(runs):
     assert max(map(len, re.findall(f'[{bpe.WHITE}]+', inner)), default=0) < 1 << 19
 
 
+@pytest.mark.parametrize('text', ['acgt', 'abcdefghijklmnopqrstuvwxyz', '0123456789', '=-+*', ' \n'])
+def test_bpe_trains_in_linear_time_on_a_run_without_a_break(text):
+  run = ''.join(random.Random(0).choices(text, k=400_000))
+  begin = time.process_time()
+  tokenizer = fit('bpe', [run, 'some words as well'], vocab_size=400)
+  [ids] = tokenizer.encode([run])
+  assert time.process_time() - begin < 5
+  assert decode(tokenizer, ids) == run
+
+
+def test_cutting_long_words_in_training_changes_nothing_for_others():
+  texts = ['the words of a usual text, and 1234 numbers', 'x' * 999 + ' ' + 'y' * 1000 + ' the words']
+  shortened = fit('bpe', texts, vocab_size=300).to_json()
+  library = tokenizers.Tokenizer.from_str(shortened)
+  trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+  trained.pre_tokenizer = library.pre_tokenizer
+  trained.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+      vocab_size=300, special_tokens=['<|endoftext|>'], show_progress=False,
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+  assert json.loads(trained.to_str())['model'] == json.loads(shortened)['model']
+
+
 def with_merges(merges, extra=()):
   """A byte-level tokenizer.json of these merges; ids in the order of first mention, `extra` tokens last."""
   spec = json.loads(fit('bpe', [], vocab_size=257).to_json())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from collections.abc import Callable
 
 from llm_jax.base.builder import known_names
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, Registry, register
 from llm_jax.data.formats import text
-from llm_jax.data.formats.compression import COMPRESSED, open_stream
+from llm_jax.data.formats.compression import COMPRESSED
 from llm_jax.data.sources.documents import File, SourceConfig
 from llm_jax.data.stores import token_files
 
@@ -31,8 +32,8 @@ FIRST_BYTES = {
     b'\x80\x05': 'pickle'}
 
 
-def format_of(file: File, config: SourceConfig) -> str:
-  """The configured format, or the one by the file's ending or first bytes. Raises ConfigError."""
+def format_of(file: File, config: SourceConfig, head_of: Callable[[], bytes]) -> str:
+  """The configured format, or the one by the file's ending or first bytes (`head_of`). Raises ConfigError."""
   if config.format != 'auto' and config.format not in FORMATS:
     raise ConfigError(f'config.data.format: {config.format!r} is unknown; '
                       f'{known_names(config.format, ["auto", *FORMATS], extensible=True)}')
@@ -43,12 +44,11 @@ def format_of(file: File, config: SourceConfig) -> str:
   name = file.name.lower()
   for ending in COMPRESSED:
     name = name.removesuffix(ending)
-  if (ending := Path(name).suffix) in ENDINGS:
+  if (ending := os.path.splitext(name)[1]) in ENDINGS:
     return ENDINGS[ending]
   try:
-    with open_stream(file.path) as stream:
-      head = stream.read(64)
-  except (DataError, OSError):
+    head = head_of()
+  except DataError:
     return 'text'  # the reader of text reports the error
   for first, fmt in FIRST_BYTES.items():
     if head.startswith(first):

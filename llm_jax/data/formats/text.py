@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from llm_jax.data.formats.compression import open_stream
+from llm_jax.data.formats.encoding import open_utf8
 from llm_jax.data.formats.records import TWICE, to_documents
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 
@@ -16,7 +16,7 @@ BOM = b'\xef\xbb\xbf'
 
 
 def text(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """UTF-8 text, unchanged but for a byte order mark at the start: one document, or several between separators.
+  """Text, unchanged but for a byte order mark at the start: one document, or several between separators.
 
   A file longer than config.max_record_bytes is read in pieces; a document between separators must not be longer.
   """
@@ -26,9 +26,9 @@ def text(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
 def _whole_text(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
   """One document in pieces, which end after a newline, or after any character if there is none."""
   limit = max(config.max_record_bytes, 8)  # room for two characters, the last of which may be cut
-  with open_stream(file.path) as stream:
+  with open_utf8(file.path, config.encoding) as stream:
     piece = _skip_bom(stream, limit)
-    if len(piece) == limit and (bad := _first_bad_byte(file)) is not None:
+    if len(piece) == limit and (bad := _first_bad_byte(file, config)) is not None:
       # Searched before the first piece is yielded: no part of a damaged document may be used.
       yield BadRecord(str(file.path), bad)
       return
@@ -58,7 +58,7 @@ def _last_character(piece: bytes) -> int:
 
 
 def _separated_text(file: File, config: SourceConfig, separator: str) -> Iterator[Document | BadRecord]:
-  for i, (begin, document) in enumerate(_split(file, separator.encode(), config.max_record_bytes), 1):
+  for i, (begin, document) in enumerate(_split(file, separator.encode(), config), 1):
     where = f'{file.path} at byte {begin}'
     if document is None:
       yield BadRecord(where, _too_long('document', config))
@@ -69,9 +69,10 @@ def _separated_text(file: File, config: SourceConfig, separator: str) -> Iterato
         yield BadRecord(where, not_utf8(e, begin))
 
 
-def _split(file: File, separator: bytes, limit: int) -> Iterator[tuple[int, bytes | None]]:
-  """(offset, bytes) of each part between separators; None in place of parts longer than `limit`."""
-  with open_stream(file.path) as stream:
+def _split(file: File, separator: bytes, config: SourceConfig) -> Iterator[tuple[int, bytes | None]]:
+  """(offset, bytes) of each part between separators; None in place of parts longer than max_record_bytes."""
+  limit = config.max_record_bytes
+  with open_utf8(file.path, config.encoding) as stream:
     begin, rest, too_long = 0, b'', False
     while chunk := stream.read(CHUNK):
       if begin == 0 and not rest and chunk.startswith(BOM):
@@ -89,11 +90,11 @@ def _split(file: File, separator: bytes, limit: int) -> Iterator[tuple[int, byte
 
 def jsonl(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
   """One JSON object a line (NDJSON); blank lines are skipped."""
-  return to_documents(_json_lines(file, config), config)
+  return to_documents(json_lines(file, config), config)
 
 
-def _json_lines(file: File, config: SourceConfig) -> Iterator[tuple[str, str, Any]]:
-  for i, (_, line) in enumerate(_split(file, b'\n', config.max_record_bytes), 1):
+def json_lines(file: File, config: SourceConfig) -> Iterator[tuple[str, str, Any]]:
+  for i, (_, line) in enumerate(_split(file, b'\n', config), 1):
     name, where = f'{file.name}:{i}', f'{file.path}, line {i}'
     if line is None:
       yield name, where, BadRecord(where, _too_long('line', config))
@@ -139,10 +140,10 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_marked)
 _DECODER_OF_LONG_NUMBERS = json.JSONDecoder(object_pairs_hook=_marked, parse_int=_number)
 
 
-def _first_bad_byte(file: File) -> str | None:
+def _first_bad_byte(file: File, config: SourceConfig) -> str | None:
   """The message for the first byte of the file that is not UTF-8; None: all are."""
   decode, begin = codecs.getincrementaldecoder('utf-8')().decode, 0
-  with open_stream(file.path) as stream:
+  with open_utf8(file.path, config.encoding) as stream:
     while True:
       chunk = stream.read(CHUNK)
       try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -16,12 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError, StorageError
-from llm_jax.base.progress import progress_bar
+from llm_jax.base.progress import Progress, progress_bar
+from llm_jax.data.sources import overlap
 from llm_jax.data.sources.content import FileHashes
 from llm_jax.data.sources.documents import BadRecord, Content, Document
 from llm_jax.data.sources.files import Position, Source
 from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Report, rules_of
-from llm_jax.data.sources.splits import SplitConfig, Splitter, content_hash, size
+from llm_jax.data.sources.kinds import encodings, separator_notes
+from llm_jax.data.sources.splits import SPLITS, Placed, SplitConfig, Splitter, content_hash, place, size
 from llm_jax.data.stores import store
 from llm_jax.data.stores.cache import lease
 from llm_jax.data.stores.store import TokenStore, open_split
@@ -32,6 +35,7 @@ FEW = 20  # validation documents; if fewer are expected, split='auto' uses 'tail
 FIT_BYTES = 50_000_000  # bytes of text, spread over the corpus, to fit a tokenizer to
 COMMIT_SECONDS = 5
 PARTS = ('text', 'answer')  # of a document
+RULES_VERSION = 2  # of how documents are found and split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +51,15 @@ class Corpus:
   hashes: FileHashes = dataclasses.field(default_factory=FileHashes, compare=False)
 
   def kept(self, report: Report | None = None, seen: Deduplicator | None = None,
-           begin: tuple[int, int, int] = (0, 0, 0)) -> Iterator[tuple[tuple[int, int, int], str | None, Document]]:
-    """(position after the document, its split if fixed, document) for all that pass the filters.
+           begin: tuple[int, int, int] = (0, 0, 0)) -> Iterator[
+               tuple[tuple[int, int, int], str | None, Document, bool]]:
+    """(position after the document, its split if fixed, document, whether a further piece of it follows) for all that
+    pass the filters.
 
     Raises DataError for a bad record, or for more than `max_bad_fraction` of them if they are skipped.
     """
-    report, seen, rules = report or Report(), seen or Deduplicator(), rules_of(self.filters)
+    report, seen, rules = report or Report(), seen or self.deduplicator(), rules_of(self.filters)
+    deduplicates = self.filters.deduplicate or self.filters.deduplicate_normalized
     left_out = False  # further pieces of a long text follow the first
     for index in range(begin[0], len(self.sides)):
       side, source = self.sides[index]
@@ -63,11 +70,11 @@ class Corpus:
           left_out = True
           continue
         if not item.continues:
-          reason = _reason(item, rules, seen if self.filters.deduplicate and not goes_on else None)
+          reason = _reason(item, rules, seen if deduplicates and not goes_on else None)
           left_out = reason is not None
           report.drop(reason) if reason else report.keep()
         if not left_out:
-          yield (index, *position), side, item
+          yield (index, *position), side, item, goes_on
     self._check_bad(report)
 
   def documents(self, progress: dict | None = None, seen: Deduplicator | None = None) -> Iterator[
@@ -75,28 +82,39 @@ class Corpus:
     """(function that returns the progress after the document, [(split, document or part)]), from `progress` on."""
     progress = self.start() if progress is None else progress
     report = Report.from_dict(progress['report'])
-    splitter = Splitter(self.split, progress['total'], progress['splitter'])
-    for position, side, document in self.kept(report, seen, tuple(progress['position'])):
-      dealt = [(side, document)] if side else list(splitter.deal(document))
+    splitter = Splitter(self.split, self._placed, progress['splitter'])
+    for position, side, document, goes_on in self.kept(report, seen, tuple(progress['position'])):
+      dealt = [(side, document)] if side else list(splitter.deal(document, goes_on))
 
       # A copy of the report: records dropped after this document are counted by the reader that resumes here.
       def state(position: tuple[int, int, int] = position, counts: dict = report.to_dict()) -> dict:  # noqa: B008
-        return {'position': position, 'splitter': dict(splitter.state), 'report': counts, 'total': progress['total']}
+        return {'position': position, 'splitter': dict(splitter.state), 'report': counts}
 
       yield state, dealt
     progress['report'] = report.to_dict()
 
+  @functools.cached_property
+  def _placed(self) -> Placed | None:
+    return place(self.split, lambda: ((d, goes_on) for _, side, d, goes_on in self.kept() if side is None))
+
+  @property
+  def num_placed(self) -> int:
+    """Number of documents, from the first on, that hold all of val and test with split count."""
+    return len(self._placed.codes) if self._placed is not None else 0
+
+  def deduplicator(self, hashes: bytes = b'') -> Deduplicator:
+    return Deduplicator(hashes, self.filters.deduplicate_normalized)
+
   def start(self) -> dict:
-    """The progress before the first document; counts all text if the split needs the total."""
-    total = sum(size(d) for _, side, d in self.kept() if side is None) if self.split.split == 'tail' else 0
-    return {'position': (0, 0, 0), 'splitter': None, 'report': Report().to_dict(), 'total': total}
+    """The progress before the first document."""
+    return {'position': (0, 0, 0), 'splitter': None, 'report': Report().to_dict()}
 
   def resolved(self) -> Corpus:
     """The corpus with split='auto' replaced by the split to use."""
     if self.split.split != 'auto':
       return self
     enough = int(FEW / self.split.val_fraction) if self.split.val_fraction else FEW
-    documents = (d for _, side, d in self.kept() if side is None and not d.continues)
+    documents = (d for _, side, d, _ in self.kept() if side is None and not d.continues)
     found = sum(1 for _ in islice(documents, enough))
     split = dataclasses.replace(self.split, split='tail' if found < enough else 'document')
     return dataclasses.replace(self, split=split)
@@ -106,9 +124,10 @@ class Corpus:
     if self.split.split != 'document' and any(side is None for side, _ in self.sides):
       raise ConfigError(f'config.data.split: {self.split.split} needs all text in one process; for shards set '
                         'document, or name the validation data by config.data.val_path')
-    if self.filters.deduplicate:
-      raise ConfigError('config.data.filters.deduplicate: compares all documents, which shards cannot; set it to '
-                        'False, or prepare the data in one process')
+    for name in ('deduplicate', 'deduplicate_normalized'):
+      if getattr(self.filters, name):
+        raise ConfigError(f'config.data.filters.{name}: compares all documents, which shards cannot; set it to '
+                          'False, or prepare the data in one process')
     return dataclasses.replace(self, sides=tuple((side, source.shard(index, count)) for side, source in self.sides))
 
   def train_texts(self, parts: tuple[str, ...]) -> Iterator[str]:
@@ -124,12 +143,12 @@ class Corpus:
         return
 
   def all_texts(self, parts: tuple[str, ...]) -> Iterator[str]:
-    for _, _, document in self.kept():
+    for _, _, document, _ in self.kept():
       yield from _texts(document, parts)
 
   def first(self) -> Document | None:
     """The first document, which determines what all of them hold."""
-    return next((document for _, _, document in self.kept()), None)
+    return next((document for _, _, document, _ in self.kept()), None)
 
   def dtype_of_ids(self) -> str | None:
     """The type of the token ids that the documents are, uint8 for bytes; None: they are texts."""
@@ -145,12 +164,13 @@ class Corpus:
     return {'sides': [[side, [[file.name, size] for file, size in zip(source.files, source.sizes(), strict=True)],
                        list(source.formats), _reading(source)] for side, source in self.sides],
             'split': dataclasses.asdict(self.split), 'filters': dataclasses.asdict(self.filters),
-            'on_bad_record': self.on_bad_record}
+            'on_bad_record': self.on_bad_record, 'rules': RULES_VERSION}
 
   def _bad(self, record: BadRecord, report: Report) -> None:
     message = f'{record.where}: {record.why}' if record.where else record.why
     if self.on_bad_record == 'fail':
-      raise DataError(message)
+      files = [file for _, source in self.sides for file in source.files]
+      raise DataError(message + encodings(files, [fmt for _, source in self.sides for fmt in source.formats]))
     report.bad(message)
     if report.num_bad >= 1000:
       self._check_bad(report)
@@ -179,7 +199,7 @@ def _reason(document: Document, rules: Callable[[Content], str | None], seen: De
   if (reason := rules(document.text)) is not None:
     return reason
   parts = (document.text,) if document.answer is None else (document.text, document.answer)
-  return 'duplicate' if seen is not None and seen.seen(*parts) else None
+  return seen.seen(*parts) if seen is not None else None
 
 
 def _reading(source: Source) -> dict:
@@ -206,7 +226,9 @@ def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus],
       # Characters that occur only in validation need an id too; everything else is learnt from the training split.
       texts = ((t for corpus in corpora for t in corpus.all_texts(parts)) if name == 'char' else
                (t for corpus in corpora for t in corpus.train_texts(parts)))
-      tokenizer = TOKENIZERS[name].fit(texts, config)
+      size_of_all = sum(sum(source.sizes()) for corpus in corpora for _, source in corpus.sides)
+      with Progress(f'fitting the {name} tokenizer'):
+        tokenizer = TOKENIZERS[name].fit(_shown(texts, name, min(size_of_all, FIT_BYTES)), config)
       try:
         write_whole(path, tokenizer.to_json())
       except OSError as e:
@@ -216,8 +238,16 @@ def fit_tokenizer(name: str, config: TokenizerConfig, corpora: Iterable[Corpus],
     return load_tokenizer(path), key
 
 
+def _shown(texts: Iterable[str], name: str, total: int) -> Iterator[str]:
+  with progress_bar(f'reading text for the {name} tokenizer', total, 'B') as bar:
+    for text in texts:
+      yield text
+      bar.update(min(len(text), total - bar.n))
+
+
 def make_store(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype: str, shard_tokens: int,
-               takes_ids: bool, about: dict, encoder_tokenizer: Tokenizer | None = None) -> bool:
+               takes_ids: bool, about: dict, encoder_tokenizer: Tokenizer | None = None, *,
+               is_shard: bool = False) -> bool:
   """Writes the store and returns True if it is missing; resumes the work of a killed process.
 
   Raises DataError, StorageError.
@@ -228,23 +258,25 @@ def make_store(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype:
     try:
       aside = folder.with_name(f'{folder.name}.partial')
       writer = StoreWriter(aside, tokenizer, dtype, shard_tokens, takes_ids, encoder_tokenizer)
-      _write(corpus, writer, folder, about)
+      _write(corpus, writer, folder, about, is_shard)
       return True
     except OSError as e:
       raise StorageError(f'{folder}: cannot be written: {e.strerror or e}') from None
 
 
-def _write(corpus: Corpus, writer: StoreWriter, folder: Path, about: dict) -> None:
+def _write(corpus: Corpus, writer: StoreWriter, folder: Path, about: dict, is_shard: bool) -> None:
   sizes = [source.sizes() for _, source in corpus.sides]
   total = sum(map(sum, sizes))
   num_files = sum(len(source.files) for _, source in corpus.sides)
   print(f'data: {corpus.name}: {num_files} file(s), {total / 1e6:.1f} MB; kept in {folder}', flush=True)
   reading = writer.reader_state or corpus.start()
   seen_file = writer.folder / SEEN
-  seen = Deduplicator(seen_file.read_bytes() if seen_file.exists() else b'')
+  seen = corpus.deduplicator(seen_file.read_bytes() if seen_file.exists() else b'')
   committed = time.monotonic()
   with progress_bar(f'tokenizing {corpus.name}', total, 'B', initial=_bytes_before(sizes, reading['position'])) as bar:
     for state, parts in chunks(corpus.documents(reading, seen)):
+      for split in SPLITS:
+        writer.write(f'{split}{overlap.ENDING}', overlap.keys(d for side, d in parts if side == split))
       writer.add(parts)
       if time.monotonic() - committed > COMMIT_SECONDS:
         writer.write(SEEN, np.frombuffer(seen.new_hashes(), np.uint8))
@@ -257,9 +289,12 @@ def _write(corpus: Corpus, writer: StoreWriter, folder: Path, about: dict) -> No
     shutil.rmtree(writer.folder)  # it may hold parts of both versions
     raise DataError(f'{changed}: changed while it was read; start again when it is complete')
   report = Report.from_dict(reading['report'])
+  report.notes = [note for _, source in corpus.sides for note in (*source.notes, *separator_notes(source))]
+  report.overlap = overlap.compare(lambda name: writer.column(name, np.uint64))
   for line in report.lines():
     print(f'data: {corpus.name}: {line}', flush=True)
-  writer.finish(folder, {**about, 'report': report.to_dict(), 'split': dataclasses.asdict(corpus.split)})
+  about = {**about, 'report': report.to_dict(), 'split': dataclasses.asdict(corpus.split)}
+  writer.finish(folder, about, is_shard=is_shard)
 
 
 def memory_stores(dealt: Iterable[tuple[str, Document]], sides: tuple[str, ...], tokenizer: Tokenizer | None,

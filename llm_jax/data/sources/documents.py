@@ -51,6 +51,7 @@ class SourceConfig:
   field: str | None = None
   answer_field: str | None = None  # key of the answer: documents are (text, answer) pairs
   label_field: str | None = None  # key of the label
+  encoding: str | None = None  # of text files that are not UTF-8, such as cp1252 or utf-16-le; None: they are refused
   separator: str | None = None  # text between the documents of a text file; None: one document per file
   join: str | None = None  # between joined fields and the texts of a list; None: a new line, and lists are refused
   delimiter: str | None = None  # of CSV and TSV, a character or tab; None: found by the header and the first rows

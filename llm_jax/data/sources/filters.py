@@ -1,4 +1,4 @@
-"""Which documents to keep: the limits of a config, removal of exact duplicates, and the report of what was dropped."""
+"""Which documents to keep: the limits of a config, removal of duplicates, and the report of what was dropped."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from llm_jax.base.errors import DataError
 from llm_jax.data.loaders import RULES
 from llm_jax.data.sources.documents import Content
+from llm_jax.data.sources.overlap import lines, normalized
 
 HASH_BYTES = 16  # 2^64 documents before two different ones are likely to share a hash
 
@@ -44,6 +45,7 @@ class FilterConfig:
   max_top_ngram_ratio: tuple[float, ...] = ()  # characters in the n-gram that covers most of them; n = 2, 3, 4, ...
   max_duplicate_ngram_ratio: tuple[float, ...] = ()  # characters in any n-gram that occurs twice; n = 5, 6, 7, ...
   deduplicate: bool = False  # keep the first of equal documents; documents read in pieces are not compared
+  deduplicate_normalized: bool = False  # the same, of documents that differ in case and white space alone
 
   def __post_init__(self) -> None:
     for name, limit in self._rules().items():
@@ -57,7 +59,7 @@ class FilterConfig:
         raise ValueError(f'min_{name} {low} is above max_{name} {high}: no document could be kept')
 
   def _rules(self) -> dict[str, Any]:
-    return {name: limit for name, limit in vars(self).items() if name != 'deduplicate'}
+    return {name: limit for name, limit in vars(self).items() if not name.startswith('deduplicate')}
 
   @property
   def limits(self) -> dict[str, Any]:
@@ -72,35 +74,50 @@ def rules_of(config: FilterConfig) -> Callable[[Content], str | None]:
 
 
 class Deduplicator:
-  """Finds duplicates by a 16-byte hash of each document; takes about 200 bytes of memory per document."""
+  """Finds duplicates by a 16-byte hash of each document; takes about 200 bytes of memory per document and kind."""
 
-  def __init__(self, hashes: bytes = b''):
-    """Starts from saved hashes. Raises DataError when they are not a whole number of hashes."""
+  def __init__(self, hashes: bytes = b'', normalize: bool = False):
+    """Starts from saved hashes. `normalize`: case and white space do not tell documents apart.
+
+    Raises DataError when they are not a whole number of hashes.
+    """
     if len(hashes) % HASH_BYTES:
       raise DataError(f'the saved hashes of documents are {len(hashes)} bytes, not a multiple of {HASH_BYTES}: '
                       'the file is truncated; delete the unfinished store and start again')
     self._seen = {hashes[i:i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES)}
     self._new: list[bytes] = []
+    self._normalize = normalize
 
-  def seen(self, *parts: Content) -> bool:
-    """Whether a document of the same parts (text, or text and answer) was seen before; remembers it."""
-    digest = hashlib.blake2b(digest_size=HASH_BYTES)
-    for part in parts:
-      kind, body = (b'i', np.asarray(part, '<i8').tobytes()) if isinstance(part, np.ndarray) else (
-          b't', part.encode('utf-8', 'surrogatepass'))
-      digest.update(kind + len(body).to_bytes(8, 'little'))  # so that ('ab', 'c') differs from ('a', 'bc')
-      digest.update(body)
-    key = digest.digest()
-    if key in self._seen:
-      return True
-    self._seen.add(key)
-    self._new.append(key)
-    return False
+  def seen(self, *parts: Content) -> str | None:
+    """'duplicate' or 'normalized duplicate' if a document of the same parts (text, or text and answer) was seen before.
+
+    Otherwise remembers it.
+    """
+    keys = {'duplicate': _key(parts, lambda part: np.asarray(part, '<i8').tobytes() if isinstance(part, np.ndarray) else
+                              part.encode('utf-8', 'surrogatepass'))}
+    if self._normalize:
+      keys['normalized duplicate'] = _key(parts, normalized, b'n')
+    for reason, key in keys.items():
+      if key in self._seen:
+        return reason
+    self._seen.update(keys.values())
+    self._new += keys.values()
+    return None
 
   def new_hashes(self) -> bytes:
     """Hashes added since the last call, to append to a file."""
     new, self._new = b''.join(self._new), []
     return new
+
+
+def _key(parts: tuple[Content, ...], body_of: Callable[[Content], bytes], kind: bytes = b'') -> bytes:
+  digest = hashlib.blake2b(digest_size=HASH_BYTES)
+  for part in parts:
+    body = body_of(part)
+    # The length tells ('ab', 'c') from ('a', 'bc').
+    digest.update(kind + (b'i' if isinstance(part, np.ndarray) else b't') + len(body).to_bytes(8, 'little'))
+    digest.update(body)
+  return digest.digest()
 
 
 @dataclasses.dataclass
@@ -111,6 +128,8 @@ class Report:
   dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # by reason
   num_bad: int = 0  # records that could not be read and were skipped
   first_bad: str | None = None
+  notes: list[str] = dataclasses.field(default_factory=list)  # about the files
+  overlap: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # of val and test with train
 
   @property
   def num_in(self) -> int:
@@ -129,17 +148,19 @@ class Report:
   def to_dict(self) -> dict:
     """The counts for a JSON file; `Report.from_dict` reads them."""
     return {'in': self.num_in, 'kept': self.num_kept, 'dropped': dict(sorted(self.dropped.items())),
-            'bad': self.num_bad, 'first_bad': self.first_bad}
+            'bad': self.num_bad, 'first_bad': self.first_bad,
+            'notes': self.notes, 'overlap': self.overlap}
 
   @staticmethod
   def from_dict(saved: dict) -> Report:
-    return Report(saved['kept'], dict(saved['dropped']), saved['bad'], saved['first_bad'])
+    return Report(saved['kept'], dict(saved['dropped']), saved['bad'], saved['first_bad'],
+                  list(saved.get('notes', [])), dict(saved.get('overlap', {})))
 
   def lines(self) -> list[str]:
-    """The printed report: the totals, then one line per reason, the most frequent first."""
+    """The printed report: notes, the totals, a line per reason, the most frequent first, and what is in train too."""
     total, num_dropped = self.num_in, sum(self.dropped.values())
     bad = f', {self.num_bad:,} bad' if self.num_bad else ''
     reasons = sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
-    return [f'{total:,} documents in: {self.num_kept:,} kept, {num_dropped:,} dropped{bad}',
+    return [*self.notes, f'{total:,} documents in: {self.num_kept:,} kept, {num_dropped:,} dropped{bad}',
             *(f'  {count:,} ({count / total:.2%}) dropped by {reason}' for reason, count in reasons),
-            *([f'  the first bad record: {self.first_bad}'] if self.num_bad else [])]
+            *([f'  the first bad record: {self.first_bad}'] if self.num_bad else []), *lines(self.overlap)]

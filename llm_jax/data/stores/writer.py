@@ -52,7 +52,7 @@ class StoreWriter:
     for path in folder.iterdir():
       if path.suffix == '.partial':
         path.unlink()
-      elif path.suffix in ('.tokens', '.starts', '.answers', '.labels', '.seen'):
+      elif path.suffix in ('.tokens', '.starts', '.answers', '.labels', '.seen', '.hashes'):
         os.truncate(path, lengths.get(path.name, 0))
 
   @property
@@ -127,7 +127,7 @@ class StoreWriter:
     count = self.counts[split]
     self.about['max_id'] = max(self.about['max_id'], int(ids.max()))
     if self._token_bytes is not None and not is_prompt:
-      count['token_bytes'] += int(self._token_bytes[ids].sum())
+      count['token_bytes'] += int(self._token_bytes[ids].sum(dtype=np.int64))
     while len(ids):
       shard, room = divmod(count['tokens'], self.shard_tokens)
       part = ids[:self.shard_tokens - room]
@@ -143,6 +143,13 @@ class StoreWriter:
       self._files[name] = open(self.folder / name, 'ab')  # noqa: SIM115
     values.tofile(self._files[name])
 
+  def column(self, name: str, dtype: Any) -> np.ndarray:
+    """The values of a file so far, mapped into memory."""
+    if name in self._files:
+      self._files[name].flush()
+    path = self.folder / name
+    return np.memmap(path, dtype, 'r') if path.exists() and path.stat().st_size else np.zeros(0, dtype)
+
   def _sync(self, file: BinaryIO) -> BinaryIO:
     file.flush()
     os.fsync(file.fileno())
@@ -155,8 +162,11 @@ class StoreWriter:
     lengths = {p.name: p.stat().st_size for p in self.folder.iterdir() if p.suffix != '.json'}
     write_json(self._progress, {'reader': reader_state, 'counts': self.counts, 'about': self.about, 'lengths': lengths})
 
-  def finish(self, target: Path, about: dict) -> None:
-    """Closes the last documents, writes tokenizers and manifest, and renames the folder to `target`."""
+  def finish(self, target: Path, about: dict, *, is_shard: bool = False) -> None:
+    """Closes the last documents, writes tokenizers and manifest, and renames the folder to `target`.
+
+    A shard keeps the hashes of its documents, until it is merged.
+    """
     for split in SPLITS:
       self._close_document(split)
       for kind in ('.starts', '-00000.tokens', *(['.answers'] if self.about['answers'] else []),
@@ -168,7 +178,8 @@ class StoreWriter:
       if tokenizer is not None:
         (self.folder / f'{name}.json').write_text(tokenizer.to_json(), encoding='utf-8')
     hashes = {path.name: write_crc(path) for path in sorted(self.folder.glob('*.tokens'))}
-    files = sorted(p for p in self.folder.iterdir() if p.name not in ('progress.json', 'manifest.json', SEEN))
+    files = sorted(p for p in self.folder.iterdir()
+                   if p.name not in ('progress.json', 'manifest.json', SEEN) and p.suffix != '.hashes')
     vocab_size = len(self.tokenizer.token_bytes) if self.tokenizer else self.about['max_id'] + 1
     write_json(self.folder / 'manifest.json', {
         'version': VERSION, 'dtype': self.dtype.name, 'vocab_size': vocab_size, 'splits': self.counts,
@@ -176,8 +187,9 @@ class StoreWriter:
         'label_width': self.about['label_width'] or 0, 'classes': self.about['classes'], **about,
         'files': {p.name: {'size': p.stat().st_size, 'sha256': hashes.get(p.name) or file_sha256(p)} for p in files}})
     os.rename(self.folder, target)
-    for name in (SEEN, 'progress.json'):  # needed to resume, until the rename
-      (target / name).unlink(missing_ok=True)
+    hashes_of_documents = () if is_shard else target.glob('*.hashes')
+    for path in (target / SEEN, target / 'progress.json', *hashes_of_documents):  # to resume, until the rename
+      path.unlink(missing_ok=True)
 
   def _write_empty(self, name: str) -> None:
     if not (self.folder / name).exists():
@@ -229,14 +241,17 @@ def beyond_vocabulary(most: int, tokenizer: Tokenizer) -> str:
 
 
 def token_sizes(tokenizer: Tokenizer | None) -> np.ndarray | None:
-  return np.array([len(b) for b in tokenizer.token_bytes]) if tokenizer else None
+  if tokenizer is None:
+    return None
+  sizes = [len(b) for b in tokenizer.token_bytes]
+  return np.array(sizes, np.min_scalar_type(max(sizes)))  # narrow, as it is looked up for every token
 
 
 def num_bytes(content: Content | None, ids: np.ndarray, token_bytes: np.ndarray | None) -> int:
   """Bytes of a text in UTF-8; for ids, the bytes of their tokens."""
   if isinstance(content, str):
     return len(content.encode())
-  return 0 if content is None or token_bytes is None else int(token_bytes[ids].sum())
+  return 0 if content is None or token_bytes is None else int(token_bytes[ids].sum(dtype=np.int64))
 
 
 def chunks(documents: Iterable[tuple[Any, list[tuple[str, Document]]]]) -> Iterator[tuple[Any, list]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -25,16 +25,13 @@ SPECIALS = (
 
 
 class HuggingFaceTokenizer:
-  """A tokenizer.json; encodes with tiktoken if it is byte-level BPE with provably the same ids."""
+  """A tokenizer.json; encodes with tiktoken if it is byte-level BPE with provably the same ids.
 
-  def __init__(self, text: str):
-    self._model = tokenizers.Tokenizer.from_str(text)
-    # A text is encoded completely and deterministically, and never gives special tokens.
-    self._model.no_truncation()
-    self._model.no_padding()
-    if getattr(self._model.model, 'dropout', None):
-      self._model.model.dropout = None
-    self._model.encode_special_tokens = True
+  A special token that a text spells is plain text; `with_special_tokens` makes a tokenizer to which it is the token.
+  """
+
+  def __init__(self, text: str, parse: bool = False):
+    self._model = _whole_and_deterministic(tokenizers.Tokenizer.from_str(text))
     vocab = self._model.get_vocab()
     self.token_bytes = empty_table(max(vocab.values(), default=-1) + 1)
     spec = json.loads(self._model.to_str())  # with all keys, including those missing in `text`
@@ -47,8 +44,10 @@ class HuggingFaceTokenizer:
     model = spec['model']
     unknown = model['vocab'][model['unk_id']][0] if model.get('unk_id') is not None else model.get('unk_token')
     special = {*pair, *(token['content'] for token in spec['added_tokens'] if token['special'])} - {unknown}
-    self._special = sorted(special)
-    self._special_ids = np.array(sorted(vocab[token] for token in special), np.uint32)
+    spelled = {*special, *(token['content'] for token in spec['added_tokens'] if token['special'])}
+    self._spelled = re.compile('|'.join(map(re.escape, spelled)))
+    self._parse = parse
+    self._special = special
     bytes_of = _spelling(spec)
     plain = {token['content'] for token in spec['added_tokens']}  # added tokens are their own text
     for token, i in vocab.items():
@@ -57,27 +56,34 @@ class HuggingFaceTokenizer:
     ranks = bpe.merge_ranks(spec)
     self._fast = bpe.open_bpe(ranks, bpe.pattern_of(spec) or '') if ranks else None
 
+  @functools.cached_property
+  def _plain(self) -> tokenizers.Tokenizer:
+    """The tokenizer without the spellings of special tokens."""
+    spec = _without_spelling(json.loads(self._model.to_str()), self._special)
+    model = _whole_and_deterministic(tokenizers.Tokenizer.from_str(json.dumps(spec)))
+    model.encode_special_tokens = True  # the unknown token, which keeps its spelling
+    return model
+
+  def with_special_tokens(self) -> HuggingFaceTokenizer:
+    """The tokenizer for which a special token that a text spells is that token."""
+    return HuggingFaceTokenizer(self.to_json(), parse=True)
+
   def encode(self, texts: list[str]) -> list[np.ndarray]:
-    if self._fast is not None:
-      return bpe.encode(self._fast, texts)
+    if self._parse:
+      return [self._encode(self._model, [text])[0] if self._spelled.search(text) else self._encode_plain([text])[0]
+              for text in texts]
+    return self._encode_plain(texts)
+
+  def _encode_plain(self, texts: list[str]) -> list[np.ndarray]:
+    return bpe.encode(self._fast, texts) if self._fast is not None else self._encode(self._plain, texts)
+
+  def _encode(self, model: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]:
     for text in texts:
       utf8(text)
-    rows = self._encode(texts)
-    return [self._encode_cut(text) if np.isin(ids, self._special_ids).any() else ids
-            for text, ids in zip(texts, rows, strict=True)]
-
-  def _encode(self, texts: list[str]) -> list[np.ndarray]:
     try:
-      return [np.array(e.ids, np.uint32) for e in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+      return [np.array(e.ids, np.uint32) for e in model.encode_batch_fast(texts, add_special_tokens=False)]
     except Exception as e:  # the library raises no narrower type
       raise DataError(f'the tokenizer cannot encode a text: {e}') from None
-
-  def _encode_cut(self, text: str) -> np.ndarray:
-    """Encodes a text that spells special tokens: cuts each spelling in two; drops those that normalizing rejoins."""
-    spellings = re.finditer('|'.join(map(re.escape, self._special)), text)
-    cuts = [0, *(match.start() + 1 for match in spellings), len(text)]
-    ids = np.concatenate(self._encode([text[begin:end] for begin, end in itertools.pairwise(cuts)]))
-    return ids[~np.isin(ids, self._special_ids)]
 
   def to_json(self) -> str:
     return self._model.to_str()
@@ -88,21 +94,55 @@ class Bpe:
 
   @staticmethod
   def fit(texts: Iterable[str], vocab_size: int, min_frequency: int) -> HuggingFaceTokenizer:
-    """Byte-level BPE (arXiv 1508.07909): merges the most frequent pairs until there are `vocab_size` tokens."""
+    """Byte-level BPE (arXiv 1508.07909): merges the most frequent pairs until there are `vocab_size` tokens.
+
+    The time to train is quadratic in the length of a word, so longer words are cut; to encode it is linear.
+    """
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    splitter = tokenizers.pre_tokenizers
-    model.pre_tokenizer = splitter.Sequence([splitter.Split(tokenizers.Regex(bpe.WORDS), 'isolated'),
-                                             splitter.ByteLevel(add_prefix_space=False, use_regex=False)])
+    model.pre_tokenizer = _words(bpe.SHORT_WORDS)
     model.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=[EOT], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     model.train_from_iterator(texts, trainer)
+    model.pre_tokenizer = _words(bpe.WORDS)
     return HuggingFaceTokenizer(model.to_str())
 
   @staticmethod
   def from_json(spec: dict) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(json.dumps(spec))
+
+
+def _words(pattern: str) -> tokenizers.pre_tokenizers.PreTokenizer:
+  """Splits a text into the matches of the pattern, spelled in GPT-2's alphabet of bytes."""
+  splitter = tokenizers.pre_tokenizers
+  return splitter.Sequence([splitter.Split(tokenizers.Regex(pattern), 'isolated'),
+                            splitter.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _whole_and_deterministic(model: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+  """The model, which then encodes every text completely and the same way each time."""
+  model.no_truncation()
+  model.no_padding()
+  if getattr(model.model, 'dropout', None):
+    model.model.dropout = None
+  return model
+
+
+def _without_spelling(spec: dict, special: set[str]) -> dict:
+  """The tokenizer.json with special tokens named so that no text and no merge can give them; the ids stay the same."""
+  def renamed(token: str) -> str:
+    return f'\ufdd0{token}\ufdd1' if token in special else token
+
+  model = dict(spec['model'])
+  vocab = model['vocab']
+  model['vocab'] = ({renamed(token): i for token, i in vocab.items()} if isinstance(vocab, dict) else
+                    [[renamed(token), *score] for token, *score in vocab])
+  if 'merges' in model:
+    pairs = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
+    model['merges'] = [[left, right] for left, right in pairs if not {left, right, left + right} & special]
+  added = [token | {'content': renamed(token['content'])} for token in spec['added_tokens']]
+  return spec | {'model': model, 'added_tokens': added, 'post_processor': None}
 
 
 def _spelling(spec: dict) -> Callable[[str], bytes]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from llm_jax.base.errors import DataError
 from llm_jax.base.registry import NoSettings, register
-from llm_jax.data.formats.compression import open_stream
+from llm_jax.data.formats.encoding import open_utf8
 from llm_jax.data.formats.records import to_documents
 from llm_jax.data.formats.registry import FORMATS
-from llm_jax.data.formats.text import BOM, CHUNK, decode_json, not_utf8, parse_json
+from llm_jax.data.formats.text import BOM, CHUNK, decode_json, json_lines, not_utf8, parse_json
 from llm_jax.data.sources.documents import BadRecord, Document, File, SourceConfig
 from llm_jax.extras.formats.delimiters import HEAD, dialect
 
@@ -23,7 +23,8 @@ _WHOLE_FILE_BYTES = 256 << 20  # limit for formats that cannot be read as a stre
 
 
 def json_file(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
-  """An array of objects, read as a stream; or one object that holds one list of objects, or is itself the document.
+  """An array of objects or an object a line, read as a stream; or one object that holds one list of objects, or is
+  itself the document.
 
   A single object is held in memory and may take 256 MB.
   """
@@ -31,13 +32,19 @@ def json_file(file: File, config: SourceConfig) -> Iterator[Document | BadRecord
 
 
 def _json_records(file: File, config: SourceConfig) -> Iterator[tuple[str, str, Any]]:
-  with _open_text(file) as stream:
+  with _open_text(file, config) as stream:
     head = stream.read(CHUNK)
     while not head.strip(_SPACE) and (more := stream.read(CHUNK)):
       head = more
     head = head.lstrip(_SPACE)
     if head.startswith('['):
       yield from _json_array(file, stream, head[1:], config.max_record_bytes)
+      return
+    if '\n' not in head:
+      head += stream.readline(max(0, config.max_record_bytes - len(head)))
+    head += stream.read(CHUNK)
+    if _is_object_a_line(head):
+      yield from json_lines(file, config)
       return
     whole = head + stream.read(_WHOLE_FILE_BYTES)
   if not whole:
@@ -51,6 +58,15 @@ def _json_records(file: File, config: SourceConfig) -> Iterator[tuple[str, str, 
   is_record = not isinstance(value, dict) or config.field in value
   tables = None if is_record else _only_table(file, value)
   yield from [(file.name, str(file.path), value)] if tables is None else tables
+
+
+def _is_object_a_line(head: str) -> bool:
+  """Whether the first line is one object, and another one follows."""
+  try:
+    _, end = json.JSONDecoder().raw_decode(head)
+  except (ValueError, RecursionError):
+    return False
+  return head[end:].lstrip(' \t\r').startswith('\n') and head[end:].lstrip(_SPACE)[:1] == '{'
 
 
 def _json_array(file: File, stream: io.TextIOBase, buffer: str, limit: int) -> Iterator[tuple[str, str, Any]]:
@@ -98,7 +114,7 @@ def _end_of_space(text: str, position: int) -> int:
 
 def toml(file: File, config: SourceConfig) -> Iterator[Document | BadRecord]:
   """A list of tables, such as [[examples]] with an input and an output each. Held in memory, 256 MB at most."""
-  with open_stream(file.path) as stream:
+  with open_utf8(file.path, config.encoding) as stream:
     data = stream.read(_WHOLE_FILE_BYTES + 1)
   if len(data) > _WHOLE_FILE_BYTES:
     raise DataError(f'{file.path}: TOML of more than {_WHOLE_FILE_BYTES >> 20} MB; write it as .jsonl')
@@ -153,10 +169,10 @@ def _rows(file: File, config: SourceConfig, delimiter: str) -> Iterator[tuple[st
                         f'{limit} bytes: a quote is not closed, or config.data.max_record_bytes is too small')
       yield piece
 
-  with _open_text(file) as stream:
+  with _open_text(file, config) as stream:
     options = dialect(file, config, stream.read(HEAD), delimiter)
   header: list[str] = []
-  with _open_text(file) as stream:
+  with _open_text(file, config) as stream:
     rows = csv.reader(lines(stream), **options)
     while True:
       where, name = f'{file.path}, line {line}', f'{file.name}:{line}'
@@ -194,9 +210,9 @@ def _header(row: list[str], where: str) -> list[str]:
   return row
 
 
-def _open_text(file: File) -> io.TextIOWrapper:
+def _open_text(file: File, config: SourceConfig) -> io.TextIOWrapper:
   """The file as text, newlines unchanged; bytes that are not UTF-8 become surrogates, which `to_document` reports."""
-  return io.TextIOWrapper(open_stream(file.path), 'utf-8-sig', 'surrogateescape', newline='')
+  return io.TextIOWrapper(open_utf8(file.path, config.encoding), 'utf-8-sig', 'surrogateescape', newline='')
 
 
 for _name, _reader in (('json', json_file), ('csv', csv_file), ('tsv', tsv), ('toml', toml)):
