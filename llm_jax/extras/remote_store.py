@@ -126,7 +126,7 @@ class Blocks:
   def prune(self) -> None:
     """Deletes the blocks that were not used for longest, until nine tenths of the bound are left."""
     found = []
-    for path in self.folder.glob('*.tokens.*'):
+    for path in self.folder.glob('*.tokens.[0-9]*'):
       with contextlib.suppress(OSError):
         found.append((path.stat().st_mtime, path.stat().st_size, path))
     total = sum(size for _, size, _ in found)

@@ -136,7 +136,7 @@ def test_the_command_lists_and_prunes(tmp_path, capsys):
 
 def test_unfinished_stores_can_be_deleted(tmp_path, monkeypatch):
   write_corpus(tmp_path / 'corpus', 5)
-  monkeypatch.setattr(corpora.StoreWriter, 'finish', lambda *_: 1 / 0)
+  monkeypatch.setattr(corpora.StoreWriter, 'finish', lambda *_, **__: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     open_data(config_of(tmp_path))
   gc.collect()

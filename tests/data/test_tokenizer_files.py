@@ -21,7 +21,7 @@ def test_tokenizers_are_identified_without_opening_them(tmp_path):
 
 
 def test_an_unknown_name_lists_the_choices():
-  with pytest.raises(ConfigError, match=r"did you mean 'word'\?.*tokenizer.json.*tiktoken:NAME"):
+  with pytest.raises(ConfigError, match=r"tokenizer.json.*tiktoken:NAME.*did you mean 'word'\?"):
     open_tokenizer('words')
 
 

@@ -53,7 +53,7 @@ def lease(path: Path) -> IO | None:
 
 def hold(paths: Iterable[Path], cache_dir: Path) -> None:
   """Keeps the entries with these files from being deleted for as long as the process runs."""
-  top = cache_dir.absolute()
+  top = Path(cache_dir).absolute()
   for path in paths:
     if top in path.absolute().parents and len(parts := path.absolute().relative_to(top).parts) > 1:
       entry = top.joinpath(*parts[:2])
