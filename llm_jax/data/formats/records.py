@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.base.errors import DataError
+from llm_jax.data.chat.records import conversation_fields, to_conversation
 from llm_jax.data.sources.documents import BadRecord, Content, Document, SourceConfig
 
 # Names of fields for (text, answer); the first pair that a record has is used.
@@ -53,6 +54,9 @@ def to_documents(records: Iterable[tuple[str, str, Any]], config: SourceConfig) 
       continue
     if not isinstance(record, Mapping):
       yield BadRecord(where, f'not an object with named fields but {_show(record)}')
+      continue
+    if turns := conversation_fields(record, config):
+      yield to_conversation(record, turns, name, where, config.max_record_bytes)
       continue
     fields = fields or choose_fields(record, config, where)
     if fields is None:

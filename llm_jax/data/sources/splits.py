@@ -63,7 +63,7 @@ class Splitter:
   def _tail(self, document: Document) -> Iterator[tuple[str, Document]]:
     begin, length = self.state['seen'], size(document)
     self.state['seen'] += length
-    whole = document.answer is not None or document.label is not None
+    whole = any(x is not None for x in (document.answer, document.label, document.messages))
     done = 0
     for side in SPLITS:
       room = self._borders[side] - begin - done

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, register
+from llm_jax.data.chat.records import conversation_fields
 from llm_jax.data.formats.records import choose_fields, to_documents
 from llm_jax.data.formats.registry import FORMATS
 from llm_jax.data.loaders import SOURCES
@@ -130,7 +131,10 @@ def _columns(schema: Any, config: SourceConfig, path: Path) -> list[str]:
   """The columns that make up a document. Raises DataError when they are missing or ambiguous."""
   if len(set(schema.names)) < len(schema.names):
     raise DataError(f'{path}: two columns have the same name: {", ".join(schema.names)}')
-  fields = choose_fields({field.name: _stand_in(field.type) for field in schema}, config, str(path))
+  examples = {field.name: _stand_in(field.type) for field in schema}
+  if turns := conversation_fields(examples, config):
+    return list(turns)
+  fields = choose_fields(examples, config, str(path))
   if fields is None:
     raise DataError(f'{path}: no column holds text or lists of token ids; its schema is '
                     f'{", ".join(f"{field.name}: {field.type}" for field in schema)}')
@@ -148,6 +152,8 @@ def _stand_in(kind: Any) -> Any:
   kind = kind.value_type if types.is_dictionary(kind) else kind
   if _is_text(kind):
     return ''
+  if _is_list(kind) and types.is_struct(kind.value_type):
+    return [{}]
   return [0] if _is_list(kind) and types.is_integer(kind.value_type) else None
 
 
@@ -189,7 +195,7 @@ def _readable(column: Any, pa: Any) -> Any:
 
 def _values(column: Any) -> list[Any]:
   """Python values; lists of integers as arrays."""
-  if _is_list(column.type) and _stand_in(column.type) is not None:
+  if _is_list(column.type) and _stand_in(column.type) == [0]:
     return [None if row.values is None else row.values.to_numpy(zero_copy_only=False) for row in column]
   return column.to_pylist()
 
