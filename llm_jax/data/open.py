@@ -11,6 +11,8 @@ import numpy as np
 
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.chat.open import chat_tokenizer, check_conversations, template_of
+from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.data.config import DataConfig, cache_dir
 from llm_jax.data.loaders import LOADERS
 from llm_jax.data.rows.augment import Augment
@@ -38,7 +40,8 @@ _STEP = 1 << 20  # tokens checked at once
 TOKENS = {f.name for part in (SourceConfig, SplitConfig) for f in dataclasses.fields(part)} | {
     'sources', 'filters', 'on_bad_record', 'tokenizer', 'encoder_tokenizer', 'vocab_size', 'min_frequency', 'pattern'}
 BY_HASH = {'train_tokens': 'the training data (config.data.path or config.data.sources)',
-           'encoder_tokenizer': 'the tokenizer of config.data.encoder_tokenizer'}
+           'encoder_tokenizer': 'the tokenizer of config.data.encoder_tokenizer',
+           'chat_template': 'the chat template'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,7 @@ def open_data(config: DataConfig) -> Data:
     return LOADERS['stream'].open(config)
   bins = {name: found for name, source in sources.items() if (found := _bins(config, source))}
   corpora = {name: open_corpus(config, name, source) for name, source in sources.items() if name not in bins}
+  check_conversations(config, corpora)
   tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
   if bins and tokenizer is not None and not _takes_ids(config):
     raise ConfigError(f'config.data.tokenizer: {config.tokenizer} is fitted to texts, but '
@@ -163,7 +167,7 @@ def open_corpus(config: DataConfig, name: str, source: SourceConfig) -> Corpus:
       nothing: Any = {f'{side}_fraction': 0.0, f'{side}_documents': 0}
       split = dataclasses.replace(split, **nothing)
   corpus = Corpus(shown(source.path) if name == 'data' else name, tuple(sides), split, config.filters,
-                  config.on_bad_record, config.max_bad_fraction)
+                  config.on_bad_record, config.max_bad_fraction, template_of(config))
   return corpus.resolved()
 
 
@@ -171,6 +175,9 @@ def _tokenizers(config: DataConfig, corpora: dict[str, Corpus],
                 bins: Collection[str]) -> tuple[Tokenizer | None, Tokenizer | None, str]:
   """(tokenizer, the prompts' own tokenizer or None, cache key of both). Raises ConfigError."""
   reader = config.encoder_tokenizer
+  if (template := template_of(config)) is not None:
+    tokenizer, key = tokenizer_of(config, config.tokenizer, corpora)
+    return chat_tokenizer(config, tokenizer, template), None, key_of([key, template.identity])
   if reader is None:
     tokenizer, key = tokenizer_of(config, config.tokenizer, corpora)
     return tokenizer, None, key
@@ -262,7 +269,8 @@ def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
     val = mapped_store(bins['train'], source.eot_id if tokenizer is None else tokenizer.bos_id)
   else:
     corpus = Corpus(path, (('val', open_source(source, cache_dir(config))),), SplitConfig('document'), FilterConfig(),
-                    config.on_bad_record, config.max_bad_fraction)
+                    config.on_bad_record, config.max_bad_fraction, template_of(config))
+    check_conversations(config, {'data': corpus}, '--data')
     if tokenizer is None and not corpus.holds_ids():
       raise DataError(f'--data: {path} is text, but the run has no tokenizer')
     val = memory_stores((pair for _, dealt in corpus.documents() for pair in dealt), ('val',), tokenizer,
@@ -284,6 +292,8 @@ def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int)
     settings |= {f'{name}.{field}': value for field, value in to_dict(section).items()}
   if data.encoder_tokenizer is not None:  # its eos is not stored with the tokens
     settings['encoder_tokenizer'] = key_of(data.encoder_tokenizer.to_json())
+  if isinstance(data.tokenizer, ChatTokenizer):
+    settings['chat_template'] = key_of(data.tokenizer.template.identity)
   settings['order'] = 'stream' if config.streaming else ORDER_VERSION
   # Lists, because the order of the sources matters.
   train = [[name, tokens.sha256] for name, tokens in data.train.items()]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from llm_jax.base.errors import DataError
 from llm_jax.data.chat.template import PRIVATE, ROLES, Messages
 from llm_jax.data.sources.documents import BadRecord, Document, SourceConfig
 
@@ -69,6 +70,18 @@ def messages_of(value: Any, field: str) -> Turns:
   if not value:
     raise ValueError(f'field {field!r} holds an empty list of messages')
   return tuple(_message(turn, f'message {number} of field {field!r}') for number, turn in enumerate(value, 1))
+
+
+def conversations_of(document: Document) -> list[Messages]:
+  """The conversation of a document, or the chosen and the rejected one; of a pair of texts, a question and its answer.
+
+  Raises DataError for other documents.
+  """
+  if document.messages is not None:
+    return [document.messages, *([] if document.rejected is None else [document.rejected])]
+  if isinstance(document.text, str) and isinstance(document.answer, str):
+    return [(('user', document.text), ('assistant', document.answer))]
+  raise DataError(f'{document.name}: holds no conversation')
 
 
 def shared(messages: Messages, others: Messages) -> int:

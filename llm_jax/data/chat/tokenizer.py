@@ -11,7 +11,7 @@ import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.chat.find import template_files
-from llm_jax.data.chat.records import shared
+from llm_jax.data.chat.records import conversations_of, shared
 from llm_jax.data.chat.template import Messages, Span, Template
 from llm_jax.data.sources.documents import Document
 from llm_jax.data.tokenizers.huggingface import EOT, HuggingFaceTokenizer
@@ -68,10 +68,9 @@ class ChatTokenizer:
     """The ids of each document's conversation, or of both of a pair. Raises DataError, ConfigError, with its name."""
     rendered = []
     for document in documents:
-      messages, rejected = turns_of(document), document.rejected
-      skipped = 0 if rejected is None else sum(
-          role == 'assistant' for role, _ in messages[:shared(messages, rejected)])
-      for turns in (messages, *([] if rejected is None else [rejected])):
+      both = conversations_of(document)
+      skipped = 0 if len(both) == 1 else sum(role == 'assistant' for role, _ in both[0][:shared(*both)])
+      for turns in both:
         try:
           text, spans = self.template.render(turns)
         except (DataError, ConfigError) as e:
@@ -125,15 +124,6 @@ class ChatTokenizer:
     ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
     begins = ends - [len(piece) for piece in pieces]
     return ids, np.stack([character[begins], character[ends - 1] + 1], axis=1) if len(ids) else np.zeros((0, 2), int)
-
-
-def turns_of(document: Document) -> Messages:
-  """The messages of a document; of a pair of texts, a question and its answer. Raises DataError for other ones."""
-  if document.messages is not None:
-    return document.messages
-  if isinstance(document.text, str) and isinstance(document.answer, str):
-    return (('user', document.text), ('assistant', document.answer))
-  raise DataError(f'{document.name}: holds no conversation')
 
 
 def overlaps(places: np.ndarray, spans: list[Span]) -> np.ndarray:

@@ -2,8 +2,10 @@
 
 A store is a folder: `<split>-00000.tokens`, `<split>-00001.tokens`, ... (flat uint16 or uint32; each but the last holds
 `shard_tokens` ids), `<split>.starts` (int64, the position of each document's first token), for pairs `<split>.answers`
-(int64, the answer's offset in its document), for labels `<split>.labels` (float64), `tokenizer.json` (and
-`encoder_tokenizer.json` if prompts have their own tokenizer), and `manifest.json` with size and sha256 of each file.
+(int64, the answer's offset in its document), for labels `<split>.labels` (float64), for conversations files `.learnt`
+(uint8, 1 on tokens to learn) beside those of tokens and `<split>.seconds` (int64, where the rejected one of a pair
+begins in its document), `tokenizer.json` (and `encoder_tokenizer.json` if prompts have their own tokenizer), and
+`manifest.json` with size and sha256 of each file.
 writer.py writes a temporary folder and renames it: a store is complete or absent.
 """
 
@@ -57,7 +59,7 @@ class TokenStore:
 
   tokens: Any  # Tokens, or an array [num_tokens]
   starts: np.ndarray  # int64 [D], ascending, 0 first
-  sha256: str  # of tokens, starts, answers and labels: identifies the data
+  sha256: str  # of tokens, starts and all else: identifies the data
   num_bytes: float  # of the text; 0: unknown
   answers: np.ndarray | None = None  # int64 [D]
   labels: np.ndarray | None = None  # float64 [D] or [D, C]
@@ -66,6 +68,8 @@ class TokenStore:
   bytes_scale: float = 1.0
   report: dict | None = None  # of the filters, for all splits together
   classes: tuple[str, ...] = ()  # names of the classes 0, 1, ...; empty if labels are numbers
+  learnt: Any = None  # of conversations: like tokens, 1 where a token is to be learnt
+  seconds: np.ndarray | None = None  # int64 [D], of pairs: the offset of the rejected conversation
 
 
 def open_split(folder: Path, split: str) -> TokenStore:
@@ -76,12 +80,12 @@ def open_split(folder: Path, split: str) -> TokenStore:
     if size != entry['size']:
       raise DataError(f'{folder / name}: size is {size}, the manifest says {entry["size"]}; '
                       'delete the folder and start again')
-  dtype, about = manifest['dtype'], manifest['splits'][split]
-  names = sorted(name for name in manifest['files'] if name.startswith(f'{split}-') and name.endswith('.tokens'))
-  files = tuple(TokenFile(folder / name, dtype, manifest['files'][name]['size'] // np.dtype(dtype).itemsize)
-                for name in names)
-  columns: dict[str, Any] = {kind: np.fromfile(folder / f'{split}.{kind}', dtype)
-             for kind, dtype in (('answers', 'int64'), ('labels', 'float64')) if f'{split}.{kind}' in manifest['files']}
+  about = manifest['splits'][split]
+  columns: dict[str, Any] = {
+      kind: np.fromfile(folder / f'{split}.{kind}', dtype) for kind, dtype in (
+          ('answers', 'int64'), ('labels', 'float64'), ('seconds', 'int64')) if f'{split}.{kind}' in manifest['files']}
+  if f'{split}-00000.learnt' in manifest['files']:
+    columns['learnt'] = _shards(folder, manifest, f'{split}-', '.learnt', 'uint8')
   classes = manifest['classes']
   if classes:
     values = class_values(classes)
@@ -94,9 +98,16 @@ def open_split(folder: Path, split: str) -> TokenStore:
   sha256 = hashlib.sha256(''.join(manifest['files'][name]['sha256'] for name in of_split).encode()
                           + json.dumps(classes).encode()).hexdigest()
   learnt_bytes = about.get('answer_bytes', about['bytes'])
-  return TokenStore(Tokens(files), np.fromfile(folder / f'{split}.starts', 'int64'), sha256, about['bytes'],
+  tokens = _shards(folder, manifest, f'{split}-', '.tokens', manifest['dtype'])
+  return TokenStore(tokens, np.fromfile(folder / f'{split}.starts', 'int64'), sha256, about['bytes'],
                     bytes_scale=learnt_bytes / (about['token_bytes'] or learnt_bytes or 1),
                     report=manifest.get('report'), **columns)
+
+
+def _shards(folder: Path, manifest: dict, first: str, last: str, dtype: str) -> Tokens:
+  names = sorted(name for name in manifest['files'] if name.startswith(first) and name.endswith(last))
+  return Tokens(tuple(TokenFile(folder / name, dtype, manifest['files'][name]['size'] // np.dtype(dtype).itemsize)
+                      for name in names))
 
 
 def class_values(classes: Sequence[str]) -> np.ndarray:
