@@ -1,9 +1,10 @@
-"""Generates text with a trained run.
+"""Generates text with a trained run: continues a text, or answers a message if the run learned conversations.
 
 The first sample is printed while it is generated; stdout receives nothing but text.
 
   llm-jax generate --workdir=runs/gpt_small --prompt='def main('
   llm-jax generate --workdir=runs/gpt_small --num_samples=3 --num_tokens=100 --temperature=0.6 --top_k=40
+  llm-jax generate --workdir=runs/chat_small --prompt='What does os.path.join do?' --system='Be brief.'
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 def parser() -> flags.Parser:
   parser = flags.Parser('generate', __doc__)
   flags.add_run(parser)
-  parser.add_argument('--prompt', default='', help='the text to continue (default: start a new document)')
+  parser.add_argument('--prompt', default='', help='the text to continue, or for a run of task chat the '
+                      'message to answer (default: start a new document)')
+  parser.add_argument('--system', default='', help='the system message, for a run of task chat')
   parser.add_argument('--num_samples', type=int, default=1, help='number of texts')
   parser.add_argument('--num_tokens', type=int, default=256, help='maximum; a sample also ends with its document')
   parser.add_argument('--temperature', type=float, default=0.8, help='0: always take the most likely token')
@@ -43,15 +46,22 @@ def main(argv: list[str]) -> None:
 
   from llm_jax import api
   from llm_jax.base.sharding import MeshConfig, make_mesh
+  from llm_jax.infer.text import goes_on
 
   with jax.set_mesh(make_mesh(MeshConfig())):
     trained = api.load(args.workdir, args.checkpoint, trust=args.trust).for_generation()
     waiting('compiling')
     columns = trained.tokens(
-        args.prompt, num_samples=args.num_samples, num_tokens=args.num_tokens, temperature=args.temperature,
-        top_k=args.top_k, top_p=args.top_p, num_beams=args.num_beams, seed=args.seed)
-    print_samples(args.prompt if trained.run.model.prompt_in_row else '', columns, trained.run.tokenizer,
+        prompt_of(args.prompt, args.system), num_samples=args.num_samples, num_tokens=args.num_tokens,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, num_beams=args.num_beams, seed=args.seed)
+    run = trained.run
+    print_samples(args.prompt if goes_on(run.model, run.tokenizer) else '', columns, run.tokenizer,
                   1 if args.num_beams else args.num_samples)
+
+
+def prompt_of(prompt: str, system: str) -> Any:
+  """The text, or with a system message the messages."""
+  return (('system', system), ('user', prompt)) if system else prompt
 
 
 def print_samples(prompt: str, columns: Iterable[np.ndarray], tokenizer: Any, num_samples: int) -> None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.config import Config
+from llm_jax.data.chat.template import Messages
+from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.data.open import Data
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, before_eos, decode
 from llm_jax.infer import sampling
 from llm_jax.models.protocol import LanguageModel
 
 
-def prompt_ids(config: Config, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-  """The input ids of each text as in training: preceded by bos, or for an encoder followed by eos."""
+def prompt_ids(config: Config, tokenizer: Tokenizer, prompts: Sequence[str | Messages]) -> list[list[int]]:
+  """The input ids of each text as in training: preceded by bos, or for an encoder followed by eos.
+
+  With a chat template a text is a message of the user, and a prompt may also be a list of messages.
+  """
+  if isinstance(tokenizer, ChatTokenizer):
+    return [tokenizer.prompt((('user', prompt),) if isinstance(prompt, str) else prompt) for prompt in prompts]
+  texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+  if len(texts) < len(prompts):
+    raise ConfigError('--workdir: the run has no chat template, so it continues a text and reads no messages')
   encodes = config.data.task_settings.encodes
   return [[*map(int, ids), tokenizer.eos_id] if encodes else [tokenizer.bos_id, *map(int, ids)]
           for ids in tokenizer.encode(texts)]
@@ -33,6 +45,11 @@ def encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
   return prompts
 
 
+def goes_on(model: LanguageModel, tokenizer: Tokenizer | None) -> bool:
+  """Whether what the model writes continues the text of the prompt, and is no answer to it."""
+  return model.prompt_in_row and not isinstance(tokenizer, ChatTokenizer)
+
+
 def samples(config: Config, data: Data, model: LanguageModel, params: Params) -> list[tuple[str, str]]:
   """[(prompt, prompt + sample)] for config.eval.prompts; [] without a tokenizer, or if the model cannot write text."""
   tokenizer, reader = data.tokenizer, data.prompt_tokenizer
@@ -43,6 +60,6 @@ def samples(config: Config, data: Data, model: LanguageModel, params: Params) ->
       model, params, prompts, max_len=config.model.max_len, num_tokens=config.eval.sample_tokens, seed=config.seed,
       temperature=config.eval.temperature, top_k=config.eval.top_k, num_ids=len(tokenizer.token_bytes))
   rows = np.stack(list(columns), axis=1).tolist()
-  between = '' if model.prompt_in_row else '\n'
+  between = '' if goes_on(model, tokenizer) else '\n'
   return [(prompt, prompt + between + decode(tokenizer, before_eos(tokenizer, row)))
           for prompt, row in zip(config.eval.prompts, rows, strict=True)]

@@ -15,6 +15,7 @@ import numpy as np
 from llm_jax.base.errors import ConfigError, UserError
 from llm_jax.base.files import write_file, writing
 from llm_jax.base.sharding import MeshConfig, make_mesh
+from llm_jax.data.chat.template import Messages
 from llm_jax.data.open import Data, tokenize
 from llm_jax.data.tokenizers.tokenizer import before_eos, decode
 from llm_jax.infer import sampling
@@ -118,16 +119,18 @@ class Trained:
                         f'{split}_documents and {split}_path was set; set another split')
     return opened
 
-  def generate(self, prompt: str = '', *, num_tokens: int = 128, **options: Any) -> str:
+  def generate(self, prompt: str | Messages = '', *, num_tokens: int = 128, **options: Any) -> str:
     """The text that follows the prompt; `options` are those of `tokens`. Raises ConfigError."""
     columns, tokenizer = self.tokens(prompt, num_tokens=num_tokens, **options), self.run.tokenizer
     assert tokenizer is not None  # checked by `tokens`
     return decode(tokenizer, before_eos(tokenizer, [int(column[0]) for column in columns]))
 
-  def tokens(self, prompt: str = '', *, num_samples: int = 1, num_tokens: int = 128, temperature: float = 1.0,
-             top_k: int = 0, top_p: float = 1.0, num_beams: int = 0, seed: int = 0) -> Iterable[np.ndarray]:
+  def tokens(self, prompt: str | Messages = '', *, num_samples: int = 1, num_tokens: int = 128,
+             temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, num_beams: int = 0,
+             seed: int = 0) -> Iterable[np.ndarray]:
     """Iterates over columns int32 [num_samples], the next token of each sample; beam search gives one sample.
 
+    With a chat template a text is a message of the user; messages are (role, content), the user's last.
     Raises ConfigError if the run has no tokenizer, the prompt is too long, or an option is invalid.
     """
     for name, value, least in (('num_samples', num_samples, 1), ('num_tokens', num_tokens, 1), ('top_k', top_k, 0),

@@ -271,7 +271,7 @@ def every_case():
 @pytest.mark.parametrize(('task', 'packing'), every_case(), ids=lambda x: x if isinstance(x, str) else type(x).__name__)
 @pytest.mark.parametrize('mask_documents', [False, True])
 def test_rows_depend_on_index_and_rng_alone(task, packing, mask_documents):
-  if not mask_documents and (type(task).__name__ == 'Preference' or isinstance(task, PrefixLM) and packing != 'pad'):
+  if not mask_documents and (type(task).__name__ == 'Preference' or (isinstance(task, PrefixLM) and packing != 'pad')):
     return  # rejected, see below
   store = make_store([5, 2, 60, 9], **NEED[task.needs])
   examples = make(store, task, packing=packing, mask_documents=mask_documents)

@@ -53,6 +53,6 @@ def chat_tokenizer(config: DataConfig, tokenizer: Tokenizer | None, template: Te
   chat = ChatTokenizer(tokenizer, template)
   if chat.added:
     first = len(chat.original.token_bytes)
-    print(f'data: the chat template {template.name} adds {len(chat.added)} token(s) to the vocabulary, from id {first} '
-          f'on: {", ".join(chat.added)}', flush=True)
+    print(f'data: the chat template {template.name} adds {len(chat.added)} token(s) to the vocabulary, from id '
+          f'{first}: {", ".join(chat.added)}', flush=True)
   return chat
