@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from serving import in_thread
 
 from llm_jax import api, main
 from llm_jax.base.builder import build
@@ -148,6 +149,23 @@ def test_chat_remembers_the_conversation(folder, monkeypatch, capsys):
   assert 'AB\nCD\n' in printed and '/new starts a new conversation' in printed and '/system TEXT' in printed
   assert asked[1] == (('user', 'ab'), ('assistant', 'AB'), ('user', 'cd'))
   assert asked[2] == (('system', 'Be brief.'), ('user', 'ab')) and asked[3] == (asked[2][0], ('user', 'x' * 60))
+
+
+def test_serve_answers_conversations(folder):
+  pytest.importorskip('uvicorn')
+  pytest.importorskip('starlette')
+  before = [{'role': 'user', 'content': 'ab'}, {'role': 'assistant', 'content': 'AB'}]
+  with in_thread(folder / 'chat') as client:
+    for messages, expected in (([*before, {'role': 'user', 'content': 'cd'}], 'CD'), (before[:1], 'AB')):
+      answer = json.loads(client.send('/v1/chat/completions', {'messages': messages, 'temperature': 0}).read())
+      [choice] = answer['choices']
+      assert choice['message'] == {'role': 'assistant', 'content': expected, 'refusal': None}
+      assert choice['finish_reason'] == 'stop' and answer['usage']['completion_tokens'] == 3
+    for wrong in ([], before, [{'role': 'narrator', 'content': 'x'}], [{'role': 'user', 'content': None}]):
+      response = client.send('/v1/chat/completions', {'messages': wrong})
+      assert response.status == 400 and json.loads(response.read())['error']['param'] == 'messages'
+    [choice] = client.complete(prompt='ef', temperature=0)['choices']  # a prompt is a message of the user
+    assert choice['text'] == 'EF'
 
 
 def test_inspect_shows_what_is_learnt(folder, capsys):
