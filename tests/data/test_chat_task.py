@@ -10,7 +10,9 @@ from conversations import conversation
 from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.config import DataConfig
+from llm_jax.data.given import write_documents
 from llm_jax.data.open import data_fingerprint, open_data, open_examples
+from llm_jax.data.sources.documents import Document
 from llm_jax.data.tokenizers.tokenizer import decode
 
 ASK = {'role': 'user', 'content': 'Say'}
@@ -128,3 +130,15 @@ def test_data_and_task_must_fit(tmp_path, records, settings, message):
 def test_plain_text_among_conversations_is_refused(tmp_path):
   with pytest.raises(DataError, match=r'chat.jsonl:2: holds no conversation'):
     make(tmp_path, [dialog('a'), {'text': 'b'}, dialog('c')])
+
+
+def test_conversations_passed_from_python_are_kept(tmp_path):
+  turns, other = (('user', 'Say'), ('assistant', 'one')), (('user', 'Say'), ('assistant', 'two'))
+  for given, learnt in (([dialog('one'), Document('d', '', messages=turns)], 'chat'),
+                        ([Document('d', '', messages=turns, rejected=other)] * 2, 'preference')):
+    fields = write_documents(given, tmp_path / learnt)
+    config = build(DataConfig, {**fields, 'cache_dir': str(tmp_path / 'cache'), 'tokenizer': 'byte', 'task': learnt,
+                                'packing': 'pad', 'seq_len': 128, 'split': 'count', 'val_documents': 1})
+    store = open_data(config).train['data']
+    assert decode(open_data(config).tokenizer, store.tokens[:][store.learnt[:] > 0]) == (
+        'one' if learnt == 'chat' else 'onetwo')

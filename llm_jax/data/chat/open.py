@@ -42,7 +42,8 @@ def check_conversations(config: DataConfig, corpora: Mapping[str, Corpus], field
                         'none; set the task to chat')
     if config.task_settings.needs == 'learnt' and first.rejected is not None:
       raise ConfigError(f'config.data.task: {config.task} would leave out the rejected answers of {corpus.name}; set '
-                        'the task to preference, or config.data.field to chosen to learn the chosen ones alone')
+                        'the task to preference; or, to learn the chosen ones alone, config.data.field to chosen, or '
+                        'to prompt and config.data.answer_field to chosen')
 
 
 def chat_tokenizer(config: DataConfig, tokenizer: Tokenizer | None, template: Template) -> ChatTokenizer:
