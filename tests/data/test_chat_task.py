@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conversations import conversation
 
-from llm_jax.base.builder import build
+from llm_jax.base.builder import build, to_dict
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.config import DataConfig
 from llm_jax.data.given import write_documents
@@ -142,3 +142,15 @@ def test_conversations_passed_from_python_are_kept(tmp_path):
     store = open_data(config).train['data']
     assert decode(open_data(config).tokenizer, store.tokens[:][store.learnt[:] > 0]) == (
         'one' if learnt == 'chat' else 'onetwo')
+
+
+def test_a_border_between_splits_cuts_no_conversation(tmp_path):
+  _, data, _ = make(tmp_path, [dialog(f'answer {i}') for i in range(9)], split='tail', val_fraction=0.25)
+  counts = {split: len(stores['data'].starts) for split, stores in data.splits.items() if stores}
+  assert counts['train'] + counts['val'] == 9 and counts['val'] in (2, 3)
+
+
+def test_tokenizers_are_fitted_to_what_the_template_writes(tmp_path):
+  config, _, _ = make(tmp_path, [dialog('aye')] * 3, tokenizer='char', chat={'template': 'chatml'})
+  plain = build(DataConfig, to_dict(config) | {'chat': {'template': 'plain'}})  # writes # and U, which contents lack
+  assert open_data(plain).tokenizer.prompt([('user', 'aye')])

@@ -50,6 +50,7 @@ class ChatTokenizer:
     self.bos_id, self.eos_id = self.base.bos_id, self.base.eos_id
     self.token_bytes, self.encode, self.to_json = self.base.token_bytes, self.base.encode, self.base.to_json
     self._split = re.compile('(' + '|'.join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True))) + ')')
+    self._sizes = np.array([len(piece) for piece in self.token_bytes], np.int64)
     self.eos_id = self._end_of_turn()
 
   def _end_of_turn(self) -> int:
@@ -111,19 +112,20 @@ class ChatTokenizer:
     return np.concatenate(ids), np.concatenate(places)
 
   def _parse_plain(self, part: str, spans: list[Span]) -> Parsed:
-    restored = [self.template.restore(c) for c in part] if not part.isascii() else part
+    restored = part if part.isascii() else [self.template.restore(c) for c in part]
     text = ''.join(restored)
     [ids] = self.base.encode([text])
-    pieces = [self.token_bytes[i] for i in ids]
-    if b''.join(pieces) != text.encode():
+    if b''.join([self.token_bytes[i] for i in ids.tolist()]) != text.encode():
       cuts = sorted({0, len(part), *(x for span in spans for x in span if 0 < x < len(part))})
       parts = [(a, b, self.base.encode([''.join(restored[a:b])])[0]) for a, b in itertools.pairwise(cuts)]
       return (np.concatenate([found for _, _, found in parts] or [ids]),
               np.array([(a, b) for a, b, found in parts for _ in found], np.int64).reshape(-1, 2))
-    character = np.repeat(np.arange(len(part)), [len(c.encode()) for c in restored])  # by byte
-    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-    begins = ends - [len(piece) for piece in pieces]
-    return ids, np.stack([character[begins], character[ends - 1] + 1], axis=1) if len(ids) else np.zeros((0, 2), int)
+    ends = np.cumsum(self._sizes[ids])
+    begins = ends - self._sizes[ids]
+    if not part.isascii() and len(ids):  # from bytes to characters
+      character = np.repeat(np.arange(len(part)), [len(c.encode()) for c in restored])
+      begins, ends = character[begins], character[ends - 1] + 1
+    return ids, np.stack([begins, ends], axis=1)
 
 
 def overlaps(places: np.ndarray, spans: list[Span]) -> np.ndarray:
