@@ -29,7 +29,8 @@ RESULTS = 'benchmarks/results/'  # pages that performance.md links to
 # Titles and pages. Pages that do not exist are left out, and pages of docs/ that are not named here come last.
 NAV = {
     'Start': {'Install and first run': 'index.md', 'Questions': 'faq.md'},
-    'Use': {'Your data': 'data.md', 'Models and losses': 'models.md', 'Optimizers and schedules': 'optimizers.md',
+    'Use': {'Your data': 'data.md', 'Conversations': 'chat.md', 'Models and losses': 'models.md',
+            'Optimizers and schedules': 'optimizers.md',
             'Runs and checkpoints': 'checkpoints.md', 'Watching a run': 'watching.md', 'From Python': 'python.md',
             'Several devices': 'multi_device.md', 'Serving': 'serving.md', 'Your own parts': 'extend.md'},
     'Reference': {'Commands': 'commands/', 'Config': 'config/', 'Registries': 'registries.md', 'Python API': 'api.md'},

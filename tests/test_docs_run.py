@@ -29,6 +29,7 @@ NOT_RUN = {
     r'torch/python': 'needs PyTorch',
     r'configs/(shakespeare|distill)_char\.py': 'downloads its text, or needs the run of the other',
     r'runs/seq2seq_wgsl': 'needs the trained model; test_answers.py has a small one',
+    r'runs/tuned': 'needs a trained model with long rows; test_chat_runs.py has a small one',
     r'configs/grokking\.py': 'trains several models for minutes; test_commands.py runs a sweep',
 }
 SMALL = {'num_steps': 4, 'batch_tokens': 256, 'tokens_per_device': 128, 'model.num_layers': 2, 'model.scan_unroll': 1,
@@ -75,6 +76,7 @@ def small_flags(words):
   is_decoder = not any(word.startswith('--config.model.name=') for word in words)
   kept = {name: value for name, value in SMALL.items()
           if (is_decoder or not name.startswith('model.')) and not any('/config.json' in word for word in words)
+          and not ('chat_small' in ' '.join(words) and name in ('data.path', 'data.seq_len'))
           and ('schedule=' not in ' '.join(words) or not name.startswith('optim.'))}
   return [f'--config.{name}={value}' for name, value in kept.items() if f'--config.{name}' not in set_already]
 

@@ -21,7 +21,7 @@ FLOORS = [
     {'infer.score', 'infer.load'},
     {'training.custom', 'training.histograms', 'training.flops', 'training.memory', 'training.resolve'},
     {'infer.trained', 'training.program'},
-    {'training.run', 'training.resume', 'training.session'},
+    {'training.run', 'training.resume', 'training.growth', 'training.session'},
     {'training.loop'},
     {'api'},
     {'main'},

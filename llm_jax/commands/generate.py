@@ -1,10 +1,11 @@
-"""Generates text with a trained run.
+"""Generates text with a trained run: continues a text, or answers a message if the run learned conversations.
 
 The first sample is printed while it is generated; stdout receives nothing but text. A prompt that is longer than the
 model's context is continued from its end, unless the model has learned to answer whole prompts.
 
   llm-jax generate runs/gpt_small --prompt='def main('
   llm-jax generate runs/gpt_small --num_samples=3 --num_tokens=100 --temperature=0.6 --top_k=40
+  llm-jax generate runs/chat_small --prompt='What does os.path.join do?' --system='Be brief.'
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ OPTIONS = ('num_samples', 'num_tokens', 'temperature', 'top_k', 'top_p', 'num_be
 def parser() -> flags.Parser:
   parser = flags.Parser('generate', __doc__)
   flags.add_run(parser)
-  parser.add_argument('--prompt', default='', help='the text to continue (default: start a new document)')
+  parser.add_argument('--prompt', default='', help='the text to continue, or for a run of task chat the '
+                      'message to answer (default: start a new document)')
+  parser.add_argument('--system', default='', help='the system message, for a run of task chat')
   parser.add_argument('--num_samples', type=int, default=1, help='number of texts')
   parser.add_argument('--num_tokens', type=int, default=256, help='maximum; a sample also ends with its document')
   parser.add_argument('--temperature', type=float, default=0.8, help='0: always take the most likely token')
@@ -50,14 +53,21 @@ def main(argv: list[str]) -> None:
   import jax
 
   from llm_jax.base.sharding import MeshConfig, make_mesh
+  from llm_jax.infer.text import goes_on
   from llm_jax.infer.trained import load_writer
   mesh = make_mesh(MeshConfig())
+  prompt = prompt_of(args.prompt, args.system)
   with jax.set_mesh(mesh):
-    trained = load_writer(args.workdir, mesh, args.checkpoint, trust=args.trust, prompt=args.prompt,
+    trained = load_writer(args.workdir, mesh, args.checkpoint, trust=args.trust, prompt=prompt,
                           num_tokens=args.num_tokens)
-    columns = begun(lambda: trained.tokens(args.prompt, **options))
-    print_samples(args.prompt if trained.run.model.prompt_in_row else '', columns, trained.run.tokenizer,
-                  1 if args.num_beams else args.num_samples)
+    columns = begun(lambda: trained.tokens(prompt, **options))
+    print_samples(args.prompt if goes_on(trained.run.model, trained.run.tokenizer) else '', columns,
+                  trained.run.tokenizer, 1 if args.num_beams else args.num_samples)
+
+
+def prompt_of(prompt: str, system: str) -> Any:
+  """The text, or with a system message the messages."""
+  return (('system', system), ('user', prompt)) if system else prompt
 
 
 def begun(start: Callable[[], Iterable[np.ndarray]]) -> Iterator[np.ndarray]:

@@ -14,12 +14,14 @@ import numpy as np
 from llm_jax.base.batch import Batch
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.files import write_file, writing
+from llm_jax.data.chat.records import conversations_of
 from llm_jax.data.open import Data
 from llm_jax.data.pipeline import Batches
 from llm_jax.data.rows.tasks import Features
 from llm_jax.data.sources.documents import Document
 from llm_jax.data.sources.splits import SPLITS
 
+CHATS = {'messages', 'chosen', 'rejected'}  # keys of conversations
 FILE = 'data.jsonl'  # in a run's folder: the documents that it was given
 
 
@@ -41,8 +43,8 @@ def inspect(data: Any) -> tuple[bool, Any]:
 def write_documents(data: Iterable[Any], workdir: Path) -> dict[str, Any]:
   """Writes texts or documents to the run's folder; returns the fields of config.data that read them.
 
-  An element is a text, a Document, or a dict with `text` and perhaps `answer` or `label`. Raises DataError,
-  StorageError.
+  An element is a text, a Document, or a dict with `text` and perhaps `answer` or `label`, or with `messages`. Raises
+  DataError, StorageError.
   """
   lines, fields = [], set[str]()
   for number, element in enumerate(data):
@@ -54,19 +56,27 @@ def write_documents(data: Iterable[Any], workdir: Path) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_text() != content:  # an untouched file is tokenized once
       write_file(path, content)
-  found: dict[str, Any] = {'path': str(path), 'format': 'jsonl', 'field': 'text', 'sha256': None, 'sources': {}}
+  found: dict[str, Any] = {'path': str(path), 'format': 'jsonl', 'field': None if fields & CHATS else 'text',
+                           'sha256': None, 'sources': {}}
   return found | {f'{field}_field': field for field in ('answer', 'label') if field in fields}
 
 
 def as_fields(element: Any, number: int) -> dict[str, Any]:
-  """{'text': ...} and perhaps 'answer' and 'label' of one element. Raises DataError."""
+  """{'text': ...} and perhaps 'answer' and 'label' of one element, or its conversation. Raises DataError."""
   if isinstance(element, str):
     return {'text': element}
+  if isinstance(element, Document) and element.messages is not None:
+    both = conversations_of(element)
+    keys = ('messages',) if len(both) == 1 else ('chosen', 'rejected')
+    return {key: [{'role': role, 'content': content} for role, content in turns]
+            for key, turns in zip(keys, both, strict=True)}
+  if isinstance(element, dict) and element.keys() & CHATS:
+    return {name: element[name] for name in element if name in {*CHATS, 'prompt'}}
   if isinstance(element, Document):
     element = {name: getattr(element, name) for name in ('text', 'answer', 'label')}
   if not isinstance(element, dict) or not isinstance(element.get('text'), str):
     raise DataError(f'data: element {number} is {str(element)[:60]!r}; legal are a text, a Document, or a dict with '
-                    '`text` and perhaps `answer` or `label`')
+                    '`text` and perhaps `answer` or `label`, or with `messages`')
   return {name: element[name] for name in ('text', 'answer', 'label') if element.get(name) is not None}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,23 @@ from typing import Any
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.notes import print_once
+from llm_jax.data.chat.open import chat_tokenizer, check_conversations, template_of
+from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.data.checks import check_ids, check_size, check_white_space, max_id, warn_of_one_kind
 from llm_jax.data.config import DataConfig, cache_dir
 from llm_jax.data.loaders import LOADERS
+from llm_jax.data.recipes import StoreRecipe, open_recipe, prune_cache, recipe_of
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.rows.examples import Examples, make_examples
 from llm_jax.data.rows.order import VERSION as ORDER_VERSION
 from llm_jax.data.sources.content import FileHashes
-from llm_jax.data.sources.corpus import PARTS, Corpus, fit_tokenizer, key_of, make_store, memory_stores
+from llm_jax.data.sources.corpus import PARTS, Corpus, fit_tokenizer, key_of, memory_stores
 from llm_jax.data.sources.documents import SourceConfig, is_url, shown
 from llm_jax.data.sources.files import locate, open_sides, open_source
 from llm_jax.data.sources.filters import FilterConfig
 from llm_jax.data.sources.finding import LeftOut
 from llm_jax.data.sources.kinds import refuse_pointers
 from llm_jax.data.sources.splits import SPLITS, SplitConfig, borders
-from llm_jax.data.stores import store
-from llm_jax.data.stores.cache import lease, prune
 from llm_jax.data.stores.prepared import find_prepared, prepared_tokenizers
 from llm_jax.data.stores.store import TokenStore, mapped_store
 from llm_jax.data.stores.token_files import TokenFile, open_bin
@@ -43,7 +45,8 @@ TOKENS = {f.name for part in (SourceConfig, SplitConfig) for f in dataclasses.fi
     'sources', 'filters', 'on_bad_record', 'tokenizer', 'encoder_tokenizer', 'vocab_size', 'min_frequency', 'pattern',
     'special_tokens'}
 BY_HASH = {'train_tokens': 'the training data (config.data.path or config.data.sources)',
-           'encoder_tokenizer': 'the tokenizer of config.data.encoder_tokenizer'}
+           'encoder_tokenizer': 'the tokenizer of config.data.encoder_tokenizer',
+           'chat_template': 'the chat template'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,18 +88,23 @@ def open_data(config: DataConfig) -> Data:
   bins = {name: found for name, source in sources.items() if name not in prepared and (found := _bins(config, source))}
   corpora = {name: open_corpus(config, name, source) for name, source in sources.items()
              if name not in bins and name not in prepared}
+  check_conversations(config, corpora)
   if prepared:
-    tokenizer, encoder_tokenizer = prepared_tokenizers(prepared)
+    template = template_of(config)
+    tokenizer, encoder_tokenizer = prepared_tokenizers(prepared, template and json.loads(json.dumps(template.identity)))
+    if template is not None:
+      tokenizer = chat_tokenizer(config, tokenizer, template)
     key = key_of([t.to_json() if t else None for t in (tokenizer, encoder_tokenizer)])
     print(f'data: {", ".join(prepared)}: prepared, with its splits, filters and tokenizer', flush=True)
   else:
     config, tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
-  recipes = {name: _recipe(config, sources[name], corpora[name], tokenizer, encoder_tokenizer, key) for name in corpora}
+  recipes = {name: recipe_of(config, sources[name], corpus, tokenizer, encoder_tokenizer, key)
+             for name, corpus in corpora.items()}
   opened = {name: found.splits(config.verify) for name, found in prepared.items()}
   opened |= {name: _map_bins(config, sources[name], found) for name, found in bins.items()}
-  opened |= {name: _stores(config, recipe) for name, recipe in recipes.items()}
+  opened |= {name: open_recipe(config, recipe) for name, recipe in recipes.items()}
   by_source = {name: opened[name] for name in sources}
-  _prune_cache(config)
+  prune_cache(config)
   splits = {split: {name: s[split] for name, s in by_source.items() if split in s and len(s[split].tokens)}
             for split in SPLITS}
   reports = {name: report for name, s in by_source.items() if 'train' in s and (report := s['train'].report)}
@@ -144,7 +152,7 @@ def open_corpus(config: DataConfig, name: str, source: SourceConfig) -> Corpus:
       nothing: Any = {f'{side}_fraction': 0.0, f'{side}_documents': 0}
       split = dataclasses.replace(split, **nothing)
   corpus = Corpus(shown(source.path) if name == 'data' else name, tuple(sides), split, config.filters,
-                  config.on_bad_record, config.max_bad_fraction,
+                  config.on_bad_record, config.max_bad_fraction, template_of(config),
                   FileHashes(cache_dir(config), of_stream=config.streaming))
   return corpus.resolved()
 
@@ -160,6 +168,9 @@ def _tokenizers(config: DataConfig, corpora: dict[str, Corpus], bins: dict[str, 
                f'they are used as they are, without config.data.tokenizer {config.tokenizer}')
     config = dataclasses.replace(config, tokenizer='none')
   reader = config.encoder_tokenizer
+  if (template := template_of(config)) is not None:
+    tokenizer, key = tokenizer_of(config, config.tokenizer, corpora)
+    return config, chat_tokenizer(config, tokenizer, template), None, key_of([key, template.identity])
   if reader is None:
     tokenizer, key = tokenizer_of(config, config.tokenizer, corpora)
     return config, tokenizer, None, key
@@ -191,10 +202,10 @@ def with_special_tokens(config: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
   """The tokenizer, for which text may spell special tokens if the config says so. Raises ConfigError."""
   if config.special_tokens == 'text':
     return tokenizer
-  if not hasattr(tokenizer, 'with_special_tokens'):
+  if not hasattr(tokenizer, 'parsing_special_tokens'):
     raise ConfigError('config.data.special_tokens: parse needs a tokenizer whose special tokens have a spelling: bpe, '
                       f'or a tokenizer.json; config.data.tokenizer is {config.tokenizer}: set text')
-  return tokenizer.with_special_tokens()
+  return tokenizer.parsing_special_tokens()
 
 
 def _special_key(config: DataConfig) -> str:
@@ -225,32 +236,6 @@ def _holds_only_ids(config: DataConfig, corpora: dict[str, Corpus], bins: dict[s
   return True
 
 
-def _takes_ids(config: DataConfig) -> bool:
-  """Whether documents of token ids can use the tokenizer's ids: not if it is fitted here, or there are two."""
-  return (config.tokenizer not in TOKENIZERS or config.tokenizer == 'byte') and config.encoder_tokenizer is None
-
-
-@dataclasses.dataclass(frozen=True)
-class StoreRecipe:
-  """Everything that determines a store, and its folder in the cache."""
-
-  corpus: Corpus
-  tokenizer: Tokenizer | None
-  encoder_tokenizer: Tokenizer | None
-  folder: Path
-  dtype: str
-  takes_ids: bool
-  about: dict[str, Any]
-
-  def make(self, corpus: Corpus, folder: Path, shard_tokens: int, *, is_shard: bool = False) -> bool:
-    """Writes the store of a corpus, or of a part of it, and returns True if the folder is missing.
-
-    Raises DataError, StorageError.
-    """
-    return make_store(corpus, self.tokenizer, folder, self.dtype, shard_tokens, self.takes_ids, self.about,
-                      self.encoder_tokenizer, is_shard=is_shard)
-
-
 def store_recipes(config: DataConfig) -> dict[str, StoreRecipe]:
   """The recipe of each source's store; fits a tokenizer that is not in the cache. Sources of .bin files have none."""
   config.check_paths()
@@ -258,43 +243,7 @@ def store_recipes(config: DataConfig) -> dict[str, StoreRecipe]:
   bins = {name: found for name, source in sources.items() if (found := _bins(config, source))}
   corpora = {name: open_corpus(config, name, source) for name, source in sources.items() if name not in bins}
   config, tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
-  return {name: _recipe(config, sources[name], corpora[name], tokenizer, encoder_tokenizer, key) for name in corpora}
-
-
-def _recipe(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer: Tokenizer | None,
-            encoder_tokenizer: Tokenizer | None, tokenizer_key: str) -> StoreRecipe:
-  if tokenizer is None:
-    dtype = source.dtype or 'uint32'
-  else:
-    most = max(len(t.token_bytes) for t in (tokenizer, encoder_tokenizer) if t is not None)
-    dtype = 'uint16' if most <= 1 << 16 else 'uint32'
-  key = key_of([corpus.fingerprint(), tokenizer_key, dtype, config.shard_tokens, store.VERSION])
-  kind = config.tokenizer if tokenizer else 'ids'
-  folder = cache_dir(config) / 'stores' / f'{_slug(shown(source.path))}-{_slug(kind)}-{key}'
-  about: dict[str, Any] = {'path': shown(source.path), 'tokenizer': kind}
-  if encoder_tokenizer is not None:
-    about |= {'encoder_tokenizer': config.encoder_tokenizer, 'encoder_vocab_size': len(encoder_tokenizer.token_bytes)}
-  return StoreRecipe(corpus, tokenizer, encoder_tokenizer, folder, dtype, _takes_ids(config), about)
-
-
-def _stores(config: DataConfig, recipe: StoreRecipe) -> dict[str, TokenStore]:
-  folder = recipe.folder
-  in_use = lease(folder)
-  if not folder.exists() and next(folder.parent.glob(f'{folder.name}.shard-*'), None):
-    LOADERS['shards'].merge(folder)
-  is_new = recipe.make(recipe.corpus, folder, config.shard_tokens)
-  return store.open_store(folder, 'all' if config.verify else 'nothing' if is_new else 'some', in_use)
-
-
-def _prune_cache(config: DataConfig) -> None:
-  """Keeps the cache within its bounds."""
-  if config.cache_max_gb is None and config.cache_max_days is None:
-    return
-  max_bytes = None if config.cache_max_gb is None else config.cache_max_gb * 1e9
-  if deleted := prune(cache_dir(config), max_bytes, config.cache_max_days):
-    print(f'data: {sum(entry.num_bytes for entry in deleted) / 1e6:,.1f} MB deleted from the cache, used least: '
-          f'{", ".join(entry.path.name for entry in deleted[:5])}'
-          f'{f" and {len(deleted) - 5} more" if len(deleted) > 5 else ""}', flush=True)
+  return {name: recipe_of(config, sources[name], corpora[name], tokenizer, encoder_tokenizer, key) for name in corpora}
 
 
 def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | None:
@@ -344,7 +293,8 @@ def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
     val = mapped_store(bins['train'], source.eot_id if tokenizer is None else tokenizer.bos_id)
   else:
     corpus = Corpus(path, (('val', open_source(source, cache_dir(config))),), SplitConfig('document'), FilterConfig(),
-                    config.on_bad_record, config.max_bad_fraction)
+                    config.on_bad_record, config.max_bad_fraction, template_of(config))
+    check_conversations(config, {'data': corpus}, '--data')
     if tokenizer is None and corpus.dtype_of_ids() is None:
       raise DataError(f'--data: {path} is text, but the run has no tokenizer')
     val = memory_stores((pair for _, dealt in corpus.documents() for pair in dealt), ('val',), tokenizer,
@@ -366,6 +316,8 @@ def data_fingerprint(config: DataConfig, data: Data, batch_size: int, seed: int)
     settings |= {f'{name}.{field}': value for field, value in to_dict(section).items()}
   if data.encoder_tokenizer is not None:  # its eos is not stored with the tokens
     settings['encoder_tokenizer'] = key_of(data.encoder_tokenizer.to_json())
+  if isinstance(data.tokenizer, ChatTokenizer):
+    settings['chat_template'] = key_of(data.tokenizer.template.identity)
   settings['order'] = 'stream' if config.streaming else ORDER_VERSION
   # Lists, because the order of the sources matters.
   train = [[name, tokens.sha256] for name, tokens in data.train.items()]
@@ -397,8 +349,3 @@ def check_fingerprint(saved: dict, current: dict, step: int,
   if differing:
     raise ConfigError('the data differs from the data of the checkpoint, so its batches cannot continue:\n  '
                       + '\n  '.join(differing))
-
-
-def _slug(path: str) -> str:
-  return ''.join(c if c.isalnum() else '_' for c in path.rstrip('/').rsplit('/', 1)[-1])[:32] or 'data'
-

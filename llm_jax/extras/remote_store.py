@@ -29,6 +29,7 @@ from llm_jax.data.sources.documents import shown
 from llm_jax.data.stores.cache import hold
 from llm_jax.data.stores.checks import BLOCK
 from llm_jax.data.stores.prepared import Prepared
+from llm_jax.data.stores.token_files import TokenFile
 from llm_jax.extras.fetch import remote_files
 
 BLOCK_BYTES = 4 * BLOCK  # 256 KB: a row needs a few KB, and a request costs about as much time as this many bytes
@@ -192,7 +193,11 @@ def open_remote(url: str, config: DataConfig) -> Prepared | None:
     raise StorageError(f'{folder}: cannot be written: {e.strerror or e}') from None
   hold([folder / 'manifest.json'], cache_dir(config))
   blocks.prune()
-  return Prepared(folder, lambda path, dtype, size: RemoteTokens(blocks, path.name, dtype, size), {'map': blocks.map})
+
+  def token_file(path: Path, dtype: str, size: int) -> TokenFile | RemoteTokens:
+    return RemoteTokens(blocks, path.name, dtype, size) if path.suffix == '.tokens' else TokenFile(path, dtype, size)
+
+  return Prepared(folder, token_file, {'map': blocks.map})
 
 
 register(LOADERS, 'remote', open_remote, NoSettings)

@@ -24,7 +24,8 @@ from llm_jax.data.stores.checks import file_sha256
 from llm_jax.data.stores.store import read_manifest
 from llm_jax.data.stores.writer import locked, write_json
 
-TYPES = {'.starts': 'int64', '.answers': 'int64', '.labels': 'float64'}  # of the files with one entry per document
+# Of the files with one entry per document.
+TYPES = {'.starts': 'int64', '.answers': 'int64', '.labels': 'float64', '.seconds': 'int64'}
 
 
 def shard_folder(store: Path, index: int, count: int) -> Path:
@@ -140,6 +141,7 @@ def _check(shards: list[Path], manifests: list[dict]) -> None:
   for shard, manifest in full[1:]:
     for what, (one, other) in {
         'answers': [any(name.endswith('.answers') for name in m['files']) for m in (full[0][1], manifest)],
+        'pairs': [any(name.endswith('.seconds') for name in m['files']) for m in (full[0][1], manifest)],
         'label values': [m['label_width'] for m in (full[0][1], manifest)]}.items():
       if one != other:
         raise DataError(f'{shard.name}: documents have {what}: {other}, those of {full[0][0].name}: {one}')

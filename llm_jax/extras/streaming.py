@@ -17,6 +17,7 @@ import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, register
+from llm_jax.data.chat.open import check_conversations
 from llm_jax.data.config import DataConfig
 from llm_jax.data.loaders import LOADERS
 from llm_jax.data.open import Data, data_of, open_corpus, tokenizer_of
@@ -187,6 +188,7 @@ class Stream:
   def open(config: DataConfig) -> Data:
     """The validation documents in memory, and the corpora to stream. Raises ConfigError, DataError."""
     corpora = {name: open_corpus(config, name, source) for name, source in config.named_sources.items()}
+    check_conversations(config, corpora)
     tokenizer, _ = tokenizer_of(config, config.tokenizer, corpora)
     if tokenizer is None:
       raise ConfigError('config.data.streaming: the vocabulary of a stream of token ids is unknown; set '

@@ -6,7 +6,7 @@ A registry imports a module when one of its names is first used.
 TABLE: dict[str, dict[str, str]] = {
     'model': {'encdec': 'encdec', 'byte_patch': 'byte_patch'},
     'task': dict.fromkeys(('fim', 'prefix_lm', 'span_corruption', 'seq2seq', 'pairs', 'masked_tokens', 'classification',
-                           'regression'), 'tasks'),
+                           'regression'), 'tasks') | dict.fromkeys(('chat', 'preference'), 'chat_tasks'),
     'einsum': {'bitnet': 'bitnet', 'int8': 'lowbit', 'fp8': 'lowbit', 'packed': 'bitnet'},
     'loss': {'classification': 'labels', 'regression': 'labels', 'contrastive': 'contrastive',
              'distillation': 'distillation'},

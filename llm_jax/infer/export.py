@@ -53,6 +53,8 @@ def write_config(folder: Path, config: Any, tokenizer: Any, encoder_tokenizer: A
     for name, each in (('tokenizer', tokenizer), ('encoder_tokenizer', encoder_tokenizer)):
       if each is not None:
         write_file(folder / f'{name}.json', each.to_json())
+    for name, content in getattr(tokenizer, 'files', {}).items():  # the chat template
+      write_file(folder / name, content)
 
 
 def write_params(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:

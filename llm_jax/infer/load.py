@@ -18,6 +18,8 @@ from llm_jax.base.multihost import say
 from llm_jax.base.trees import merge, split
 from llm_jax.config import Config
 from llm_jax.config_file import read_values
+from llm_jax.data.chat.find import folder_template
+from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.data.open import Data, data_fingerprint, open_data
 from llm_jax.data.pipeline import example_batch
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -66,6 +68,8 @@ def open_run(workdir: Path, *, trust: bool = False, flag: str = '--workdir') -> 
   """
   config = read_config(workdir, trust, flag)
   tokenizer = load_tokenizer(workdir / 'tokenizer.json') if (workdir / 'tokenizer.json').exists() else None
+  if tokenizer is not None and (template := folder_template(workdir)) is not None:
+    tokenizer = ChatTokenizer(tokenizer, template)
   encoder_tokenizer = None
   if config.data.encoder_tokenizer is not None:
     encoder_tokenizer = load_tokenizer(workdir / 'encoder_tokenizer.json')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,24 @@ import numpy as np
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.config import Config
+from llm_jax.data.chat.template import Messages
+from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.data.open import Data
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, before_eos, decode
 from llm_jax.infer import sampling
 from llm_jax.models.protocol import LanguageModel
 
 
-def prompt_ids(config: Config, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-  """The input ids of each text as in training: preceded by bos, or for an encoder followed by eos."""
+def prompt_ids(config: Config, tokenizer: Tokenizer, prompts: Sequence[str | Messages]) -> list[list[int]]:
+  """The input ids of each text as in training: preceded by bos, or for an encoder followed by eos.
+
+  With a chat template a text is a message of the user, and a prompt may also be a list of messages.
+  """
+  if isinstance(tokenizer, ChatTokenizer):
+    return [tokenizer.prompt((('user', prompt),) if isinstance(prompt, str) else prompt) for prompt in prompts]
+  texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+  if len(texts) < len(prompts):
+    raise ConfigError('--workdir: the run has no chat template, so it continues a text and reads no messages')
   encodes = config.data.task_settings.encodes
   return [[*map(int, ids), tokenizer.eos_id] if encodes else [tokenizer.bos_id, *map(int, ids)]
           for ids in tokenizer.encode(texts)]
@@ -33,17 +44,17 @@ def check_writes(config: Config, tokenizer: Tokenizer | None, workdir: Path) -> 
   return tokenizer
 
 
-def fit_prompt(config: Config, tokenizer: Tokenizer, text: str, num_tokens: int) -> tuple[list[int], str]:
-  """(the input ids of a text to continue, a note if they are only its last ones).
+def fit_prompt(config: Config, tokenizer: Tokenizer, prompt: str | Messages, num_tokens: int) -> tuple[list[int], str]:
+  """(the input ids of a text to continue or of messages to answer, a note if they are only the last ones of a text).
 
   Where the text is longer than the context, its end leaves room for `num_tokens`, but at most for half of the context.
   Raises ConfigError instead if the text is a prompt to answer, which means something only as a whole.
   """
-  [ids] = prompt_ids(config, tokenizer, [text])
+  [ids] = prompt_ids(config, tokenizer, [prompt])
   context, longest, task = config.model.max_len, config.model.longest_prompt, config.data.task_settings
   if len(ids) <= longest:
     return ids, ''
-  if task.encodes or task.needs == 'answers':
+  if task.encodes or task.needs == 'answers' or isinstance(tokenizer, ChatTokenizer):
     raise ConfigError(f'--prompt: has {len(ids)} tokens; shorten it to at most {longest}, as the model answers only '
                       'whole prompts')
   kept = min(longest, max(context - num_tokens, context // 2))
@@ -63,6 +74,11 @@ def encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
   return prompts
 
 
+def goes_on(model: LanguageModel, tokenizer: Tokenizer | None) -> bool:
+  """Whether what the model writes continues the text of the prompt, and is no answer to it."""
+  return model.prompt_in_row and not isinstance(tokenizer, ChatTokenizer)
+
+
 def samples(config: Config, data: Data, model: LanguageModel, params: Params) -> list[tuple[str, str]]:
   """[(prompt, prompt + sample)] for config.eval.prompts; [] without a tokenizer, or if the model cannot write text."""
   tokenizer, reader = data.tokenizer, data.prompt_tokenizer
@@ -73,6 +89,6 @@ def samples(config: Config, data: Data, model: LanguageModel, params: Params) ->
       model, params, prompts, max_len=config.model.max_len, num_tokens=config.eval.sample_tokens, seed=config.seed,
       temperature=config.eval.temperature, top_k=config.eval.top_k, num_ids=len(tokenizer.token_bytes))
   rows = np.stack(list(columns), axis=1).tolist()
-  between = '' if model.prompt_in_row else '\n'
+  between = '' if goes_on(model, tokenizer) else '\n'
   return [(prompt, prompt + between + decode(tokenizer, before_eos(tokenizer, row)))
           for prompt, row in zip(config.eval.prompts, rows, strict=True)]

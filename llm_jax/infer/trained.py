@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from llm_jax.base.errors import ConfigError, UserError
 from llm_jax.base.files import write_file, writing
 from llm_jax.base.sharding import MeshConfig, make_mesh
+from llm_jax.data.chat.template import Messages
 from llm_jax.data.open import Data, tokenize
 from llm_jax.data.tokenizers.tokenizer import before_eos, decode
 from llm_jax.infer import sampling
@@ -121,18 +122,20 @@ class Trained:
                         f'{split}_documents and {split}_path was set; set another split')
     return opened
 
-  def generate(self, prompt: str = '', *, num_tokens: int = 128, **options: Any) -> str:
+  def generate(self, prompt: str | Messages = '', *, num_tokens: int = 128, **options: Any) -> str:
     """The text that follows the prompt; `options` are those of `tokens`. Raises ConfigError."""
     columns, tokenizer = self.tokens(prompt, num_tokens=num_tokens, **options), self.run.tokenizer
     assert tokenizer is not None  # checked by `tokens`
     return decode(tokenizer, before_eos(tokenizer, [int(column[0]) for column in columns]))
 
-  def tokens(self, prompt: str = '', *, num_samples: int = 1, num_tokens: int = 128, temperature: float = 1.0,
-             top_k: int = 0, top_p: float = 1.0, num_beams: int = 0, seed: int = 0) -> Iterable[np.ndarray]:
+  def tokens(self, prompt: str | Messages = '', *, num_samples: int = 1, num_tokens: int = 128,
+             temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, num_beams: int = 0,
+             seed: int = 0) -> Iterable[np.ndarray]:
     """Iterates over columns int32 [num_samples], the next token of each sample; beam search gives one sample.
 
-    Of a prompt that is longer than the context, the end is continued, and a line on stderr says so. Raises ConfigError
-    if the run cannot write text, has learned to answer only whole prompts and this one is too long, or an option is
+    With a chat template a text is a message of the user; messages are (role, content), the user's last. Of another
+    prompt that is longer than the context, the end is continued, and a line on stderr says so. Raises ConfigError if
+    the run cannot write text, has learned to answer only whole prompts and this one is too long, or an option is
     invalid.
     """
     check_options({'num_samples': num_samples, 'num_tokens': num_tokens, 'temperature': temperature, 'top_k': top_k,
@@ -160,7 +163,7 @@ class Trained:
     export_results(self.workdir, Path(path))
 
 
-def load_writer(workdir: Path, mesh: Mesh, checkpoint: str, *, trust: bool, prompt: str = '',
+def load_writer(workdir: Path, mesh: Mesh, checkpoint: str, *, trust: bool, prompt: str | Messages = '',
                 num_tokens: int = 1) -> Trained:
   """A run for generation, beginning with `prompt`; what is wrong is reported before the weights are read.
 

@@ -18,9 +18,10 @@ from llm_jax.base.trees import by_name, merge, path_of, split
 from llm_jax.config import Config, differences
 from llm_jax.data.open import check_fingerprint
 from llm_jax.infer.export import EXPORTERS
-from llm_jax.infer.load import load_run, tokenizers_of
+from llm_jax.infer.load import load_run
 from llm_jax.optim.chain import OptimConfig
 from llm_jax.training.checkpoint import Checkpoints
+from llm_jax.training.growth import check_tokenizers, grow
 from llm_jax.training.program import Program
 from llm_jax.training.state import TrainState
 
@@ -131,15 +132,13 @@ def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
   except (StorageError, ConfigError) as e:
     raise ConfigError(str(e).replace('--workdir', 'config.start.run')
                       .replace('--checkpoint', 'config.start.checkpoint')) from None
-  names = ('tokenizer', 'encoder_tokenizer')
-  pairs = zip(names, tokenizers_of(program.data), tokenizers_of(run), strict=True)
-  if other := [name for name, mine, theirs in pairs if mine != theirs]:
-    path = Path(config.start.run).expanduser() / f'{other[0]}.json'
-    raise ConfigError(f'config.start.run: {config.start.run} has another {other[0]}; set '
-                      f'--config.data.{other[0]}={path if path.is_file() else "none"}')
+  check_tokenizers(config, program.data, run)
   mine, info = by_name(fresh.params), program.info
   exporter = EXPORTERS['packed' if getattr(run.config.model, 'einsum', '') == 'packed' else 'plain']
   other = exporter.restore(config, run.params, fresh.params, info)
+  if grown := grow(other, mine, run, config.model.vocab_size):
+    say(f'weights of {config.start.run}: the vocabulary grows from {run.config.model.vocab_size} to '
+        f'{config.model.vocab_size} tokens; the new rows of {", ".join(grown)} are the mean of the old ones')
   wrong = [name for name in mine.keys() & other.keys() if mine[name].shape != other[name].shape]
   if wrong:
     raise ConfigError(f'config.start.run: {config.start.run} has weights of other shapes:\n  ' + '\n  '.join(

@@ -18,13 +18,13 @@ property_test = settings(max_examples=60, deadline=None, derandomize=True, datab
 lengths_lists = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
-def make_store(lengths, answers=None, labels=None):
+def make_store(lengths, answers=None, labels=None, **columns):
   """Documents of these lengths, bos included; all other tokens are different, so a token identifies its position."""
   lengths = np.array(lengths, np.int64)
   tokens = np.arange(1, lengths.sum() + 1).astype(np.uint16)
   starts = np.cumsum(lengths) - lengths
   tokens[starts[lengths > 0]] = BOS
-  return types.SimpleNamespace(tokens=tokens, starts=starts, labels=labels,
+  return types.SimpleNamespace(tokens=tokens, starts=starts, labels=labels, **columns,
                                answers=None if answers is None else np.array(answers, np.int64))
 
 

@@ -4,14 +4,17 @@ import contextlib
 import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from program import environment, write_config
 
-from llm_jax import main
+from llm_jax import api, main
+from llm_jax.base.sharding import MeshConfig, make_mesh
 
 MAX_WAITING = 4
 LONG = {'prompt': [''] * 128, 'max_tokens': 500}  # takes much longer than any other request of the tests
@@ -24,6 +27,25 @@ def train(folder: Path) -> Path:
              '--config.model.positions=rope', '--config.model.max_len=512', '--config.model.num_layers=1',
              '--config.eval.sample_tokens=0', '--config.eval.max_tokens=512', '--config.checkpoint.every=3'])
   return folder / 'tiny'
+
+
+@contextlib.contextmanager
+def in_thread(workdir: Path):
+  """A Client of the run, which a thread of this process serves."""
+  import uvicorn
+
+  from llm_jax.extras.serving.app import make_app
+  from llm_jax.extras.serving.worker import Worker
+  listener, worker = socket.create_server(('127.0.0.1', 0)), Worker(4)
+  served = make_app(api.load(workdir), make_mesh(MeshConfig()), workdir.name, worker, frozenset({'127.0.0.1'}))
+  server = uvicorn.Server(uvicorn.Config(served, log_level='warning', lifespan='off'))
+  thread = threading.Thread(target=server.run, kwargs={'sockets': [listener]})
+  thread.start()
+  yield Client(f'http://127.0.0.1:{listener.getsockname()[1]}')
+  worker.close()
+  server.should_exit = True
+  thread.join(timeout=10)
+  assert not thread.is_alive()
 
 
 class Client:

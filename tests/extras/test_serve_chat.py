@@ -1,23 +1,16 @@
 """Chat completions, which a run that learned answers to prompts has; the server runs in a thread of this process."""
 
 import json
-import socket
-import threading
 
 import pytest
-from serving import Client
+from serving import in_thread
 
-from llm_jax import api, main
-from llm_jax.base.sharding import MeshConfig, make_mesh
+from llm_jax import main
 
 pytest.importorskip('uvicorn')
 pytest.importorskip('starlette')
 
-import uvicorn
-
 from llm_jax.extras.serving import app
-from llm_jax.extras.serving.app import make_app
-from llm_jax.extras.serving.worker import Worker
 
 CONFIG = '''
 from llm_jax.config import base
@@ -50,17 +43,8 @@ def server(tmp_path_factory):
   (folder / 'pairs.jsonl').write_text('\n'.join(lines) + '\n')
   (folder / 'tiny.py').write_text(CONFIG.format(path=str(folder / 'pairs.jsonl')))
   main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/pairs'])
-  listener = socket.create_server(('127.0.0.1', 0))
-  worker = Worker(4)
-  served = make_app(api.load(folder / 'pairs'), make_mesh(MeshConfig()), 'pairs', worker, frozenset({'127.0.0.1'}))
-  server = uvicorn.Server(uvicorn.Config(served, log_level='warning', lifespan='off'))
-  thread = threading.Thread(target=server.run, kwargs={'sockets': [listener]})
-  thread.start()
-  yield Client(f'http://127.0.0.1:{listener.getsockname()[1]}')
-  worker.close()
-  server.should_exit = True
-  thread.join(timeout=10)
-  assert not thread.is_alive()
+  with in_thread(folder / 'pairs') as client:
+    yield client
 
 
 def ask(content, **more):

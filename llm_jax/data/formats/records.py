@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax.data.chat.records import conversation_fields, to_conversation
 from llm_jax.data.formats.fields import (
   Fields,
   choose_fields,
@@ -37,6 +38,9 @@ def to_documents(records: Iterable[tuple[str, str, Any]], config: SourceConfig) 
       continue
     if not isinstance(record, Mapping):
       yield BadRecord(where, f'not an object with named fields but {_show(record)}')
+      continue
+    if turns := conversation_fields(record, config):
+      yield to_conversation(record, turns, name, where, config.max_record_bytes)
       continue
     fields = fields or choose_fields(record, config, where)
     if fields is None:

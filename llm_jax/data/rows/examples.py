@@ -10,14 +10,16 @@ import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.rows.augment import Augment, disturbed, jittered
-from llm_jax.data.rows.rows import PACKINGS, Packed, Store, Windows, pack
+from llm_jax.data.rows.rows import PACKINGS, Packed, Store, Windows
 from llm_jax.data.rows.tasks import TASKS, Features, Layout, Task
 from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
 # What a task needs of the store -> allowed truncations, the default first.
-TRUNCATIONS = {'text': ('split', 'left', 'right'), 'answers': ('left', 'right'), 'labels': ('right', 'left')}
-# ... -> the setting that provides it.
-FIELDS = {'answers': 'config.data.answer_field', 'labels': 'config.data.label_field'}
+TRUNCATIONS = {'text': ('split', 'left', 'right'), 'answers': ('left', 'right'), 'labels': ('right', 'left'),
+               'learnt': ('right',), 'seconds': ('right',)}
+# ... -> what to do if it is missing.
+FIELDS = {'answers': 'set config.data.answer_field to their field', 'labels': 'set config.data.label_field to their '
+          'field', 'learnt': 'use conversations', 'seconds': 'use pairs of conversations, chosen and rejected'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,21 +85,12 @@ def make_examples(store: Store, *, task: Task, seq_len: int, encoder_len: int = 
   if problem:
     raise ConfigError(problem)
   task.check(layout, store)
-  rows = Windows(store, seq_len, stride or seq_len) if packing == 'concat' else _packed(store, task, layout)
+  rows = Windows(store, seq_len, stride or seq_len) if packing == 'concat' else task.packed(store, layout)
   if not len(rows):
     raise DataError(f'config.data.path: {len(store.tokens)} token(s) in {len(store.starts)} document(s) give no row '
                     f'for task {TASKS.name_of(type(task))} with packing {packing}; {rows.dropped_tokens} token(s) were '
                     f'cut by truncate {truncate} and seq_len {seq_len}; use more data or a larger config.data.seq_len')
   return Examples(rows, task, layout, augment, score_once, rows.dropped_tokens)
-
-
-def _packed(store: Store, task: Task, layout: Layout) -> Packed:
-  capacity = task.capacity(layout)
-  rows = pack(store, layout.packing, layout.truncate, len(store.tokens) + 1 if capacity is None else capacity,
-              row_size=layout.seq_len, overhead=task.overhead,
-              answers=store.answers if task.needs == 'answers' else None, least=0 if task.needs == 'labels' else 1,
-              bos_id=layout.bos_id, eos_id=layout.eos_id)
-  return dataclasses.replace(rows, dropped_tokens=rows.dropped_tokens + task.num_cut(rows, layout))
 
 
 def _problems(store: Store, task: Task, layout: Layout, stride: int | None, augment: Augment,
@@ -109,7 +102,7 @@ def _problems(store: Store, task: Task, layout: Layout, stride: int | None, augm
     yield (f'config.data.packing: {packing!r} does not work with task {name}; use one of: '
            f'{", ".join(p for p in PACKINGS if p in task.packings)}')
   if needs != 'text' and getattr(store, needs, None) is None:
-    yield (f'config.data.task: {name} needs {needs}, but the data has none; set {FIELDS.get(needs)} to their field, or '
+    yield (f'config.data.task: {name} needs {needs}, but the data has none; {FIELDS.get(needs)}, or '
            f'use a task that needs none: {", ".join(other for other in TASKS if TASKS[other].needs == "text")}')
   truncations = TRUNCATIONS[needs] if packing != 'concat' else ('split',)
   if layout.truncate not in truncations:

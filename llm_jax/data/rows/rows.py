@@ -44,6 +44,8 @@ class Piece:
   answer: int | None = None  # index in ids of the answer's first token, 1 or more
   label: np.ndarray | None = None  # float64 [] or [C]
   document: int = 0
+  learnt: np.ndarray | None = None  # bool [n + 1], of conversations: the ids to learn
+  second: int | None = None  # of a pair of conversations: the index in ids where the rejected one begins
 
 
 Row = list[Piece]
@@ -100,6 +102,8 @@ class Packed:
   bos_id: int | None  # put at the start of pieces whose beginning was cut; None: nothing is
   eos_id: int | None  # added to the end of each document; None: the store holds it already, or there is none
   dropped_tokens: int  # targets of the store that are in no row
+  learnt: Any = None  # the store's, if the task uses it
+  seconds: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.sizes if self.ends is None else self.ends)
@@ -122,7 +126,9 @@ class Packed:
     if self.bos_id is not None and begin > start:
       ids[0] = self.bos_id
     answer = None if self.answers is None else max(1, int(self.answers[document]) - (begin - start))
-    return Piece(ids, answer, None if store.labels is None else store.labels[document], document)
+    learnt = None if self.learnt is None else np.asarray(self.learnt[begin:begin + size + 1], bool)
+    second = None if self.seconds is None else int(self.seconds[document])
+    return Piece(ids, answer, None if store.labels is None else store.labels[document], document, learnt, second)
 
 
 def pack(store: Store, packing: str, truncate: str, capacity: int, *, row_size: int, overhead: int = 0,
@@ -149,13 +155,20 @@ def pack(store: Store, packing: str, truncate: str, capacity: int, *, row_size: 
     documents = np.flatnonzero(cut >= least)
     begins, sizes = (starts + skipped)[documents], cut[documents]
   dropped = int(targets[targets > 0].sum() - sizes.sum())
-  documents, sizes = documents.astype(np.int32 if len(starts) < 1 << 31 else np.int64), sizes.astype(np.int32)
-  ends = None
+  return arrange(store, documents, begins, sizes, packing, row_size, overhead, answers=answers,
+                 bos_id=bos_id if truncate == 'left' else None, eos_id=virtual_eos, dropped_tokens=dropped)
+
+
+def arrange(store: Store, documents: np.ndarray, begins: np.ndarray, sizes: np.ndarray, packing: str, row_size: int,
+            overhead: int = 0, *, dropped_tokens: int, answers: np.ndarray | None = None, bos_id: int | None = None,
+            eos_id: int | None = None, **columns: Any) -> Packed:
+  """Rows of pieces: one a row for packing pad, several for best_fit. `columns`: further fields of Packed."""
+  many = len(store.starts) >= 1 << 31
+  documents, sizes, ends = documents.astype(np.int64 if many else np.int32), sizes.astype(np.int32), None
   if packing == 'best_fit':
     order, ends = best_fit(sizes + overhead, row_size)
     begins, sizes, documents = begins[order], sizes[order], documents[order]
-  return Packed(store, begins, sizes, documents, ends, answers, bos_id if truncate == 'left' else None, virtual_eos,
-                dropped)
+  return Packed(store, begins, sizes, documents, ends, answers, bos_id, eos_id, dropped_tokens, **columns)
 
 
 def _chunks(starts: np.ndarray, targets: np.ndarray, capacity: int,

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from llm_jax.base.registry import Registry, register, settings_from_signature
-from llm_jax.data.rows.rows import PACKINGS, Packed, Row, Store
+from llm_jax.data.rows.rows import PACKINGS, Packed, Row, Store, pack
 
 Features = dict[str, np.ndarray]
 
@@ -55,7 +55,7 @@ class Task:
   """Base class of tasks: properties and methods with their defaults, and `features`."""
 
   packings: ClassVar[tuple[str, ...]] = ('pad',)  # the packings (rows.py) that it supports
-  needs: ClassVar[str] = 'text'  # what the store must hold: 'text', 'answers' or 'labels'
+  needs: ClassVar[str] = 'text'  # what the store must hold: 'text', 'answers', 'labels', 'learnt' or 'seconds'
   overhead: ClassVar[int] = 0  # places that a piece takes in a row beyond its targets
   num_sentinels = 0  # sentinels that it uses; the id of sentinel k is vocab_size + k
   random: ClassVar[bool] = False  # whether `features` draws from its rng
@@ -64,6 +64,7 @@ class Task:
   encoder_tokenizer: ClassVar[bool] = False  # whether these are prompts, which may have their own tokenizer
   writes: ClassVar[bool] = True  # whether the trained model can continue a text
   whole: ClassVar[bool] = False  # whether a loss on whole rows needs segment_ids
+  chats: ClassVar[bool] = False  # whether documents are conversations; then it has the fields template, special_tokens
 
   def features(self, row: Row, layout: Layout, rng: np.random.Generator) -> Features:
     raise NotImplementedError
@@ -71,6 +72,15 @@ class Task:
   def capacity(self, layout: Layout) -> int | None:
     """The maximum number of targets in a piece; None: any number, and `features` cuts documents to fit."""
     return layout.seq_len - self.overhead
+
+  def packed(self, store: Store, layout: Layout) -> Packed:
+    """Rows of whole documents, for packings other than concat."""
+    capacity = self.capacity(layout)
+    rows = pack(store, layout.packing, layout.truncate, len(store.tokens) + 1 if capacity is None else capacity,
+                row_size=layout.seq_len, overhead=self.overhead,
+                answers=store.answers if self.needs == 'answers' else None, least=0 if self.needs == 'labels' else 1,
+                bos_id=layout.bos_id, eos_id=layout.eos_id)
+    return dataclasses.replace(rows, dropped_tokens=rows.dropped_tokens + self.num_cut(rows, layout))
 
   def num_cut(self, rows: Packed, layout: Layout) -> int:
     """The number of tokens that `features` cuts from all rows."""

@@ -18,6 +18,9 @@ import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError, StorageError
 from llm_jax.base.progress import Progress, progress_bar
+from llm_jax.data.chat.records import conversations_of
+from llm_jax.data.chat.template import Template
+from llm_jax.data.chat.writer import writer_of
 from llm_jax.data.sources import overlap
 from llm_jax.data.sources.content import FileHashes
 from llm_jax.data.sources.documents import BadRecord, Content, Document
@@ -48,6 +51,7 @@ class Corpus:
   filters: FilterConfig
   on_bad_record: str  # 'fail' or 'skip'
   max_bad_fraction: float
+  template: Template | None = None  # of conversations
   hashes: FileHashes = dataclasses.field(default_factory=FileHashes, compare=False)
 
   def kept(self, report: Report | None = None, seen: Deduplicator | None = None,
@@ -137,14 +141,19 @@ class Corpus:
     for _, dealt in self.documents():
       for side, document in dealt:
         if side == 'train' and int.from_bytes(content_hash(document)[4:8], 'big') < rate * 2**32:
-          yield from _texts(document, parts)
+          yield from self._texts(document, parts)
           left -= size(document)
       if left <= 0:
         return
 
   def all_texts(self, parts: tuple[str, ...]) -> Iterator[str]:
     for _, _, document, _ in self.kept():
-      yield from _texts(document, parts)
+      yield from self._texts(document, parts)
+
+  def _texts(self, document: Document, parts: tuple[str, ...]) -> Iterator[str]:
+    if self.template is not None:
+      return map(self.template.plain_text, conversations_of(document))
+    return (content for part in parts if isinstance(content := getattr(document, part), str))
 
   def first(self) -> Document | None:
     """The first document, which determines what all of them hold."""
@@ -164,7 +173,8 @@ class Corpus:
     return {'sides': [[side, [[file.name, size] for file, size in zip(source.files, source.sizes(), strict=True)],
                        list(source.formats), _reading(source)] for side, source in self.sides],
             'split': dataclasses.asdict(self.split), 'filters': dataclasses.asdict(self.filters),
-            'on_bad_record': self.on_bad_record, 'rules': RULES_VERSION}
+            'on_bad_record': self.on_bad_record, 'rules': RULES_VERSION,
+            **({'template': self.template.identity} if self.template else {})}
 
   def _bad(self, record: BadRecord, report: Report) -> None:
     message = f'{record.where}: {record.why}' if record.where else record.why
@@ -179,10 +189,6 @@ class Corpus:
     if report.num_bad > self.max_bad_fraction * report.num_in:
       raise DataError(f'{self.name}: {report.num_bad} of {report.num_in} records are bad, more than '
                       f'config.data.max_bad_fraction {self.max_bad_fraction} allows; the first: {report.first_bad}')
-
-
-def _texts(document: Document, parts: tuple[str, ...]) -> Iterator[str]:
-  return (content for part in parts if isinstance(content := getattr(document, part), str))
 
 
 def _with_what_follows(records: Iterator[tuple[Position, Document | BadRecord]]) -> Iterator[
@@ -257,7 +263,7 @@ def make_store(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype:
       return False
     try:
       aside = folder.with_name(f'{folder.name}.partial')
-      writer = StoreWriter(aside, tokenizer, dtype, shard_tokens, takes_ids, encoder_tokenizer)
+      writer = writer_of(tokenizer)(aside, tokenizer, dtype, shard_tokens, takes_ids, encoder_tokenizer)
       _write(corpus, writer, folder, about, is_shard)
       return True
     except OSError as e:
@@ -301,13 +307,16 @@ def memory_stores(dealt: Iterable[tuple[str, Document]], sides: tuple[str, ...],
                   encoder_tokenizer: Tokenizer | None = None) -> dict[str, TokenStore]:
   """Stores of the (split, document) pairs in memory, for small data that is used once."""
   with tempfile.TemporaryDirectory() as folder:
-    writer = StoreWriter(Path(folder) / 'partial', tokenizer, 'uint32', 1 << 40, encoder_tokenizer=encoder_tokenizer)
+    writer = writer_of(tokenizer)(
+        Path(folder) / 'partial', tokenizer, 'uint32', 1 << 40, encoder_tokenizer=encoder_tokenizer)
     for _, parts in chunks((None, [pair]) for pair in dealt):
       writer.add(parts)
     writer.finish(Path(folder) / 'store', {})
     stores = {side: open_split(Path(folder) / 'store', side) for side in sides}
     return {side: dataclasses.replace(s, tokens=np.array(s.tokens[:]), mapped={}, starts=np.array(s.starts),
-                                      answers=None if s.answers is None else np.array(s.answers))
+                                      answers=None if s.answers is None else np.array(s.answers),
+                                      seconds=None if s.seconds is None else np.array(s.seconds),
+                                      learnt=None if s.learnt is None else np.array(s.learnt[:]))
             for side, s in stores.items()}
 
 

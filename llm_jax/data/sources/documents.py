@@ -15,13 +15,15 @@ Content = str | np.ndarray  # text, or token ids [n]
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One document: plain, a (text, answer) pair, or text with a label."""
+  """One document: plain, a (text, answer) pair, text with a label, or a conversation."""
 
   name: str  # file and record, the same on any machine: 'a/b.txt', 'part-3.jsonl:17'
   text: Content
   answer: Content | None = None  # to be predicted from the text
   label: str | float | tuple[float, ...] | None = None
   continues: bool = False  # a further piece of the document before: long texts are read in pieces
+  messages: tuple[tuple[str, str], ...] | None = None  # (role, content) of each turn; `text` joins the contents
+  rejected: tuple[tuple[str, str], ...] | None = None  # the same conversation with an answer that is not preferred
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,7 +133,7 @@ def _end(config: SplitConfig, documents: Iterable[Document]) -> Placed:
       digest = hashlib.blake2b(digest_size=8)
       sizes.append(size(document))
       keys.append(0)
-      is_whole.append(document.answer is not None or document.label is not None)
+      is_whole.append(any(x is not None for x in (document.answer, document.label, document.messages)))
     for part in (document.text, *([] if document.answer is None else ['\0', document.answer])):
       digest.update(_bytes(part))
     keys[-1] = int.from_bytes(digest.digest(), 'big')

@@ -12,7 +12,7 @@ from llm_jax.data.config import DataConfig
 from llm_jax.data.loaders import LOADERS
 from llm_jax.data.sources.documents import SourceConfig, is_url, shown
 from llm_jax.data.sources.splits import SPLITS
-from llm_jax.data.stores.store import TokenStore, open_split, open_store
+from llm_jax.data.stores.store import TokenStore, open_split, open_store, read_manifest
 from llm_jax.data.stores.token_files import TokenFile
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -50,8 +50,15 @@ def find_prepared(config: DataConfig, source: SourceConfig) -> Prepared | None:
   return found
 
 
-def prepared_tokenizers(sources: dict[str, Prepared]) -> tuple[Tokenizer | None, Tokenizer | None]:
-  """(tokenizer, the prompts' own tokenizer or None), the same for all stores. Raises ConfigError."""
+def prepared_tokenizers(sources: dict[str, Prepared], template: Any) -> tuple[Tokenizer | None, Tokenizer | None]:
+  """(tokenizer, the prompts' own tokenizer or None), the same for all stores. Raises ConfigError.
+
+  `template`: the identity of the chat template, as of JSON, or None.
+  """
+  for name, source in sources.items():
+    if (made := read_manifest(source.folder, with_tokens=False).get('template')) != template:
+      raise ConfigError(f'config.data.task: the store {name} was prepared {"with another" if made else "without a"} '
+                        'chat template; set task and template as when it was prepared')
   first, *rest = sources
   result = []
   for kind in ('tokenizer', 'encoder_tokenizer'):

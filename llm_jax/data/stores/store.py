@@ -2,9 +2,10 @@
 
 A store is a folder: `<split>-00000.tokens`, `<split>-00001.tokens`, ... (flat uint16 or uint32; each but the last holds
 `shard_tokens` ids), `<split>.starts` (int64, the position of each document's first token), for pairs `<split>.answers`
-(int64, the answer's offset in its document), for labels `<split>.labels` (float64), `tokenizer.json` (and
-`encoder_tokenizer.json` if prompts have their own tokenizer), checksums of the tokens (checks.py), and `manifest.json`
-with size and sha256 of each file.
+(int64, the answer's offset in its document), for labels `<split>.labels` (float64), for conversations files `.learnt`
+(uint8, 1 on tokens to learn) beside those of tokens and `<split>.seconds` (int64, where the rejected one of a pair
+begins in its document), `tokenizer.json` (and `encoder_tokenizer.json` if prompts have their own tokenizer), checksums
+of the tokens (checks.py), and `manifest.json` with size and sha256 of each file.
 writer.py writes a temporary folder and renames it: a store is complete or absent.
 """
 
@@ -59,7 +60,7 @@ class TokenStore:
 
   tokens: Any  # Tokens, or an array [num_tokens]
   starts: np.ndarray  # int64 [D], ascending, 0 first
-  sha256: str  # of tokens, starts, answers and labels, not of their files: identifies the data
+  sha256: str  # of tokens, starts and all else, not of their files: identifies the data
   num_bytes: float  # of the text; 0: unknown
   answers: np.ndarray | None = None  # int64 [D]
   labels: np.ndarray | None = None  # float64 [D] or [D, C]
@@ -68,9 +69,11 @@ class TokenStore:
   bytes_scale: float = 1.0
   report: dict | None = None  # of the filters, for all splits together
   classes: tuple[str, ...] = ()  # names of the classes 0, 1, ...; empty if labels are numbers
+  learnt: Any = None  # of conversations: like tokens, 1 where a token is to be learnt
+  seconds: np.ndarray | None = None  # int64 [D], of pairs: the offset of the rejected conversation
   vocab_size: int | None = None  # above all ids; None: unknown
   map: Callable[..., Iterable[Any]] = map  # makes many rows: where reading them takes long, in threads
-  mapped: Mapping[str, TokenFile] = dataclasses.field(default_factory=dict)  # the files of starts and answers
+  mapped: Mapping[str, TokenFile] = dataclasses.field(default_factory=dict)  # the files of starts, answers, seconds
   lease: IO | None = None  # keeps the store in the cache
 
   def __getstate__(self) -> dict:
@@ -96,20 +99,25 @@ def open_store(folder: Path, check: Literal['some', 'all', 'nothing'] = 'some',
 
 def open_split(folder: Path, split: str, token_file: Callable[[Path, str, int], Any] = TokenFile,
                **fields: Any) -> TokenStore:
-  """Opens one split of a store, whose starts and answers are mapped, not read. Raises DataError.
+  """Opens one split of a store, whose starts, answers and seconds are mapped, not read. Raises DataError.
 
   `token_file` opens a file of tokens from (path, dtype, number of tokens). `fields` are those of TokenStore.
   """
   manifest = read_manifest(folder, with_tokens=token_file is TokenFile)
-  dtype, about = manifest['dtype'], manifest['splits'][split]
-  names = sorted(name for name in manifest['files'] if name.startswith(f'{split}-') and name.endswith('.tokens'))
-  files = tuple(token_file(folder / name, dtype, manifest['files'][name]['size'] // np.dtype(dtype).itemsize)
-                for name in names)
-  mapped = {kind: TokenFile(folder / name, 'int64', manifest['files'][name]['size'] // 8)
-            for kind in ('starts', 'answers') if (name := f'{split}.{kind}') in manifest['files']}
+  about, files = manifest['splits'][split], manifest['files']
+
+  def per_token(kind: str, dtype: str) -> Tokens:
+    names = sorted(name for name in files if name.startswith(f'{split}-') and name.endswith(kind))
+    return Tokens(tuple(token_file(folder / name, dtype, files[name]['size'] // np.dtype(dtype).itemsize)
+                        for name in names))
+
+  mapped = {kind: TokenFile(folder / name, 'int64', files[name]['size'] // 8)
+            for kind in ('starts', 'answers', 'seconds') if (name := f'{split}.{kind}') in files}
   columns: dict[str, Any] = {kind: file.array for kind, file in mapped.items()}
-  if f'{split}.labels' in manifest['files']:
+  if f'{split}.labels' in files:
     columns['labels'] = np.fromfile(folder / f'{split}.labels', 'float64')
+  if f'{split}-00000.learnt' in files:
+    columns['learnt'] = per_token('.learnt', 'uint8')
   classes = manifest['classes']
   if classes:
     values = class_values(classes)
@@ -120,9 +128,16 @@ def open_split(folder: Path, split: str, token_file: Callable[[Path, str, int], 
     columns['labels'] = columns['labels'].reshape(-1, manifest['label_width'])
   sha256 = hashlib.sha256(json.dumps([about['identity'], about['pieces'], manifest['ends']]).encode()).hexdigest()
   learnt_bytes = about.get('answer_bytes', about['bytes'])
-  return TokenStore(Tokens(files), sha256=sha256, num_bytes=about['bytes'], report=manifest.get('report'),
+  return TokenStore(per_token('.tokens', manifest['dtype']), sha256=sha256, num_bytes=about['bytes'],
+                    report=manifest.get('report'),
                     bytes_scale=learnt_bytes / (about['token_bytes'] or learnt_bytes or 1),
                     vocab_size=manifest['vocab_size'], mapped=mapped, **columns, **fields)
+
+
+def _shards(folder: Path, manifest: dict, first: str, last: str, dtype: str) -> Tokens:
+  names = sorted(name for name in manifest['files'] if name.startswith(first) and name.endswith(last))
+  return Tokens(tuple(TokenFile(folder / name, dtype, manifest['files'][name]['size'] // np.dtype(dtype).itemsize)
+                      for name in names))
 
 
 def class_values(classes: Sequence[str]) -> np.ndarray:

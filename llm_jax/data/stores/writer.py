@@ -52,7 +52,7 @@ class StoreWriter:
     for path in folder.iterdir():
       if path.suffix == '.partial':
         path.unlink()
-      elif path.suffix in ('.tokens', '.starts', '.answers', '.labels', '.seen', '.hashes'):
+      elif path.suffix in ('.tokens', '.starts', '.answers', '.labels', '.learnt', '.seconds', '.seen', '.hashes'):
         os.truncate(path, lengths.get(path.name, 0))
 
   @property
@@ -72,11 +72,15 @@ class StoreWriter:
       self._append(split, text, is_prompt=self.encoder_tokenizer is not None)
       self._append(split, answer)
       counts, answer_bytes = self.counts[split], num_bytes(document.answer, answer, self._token_bytes)
-      counts['identity'] = identity.joined(counts['identity'], identity.digest(document, (text, answer)), 1)
-      counts['pieces'] += 1
+      self._identify(split, document, text, answer)
       counts['bytes'] += num_bytes(document.text, text, self._prompt_bytes) + answer_bytes
       if self.encoder_tokenizer is not None:
         counts['answer_bytes'] = counts.get('answer_bytes', 0) + answer_bytes
+
+  def _identify(self, split: str, document: Document, *parts: np.ndarray) -> None:
+    counts = self.counts[split]
+    counts['identity'] = identity.joined(counts['identity'], identity.digest(document, parts), 1)
+    counts['pieces'] += 1
 
   def _open_document(self, split: str, document: Document, text_length: int) -> None:
     self._close_document(split)
@@ -128,17 +132,23 @@ class StoreWriter:
     self.about['max_id'] = max(self.about['max_id'], int(ids.max()))
     if self._token_bytes is not None and not is_prompt:
       count['token_bytes'] += int(self._token_bytes[ids].sum(dtype=np.int64))
-    while len(ids):
-      shard, room = divmod(count['tokens'], self.shard_tokens)
-      part = ids[:self.shard_tokens - room]
-      self.write(f'{split}-{shard:05}.tokens', part.astype(self.dtype))
-      count['tokens'] += len(part)
-      ids = ids[len(part):]
+    self._write_shards(split, '.tokens', ids.astype(self.dtype))
+    count['tokens'] += len(ids)
+
+  def _write_shards(self, split: str, kind: str, values: np.ndarray) -> None:
+    """Appends values, one for each token from the next one on, to the files of a split that hold `shard_tokens`."""
+    begin = self.counts[split]['tokens']
+    while len(values):
+      shard, room = divmod(begin, self.shard_tokens)
+      part = values[:self.shard_tokens - room]
+      self.write(f'{split}-{shard:05}{kind}', part)
+      begin, values = begin + len(part), values[len(part):]
 
   def write(self, name: str, values: np.ndarray) -> None:
     if name not in self._files:
-      if name.endswith('.tokens'):  # one shard of a split is open at a time
-        for other in [n for n in self._files if n.endswith('.tokens') and n.split('-')[0] == name.split('-')[0]]:
+      if '-' in name:  # one shard of a split is open at a time
+        split, kind = name.split('-')[0], Path(name).suffix
+        for other in [n for n in self._files if n.startswith(f'{split}-') and n.endswith(kind)]:
           self._sync(self._files.pop(other)).close()
       self._files[name] = open(self.folder / name, 'ab')  # noqa: SIM115
     values.tofile(self._files[name])
@@ -169,8 +179,7 @@ class StoreWriter:
     """
     for split in SPLITS:
       self._close_document(split)
-      for kind in ('.starts', '-00000.tokens', *(['.answers'] if self.about['answers'] else []),
-                   *(['.labels'] if self.about['label_width'] else [])):
+      for kind in self._kinds():
         self._write_empty(f'{split}{kind}')
     for file in self._files.values():
       self._sync(file).close()
@@ -190,6 +199,11 @@ class StoreWriter:
     hashes_of_documents = () if is_shard else target.glob('*.hashes')
     for path in (target / SEEN, target / 'progress.json', *hashes_of_documents):  # to resume, until the rename
       path.unlink(missing_ok=True)
+
+  def _kinds(self) -> list[str]:
+    """The ends of the names of the files that each split has."""
+    return ['.starts', '-00000.tokens', *(['.answers'] if self.about['answers'] else []),
+            *(['.labels'] if self.about['label_width'] else [])]
 
   def _write_empty(self, name: str) -> None:
     if not (self.folder / name).exists():
@@ -220,6 +234,9 @@ def encode_documents(tokenizer: Tokenizer | None, documents: list[Document], tak
       except DataError as e:
         raise DataError(f'{document.name}: {e}') from None
     raise
+  if (chat := next((d for d in documents if d.messages is not None), None)) is not None:
+    raise DataError(f'{chat.name}: holds a conversation, unlike the first document; set config.data.task to chat, or '
+                    'config.data.field to a field with text')
   owners = [d for d in documents for _ in range(2)]
   ids = [next(encoded) if isinstance(c, str) else c for c in contents]
   for document, c, found in zip(owners, contents, ids, strict=True):

@@ -27,7 +27,7 @@ SPECIALS = (
 class HuggingFaceTokenizer:
   """A tokenizer.json; encodes with tiktoken if it is byte-level BPE with provably the same ids.
 
-  A special token that a text spells is plain text; `with_special_tokens` makes a tokenizer to which it is the token.
+  A special token that a text spells is plain text; `parsing_special_tokens` makes a tokenizer to which it is the token.
   """
 
   def __init__(self, text: str, parse: bool = False):
@@ -64,7 +64,7 @@ class HuggingFaceTokenizer:
     model.encode_special_tokens = True  # the unknown token, which keeps its spelling
     return model
 
-  def with_special_tokens(self) -> HuggingFaceTokenizer:
+  def parsing_special_tokens(self) -> HuggingFaceTokenizer:
     """The tokenizer for which a special token that a text spells is that token."""
     return HuggingFaceTokenizer(self.to_json(), parse=True)
 
@@ -87,6 +87,33 @@ class HuggingFaceTokenizer:
 
   def to_json(self) -> str:
     return self._model.to_str()
+
+  @property
+  def special_tokens(self) -> dict[str, int]:
+    """Ids of the special tokens that `parse` finds in texts."""
+    added = self._model.get_added_tokens_decoder()
+    return {token.content: i for i, token in added.items() if token.special}
+
+  def with_special_tokens(self, tokens: list[str]) -> HuggingFaceTokenizer:
+    """The tokenizer with these special tokens at the end of its vocabulary."""
+    model = tokenizers.Tokenizer.from_str(self.to_json())
+    model.add_special_tokens(tokens)
+    return HuggingFaceTokenizer(model.to_str())
+
+  def name_of(self, token: int) -> str:
+    """The spelling of a special token."""
+    return self._model.id_to_token(token) or ''
+
+  @functools.cached_property
+  def _parser(self) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(self.to_json())  # without encode_special_tokens, which is not saved
+
+  def parse(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, their characters [n, 2]) of texts in which spellings of special tokens are these tokens."""
+    for text in texts:
+      utf8(text)
+    return [(np.array(e.ids, np.uint32), np.array(e.offsets, np.int64).reshape(-1, 2))
+            for e in self._parser.encode_batch(texts, add_special_tokens=False)]
 
 
 class Bpe:

@@ -105,6 +105,20 @@ class CharTokenizer:
     return json.dumps({'type': 'char', 'chars': ''.join(self.chars)})
 
 
+class ExtendedTokenizer:
+  """A tokenizer with special tokens at the end of its vocabulary."""
+
+  def __init__(self, base: Tokenizer, tokens: list[str]):
+    self.base, self.bos_id, self.eos_id, self.encode = base, base.bos_id, base.eos_id, base.encode
+    first = len(base.token_bytes)
+    self.special_tokens = {token: first + i for i, token in enumerate(tokens)}
+    self.token_bytes = [*base.token_bytes, *[b''] * len(tokens)]
+
+  def to_json(self) -> str:
+    return json.dumps({'type': 'extended', 'special_tokens': list(self.special_tokens),
+                       'base': json.loads(self.base.to_json())}, ensure_ascii=False)
+
+
 class Kind(NamedTuple):
   """A kind of tokenizer that is fitted to texts."""
 
@@ -173,27 +187,32 @@ def identity(name: str) -> str:
 def load_tokenizer(path: Path) -> Tokenizer:
   """The tokenizer that `to_json` saved, by its "type"; without one, a Hugging Face tokenizer.json. Raises DataError."""
   try:
-    text = path.read_text(encoding='utf-8')
-    spec = json.loads(text)
+    spec = json.loads(path.read_text(encoding='utf-8'))
   except OSError as e:
     raise DataError(f'{path}: the tokenizer cannot be read: {e.strerror}') from None
   except ValueError as e:
     raise DataError(f'{path}: not a tokenizer: not JSON ({e})') from None
-  kind = spec.get('type') if isinstance(spec, dict) else None
   try:
-    for registry in (TOKENIZERS, OPENED):
-      if isinstance(kind, str) and kind in registry:
-        return registry[kind].from_json(spec)
-    if isinstance(spec, dict) and kind is None and 'model' in spec:
-      return HuggingFaceTokenizer(text)
-    known = ', '.join([*TOKENIZERS, *OPENED])
-    raise DataError(f'not a tokenizer: a saved one has a "type", one of {known}, but this has {kind!r}; '
-                    'a Hugging Face tokenizer.json has a "model" instead')
+    return _from_json(spec)
   except (DataError, ConfigError) as e:
     raise type(e)(f'{path}: {e}') from None
   except Exception as e:  # libraries raise many types for damaged files
     raise DataError(f'{path}: not a tokenizer that can be used ({type(e).__name__}: {e}); copy it again from its '
                     'origin') from None
+
+
+def _from_json(spec: Any) -> Tokenizer:
+  kind = spec.get('type') if isinstance(spec, dict) else None
+  for registry in (TOKENIZERS, OPENED):
+    if isinstance(kind, str) and kind in registry:
+      return registry[kind].from_json(spec)
+  if kind == 'extended':
+    return ExtendedTokenizer(_from_json(spec['base']), spec['special_tokens'])
+  if isinstance(spec, dict) and kind is None and 'model' in spec:
+    return HuggingFaceTokenizer(json.dumps(spec))
+  known = ', '.join([*TOKENIZERS, *OPENED, 'extended'])
+  raise DataError(f'not a tokenizer: a saved one has a "type", one of {known}, but this has {kind!r}; '
+                  'a Hugging Face tokenizer.json has a "model" instead')
 
 
 def before_eos(tokenizer: Tokenizer, row: list[int]) -> list[int]:

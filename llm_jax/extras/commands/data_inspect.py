@@ -8,6 +8,7 @@ Without a config, the fields of config.data are flags.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
   from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
 BAR = 50  # characters
+BEGIN, END = '\u27e6', '\u27e7'  # around learnt tokens
 
 
 def parser() -> flags.Parser:
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> None:
           f'{examples[name].dropped_tokens:,} tokens are in no row')
     for index in np.random.default_rng(args.seed).permutation(len(examples[name]))[:args.rows].tolist():
       print(f'\nrow {index}')
-      print('\n'.join(row_lines(row_of(examples[name], index, args.seed), data, config)))
+      print_lines(row_lines(row_of(examples[name], index, args.seed), data, config))
   if args.out is not None:
     draw_data(data.splits[args.part], examples, args.seed, args.out)
     print(f'\nwrote {args.out}')
@@ -114,6 +116,9 @@ def row_lines(features: Features, data: Data, config: DataConfig) -> list[str]:
     inside = segments == segment
     learnt = inside & mask
     lines.append(f'  piece {segment}: {inside.sum()} tokens' + ('' if has_label else f', {learnt.sum()} learnt'))
+    if config.task_settings.chats:
+      lines.append(f'    {masked_tokens(features["tokens"][inside], features["targets"][inside], mask[inside], names)}')
+      continue
     lines.append(f'    reads   {join_tokens(features["tokens"][inside], names)}')
     if learnt.any() and not has_label:
       lines.append(f'    learns  {join_tokens(features["targets"][learnt], names)}')
@@ -128,11 +133,37 @@ def token_names(tokenizer: Tokenizer | None, vocab_size: int, num_sentinels: int
   if tokenizer is None:
     names = [str(i) for i in range(vocab_size)]
   else:
-    special = {tokenizer.bos_id: '<bos>', tokenizer.eos_id: '<eos>'} if tokenizer.bos_id != tokenizer.eos_id else {
+    special = {i: name for name, i in getattr(tokenizer, 'special_tokens', {}).items()} or {
+        tokenizer.bos_id: '<bos>', tokenizer.eos_id: '<eos>'} if tokenizer.bos_id != tokenizer.eos_id else {
         tokenizer.bos_id: '<eot>'}
     names = [special.get(i) or (repr(b.decode(errors='replace'))[1:-1] if b else f'<{i}>')
              for i, b in enumerate(tokenizer.token_bytes)]
   return names + [f'<sentinel {k}>' for k in range(num_sentinels)]
+
+
+def masked_tokens(tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray, names: list[str]) -> str:
+  """The tokens of a conversation; what is learnt is between BEGIN and END."""
+  import numpy as np
+  text, before = '', False
+  for token, learnt in zip([*tokens.tolist(), int(targets[-1])], np.append(False, mask).tolist(), strict=True):
+    end, begin = END if before and not learnt else '', BEGIN if learnt and not before else ''
+    text, before = f'{text}{end}{"|" if text else ""}{begin}{names[token]}', learnt
+  return text + (END if before else '')
+
+
+def print_lines(lines: list[str]) -> None:
+  """Prints lines; in a terminal what is between BEGIN and END in colour."""
+  import rich.console
+  import rich.text
+  console = rich.console.Console(highlight=False, soft_wrap=True)
+  for line in lines:
+    if not console.is_terminal:
+      print(line)
+      continue
+    text = rich.text.Text()
+    for number, part in enumerate(re.split(f'[{BEGIN}{END}]', line)):
+      text.append(part, style='bold green' if number % 2 else '')
+    console.print(text)
 
 
 def join_tokens(ids: Iterable[int], names: list[str], most: int = 160) -> str:

@@ -69,6 +69,7 @@ def serve(args: argparse.Namespace, listener: socket.socket, uvicorn: Any) -> No
   import jax
 
   from llm_jax.base.sharding import MeshConfig, make_mesh
+  from llm_jax.data.chat.tokenizer import ChatTokenizer
   from llm_jax.extras.serving.app import make_app
   from llm_jax.extras.serving.hosts import LOOPBACK, allowed_hosts
   from llm_jax.extras.serving.worker import Worker
@@ -96,7 +97,8 @@ def serve(args: argparse.Namespace, listener: socket.socket, uvicorn: Any) -> No
     print(f'warning: --host={args.host}: there is no authentication: everybody who can reach this address can use the '
           'model', file=sys.stderr, flush=True)
   print(f'{args.workdir}, step {trained.run.meta["step"]}, as model {name}\n'
-        + welcome(url(args.host, listener.getsockname()[1]), name, prompt), flush=True)
+        + welcome(url(args.host, listener.getsockname()[1]), name, prompt,
+                  isinstance(trained.run.tokenizer, ChatTokenizer)), flush=True)
   server.run(sockets=[listener])
   end(worker)
 
@@ -129,8 +131,19 @@ def example_prompt(trained: Any) -> str:
   return ''
 
 
-def welcome(address: str, name: str, prompt: str) -> str:
+def welcome(address: str, name: str, prompt: str, chats: bool = False) -> str:
   body = shlex.quote(json.dumps({'model': name, 'prompt': prompt, 'max_tokens': 64}))
+  if chats:
+    messages = [{'role': 'user', 'content': prompt or 'Hello'}]
+    body = shlex.quote(json.dumps({'model': name, 'messages': messages, 'max_tokens': 64}))
+    return f"""
+curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d {body}
+
+import openai
+client = openai.OpenAI(base_url={f'{address}/v1'!r}, api_key='none')
+print(client.chat.completions.create(model={name!r}, messages={messages!r}, max_tokens=64).choices[0].message.content)
+
+ready: {address} (Ctrl-C ends)"""
   return f"""
 curl {address}/v1/completions -H 'Content-Type: application/json' -d {body}
 

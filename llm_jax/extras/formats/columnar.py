@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, register
+from llm_jax.data.chat.records import conversation_fields
 from llm_jax.data.formats.fields import choose_fields, left_over, names_of, of_lists
 from llm_jax.data.formats.records import to_documents
 from llm_jax.data.formats.registry import FORMATS
@@ -138,6 +139,8 @@ def _columns(schema: Any, config: SourceConfig, path: Path) -> list[Steps]:
   if len(set(schema.names)) < len(schema.names):
     raise DataError(f'{path}: two columns have the same name: {", ".join(schema.names)}')
   stand_ins = {field.name: _stand_in(field.type) for field in schema}
+  if turns := conversation_fields(stand_ins, config):
+    return [(name,) for name in turns]
   fields = choose_fields(stand_ins, config, str(path))
   if fields is None:
     raise DataError(f'{path}: no column holds text or lists of token ids; its schema is '

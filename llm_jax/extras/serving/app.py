@@ -20,8 +20,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.extras.serving.hosts import OnlyHosts
-from llm_jax.extras.serving.requests import CHAT, COMPLETION, ApiError, Request, parse
+from llm_jax.extras.serving.requests import CHAT, COMPLETION, CONVERSATION, ApiError, Request, parse
 from llm_jax.extras.serving.texts import Piece, count_prompts, generate
 from llm_jax.extras.serving.worker import Job, Worker
 
@@ -69,6 +70,8 @@ class Server:
     return await self._answer(http, COMPLETION, Completion())
 
   async def chat(self, http: HttpRequest) -> Response:
+    if isinstance(self.trained.run.tokenizer, ChatTokenizer):
+      return await self._answer(http, CONVERSATION, Chat())
     if not self.trained.config.answers:
       raise ApiError(f'model {self.name!r} continues text and has learned neither a chat format nor answers to prompts'
                      '; use /v1/completions', code='chat_not_supported')

@@ -9,6 +9,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from llm_jax.data.chat.records import is_messages, messages_of
+from llm_jax.data.chat.template import Messages
+
 MAX_SAMPLES = 16  # n; each new number of samples compiles once
 MAX_TEXTS = 128  # of all prompts of a request together
 GREEDY_BELOW = 1e-5  # lower temperatures would divide logits to infinity
@@ -26,7 +29,7 @@ class ApiError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  prompts: tuple[str, ...]
+  prompts: tuple[str | Messages, ...]
   max_tokens: int
   temperature: float
   top_p: float
@@ -98,6 +101,19 @@ def only_user_message(name: str, value: Any) -> tuple[str, ...]:
   return (''.join(part['text'] for part in parts),)
 
 
+def messages(name: str, value: Any) -> tuple[Messages, ...]:
+  """The conversation that the assistant is to go on with, as one prompt."""
+  if not is_messages(value) or not value:
+    raise refuse(name, value, 'a list of messages such as {"role": "user", "content": TEXT}')
+  try:
+    turns = messages_of(value, name)
+  except ValueError as e:
+    raise ApiError(f'{name}: {e}', name) from None
+  if turns[-1][0] == 'assistant':
+    raise ApiError(f'{name}: the last one must not be the assistant\'s', name)
+  return (turns,)
+
+
 def include_usage(name: str, value: Any) -> bool:
   if not isinstance(value, dict) or not set(value) <= {'include_usage', 'include_obfuscation'}:
     raise refuse(name, value, 'an object such as {"include_usage": true}')
@@ -145,6 +161,7 @@ CHAT = COMMON | {
     'tools': (neutral('[]'), None),
     'tool_choice': (neutral('"none"'), None),
 }
+CONVERSATION = CHAT | {'messages': (messages, None)}  # for a model with a chat template
 
 
 def parse(body: bytes, fields: dict[str, tuple[Check, Any]], model: str, max_len: int) -> Request:

@@ -76,7 +76,7 @@ def generate(trained: Any, request: Request) -> Iterator[Piece]:
                              temperature=request.temperature, top_p=request.top_p, seed=(seed + i) % (1 << 32))
     texts = {i * request.n + j: Text(trained.run.tokenizer, request.stop) for j in range(request.n)}
     if request.echo:
-      yield from (Piece(index, prompt, 0) for index in texts)
+      yield from (Piece(index, str(prompt), 0) for index in texts)
     for column in columns:
       for (index, text), token in zip(texts.items(), column.tolist(), strict=True):
         if text.finish is None:

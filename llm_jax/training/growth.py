@@ -1,0 +1,44 @@
+"""Warm starts with a larger vocabulary: the new rows of embedding and head are the mean of the old ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.base.errors import ConfigError
+from llm_jax.config import Config
+from llm_jax.data.open import Data
+from llm_jax.infer.load import Loaded, tokenizers_of
+
+
+def check_tokenizers(config: Config, data: Data, run: Loaded) -> None:
+  """Raises ConfigError unless the other run has the same tokenizers, without the tokens that a chat template adds."""
+  begins = [getattr(tokenizer, 'original', tokenizer) for tokenizer in (data.tokenizer, data.prompt_tokenizer)]
+  names = ('tokenizer', 'encoder_tokenizer')
+  for name, mine, begin, theirs in zip(names, tokenizers_of(data), begins, tokenizers_of(run), strict=True):
+    if theirs != mine and (begin is None or theirs != begin.to_json()):
+      path = Path(config.start.run).expanduser() / f'{name}.json'
+      raise ConfigError(f'config.start.run: {config.start.run} has another {name}; set '
+                        f'--config.data.{name}={path if path.is_file() else "none"}')
+
+
+def grow(arrays: dict[str, jax.Array], like: dict[str, jax.Array], run: Loaded, vocab_size: int) -> list[str]:
+  """Extends the arrays of `run` that have its vocabulary as a dimension to `vocab_size`; returns their names."""
+  old, grown = run.config.model.vocab_size, []
+  known = len(run.tokenizer.token_bytes) if run.tokenizer else old
+  for name in sorted(arrays.keys() & like.keys()):
+    have, need = arrays[name].shape, like[name].shape
+    axes = [axis for axis, sizes in enumerate(zip(have, need, strict=False)) if sizes == (old, vocab_size)]
+    if len(have) == len(need) and len(axes) == 1 and have != need and old < vocab_size:
+      arrays[name] = _extended(arrays[name], axes[0], known, vocab_size)
+      grown.append(name)
+  return grown
+
+
+def _extended(array: jax.Array, axis: int, known: int, size: int) -> jax.Array:
+  """The first `known` rows, and their mean as the others."""
+  rows = jax.lax.slice_in_dim(array, 0, known, axis=axis)
+  mean = jnp.mean(rows.astype(jnp.float32), axis=axis, keepdims=True).astype(array.dtype)
+  return jnp.concatenate([rows, jnp.repeat(mean, size - known, axis=axis)], axis=axis)
