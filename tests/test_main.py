@@ -64,20 +64,29 @@ def test_a_run_learns_and_writes_its_files(whole):
 
 
 def test_a_killed_run_resumes_bitwise(whole, folder):
-  """SIGTERM (also as validation begins), then SIGKILL, at random steps, then to the end: bitwise the same losses.
+  """SIGTERM or Ctrl-C (also as validation begins), then SIGKILL, at random steps, then to the end: bitwise the same.
 
+  While it runs, another run in its folder is rejected.
   pytest shows the printed seed if the test fails; set TEST_KILL_SEED to it to repeat the same steps.
   """
   workdir, flags = folder / 'killed', ('--config=tiny.py', '--workdir=killed', '--config.eval.sample_tokens=0')
   seed = int(os.environ.get('TEST_KILL_SEED', time.time_ns() % 2**32))
   rng = random.Random(seed)
   first, second = rng.choice([19, rng.randint(5, 18)]), rng.randint(32, 44)
-  print(f'TEST_KILL_SEED={seed}: SIGTERM at step {first}, SIGKILL at step {second}')
+  number = rng.choice([signal.SIGTERM, signal.SIGINT])
+  print(f'TEST_KILL_SEED={seed}: {number.name} at step {first}, SIGKILL at step {second}')
   process = start(folder, 'main', *flags)
-  signal_at(process, workdir, first, signal.SIGTERM)
+  signal_at(process, workdir, first, number)
   output = finish(process, code=75)
-  assert 'saved in killed' in output and 'Traceback' not in output
+  assert f'{number.name}: saving' in output and 'saved in killed' in output and 'Traceback' not in output
+  step = int(re.search(r'stopped at step (\d+)', output)[1])
+  assert (workdir / 'checkpoints' / str(step)).is_dir()
+  assert read_metrics(workdir / 'metrics.jsonl')[-1]['step'] == step
   process = start(folder, 'main', *flags)
+  signal_at(process, workdir, step + 1, signal.SIGSTOP)
+  with pytest.raises(StorageError, match='another run'):
+    tiny(folder, f'--workdir={workdir}')
+  process.send_signal(signal.SIGCONT)
   signal_at(process, workdir, second, signal.SIGKILL)
   finish(process, code=-9)
   output = finish(start(folder, 'main', *flags))
@@ -91,17 +100,7 @@ def test_a_killed_run_resumes_bitwise(whole, folder):
   jax.tree.map(np.testing.assert_array_equal, final_arrays(workdir), final_arrays(whole[0]))
 
 
-def test_a_second_run_is_rejected_ctrl_c_saves_and_a_finished_run_is_reported(whole, folder, capsys):
-  process = start(folder, 'main', '--config=tiny.py', '--workdir=stopped', '--config.num_steps=100000',
-                  '--config.eval.sample_tokens=0')
-  signal_at(process, folder / 'stopped', 3, signal.SIGCONT)
-  with pytest.raises(StorageError, match='another run'):
-    tiny(folder, f'--workdir={folder}/stopped')
-  process.send_signal(signal.SIGINT)
-  output = finish(process, code=75)
-  step = int(re.search(r'stopped at step (\d+)', output)[1])
-  assert (folder / 'stopped' / 'checkpoints' / str(step)).is_dir()
-  assert read_metrics(folder / 'stopped' / 'metrics.jsonl')[-1]['step'] == step
+def test_a_finished_run_is_reported(whole, folder, capsys):
   main.main([f'--config={folder}/tiny.py', f'--workdir={whole[0]}'])
   assert f'already at step {STEPS}' in capsys.readouterr().out
 
