@@ -83,6 +83,10 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
   """What the process prints, without the lines on what it waits for."""
   output = process.communicate(timeout=240)[0]
   assert process.returncode == code, f'exit {process.returncode}, not {code}:\n{output[-4000:]}'
+  return without_waiting(output)
+
+
+def without_waiting(output: str) -> str:
   return re.sub(r'^(loading|reading|compiling|starting) .*\.\.\.\n|^compiling \.\.\.\n', '', output, flags=re.MULTILINE)
 
 
