@@ -1,5 +1,6 @@
 """Runs the package's programs as real processes, with real signals and files."""
 
+import json
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from llm_jax.config import base
 
 def get_config():
   config = base()
-  config.num_steps = 150
+  config.num_steps = 60
   config.batch_tokens = 256
   config.tokens_per_device = 128
   config.model.num_layers = 2
@@ -27,11 +28,11 @@ def get_config():
   config.model.vocab_size = 320  # padded: samples must not contain ids without text
   config.data.seq_len = 32
   config.optim.learning_rate = 3e-3
-  config.optim.warmup_cosine.warmup_steps = 5
-  config.eval.every = 50
+  config.optim.schedule = 'constant'  # so that runs of different lengths share a compiled program
+  config.eval.every = 20
   config.eval.prompts = ('', 'def ')
   config.eval.sample_tokens = 16
-  config.checkpoint.every = 25
+  config.checkpoint.every = 10
   config.log.every = 1
   return config
 '''
@@ -64,10 +65,28 @@ def start(folder: Path, command: str, *flags: str) -> subprocess.Popen:
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+IN_TURN = """
+import json, sys
+from llm_jax.__main__ import main
+from llm_jax.base.process import run_as_program
+run_as_program(lambda argv: [main(words) for words in json.loads(argv[0])])
+"""
+
+
+def start_in_turn(folder: Path, *commands: tuple[str, ...]) -> subprocess.Popen:
+  """One process for several commands of llm-jax; starting takes as long as a tiny run."""
+  return subprocess.Popen([sys.executable, '-c', IN_TURN, json.dumps(commands)], cwd=folder, env=environment(folder),
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def finish(process: subprocess.Popen, code: int = 0) -> str:
   """What the process prints, without the lines on what it waits for."""
   output = process.communicate(timeout=240)[0]
   assert process.returncode == code, f'exit {process.returncode}, not {code}:\n{output[-4000:]}'
+  return without_waiting(output)
+
+
+def without_waiting(output: str) -> str:
   return re.sub(r'^(loading|reading|compiling|starting) .*\.\.\.\n|^compiling \.\.\.\n', '', output, flags=re.MULTILINE)
 
 

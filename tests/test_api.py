@@ -15,8 +15,7 @@ from llm_jax import main
 from llm_jax.base.errors import ConfigError
 from llm_jax.training.log import read_metrics
 
-SETTINGS = {'num_steps': 12, 'eval.every': 6, 'eval.sample_tokens': 0, 'checkpoint.every': 100, 'log.every': 1,
-            'optim.warmup_cosine.warmup_steps': 2}
+SETTINGS = {'num_steps': 12, 'eval.every': 6, 'eval.sample_tokens': 0, 'checkpoint.every': 100, 'log.every': 1}
 
 
 @pytest.fixture(scope='module')

@@ -203,8 +203,10 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.py')), ids=lambda p: p.stem)
-@pytest.mark.parametrize('cpu_only', [False, True], ids=['full', 'on_cpu'])
+@pytest.mark.parametrize(('path', 'cpu_only'), [
+    pytest.param(path, cpu_only, id=f'{path.stem}-{"on_cpu" if cpu_only else "full"}',
+                 marks=pytest.mark.slow if cpu_only and len(set(PARAMETERS.get(path.stem, ()))) == 1 else ())
+    for path in sorted(CONFIGS.glob('*.py')) for cpu_only in (False, True)])  # the same model is built once
 def test_shipped_configs_have_their_parameter_counts(path, cpu_only):
   assert path.read_text().startswith('"""'), 'a config opens with its command and expected result'
   config = open_config(path).resolve({'eval.answers': '0'}, cpu_only=cpu_only)

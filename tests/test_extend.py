@@ -1,6 +1,5 @@
 """The plug-ins of docs/extend.md, as a user runs them: files in a folder of their own, real processes."""
 
-import concurrent.futures
 import json
 import re
 import signal
@@ -9,10 +8,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from program import ROOT, finish, signal_at, start
+from program import ROOT, finish, signal_at, start_in_turn
 
 from llm_jax.base import plugins
+from llm_jax.base.errors import ConfigError
 from llm_jax.base.trees import by_name
+from llm_jax.commands import generate
 from llm_jax.data.config import DataConfig
 from llm_jax.data.open import open_data
 from llm_jax.training.log import read_metrics
@@ -49,7 +50,7 @@ RUNS = {
     'model': ('--plugin=causal_conv.py', '--plugin=optimizers.py', '--plugin=top_k_accuracy.py',
               '--config.model.name=causal_conv', '--config.model.width=3', '--config.optim.lamb.b1=0.8',
               '--config.optim.chain=clip_by_global_norm,lamb', '--config.eval.metrics=top_k_accuracy',
-              '--config.num_steps=40'),
+              '--config.num_steps=30', '--config.optim.learning_rate=6e-3'),
     'parts': (*(f'--plugin={name}.py' for name in PARTS), '--config.model.mlp=moe', '--config.model.moe.num_experts=4',
               '--config.data.path=fortunes', '--config.data.format=fortune', '--config.data.tokenizer=frequent_words',
               '--config.data.frequent_words.num_words=20', '--config.data.task=noisy_inputs',
@@ -62,8 +63,11 @@ LORA = (*(flag for flag in RUNS['parts'] if 'callbacks' not in flag), '--plugin=
         '--config.optim.groups.base.frozen=true', '--config.optim.groups.base.pattern=^(?!.*lora_[ab]$)')
 
 
-def train(folder, run, flags):
-  return start(folder, 'train', '--config=tiny.py', f'--workdir={run}', *flags)
+NAMED = tuple(flag for flag in RUNS['parts'] if flag.startswith('--plugin'))
+
+
+def train(run, flags):
+  return 'train', '--config=tiny.py', f'--workdir={run}', *flags
 
 
 @pytest.fixture(scope='module')
@@ -77,24 +81,24 @@ def folder(tmp_path_factory):
   return folder
 
 
-def killed_and_resumed(folder):
-  """Kills a run in the middle and resumes it with a plug-in whose comments were edited; what the second one printed."""
-  process = train(folder, 'killed', RUNS['model'])
+@pytest.fixture(scope='module')
+def outputs(folder):
+  """What three processes printed. A run in the middle of which the first one is killed is resumed by the third.
+
+  The second process evaluates the first one's run from the copies of its plug-ins, of which it was given others. The
+  third resumes with a plug-in whose comments were edited, and generates with the second one's run.
+  """
+  process = start_in_turn(folder, train('model', RUNS['model']), train('killed', RUNS['model']))
   signal_at(process, folder / 'killed', 13, signal.SIGKILL)
   finish(process, code=-9)
   (folder / 'edited').mkdir()
   (folder / 'edited' / 'causal_conv.py').write_text(FILES['causal_conv.py'] + '# edited\n')
-  return finish(train(folder, 'killed', ('--plugin=edited/causal_conv.py', *RUNS['model'][1:])))
-
-
-@pytest.fixture(scope='module')
-def outputs(folder):
-  """What each run printed; two run at a time."""
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    killed = pool.submit(killed_and_resumed, folder)
-    printed = {name: finish(train(folder, name, flags))
-               for name, flags in (('parts', RUNS['parts']), ('lora', LORA), ('model', RUNS['model']))}
-    return printed | {'killed': killed.result()}
+  parts = finish(start_in_turn(folder, train('parts', RUNS['parts']), train('lora', LORA),
+                               ('evaluate', '--workdir=model', '--trust')))
+  killed = finish(start_in_turn(
+      folder, train('killed', ('--plugin=edited/causal_conv.py', *RUNS['model'][1:])),
+      ('generate', '--workdir=parts', '--prompt=the mat', '--num_tokens=4', *NAMED)))
+  return {'parts': parts, 'killed': killed}
 
 
 def arrays(workdir):
@@ -118,7 +122,7 @@ def test_killed_and_resumed_a_plugin_model_under_a_stock_optimizer_trains_the_sa
   names = ('step', 'train/loss', 'train/grad_norm', 'val/loss')
   killed, whole = ([{name: line.get(name) for name in names} for line in read_metrics(folder / run / 'metrics.jsonl')]
                    for run in ('killed', 'model'))
-  assert killed == whole and len(whole) == 40
+  assert killed == whole and len(whole) == 30
   assert whole[-1]['train/loss'] < 0.8 * whole[0]['train/loss']
   jax.tree.map(np.testing.assert_array_equal, arrays(folder / 'killed'), arrays(folder / 'model'))
   config = json.loads((folder / 'model' / 'config.json').read_text())
@@ -132,20 +136,13 @@ def test_a_metric(outputs, folder):
 
 def test_a_run_needs_its_plugins_named_or_trusted(outputs, folder):
   """Generated from with the files, evaluated from the copies with --trust, refused without."""
-  named = [flag for flag in RUNS['parts'] if flag.startswith('--plugin')]
-  commands = {'named': ('generate', '--workdir=parts', '--prompt=the mat', '--num_tokens=4', *named),
-              'trusted': ('evaluate', '--workdir=model', '--trust'), 'missing': ('generate', '--workdir=model')}
-
-  def run(name):
-    return finish(start(folder, *commands[name]), code=78 if name == 'missing' else 0)
-
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    printed = dict(zip(commands, pool.map(run, commands), strict=True))
-  loss = json.loads(printed['trusted'])['loss']
+  loss = json.loads(outputs['parts'][outputs['parts'].rindex('\n{'):])['loss']
   assert loss == pytest.approx(read_metrics(folder / 'model' / 'metrics.jsonl')[-1]['val/loss'], rel=1e-5)
-  assert printed['named'].startswith('the mat') and 'differs' not in printed['named']
-  assert printed['missing'].startswith('error: --workdir: model was trained with the plug-in causal_conv')
-  assert '--plugin=causal_conv.py' in printed['missing'] and '--trust' in printed['missing']
+  named = outputs['killed'][outputs['killed'].rindex('\nthe mat'):]
+  assert 'differs' not in named
+  with pytest.raises(ConfigError, match=r'^--workdir: .*model was trained with the plug-in causal_conv') as e:
+    generate.main([f'--workdir={folder}/model'])
+  assert '--plugin=causal_conv.py' in str(e.value) and '--trust' in str(e.value)
 
 
 def test_an_mlp_an_optimizer_a_schedule_and_a_callback(outputs, folder):
@@ -173,7 +170,7 @@ def test_a_format_a_tokenizer_a_task_and_a_loss(outputs, folder):
 def test_lora_trains_beside_frozen_weights_of_another_run(outputs, folder):
   base, tuned = arrays(folder / 'parts'), arrays(folder / 'lora')
   thin = {name for name in tuned if 'lora_' in name}
-  assert 'of them frozen' in outputs['lora'] and tuned.keys() - thin == base.keys() and len(thin) == 14, thin
+  assert 'of them frozen' in outputs['parts'] and tuned.keys() - thin == base.keys() and len(thin) == 14, thin
   for name, weights in base.items():
     np.testing.assert_array_equal(tuned[name], weights, err_msg=name)
   assert all(np.any(tuned[name]) for name in thin)

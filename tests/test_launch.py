@@ -125,7 +125,7 @@ def test_a_run_resumes_in_two_processes_then_in_one(stopped, folder):
 
 
 @pytest.mark.parametrize(('flag', 'code', 'words'), [
-    ('--config.model.num_layer=3', 78, 'did you mean config.model.num_layers?'),
+    pytest.param('--config.model.num_layer=3', 78, 'did you mean config.model.num_layers?', marks=pytest.mark.slow),
     ('--config.data.path=nowhere', 65, 'nowhere'),
 ])
 def test_an_error_is_printed_once_and_ends_all_processes(folder, flag, code, words):

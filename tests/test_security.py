@@ -9,11 +9,12 @@ import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
 from pair_runs import write_pair_config, write_pairs
-from program import ROOT, finish, start
+from program import ROOT, without_waiting
 
 from llm_jax import main
 from llm_jax.base import plugins
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.process import run_as_program
 from llm_jax.commands import evaluate, export, generate
 from llm_jax.extras.figures import write_picture
 from llm_jax.infer.load import read_config
@@ -102,10 +103,16 @@ def test_a_validators_command_in_a_config_json_is_not_executed(run, mark, tmp_pa
   assert not mark.exists()
 
 
-def test_the_refusal_is_one_message_and_an_exit_code(run, mark, folder):
+def test_the_refusal_is_one_message_and_an_exit_code(run, mark, capsys, monkeypatch):
   with_command(run, mark)
-  output = finish(start(folder, 'evaluate', f'--workdir={run}', '--answers=1'), code=78)
-  assert output.startswith(f'error: {REFUSED}') and output.count('\n') == 1 and not mark.exists()
+  monkeypatch.setattr('sys.argv', ['llm-jax', f'--workdir={run}', '--answers=1'])
+  monkeypatch.setattr('signal.signal', lambda *_: None)  # Ctrl-C goes on to end the tests
+  capsys.readouterr()
+  with pytest.raises(SystemExit) as e:
+    run_as_program(evaluate.main)
+  printed, message = map(without_waiting, capsys.readouterr())
+  assert e.value.code == 78 and not printed and not mark.exists()
+  assert message.startswith(f'error: {REFUSED}') and message.count('\n') == 1
 
 
 @pytest.mark.parametrize('how', ['--validator', '--trust'])

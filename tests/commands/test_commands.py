@@ -36,10 +36,9 @@ def folder(tmp_path_factory):
 
 def test_schedules_are_plotted_and_summarized(folder, capsys):
   schedules.main([f'--config={folder}/tiny.py', f'--config={folder}/swept.py', f'--out={folder}/x.png',
-                  '--config.optim.schedule=constant', '--config.optim.warmup_cosine.warmup_steps=0',
                   '--config.optim.constant.warmup_steps=3'])
   printed = capsys.readouterr().out.splitlines()
-  assert len(printed) == 2 and 'constant, 150 steps, first 0.001, maximum 0.003, last 0.003' in printed[0]
+  assert len(printed) == 2 and 'constant, 60 steps, first 0.001, maximum 0.003, last 0.003' in printed[0]
   assert min(matplotlib.image.imread(folder / 'x.png').shape[:2]) > 100
 
 
@@ -70,8 +69,7 @@ def test_check_reports_devices_and_whether_a_config_runs(folder, capsys):
   printed = capsys.readouterr().out
   for word in ('devices', 'cpu', 'memory', 'disk', 'jax ', 'safetensors', 'attention', 'dtype auto'):
     assert word in printed
-  check.main([f'--config={folder}/tiny.py', '--step', '--config.num_steps=3',
-              '--config.optim.warmup_cosine.warmup_steps=1'])
+  check.main([f'--config={folder}/tiny.py', '--step', '--config.num_steps=3'])
   printed = capsys.readouterr().out
   assert 'runs: the loss of step 1 is' in printed and 'GiB are free' in printed
   assert 'tensorboard' not in printed.split('training a step')[-1].split('devices: ')[-1], 'of a temporary folder'

@@ -274,7 +274,8 @@ def test_bpe_splits_every_character_class_as_hugging_face(splitter):
 
 @pytest.mark.parametrize('text', [
     'a' * 100_000, 'ab' * 50_000 + '.', ' ' * 100_000 + 'x', '\n' * 100_000 + ' x',
-    'x' + ' ' * 1_000_000 + '\n x', ' ' * 262_143 + 'x' + '\u3000' * 300_000 + '\x1c' * 20_000 + 'x' + '\t' * 300_000,
+    pytest.param('x' + ' ' * 1_000_000 + '\n x', marks=pytest.mark.slow),
+    ' ' * 262_143 + 'x' + '\u3000' * 300_000 + '\x1c' * 20_000 + 'x' + '\t' * 300_000,
 ])
 @splitters
 def test_long_runs_take_linear_time(splitter, text):

@@ -129,10 +129,8 @@ def kill_options(tmp_path, kind, size):
           'filters': FilterConfig(deduplicate=kind in ('duplicates', 'pairs'))}
 
 
-KINDS = ['duplicates', 'pieces', 'pairs', 'labels']
-
-
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [  # pairs are deduplicated too
+    pytest.param('duplicates', marks=pytest.mark.slow), 'pieces', 'pairs', 'labels'])
 def test_a_writer_killed_repeatedly_resumes_to_the_same_bytes(tmp_path, kind):
   options = kill_options(tmp_path, kind, 100_000)
   open_data(DataConfig(**options, cache_dir=str(tmp_path / 'undisturbed')))
@@ -221,7 +219,8 @@ def peak_mb(tmp_path, megabytes, tokenizer):
   return int(done.stdout.split()[-2]) / 1024  # getrusage would include this process's memory at the fork
 
 
-@pytest.mark.parametrize(('tokenizer', 'megabytes'), [('byte', 2), ('bpe', 2)])
+@pytest.mark.parametrize(('tokenizer', 'megabytes'), [
+    pytest.param('byte', 2, marks=pytest.mark.slow), ('bpe', 2)])
 def test_ten_times_the_text_takes_the_same_memory(tmp_path, tokenizer, megabytes):
   small, large = (peak_mb(tmp_path, size, tokenizer) for size in (megabytes, 10 * megabytes))
   print(f'peak MB: {small:.0f} for {megabytes} MB of text, {large:.0f} for {10 * megabytes} MB')

@@ -33,7 +33,8 @@ def einsum(dtype=jnp.float32, kind=BitEinsum, **settings):
 
 
 def run(x, w, dtype=jnp.float32, rngs=None, **settings):
-  return einsum(dtype, **settings).apply({'params': {'w': w}}, EQN, x, rngs=rngs)
+  product = einsum(dtype, **settings)
+  return jax.jit(lambda x, w, rngs: product.apply({'params': {'w': w}}, EQN, x, rngs=rngs))(x, w, rngs)
 
 
 def quantized(x, w, bits='1.58', activation_bits=8, sub_norm=False):
@@ -63,7 +64,7 @@ def test_gradients_are_straight_through(scale):
   """The gradients are those of a product of the quantized operands."""
   x_q, w_q = quantized(X, W)
   dy = RNG.standard_normal((2, 3, 6)).astype(np.float32)
-  dx, dw = jax.grad(lambda x, w: jnp.sum(run(x, w, gradient_scale=scale) * dy), argnums=(0, 1))(X, W)
+  dx, dw = jax.jit(jax.grad(lambda x, w: jnp.sum(run(x, w, gradient_scale=scale) * dy), argnums=(0, 1)))(X, W)
   np.testing.assert_allclose(dx, np.einsum('BTD,NHD->BTNH', dy, w_q), rtol=1e-3, atol=1e-4)
   np.testing.assert_allclose(dw, scale * np.einsum('BTNH,BTD->NHD', x_q, dy), rtol=1e-3, atol=1e-4)
 

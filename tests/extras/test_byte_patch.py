@@ -35,8 +35,8 @@ TOKENS = np.random.default_rng(0).integers(0, 17, (2, 30))  # the last patch of 
 
 
 def batch(tokens=TOKENS):
-  tokens = jnp.asarray(tokens, jnp.int32)
-  return Batch(tokens=tokens, targets=tokens, loss_mask=jnp.ones(tokens.shape))
+  tokens = np.asarray(tokens, np.int32)
+  return Batch(tokens=tokens, targets=tokens, loss_mask=np.ones(tokens.shape, np.float32))
 
 
 @functools.lru_cache
@@ -44,7 +44,7 @@ def init(cfg):
   """The model with random parameters, away from the init's symmetry."""
   model, rng = make_model(cfg), np.random.default_rng(0)
   shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch())['params'])
-  return model, jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.3, s.shape), jnp.float32), shapes)
+  return model, jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
 
 
 @most_shapes
@@ -66,14 +66,14 @@ def test_cached_decoding_equals_the_full_forward_pass(cfg):
   """Prompts end inside a patch, at a border, and before the first; the window's ring buffer wraps around."""
   model, params = init(cfg)
   tokens = np.concatenate([TOKENS, TOKENS[:1]])
-  full = jax.jit(lambda b: model.apply({'params': params}, b))(batch(tokens))
+  full = np.asarray(jax.jit(lambda b: model.apply({'params': params}, b))(batch(tokens)))
   lengths = np.array([3, 16, 1])
   prefill = jax.jit(lambda t, n, c: model.apply({'params': params}, t, n, c, method='prefill'))
   decode = jax.jit(lambda t, c: model.apply({'params': params}, t, c, method='decode'))
-  logits, cache = prefill(jnp.asarray(tokens)[:, :18], lengths, model.init_cache(3, 64))
+  logits, cache = prefill(tokens[:, :18], lengths, model.init_cache(3, 64))
   for i in range(14):
     np.testing.assert_allclose(logits, full[np.arange(3), lengths + i - 1], rtol=2e-4, atol=2e-4)
-    logits, cache = decode(jnp.asarray(tokens)[np.arange(3), lengths + i], cache)
+    logits, cache = decode(tokens[np.arange(3), lengths + i], cache)
 
 
 def test_cache_size_does_not_depend_on_length():
@@ -130,7 +130,8 @@ def test_thinking_matches_its_equations():
   shapes = nn.unbox(jax.eval_shape(think.init, jax.random.key(0), jnp.float32(z))['params'])
   rng = np.random.default_rng(2)
   p = jax.tree.map(lambda s: rng.normal(0, 0.5, s.shape), shapes)
-  result, sown = think.apply({'params': jax.tree.map(jnp.float32, p)}, jnp.float32(z), mutable=['losses', 'metrics'])
+  result, sown = jax.jit(lambda p, z: think.apply({'params': p}, z, mutable=['losses', 'metrics']))(
+      jax.tree.map(np.float32, p), np.float32(z))
 
   def norm(x):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p['norm']['scale']

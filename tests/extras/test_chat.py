@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from program import environment, write_config
@@ -24,9 +25,12 @@ from llm_jax.infer import sampling
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('chat')
   write_config(folder)
-  for seed in (0, 1):
-    main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/runs/seed{seed}', '--config.num_steps=3',
-               f'--config.seed={seed}', '--config.eval.sample_tokens=0', '--config.eval.max_tokens=512'])
+  main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/runs/seed0', '--config.num_steps=3',
+             '--config.eval.sample_tokens=0', '--config.eval.max_tokens=512'])
+  shutil.copytree(folder / 'runs' / 'seed0', folder / 'runs' / 'seed1')
+  for name, settings in (('config', {'seed': 1}), ('status', {'updated': time.time()})):  # a later run of another seed
+    path = folder / 'runs' / 'seed1' / f'{name}.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
   return folder
 
 

@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
 def config(folder, *loggers, **settings):
   return llm_jax.load_config(folder / 'tiny.py', **{
       'num_steps': 4, 'eval.every': 0, 'checkpoint.every': 2, 'log.loggers': loggers, 'model.num_layers': 1,
-      'model.scan_unroll': 1, 'optim.warmup_cosine.warmup_steps': 2} | settings)
+      'model.scan_unroll': 1} | settings)
 
 
 def test_a_logger_from_outside_and_a_run_without_jsonl(folder):

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.scipy.special import logsumexp
 
 from llm_jax.base.batch import Batch
 from llm_jax.base.builder import build
@@ -43,6 +42,10 @@ def pooled(x_BTD, how):
   return np.stack([row[-1] if how == 'last' else row.mean(0) for row in rows])
 
 
+def logsumexp(x, axis=-1, keepdims=False):
+  return np.log(np.sum(np.exp(x), axis=axis, keepdims=keepdims))
+
+
 def log_softmax(x):
   return x - logsumexp(np.asarray(x), axis=-1, keepdims=True)
 
@@ -50,11 +53,12 @@ def log_softmax(x):
 @pytest.mark.parametrize('how', ['last', 'mean'])
 def test_pooling_ignores_padding(how):
   seen = look()
-  got = pool(seen.readout.x_BTD, seen.batch.segment_ids, how)
+  pooling = jax.jit(pool, static_argnums=2)
+  got = pooling(seen.readout.x_BTD, seen.batch.segment_ids, how)
   real = LENGTHS > 0
   np.testing.assert_allclose(got[real], pooled(seen.readout.x_BTD, how)[real], rtol=1e-5)
   other = np.where(seen.batch.segment_ids[..., None] > 0, seen.readout.x_BTD, 1e3)
-  np.testing.assert_array_equal(pool(other, seen.batch.segment_ids, how)[real], got[real])
+  np.testing.assert_array_equal(pooling(other, seen.batch.segment_ids, how)[real], got[real])
 
 
 @pytest.mark.parametrize('settings', [{}, {'focal_gamma': 2.0}, {'label_smoothing': 0.2, 'z_loss': 0.1},
@@ -72,7 +76,7 @@ def test_classification_matches_its_equation(settings):
   objective, loss = jax.jit(lambda head: term.loss(seen._replace(head=head), count))(seen.head)
   assert objective == pytest.approx((expected * real).sum() / count, rel=1e-4)
   assert loss == pytest.approx((nll * real).sum() / count, rel=1e-4)
-  slopes = jax.grad(lambda head: term.loss(seen._replace(head=head), count)[0])(seen.head)
+  slopes = jax.jit(jax.grad(lambda head: term.loss(seen._replace(head=head), count)[0]))(seen.head)
   assert all(np.isfinite(slope).all() and np.abs(slope).max() > 0 for slope in jax.tree.leaves(slopes))
 
 
@@ -81,7 +85,7 @@ def test_a_certain_class_has_a_finite_gradient():
   term = Classification(num_classes=2, focal_gamma=0.5)
   seen = look(np.zeros(B, np.int32), 2)
   head = {'w': jnp.zeros((D, 2)), 'b': jnp.array([200.0, -200.0])}
-  slope = jax.grad(lambda head: term.loss(seen._replace(head=head), 1.0)[0])(head)
+  slope = jax.jit(jax.grad(lambda head: term.loss(seen._replace(head=head), 1.0)[0]))(head)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
 
 
@@ -90,7 +94,7 @@ def test_class_metrics_do_not_depend_on_batches():
   seen = look(labels)
   guesses = np.argmax(pooled(seen.readout.x_BTD, 'last') @ seen.head['w'] + seen.head['b'], axis=1)
   real = LENGTHS > 0
-  sums = jax.device_get(term.score(seen, None))
+  sums = jax.device_get(jax.jit(lambda: term.score(seen, None))())
   confusion = np.array([[np.sum((labels == c) & (guesses == d) & real) for d in range(C)] for c in range(C)])
   np.testing.assert_array_equal(sums['confusion'], confusion)
   results = term.summarize(sums)
@@ -126,8 +130,8 @@ def test_regression_matches_its_equation(delta):
   errors = ((given - labels) / std)[real]
   far = np.abs(errors) > delta
   expected = np.where(far & (delta > 0), delta * (np.abs(errors) - delta / 2), errors**2 / 2)
-  assert term.loss(seen, 3.0)[0] == pytest.approx(expected.sum() / 3, rel=1e-4)
-  results = term.summarize({k: np.asarray(v, np.float64) for k, v in term.score(seen, None).items()})
+  assert jax.jit(lambda: term.loss(seen, 3.0)[0])() == pytest.approx(expected.sum() / 3, rel=1e-4)
+  results = term.summarize({k: np.asarray(v, np.float64) for k, v in jax.jit(lambda: term.score(seen, None))().items()})
   assert results['loss'] == pytest.approx(expected.mean(), rel=1e-4)
   assert results['mae'] == pytest.approx(np.abs(given - labels)[real].mean(), rel=1e-4)
   assert results['rmse'] == pytest.approx(np.sqrt(((given - labels)[real] ** 2).mean()), rel=1e-4)
@@ -145,8 +149,8 @@ def test_contrastive_is_info_nce_over_real_rows():
     units.append((e / np.linalg.norm(e, axis=1, keepdims=True))[real])
   sims = units[0] @ units[1].T / 0.3
   nll = -(np.diag(log_softmax(sims)) + np.diag(log_softmax(sims.T))) / 2
-  assert term.loss(seen, 1.0)[0] == pytest.approx(nll.sum(), rel=1e-4)
-  results = term.summarize({k: float(v) for k, v in term.score(seen, None).items()})
+  assert jax.jit(lambda: term.loss(seen, 1.0)[0])() == pytest.approx(nll.sum(), rel=1e-4)
+  results = term.summarize({k: float(v) for k, v in jax.jit(lambda: term.score(seen, None))().items()})
   places = np.argsort(np.argsort(-sims, axis=1), axis=1).diagonal()
   assert results['loss'] == pytest.approx(nll.mean(), rel=1e-4)
   assert results['accuracy'] == pytest.approx(np.mean(places == 0))
@@ -181,7 +185,8 @@ def test_distillation_matches_its_equation_in_any_chunks(monkeypatch, chunk_toke
 def test_a_student_equal_to_its_teacher_has_no_loss():
   readout = look().readout
   term = Distillation(teacher='x')
-  slope = jax.grad(lambda x: term.loss(look(teacher=readout)._replace(readout=readout.replace(x_BTD=x)), 1.0)[0])
+  slope = jax.jit(jax.grad(
+      lambda x: term.loss(look(teacher=readout)._replace(readout=readout.replace(x_BTD=x)), 1.0)[0]))
   np.testing.assert_allclose(slope(jnp.asarray(readout.x_BTD)), 0, atol=1e-5)
 
 
@@ -199,6 +204,7 @@ def test_grad_norm_reaches_its_target_norms():
   losses, norms, first = jnp.array([2.0, 0.5, 1.0]), jnp.array([10.0, 0.2, 1.0]), jnp.array([4.0, 0.5, 4.0])
   balance = BALANCES['grad_norm'](1.5)
 
+  @jax.jit
   def objective(s, losses):
     return balance(losses, s, 1.0, lambda: norms, first)
 

@@ -1,6 +1,8 @@
 """Runs that learn labels of whole documents: trained, stopped, evaluated and used for predictions."""
 
+import contextlib
 import functools
+import io
 import json
 import random
 import signal
@@ -73,7 +75,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def run(folder):
   """run(kind): trains it once; returns the printed output."""
-  return functools.cache(lambda name: finish(start(folder, 'main', f'--config={name}.py', f'--workdir={name}')))
+  def trained(name):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+      main.main([f'--config={folder}/{name}.py', f'--workdir={folder}/{name}'])
+    return printed.getvalue()
+
+  return functools.cache(trained)
 
 
 def report_of(capsys):
@@ -141,15 +148,15 @@ def test_pairs_are_embedded(folder, run, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_classifier_resumes_bitwise(folder, run):
+def test_a_stopped_classifier_resumes_bitwise(folder):
   """Labels of batches, the head and its optimizer state equal those of an uninterrupted run."""
-  run('classification')
+  finish(start(folder, 'main', '--config=classification.py', '--workdir=uninterrupted'))
   flags = ('--config=classification.py', '--workdir=stopped')
   process = start(folder, 'main', *flags)
   signal_at(process, folder / 'stopped', 10, signal.SIGTERM)
   finish(process, 75)
   finish(start(folder, 'main', *flags))
-  whole, stopped = (read_metrics(folder / name / 'metrics.jsonl')[-1] for name in ('classification', 'stopped'))
+  whole, stopped = (read_metrics(folder / name / 'metrics.jsonl')[-1] for name in ('uninterrupted', 'stopped'))
   timed = ('goodput/', 'system/', 'train/tokens_per_', 'train/seconds_per_', 'train/data_wait')
   learnt, again = ({k: v for k, v in line.items() if not k.startswith(timed)} for line in (whole, stopped))
   assert learnt == again
@@ -172,11 +179,11 @@ def test_generate_rejects_a_classifier(folder, run):
     (('--config.loss.classification.num_classes=2',), ['loss.classification.num_classes: 2', '3 classes of the data']),
     ((*TAUGHT, '--config.loss.distillation.teacher=nowhere'),
      ['loss.distillation.teacher', 'nowhere', 'does not exist']),
-    ((*TAUGHT, '--config.loss.distillation.teacher=regression', '--config.model.vocab_size=300'),
+    ((*TAUGHT, '--config.loss.distillation.teacher=classification', '--config.model.vocab_size=300'),
      ['loss.distillation.teacher', 'another tokenizer or vocabulary', '257']),
 ])
 def test_conflicting_settings_are_reported(folder, run, tmp_path, monkeypatch, flags, words):
-  run('regression')
+  run('classification')
   monkeypatch.chdir(folder)
   with pytest.raises(ConfigError) as e:
     main.main(['--config=classification.py', f'--workdir={tmp_path}/run', *flags])

@@ -1,5 +1,7 @@
 """Answers to prompts: pairs read from rows, validators, and a run that learns answers and is evaluated."""
 
+import contextlib
+import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -10,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pair_runs import write_pair_config, write_pairs
-from program import environment, finish, start
 
 from llm_jax import main
 from llm_jax.base.batch import Batch
 from llm_jax.base.errors import ConfigError
-from llm_jax.commands import evaluate
+from llm_jax.commands import evaluate, generate
 from llm_jax.config import EvalConfig
 from llm_jax.data.rows.examples import make_examples
 from llm_jax.data.rows.tasks import PromptAnswer
@@ -29,7 +30,7 @@ from llm_jax.training.log import read_metrics
 
 SETTINGS = {
     'num_steps': 400, 'batch_tokens': 64, 'tokens_per_device': 64, 'data.task': 'seq2seq', 'data.seq_len': 8,
-    'data.encoder_len': 8, 'data.test_fraction': 0.2, 'optim.learning_rate': 3e-2, 'eval.every': 10, 'eval.patience': 2,
+    'data.encoder_len': 8, 'data.test_fraction': 0.2, 'optim.learning_rate': 3e-2, 'eval.every': 5, 'eval.patience': 2,
     'eval.answers': 8, 'eval.validator': 'python', 'eval.answer_metrics': ('word_f1',), 'eval.prompts': ('a b',),
     'eval.capabilities': ('val/word_f1 > 0.01', 'val/valid >= 0'),
     'checkpoint.every': 1000, 'checkpoint.keep_best': 0}
@@ -40,11 +41,12 @@ def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp('answers')
   pairs = write_pairs(folder / 'pairs.jsonl', [(f'{a} {b}', f'{b} {a}') for a in 'abcdefgh' for b in 'abcdefgh'])
   write_pair_config(folder / 'backwards.py', pairs, 'encdec', SETTINGS)
-  output = finish(start(folder, 'main', '--config=backwards.py', '--workdir=run'))
-  return folder, output
+  with contextlib.redirect_stdout(io.StringIO()) as printed:
+    main.main([f'--config={folder}/backwards.py', f'--workdir={folder}/run'])
+  return folder, printed.getvalue()
 
 
-def test_patience_ends_the_run_and_is_reported(run, monkeypatch, capsys):
+def test_patience_ends_the_run_and_is_reported(run, capsys):
   folder, output = run
   lines = [line for line in read_metrics(folder / 'run' / 'metrics.jsonl') if 'val/loss' in line]
   losses, last = [line['val/loss'] for line in lines], lines[-1]['step']
@@ -54,7 +56,6 @@ def test_patience_ends_the_run_and_is_reported(run, monkeypatch, capsys):
   steps = {int(path.name) for path in (folder / 'run' / 'checkpoints').iterdir() if path.name.isdigit()}
   assert steps == {last}, 'no checkpoint is needed to know the best'
   assert {'val/exact_match', 'val/answer_accuracy', 'val/valid', 'val/word_f1'} <= lines[-1].keys()
-  monkeypatch.setenv('LLM_JAX_CACHE', environment(folder)['LLM_JAX_CACHE'])
   main.main([f'--config={folder}/backwards.py', f'--workdir={folder}/run'])
   assert '(config.eval.patience); to continue, change that setting' in capsys.readouterr().out
 
@@ -76,9 +77,10 @@ def test_evaluate_writes_answers_of_the_test_split(run, capsys, tmp_path):
   assert report['exact_match'] <= report['word_f1'] <= 1
 
 
-def test_generate_answers_with_beam_search(run):
+def test_generate_answers_with_beam_search(run, capsys):
   folder, _ = run
-  output = finish(start(folder, 'generate', '--workdir=run', '--prompt=a b', '--num_beams=3'))
+  generate.main([f'--workdir={folder}/run', '--prompt=a b', '--num_beams=3'])
+  output = capsys.readouterr().out
   assert output.split() and set(output.split()) <= set('abcdefgh'), 'an answer, without its prompt'
 
 

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 def train(folder, einsum):
   main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/{einsum}', f'--config.model.einsum={einsum}',
              '--config.num_steps=15', '--config.eval.every=15', '--config.eval.sample_tokens=0',
-             '--config.optim.warmup_cosine.warmup_steps=2', '--config.model.num_layers=1'])
+             '--config.model.num_layers=1'])
   export.main([f'--workdir={folder}/{einsum}', f'--out={folder}/{einsum}_packed'])
 
 
@@ -71,7 +71,7 @@ def test_training_can_start_from_an_export(folder, capsys, einsum, off):
   main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/on_{einsum}', f'--config.model.einsum={einsum}',
              f'--config.start.run={folder}/bitnet_packed', '--config.num_steps=1', '--config.model.num_layers=1',
              f'--config.data.tokenizer={folder}/bitnet/tokenizer.json', '--config.eval.sample_tokens=0',
-             '--config.optim.warmup_cosine.warmup_steps=0', '--config.optim.learning_rate=1e-9'])
+             '--config.optim.learning_rate=1e-9'])
   assert 'begin fresh' not in capsys.readouterr().out
   assert loss(folder / f'on_{einsum}', capsys) == pytest.approx(loss(folder / 'bitnet', capsys), abs=off)
 

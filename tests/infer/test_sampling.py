@@ -22,9 +22,14 @@ NUM_DRAWS = 20000
 LOGITS = np.random.default_rng(0).normal(size=12).astype(np.float32) * 1.5
 
 
+@functools.partial(jax.jit, static_argnames=('temperature', 'top_k', 'top_p'))
+def compiled_sample(logits_BV, seed, **options):
+  return sample(logits_BV, jax.random.key(seed), **options)
+
+
 def draws(logits, seed=0, **options):
   rows = np.broadcast_to(logits, (NUM_DRAWS, len(LOGITS)))
-  return np.asarray(sample(jnp.asarray(rows), jax.random.key(seed), **options))
+  return np.asarray(compiled_sample(rows, seed, **options))
 
 
 def softmax(x):
@@ -71,7 +76,7 @@ def test_top_k_keeps_k_of_equal_logits(top_k):
 def test_temperature_0_is_argmax():
   logits = np.random.default_rng(1).normal(size=(64, 50)).astype(np.float32)
   for seed in range(3):
-    tokens = sample(jnp.asarray(logits), jax.random.key(seed), temperature=None, top_k=3, top_p=0.5)
+    tokens = compiled_sample(logits, seed, temperature=None, top_k=3, top_p=0.5)
     assert tokens.dtype == jnp.int32
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
@@ -171,11 +176,13 @@ def test_decoding_in_bfloat16_matches_the_full_forward_pass():
   variables, tokens = model.decode_variables(params), np.array([[3, 1, 4, 1, 5, 9]])
   casts = {x.dtype for x in jax.tree.leaves(variables['copies'])}
   assert casts == {jnp.dtype('bfloat16')}
-  full = model.apply({'params': params}, full_batch(tokens.tolist()))[0, :6]
-  logits, cache = model.apply(variables, tokens[:, :3], np.array([3]), model.init_cache(1, 8), method='prefill')
+  full = jax.jit(lambda batch: model.apply({'params': params}, batch))(full_batch(tokens.tolist()))[0, :6]
+  decode = jax.jit(functools.partial(model.apply, variables, method='decode'))
+  logits, cache = jax.jit(functools.partial(model.apply, variables, method='prefill'))(
+      tokens[:, :3], np.array([3]), model.init_cache(1, 8))
   found = [logits]
   for token in tokens[0, 3:]:
-    logits, cache = model.apply(variables, np.array([token]), cache, method='decode')
+    logits, cache = decode(np.array([token]), cache)
     found.append(logits)
   np.testing.assert_allclose(np.concatenate(found), full[2:], atol=0.02 * np.abs(full).max())
 
@@ -186,7 +193,7 @@ def test_bfloat16_generates_and_searches(num_rows, kv_heads):
   model, params = model_and_params('gpt2')
   cfg = dataclasses.replace(model.cfg, dtype='bfloat16', num_heads=4, num_kv_heads=kv_heads)
   model, batch = Decoder(cfg), full_batch([[1]])
-  params = init_state(jax.random.key(0), batch, model=model, tx=optax.identity()).params
+  params = jax.jit(lambda key: init_state(key, batch, model=model, tx=optax.identity()).params)(jax.random.key(0))
   prompts = PROMPTS[:num_rows]
   greedy = np.stack(list(generate(model, params, prompts, max_len=MAX_LEN, num_tokens=4, temperature=0.0)), axis=1)
   found = beam_search(model, params, prompts, max_len=MAX_LEN, num_tokens=4, eos_id=cfg.vocab_size - 1, num_beams=1)
@@ -206,9 +213,10 @@ def test_a_module_without_a_cache_gets_rows_of_the_whole_length(monkeypatch):
   monkeypatch.setattr(sampling, 'FIRST_TOKENS', 1)
   model = as_language_model(Positions(), ModelConfig(max_len=MAX_LEN, vocab_size=12))
   params = model.init(jax.random.key(0), full_batch([[1]]))['params']
+  forward = jax.jit(lambda batch: model.apply({'params': params}, batch))
   rows = [list(prompt) for prompt in PROMPTS]
   for column in generate(model, params, PROMPTS, max_len=MAX_LEN, num_tokens=6, temperature=0.0):
-    logits = model.apply({'params': params}, full_batch(rows))
+    logits = forward(full_batch(rows))
     assert column.tolist() == [int(logits[b, len(row) - 1].argmax()) for b, row in enumerate(rows)]
     rows = [[*row, int(token)] for row, token in zip(rows, column, strict=True)]
 

@@ -1,6 +1,7 @@
 """Initial scales by part: each field moves its own parameters, in proportion, and nothing else."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,7 @@ both = pytest.mark.parametrize('cfg', [DECODER, pytest.param(ENCDEC, marks=pytes
                                ids=lambda cfg: cfg.name)
 
 
+@functools.cache
 def params(cfg):
   leaves = nn.unbox(jax.jit(make_model(cfg).init)(jax.random.key(0), BATCHES[cfg.name]))['params']
   return {path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(leaves)}

@@ -41,15 +41,20 @@ def test_finite_squares_give_a_finite_state(name):
   info = {'w': ParamInfo(('embed', 'mlp'), (4, 4), ('in', 'out'))}
   link = optax.with_extra_args_support(TRANSFORMS[name]().make(optax.constant_schedule(1e-3), info))
   params = {'w': jnp.ones((4, 4))}
-  state = link.init(params)
-  begin = params, state
+  state = jax.jit(link.init)(params)
+  begin = jax.device_get((params, state))
+
+  @jax.jit
+  def step(grads, state, params):
+    updates, state = link.update(grads, state, params, value=1.0, grad=grads)
+    return optax.apply_updates(params, updates), state
+
   for size in (1e18, 1e-30, 4e18, 0.0, -4e18):  # 16 of 4e18, squared, are 2.6e38 of the 3.4e38 there are
     grads = {'w': jnp.full((4, 4), size, jnp.float32)}
     assert jnp.isfinite(optax.tree.norm(grads, squared=True))
-    updates, state = link.update(grads, state, params, value=1.0, grad=grads)
-    params = optax.apply_updates(params, updates)
-    jax.tree.map(lambda leaf, first: np.testing.assert_array_equal(jnp.isfinite(leaf) | (leaf == first), True),
-                 (params, state), begin)  # the best loss so far begins as infinity
+    params, state = step(grads, state, params)
+    jax.tree.map(lambda leaf, first: np.testing.assert_array_equal(np.isfinite(leaf) | (leaf == first), True),
+                 jax.device_get((params, state)), begin)  # the best loss so far begins as infinity
 
 
 def test_constant_warms_up_and_stays_constant():
@@ -65,7 +70,7 @@ def test_the_default_chain_matches_clipping_and_adamw():
       'clip_by_global_norm': {'max_norm': 2.0}, 'warmup_cosine': {'warmup_steps': 3, 'end_factor': 0.1}})
   tx = make_optimizer(config, 20)
   params = jax.tree.map(jnp.float32, tree(0))
-  state, update = tx.init(params), jax.jit(tx.update)
+  state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
   expected, m, v = tree(0), tree(0, 0.0), tree(0, 0.0)
   decay = {'blocks': {'q': {'w': 0.3, 'b': 0.0}, 'norm': {'scale': 0.0}}, 'embed': {'w': 0.3}}
   norms = []
@@ -94,9 +99,9 @@ def test_a_bfloat16_first_moment_is_within_rounding():
   def run(mu_dtype):
     tx = make_optimizer(build(OptimConfig, {'adamw': {'mu_dtype': mu_dtype}}), 20)
     params = jax.tree.map(jnp.float32, tree(0))
-    state = tx.init(params)
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
     for t in range(5):
-      updates, state = jax.jit(tx.update)(jax.tree.map(jnp.float32, tree(t + 1)), state, params)
+      updates, state = update(jax.tree.map(jnp.float32, tree(t + 1)), state, params)
     return updates, optax.tree.get(state, 'mu'), optax.tree.get(state, 'nu')
 
   exact, rounded = run('float32'), run('bfloat16')

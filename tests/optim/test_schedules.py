@@ -17,7 +17,7 @@ PEAK, STEPS = 0.5, 100
 def values(name, num_steps=STEPS, first_count=0, **sections):
   config = build(OptimConfig, {'learning_rate': PEAK, 'schedule': name, 'first_count': first_count, **sections})
   schedule = config.make_schedule(num_steps)
-  return np.asarray(jax.vmap(schedule)(np.arange(num_steps + 1)))
+  return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(num_steps + 1)))
 
 
 def climb(step, warmup):

@@ -68,7 +68,7 @@ def config(folder, **settings):
       'num_steps': 6, 'eval.every': 0, 'eval.prompts': ('',), 'log.every': 1, 'log.histograms_every': 2,
       'log.loggers': ('in_memory', 'jsonl'),
       'data.path': str(folder / 'text.txt'), 'data.tokenizer': 'char', 'model.dropout': 0.0, 'model.dtype': 'float32',
-      'optim.warmup_cosine.warmup_steps': 2, 'optim.groups.tables.pattern': 'embed', 'optim.groups.tables.frozen': True,
+      'optim.groups.tables.pattern': 'embed', 'optim.groups.tables.frozen': True,
       'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2, 'batch_tokens': 256, 'tokens_per_device': 32} | settings)
 
 

@@ -221,8 +221,7 @@ def folder(tmp_path_factory):
 def tiny(folder, **settings):
   return llm_jax.load_config(folder / 'tiny.py', **{
       'num_steps': 8, 'eval.every': 4, 'eval.sample_tokens': 0, 'checkpoint.every': 100, 'log.every': 1,
-      'checkpoint.keep_best': 0, 'model.num_layers': 1, 'model.scan_unroll': 1, 'batch_tokens': 256,
-      'optim.warmup_cosine.warmup_steps': 2} | settings)
+      'checkpoint.keep_best': 0, 'model.num_layers': 1, 'model.scan_unroll': 1, 'batch_tokens': 256} | settings)
 
 
 def test_stopping_saves_the_run_and_raises_interrupted(folder):

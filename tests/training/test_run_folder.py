@@ -20,7 +20,7 @@ from llm_jax.training.launches import read_launches
 from llm_jax.training.run import amount_of
 from llm_jax.training.status import read_status
 
-FLAGS = ['--config.eval.sample_tokens=0', '--config.model.num_layers=1', '--config.optim.warmup_cosine.warmup_steps=0']
+FLAGS = ['--config.eval.sample_tokens=0', '--config.model.num_layers=1']
 
 
 def train(folder, name, *flags):

@@ -70,7 +70,6 @@ def get_config():
   config.eval.every = 100
   config.eval.sample_tokens = 0
   config.checkpoint.every = 100
-  config.optim.warmup_cosine.warmup_steps = 1
   config.stages = {'more': {'begin': 3, 'set': ('batch_tokens=1024',)},
                    'longer': {'begin': 6, 'set': ('data.seq_len=128', 'tokens_per_device=128')}}
   return config
@@ -152,7 +151,7 @@ def test_an_unknown_metric_is_reported_before_training(folder, tmp_path, flag):
 @pytest.mark.slow
 def test_an_epoch_reads_each_row_once_and_logs_means(folder):
   lines = train(folder, 'epochs', '--config.num_epochs=2', '--config.batch_tokens=2048', '--config.eval.every=1000',
-                '--config.optim.warmup_cosine.warmup_steps=0', '--config.eval.sample_tokens=0', config='tiny')
+                '--config.eval.sample_tokens=0', config='tiny')
   ends = [line['step'] for line in lines if 'epoch/number' in line]
   assert [line['epoch/number'] for line in lines if 'epoch/number' in line] == [1, 2]
   assert lines[-1]['step'] == ends[-1] or lines[-1]['step'] == ends[-1] + 1

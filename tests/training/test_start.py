@@ -13,7 +13,7 @@ from llm_jax.commands import evaluate
 from llm_jax.training.log import read_metrics
 
 FLAGS = ('--config.eval.every=4', '--config.checkpoint.every=4', '--config.checkpoint.keep_last=9',
-         '--config.eval.sample_tokens=0', '--config.optim.schedule=wsd', '--config.optim.warmup_cosine.warmup_steps=0',
+         '--config.eval.sample_tokens=0', '--config.optim.schedule=wsd',
          '--config.optim.chain=clip_by_global_norm,adamw,ema', '--config.optim.ema.decay=0.5')
 
 

@@ -176,7 +176,7 @@ class Odd(nn.Module):
 def test_non_finite_gradients_never_reach_the_state(bad):
   tx = make_optimizer(build(OptimConfig, {'chain': ('adamw',)}), 20)
   ones = jnp.ones((2, 3), jnp.int32)
-  state = init_state(jax.random.key(0), Batch(ones, ones, ones * 1.0), model=Odd(), tx=tx)
+  state = jax.jit(partial(init_state, model=Odd(), tx=tx))(jax.random.key(0), Batch(ones, ones, ones * 1.0))
   step = jax.jit(partial(train_step, model=Odd(), tx=tx, seed=0))
   good, metrics = step(state, Batch(ones, ones, ones * 1.0))
   assert metrics['skipped'] == 0 and good.params['w'] != state.params['w']
@@ -192,7 +192,7 @@ def test_sown_losses_are_added_and_metrics_logged(num_microbatches):
   tx = make_optimizer(build(OptimConfig, {'chain': ('sgd',)}), 20)
   zeros = jnp.zeros((2, 3), jnp.int32)
   batch = Batch(zeros, zeros, jnp.ones((2, 3)))
-  state = init_state(jax.random.key(0), batch, model=Odd(), tx=tx)
+  state = jax.jit(partial(init_state, model=Odd(), tx=tx))(jax.random.key(0), batch)
   _, metrics = jax.jit(partial(train_step, model=Odd(), tx=tx, seed=0,
                                num_microbatches=num_microbatches))(state, batch)
   assert metrics['extra_loss'] == pytest.approx(3.0) and metrics['grad_norm'] == pytest.approx(3.0)
@@ -212,7 +212,7 @@ def test_evaluation_does_not_depend_on_batch_sizes():
   whole = NEXT_TOKEN.summarize(add_up(fn, params, [Batch(**data)]))
   ragged = NEXT_TOKEN.summarize(add_up(fn, params, [padded(slice(i, i + 5), 5) for i in range(0, 12, 5)]))
   assert ragged == pytest.approx(whole, rel=1e-6)
-  logits = np.asarray(model.apply({'params': params}, Batch(**data)), np.float64)
+  logits = np.asarray(jax.jit(model.apply)({'params': params}, Batch(**data)), np.float64)
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   nll = -(np.take_along_axis(log_p, data['targets'][..., None], -1)[..., 0] * data['loss_mask']).sum()
   tokens, num_bytes = data['loss_mask'].sum(), (data['targets'] * data['loss_mask']).sum()
