@@ -25,7 +25,7 @@ def parser_of(command):
 def runs(tmp_path, monkeypatch):
   """A folder with runs, as far as the parsers look into them."""
   monkeypatch.chdir(tmp_path)
-  for name in ('gpt_small', 'other', 'package'):
+  for name in ('chat_small', 'gpt_small', 'other', 'package'):
     (tmp_path / 'runs' / name).mkdir(parents=True)
     for file in ('config.json', 'metrics.jsonl'):
       (tmp_path / 'runs' / name / file).touch()
@@ -90,8 +90,8 @@ def test_the_examples_of_a_command_parse(command, runs):
         "--num_tokens: expects a whole number, got 'many'"]),
     ('generate', '--workdir=other', ['--workdir: other does not exist; did you mean runs/other?']),
     ('generate', '--workdir=runs', ['--workdir: runs does not contain a run (no config.json); runs here: '
-                                    'runs/gpt_small, runs/other, runs/package']),
-    ('generate', '', ['--workdir is missing; runs here: runs/gpt_small, runs/other, runs/package']),
+                                    'runs/chat_small, runs/gpt_small, runs/other, runs/package']),
+    ('generate', '', ['--workdir is missing; runs here: runs/chat_small, runs/gpt_small, runs/other, runs/package']),
     ('generate', '--workdir=runs/other --max_new_tokens=9', [
         '--max_new_tokens=9: no such flag; did you mean --num_tokens=9?']),
     ('data inspect', '--path runs/gpt_small runs/other runs/package', [

@@ -124,7 +124,7 @@ def test_preferences_hold_both_conversations_in_a_row(tmp_path, capsys):
 ])
 def test_data_and_task_must_fit(tmp_path, records, settings, message):
   with pytest.raises(ConfigError, match=message):
-    make(tmp_path, records * 3, **settings)
+    make(tmp_path, records * 3, **({'val_documents': 0, 'val_fraction': 0.0} | settings))
 
 
 def test_plain_text_among_conversations_is_refused(tmp_path):
@@ -138,10 +138,10 @@ def test_conversations_passed_from_python_are_kept(tmp_path):
                         ([Document('d', '', messages=turns, rejected=other)] * 2, 'preference')):
     fields = write_documents(given, tmp_path / learnt)
     config = build(DataConfig, {**fields, 'cache_dir': str(tmp_path / 'cache'), 'tokenizer': 'byte', 'task': learnt,
-                                'packing': 'pad', 'seq_len': 128, 'split': 'count', 'val_documents': 1})
+                                'packing': 'pad', 'seq_len': 128, 'split': 'count', 'val_fraction': 0.0})
     store = open_data(config).train['data']
     assert decode(open_data(config).tokenizer, store.tokens[:][store.learnt[:] > 0]) == (
-        'one' if learnt == 'chat' else 'onetwo')
+        'oneone' if learnt == 'chat' else 'onetwoonetwo')
 
 
 def test_a_border_between_splits_cuts_no_conversation(tmp_path):
@@ -151,6 +151,7 @@ def test_a_border_between_splits_cuts_no_conversation(tmp_path):
 
 
 def test_tokenizers_are_fitted_to_what_the_template_writes(tmp_path):
-  config, _, _ = make(tmp_path, [dialog('aye')] * 3, tokenizer='char', chat={'template': 'chatml'})
+  config, _, _ = make(tmp_path, [dialog('aye')] * 3, tokenizer='char', chat={'template': 'chatml'}, val_documents=0,
+                      val_fraction=0.0)
   plain = build(DataConfig, to_dict(config) | {'chat': {'template': 'plain'}})  # writes # and U, which contents lack
   assert open_data(plain).tokenizer.prompt([('user', 'aye')])

@@ -70,8 +70,8 @@ def test_parse_gives_the_tokens_that_the_library_gives(changed):
   library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
   for text in ('x</s>', 'x <s> a</s></s> x', 'x', '', '<unk>'):
     wanted = library.encode(text, add_special_tokens=False).ids
-    assert tokenizer.with_special_tokens().encode([text])[0].tolist() == wanted
-  assert tokenizer.with_special_tokens().to_json() == tokenizer.to_json()
+    assert tokenizer.parsing_special_tokens().encode([text])[0].tolist() == wanted
+  assert tokenizer.parsing_special_tokens().to_json() == tokenizer.to_json()
 
 
 @pytest.mark.parametrize('setting, num', [('text', 0), ('parse', 2)])

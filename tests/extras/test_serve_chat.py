@@ -28,6 +28,7 @@ def get_config():
   config.data.task = 'prompt_answer'
   config.data.packing = 'pad'
   config.data.seq_len = 16
+  config.data.val_fraction = 0.0  # the documents are copies of three
   config.optim.learning_rate = 1e-2
   config.optim.warmup_cosine.warmup_steps = 5
   config.eval.sample_tokens = 0
