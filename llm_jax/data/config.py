@@ -98,6 +98,9 @@ class DataConfig(SourceConfig, SplitConfig):
     stages = [] if problems else zip(*(source.weight for source in self.sources.values()), strict=True)
     if not all(map(sum, stages)):
       problems.append('sources: the weights of one stage are all 0')
+    if self.special_tokens == 'parse' and self.task in TASKS and self.task_settings.chats:
+      problems.append(f'special_tokens must be text for task {self.task}: contents that spell special tokens would end '
+                      'turns; the template writes those tokens itself')
     if self.streaming:
       problems += LOADERS['stream'].problems(self)
     if problems:

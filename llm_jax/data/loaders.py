@@ -10,9 +10,9 @@ SOURCES = Registry('source')
 
 # Classes with problems(config) -> messages, open(config) -> Data and batches(config, data, num_rows, rows, seed, begin,
 # states, process, num_processes) -> Batches; see open_data and pipeline.open_batches. 'shards' has
-# prepare(config, 'INDEX/COUNT') and merge(store folder). 'dask': a function (config, address, number of shards or None,
-# plug-ins) that prepares all shards. 'remote': a function (URL, config) -> Prepared, or None if no
-# store is there.
+# prepare(config, 'INDEX/COUNT') and merge(store folder, notes of the report). 'dask': a function (config, address,
+# number of shards or None, plug-ins) that prepares all shards. 'remote': a function (URL, config) -> Prepared, or None
+# if no store is there.
 LOADERS = Registry('loader')
 # 'archive': a function (path, cache folder) -> folder with its files. 'stream': a function (path of a compressed file,
 # name of its compression, its bytes as a stream) -> stream of the decompressed bytes.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from llm_jax.data.sources.filters import FilterConfig
 from llm_jax.data.sources.finding import LeftOut
 from llm_jax.data.sources.kinds import refuse_pointers
 from llm_jax.data.sources.splits import SPLITS, SplitConfig, borders
-from llm_jax.data.stores.prepared import find_prepared, prepared_tokenizers
+from llm_jax.data.stores.prepared import Prepared, check_columns, find_prepared, prepared_tokenizers
 from llm_jax.data.stores.store import TokenStore, mapped_store
 from llm_jax.data.stores.token_files import TokenFile, open_bin
 from llm_jax.data.tokenizers.tokenizer import (
@@ -77,29 +76,10 @@ class Data:
 
 def open_data(config: DataConfig) -> Data:
   """Opens the stores; makes those that are not in the cache. Raises DataError, ConfigError, StorageError."""
-  config.check_paths()
-  sources = config.named_sources
-  prepared = {name: ready for name, source in sources.items() if (ready := find_prepared(config, source))}
   if config.streaming:
-    if prepared:
-      raise ConfigError(f'config.data.streaming: {shown(sources[next(iter(prepared))].path)} is a prepared store, '
-                        'which is read from its files; set streaming to False')
-    return LOADERS['stream'].open(config)
-  bins = {name: found for name, source in sources.items() if name not in prepared and (found := _bins(config, source))}
-  corpora = {name: open_corpus(config, name, source) for name, source in sources.items()
-             if name not in bins and name not in prepared}
-  check_conversations(config, corpora)
-  if prepared:
-    template = template_of(config)
-    tokenizer, encoder_tokenizer = prepared_tokenizers(prepared, template and json.loads(json.dumps(template.identity)))
-    if template is not None:
-      tokenizer = chat_tokenizer(config, tokenizer, template)
-    key = key_of([t.to_json() if t else None for t in (tokenizer, encoder_tokenizer)])
-    print(f'data: {", ".join(prepared)}: prepared, with its splits, filters and tokenizer', flush=True)
-  else:
-    config, tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
-  recipes = {name: recipe_of(config, sources[name], corpus, tokenizer, encoder_tokenizer, key)
-             for name, corpus in corpora.items()}
+    return _open_stream(config)
+  sources = config.named_sources
+  prepared, bins, recipes, (tokenizer, encoder_tokenizer) = _find(config)
   opened = {name: found.splits(config.verify) for name, found in prepared.items()}
   opened |= {name: _map_bins(config, sources[name], found) for name, found in bins.items()}
   opened |= {name: open_recipe(config, recipe) for name, recipe in recipes.items()}
@@ -120,6 +100,42 @@ def open_data(config: DataConfig) -> Data:
       if tokenizer is not None:
         check_white_space(source, name, split, splits[split][name], tokenizer, encoder_tokenizer)
   return dataclasses.replace(data_of(config, splits, tokenizer, encoder_tokenizer), reports=reports)
+
+
+def _open_stream(config: DataConfig) -> Data:
+  config.check_paths()
+  for source in config.named_sources.values():
+    if find_prepared(config, source):
+      raise ConfigError(f'config.data.streaming: {shown(source.path)} is a prepared store, which is read from its '
+                        'files; set streaming to False')
+  return LOADERS['stream'].open(config)
+
+
+def _find(config: DataConfig) -> tuple[dict[str, Prepared], dict[str, dict[str, TokenFile]], dict[str, StoreRecipe],
+                                       tuple[Tokenizer | None, Tokenizer | None]]:
+  """(prepared stores, .bin files, recipes of the other stores, each by source; tokenizer, the prompts' own or None).
+
+  Fits a tokenizer that is not in the cache. Raises DataError, ConfigError, StorageError.
+  """
+  config.check_paths()
+  sources = config.named_sources
+  prepared = {name: ready for name, source in sources.items() if (ready := find_prepared(config, source))}
+  bins = {name: found for name, source in sources.items() if name not in prepared and (found := _bins(config, source))}
+  corpora = {name: open_corpus(config, name, source) for name, source in sources.items()
+             if name not in bins and name not in prepared}
+  check_conversations(config, corpora)
+  tokenizers: tuple[Tokenizer | None, Tokenizer | None]
+  if prepared:
+    check_columns(config, prepared)
+    first, second = prepared_tokenizers(prepared)
+    tokenizers = first and with_special_tokens(config, first), second and with_special_tokens(config, second)
+    key = key_of([config.special_tokens, *(t.to_json() if t else None for t in tokenizers)])
+    print(f'data: {", ".join(prepared)}: prepared, with its splits, filters and tokenizer', flush=True)
+  else:
+    config, *both, key = _tokenizers(config, corpora, bins)
+    tokenizers = both[0], both[1]
+  recipes = {name: recipe_of(config, sources[name], corpus, *tokenizers, key) for name, corpus in corpora.items()}
+  return prepared, bins, recipes, tokenizers
 
 
 def open_examples(config: DataConfig, data: Data, tokens: TokenStore, *, train: bool) -> Examples:
@@ -237,13 +253,8 @@ def _holds_only_ids(config: DataConfig, corpora: dict[str, Corpus], bins: dict[s
 
 
 def store_recipes(config: DataConfig) -> dict[str, StoreRecipe]:
-  """The recipe of each source's store; fits a tokenizer that is not in the cache. Sources of .bin files have none."""
-  config.check_paths()
-  sources = config.named_sources
-  bins = {name: found for name, source in sources.items() if (found := _bins(config, source))}
-  corpora = {name: open_corpus(config, name, source) for name, source in sources.items() if name not in bins}
-  config, tokenizer, encoder_tokenizer, key = _tokenizers(config, corpora, bins)
-  return {name: recipe_of(config, sources[name], corpora[name], tokenizer, encoder_tokenizer, key) for name in corpora}
+  """The recipe of each source's store; sources of prepared stores and .bin files have none. Raises as open_data."""
+  return _find(config)[2]
 
 
 def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | None:
@@ -284,7 +295,6 @@ def _map_bins(config: DataConfig, source: SourceConfig, files: dict[str, TokenFi
 def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
              encoder_tokenizer: Tokenizer | None = None) -> Data:
   """All of a path as validation data, encoded with existing tokenizers; .bin files are mapped."""
-  tokenizer = tokenizer and with_special_tokens(config, tokenizer)
   source = dataclasses.replace(next(iter(config.named_sources.values())), path=path, format='auto', sha256=None,
                                val_path=None, test_path=None)
   if find_prepared(config, source):

@@ -10,6 +10,7 @@ from llm_jax.data.config import DataConfig, cache_dir
 from llm_jax.data.loaders import LOADERS
 from llm_jax.data.sources.corpus import Corpus, key_of, make_store
 from llm_jax.data.sources.documents import SourceConfig, shown
+from llm_jax.data.sources.filters import Report
 from llm_jax.data.stores import store
 from llm_jax.data.stores.cache import lease, prune
 from llm_jax.data.stores.store import TokenStore
@@ -48,8 +49,6 @@ def recipe_of(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenize
   kind = config.tokenizer if tokenizer else 'ids'
   folder = cache_dir(config) / 'stores' / f'{_slug(shown(source.path))}-{_slug(kind)}-{key}'
   about: dict[str, Any] = {'path': shown(source.path), 'tokenizer': kind}
-  if corpus.template is not None:
-    about['template'] = corpus.template.identity
   if encoder_tokenizer is not None:
     about |= {'encoder_tokenizer': config.encoder_tokenizer, 'encoder_vocab_size': len(encoder_tokenizer.token_bytes)}
   return StoreRecipe(corpus, tokenizer, encoder_tokenizer, folder, dtype, takes_ids(config), about)
@@ -63,9 +62,13 @@ def open_recipe(config: DataConfig, recipe: StoreRecipe) -> dict[str, TokenStore
   folder = recipe.folder
   in_use = lease(folder)
   if not folder.exists() and next(folder.parent.glob(f'{folder.name}.shard-*'), None):
-    LOADERS['shards'].merge(folder)
+    LOADERS['shards'].merge(folder, recipe.corpus.notes())
   is_new = recipe.make(recipe.corpus, folder, config.shard_tokens)
-  return store.open_store(folder, 'all' if config.verify else 'nothing' if is_new else 'some', in_use)
+  opened = store.open_store(folder, 'all' if config.verify else 'nothing' if is_new else 'some', in_use)
+  if not is_new and (report := opened['train'].report):
+    for line in Report.from_dict(report).findings():
+      print(f'data: {recipe.corpus.name}: {line}', flush=True)
+  return opened
 
 
 def prune_cache(config: DataConfig) -> None:

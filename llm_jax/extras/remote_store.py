@@ -153,6 +153,9 @@ class RemoteTokens:
   def path(self) -> str:
     return f'{shown(self.blocks.url)}/{self.name}'
 
+  def wait_for_checks(self) -> None:
+    """Blocks are checked when they are fetched."""
+
   def read(self, begin: int, end: int) -> np.ndarray:
     """The ids [begin, end). Raises DataError."""
     width = np.dtype(self.dtype).itemsize

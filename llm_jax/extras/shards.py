@@ -49,7 +49,8 @@ def prepare_shard(config: DataConfig, index: int, count: int) -> None:
   """
   recipes = store_recipes(config)
   if not recipes:
-    raise ConfigError('--shard: the data are token ids that are mapped as they are; there is nothing to prepare')
+    raise ConfigError('--shard: the data are prepared already, or token ids that are mapped as they are; there is '
+                      'nothing to prepare')
   for name, recipe in recipes.items():
     part = recipe.corpus.shard(index, count)
     if recipe.folder.exists():
@@ -61,13 +62,15 @@ def prepare_shard(config: DataConfig, index: int, count: int) -> None:
 def merge(config: DataConfig) -> None:
   """Merges the shards of each source's store. Raises DataError where some are missing, or there are none."""
   for recipe in store_recipes(config).values():
-    if not merge_shards(recipe.folder) and not recipe.folder.exists():
+    if not merge_shards(recipe.folder, recipe.corpus.notes()) and not recipe.folder.exists():
       raise DataError(f'{recipe.folder}: has no shards; prepare them first: llm-jax data prepare --shard=INDEX/COUNT')
     print(f'data: {recipe.folder} is complete')
 
 
-def merge_shards(store: Path) -> bool:
+def merge_shards(store: Path, notes: list[str]) -> bool:
   """Merges the shards of a store; False: it is there already, or has none. Raises DataError for missing shards.
+
+  `notes`: of the report, about all files.
 
   Token files are linked, not copied, so that a merge takes no space and little time; the shards are removed after it.
   """
@@ -85,7 +88,7 @@ def merge_shards(store: Path) -> bool:
           f'{store.name}.shard-* to prepare the data in one process')
     try:
       if not store.exists() and complete:
-        _merge([shard_folder(store, i, complete[0]) for i in range(complete[0])], store)
+        _merge([shard_folder(store, i, complete[0]) for i in range(complete[0])], store, notes)
         merged = True
       else:
         merged = False
@@ -96,7 +99,7 @@ def merge_shards(store: Path) -> bool:
   return merged
 
 
-def _merge(shards: list[Path], store: Path) -> None:
+def _merge(shards: list[Path], store: Path, notes: list[str]) -> None:
   aside = store.with_name(f'{store.name}.merging')
   shutil.rmtree(aside, ignore_errors=True)
   aside.mkdir()
@@ -114,8 +117,8 @@ def _merge(shards: list[Path], store: Path) -> None:
         path = aside / f'{split}{kind}'
         np.concatenate(columns).tofile(path)
         files[path.name] = {'size': path.stat().st_size, 'sha256': file_sha256(path)}
-  for name in ('tokenizer.json', 'encoder_tokenizer.json'):
-    if name in manifests[0]['files']:
+  for name in manifests[0]['files']:
+    if name.endswith(('.json', '.jinja')):
       _link(shards[0] / name, aside / name)
       files[name] = manifests[0]['files'][name]
   report = _add_reports([Report.from_dict(manifest['report']) for manifest in manifests])
@@ -124,7 +127,7 @@ def _merge(shards: list[Path], store: Path) -> None:
     found = [np.fromfile(shard / name, np.uint64) for shard in shards if (shard / name).exists()]
     return np.concatenate([np.zeros(0, np.uint64), *found])
 
-  report.overlap = overlap.compare(hashes)
+  report.overlap, report.notes = overlap.compare(hashes), notes
   write_json(aside / 'manifest.json', manifests[0] | {
       'splits': splits, 'classes': classes, 'files': dict(sorted(files.items())),
       'label_width': max(manifest['label_width'] for manifest in manifests),
@@ -198,7 +201,6 @@ def _add_reports(reports: list[Report]) -> Report:
     total.num_kept += report.num_kept
     total.num_bad += report.num_bad
     total.first_bad = total.first_bad or report.first_bad
-    total.notes += [note for note in report.notes if note not in total.notes]
     for reason, count in report.dropped.items():
       total.dropped[reason] = total.dropped.get(reason, 0) + count
   return total

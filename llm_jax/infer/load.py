@@ -20,7 +20,7 @@ from llm_jax.config import Config
 from llm_jax.config_file import read_values
 from llm_jax.data.chat.find import folder_template
 from llm_jax.data.chat.tokenizer import ChatTokenizer
-from llm_jax.data.open import Data, data_fingerprint, open_data
+from llm_jax.data.open import Data, data_fingerprint, open_data, with_special_tokens
 from llm_jax.data.pipeline import example_batch
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.infer.export import FILE, read_params
@@ -67,12 +67,15 @@ def open_run(workdir: Path, *, trust: bool = False, flag: str = '--workdir') -> 
   The run's plug-ins must be loaded before; with `trust` the copies in the folder are executed. Raises UserErrors.
   """
   config = read_config(workdir, trust, flag)
-  tokenizer = load_tokenizer(workdir / 'tokenizer.json') if (workdir / 'tokenizer.json').exists() else None
+  def read(name: str) -> Tokenizer:
+    return with_special_tokens(config.data, load_tokenizer(workdir / f'{name}.json'))
+
+  tokenizer = read('tokenizer') if (workdir / 'tokenizer.json').exists() else None
   if tokenizer is not None and (template := folder_template(workdir)) is not None:
     tokenizer = ChatTokenizer(tokenizer, template)
   encoder_tokenizer = None
   if config.data.encoder_tokenizer is not None:
-    encoder_tokenizer = load_tokenizer(workdir / 'encoder_tokenizer.json')
+    encoder_tokenizer = read('encoder_tokenizer')
   return Opened(config, tokenizer, encoder_tokenizer)
 
 

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from llm_jax.base.errors import ConfigError
 from llm_jax.config import Config
+from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.data.open import Data
+from llm_jax.data.tokenizers.tokenizer import Tokenizer
 from llm_jax.infer.load import Loaded, tokenizers_of
 
 
@@ -18,10 +20,18 @@ def check_tokenizers(config: Config, data: Data, run: Loaded) -> None:
   begins = [getattr(tokenizer, 'original', tokenizer) for tokenizer in (data.tokenizer, data.prompt_tokenizer)]
   names = ('tokenizer', 'encoder_tokenizer')
   for name, mine, begin, theirs in zip(names, tokenizers_of(data), begins, tokenizers_of(run), strict=True):
-    if theirs != mine and (begin is None or theirs != begin.to_json()):
+    if theirs != mine and (begin is None or theirs != begin.to_json()) and not extends(data.tokenizer, run.tokenizer):
       path = Path(config.start.run).expanduser() / f'{name}.json'
       raise ConfigError(f'config.start.run: {config.start.run} has another {name}; set '
                         f'--config.data.{name}={path if path.is_file() else "none"}')
+
+
+def extends(mine: Tokenizer | None, theirs: Tokenizer | None) -> bool:
+  """Whether a tokenizer with a chat template has the other's vocabulary and, after it, special tokens."""
+  if not isinstance(mine, ChatTokenizer) or theirs is None:
+    return False
+  known = len(theirs.token_bytes)
+  return mine.token_bytes[:known] == theirs.token_bytes and not any(mine.token_bytes[known:])
 
 
 def grow(arrays: dict[str, jax.Array], like: dict[str, jax.Array], run: Loaded, vocab_size: int) -> list[str]:

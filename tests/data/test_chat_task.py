@@ -155,3 +155,23 @@ def test_tokenizers_are_fitted_to_what_the_template_writes(tmp_path):
                       val_fraction=0.0)
   plain = build(DataConfig, to_dict(config) | {'chat': {'template': 'plain'}})  # writes # and U, which contents lack
   assert open_data(plain).tokenizer.prompt([('user', 'aye')])
+
+
+def test_a_prepared_store_brings_its_template_and_fits_its_task_alone(tmp_path):
+  path = write(tmp_path / 'chat.jsonl', [dialog(f'answer {i}') for i in range(9)])
+  values = {'path': path, 'cache_dir': str(tmp_path / 'cache'), 'tokenizer': 'byte', 'task': 'chat',
+            'packing': 'pad', 'chat': {'template': 'gemma'}, 'val_fraction': 0.0}
+  config = build(DataConfig, values)
+  data = open_data(config)
+  [folder] = [store.parent for store in (tmp_path / 'cache' / 'stores').glob('*/manifest.json')]
+  again = open_data(build(DataConfig, values | {'path': str(folder), 'chat': {}, 'tokenizer': 'bpe'}))
+  assert again.train['data'].sha256 == data.train['data'].sha256
+  assert again.tokenizer.prompt([('user', 'a')]) == data.tokenizer.prompt([('user', 'a')])
+  for task in ('next_token', 'preference'):
+    with pytest.raises(ConfigError, match='which holds conversations for task chat'):
+      open_data(build(DataConfig, values | {'path': str(folder), 'task': task, 'chat': {}}))
+
+
+def test_contents_cannot_be_parsed_for_special_tokens():
+  with pytest.raises(ConfigError, match='special_tokens must be text for task chat'):
+    build(DataConfig, {'task': 'chat', 'packing': 'pad', 'special_tokens': 'parse'})

@@ -95,7 +95,7 @@ def test_a_separator_that_never_occurs_is_told(tmp_path, capfd, content, separat
                        val_fraction=0.3, cache_dir=str(tmp_path / 'cache')))
   out = capfd.readouterr().out
   assert ('occurs in no text file' in out) == (meant is not False)
-  assert not meant or f'--separator=${meant}' in out
+  assert not meant or f'--config.data.separator=${meant}' in out
 
 
 def test_a_validation_part_of_white_space_is_a_warning(tmp_path, capfd):

@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.commands import data_prepare
 from llm_jax.data.config import DataConfig
 from llm_jax.data.open import open_data, store_recipes
 from llm_jax.data.pipeline import eval_batches, open_batches
@@ -104,6 +106,23 @@ def test_the_blocks_on_this_machine_are_bounded(local, tmp_path, monkeypatch):
   for _ in range(2):
     np.testing.assert_array_equal(opened.train['data'].tokens[:], data.train['data'].tokens[:])
     assert sum(p.stat().st_size for p in tmp_path.rglob('*.tokens.[0-9]*')) < 200_000 + 2 * (1 << 16)
+
+
+def test_prepare_prints_the_table_of_a_remote_store(local, tmp_path, capsys):
+  _, folder = local
+  upload(folder, 'memory://bucket/table')
+  data_prepare.main(['--path=memory://bucket/table', f'--cache_dir={tmp_path}'])
+  assert 'train/data' in capsys.readouterr().out
+
+
+def test_a_prepared_store_in_the_cache_is_not_deleted_while_it_is_used(local, tmp_path):
+  _, folder = local
+  stores = tmp_path / 'stores'
+  shutil.copytree(folder, stores / 'mine')
+  for path in (stores / 'mine', *(stores / 'mine').iterdir()):
+    os.utime(path, (0, 0))
+  data = open_data(config_of(stores / 'mine', tmp_path, cache_max_days=1.0))
+  assert (stores / 'mine' / 'manifest.json').exists() and len(data.train['data'].tokens)
 
 
 def test_evaluation_reads_the_rows_of_the_folder(local, tmp_path):

@@ -122,8 +122,20 @@ def test_a_merge_that_was_killed_is_done_again(tmp_path):
   aside = recipe.folder.with_name(f'{recipe.folder.name}.merging')
   shutil.copytree(next(recipe.folder.parent.glob('*.shard-00000-of-00003')), aside)  # what a kill leaves
   assert find_shards(recipe.folder) == {3: [0, 1, 2]}
-  assert merge_shards(recipe.folder)
+  assert merge_shards(recipe.folder, [])
   assert_same(open_data(config_of(tmp_path / 'corpus', tmp_path / 'one')), open_data(config))
+
+
+def test_warnings_about_all_files_are_not_those_of_a_shard(tmp_path, capsys):
+  (tmp_path / 'corpus').mkdir()
+  for name, text in (('a', 'one\n---\ntwo'), ('b', 'three'), ('c', 'four\n---\nfive')):
+    (tmp_path / 'corpus' / f'{name}.txt').write_text(text * 50)
+  config = DataConfig(path=str(tmp_path / 'corpus'), cache_dir=str(tmp_path / 'cache'), tokenizer='byte',
+                      split='document', val_fraction=0.0, separator='\n---\n')
+  for index in range(3):
+    prepare_shard(config, index, 3)
+  merge(config)
+  assert 'occurs in no text file' not in capsys.readouterr().out
 
 
 def test_dask_workers_prepare_shards_although_one_is_killed(tmp_path):

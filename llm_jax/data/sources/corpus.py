@@ -134,6 +134,10 @@ class Corpus:
                           'False, or prepare the data in one process')
     return dataclasses.replace(self, sides=tuple((side, source.shard(index, count)) for side, source in self.sides))
 
+  def notes(self) -> list[str]:
+    """What was left out or read in another way, and warnings about the files."""
+    return [note for _, source in self.sides for note in (*source.notes, *separator_notes(source))]
+
   def train_texts(self, parts: tuple[str, ...]) -> Iterator[str]:
     """Texts of the training split, about FIT_BYTES at most, sampled by their hash."""
     rate = FIT_BYTES / max(FIT_BYTES, sum(sum(source.sizes()) for _, source in self.sides))
@@ -295,7 +299,7 @@ def _write(corpus: Corpus, writer: StoreWriter, folder: Path, about: dict, is_sh
     shutil.rmtree(writer.folder)  # it may hold parts of both versions
     raise DataError(f'{changed}: changed while it was read; start again when it is complete')
   report = Report.from_dict(reading['report'])
-  report.notes = [note for _, source in corpus.sides for note in (*source.notes, *separator_notes(source))]
+  report.notes = [] if is_shard else corpus.notes()
   report.overlap = overlap.compare(lambda name: writer.column(name, np.uint64))
   for line in report.lines():
     print(f'data: {corpus.name}: {line}', flush=True)

@@ -156,6 +156,10 @@ class Report:
     return Report(saved['kept'], dict(saved['dropped']), saved['bad'], saved['first_bad'],
                   list(saved.get('notes', [])), dict(saved.get('overlap', {})))
 
+  def findings(self) -> list[str]:
+    """What a user should know again when the data are used again: the notes, and the overlap of splits."""
+    return [*self.notes, *lines({split: c for split, c in self.overlap.items() if c['normalized']})]
+
   def lines(self) -> list[str]:
     """The printed report: notes, the totals, a line per reason, the most frequent first, and what is in train too."""
     total, num_dropped = self.num_in, sum(self.dropped.values())

@@ -153,7 +153,7 @@ def separator_notes(source: Source) -> list[str]:
   plain = wanted.replace('\\n', '\n').replace('\\r', '\r').replace('\\t', '\t')
   meant = dict.fromkeys((plain, plain.replace('\r', '').replace('\n', '\r\n'), plain.replace('\r', ''), plain.strip()))
   found = next((text for text in meant if text and _holds(texts[0], text, config)), None)
-  hint = '' if found is None else f'; {texts[0].name} holds {found!r}: in a shell, --separator=${found!r}'
+  hint = '' if found is None else f'; {texts[0].name} holds {found!r}: in a shell, --config.data.separator=${found!r}'
   return [f'warning: config.data.separator {wanted!r} occurs in no text file: each file is one document{hint}']
 
 

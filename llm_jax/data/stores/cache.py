@@ -69,7 +69,9 @@ def entries(cache_dir: Path) -> list[CacheEntry]:
 
 def prune(cache_dir: Path, max_bytes: float | None, max_days: float | None) -> list[CacheEntry]:
   """Deletes what was not used for `max_days`, and then the least recently used until `max_bytes` remain. Returns it."""
-  found, now, deleted = [entry for entry in entries(cache_dir) if entry.kind not in OWN_BOUND], time.time(), []
+  now, deleted = time.time(), []
+  # Shards are left until they are merged.
+  found = [entry for entry in entries(cache_dir) if entry.kind not in OWN_BOUND and '.shard-' not in entry.path.name]
   total = sum(entry.num_bytes for entry in found)
   for entry in found:
     is_old = max_days is not None and now - entry.used > max_days * 86400

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax.base.errors import ConfigError
-from llm_jax.data.config import DataConfig
+from llm_jax.data.chat.find import folder_template
+from llm_jax.data.chat.tokenizer import ChatTokenizer
+from llm_jax.data.config import DataConfig, cache_dir
 from llm_jax.data.loaders import LOADERS
 from llm_jax.data.sources.documents import SourceConfig, is_url, shown
 from llm_jax.data.sources.splits import SPLITS
+from llm_jax.data.stores.cache import hold
 from llm_jax.data.stores.store import TokenStore, open_split, open_store, read_manifest
 from llm_jax.data.stores.token_files import TokenFile
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -33,7 +36,9 @@ class Prepared:
 
   def tokenizer(self, name: str = 'tokenizer') -> Tokenizer | None:
     path = self.folder / f'{name}.json'
-    return load_tokenizer(path) if path.exists() else None
+    tokenizer = load_tokenizer(path) if path.exists() else None
+    template = folder_template(self.folder) if name == 'tokenizer' else None
+    return tokenizer if tokenizer is None or template is None else ChatTokenizer(tokenizer, template)
 
 
 def find_prepared(config: DataConfig, source: SourceConfig) -> Prepared | None:
@@ -47,18 +52,24 @@ def find_prepared(config: DataConfig, source: SourceConfig) -> Prepared | None:
   if found and (source.val_path or source.test_path):
     raise ConfigError(f'config.data.val_path: {shown(source.path)} is a prepared store with validation and test parts; '
                       'set val_path and test_path to None')
+  if found:
+    hold([found.folder / 'manifest.json'], cache_dir(config))  # it may be in the cache
   return found
 
 
-def prepared_tokenizers(sources: dict[str, Prepared], template: Any) -> tuple[Tokenizer | None, Tokenizer | None]:
-  """(tokenizer, the prompts' own tokenizer or None), the same for all stores. Raises ConfigError.
-
-  `template`: the identity of the chat template, as of JSON, or None.
-  """
+def check_columns(config: DataConfig, sources: dict[str, Prepared]) -> None:
+  """Raises ConfigError for a store of conversations, or of pairs of them, if the task reads none, or vice versa."""
   for name, source in sources.items():
-    if (made := read_manifest(source.folder, with_tokens=False).get('template')) != template:
-      raise ConfigError(f'config.data.task: the store {name} was prepared {"with another" if made else "without a"} '
-                        'chat template; set task and template as when it was prepared')
+    files = read_manifest(source.folder, with_tokens=False)['files']
+    holds = 'preference' if 'train.seconds' in files else 'chat' if 'train-00000.learnt' in files else 'text'
+    needs = {'seconds': 'preference', 'learnt': 'chat'}.get(config.task_settings.needs, 'text')
+    if holds != needs:
+      raise ConfigError(f'config.data.task: {config.task} does not fit the prepared store {shown(name)}, which holds '
+                        f'{"documents" if holds == "text" else "conversations for task " + holds}; set another task')
+
+
+def prepared_tokenizers(sources: dict[str, Prepared]) -> tuple[Tokenizer | None, Tokenizer | None]:
+  """(tokenizer, the prompts' own tokenizer or None), the same for all stores. Raises ConfigError."""
   first, *rest = sources
   result = []
   for kind in ('tokenizer', 'encoder_tokenizer'):

@@ -134,12 +134,6 @@ def open_split(folder: Path, split: str, token_file: Callable[[Path, str, int], 
                     vocab_size=manifest['vocab_size'], mapped=mapped, **columns, **fields)
 
 
-def _shards(folder: Path, manifest: dict, first: str, last: str, dtype: str) -> Tokens:
-  names = sorted(name for name in manifest['files'] if name.startswith(first) and name.endswith(last))
-  return Tokens(tuple(TokenFile(folder / name, dtype, manifest['files'][name]['size'] // np.dtype(dtype).itemsize)
-                      for name in names))
-
-
 def class_values(classes: Sequence[str]) -> np.ndarray:
   """The number to predict for each text label: its value if all labels spell numbers, else its rank when sorted."""
   try:

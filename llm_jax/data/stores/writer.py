@@ -186,6 +186,8 @@ class StoreWriter:
     for name, tokenizer in (('tokenizer', self.tokenizer), ('encoder_tokenizer', self.encoder_tokenizer)):
       if tokenizer is not None:
         (self.folder / f'{name}.json').write_text(tokenizer.to_json(), encoding='utf-8')
+        for file, content in getattr(tokenizer, 'files', {}).items():  # the chat template
+          (self.folder / file).write_text(content, encoding='utf-8')
     hashes = {path.name: write_crc(path) for path in sorted(self.folder.glob('*.tokens'))}
     files = sorted(p for p in self.folder.iterdir()
                    if p.name not in ('progress.json', 'manifest.json', SEEN) and p.suffix != '.hashes')
