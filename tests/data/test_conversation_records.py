@@ -62,6 +62,7 @@ def test_tools_and_system_are_kept():
     ({'question': 'Q', 'chosen': 'A', 'rejected': 'B'}, {}),
     ({'prompt': [ASK], 'chosen': [SAY], 'rejected': [BAD]}, {}),
     ({'chosen': [ASK, SAY], 'rejected': [ASK, BAD], 'text': 'other'}, {'field': 'chosen+rejected'}),
+    ({'ask': 'Q', 'chosen': 'A', 'rejected': 'B', 'text': 'other'}, {'field': 'system+ask+chosen+rejected'}),
     ({'prompt': 'Q', 'completion': 'A'}, {}),
     ({'instruction': 'Q', 'output': 'A'}, {'join': ' '}),
     ({'ask': 'Q', 'say': 'A'}, {'field': 'system+ask', 'answer_field': 'say'}),
@@ -99,6 +100,13 @@ def test_text_beside_a_conversation_is_refused_unless_the_fields_are_named(recor
   assert f'config.data.field={setting} to leave' in found.why
   [document] = read(record, field=setting)
   assert document.messages == TURNS
+
+
+def test_named_prompts_of_a_pair_are_joined_in_their_order():
+  record = {'context': 'c', 'question': 'Q', 'chosen': 'A', 'rejected': 'B'}
+  [document] = read(record, field='chosen+rejected+context+question', join=' / ')
+  assert document.messages == (('user', 'c / Q'), TURNS[1])
+  assert isinstance(read({**record, 'question': 7}, field='question+chosen+rejected')[0], BadRecord)
 
 
 @pytest.mark.parametrize('record, reason', [

@@ -41,26 +41,28 @@ def turn_fields(record: Mapping[str, Any], config: SourceConfig) -> tuple[str, .
   Fields that the config names leave out the others.
   """
   if config.field is not None:
-    named = (config.field,) if config.field in record else config.field.split('+')
-    if {'chosen', 'rejected'} <= {*named} <= record.keys():
-      return _pair_fields({name: record[name] for name in named})
-    fields = (*named, *([config.answer_field] if is_messages(record.get(config.answer_field or '')) else []))
-    return fields if all(is_messages(record.get(name)) for name in fields) else ()
+    named = [config.field] if config.field in record else config.field.split('+')
+    turns = [name for name in named if name not in SYSTEM]  # which are always used
+    if {'chosen', 'rejected'} <= {*turns} <= record.keys():
+      return _pair_fields(record, [name for name in turns if name not in ('chosen', 'rejected')])
+    if config.answer_field is not None and is_messages(record.get(config.answer_field)):
+      turns.append(config.answer_field)
+    return tuple(turns) if all(is_messages(record.get(name)) for name in turns) else ()
   if config.answer_field is not None or config.label_field is not None:
     return ()
-  fields = _pair_fields(record) or next(
+  prompts = ([name for name in names if name in record] for names in PROMPTS)
+  fields = _pair_fields(record, next(filter(None, prompts), [])) or next(
       (names for names in LISTS if all(is_messages(record.get(name)) for name in names)), ())
   if fields and (about := sorted(_ABOUT & record.keys())):
     print_once(f'data: {shown(config.path)}: conversations in {" + ".join(fields)}; not used: {", ".join(about)}')
   return fields
 
 
-def _pair_fields(record: Mapping[str, Any]) -> tuple[str, ...]:
+def _pair_fields(record: Mapping[str, Any], prompts: list[str]) -> tuple[str, ...]:
   both = [record.get(name) for name in ('chosen', 'rejected')]
   if not (all(map(is_messages, both)) or all(isinstance(value, str | bytes) for value in both)):
     return ()
-  prompts = ([name for name in names if name in record] for names in PROMPTS)
-  return ('chosen', 'rejected', *next(filter(None, prompts), []))
+  return 'chosen', 'rejected', *prompts
 
 
 def _system_fields(record: Mapping[str, Any]) -> list[str]:
@@ -110,8 +112,8 @@ def _check_left_over(record: Mapping[str, Any], fields: tuple[str, ...], content
   known = _ABOUT.union(SYSTEM, fields)
   names = [name for name in with_text(record, known) if not contents.issuperset(_texts(record[name]))]
   if names:
-    raise ValueError(f'{", ".join(names)} would be left out: the conversation is {" + ".join(fields)}; set '
-                     f'config.data.field={"+".join(fields)} to leave out the rest, or write its text into messages')
+    raise ValueError(f'{", ".join(names)} would be left out: the conversation is in {" + ".join(fields)}; set '
+                     f'config.data.field={"+".join(fields)} to leave out the rest, or write it into a message')
 
 
 def _contents(turns: Turns) -> set[str]:
