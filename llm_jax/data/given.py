@@ -58,7 +58,7 @@ def write_documents(data: Iterable[Any], workdir: Path) -> dict[str, Any]:
       write_file(path, content)
   found: dict[str, Any] = {'path': str(path), 'format': 'jsonl', 'field': None if fields & CHATS else 'text',
                            'sha256': None, 'sources': {}}
-  return found | {f'{field}_field': field for field in ('answer', 'label') if field in fields}
+  return found | {f'{field}_field': field for field in ('answer', 'label') if field in fields and not fields & CHATS}
 
 
 def as_fields(element: Any, number: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def as_fields(element: Any, number: int) -> dict[str, Any]:
     return {key: [{'role': role, 'content': content} for role, content in turns]
             for key, turns in zip(keys, both, strict=True)}
   if isinstance(element, dict) and element.keys() & CHATS:
-    return {name: element[name] for name in element if name in {*CHATS, 'prompt'}}
+    return {name: value for name, value in element.items() if name in {*CHATS, 'prompt'} or isinstance(value, str)}
   if isinstance(element, Document):
     element = {name: getattr(element, name) for name in ('text', 'answer', 'label')}
   if not isinstance(element, dict) or not isinstance(element.get('text'), str):

@@ -86,6 +86,26 @@ def test_questions_and_answers_and_bpe_are_conversations_too(tmp_path, capsys):
   assert data.vocab_size == added[-1] + 1 and 'adds 2 token(s) to the vocabulary' in capsys.readouterr().out
 
 
+def test_a_system_prompt_is_a_message_and_roles_tell_duplicates_apart(tmp_path):
+  records = [{'system': 'be kind', 'prompt': 'q', 'completion': 'r'}, as_record([('user', 'q'), ('assistant', 'r')]),
+             as_record([('system', 'q'), ('assistant', 'r')]), as_record([('user', 'q'), ('assistant', 'r')])]
+  _, data, _ = make(tmp_path, records, val_documents=0, val_fraction=0.0, filters={'deduplicate': True})
+  store = data.train['data']
+  text = decode(data.tokenizer, store.tokens[:store.starts[1]])
+  assert 'system\nbe kind' in text and 'user\nq' in text
+  assert len(store.starts) == 3
+
+
+def test_text_beside_a_conversation_from_python_is_refused(tmp_path):
+  turns = [ASK, {'role': 'assistant', 'content': 'one'}]
+  for number, extra in enumerate(({'context': 'c'}, {'answer': 'a'})):
+    fields = write_documents([{'messages': turns} | extra], tmp_path / str(number))
+    config = build(DataConfig, {**fields, 'cache_dir': str(tmp_path / 'cache'), 'tokenizer': 'byte', 'task': 'chat',
+                                'packing': 'pad', 'seq_len': 128})
+    with pytest.raises(DataError, match=f'{next(iter(extra))} would be left out'):
+      open_data(config)
+
+
 def test_the_template_is_part_of_the_identity(tmp_path):
   records = [dialog(f'answer {i}') for i in range(5)]
   prints, folders = set(), set()

@@ -13,6 +13,7 @@ from test_store import config_of, jsonl, sides_of, texts_of, write_corpus
 
 from llm_jax.data.open import open_data
 from llm_jax.data.sources.documents import Document
+from llm_jax.data.sources.filters import Deduplicator, parts_of
 from llm_jax.data.sources.splits import SPLITS, SplitConfig, Splitter, borders, content_hash, place
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -127,6 +128,28 @@ def test_content_hash_depends_on_the_content_alone():
                                          Document('', '\ud800'))}
   assert (len(same), len(different)) == (1, 6)
   assert content_hash(Document('', np.array([1], np.uint8))) == content_hash(Document('', np.array([1], np.int64)))
+
+
+def conversations():
+  """Different conversations whose contents, joined, are the same text."""
+  turns = [(('user', 'a'), ('assistant', 'b'), ('assistant', 'c')), (('user', 'a'), ('user', 'b'), ('assistant', 'c')),
+           (('user', 'a\n\nb'), ('assistant', 'c')), (('user', 'a'), ('assistant', 'b\n\nc'))]
+  documents = [Document('', 'a\n\nb\n\nc', messages=messages) for messages in turns]
+  return [*documents, Document('', documents[0].text, messages=turns[3][:1] + turns[0][1:2],
+                               rejected=turns[3][:1] + turns[0][2:])]
+
+
+def test_conversations_with_the_same_text_but_other_turns_are_different():
+  documents, seen = conversations(), Deduplicator(normalize=True)
+  assert len({content_hash(d) for d in [*documents, Document('', documents[0].text)]}) == 6
+  assert [seen.seen(*parts_of(d)) for d in documents] == [None] * 5
+  assert [seen.seen(*parts_of(d)) for d in documents] == ['duplicate'] * 5
+  spaced = dataclasses.replace(documents[0], messages=tuple((role, f'{c} ') for role, c in documents[0].messages))
+  assert seen.seen(*parts_of(spaced)) == 'normalized duplicate'
+  found = dealt(config_for('tail', 20), documents)
+  assert [len(found[side]) for side in SPLITS] == [4, 1, 0]
+  found = dealt(config_for('count', val_documents=2), documents)
+  assert [len(found[side]) for side in SPLITS] == [3, 2, 0]
 
 
 @property_test

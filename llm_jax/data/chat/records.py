@@ -3,39 +3,70 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llm_jax.base.errors import DataError
+from llm_jax.base.notes import print_once
 from llm_jax.data.chat.template import PRIVATE, ROLES, Messages
-from llm_jax.data.sources.documents import BadRecord, Document, SourceConfig
+from llm_jax.data.formats.fields import ABOUT, SYSTEM, join_text, with_text
+from llm_jax.data.sources.documents import BadRecord, Document, SourceConfig, shown
 
 Turns = tuple[tuple[str, str], ...]
 
-LISTS = ('messages', 'conversations', 'conversation')  # keys of lists of messages
+# Keys of lists of messages, which follow each other.
+LISTS = (('messages',), ('conversations',), ('conversation',), ('prompt', 'completion'))
+PROMPTS = (('prompt',), ('question',), ('instruction', 'input'))  # keys of what chosen and rejected texts answer
 NAMES = {'human': 'user', 'gpt': 'assistant', 'chatgpt': 'assistant', 'bot': 'assistant', 'bard': 'assistant',
          'model': 'assistant', 'ai': 'assistant', 'function': 'tool', 'observation': 'tool', 'ipython': 'tool',
          'function_response': 'tool'}  # other names of roles
+# Text in these fields of a record or a message is about it, and is left out.
+_ABOUT = ABOUT | {'conversation_hash', 'conversation_id', 'hash', 'message_id', 'model', 'name', 'prompt_id', 'source',
+                  'split', 'timestamp', 'tool_call_id'}
+_ROLE = ('role', 'from')
 _PRIVATE = re.compile(f'[{chr(PRIVATE)}-\U0010fffd]')
 _HUMAN = re.compile(r'\n\nHuman: ?|\n\nAssistant: ?')  # the turns of Anthropic's pairs
 
 
 def conversation_fields(record: Mapping[str, Any], config: SourceConfig) -> tuple[str, ...]:
-  """The fields of the record that hold a conversation, or a chosen and a rejected one; () for other records."""
-  has = {name for name, value in record.items() if is_messages(value)}
+  """The fields to read of a record that holds a conversation: its turns, and all text beside them; () for others."""
+  turns = turn_fields(record, config)
+  beside = _system_fields(record) if config.field is not None else with_text(record, _ABOUT)
+  return tuple(dict.fromkeys([*turns, *_system_fields(record), *beside])) if turns else ()
+
+
+def turn_fields(record: Mapping[str, Any], config: SourceConfig) -> tuple[str, ...]:
+  """The fields with turns: of a conversation, or of chosen and rejected, then of their prompt; () for other records.
+
+  Fields that the config names leave out the others.
+  """
   if config.field is not None:
-    other = config.answer_field if config.answer_field in has else None
-    return ((config.field, other) if other else (config.field,)) if config.field in has else ()
+    named = [config.field] if config.field in record else config.field.split('+')
+    turns = [name for name in named if name not in SYSTEM]  # which are always used
+    if {'chosen', 'rejected'} <= {*turns} <= record.keys():
+      return _pair_fields(record, [name for name in turns if name not in ('chosen', 'rejected')])
+    if config.answer_field is not None and is_messages(record.get(config.answer_field)):
+      turns.append(config.answer_field)
+    return tuple(turns) if all(is_messages(record.get(name)) for name in turns) else ()
   if config.answer_field is not None or config.label_field is not None:
     return ()
-  if {'chosen', 'rejected'} <= record.keys() and (
-      {'chosen', 'rejected'} <= has or all(isinstance(record[name], str | bytes) for name in ('chosen', 'rejected'))):
-    prompt = next((name for name in ('prompt', 'question', 'input', 'instruction') if name in record), None)
-    return ('chosen', 'rejected', *([prompt] if prompt else []))
-  for name in LISTS:
-    if name in has:
-      return (name, *(['system'] if isinstance(record.get('system'), str) else []))
-  return ('prompt', 'completion') if {'prompt', 'completion'} <= has else ()
+  prompts = ([name for name in names if name in record] for names in PROMPTS)
+  fields = _pair_fields(record, next(filter(None, prompts), [])) or next(
+      (names for names in LISTS if all(is_messages(record.get(name)) for name in names)), ())
+  if fields and (about := sorted(_ABOUT & record.keys())):
+    print_once(f'data: {shown(config.path)}: conversations in {" + ".join(fields)}; not used: {", ".join(about)}')
+  return fields
+
+
+def _pair_fields(record: Mapping[str, Any], prompts: list[str]) -> tuple[str, ...]:
+  both = [record.get(name) for name in ('chosen', 'rejected')]
+  if not (all(map(is_messages, both)) or all(isinstance(value, str | bytes) for value in both)):
+    return ()
+  return 'chosen', 'rejected', *prompts
+
+
+def _system_fields(record: Mapping[str, Any]) -> list[str]:
+  return [name for name in SYSTEM if record.get(name)]
 
 
 def is_messages(value: Any) -> bool:
@@ -43,26 +74,62 @@ def is_messages(value: Any) -> bool:
 
 
 def to_conversation(record: Mapping[str, Any], fields: tuple[str, ...], name: str, where: str,
-                    max_bytes: int) -> Document | BadRecord:
-  """The document of a record's conversation, or a BadRecord with the reason."""
+                    config: SourceConfig) -> Document | BadRecord:
+  """The document of the conversation in `turn_fields` of a record, or a BadRecord with the reason."""
   try:
+    system = join_text(config).join(_text(record[key], f'field {key!r}') for key in _system_fields(record))
     if fields[:2] == ('chosen', 'rejected'):
-      messages, rejected = _pair(record, fields)
+      messages, rejected = (_with_system(turns, system) for turns in _pair(record, fields, join_text(config)))
     else:
-      messages, rejected = (), None
-      for field in fields:
-        messages += messages_of(record[field], field) if is_messages(record[field]) else ()
-      if (system := record.get('system')) and fields[1:] == ('system',) and messages[0][0] != 'system':
-        messages = (('system', _text(system, "field 'system'")), *messages)
+      turns = tuple(turn for field in fields for turn in messages_of(record[field], field))
+      messages, rejected = _with_system(turns, system), None
     for turns in (messages, rejected or messages):
       if all(role != 'assistant' for role, _ in turns):
         raise ValueError(f'field {fields[0]!r} holds no turn of an assistant, so nothing of it can be learnt')
+    if config.field is None:
+      _check_left_over(record, fields, _contents((*messages, *(rejected or ()))))
     text = '\n\n'.join(content for _, content in (*messages, *(rejected or ())[shared(messages, rejected or ()):]))
-    if (size := len(text.encode())) > max_bytes:
-      raise ValueError(f'the conversation takes {size} bytes; config.data.max_record_bytes is {max_bytes}')
+    if (size := len(text.encode())) > config.max_record_bytes:
+      raise ValueError(f'the conversation takes {size} bytes; config.data.max_record_bytes is '
+                       f'{config.max_record_bytes}')
   except ValueError as e:
     return BadRecord(where, str(e))
   return Document(name, text, messages=messages, rejected=rejected)
+
+
+def _with_system(turns: Turns, system: str) -> Turns:
+  """The turns after the text of the fields of SYSTEM. Raises ValueError."""
+  if not system or turns[0] == ('system', system):
+    return turns
+  if turns[0][0] in ('system', 'developer'):
+    raise ValueError(f'field {SYSTEM[0]!r} and the first message, of the role {turns[0][0]!r}, differ; write one of '
+                     'them')
+  return ('system', system), *turns
+
+
+def _check_left_over(record: Mapping[str, Any], fields: tuple[str, ...], contents: set[str]) -> None:
+  """Raises ValueError if a text beside the conversation is none of its contents."""
+  known = _ABOUT.union(SYSTEM, fields)
+  names = [name for name in with_text(record, known) if not contents.issuperset(_texts(record[name]))]
+  if names:
+    raise ValueError(f'{", ".join(names)} would be left out: the conversation is in {" + ".join(fields)}; set '
+                     f'config.data.field={"+".join(fields)} to leave out the rest, or write it into a message')
+
+
+def _contents(turns: Turns) -> set[str]:
+  return {content for _, content in turns}
+
+
+def _texts(value: Any) -> Iterator[str]:
+  """The texts in a value, but for the roles of messages."""
+  if isinstance(value, str | bytes):
+    yield value if isinstance(value, str) else value.decode(errors='replace')
+  elif isinstance(value, Mapping):
+    for key, item in value.items():
+      yield from () if key in _ROLE else _texts(item)
+  elif isinstance(value, list | tuple):
+    for item in value:
+      yield from _texts(item)
 
 
 def messages_of(value: Any, field: str) -> Turns:
@@ -80,7 +147,8 @@ def conversations_of(document: Document) -> list[Messages]:
   if document.messages is not None:
     return [document.messages, *([] if document.rejected is None else [document.rejected])]
   if isinstance(document.text, str) and isinstance(document.answer, str):
-    return [(('user', document.text), ('assistant', document.answer))]
+    system, question = document.asked or ('', document.text)
+    return [(*((('system', system),) if system else ()), ('user', question), ('assistant', document.answer))]
   raise DataError(f'{document.name}: holds no conversation')
 
 
@@ -92,12 +160,16 @@ def shared(messages: Messages, others: Messages) -> int:
 
 def _message(turn: Mapping[str, Any], what: str) -> tuple[str, str]:
   role = turn.get('role', turn.get('from'))
-  content = turn.get('content') if 'content' in turn else turn.get('value')
+  key = 'content' if 'content' in turn else 'value'
+  content = turn.get(key)
   role = NAMES.get(role, role) if isinstance(role, str) else role
   if role not in ROLES:
     raise ValueError(f'{what} has the role {role!r}; known roles are {", ".join((*ROLES, *NAMES))}')
   if turn.get('tool_calls') or turn.get('function_call'):
     raise ValueError(f'{what} calls a tool in a field of its own, which is not supported; write the call into content')
+  if names := with_text(turn, _ABOUT.union(_ROLE, [key])):
+    raise ValueError(f'{what} holds text in {", ".join(names)}, which would be left out; write it into {key}, or '
+                     'remove it')
   if isinstance(content, list | tuple):
     content = ''.join(_part(part, what) for part in content)
   return role, _text(content, what)
@@ -123,11 +195,14 @@ def _text(content: Any, what: str) -> str:
   return content
 
 
-def _pair(record: Mapping[str, Any], fields: tuple[str, ...]) -> tuple[Turns, Turns]:
+def _pair(record: Mapping[str, Any], fields: tuple[str, ...], join: str) -> tuple[Turns, Turns]:
   """The chosen and the rejected conversation, each with the prompt. Raises ValueError."""
-  prompt = (record.get(fields[2]) or None) if len(fields) > 2 else None
-  before = () if prompt is None else messages_of(prompt, fields[2]) if is_messages(prompt) else (
-      ('user', _text(prompt, f'field {fields[2]!r}')),)
+  prompts = [field for field in fields[2:] if record[field]]
+  if len(prompts) == 1 and is_messages(record[prompts[0]]):
+    before = messages_of(record[prompts[0]], prompts[0])
+  else:
+    prompt = join.join(_text(record[field], f'field {field!r}') for field in prompts)
+    before = (('user', prompt),) if prompt else ()
   chosen, rejected = (_answer(record[field], before, field) for field in ('chosen', 'rejected'))
   same = shared(chosen, rejected)
   if chosen == rejected:
@@ -141,7 +216,12 @@ def _answer(value: Any, before: Turns, field: str) -> Turns:
   """A whole conversation: `value` if it begins with the prompt already, else after the turns before it."""
   if is_messages(value):
     turns = messages_of(value, field)
-    return (*before, *turns) if turns[0][0] == 'assistant' else turns
+    if turns[0][0] == 'assistant':
+      return (*before, *turns)
+    if not _contents(before) <= _contents(turns):
+      raise ValueError(f'the prompt would be left out, as field {field!r} is a conversation without it; set '
+                       'config.data.field=chosen+rejected to leave it out')
+    return turns
   text = _text(value, f'field {field!r}')
   if before:
     return (*before, ('assistant', text))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -85,12 +85,7 @@ def _known_pair(record: Mapping[str, Any], config: SourceConfig) -> Fields | Non
 
 def left_over(record: Mapping[str, Any], fields: Fields) -> str | None:
   """The message for text in fields beside those that were found."""
-  if not fields.found or len(record) == 1:
-    return None
-  known = fields.known
-  names = [name for name, value in record.items()
-           if name not in known and type(value) not in _NO_TEXT and _holds_text(value)]
-  if not names:
+  if not fields.found or len(record) == 1 or not (names := with_text(record, fields.known)):
     return None
   used = [name for name in fields.text if name in record]
   setting = f'config.data.field={"+".join(used)}'
@@ -98,6 +93,12 @@ def left_over(record: Mapping[str, Any], fields: Fields) -> str | None:
   return (f'{", ".join(names)} would be left out: the text is {" + ".join(used)}'
           + (f', the answer {fields.answer}' if fields.answer else '')
           + f'; set {setting}{pair} to leave out the rest, or {setting}+{names[0]}{pair} to join it')
+
+
+def with_text(record: Mapping[str, Any], known: Container[str]) -> list[str]:
+  """The fields that hold text, but for the known ones."""
+  return [name for name, value in record.items()
+          if name not in known and type(value) not in _NO_TEXT and _holds_text(value)]
 
 
 def has(record: Mapping[str, Any], path: str) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.data.chat.records import conversation_fields, to_conversation
+from llm_jax.data.chat.records import to_conversation, turn_fields
 from llm_jax.data.formats.fields import (
+  SYSTEM,
   Fields,
   choose_fields,
   is_texts,
@@ -39,8 +40,8 @@ def to_documents(records: Iterable[tuple[str, str, Any]], config: SourceConfig) 
     if not isinstance(record, Mapping):
       yield BadRecord(where, f'not an object with named fields but {_show(record)}')
       continue
-    if turns := conversation_fields(record, config):
-      yield to_conversation(record, turns, name, where, config.max_record_bytes)
+    if turns := turn_fields(record, config):
+      yield to_conversation(record, turns, name, where, config)
       continue
     fields = fields or choose_fields(record, config, where)
     if fields is None:
@@ -55,26 +56,33 @@ def to_document(record: Mapping[str, Any], fields: Fields, name: str, where: str
                 config: SourceConfig) -> Document | BadRecord:
   """The document of a record, or a BadRecord with the reason."""
   try:
-    text = _joined(record, fields, config)
+    parts = _parts(record, fields, config)
+    text = next(iter(parts.values())) if len(parts) == 1 else _joined(parts, config)
     answer = None if fields.answer is None else _content_at(record, fields.answer, config)
     label = None if fields.label is None else _label(_get(record, fields.label), f'field {fields.label!r}')
   except (ValueError, OverflowError) as e:
     return BadRecord(where, str(e))
-  return Document(name, text, answer, label)
+  asked = None
+  if answer is not None and len(parts) > 1 and not parts.keys().isdisjoint(SYSTEM):
+    asked = (_joined({path: part for path, part in parts.items() if path in SYSTEM}, config),
+             _joined({path: part for path, part in parts.items() if path not in SYSTEM}, config))
+  return Document(name, text, answer, label, asked=asked)
 
 
-def _joined(record: Mapping[str, Any], fields: Fields, config: SourceConfig) -> Content:
-  """The text, of one field or of several. Raises ValueError."""
+def _parts(record: Mapping[str, Any], fields: Fields, config: SourceConfig) -> dict[str, Content]:
+  """What the text consists of, by field. Raises ValueError."""
   if len(fields.required) == 1 and fields.optional.isdisjoint(record):
-    return _content_at(record, fields.required[0], config)
-  parts = [(path, _content_at(record, path, config)) for path in fields.text
-           if path not in fields.optional or record.get(path)]
-  if len(parts) == 1:
-    return parts[0][1]
-  for path, part in parts:
+    return {fields.required[0]: _content_at(record, fields.required[0], config)}
+  return {path: _content_at(record, path, config) for path in fields.text
+          if path not in fields.optional or record.get(path)}
+
+
+def _joined(parts: Mapping[str, Content], config: SourceConfig) -> str:
+  """Raises ValueError."""
+  for path, part in parts.items():
     if not isinstance(part, str):
-      raise ValueError(f'field {path!r} holds token ids, which cannot be joined with {", ".join(fields.text)}')
-  return join_text(config).join(part for _, part in parts if part)  # type: ignore[misc]
+      raise ValueError(f'field {path!r} holds token ids, which cannot be joined with other fields')
+  return join_text(config).join(part for part in parts.values() if part)  # type: ignore[misc]
 
 
 def _content_at(record: Mapping[str, Any], path: str, config: SourceConfig) -> Content:

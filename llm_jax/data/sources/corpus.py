@@ -25,7 +25,7 @@ from llm_jax.data.sources import overlap
 from llm_jax.data.sources.content import FileHashes
 from llm_jax.data.sources.documents import BadRecord, Content, Document
 from llm_jax.data.sources.files import Position, Source
-from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Report, rules_of
+from llm_jax.data.sources.filters import Deduplicator, FilterConfig, Report, parts_of, rules_of
 from llm_jax.data.sources.kinds import encodings, separator_notes
 from llm_jax.data.sources.splits import SPLITS, Placed, SplitConfig, Splitter, content_hash, place, size
 from llm_jax.data.stores import store
@@ -38,7 +38,7 @@ FEW = 20  # validation documents; if fewer are expected, split='auto' uses 'tail
 FIT_BYTES = 50_000_000  # bytes of text, spread over the corpus, to fit a tokenizer to
 COMMIT_SECONDS = 5
 PARTS = ('text', 'answer')  # of a document
-RULES_VERSION = 2  # of how documents are found and split
+RULES_VERSION = 3  # of how documents are found and split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +208,7 @@ def _reason(document: Document, rules: Callable[[Content], str | None], seen: De
     return 'empty'
   if (reason := rules(document.text)) is not None:
     return reason
-  parts = (document.text,) if document.answer is None else (document.text, document.answer)
-  return seen.seen(*parts) if seen is not None else None
+  return seen.seen(*parts_of(document)) if seen is not None else None
 
 
 def _reading(source: Source) -> dict:

@@ -24,6 +24,7 @@ class Document:
   continues: bool = False  # a further piece of the document before: long texts are read in pieces
   messages: tuple[tuple[str, str], ...] | None = None  # (role, content) of each turn; `text` joins the contents
   rejected: tuple[tuple[str, str], ...] | None = None  # the same conversation with an answer that is not preferred
+  asked: tuple[str, str] | None = None  # of a pair with a system prompt: this and the question, which `text` joins
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from llm_jax.base.errors import DataError
 from llm_jax.data.loaders import RULES
-from llm_jax.data.sources.documents import Content
+from llm_jax.data.sources.documents import Content, Document
 from llm_jax.data.sources.overlap import lines, normalized
 
 HASH_BYTES = 16  # 2^64 documents before two different ones are likely to share a hash
@@ -73,6 +73,14 @@ def rules_of(config: FilterConfig) -> Callable[[Content], str | None]:
   return RULES['quality'](config) if config.limits else lambda content: None
 
 
+def parts_of(document: Document) -> tuple[Content, ...]:
+  """What documents are compared by: text, and perhaps an answer; or the role and the content of each turn."""
+  if document.messages is not None:
+    both = (document.messages, document.rejected or ())
+    return tuple(part for turns in both for part in ('', *(part for turn in turns for part in turn)))
+  return (document.text,) if document.answer is None else (document.text, document.answer)
+
+
 class Deduplicator:
   """Finds duplicates by a 16-byte hash of each document; takes about 200 bytes of memory per document and kind."""
 
@@ -89,7 +97,7 @@ class Deduplicator:
     self._normalize = normalize
 
   def seen(self, *parts: Content) -> str | None:
-    """'duplicate' or 'normalized duplicate' if a document of the same parts (text, or text and answer) was seen before.
+    """'duplicate' or 'normalized duplicate' if a document of the same parts (see `parts_of`) was seen before.
 
     Otherwise remembers it.
     """

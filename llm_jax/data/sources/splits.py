@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
@@ -136,6 +137,7 @@ def _end(config: SplitConfig, documents: Iterable[Document]) -> Placed:
       is_whole.append(any(x is not None for x in (document.answer, document.label, document.messages)))
     for part in (document.text, *([] if document.answer is None else ['\0', document.answer])):
       digest.update(_bytes(part))
+    digest.update(_turns(document))
     keys[-1] = int.from_bytes(digest.digest(), 'big')
   _, kinds, copies = np.unique(np.asarray(keys), return_inverse=True, return_counts=True)
   val_begin, test_begin, end = borders(sum(sizes), config.val_fraction, config.test_fraction)
@@ -186,11 +188,17 @@ def size(document: Document) -> int:
 
 
 def content_hash(document: Document) -> bytes:
-  """sha256 of text and answer, independent of name and place."""
+  """sha256 of text and answer, and of the turns of a conversation; independent of name and place."""
   digest = hashlib.sha256(_bytes(document.text))
   digest.update(b'\0')
   digest.update(_bytes(document.answer if document.answer is not None else ''))
+  digest.update(_turns(document))
   return digest.digest()
+
+
+def _turns(document: Document) -> bytes:
+  """The roles and contents of a conversation, as its text lacks roles and borders; of other documents, nothing."""
+  return b'' if document.messages is None else json.dumps([document.messages, document.rejected]).encode()
 
 
 def _bytes(content: Content) -> bytes:
