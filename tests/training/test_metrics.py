@@ -9,6 +9,7 @@ import time
 import jax
 import pytest
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
+from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
 
 from llm_jax.base.loggers import LoggedRun
@@ -17,6 +18,12 @@ from llm_jax.config import LogConfig
 from llm_jax.training.log import MetricsWriter, read_metrics
 from llm_jax.training.status import Status, read_status
 from llm_jax.training.throughput import Throughput
+
+
+@pytest.fixture(autouse=True)
+def event_files_in_order(monkeypatch):
+  """TensorBoard sorts event files by name: second, then a number of the process, whose 10 is before its 9."""
+  monkeypatch.setattr(event_file_writer, '_global_uid', event_file_writer.AtomicCounter(100))
 
 
 def open_writer(workdir, step, *loggers, config=None):
