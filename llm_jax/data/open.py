@@ -303,7 +303,7 @@ def tokenize(path: str, config: DataConfig, tokenizer: Tokenizer | None,
     val = mapped_store(bins['train'], source.eot_id if tokenizer is None else tokenizer.bos_id)
   else:
     corpus = Corpus(path, (('val', open_source(source, cache_dir(config))),), SplitConfig('document'), FilterConfig(),
-                    config.on_bad_record, config.max_bad_fraction, template_of(config))
+                    config.on_bad_record, config.max_bad_fraction, getattr(tokenizer, 'template', None))
     check_conversations(config, {'data': corpus}, '--data')
     if tokenizer is None and corpus.dtype_of_ids() is None:
       raise DataError(f'--data: {path} is text, but the run has no tokenizer')

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -136,6 +137,16 @@ def test_new_conversations_are_evaluated_by_the_run_s_template(folder, tmp_path,
   evaluate.main([f'--workdir={folder}/chat', f'--data={tmp_path}/new.jsonl'])
   found = json.loads(capsys.readouterr().out)
   assert found['accuracy'] == 1 and found['tokens'] == 6  # two letters and the end of each turn
+
+
+def test_a_run_needs_the_template_s_file_no_more(folder, tmp_path, capsys):
+  shutil.copytree(folder / 'chat', tmp_path / 'run')
+  config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  config['data']['chat']['template'] = str(tmp_path / 'moved.jinja')
+  (tmp_path / 'run' / 'config.json').write_text(json.dumps(config))
+  (tmp_path / 'new.jsonl').write_text(json.dumps(turns('cd', 'ab')) + '\n')
+  evaluate.main([f'--workdir={tmp_path}/run', f'--data={tmp_path}/new.jsonl'])
+  assert json.loads(capsys.readouterr().out)['accuracy'] == 1
 
 
 def test_chat_remembers_the_conversation(folder, monkeypatch, capsys):
