@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.notes import print_once
@@ -19,6 +21,7 @@ from llm_jax.data.recipes import StoreRecipe, open_recipe, prune_cache, recipe_o
 from llm_jax.data.rows.augment import Augment
 from llm_jax.data.rows.examples import Examples, make_examples
 from llm_jax.data.rows.order import VERSION as ORDER_VERSION
+from llm_jax.data.sources import overlap
 from llm_jax.data.sources.content import FileHashes
 from llm_jax.data.sources.corpus import PARTS, Corpus, fit_tokenizer, key_of, memory_stores
 from llm_jax.data.sources.documents import SourceConfig, is_url, shown
@@ -87,6 +90,9 @@ def open_data(config: DataConfig) -> Data:
   prune_cache(config)
   splits = {split: {name: s[split] for name, s in by_source.items() if split in s and len(s[split].tokens)}
             for split in SPLITS}
+  if len(sources) > 1:
+    for line in overlap.lines(overlap.compare(lambda name: _hashes(splits[name.removesuffix(overlap.ENDING)]))):
+      print_once(f'data: all sources together: {line}')
   reports = {name: report for name, s in by_source.items() if 'train' in s and (report := s['train'].report)}
   wants_val = config.val_documents if config.split == 'count' else config.val_fraction
   for split in ('train', 'val'):
@@ -100,6 +106,10 @@ def open_data(config: DataConfig) -> Data:
       if tokenizer is not None:
         check_white_space(source, name, split, splits[split][name], tokenizer, encoder_tokenizer)
   return dataclasses.replace(data_of(config, splits, tokenizer, encoder_tokenizer), reports=reports)
+
+
+def _hashes(stores: dict[str, TokenStore]) -> np.ndarray:
+  return np.concatenate([np.zeros(0, np.uint64), *(s.hashes for s in stores.values() if s.hashes is not None)])
 
 
 def _open_stream(config: DataConfig) -> Data:

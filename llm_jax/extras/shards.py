@@ -25,7 +25,8 @@ from llm_jax.data.stores.store import read_manifest
 from llm_jax.data.stores.writer import locked, write_json
 
 # Of the files with one entry per document.
-TYPES = {'.starts': 'int64', '.answers': 'int64', '.labels': 'float64', '.seconds': 'int64'}
+TYPES = {'.starts': 'int64', '.answers': 'int64', '.labels': 'float64', '.seconds': 'int64',
+         '.hashes': 'uint64'}
 
 
 def shard_folder(store: Path, index: int, count: int) -> Path:
@@ -122,12 +123,9 @@ def _merge(shards: list[Path], store: Path, notes: list[str]) -> None:
       _link(shards[0] / name, aside / name)
       files[name] = manifests[0]['files'][name]
   report = _add_reports([Report.from_dict(manifest['report']) for manifest in manifests])
-
-  def hashes(name: str) -> np.ndarray:
-    found = [np.fromfile(shard / name, np.uint64) for shard in shards if (shard / name).exists()]
-    return np.concatenate([np.zeros(0, np.uint64), *found])
-
-  report.overlap, report.notes = overlap.compare(hashes), notes
+  report.notes = notes
+  report.overlap = overlap.compare(lambda name: np.fromfile(aside / name, np.uint64) if (aside / name).exists() else
+                                   np.zeros(0, np.uint64))
   write_json(aside / 'manifest.json', manifests[0] | {
       'splits': splits, 'classes': classes, 'files': dict(sorted(files.items())),
       'label_width': max(manifest['label_width'] for manifest in manifests),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from test_store import config_of, jsonl, sides_of
 
 from llm_jax.data.config import DataConfig
 from llm_jax.data.open import open_data
-from llm_jax.data.sources.documents import Document
+from llm_jax.data.sources.documents import Document, SourceConfig
 from llm_jax.data.sources.filters import FilterConfig
 from llm_jax.data.sources.overlap import keys, normalized
 
@@ -118,3 +119,15 @@ def test_tokens_of_one_kind_are_a_warning(tmp_path, capfd, share, told, kind):
   open_data(DataConfig(path=str(path), tokenizer='byte' if kind == 'text' else 'none', split='tail',
                        cache_dir=str(tmp_path / 'cache')))
   assert ('of the tokens for train are' in capfd.readouterr().out) == told
+
+
+def test_a_mixture_counts_what_one_source_holds_out_and_another_trains_on(tmp_path, capsys):
+  lines = [json.dumps({'text': f'document {i}'}) + '\n' for i in range(100)]
+  for name, part in (('a', lines), ('b', lines[::-1])):
+    (tmp_path / f'{name}.jsonl').write_text(''.join(part))
+  sources = {name: SourceConfig(path=str(tmp_path / f'{name}.jsonl')) for name in 'ab'}
+  open_data(DataConfig(sources=sources, split='tail', tokenizer='byte', cache_dir=str(tmp_path / 'cache')))
+  out = capsys.readouterr().out
+  assert out.count('also in train: 0 exactly') == 2, 'each source alone'
+  found = re.search(r'all sources together: val: of (\d+) documents, also in train: (\d+) exactly', out)
+  assert int(found[2]) >= int(found[1]) - 2 > 5  # those that a border cuts are equal to none

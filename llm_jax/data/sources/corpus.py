@@ -303,7 +303,7 @@ def _write(corpus: Corpus, writer: StoreWriter, folder: Path, about: dict, is_sh
   for line in report.lines():
     print(f'data: {corpus.name}: {line}', flush=True)
   about = {**about, 'report': report.to_dict(), 'split': dataclasses.asdict(corpus.split)}
-  writer.finish(folder, about, is_shard=is_shard)
+  writer.finish(folder, about)
 
 
 def memory_stores(dealt: Iterable[tuple[str, Document]], sides: tuple[str, ...], tokenizer: Tokenizer | None,

@@ -172,11 +172,8 @@ class StoreWriter:
     lengths = {p.name: p.stat().st_size for p in self.folder.iterdir() if p.suffix != '.json'}
     write_json(self._progress, {'reader': reader_state, 'counts': self.counts, 'about': self.about, 'lengths': lengths})
 
-  def finish(self, target: Path, about: dict, *, is_shard: bool = False) -> None:
-    """Closes the last documents, writes tokenizers and manifest, and renames the folder to `target`.
-
-    A shard keeps the hashes of its documents, until it is merged.
-    """
+  def finish(self, target: Path, about: dict) -> None:
+    """Closes the last documents, writes tokenizers and manifest, and renames the folder to `target`."""
     for split in SPLITS:
       self._close_document(split)
       for kind in self._kinds():
@@ -189,8 +186,7 @@ class StoreWriter:
         for file, content in getattr(tokenizer, 'files', {}).items():  # the chat template
           (self.folder / file).write_text(content, encoding='utf-8')
     hashes = {path.name: write_crc(path) for path in sorted(self.folder.glob('*.tokens'))}
-    files = sorted(p for p in self.folder.iterdir()
-                   if p.name not in ('progress.json', 'manifest.json', SEEN) and p.suffix != '.hashes')
+    files = sorted(p for p in self.folder.iterdir() if p.name not in ('progress.json', 'manifest.json', SEEN))
     vocab_size = len(self.tokenizer.token_bytes) if self.tokenizer else self.about['max_id'] + 1
     write_json(self.folder / 'manifest.json', {
         'version': VERSION, 'dtype': self.dtype.name, 'vocab_size': vocab_size, 'splits': self.counts,
@@ -198,9 +194,8 @@ class StoreWriter:
         'label_width': self.about['label_width'] or 0, 'classes': self.about['classes'], **about,
         'files': {p.name: {'size': p.stat().st_size, 'sha256': hashes.get(p.name) or file_sha256(p)} for p in files}})
     os.rename(self.folder, target)
-    hashes_of_documents = () if is_shard else target.glob('*.hashes')
-    for path in (target / SEEN, target / 'progress.json', *hashes_of_documents):  # to resume, until the rename
-      path.unlink(missing_ok=True)
+    for name in (SEEN, 'progress.json'):  # needed to resume, until the rename
+      (target / name).unlink(missing_ok=True)
 
   def _kinds(self) -> list[str]:
     """The ends of the names of the files that each split has."""
