@@ -72,7 +72,7 @@ def test_training_can_start_from_an_export(folder, capsys, einsum, off):
              f'--config.start.run={folder}/bitnet_packed', '--config.num_steps=1', '--config.model.num_layers=1',
              f'--config.data.tokenizer={folder}/bitnet/tokenizer.json', '--config.eval.sample_tokens=0',
              '--config.optim.learning_rate=1e-9'])
-  assert 'begin fresh' not in capsys.readouterr().out
+  assert 'not found, so initialized' not in capsys.readouterr().out
   assert loss(folder / f'on_{einsum}', capsys) == pytest.approx(loss(folder / 'bitnet', capsys), abs=off)
 
 

@@ -126,8 +126,8 @@ def test_the_best_is_reset_when_the_data_change(folder):
   """Rows of 128 tokens have lower losses than those of 32 whatever was learnt."""
   train(folder, 'scores', '--config.eval.every=2', '--config.optim.learning_rate=1e-6', '--config.eval.patience=3')
   saved = [json.loads(path.read_text()) for path in sorted((folder / 'scores').glob('checkpoints/*/meta/metadata'))]
-  assert [(meta['step'], meta['record']['since']) for meta in saved][-1] == (9, 6)
-  assert saved[-1]['record']['stale'] < 3
+  assert [(meta['step'], meta['best']['since']) for meta in saved][-1] == (9, 6)
+  assert saved[-1]['best']['stale'] < 3
 
 
 @pytest.mark.slow

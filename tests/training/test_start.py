@@ -1,7 +1,6 @@
 """Branches of runs, and warm starts from another run's weights."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -69,20 +68,7 @@ def test_bitnet_can_start_from_a_full_precision_run(folder):
 @pytest.mark.slow
 def test_missing_weights_are_initialized_and_reported(folder, capsys):
   train(folder, 'untied', *start(folder), '--config.model.tie_embeddings=false', '--config.num_steps=1')
-  assert 'begin fresh: head/w' in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_checkpoint_without_newer_fields_resumes(folder, tmp_path):
-  shutil.copytree(folder / 'first', tmp_path / 'old')
-  for path in (tmp_path / 'old' / 'checkpoints').glob('*/meta/metadata'):
-    meta = json.loads(path.read_text())
-    for name in ('einsum', 'bitnet'):
-      del meta['config']['model'][name]
-    for name in ('record', 'validated', 'epoch', 'state_key'):
-      del meta[name]
-    path.write_text(json.dumps(meta | {'val_loss': 5.0, 'best_val_loss': 5.0}))
-  assert sorted(train(folder, tmp_path / 'old', '--config.num_steps=14'))[-1] == 14
+  assert 'not found, so initialized: head/w' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(('settings', 'flags', 'words'), [
