@@ -120,7 +120,7 @@ def test_the_config_bounds_the_cache(tmp_path, capsys):
 
 def test_the_command_lists_and_prunes(tmp_path, capsys):
   folder = make(tmp_path, 'corpus', 40)
-  flags = [f'--folder={tmp_path / "cache"}']
+  flags = [f'--cache_dir={tmp_path / "cache"}']
   capsys.readouterr()
   data_cache.main(flags)
   out = capsys.readouterr().out
@@ -129,7 +129,7 @@ def test_the_command_lists_and_prunes(tmp_path, capsys):
   assert folder.name in {os.path.basename(entry['path']) for entry in json.loads(capsys.readouterr().out)}
   data_cache.main([*flags, '--prune', '--max_days=30'])
   assert f'stores/{folder.name}' in capsys.readouterr().out and not folder.exists()
-  for wrong in (['--prune'], ['--max_gb=3'], ['--prune', '--max_days=-1'], [f'--folder={tmp_path}/none']):
+  for wrong in (['--prune'], ['--max_gb=3'], ['--prune', '--max_days=-1'], [f'--cache_dir={tmp_path}/none']):
     with pytest.raises(ConfigError, match=r'max_days|no such folder'):
       data_cache.main([*flags, *wrong])
 

@@ -23,7 +23,7 @@ from llm_jax.data.stores.cache import CacheEntry, entries, prune
 
 def parser() -> flags.Parser:
   parser = flags.Parser('data cache', __doc__)
-  parser.add_argument('--folder', type=Path, help='the cache (default: $LLM_JAX_CACHE, else ~/.cache/llm_jax)')
+  parser.add_argument('--cache_dir', type=Path, help='the cache (default: $LLM_JAX_CACHE, else ~/.cache/llm_jax)')
   parser.add_argument('--prune', action='store_true', help='delete the entries that --max_gb and --max_days exclude, '
                       'the least recently used first')
   parser.add_argument('--max_gb', type=float, help='with --prune, the size to keep, in GB of 10^9 bytes '
@@ -35,7 +35,7 @@ def parser() -> flags.Parser:
 
 def main(argv: list[str]) -> None:
   args = parser().parse(argv)
-  folder = args.folder.expanduser() if args.folder else user_cache()
+  folder = args.cache_dir.expanduser() if args.cache_dir else user_cache()
   bounds = [value for value in (args.max_gb, args.max_days) if value is not None]
   if args.prune != bool(bounds):
     raise ConfigError('--prune needs --max_gb, --max_days or both' if args.prune else
