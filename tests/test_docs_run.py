@@ -30,6 +30,8 @@ NOT_RUN = {
     r'configs/(shakespeare|distill)_char\.py': 'downloads its text, or needs the run of the other',
     r'runs/seq2seq_wgsl': 'needs the trained model; test_answers.py has a small one',
     r'runs/tuned': 'needs a trained model with long rows; test_chat_runs.py has a small one',
+    r's3://': 'needs object storage; test_remote_store.py has a server',
+    r'^llm-jax data merge ': 'needs shards; test_shards.py makes some',
     r'configs/grokking\.py': 'trains several models for minutes; test_commands.py runs a sweep',
 }
 SMALL = {'num_steps': 4, 'batch_tokens': 256, 'tokens_per_device': 128, 'model.num_layers': 2, 'model.scan_unroll': 1,
