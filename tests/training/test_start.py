@@ -72,7 +72,7 @@ def test_missing_weights_are_initialized_and_reported(folder, capsys):
 
 
 @pytest.mark.parametrize(('settings', 'flags', 'words'), [
-    pytest.param({'run': 'nowhere'}, [], ['config.start.run', 'nowhere', 'not contain a run'], marks=pytest.mark.slow),
+    pytest.param({'run': 'nowhere'}, [], ['config.start.run', 'nowhere', 'does not exist'], marks=pytest.mark.slow),
     ({'run': 'nowhere', 'whole': 'true'}, [], ['config.start.run', 'nowhere', 'no checkpoints']),
     pytest.param({'checkpoint': 7}, [], ['config.start.checkpoint', '4, 8, 12', "got '7'"], marks=pytest.mark.slow),
     ({'checkpoint': 7, 'whole': 'true'}, [], ['config.start.checkpoint', '4, 8, 12', "got '7'"]),
