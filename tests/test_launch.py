@@ -154,7 +154,6 @@ def get_config():
   config.data.sources = {'a': {'path': path, 'weight': (3.0, 1.0)}, 'b': {'path': path, 'weight': (1.0, 1.0)}}
   config.data.weights_from = (0, 4)
   config.model.dropout = 0.0
-  config.model.vocab_size = 260
   config.num_steps = 14
   config.stages = {'more': {'begin': 7, 'set': ('batch_tokens=1024', 'data.weights_from=0,4')}}
   return config

@@ -9,6 +9,7 @@ from llm_jax.data.config import DataConfig
 from llm_jax.data.sources.documents import SourceConfig, shown
 from llm_jax.data.sources.filters import Report
 from llm_jax.data.stores.store import TokenStore
+from llm_jax.data.stores.writer import beyond_vocabulary
 from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
 _STEP = 1 << 20  # tokens checked at once
@@ -42,8 +43,7 @@ def max_id(tokens: TokenStore) -> int:
 def check_ids(store: TokenStore, tokenizer: Tokenizer) -> None:
   """Raises DataError for ids of a .bin, which were not checked before, beyond the vocabulary."""
   if (most := max_id(store)) >= len(tokenizer.token_bytes):
-    raise DataError(f'{store.tokens.files[0].path}: token {most} is beyond the vocabulary of '
-                    f'{len(tokenizer.token_bytes)} tokens')
+    raise DataError(f'{store.tokens.files[0].path}: {beyond_vocabulary(most, tokenizer)}')
 
 
 def check_white_space(source: SourceConfig, name: str, split: str, store: TokenStore, tokenizer: Tokenizer,

@@ -82,7 +82,7 @@ def open_data(config: DataConfig) -> Data:
   if config.streaming:
     return _open_stream(config)
   sources = config.named_sources
-  prepared, bins, recipes, (tokenizer, encoder_tokenizer) = _find(config)
+  prepared, bins, recipes, (tokenizer, encoder_tokenizer) = _open_sources(config)
   opened = {name: found.splits(config.verify) for name, found in prepared.items()}
   opened |= {name: _map_bins(config, sources[name], found) for name, found in bins.items()}
   opened |= {name: open_recipe(config, recipe) for name, recipe in recipes.items()}
@@ -121,8 +121,9 @@ def _open_stream(config: DataConfig) -> Data:
   return LOADERS['stream'].open(config)
 
 
-def _find(config: DataConfig) -> tuple[dict[str, Prepared], dict[str, dict[str, TokenFile]], dict[str, StoreRecipe],
-                                       tuple[Tokenizer | None, Tokenizer | None]]:
+def _open_sources(config: DataConfig) -> tuple[
+    dict[str, Prepared], dict[str, dict[str, TokenFile]], dict[str, StoreRecipe],
+    tuple[Tokenizer | None, Tokenizer | None]]:
   """(prepared stores, .bin files, recipes of the other stores, each by source; tokenizer, the prompts' own or None).
 
   Fits a tokenizer that is not in the cache. Raises DataError, ConfigError, StorageError.
@@ -263,8 +264,8 @@ def _holds_only_ids(config: DataConfig, corpora: dict[str, Corpus], bins: dict[s
 
 
 def store_recipes(config: DataConfig) -> dict[str, StoreRecipe]:
-  """The recipe of each source's store; sources of prepared stores and .bin files have none. Raises as open_data."""
-  return _find(config)[2]
+  """The recipe of each source's store; prepared stores and .bin files have none. Raises what open_data raises."""
+  return _open_sources(config)[2]
 
 
 def _bins(config: DataConfig, source: SourceConfig) -> dict[str, TokenFile] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,18 @@ class StoreRecipe:
   takes_ids: bool
   about: dict[str, Any]
 
-  def make(self, corpus: Corpus, folder: Path, shard_tokens: int, *, is_shard: bool = False) -> bool:
+  def make(self, corpus: Corpus, folder: Path, shard_tokens: int, notes: Callable[[], list[str]]) -> bool:
     """Writes the store of a corpus, or of a part of it, and returns True if the folder is missing.
 
-    Raises DataError, StorageError.
+    `notes` makes those of the report. Raises DataError, StorageError.
     """
     return make_store(corpus, self.tokenizer, folder, self.dtype, shard_tokens, self.takes_ids, self.about,
-                      self.encoder_tokenizer, is_shard=is_shard)
+                      self.encoder_tokenizer, notes=notes)
 
 
 def recipe_of(config: DataConfig, source: SourceConfig, corpus: Corpus, tokenizer: Tokenizer | None,
-            encoder_tokenizer: Tokenizer | None, tokenizer_key: str) -> StoreRecipe:
+              encoder_tokenizer: Tokenizer | None, tokenizer_key: str) -> StoreRecipe:
+  """The recipe of a source's store. `tokenizer_key` identifies both tokenizers."""
   if tokenizer is None:
     dtype = source.dtype or 'uint32'
   else:
@@ -63,7 +65,7 @@ def open_recipe(config: DataConfig, recipe: StoreRecipe) -> dict[str, TokenStore
   in_use = lease(folder)
   if not folder.exists() and next(folder.parent.glob(f'{folder.name}.shard-*'), None):
     LOADERS['shards'].merge(folder, recipe.corpus.notes())
-  is_new = recipe.make(recipe.corpus, folder, config.shard_tokens)
+  is_new = recipe.make(recipe.corpus, folder, config.shard_tokens, recipe.corpus.notes)
   opened = store.open_store(folder, 'all' if config.verify else 'nothing' if is_new else 'some', in_use)
   if not is_new and (report := opened['train'].report):
     for line in Report.from_dict(report).findings():

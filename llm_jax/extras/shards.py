@@ -57,7 +57,7 @@ def prepare_shard(config: DataConfig, index: int, count: int) -> None:
     if recipe.folder.exists():
       print(f'data: {name}: the store {recipe.folder} is there already')
     else:
-      recipe.make(part, shard_folder(recipe.folder, index, count), config.shard_tokens, is_shard=True)
+      recipe.make(part, shard_folder(recipe.folder, index, count), config.shard_tokens, notes=list)
 
 
 def merge(config: DataConfig) -> None:

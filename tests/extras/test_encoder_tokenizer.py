@@ -220,7 +220,7 @@ def test_a_run_uses_both_tokenizers(tmp_path, capsys):
   pairs = [(f'{a} {a} {a} {b}', f'{ord(a) - 96}' * 2) for a in 'abcdefgh' for b in 'ijklmnop']
   path = write_pairs(tmp_path / 'pairs.jsonl', pairs)
   write_pair_config(tmp_path / 'signs.py', path, 'encdec', SETTINGS)
-  output = finish(start(tmp_path, 'main', '--config=signs.py', '--workdir=run'))
+  output = finish(start(tmp_path, 'main', '--config=signs.py', '--workdir=run', '--config.log.samples=always'))
   run = tmp_path / 'run'
   assert '  | b b b m\n  | 22' in output, 'the sample'
   assert json.loads((run / 'tokenizer.json').read_text())['chars'] == '12345678'

@@ -20,9 +20,12 @@ def folder(tmp_path_factory):
   return folder
 
 
-def train(folder, name, *flags):
-  main.main([f'--config={folder}/tiny.py', f'--workdir={folder / name}', '--config.optim.schedule=warmup_cosine',
-             '--config.optim.warmup_cosine.warmup_steps=5', '--config.eval.sample_tokens=0', *flags])
+WARMS_UP = ('--config.optim.schedule=warmup_cosine', '--config.optim.warmup_cosine.warmup_steps=5')
+
+
+def train(folder, name, *flags, schedule=WARMS_UP):
+  main.main([f'--config={folder}/tiny.py', f'--workdir={folder / name}', '--config.eval.sample_tokens=0', *schedule,
+             *flags])
   return {line['step']: line for line in read_metrics(folder / name / 'metrics.jsonl')}
 
 
@@ -63,7 +66,7 @@ def test_going_on_for_longer_reports_both_rates_and_its_advice_works(folder, cap
   rewarm, constant, rate = re.findall(r'--config\.\S+?=[^\s;]+', line)
   smooth = train(folder, 'longer', *flags, '--config.num_steps=44', rewarm.replace('20,', '40,'))
   assert smooth[41]['train/learning_rate'] < smooth[42]['train/learning_rate']
-  kept = train(folder, 'longer', *flags, '--config.num_steps=46', constant, rate)
+  kept = train(folder, 'longer', *flags, '--config.num_steps=46', schedule=(constant, rate))
   assert kept[46]['train/learning_rate'] == pytest.approx(old, rel=1e-2)
 
 

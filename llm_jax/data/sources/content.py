@@ -13,12 +13,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_jax.base.errors import DataError
 from llm_jax.base.progress import Progress
 from llm_jax.data.sources.documents import File
+from llm_jax.data.stores.checks import file_sha256
 
 SETTLED_SECONDS = 2  # a file may change again within the resolution of its times
-_PIECE = 1 << 20
 SHOWN_BYTES = 1 << 30  # more than this to read is shown
 
 State = list[int]  # size, times of the last change of data and of anything, inode
@@ -42,7 +41,7 @@ class FileHashes:
   def changed(self) -> str | None:
     """The first file that does not hold what it held when it was hashed."""
     for path, state in self._states.items():
-      if not Path(path).exists() or (_state(path)[:2] != state[:2] and _sha256(path) != self._found[path]):
+      if not Path(path).exists() or (_state(path)[:2] != state[:2] and file_sha256(Path(path)) != self._found[path]):
         return path
     return None
 
@@ -60,7 +59,7 @@ class FileHashes:
     total = sum(states[path][0] for path in unknown)
     with Progress('reading files', total, 'B', shown=total > SHOWN_BYTES) as bar:
       for path in unknown:
-        known[path] = _sha256(path)
+        known[path] = file_sha256(Path(path))
         bar.update(states[path][0])
     settled = [path for path in unknown if _settled(states[path], now) and _state(path) == states[path]]
     if index is not None and settled:
@@ -89,17 +88,6 @@ def _state(path: str) -> State:
 
 def _settled(state: State, now: float) -> bool:
   return max(state[1], state[2]) < (now - SETTLED_SECONDS) * 1e9
-
-
-def _sha256(path: str) -> str:
-  try:
-    digest = hashlib.sha256()
-    with open(path, 'rb', buffering=0) as file:
-      while piece := file.read(_PIECE):
-        digest.update(piece)
-    return digest.hexdigest()
-  except OSError as e:
-    raise DataError(f'{path}: cannot be read: {e.strerror}') from None
 
 
 def _read(index: Path | None) -> dict[str, list]:

@@ -256,7 +256,7 @@ def _shown(texts: Iterable[str], name: str, total: int) -> Iterator[str]:
 
 def make_store(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype: str, shard_tokens: int,
                takes_ids: bool, about: dict, encoder_tokenizer: Tokenizer | None = None, *,
-               is_shard: bool = False) -> bool:
+               notes: Callable[[], list[str]]) -> bool:
   """Writes the store and returns True if it is missing; resumes the work of a killed process.
 
   Raises DataError, StorageError.
@@ -267,13 +267,14 @@ def make_store(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype:
     try:
       aside = folder.with_name(f'{folder.name}.partial')
       writer = writer_of(tokenizer)(aside, tokenizer, dtype, shard_tokens, takes_ids, encoder_tokenizer)
-      _write(corpus, writer, folder, about, is_shard)
+      _write(corpus, writer, folder, about, notes)
       return True
     except OSError as e:
       raise StorageError(f'{folder}: cannot be written: {e.strerror or e}') from None
 
 
-def _write(corpus: Corpus, writer: StoreWriter, folder: Path, about: dict, is_shard: bool) -> None:
+def _write(corpus: Corpus, writer: StoreWriter, folder: Path, about: dict,
+           notes: Callable[[], list[str]]) -> None:
   sizes = [source.sizes() for _, source in corpus.sides]
   total = sum(map(sum, sizes))
   num_files = sum(len(source.files) for _, source in corpus.sides)
@@ -298,7 +299,7 @@ def _write(corpus: Corpus, writer: StoreWriter, folder: Path, about: dict, is_sh
     shutil.rmtree(writer.folder)  # it may hold parts of both versions
     raise DataError(f'{changed}: changed while it was read; start again when it is complete')
   report = Report.from_dict(reading['report'])
-  report.notes = [] if is_shard else corpus.notes()
+  report.notes = notes()
   report.overlap = overlap.compare(lambda name: writer.column(name, np.uint64))
   for line in report.lines():
     print(f'data: {corpus.name}: {line}', flush=True)
