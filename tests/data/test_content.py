@@ -19,13 +19,13 @@ def stores(tmp_path):
 @pytest.fixture
 def reads(monkeypatch):
   """The files that were read to be hashed."""
-  read, found = content._sha256, []
+  read, found = content.file_sha256, []
 
   def noted(path):
     found.append(os.path.basename(path))
     return read(path)
 
-  monkeypatch.setattr(content, '_sha256', noted)
+  monkeypatch.setattr(content, 'file_sha256', noted)
   return found
 
 
