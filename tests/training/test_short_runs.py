@@ -89,7 +89,7 @@ def test_the_end_of_a_run_prints_its_result_and_the_next_commands(folder, capsys
   commands = [line.split('  # ')[0].strip() for line in lines[at + 2:]]
   assert [re.search(r'(llm-jax|llm_jax|tensorboard) (\S+)', command)[2] for command in commands] == [
       'generate', 'evaluate', 'export', 'train', '--logdir']
-  assert commands[3].endswith(f'--config.eval.sample_tokens=0 --workdir={folder}/ended --config.num_steps=8 '
+  assert commands[3].endswith(f'{" ".join(WARMS_UP)} --workdir={folder}/ended --config.num_steps=8 '
                               '--config.optim.rewarm=4,1')
   capsys.readouterr()
   train(folder, 'unevaluated', '--config.num_steps=4', '--config.eval.every=0')
