@@ -138,6 +138,7 @@ def test_preferences_hold_both_conversations_in_a_row(tmp_path, capsys):
     ([dialog('a')], {'task': 'preference', 'packing': 'pad'}, 'needs the fields chosen and rejected'),
     ([{'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}], {}, 'set the task to preference'),
     ([dialog('a')], {'packing': 'concat'}, 'best_fit'),
+    ([dialog('a') | {'kind': 'x'}], {'field': 'messages', 'label_field': 'kind'}, 'label_field: chat uses no labels'),
     ([{'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}], {'task': 'preference', 'packing': 'pad',
                                                          'mask_documents': False}, 'would attend to the chosen one'),
     ([dialog('a')], {'chat': {'template': 'lama3'}}, "config.data.chat.template: 'lama3'.*did you mean 'llama3'"),
@@ -145,6 +146,19 @@ def test_preferences_hold_both_conversations_in_a_row(tmp_path, capsys):
 def test_data_and_task_must_fit(tmp_path, records, settings, message):
   with pytest.raises(ConfigError, match=message):
     make(tmp_path, records * 3, **({'val_documents': 0, 'val_fraction': 0.0} | settings))
+
+
+def test_conversations_that_the_template_refuses_are_bad_records(tmp_path, capsys):
+  refused = as_record([('user', 'a'), ('tool', 'b'), ('assistant', 'c')])
+  records = [dialog('val'), dialog('one'), refused, dialog('two')]
+  settings = {'chat': {'template': 'gemma'}, 'seq_len': 128, 'max_bad_fraction': 0.5}
+  with pytest.raises(DataError, match=r'chat.jsonl:3: the chat template gemma refuses the conversation: .* role tool'):
+    make(tmp_path, records, **settings)
+  _, data, examples = make(tmp_path, records, on_bad_record='skip', **settings)
+  assert learnt(data, examples, 0)[0] == 'one|\ntwo|\n' and len(examples) == 1
+  assert 'the first bad record: chat.jsonl:3: the chat template gemma refuses' in capsys.readouterr().out
+  with pytest.raises(DataError, match='1 of 4 records are bad, more than config.data.max_bad_fraction'):
+    make(tmp_path, records, on_bad_record='skip', **settings | {'max_bad_fraction': 0.1})
 
 
 def test_plain_text_among_conversations_is_refused(tmp_path):

@@ -44,7 +44,11 @@ def test_a_byte_order_mark_tells_the_encoding(tmp_path, text, encoding):
 def test_utf16_without_a_mark_is_named_and_read(tmp_path, text, encoding):
   (tmp_path / 'a.txt').write_bytes(text.encode(encoding))
   [bad] = read(tmp_path / 'a.txt')
-  assert f'config.data.encoding to {encoding}' in bad.why
+  assert f'is {encoding.upper()} text without a byte order mark' in bad.why
+  config = DataConfig(path=str(tmp_path / 'a.txt'), tokenizer='byte', cache_dir=str(tmp_path / 'cache'))
+  with pytest.raises(DataError, match=f'set config.data.encoding to {encoding}') as raised:
+    open_data(config)
+  assert str(raised.value).count(' set ') == 1, 'one remedy'
   assert texts(tmp_path / 'a.txt', encoding=encoding) == texts(tmp_path / 'a.txt', encoding='utf-16') == [text]
 
 

@@ -29,6 +29,8 @@ def check_conversations(config: DataConfig, corpora: Mapping[str, Corpus], field
     if first is None:
       continue
     has_answer = isinstance(first.text, str) and isinstance(first.answer, str)
+    if config.task_settings.chats and any(source.config.label_field for _, source in corpus.sides):
+      raise ConfigError(f'config.data.label_field: {config.task} uses no labels; set it to None, or set another task')
     if first.messages is not None and not config.task_settings.chats:
       pairs = ', or to preference for the pairs of chosen and rejected ones' if first.rejected else ''
       raise ConfigError(f'{field}: {corpus.name} holds conversations, but config.data.task is {config.task}; set it to '

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_jax.base.errors import DataError
 from llm_jax.base.notes import print_once
-from llm_jax.data.chat.template import PRIVATE, ROLES, Messages
+from llm_jax.data.chat.template import PRIVATE, ROLES, Messages, Template
 from llm_jax.data.formats.fields import ABOUT, SYSTEM, join_text, with_text
 from llm_jax.data.sources.documents import BadRecord, Document, SourceConfig, shown
 
@@ -230,3 +230,13 @@ def _answer(value: Any, before: Turns, field: str) -> Turns:
     raise ValueError(f'field {field!r} holds text, and there is no field with the prompt: prompt, question, input or '
                      'instruction')
   return tuple(('user' if 'Human' in mark else 'assistant', part) for mark, part in zip(marks, parts[1:], strict=True))
+
+
+def rendered(document: Document, template: Template) -> Document | BadRecord:
+  """The document, or a BadRecord if the template refuses its conversation."""
+  try:
+    for messages in conversations_of(document):
+      template.render(messages)
+  except DataError as e:
+    return BadRecord(document.name, str(e))
+  return document

@@ -52,8 +52,7 @@ def _encoding_of(path: Path, head: bytes, encoding: str | None) -> str | None:
   if wide is not None:
     if encoding is not None and codecs.lookup(encoding).name.startswith('utf-16'):
       return wide
-    raise DataError(f'{path}: is {wide.upper()} text without a byte order mark; set config.data.encoding to {wide}, or '
-                    'convert it to UTF-8')
+    raise DataError(f'{path}: is {wide.upper()} text without a byte order mark, and config.data.encoding is {encoding}')
   return encoding if encoding is not None and scan(path).is_other else None
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError, StorageError
 from llm_jax.base.progress import Progress, progress_bar
-from llm_jax.data.chat.records import conversations_of
+from llm_jax.data.chat.records import conversations_of, rendered
 from llm_jax.data.chat.template import Template
 from llm_jax.data.chat.writer import writer_of
 from llm_jax.data.sources import overlap
@@ -69,6 +69,8 @@ class Corpus:
       side, source = self.sides[index]
       records = source.records(begin[1:] if index == begin[0] else (0, 0))
       for position, item, goes_on in _with_what_follows(records):
+        if self.on_bad_record == 'skip' and self.template is not None and isinstance(item, Document):
+          item = rendered(item, self.template)  # noqa: PLW2901
         if isinstance(item, BadRecord):
           self._bad(item, report)
           left_out = True
