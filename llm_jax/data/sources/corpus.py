@@ -70,7 +70,7 @@ class Corpus:
       records = source.records(begin[1:] if index == begin[0] else (0, 0))
       for position, item, goes_on in _with_what_follows(records):
         if self.on_bad_record == 'skip' and self.template is not None and isinstance(item, Document):
-          item = rendered(item, self.template)  # noqa: PLW2901
+          item = rendered(item, self.template)
         if isinstance(item, BadRecord):
           self._bad(item, report)
           left_out = True
