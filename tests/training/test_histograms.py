@@ -80,7 +80,8 @@ def test_histograms_are_those_of_the_next_equal_step(folder):
     assert event.session.program.num_microbatches == 2
     weights[event.session.step] = by_name(jax.device_get(event.session.state.trainable))
 
-  metrics = {line['step']: line for line in llm_jax.train(config(folder), folder / 'run', callbacks=keep)}
+  settings = config(folder, **{'checkpoint.every': 1})  # so that each step is complete when its event comes
+  metrics = {line['step']: line for line in llm_jax.train(settings, folder / 'run', callbacks=keep)}
   seen = dict(InMemory.seen)
   steps = sorted(step for step in seen if isinstance(step, int))
   assert len(steps) == 3
