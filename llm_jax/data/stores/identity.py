@@ -18,11 +18,17 @@ BASE = int.from_bytes(hashlib.sha256(b'llm_jax documents').digest(), 'big') % PR
 
 def digest(document: Document, parts: Iterable[np.ndarray]) -> int:
   """The hash of one document, or of a piece of one, from the ids of its parts and its label."""
-  parts = [np.asarray(ids, '<i8') for ids in parts]
-  hashed = hashlib.sha256(repr((document.continues, document.label, [len(ids) for ids in parts])).encode())
+  parts = [_narrow(ids) for ids in parts]
+  about = document.continues, document.label, [(len(ids), ids.itemsize) for ids in parts]
+  hashed = hashlib.sha256(repr(about).encode())
   for ids in parts:
-    hashed.update(ids.tobytes())
+    hashed.update(ids.data)
   return int.from_bytes(hashed.digest(), 'big')
+
+
+def _narrow(ids: np.ndarray) -> np.ndarray:
+  """The ids in the narrowest type that holds them, whatever type they have, as hashing takes time for each byte."""
+  return np.ascontiguousarray(ids, np.min_scalar_type(int(ids.max(initial=0))).newbyteorder('<'))
 
 
 def joined(first: int, second: int, length: int) -> int:

@@ -29,7 +29,7 @@ from llm_jax.data.sources.splits import SPLITS
 from llm_jax.data.stores.checks import check_files, checks_of
 from llm_jax.data.stores.token_files import TokenFile, document_starts, sampled_sha256
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)
