@@ -32,7 +32,7 @@ from llm_jax.losses.function import LossFunction
 from llm_jax.training import loop
 from llm_jax.training.custom import Custom, as_callbacks
 from llm_jax.training.ending import workdir_line
-from llm_jax.training.session import Event
+from llm_jax.training.event import Event
 from llm_jax.training.status import read_status
 
 Callback = Callable[[Event], Any]

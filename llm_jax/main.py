@@ -20,6 +20,8 @@ def parser() -> flags.Parser:
   flags.add_config(parser, required=True)
   parser.add_argument('--workdir', metavar='FOLDER', help='folder of the run; if it contains a run, that is resumed '
                       '(default: runs/<name of the config>)')
+  parser.add_argument('--start_over', action='store_true', help='move what the run has trained to before-TIME in '
+                      'its folder, and begin at step 0')
   parser.add_argument('--distributed', action='store_true', help='run as one of several processes; the coordinator is '
                       'found in the environment (SLURM, TPU pod, Open MPI, or launch/local.py)')
   flags.add(parser)
@@ -43,6 +45,8 @@ def main(argv: list[str]) -> None:
     from llm_jax.base.devices import only_cpus
     from llm_jax.training.custom import Custom
     from llm_jax.training.ending import ending, workdir_line
+    from llm_jax.training.lost import start_over
+    from llm_jax.training.run import lock_run
     if args.distributed:
       start_processes()
   if jax.process_index() == 0:
@@ -52,6 +56,9 @@ def main(argv: list[str]) -> None:
   name = source.path.stem if source.path.suffix == '.py' else f'{source.path.absolute().parent.name}_again'
   workdir = Path(args.workdir or Path('runs') / name)
   summary = (*(source.cpu_note(args.config, overrides) if cpu_only else ()), workdir_line(workdir))
+  if args.start_over:
+    with lock_run(workdir):
+      start_over(workdir)
   with out_of_memory_as_config_error(config.tokens_per_device):
     for _ in api.Training(config, workdir, Custom(summary=summary)):
       pass

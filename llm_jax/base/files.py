@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -12,15 +13,49 @@ from typing import TextIO
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.nearest import nearest
 
+MANIFEST = 'manifest.json'  # of a checkpoint, and of a run
 
-def write_file(path: Path, content: str | bytes) -> None:
-  """Writes or replaces a file atomically; a link in its place is replaced, not followed. Raises OSError."""
+
+def write_file(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+  """Writes or replaces a file atomically; a link in its place is replaced, not followed. Raises OSError.
+
+  With `durable` it is on disk afterwards.
+  """
   aside = path.with_name(f'{path.name}.partial-{os.getpid()}')
   aside.unlink(missing_ok=True)
   flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_NOFOLLOW', 0)
-  with os.fdopen(os.open(aside, flags, 0o666), 'wb') as f:
-    f.write(content.encode() if isinstance(content, str) else content)
-  os.replace(aside, path)
+  try:
+    with os.fdopen(os.open(aside, flags, 0o666), 'wb') as f:
+      f.write(content.encode() if isinstance(content, str) else content)
+      f.flush()
+      if durable:
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      aside.unlink(missing_ok=True)  # part of a file on a full disk
+    raise
+  if durable:
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+  """Writes the names in a folder to disk. Raises OSError."""
+  fd = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)
+
+
+def set_aside(path: Path, label: str) -> Path:
+  """Renames a file or folder to NAME.LABEL-TIME and returns its new path. Raises OSError."""
+  for n in itertools.count():
+    aside = path.with_name(f'{path.name}.{label}-{time.time():.0f}' + (f'-{n}' if n else ''))
+    if not os.path.lexists(aside):
+      os.rename(path, aside)
+      return aside
+  raise AssertionError
 
 
 def unused(folder: Path) -> Path:
@@ -66,15 +101,24 @@ def check_run(folder: Path, flag: str = '--workdir', file: str = 'config.json') 
   raise ConfigError(f'{flag}: {folder} {problem}; {hint}')
 
 
+def saved_steps(folder: Path) -> list[int]:
+  """The steps with a checkpoint in a run's folder checkpoints/: those that have a manifest."""
+  return sorted(int(path.name) for path in folder.glob('*') if path.name.isdigit() and (path / MANIFEST).is_file())
+
+
+def unverified_steps(folder: Path) -> list[int]:
+  """The steps in checkpoints/ without a manifest: of an earlier version, or copied in part."""
+  return sorted(int(path.name) for path in folder.glob('*') if path.name.isdigit() and not (path / MANIFEST).is_file())
+
+
 def latest_step(workdir: Path) -> int:
   """The latest step with a checkpoint in a run's folder; -1 if there is none."""
-  paths = (workdir / 'checkpoints').glob('*')
-  return max((int(path.name) for path in paths if path.name.isdigit()), default=-1)
+  return max(saved_steps(workdir / 'checkpoints'), default=-1)
 
 
 def check_checkpoint(workdir: Path, name: str) -> None:
   """Raises ConfigError for a name other than latest and best that is no step of a run's checkpoints."""
-  steps = sorted(int(path.name) for path in (workdir / 'checkpoints').glob('*') if path.name.isdigit())
+  steps = saved_steps(workdir / 'checkpoints')
   if steps and name not in ('latest', 'best') and not (name.isdigit() and int(name) in steps):
     raise ConfigError(f'--checkpoint: must be latest, best, or a step of {steps}; got {name!r}')
 

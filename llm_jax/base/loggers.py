@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm_jax.base.files import open_append, write_file
+from llm_jax.base.files import write_file
 from llm_jax.base.registry import Registry, factory_of, register
 
 
@@ -36,7 +40,10 @@ class Histogram(NamedTuple):
 
 
 class Logger:
-  """The methods of a logger; a logger overrides those that it has a use for. An OSError ends its log, not the run."""
+  """The methods of a logger; a logger overrides those that it has a use for.
+
+  After an OSError, as on a full disk, it is dropped, and opened again later for the step that the run has then reached.
+  """
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Scalars of `step`; steps never decrease, and a step may come twice, with other names."""
@@ -60,39 +67,43 @@ class Jsonl(Logger):
   """metrics.jsonl: one JSON object for each logged step."""
 
   def __init__(self, run: LoggedRun):
-    self._path = run.workdir / 'metrics.jsonl'
-    kept = []
-    if self._path.exists():
-      kept = [line for line in self._path.read_text().splitlines() if step_of(line) <= run.step]
-    self._rewrite(kept)
+    path = run.workdir / 'metrics.jsonl'
+    lines = path.read_bytes().split(b'\n') if path.exists() else [b'']
+    if damaged := [n for n, line in enumerate(lines[:-1], 1) if step_of(line) == float('inf')]:
+      aside = path.with_name(f'{path.name}.damaged-{time.time():.0f}')
+      write_file(aside, b'\n'.join(lines))
+      print(f'WARNING: {path}: line {damaged[0]} is damaged, {len(damaged)} in all; {aside.name} keeps the file as it '
+            'was, and these lines are left out', file=sys.stderr, flush=True)
+    kept = [line + b'\n' for line in lines if step_of(line) <= run.step]
+    write_file(path, b''.join(kept))
+    self._fd = os.open(path, os.O_WRONLY | getattr(os, 'O_NOFOLLOW', 0))
+    self._end = sum(map(len, kept))
     self._last: dict[str, float] = json.loads(kept[-1]) if kept else {}
-
-  def _rewrite(self, lines: list[str]) -> None:
-    """Atomically replaces the contents of the file with these lines, and reopens it for appending."""
-    write_file(self._path, ''.join(line + '\n' for line in lines))
-    self._file = open_append(self._path)
+    self._last_at = self._end - len(kept[-1]) if kept else 0
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Writes a line; a second call for a step extends its line."""
-    joins = self._last.get('step') == step
-    self._last = {**(self._last if joins else {}), 'step': step, **values}
-    if joins:
-      self._file.close()
-      self._rewrite([*self._path.read_text().splitlines()[:-1], json.dumps(self._last)])
+    if self._last.get('step') == step:
+      values = {**self._last, **values}
     else:
-      self._file.write(json.dumps(self._last) + '\n')
-      self._file.flush()
+      self._last_at = self._end
+    self._last = {'step': step, **values}
+    line = json.dumps(self._last).encode() + b'\n'
+    if os.pwrite(self._fd, line, self._last_at) < len(line):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    self._end = self._last_at + len(line)
 
   def close(self) -> None:
-    self._file.close()
+    os.close(self._fd)
 
 
-def step_of(line: str) -> float:
+def step_of(line: str | bytes) -> float:
   """The step of a line of metrics.jsonl; infinity if it is damaged, as a killed process may leave it."""
   try:
-    return json.loads(line)['step']
-  except (ValueError, KeyError, TypeError):
+    step = json.loads(line)['step']
+  except (ValueError, KeyError, TypeError, RecursionError):
     return float('inf')
+  return step if isinstance(step, int) else float('inf')
 
 
 def open_tensorboard(run: LoggedRun) -> Logger:

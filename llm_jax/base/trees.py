@@ -15,6 +15,11 @@ def path_of(path: tuple) -> str:
   return '/'.join(str(key.key) for key in path)
 
 
+def leaf_name(path: tuple) -> str:
+  """A key path of any tree as text: 'opt_state/1/0/mu/blocks/attn/q/w'."""
+  return '/'.join(str(getattr(key, 'key', getattr(key, 'idx', getattr(key, 'name', key)))) for key in path)
+
+
 def by_name(params: Params) -> dict[str, Any]:
   """{'blocks/attn/q/w': leaf}."""
   return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}

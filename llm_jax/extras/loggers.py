@@ -19,8 +19,9 @@ class Csv(Logger):
 
   def __init__(self, run: LoggedRun):
     self._path = run.workdir / 'metrics.csv'
-    text = self._path.read_text() if self._path.exists() else ''
+    text = self._path.read_text(errors='replace') if self._path.exists() else ''
     rows = list(csv.DictReader(io.StringIO(text[:text.rfind('\n') + 1])))  # a killed process may leave part of a row
+    rows = rows if rows and 'step' in rows[0] else []  # else the header is damaged
     self._names = list(rows[0]) if rows else ['step']
     self._rows: list[dict[str, Any]] = [
         row for row in rows if (row['step'] or '').isdigit() and int(row['step']) <= run.step]

@@ -45,16 +45,19 @@ EXPORTERS = Registry('exporter')
 register(EXPORTERS, 'plain', Plain, NoSettings)
 
 
-def write_config(folder: Path, config: Any, tokenizer: Any, encoder_tokenizer: Any, flag: str = '--workdir') -> None:
-  """Writes config.json and the tokenizers of a run or an exported model. Raises StorageError."""
+def write_config(folder: Path, config: Any, tokenizer: Any, encoder_tokenizer: Any,
+                 flag: str = '--workdir') -> tuple[str, ...]:
+  """Writes config.json and the tokenizers of a run or an exported model; returns their names. Raises StorageError."""
+  files = {'config.json': json.dumps(to_dict(config), indent=2)}
+  for name, each in (('tokenizer', tokenizer), ('encoder_tokenizer', encoder_tokenizer)):
+    if each is not None:
+      files[f'{name}.json'] = each.to_json()
+  files |= getattr(tokenizer, 'files', {})  # the chat template
   with writing(f'{flag}: {folder}'):
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / 'config.json', json.dumps(to_dict(config), indent=2))
-    for name, each in (('tokenizer', tokenizer), ('encoder_tokenizer', encoder_tokenizer)):
-      if each is not None:
-        write_file(folder / f'{name}.json', each.to_json())
-    for name, content in getattr(tokenizer, 'files', {}).items():  # the chat template
+    for name, content in files.items():
       write_file(folder / name, content)
+  return tuple(files)
 
 
 def write_params(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:

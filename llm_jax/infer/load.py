@@ -30,6 +30,7 @@ from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import make_optimizer
 from llm_jax.optim.groups import trainable_paths
 from llm_jax.training.checkpoint import Checkpoints
+from llm_jax.training.manifest import check_run_files
 from llm_jax.training.shardings import abstract_params, abstract_state, boxed_params, param_info, shardings_of
 from llm_jax.training.stages import config_at
 
@@ -66,6 +67,7 @@ def open_run(workdir: Path, *, trust: bool = False, flag: str = '--workdir') -> 
 
   The run's plug-ins must be loaded before; with `trust` the copies in the folder are executed. Raises UserErrors.
   """
+  check_run_files(check_run(workdir, flag))
   config = read_config(workdir, trust, flag)
   def read(name: str) -> Tokenizer:
     return with_special_tokens(config.data, load_tokenizer(workdir / f'{name}.json'))

@@ -1,27 +1,33 @@
-"""Checkpoints of a run, by Orbax: written asynchronously; the last, the best and milestones are kept.
+"""Checkpoints of a run: written asynchronously by Orbax, committed with a manifest of hashes, verified when read.
 
 Each holds three items: `params`, `opt_state` (trees of arrays) and `meta` (JSON: step, config, data fingerprint, ...).
+While it is written its folder is named STEP.unfinished; what a killed process leaves is removed by the next one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import math
+import shutil
 import sys
-import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from llm_jax.base.batch import Params
-from llm_jax.base.errors import ConfigError, StorageError
-from llm_jax.base.files import writing
+from llm_jax.base.errors import ConfigError, DivergedError, StorageError
+from llm_jax.base.files import saved_steps, set_aside, unverified_steps, writing
+from llm_jax.base.multihost import barrier, gather
 from llm_jax.base.progress import Progress
 from llm_jax.config import CheckpointConfig
+from llm_jax.training.finite import non_finite
+from llm_jax.training.manifest import commit, damage, reason
+from llm_jax.training.retention import kept, read_results, read_scores, score_file, write_results
+
+MAX_FAILED = 3  # saves in a row that may fail before the run ends
 
 
 class Checkpoints:
@@ -29,25 +35,28 @@ class Checkpoints:
 
   def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
     self._directory, self._config, self._read_only = directory, config, read_only
+    self._is_primary = jax.process_index() == 0
     if not read_only:
       with writing(str(directory)):
         directory.mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
+    self._saved = set(self._agreed(self.steps))  # the same on all processes
+    self._thread = ThreadPoolExecutor(1, 'checkpoint')
+    self._pending: tuple[int, Future[str]] | None = None  # a save in progress, and what failed of it
+    self._problem, self._failed = '', 0  # of the newest save; number of failed saves in a row
 
   @functools.cached_property
-  def _manager(self) -> Any:
-    from llm_jax.training.orbax_manager import keeping_manager
-    return keeping_manager(self._directory, self._config, read_only=self._read_only)
-
-  @property
-  def _is_open(self) -> bool:
-    return '_manager' in vars(self)
+  def _writer(self) -> Any:
+    from llm_jax.training.orbax_io import make_writer
+    return make_writer()
 
   def __enter__(self) -> Checkpoints:
     return self
 
   def __exit__(self, *exc: object) -> None:
-    if self._is_open:
-      self._manager.close()
+    self._thread.shutdown()
+    if '_writer' in vars(self):
+      self._writer.close()
 
   @property
   def workdir(self) -> Path:
@@ -55,103 +64,204 @@ class Checkpoints:
     return self._directory.parent
 
   def steps(self) -> list[int]:
-    if not self._is_open and not any(path.name.isdigit() for path in self._directory.glob('*')):
-      return []  # without Orbax, so that a new run need not wait for it
-    return sorted(self._manager.all_steps())
+    """The steps that have a manifest."""
+    return saved_steps(self._directory)
+
+  @property
+  def newest(self) -> int | None:
+    """The newest step that is complete on disk, as far as this process knows."""
+    return max((step for step in self._saved if self._pending is None or step != self._pending[0]), default=None)
 
   def best_step(self) -> int | None:
-    """The step with the lowest score among the saves with the newest `since`."""
-    return self._manager.best_step()
+    """The step with the lowest score among those evaluated with the newest `since`."""
+    scores = read_scores(self._directory, self.steps())
+    return min(scores, key=lambda step: scores[step]) if scores else None
 
   def named(self, name: str, flag: str) -> int | None:
     """The step for 'latest' (None), 'best' or a number. Raises ConfigError with the name of `flag`."""
     if name == 'latest':
       return None
-    if name == 'best' and self.best_step() is None:
-      raise ConfigError(f'{flag}: no checkpoint of {self._manager.directory.parent} was evaluated, so there is no best '
-                        'one; set it to latest or a step')
+    best = self.best_step() if name == 'best' else None
+    if name == 'best' and best is None:
+      raise ConfigError(f'{flag}: no checkpoint of {self.workdir} was evaluated, so there is no best one; set it to '
+                        'latest or a step')
     if name != 'best' and not (name.isdigit() and int(name) in self.steps()):
       raise ConfigError(f'{flag}: must be latest, best, or a step of {self.steps()}; got {name!r}')
-    return self.best_step() if name == 'best' else int(name)
+    return best if name == 'best' else int(name)
 
-  def save(self, step: int, params: Params, opt_state: Any, meta: dict, score: float | None = None,
-           since: int = 0) -> bool:
+  def save(self, step: int, params: Params, opt_state: Any, meta: dict) -> bool:
     """Starts a save and returns once the arrays are copied; returns False if this step is already saved.
 
-    The best checkpoint has the lowest `score` among the saves with the newest `since`. Raises StorageError, also if an
-    earlier save has failed.
+    A save that fails is reported at once, and the next one is its retry. Raises StorageError after MAX_FAILED in a row,
+    and DivergedError for arrays that are not finite.
     """
-    import orbax.checkpoint as ocp
-    if step in self._manager.all_steps():
+    self._settle()
+    if step in self._saved:
       return False
-    metrics = {'since': since, 'score': score} if score is not None and math.isfinite(score) else None
-    try:
-      saved = self._manager.save(step, args=ocp.args.Composite(
-          params=ocp.args.PyTreeSave(params), opt_state=ocp.args.PyTreeSave(opt_state),
-          meta=ocp.args.JsonSave({'step': step, **meta})), metrics=metrics, force=True)
-    except (OSError, ValueError) as e:
-      raise StorageError(f'{self._manager.directory}: checkpoint {step} could not be saved: {_first_line(e)}') from e
-    if not saved:
-      raise StorageError(f'{self._manager.directory}: Orbax did not save step {step}')
+    if names := non_finite({'params': params, 'opt_state': opt_state}):
+      raise DivergedError(f'{", ".join(names[:5])}{" and more" * (len(names) > 5)}: not finite at step {step}, so '
+                          'nothing is saved; lower config.optim.learning_rate and repeat the command, which goes on '
+                          f'from step {max(self._saved, default=0)}')
+    if self._failed:
+      self._free(step)
+    self._saved.add(step)
+    self._pending = step, self._thread.submit(self._finish, step, meta, self._start(step, params, opt_state, meta))
+    if self._failed == MAX_FAILED - 1:
+      self._settle()
     return True
 
-  def wait(self) -> None:
-    """Blocks until a save in progress is complete on disk. Raises StorageError if it failed."""
-    if not self._is_open:
-      return
-    try:
-      self._manager.wait_until_finished()
-      self._manager.check_for_errors()
-    except (OSError, ValueError) as e:
-      raise StorageError(f'{self._manager.directory}: a checkpoint could not be saved: {_first_line(e)}') from e
+  def wait(self) -> bool:
+    """Blocks until a save in progress is complete on disk; returns whether the newest save succeeded.
+
+    Raises StorageError after MAX_FAILED failures in a row.
+    """
+    self._settle()
+    if not self._problem and not self._read_only:
+      self._free()
+    return not self._problem
+
+  def record(self, step: int, score: float, since: int, results: dict[str, float]) -> bool:
+    """Stores the results of an evaluation with its step; returns False if that is not saved.
+
+    The best checkpoint has the lowest `score` among those with the newest `since`.
+    """
+    if step in self._saved and self._is_primary:
+      write_results(self._directory, step, score, since, results)
+    return step in self._saved
+
+  def results(self, step: int) -> dict[str, float] | None:
+    """The results that were recorded for a step; None without them."""
+    found = self._agreed(lambda: read_results(self._directory, step))
+    return found and found['results']
+
+  def damage(self, step: int) -> list[str]:
+    """What is wrong with the files of a step, by file; each process reads a part of them."""
+    parts = gather(damage(self._directory / str(step), jax.process_index(), jax.process_count()))
+    return list(dict.fromkeys(problem for part in parts for problem in part))
 
   def restore(self, params: Params, opt_state: Any | None = None, *, step: int | None = None,
               check: Callable[[dict], None] = lambda meta: None) -> tuple[Params, Any, dict]:
-    """(params, opt_state, meta) of `step`, or of the newest readable checkpoint.
+    """(params, opt_state, meta) of `step`, or of the newest intact checkpoint.
 
     `params` and `opt_state` are trees of ShapeDtypeStruct with shardings; with opt_state None, it is not read.
-    `check(meta)` may raise ConfigError before any array is read. Raises StorageError if no checkpoint is readable.
+    `check(meta)` may raise ConfigError before any array is read. Raises StorageError if no checkpoint is intact.
     """
-    if step is not None and step not in self.steps():
-      raise StorageError(f'{self._manager.directory}: no checkpoint of step {step}; steps: {self.steps()}')
+    steps = self._agreed(self.steps)
+    if step is not None and step not in steps:
+      raise StorageError(f'{self._directory}: no checkpoint of step {step}; steps: {steps}')
+    trees = {'params': params} if opt_state is None else {'params': params, 'opt_state': opt_state}
     failures = []
-    for candidate in reversed(self.steps()) if step is None else [step]:
-      failure = ''
-      try:
-        with Progress(f'reading checkpoint {candidate}', shown=jax.process_index() == 0):
-          result = self._read(candidate, params, opt_state, check)
-      except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # not caused by the checkpoint
-        raise
-      except Exception as e:  # Orbax raises many types for a damaged folder
-        failure = f'{type(e).__name__}: {_first_line(e)}'
-      if not np.any(multihost_utils.process_allgather(bool(failure))):  # all processes use the same step
-        return result
-      failures.append(f'step {candidate}: {failure or "another process cannot read it"}')
-      if jax.process_index() == 0:
-        print(f'WARNING: {self._manager.directory}: cannot read {failures[-1]}', file=sys.stderr, flush=True)
-    raise StorageError(f'{self._manager.directory}: no checkpoint can be read:\n  ' + '\n  '.join(failures))
+    for candidate in reversed(steps) if step is None else [step]:
+      with Progress(f'reading checkpoint {candidate}', shown=self._is_primary):
+        problem = '; '.join(self.damage(candidate)[:3])
+        found, failure = (dict[str, Any](), dict[str, Any]()), ''
+        if not problem:
+          found, failure = self._read(candidate, trees, check)
+          problem = next(filter(None, gather(failure)), '')  # all processes use the same step
+      if not problem:
+        arrays, meta = found
+        return arrays['params'], arrays.get('opt_state'), meta
+      failures.append(f'step {candidate}: {problem}')
+      if self._is_primary:
+        print(f'WARNING: {self._directory}: damaged: {failures[-1]}', file=sys.stderr, flush=True)
+    raise StorageError(f'{self._directory}: no checkpoint is intact; copy one back, or set --start_over to begin at '
+                       'step 0:\n  ' + '\n  '.join(failures))
 
-  def _read(self, step: int, params: Params, opt_state: Any | None, check: Callable) -> tuple[Params, Any, dict]:
-    import orbax.checkpoint as ocp
-
-    from llm_jax.training.orbax_manager import reading_manager
-    items = {} if opt_state is None else {'opt_state': ocp.args.StandardRestore(opt_state)}
-    with reading_manager(Path(self._manager.directory)) as reader:
-      meta = reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+  def _read(self, step: int, trees: dict[str, Any], check: Callable) -> tuple[tuple[dict, dict], str]:
+    """((arrays by item, meta), what failed). Raises ConfigError for arrays or a `meta` that do not fit."""
+    from llm_jax.training.orbax_io import read_arrays, read_meta
+    folder = self._directory / str(step)
+    try:
+      meta = read_meta(folder)
       check(meta)
-      restored = reader.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params), **items))
-    return restored.params, restored.get('opt_state'), meta
+      arrays = read_arrays(folder, trees)
+    except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # not caused by the checkpoint
+      raise
+    except Exception as e:  # Orbax raises many types for a folder that it cannot read
+      return ({}, {}), f'{type(e).__name__}: {reason(e)}'
+    names = non_finite(arrays)
+    return (arrays, meta), f'{", ".join(names[:5])}: not finite' if names else ''
 
   def set_aside_after(self, step: int) -> None:
-    """Renames the checkpoints newer than `step`, which could not be read, to STEP.unreadable-TIME."""
-    newer = [s for s in self.steps() if s > step]
-    if newer and jax.process_index() == 0:
-      for path in (Path(self._manager.directory) / str(s) for s in newer):
-        path.rename(path.with_name(f'{path.name}.unreadable-{time.time():.0f}'))
-    if newer:
-      multihost_utils.sync_global_devices('set_aside')
-      self._manager.reload()
+    """Renames the folders of later steps, which are damaged or have no manifest, to STEP.corrupt-TIME."""
+    if self._is_primary:
+      for each in sorted({*self.steps(), *unverified_steps(self._directory)}):
+        if each > step:
+          with writing(str(self._directory)):
+            aside = set_aside(self._directory / str(each), 'corrupt')
+            score_file(self._directory, each).unlink(missing_ok=True)
+          print(f'WARNING: {self._directory / str(each)} is now {aside.name}', file=sys.stderr, flush=True)
+    self._saved = {each for each in self._saved if each <= step}
+    barrier('set_aside')
 
+  def _agreed(self, read: Callable[[], Any]) -> Any:
+    """What process 0 reads, on all processes."""
+    return read() if jax.process_count() == 1 else gather(read() if self._is_primary else None)[0]
 
-def _first_line(error: BaseException) -> str:
-  return (str(error).strip().splitlines() or [''])[0][:300]
+  def _start(self, step: int, params: Params, opt_state: Any, meta: dict) -> str:
+    """Starts Orbax's part of a save; returns what failed."""
+    from llm_jax.training import orbax_io
+    try:
+      orbax_io.write(self._writer, self._unfinished(step), params, opt_state, {'step': step, **meta})
+      return ''
+    except (OSError, ValueError) as e:
+      return reason(e)
+
+  def _finish(self, step: int, meta: dict, problem: str) -> str:
+    """In the background: waits for Orbax, commits the step, reads it again, frees old steps. Returns what failed."""
+    try:
+      self._writer.wait_until_finished()  # also after an error, which it clears
+      if not problem and self._is_primary:
+        final = self._directory / str(step)
+        commit(self._unfinished(step), final, {'step': step} | {
+            name: meta[name] for name in ('position', 'versions') if name in meta})
+        if found := damage(final):
+          set_aside(final, 'corrupt')
+          problem = f'the disk returns other bytes than were written: {"; ".join(found[:3])}'
+        else:
+          self._free()
+    except Exception as e:  # of many types: TensorStore's, a timeout of other processes, a full disk
+      problem = problem or reason(e)
+    if problem:
+      with contextlib.suppress(OSError):
+        self._remove_unfinished()
+      print(f'WARNING: {self._directory}: checkpoint {step} could not be saved ({problem}); training continues, and '
+            'the next save is tried as usual', file=sys.stderr, flush=True)
+    return problem
+
+  def _settle(self) -> None:
+    """Waits for a save in progress, which then counts. Raises StorageError after MAX_FAILED failures in a row."""
+    if self._pending is None:
+      return
+    (step, future), self._pending = self._pending, None
+    self._problem = next(filter(None, gather(future.result())), '')
+    self._failed = self._failed + 1 if self._problem else 0
+    if self._problem:
+      self._saved.discard(step)
+      if self._is_primary:
+        score_file(self._directory, step).unlink(missing_ok=True)
+    if self._failed >= MAX_FAILED:
+      raise StorageError(f'{self._directory}: {self._failed} saves in a row failed, the last one of step {step}: '
+                         f'{self._problem}; make room there, then repeat the command, which goes on from step '
+                         f'{max(self._saved, default=0)}')
+
+  def _free(self, coming: int | None = None) -> None:
+    """Deletes the steps that need not be kept, also once step `coming` is saved; the newest one is kept always."""
+    if not self._is_primary:
+      return
+    steps = self.steps()
+    keep = kept(steps if coming is None else [*steps, coming], read_scores(self._directory, steps), self._config)
+    for step in steps[:-1]:
+      if step not in keep:
+        with contextlib.suppress(OSError):
+          (self._directory / str(step)).rename(self._unfinished(step))  # at once, as a process may be killed here
+          shutil.rmtree(self._unfinished(step), ignore_errors=True)
+          score_file(self._directory, step).unlink(missing_ok=True)
+
+  def _unfinished(self, step: int) -> Path:
+    return self._directory / f'{step}.unfinished'
+
+  def _remove_unfinished(self) -> None:
+    if self._is_primary:
+      for path in self._directory.glob('*.unfinished*'):
+        shutil.rmtree(path, ignore_errors=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +27,8 @@ from llm_jax.training.console import Console
 from llm_jax.training.status import Status
 from llm_jax.training.throughput import Goodput
 
+MAX_WAIT = 300.0  # seconds between attempts to open a logger that could not write
+
 
 @flax.struct.dataclass
 class PackedMetrics:
@@ -43,19 +47,30 @@ def unpack_metrics(packed: PackedMetrics) -> dict[str, float]:
   return dict(zip(packed.names, np.asarray(packed.values).tolist(), strict=True))
 
 
+@dataclasses.dataclass
+class Gap:
+  """The time in which a logger cannot write."""
+
+  lost: int = 0  # entries
+  wait: float = 1.0  # seconds between attempts; doubles
+  next_try: float = 0.0
+
+
 class MetricsWriter:
-  """The open loggers of a run. If one cannot write (the disk is full or read-only), it is left out with a warning.
+  """The loggers of a run. One that cannot write, as on a full disk, is opened again later; what is lost is counted.
 
   Only process 0 writes.
   """
 
   def __init__(self, run: LoggedRun, config: LogConfig):
+    self._run, self._config = run, config
     self._loggers: dict[str, Logger] = {}
+    self._gaps: dict[str, Gap] = {}
     problem = ''
     for name in config.loggers if jax.process_index() == 0 else ():
       with self._guarded(name):
         try:
-          self._loggers[name] = LOGGERS[name](LOGGERS.section(name, config.sections))(run)
+          self._loggers[name] = self._open(name)
         except ConfigError as e:
           problem = str(e)
     if problem := next(filter(None, gather(problem)), ''):  # all processes fail, or none
@@ -63,7 +78,9 @@ class MetricsWriter:
       raise ConfigError(problem)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    self._call('scalars', step, values) if values else None
+    if values:
+      self._call('scalars', step, values)
+      self._run = self._run._replace(step=step)
 
   def text(self, step: int, name: str, value: str) -> None:
     self._call('text', step, name, value)
@@ -73,20 +90,45 @@ class MetricsWriter:
 
   def close(self) -> None:
     self._call('close')
-    self._loggers = {}
+    for name in self._gaps:
+      self._end_gap(name, 'were not written')
+    self._loggers, self._gaps = {}, {}
+
+  def _open(self, name: str) -> Logger:
+    return LOGGERS[name](LOGGERS.section(name, self._config.sections))(self._run)
 
   def _call(self, method: str, *arguments: Any) -> None:
-    for name, logger in list(self._loggers.items()):
-      with self._guarded(name):
+    for name in [*self._loggers, *self._gaps]:
+      gap = self._gaps.get(name)
+      if gap is not None and method != 'close' and time.monotonic() < gap.next_try:
+        gap.lost += 1
+        continue
+      with self._guarded(name, lost=method != 'close'):
+        logger = self._loggers.get(name) or self._open(name)
         getattr(logger, method)(*arguments)
+        self._loggers[name] = logger
+        if name in self._gaps:
+          self._end_gap(name, 'are missing; metrics are written again')
+          del self._gaps[name]
+
+  def _end_gap(self, name: str, text: str) -> None:
+    print(f'WARNING: {name}: {self._gaps[name].lost} entries {text}', file=sys.stderr, flush=True)
 
   @contextlib.contextmanager
-  def _guarded(self, name: str) -> Iterator[None]:
+  def _guarded(self, name: str, lost: bool = False) -> Iterator[None]:
     try:
       yield
     except OSError as e:
-      self._loggers.pop(name, None)
-      print(f'WARNING: {name}: metrics are no longer written ({e}); training continues', file=sys.stderr, flush=True)
+      if logger := self._loggers.pop(name, None):
+        with contextlib.suppress(OSError):
+          logger.close()
+      if name not in self._gaps:
+        self._gaps[name] = Gap()
+        print(f'WARNING: {name}: metrics cannot be written ({e}); training continues, and this is tried again',
+              file=sys.stderr, flush=True)
+      gap = self._gaps[name]
+      gap.lost, gap.wait = gap.lost + lost, min(2 * gap.wait, MAX_WAIT)
+      gap.next_try = time.monotonic() + gap.wait
 
 
 class Epochs:
@@ -119,8 +161,8 @@ class Logs(NamedTuple):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-  """The lines of a metrics.jsonl, without an incomplete last line from a killed process."""
-  return [json.loads(line) for line in path.read_text().splitlines() if step_of(line) < float('inf')]
+  """The lines of a metrics.jsonl, without damaged ones, such as an incomplete last line from a killed process."""
+  return [json.loads(line) for line in path.read_bytes().split(b'\n') if step_of(line) < float('inf')]
 
 
 def text_metrics(split: str, loss: float | None, data: Data, task: str) -> dict[str, float]:

@@ -29,10 +29,11 @@ from llm_jax.training import run
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.console import Console
 from llm_jax.training.custom import Custom, with_custom, with_named_callbacks
+from llm_jax.training.event import Event
 from llm_jax.training.log import Logs, MetricsWriter
 from llm_jax.training.program import Program, build_program
 from llm_jax.training.resume import first_state
-from llm_jax.training.session import Event, Session
+from llm_jax.training.session import Session
 from llm_jax.training.stages import Stage, make_stages
 from llm_jax.training.status import Status
 from llm_jax.training.throughput import Goodput, Throughput, work_left
@@ -88,9 +89,7 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
     profiler = stack.enter_context(Profiler(config.profile, workdir, session.begin, console.line))
     missed = due(session.begin, config, end=end, has_val=has_val).evaluate and session.evaluated_at != session.begin
     if session.begin and missed:
-      session.evaluate()
-      session.save()
-      session.sample()
+      session.catch_up()
     announce(session, end)
     profiler.begin_after(session.begin)
 
@@ -110,9 +109,11 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
         stack.enter_context(session.stop)  # from here on a signal saves what was trained
         console.started(time.perf_counter() - session.step_started)
         run.write_files(program, workdir, status, session.begin)
+      if now.save:
+        session.save()  # first, so that an evaluation that ends the process costs nothing
       if now.evaluate:
         session.evaluate()
-      if now.save or session.stop.requested or session.best.over or (session.improved and config.checkpoint.keep_best):
+      if session.stop.requested or session.best.over or (session.improved and config.checkpoint.keep_best):
         session.save()
       if now.sample:
         session.sample()
@@ -121,14 +122,14 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
       over, unevaluated = step == config.num_steps or session.best.over, now.evaluate and session.score is None
       if unevaluated or ((stopping or session.stop.requested) and not over):
         session.save()  # if the request came after the save above
-        session.checkpoints.wait()
+        session.wait()
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
                           f'repeat the command to {"evaluate that step" if over else "resume"}')
       profiler.begin_after(step)
       session.throughput.restart('evaluation' if now.evaluate else 'save' if now.save else '')
     if session.best.over and session.step > session.begin:
       console.line(f'step {session.step}: the run ends: {session.best.over}')
-    session.checkpoints.wait()
+    session.wait()
     barrier('end')
     return session.best.over
 

@@ -34,7 +34,7 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: st
   """
   saved, now = meta['config'], to_dict(config)
   if meta['step'] < begin:
-    raise ConfigError(f'config.stages: a stage begins at step {begin}, but the newest readable checkpoint is of step '
+    raise ConfigError(f'config.stages: a stage begins at step {begin}, but the newest intact checkpoint is of step '
                       f'{meta["step"]}; to resume from it, move the newer ones out of checkpoints/')
   try:  # first, as other data may need another vocabulary
     if not begin or meta['step'] != begin:

@@ -23,6 +23,8 @@ from llm_jax.config import Config, differences, replace
 from llm_jax.data.sources.documents import shown
 from llm_jax.infer.export import write_config
 from llm_jax.training.console import Console
+from llm_jax.training.lost import check_not_lost
+from llm_jax.training.manifest import write_run_manifest
 from llm_jax.training.program import Program
 from llm_jax.training.state import TrainState
 from llm_jax.training.status import Status
@@ -37,6 +39,7 @@ def open_training(workdir: Path, num_steps: int) -> Iterator[Status]:
   Raises StorageError.
   """
   with lock_run(workdir) as created:
+    check_not_lost(workdir)
     status = Status(workdir, num_steps)
 
     def interrupted() -> str:
@@ -94,9 +97,10 @@ def write_files(program: Program, workdir: Path, status: Status, begin: int) -> 
   config, data = program.config, program.data
   whole = replace(program.stage.run, model=config.model, loss=config.loss) if config.stages else config
   before = config_before(workdir)
-  write_config(workdir, whole, data.tokenizer, data.encoder_tokenizer)
+  names = write_config(workdir, whole, data.tokenizer, data.encoder_tokenizer)
   with writing(f'--workdir: {workdir}'):
     plugins.write_notes(workdir)
+    write_run_manifest(workdir, names)
   status.trained(begin=begin, changed=differences(before, to_dict(whole)) if before else {})
 
 

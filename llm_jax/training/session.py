@@ -24,40 +24,13 @@ from llm_jax.infer.load import Loaded
 from llm_jax.infer.text import samples
 from llm_jax.training.best import Best
 from llm_jax.training.checkpoint import Checkpoints
+from llm_jax.training.event import Event
 from llm_jax.training.log import Epochs, Logs, PackedMetrics, text_metrics, unpack_metrics
 from llm_jax.training.program import Program
 from llm_jax.training.state import TrainState
 from llm_jax.training.throughput import Throughput
 
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-  """A logged step, and operations on the run before it continues."""
-
-  step: int
-  metrics: dict[str, float]  # 'train/loss', and 'val/loss' if the step was evaluated
-  session: Session
-
-  def validate(self) -> dict[str, float]:
-    """Evaluates the current weights on the validation part: {'val/loss': ...}."""
-    return self.session.measure()
-
-  def save(self) -> None:
-    """Writes a checkpoint now and waits until it is complete on disk."""
-    self.session.save_now()
-
-  def read(self) -> Loaded:
-    """The model with a copy of its current weights."""
-    return self.session.read()
-
-  def status(self) -> dict[str, Any]:
-    return dict(self.session.status.values)
-
-  def stop(self) -> None:
-    """Saves and ends the run after this step, as a signal does; it can be resumed."""
-    self.session.stop.requested = True
 
 
 class Session:
@@ -77,6 +50,7 @@ class Session:
     self.best = Best.from_meta(self.config.eval, meta, other_data=stage.new_data and self.begin == stage.begin)
     self.evaluated_at = self.begin if meta.get('evaluated', True) else -1
     self.score: float | None = None  # of this step's evaluation
+    self.results = dict[str, float]()  # of this step's evaluation
     self.pending: tuple[int, PackedMetrics] | None = None  # a step whose metrics have not been fetched
     self.logged: dict[str, float] = {}  # metrics of the fetched step, until its event is yielded
     self._logged_step, self._unwritten = self.begin, dict[str, float]()
@@ -118,15 +92,32 @@ class Session:
     """Evaluates this step, unless a signal interrupts it, and updates the best metric and the optimizer."""
     with contextlib.suppress(Interrupted), self.goodput.of('evaluation'):
       results = self.measure()
-      self.score, reached = self.best.update(self.step, results)
-      self.evaluated_at = self.step
+      reached = self.apply(results)
       best = self.best.best_value  # None if no result was finite
       self._log(results | {f'capability/{text}': float(self.step) for text in reached} | self.best.retention(results)
                 | ({} if best is None else {f'best/{self.config.eval.monitor}': best}))
-      opt_state = self.program.tx.update_from_eval(self.state.opt_state, results)
-      self.state = dataclasses.replace(self.state, opt_state=opt_state)
+      self._write()
+      self._record()
       for text in reached:
         self.console.line(f'step {self.step}: {text} reached for the first time')
+
+  def apply(self, results: dict[str, float]) -> list[str]:
+    """Updates best metric and optimizer by results of this step; returns capabilities reached for the first time."""
+    self.score, reached = self.best.update(self.step, results)
+    self.results, self.evaluated_at = results, self.step
+    opt_state = self.program.tx.update_from_eval(self.state.opt_state, results)
+    self.state = dataclasses.replace(self.state, opt_state=opt_state)
+    return reached
+
+  def catch_up(self) -> None:
+    """Evaluates the step that the run resumes from, or takes over the results that were recorded for it."""
+    known = self.checkpoints.results(self.step)
+    if known is not None:
+      self.apply(known)
+      self._record()
+    else:
+      self.evaluate()
+      self.sample()
 
   def measure(self) -> dict[str, float]:
     """The results of an evaluation of the current weights. Raises Interrupted after a signal, ConfigError without a
@@ -146,19 +137,23 @@ class Session:
     return self.score is not None and self.score < self.best.saved
 
   def save(self) -> None:
-    """Writes the metrics, then starts a checkpoint of this step."""
+    """Writes the metrics, then starts a checkpoint of this step, with its score if it was evaluated before."""
     self._write()
     best = self.best if self.score is None else dataclasses.replace(self.best, saved=min(self.best.saved, self.score))
     with self.goodput.of('save'), self.console.progress('saving'):
-      if self._save(self.score, best):
-        self.best = best
+      if self._save(best):
+        self._record()
+
+  def wait(self) -> None:
+    """Waits until the newest checkpoint is complete on disk; saves this step again if that failed."""
+    while not self.checkpoints.wait():
+      self.save()
 
   def save_now(self) -> None:
     """Saves between two steps and waits until the checkpoint is complete on disk."""
     self.settle()
-    self._write()
-    self._save(None, self.best)
-    self.checkpoints.wait()
+    self.save()
+    self.wait()
 
   def sample(self) -> None:
     """Generates and logs a sample for each of config.eval.prompts, if this step was evaluated."""
@@ -173,6 +168,7 @@ class Session:
   def report(self, at_once: bool = True) -> None:
     """Updates status.json."""
     self.status.update(at_once=at_once, step=self._logged_step, best=self.best.best_value,
+                       saved=self.checkpoints.newest,
                        seconds_left=0.0 if self.best.over else self.throughput.seconds_left(self._logged_step),
                        metrics=(self.status.values.get('metrics') or {}) | self.logged)
 
@@ -231,12 +227,18 @@ class Session:
     self.writer.scalars(self._logged_step, self._unwritten)
     self._unwritten = {}
 
-  def _save(self, score: float | None, best: Best) -> bool:
+  def _record(self) -> None:
+    """Stores the results of this step's evaluation with its checkpoint, if it has both."""
+    if self.score is not None and self.checkpoints.record(self.step, self.score, self.best.since, self.results):
+      self.best = dataclasses.replace(self.best, saved=min(self.best.saved, self.score))
+
+  def _save(self, best: Best) -> bool:
     # The step is saved with the optimizer's state, as some optimizers have an empty state, which Orbax rejects.
     state = self.state
     saves = self.checkpoints.save(
-        self.step, state.params, (state.step, state.opt_state), score=score, since=best.since, meta={
+        self.step, state.params, (state.step, state.opt_state), meta={
             'config': to_dict(self.config), 'data': self.program.fingerprint,
+            'position': {'rows': int(self.program.stage.rows_at(self.step))},
             'stream_states': gather(self.batches.state()), 'evaluated': self.evaluated_at == self.step,
             'best': best.to_meta(), 'epoch': self._epochs.sums, 'state_key': self.program.state_key,
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})

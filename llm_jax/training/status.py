@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +15,14 @@ import jax
 import psutil
 
 from llm_jax.base.errors import Interrupted
-from llm_jax.base.files import write_file
+from llm_jax.base.files import set_aside, write_file
 from llm_jax.training.launches import Launch
 
 SECONDS = 1.0  # between updates of the file, and of system metrics: each takes half a millisecond, steps can be short
+STATES = ('starting', 'training', 'finished', 'stopped', 'failed')
+TYPES: tuple[tuple[str, Any, Any], ...] = (  # of its values
+    ('step', int, 0), ('num_steps', int, 0), ('saved', int | None, 0), ('seconds', int | float, 0),
+    ('started', int | float, 0), ('best', int | float | None, 0), ('metrics', dict | None, {}))
 
 
 class Status:
@@ -31,7 +36,12 @@ class Status:
   def __init__(self, workdir: Path, num_steps: int):
     self._path = workdir / 'status.json'
     before = read_status(workdir)
-    known = {name: x for name, x in before.items() if name in ('step', 'best', 'metrics')}
+    if before['state'] == 'none' and self._path.is_file() and jax.process_index() == 0:
+      with contextlib.suppress(OSError):
+        aside = set_aside(self._path, 'damaged')
+        print(f'WARNING: {self._path} is damaged and is now {aside.name}; a new one is written', file=sys.stderr,
+              flush=True)
+    known = {name: x for name, x in before.items() if name in ('step', 'best', 'metrics', 'saved')}
     self._seconds, self._finished = before.get('seconds', 0.0), before['state'] == 'finished'
     self._writes, self._launch = not before.get('step'), Launch(workdir)
     self.values: dict[str, Any] = {'state': 'starting', 'step': 0, **known, 'num_steps': num_steps,
@@ -85,9 +95,11 @@ class Status:
 
 def read_status(workdir: Path) -> dict[str, Any]:
   """The contents of status.json; {'state': 'none'} if it does not exist or is damaged."""
-  with contextlib.suppress(OSError, ValueError):
+  with contextlib.suppress(OSError, ValueError, RecursionError):
     values = json.loads((workdir / 'status.json').read_text())
-    return values if isinstance(values, dict) and 'state' in values else {'state': 'none'}
+    if isinstance(values, dict) and values.get('state') in STATES and all(
+        isinstance(values.get(name, empty), types) for name, types, empty in TYPES):
+      return values
   return {'state': 'none'}
 
 

@@ -1,0 +1,36 @@
+"""Finds leaves that are not finite, so that such a state is neither saved nor restored."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llm_jax.base.trees import leaf_name
+
+
+def non_finite(tree: Any) -> list[str]:
+  """The paths of float arrays with a value that is not finite; an infinite scalar is fine, as a best value so far is.
+
+  One program reads every array once, on the devices.
+  """
+  leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)}
+  if not leaves:
+    return []
+  mesh = next((leaf.sharding.mesh for leaf in leaves.values() if isinstance(leaf.sharding, NamedSharding)), None)
+  is_bad = np.asarray(_program(mesh)(tuple(leaves.values())))
+  return [name for name, bad in zip(leaves, is_bad, strict=True) if bad]
+
+
+@functools.cache
+def _program(mesh: Any) -> Any:
+  return jax.jit(_are_bad, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+
+
+def _are_bad(leaves: tuple[jax.Array, ...]) -> jax.Array:
+  return jnp.stack([jnp.any(~jnp.isfinite(x)) if x.ndim else jnp.isnan(x) for x in leaves])
