@@ -24,6 +24,7 @@ from llm_jax.base import plugins
 from llm_jax.base.devices import only_cpus
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.sharding import MeshConfig, make_mesh
+from llm_jax.base.storage import open_workdir, read_workdir
 from llm_jax.config import Config
 from llm_jax.data import given
 from llm_jax.infer.load import load_run
@@ -53,14 +54,16 @@ class Training:
   """
 
   def __init__(self, config: Config, workdir: str | Path, custom: Custom):
-    self.config, self.workdir, self._custom = config, Path(workdir), custom
+    self.config, self._custom = config, custom
+    self.workdir, self._storage = open_workdir(workdir, config.checkpoint)
     self._event: Event | None = None
 
   def __iter__(self) -> Iterator[dict[str, float]]:
     try:
-      for event in loop.train(self.config, self.workdir, self._custom):
-        self._event = event
-        yield {'step': event.step, **event.metrics}
+      with self._storage:
+        for event in loop.train(self.config, self.workdir, self._custom):
+          self._event = event
+          yield {'step': event.step, **event.metrics}
     finally:
       self._event = None
 
@@ -104,13 +107,13 @@ def train(config: Config, workdir: str | Path = 'runs/run', *, model: nn.Module 
   with `text` and optionally `answer` or `label`, or of batches with `tokens` and `targets` [B, T]. `callbacks`:
   functions called with the Event of each logged step. Raises UserErrors.
   """
-  custom = Custom(model, tx, loss, callbacks=as_callbacks(callbacks), summary=(workdir_line(Path(workdir)),))
+  custom = Custom(model, tx, loss, callbacks=as_callbacks(callbacks), summary=(workdir_line(workdir),))
   if data is not None:
     holds_batches, data = given.inspect(data)
     if holds_batches:
       return Training(config, workdir, dataclasses.replace(custom, batches=given.GivenBatches(data)))
     config = config_lib.replace(config, data=dataclasses.replace(
-        config.data, **given.write_documents(data, Path(workdir))))
+        config.data, **given.write_documents(data, open_workdir(workdir, config.checkpoint)[0])))
   return Training(config, workdir, custom)
 
 
@@ -122,7 +125,8 @@ def load(workdir: str | Path, checkpoint: str | int = 'latest', *, model: nn.Mod
   copies in the folder are executed. Raises UserErrors (see base/errors.py).
   """
   plugins.load_all(plugin)
+  folder = read_workdir(workdir, str(checkpoint))
   mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    run = load_run(Path(workdir), mesh, str(checkpoint), trust=trust, module=model)
-  return Trained(run, Path(workdir), Custom(loss=loss).loss_terms)
+    run = load_run(folder, mesh, str(checkpoint), trust=trust, module=model)
+  return Trained(run, folder, Custom(loss=loss).loss_terms)

@@ -13,13 +13,14 @@ from pathlib import Path
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import out_of_memory_as_config_error, run_as_program, start_processes
+from llm_jax.base.storage import is_remote
 
 
 def parser() -> flags.Parser:
   parser = flags.Parser('train', __doc__, fields='llm_jax.config:Config')
   flags.add_config(parser, required=True)
-  parser.add_argument('--workdir', metavar='FOLDER', help='folder of the run; if it contains a run, that is resumed '
-                      '(default: runs/<name of the config>)')
+  parser.add_argument('--workdir', metavar='FOLDER', help='folder of the run, or its URL in object storage; if it '
+                      'contains a run, that is resumed (default: runs/<name of the config>)')
   parser.add_argument('--start_over', action='store_true', help='move what the run has trained to before-TIME in '
                       'its folder, and begin at step 0')
   parser.add_argument('--distributed', action='store_true', help='run as one of several processes; the coordinator is '
@@ -35,8 +36,6 @@ def main(argv: list[str]) -> None:
   from llm_jax import config_file
   source = config_file.open_config(args.config, trust=args.trust)
   source.check(overrides)  # reports a config that is invalid on any machine before starting JAX
-  if args.workdir and '://' in str(args.workdir):
-    raise ConfigError(f'--workdir: {args.workdir} is a URL; mount the storage and set the folder')
   from llm_jax.base.progress import Progress
   with Progress('starting JAX'):
     import jax
@@ -54,15 +53,18 @@ def main(argv: list[str]) -> None:
   cpu_only = only_cpus() and not args.full_size
   config = source.resolve(overrides, cpu_only=cpu_only)
   name = source.path.stem if source.path.suffix == '.py' else f'{source.path.absolute().parent.name}_again'
-  workdir = Path(args.workdir or Path('runs') / name)
+  workdir = args.workdir or f'runs/{name}'
   summary = (*(source.cpu_note(args.config, overrides) if cpu_only else ()), workdir_line(workdir))
   if args.start_over:
-    with lock_run(workdir):
-      start_over(workdir)
+    if is_remote(workdir):
+      raise ConfigError(f'--start_over: for a run in object storage, set --workdir to another URL than {workdir}')
+    with lock_run(Path(workdir)):
+      start_over(Path(workdir))
   with out_of_memory_as_config_error(config.tokens_per_device):
-    for _ in api.Training(config, workdir, Custom(summary=summary)):
+    training = api.Training(config, workdir, Custom(summary=summary))
+    for _ in training:
       pass
-  for line in ending(config, workdir, argv) if jax.process_index() == 0 else ():
+  for line in ending(config, training.workdir, argv, workdir) if jax.process_index() == 0 else ():
     print(line)
 
 

@@ -16,6 +16,7 @@ from llm_jax.base.errors import ConfigError
 from llm_jax.base.files import check_checkpoint, check_run, latest_step, list_runs
 from llm_jax.base.nearest import nearest
 from llm_jax.base.process import waiting
+from llm_jax.base.storage import read_workdir
 from llm_jax.base.terminal import wrap, wrap_paragraphs
 
 METAVARS = {int: 'N', float: 'X', Path: 'PATH'}
@@ -239,7 +240,7 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = False) -> No
 
 def run_folder(text: str) -> Path:
   """The type of --workdir. Raises ConfigError, with the nearest runs, if there is none."""
-  return check_run(Path(text))
+  return check_run(read_workdir(text))
 
 
 def apply(args: argparse.Namespace) -> str:
@@ -249,6 +250,7 @@ def apply(args: argparse.Namespace) -> str:
   """
   was_set = runtime.prepare(args.tuning == 'on')
   if hasattr(args, 'checkpoint'):
+    args.workdir = read_workdir(args.workdir, args.checkpoint)
     check_checkpoint(args.workdir, args.checkpoint)
     waiting(f'loading {args.workdir}' + (f' at step {latest_step(args.workdir)}' if args.checkpoint == 'latest' and
                                           latest_step(args.workdir) >= 0 else ''))

@@ -308,7 +308,7 @@ def remote_files(url: str) -> Iterator[tuple[Any, str]]:
   except ImportError:
     raise ConfigError(f"{shown(url)}: needs the package fsspec: pip install 'llm_jax[data]'") from None
   if _scheme(url) not in fsspec.available_protocols():
-    raise ConfigError(f'config.data.path: {shown(url)}: no file system is known for {_scheme(url)}://; '
+    raise ConfigError(f'{shown(url)}: no file system is known for {_scheme(url)}://; '
                       'known: gs, s3, hf, http, https, abfs and the others of fsspec')
   try:
     yield fsspec.core.url_to_fs(url)

@@ -28,6 +28,7 @@ TABLE: dict[str, dict[str, str]] = {
     'tokenizer': {'word': 'word_tokenizer'},
     'opened_tokenizer': {'sentencepiece': 'outside_tokenizers', 'tiktoken': 'outside_tokenizers'},
     'loader': {'stream': 'streaming', 'shards': 'shards', 'dask': 'dask_shards', 'remote': 'remote_store'},
+    'storage': {'remote': 'remote_run'},
     'unpacker': {'archive': 'archives', 'stream': 'compression'},
     'exporter': {'packed': 'bitnet_pack'},
     'validator': {'wgsl': 'wgsl'},

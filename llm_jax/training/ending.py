@@ -16,17 +16,17 @@ from llm_jax.config import Config
 from llm_jax.training.status import read_status
 
 
-def ending(config: Config, workdir: Path, arguments: Sequence[str]) -> list[str]:
+def ending(config: Config, workdir: Path, arguments: Sequence[str], named: str = '') -> list[str]:
   """Lines on a finished run, with commands that work as printed; [] if it has not finished.
 
-  `arguments` are those of the command that trained it.
+  `arguments` are those of the command that trained it; `named` is the folder as it was named, which may be a URL.
   """
   status = read_status(workdir)
   if status['state'] != 'finished':
     return []
   best = f'; best {status["monitor"]} {status["best"]:.4f}' if status.get('best') is not None else ''
   reached = max(config.num_steps, status['step'])  # more than num_steps if an earlier launch went on for longer
-  run, steps = shlex.quote(str(workdir)), 2 * reached
+  run, steps = shlex.quote(named or str(workdir)), 2 * reached
   use = f"generate --workdir={run} --prompt=''" if config.writes else f'predict --workdir={run} --text=TEXT'
   further = without(arguments, '--config.num_steps', '--workdir', '--config.optim.rewarm')
   commands = [use, f'evaluate --workdir={run}', f'export --workdir={run} --out=exported --weight_bits=32']
@@ -42,11 +42,12 @@ def ending(config: Config, workdir: Path, arguments: Sequence[str]) -> list[str]
     del commands[1], notes[1]
   tool = program()
   lines = [f'{tool} {command}' for command in commands] + [f'{beside(tool, "tensorboard")} --logdir {run}']
-  return [f'finished: step {status["step"]} after {duration(status["seconds"])}{best}; all files are in {workdir}',
+  return [f'finished: step {status["step"]} after {duration(status["seconds"])}{best}; all files are in '
+          f'{named or workdir}',
           'next:', *(f'  {line}  # {note}' for line, note in zip(lines, [*notes, 'curves and samples'], strict=True))]
 
 
-def workdir_line(workdir: Path) -> str:
+def workdir_line(workdir: Path | str) -> str:
   """A line of the summary: where the run is, and how to watch it."""
   return f'workdir: {workdir}; to watch the run: tensorboard --logdir {workdir}'
 

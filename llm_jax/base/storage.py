@@ -1,0 +1,42 @@
+"""The folder of a run, which may be a URL of object storage; extras/remote_run.py registers what copies it."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from llm_jax.base.registry import Registry
+
+# 'remote': a class with __init__(url, retention), `folder`, a context manager that copies the local folder to the URL
+# while a run trains in it; and read(url, checkpoint) -> a local folder with the run.
+STORAGE = Registry('storage')
+
+
+_urls: dict[Path, str] = {}  # by local folder
+
+
+def is_remote(workdir: str | Path) -> bool:
+  return '://' in str(workdir)
+
+
+def open_workdir(workdir: str | Path, retention: Any) -> tuple[Path, AbstractContextManager]:
+  """(the local folder to train in, a context manager to train within). Raises ConfigError, StorageError."""
+  if not is_remote(workdir):
+    return Path(workdir), contextlib.nullcontext()
+  remote = STORAGE['remote'](str(workdir), retention)
+  return remote.folder, remote
+
+
+def read_workdir(workdir: str | Path, checkpoint: str = 'latest') -> Path:
+  """A local folder with the run and this checkpoint; `workdir` may be the result of a call before.
+
+  Raises ConfigError, StorageError.
+  """
+  url = _urls.get(Path(workdir), str(workdir))
+  if not is_remote(url):
+    return Path(workdir)
+  folder = STORAGE['remote'].read(url, checkpoint)
+  _urls[folder] = url
+  return folder

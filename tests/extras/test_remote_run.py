@@ -1,0 +1,199 @@
+"""Runs in object storage: what is there equals the local folder, and another host goes on from it to the bit."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import fsspec
+import pytest
+from program import write_config
+
+import llm_jax
+from llm_jax import main
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.files import saved_steps
+from llm_jax.commands import evaluate
+from llm_jax.extras import remote_lock, remote_run
+from llm_jax.training.log import read_metrics
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('remote')
+  write_config(folder)
+  return folder
+
+
+@pytest.fixture(autouse=True)
+def host(monkeypatch, tmp_path):
+  """Each test is a host of its own, and copies often."""
+  monkeypatch.setenv('LLM_JAX_CACHE', str(tmp_path / 'host'))
+  monkeypatch.setattr(remote_run, 'EVERY', 0.2)
+  monkeypatch.setattr(remote_run, 'WAIT', 0.05)
+  monkeypatch.setattr(remote_lock, 'STALE', 1.0)
+  monkeypatch.setattr(remote_lock, 'POLL', 0.1)
+  monkeypatch.setattr(remote_lock, 'SETTLE', 0.1)
+
+
+def train(folder, url, num_steps, *flags):
+  main.main([f'--config={folder}/tiny.py', f'--workdir={url}', '--config.eval.sample_tokens=0',
+             f'--config.num_steps={num_steps}', '--config.eval.every=6', '--config.checkpoint.every=3',
+             '--config.optim.schedule=constant', *flags])
+
+
+def losses(path):
+  return {line['step']: (line['train/loss'], line['train/grad_norm']) for line in read_metrics(path)}
+
+
+def local_folder():
+  return next((remote_run.user_cache() / 'runs').iterdir())
+
+
+def test_another_host_resumes_the_same_bits(folder, monkeypatch, tmp_path, capsys):
+  fs, url = fsspec.filesystem('memory'), 'memory://bucket/runs/one'
+  train(folder, folder / 'whole', 9)
+  train(folder, url, 6)
+  first = local_folder()
+  names = {path.removeprefix('/bucket/runs/one/') for path in fs.find('/bucket/runs/one')}
+  assert {'config.json', 'metrics.jsonl', 'status.json', 'tokenizer.json', 'checkpoints/6/manifest.json'} <= names
+  assert '.lock.json' not in names, 'the lock is released'
+  for name in names - {'launch.json'}:
+    assert fs.cat_file(f'/bucket/runs/one/{name}') == (first / name).read_bytes()
+  monkeypatch.setenv('LLM_JAX_CACHE', str(tmp_path / 'other_host'))
+  train(folder, url, 9)
+  assert 'resuming from step 6' in capsys.readouterr().out
+  assert losses(local_folder() / 'metrics.jsonl') == losses(folder / 'whole' / 'metrics.jsonl')
+  steps = remote_run.steps_in([path.removeprefix('/bucket/runs/one/') for path in fs.find('/bucket/runs/one')])
+  assert steps == saved_steps(local_folder() / 'checkpoints') or set(steps) > set(
+      saved_steps(local_folder() / 'checkpoints')), 'the best one of the first host may be there alone'
+  monkeypatch.setenv('LLM_JAX_CACHE', str(tmp_path / 'third_host'))
+  evaluate.main([url])
+  assert llm_jax.load(url, 6).generate('def', num_tokens=3)
+  with pytest.raises(ConfigError, match='does not contain a run'):
+    evaluate.main(['memory://bucket/runs/none'])
+
+  newest = max(fs.find('/bucket/runs/one/checkpoints/9'), key=fs.size)
+  content = bytearray(fs.cat_file(newest))
+  content[len(content) // 2] ^= 1
+  fs.pipe_file(newest, bytes(content))
+  monkeypatch.setenv('LLM_JAX_CACHE', str(tmp_path / 'fourth_host'))
+  capsys.readouterr()
+  train(folder, url, 9)
+  captured = capsys.readouterr()
+  assert 'damaged: step 9' in captured.err and 'its content has changed' in captured.err
+  assert 'resuming from step 6' in captured.out
+
+
+def test_training_goes_on_while_the_storage_fails(folder, monkeypatch, capsys):
+  fs, url = fsspec.filesystem('memory'), 'memory://bucket/runs/failing'
+  broken = threading.Event()
+  put, pipe = type(fs).put_file, type(fs).pipe_file
+
+  def refuse(original):
+    def call(*args, **kwargs):
+      if broken.is_set():
+        raise OSError('the network is down')
+      return original(*args, **kwargs)
+    return call
+
+  monkeypatch.setattr(type(fs), 'put_file', refuse(put))
+  monkeypatch.setattr(type(fs), 'pipe_file', refuse(pipe))
+  training = llm_jax.train(llm_jax.load_config(folder / 'tiny.py', **{
+      'num_steps': 12, 'checkpoint.every': 3, 'eval.every': 0, 'log.every': 1, 'eval.sample_tokens': 0}), url)
+  with pytest.raises(StorageError, match='the end of the run could not be copied'):
+    for metrics in training:
+      if metrics['step'] == 4:
+        broken.set()
+        time.sleep(0.6)
+  assert 'cannot be written' in capsys.readouterr().err
+  assert saved_steps(training.workdir / 'checkpoints')[-1] == 12
+  assert not fs.exists('/bucket/runs/failing/checkpoints/12')
+  broken.clear()
+  fs.rm_file('/bucket/runs/failing/.lock.json')  # of this process, which is alive
+  for _ in llm_jax.train(training.config, url):
+    pass
+  assert fs.exists('/bucket/runs/failing/checkpoints/12/manifest.json'), 'the local folder, which is ahead, was copied'
+
+
+def test_the_lock_refuses_a_second_run_and_is_taken_over_when_stale(folder, capsys):
+  url = 'memory://bucket/runs/locked'
+  bucket = remote_run.Bucket(url)
+  holder = remote_lock.RemoteLock(bucket, 'first')
+  holder.acquire()
+  beating = threading.Event()
+
+  def beat():
+    while not beating.wait(0.1):
+      holder.beat()
+
+  thread = threading.Thread(target=beat)
+  thread.start()
+  try:
+    with pytest.raises(StorageError, match='another run is training in memory://bucket/runs/locked: process'):
+      train(folder, url, 3)
+  finally:
+    beating.set()
+    thread.join()
+  before = signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+  stopped = []
+  try:
+    train(folder, url, 3)  # STALE seconds after the last beat
+    assert saved_steps(local_folder() / 'checkpoints') == [3]
+    bucket.write('.lock.json', b'{"launch": "third"}')
+    with pytest.raises(StorageError, match='another run has taken the lock'):
+      holder.beat()
+    assert stopped == [1], 'it saves and stops'
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_names_of_checkpoint_files():
+  assert remote_run.step_of('checkpoints/12/params/d/x') == 12
+  assert remote_run.step_of('checkpoints/12.score.json') is None and remote_run.step_of('metrics.jsonl') is None
+  assert remote_run.steps_in(['checkpoints/3/manifest.json', 'checkpoints/4/meta/x', 'checkpoints/5/meta/manifest.json',
+                              'checkpoints/6.corrupt-1/manifest.json']) == [3]
+
+
+@pytest.mark.slow
+def test_a_run_on_an_s3_server_is_killed_and_resumed(folder, tmp_path, monkeypatch):
+  pytest.importorskip('s3fs')
+  pytest.importorskip('moto.server')
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  for name, value in {'AWS_ACCESS_KEY_ID': 'test', 'AWS_SECRET_ACCESS_KEY': 'test', 'AWS_DEFAULT_REGION': 'us-east-1',
+                      'AWS_ENDPOINT_URL': f'http://127.0.0.1:{port}'}.items():
+    monkeypatch.setenv(name, value)
+  server = subprocess.Popen([sys.executable, '-c', 'from moto.server import main; main()', '-p', str(port)],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+  try:
+    for _ in range(100):
+      with socket.socket() as probe:
+        if probe.connect_ex(('127.0.0.1', port)) == 0:
+          break
+      time.sleep(0.3)
+    fs, _ = fsspec.core.url_to_fs('s3://bucket')
+    fs.mkdir('bucket')
+    url = 's3://bucket/runs/one'
+    train(folder, folder / 's3_whole', 9)
+    train(folder, url, 6)
+    shutil.rmtree(local_folder())
+    fs.pipe_file('s3://bucket/runs/one/.lock.json', json.dumps({'host': 'gone', 'process': 1}).encode())  # killed
+    train(folder, url, 9)
+    assert losses(local_folder() / 'metrics.jsonl') == losses(folder / 's3_whole' / 'metrics.jsonl')
+    evaluate.main([url])
+    first, second = (remote_lock.RemoteLock(remote_run.Bucket(url), name) for name in ('a', 'b'))
+    first.acquire()
+    with pytest.raises(FileExistsError):
+      remote_run.Bucket(url).fs.pipe_file('s3://bucket/runs/one/.lock.json', b'', mode='create')
+    first.release()
+    second.acquire()
+  finally:
+    server.terminate()
+    server.wait(20)
