@@ -64,8 +64,8 @@ def reason(error: BaseException) -> str:
   """The first line of an error, or what the operating system said, without the path."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
-  if found := re.search(r'\[OS error \d+: (?:E[A-Z]+ )?([^\]]+)\]', str(error)):  # TensorStore's
-    return found[1]
+  if found := re.search(r"([^:]+) \[os_error_code='", str(error)):  # TensorStore's
+    return found[1].strip()
   return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
