@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ class TensorBoard(Logger):
       from tensorboard.compat.proto.event_pb2 import Event, SessionLog
       from tensorboard.plugins.hparams.summary_v2 import hparams_pb
       from tensorboard.summary.writer.event_file_writer import EventFileWriter
+      threading.excepthook = _report_thread
       run, folder = self._run, self._run.workdir.absolute()
       self._events = EventFileWriter(str(run.workdir), flush_secs=10)
       # Makes TensorBoard drop what an interrupted run wrote after this step.
@@ -104,6 +106,12 @@ class TensorBoard(Logger):
     self._described.add(tag)
     return SummaryMetadata(summary_description=describe_metric(name),
                            plugin_data=SummaryMetadata.PluginData(plugin_name=plugin))
+
+
+def _report_thread(args: Any, report: Any = threading.excepthook) -> None:
+  """Leaves out the traceback of the thread that writes events on a full disk: the next event raises the same error."""
+  if not (type(args.thread).__name__ == '_AsyncWriterThread' and isinstance(args.exc_value, OSError)):
+    report(args)
 
 
 def tag_of(name: str) -> str:

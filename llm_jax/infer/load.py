@@ -30,6 +30,7 @@ from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import make_optimizer
 from llm_jax.optim.groups import trainable_paths
 from llm_jax.training.checkpoint import Checkpoints
+from llm_jax.training.lost import lost
 from llm_jax.training.manifest import check_run_files
 from llm_jax.training.shardings import abstract_params, abstract_state, boxed_params, param_info, shardings_of
 from llm_jax.training.stages import config_at
@@ -103,7 +104,7 @@ def read_run(run: Opened, workdir: Path, mesh: Mesh, checkpoint: str = 'latest',
     params, meta = read_params(workdir / FILE, abstract_params(boxed, mesh))
     return Loaded(config, *tokenizers, model, params, meta)
   if latest_step(workdir) < 0:
-    raise StorageError(f'{flag}: {workdir} has no checkpoints yet')
+    raise StorageError(lost(workdir) or f'{flag}: {workdir} has no checkpoints yet')
   with Checkpoints(workdir / 'checkpoints', config.checkpoint, read_only=True) as checkpoints:
     params, meta = read_weights(checkpoints, checkpoints.named(checkpoint, '--checkpoint'), config, model, mesh)
   return Loaded(config_at(config, meta['step']), *tokenizers, model, params, meta)

@@ -55,8 +55,7 @@ class Checkpoints:
 
   def __exit__(self, *exc: object) -> None:
     self._thread.shutdown()
-    if '_writer' in vars(self):
-      self._writer.close()
+    self._close_writer()
 
   @property
   def workdir(self) -> Path:
@@ -179,7 +178,7 @@ class Checkpoints:
       raise
     except Exception as e:  # Orbax raises many types for a folder that it cannot read
       return ({}, {}), f'{type(e).__name__}: {reason(e)}'
-    names = non_finite(arrays)
+    names = [name for item in arrays for name in non_finite({item: arrays[item]})]  # which may be on other devices
     return (arrays, meta), f'{", ".join(names[:5])}: not finite' if names else ''
 
   def set_aside_after(self, step: int) -> None:
@@ -223,8 +222,8 @@ class Checkpoints:
     except Exception as e:  # of many types: TensorStore's, a timeout of other processes, a full disk
       problem = problem or reason(e)
     if problem:
-      with contextlib.suppress(OSError):
-        self._remove_unfinished()
+      self._close_writer()  # as it keeps errors
+      self._remove_unfinished()
       print(f'WARNING: {self._directory}: checkpoint {step} could not be saved ({problem}); training continues, and '
             'the next save is tried as usual', file=sys.stderr, flush=True)
     return problem
@@ -257,6 +256,11 @@ class Checkpoints:
           (self._directory / str(step)).rename(self._unfinished(step))  # at once, as a process may be killed here
           shutil.rmtree(self._unfinished(step), ignore_errors=True)
           score_file(self._directory, step).unlink(missing_ok=True)
+
+  def _close_writer(self) -> None:
+    if writer := vars(self).pop('_writer', None):
+      with contextlib.suppress(Exception):  # of a save that has failed, which was reported
+        writer.close()
 
   def _unfinished(self, step: int) -> Path:
     return self._directory / f'{step}.unfinished'

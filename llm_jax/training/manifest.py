@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,11 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def reason(error: BaseException) -> str:
-  """The first line of an error, without the path that an OSError repeats."""
+  """The first line of an error, or what the operating system said, without the path."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
+  if found := re.search(r"([^:]+) \[os_error_code='", str(error)):  # TensorStore's
+    return found[1].strip()
   return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from llm_jax.base.errors import ConfigError
@@ -71,6 +72,14 @@ def stored_arrays(folder: Path, item: str) -> dict[str, str]:
   """{'blocks/attn/q/w': 'float32 [16, 8]'} of an item of a checkpoint."""
   metadata = ocp.PyTreeCheckpointHandler().metadata((folder / item).absolute())
   return arrays_of(getattr(metadata, 'tree', metadata))
+
+
+def read_stored(folder: Path, item: str) -> Any:
+  """The arrays of an item as they are stored, in the host's memory."""
+  handler, path = ocp.PyTreeCheckpointHandler(), (folder / item).absolute()
+  metadata = handler.metadata(path)
+  arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), getattr(metadata, 'tree', metadata))
+  return ocp.Checkpointer(handler).restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
 
 
 def arrays_of(tree: Any) -> dict[str, str]:

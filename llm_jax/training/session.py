@@ -148,6 +148,7 @@ class Session:
     """Waits until the newest checkpoint is complete on disk; saves this step again if that failed."""
     while not self.checkpoints.wait():
       self.save()
+    self.status.update(saved=self.checkpoints.newest)
 
   def save_now(self) -> None:
     """Saves between two steps and waits until the checkpoint is complete on disk."""

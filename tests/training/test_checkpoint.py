@@ -25,7 +25,10 @@ def abstract(tree, sharding=None):
 def save_all(path, losses, **config):
   with Checkpoints(path, CheckpointConfig(**config)) as checkpoints:
     for step, loss in losses.items():
-      checkpoints.save(step, arrays(step), (arrays(step + 1), ()), {'note': 'x'}, score=loss)
+      checkpoints.save(step, arrays(step), (arrays(step + 1), ()), {'note': 'x'})
+      if loss is not None:
+        checkpoints.record(step, loss, 0, {'val/loss': loss})
+    checkpoints.wait()
   with Checkpoints(path, CheckpointConfig(**config)) as checkpoints:
     return checkpoints.steps(), checkpoints.best_step()
 
@@ -39,7 +42,9 @@ def test_last_best_and_milestones_are_kept(tmp_path):
 def test_scores_before_the_newest_since_do_not_count(tmp_path):
   with Checkpoints(tmp_path, CheckpointConfig(keep_last=1)) as checkpoints:
     for step, score, since in ((1, 1.0, 0), (2, 5.0, 2), (3, 4.0, 2), (4, 6.0, 2)):
-      checkpoints.save(step, arrays(step), (arrays(step), ()), {}, score=score, since=since)
+      checkpoints.save(step, arrays(step), (arrays(step), ()), {})
+      checkpoints.record(step, score, since, {})
+    checkpoints.wait()
   with Checkpoints(tmp_path, CheckpointConfig(keep_last=1)) as checkpoints:
     assert (checkpoints.steps(), checkpoints.best_step()) == ([3, 4], 3)
 
@@ -97,9 +102,11 @@ def test_a_damaged_checkpoint_falls_back_to_an_older_one(damage, tmp_path, capsy
     params, _, meta = checkpoints.restore(abstract(arrays(1)))
     checkpoints.set_aside_after(meta['step'])
     expected = 2 if damage == 'empty folder' else 1
+    [aside] = tmp_path.glob('*.corrupt-*')
+    assert aside.name.startswith(f'{expected + 1}.')
     assert meta['step'] == expected and checkpoints.steps()[-1] == expected
   jax.tree.map(np.testing.assert_array_equal, params, arrays(expected))
-  assert 'WARNING' in capsys.readouterr().err
+  assert str(aside.parent) in capsys.readouterr().err
 
 
 def test_only_unreadable_checkpoints_are_an_error(tmp_path):
@@ -120,11 +127,19 @@ def test_an_error_of_the_check_is_not_damage(tmp_path):
     checkpoints.restore(abstract(arrays(1)), check=refuse)
 
 
-def test_another_shape_is_rejected(tmp_path):
-  save_all(tmp_path, {1: 1.0})
-  other = {'a': {'w': jnp.zeros((8, 8))}, 'step': jnp.zeros((), jnp.int32)}
-  with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, pytest.raises(StorageError, match=r'8'):
-    checkpoints.restore(abstract(other))
+OTHER = [
+    ({'a': {'w': jnp.zeros((8, 8))}}, r'params/a/w: stored float32 \[16, 8\], wanted float32 \[8, 8\]'),
+    ({'a': {'w': jnp.zeros((16, 8), 'bfloat16')}}, r'params/a/w: stored float32 \[16, 8\], wanted bfloat16 \[16, 8\]'),
+    ({'a': {'v': jnp.zeros((16, 8))}}, r'(?s)a/v: missing; wanted float32 .*params/a/w: stored float32'),
+    ({'a': {'w': jnp.zeros((16, 8)), 'b': jnp.zeros(8)}}, r'params/a/b: missing; wanted float32 \[8\]')]
+
+
+@pytest.mark.parametrize(('other', 'message'), OTHER, ids=['shape', 'dtype', 'name', 'added'])
+def test_other_arrays_are_refused_by_path(other, message, tmp_path):
+  save_all(tmp_path, {1: 1.0, 2: 1.0})
+  with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, pytest.raises(ConfigError, match=message):
+    checkpoints.restore(abstract(other | {'step': jnp.zeros((), jnp.int32)}))
+  assert not list(tmp_path.glob('*.corrupt-*')), 'nothing is damaged'
 
 
 def test_a_missing_step_is_reported_with_known_ones(tmp_path):

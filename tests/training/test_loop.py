@@ -95,17 +95,23 @@ class Checkpoints:
   """Notes what would be written; `saves` holds what it kept."""
 
   def __init__(self, happened):
-    self.happened, self.saves, self.full = happened, {}, False
+    self.happened, self.saves, self.full, self.newest = happened, {}, False, None
 
-  def save(self, step, params, opt_state, meta, score=None, since=0):
+  def save(self, step, params, opt_state, meta):
     if self.full or step in self.saves:
       return False
     self.happened.append(f'save {step}')
-    self.saves[step] = score, json.loads(json.dumps(meta))
+    self.saves[step] = [None, json.loads(json.dumps(meta))]
     return True
+
+  def record(self, step, score, since, results):
+    if step in self.saves:
+      self.saves[step][0] = score
+    return step in self.saves
 
   def wait(self):
     self.happened.append('wait')
+    return True
 
 
 def open_session(**options):

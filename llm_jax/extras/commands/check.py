@@ -1,11 +1,14 @@
-"""Reports devices and packages, and whether a config is valid, or whether it runs.
+"""Reports devices and packages, and whether a config is valid, or whether it runs; or verifies a run's checkpoints.
 
 With --step the config's first logged step is trained in a temporary folder, which checks data, model, optimizer and the
-compiled step, and reports the memory of the state. The exit code is 0, or that of the first error.
+compiled step, and reports the memory of the state. With --workdir all files of a run's checkpoints are read and
+compared with their hashes; --adopt writes the hashes of checkpoints that have none. The exit code is 0, or that of the
+first error.
 
   llm-jax check
   llm-jax check --config=gpt_small --step
   llm-jax check --config=gpt_small --format=json --config.num_steps=50
+  llm-jax check --workdir=runs/gpt_small
 """
 
 from __future__ import annotations
@@ -55,6 +58,9 @@ def parser() -> flags.Parser:
   parser = flags.Parser('check', __doc__, fields='llm_jax.config:Config')
   flags.add_config(parser)
   parser.add_argument('--step', action='store_true', help="train the config's first logged step")
+  parser.add_argument('--workdir', type=Path, metavar='FOLDER', help='verify the checkpoints of this run instead')
+  parser.add_argument('--adopt', action='store_true', help='with --workdir: read checkpoints without a manifest.json, '
+                      'as of an earlier version, and write it')
   parser.add_argument('--format', choices=('text', 'json'), default='text', help='of the output')
   flags.add(parser, trust=False)
   return parser
@@ -64,6 +70,15 @@ def main(argv: list[str]) -> None:
   args = parser().parse(argv)
   if args.step and args.config is None:
     raise ConfigError('--step: needs a --config')
+  if args.adopt and args.workdir is None:
+    raise ConfigError('--adopt: needs a --workdir')
+  if args.workdir is not None:
+    if args.config is not None:
+      raise ConfigError('--workdir: verifies a run, and --config checks a config; give one of them')
+    flags.apply(args)
+    from llm_jax.extras.commands.check_workdir import verify
+    verify(args.workdir, args.adopt, args.format == 'json')
+    return
   report: dict[str, dict[str, Any]] = {}
   try:
     for name, text, values in facts(args):

@@ -1,0 +1,134 @@
+"""A run's folder with damaged or missing files: training goes on from what is intact, and says what was not."""
+
+import json
+import random
+import shutil
+
+import pytest
+from program import write_config
+
+from llm_jax import api, main
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.files import MANIFEST, latest_step
+from llm_jax.extras.commands import check
+from llm_jax.training.log import read_metrics
+from llm_jax.training.status import read_status
+
+FLAGS = ['--config.eval.sample_tokens=0', '--config.model.num_layers=1', '--config.eval.every=2',
+         '--config.checkpoint.every=2']
+LOGS = ('metrics.jsonl', 'status.json', 'launches.jsonl', 'config.json')
+
+
+def train(folder, workdir, num_steps, *flags):
+  main.main([f'--config={folder}/tiny.py', f'--workdir={workdir}', f'--config.num_steps={num_steps}', *FLAGS, *flags])
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('folder')
+  write_config(folder)
+  train(folder, folder / 'run', 4)
+  return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+  return shutil.copytree(folder / 'run', tmp_path / 'run')
+
+
+def flip(content):
+  content = bytearray(content)
+  for _ in range(3):
+    content[random.Random(len(content)).randrange(len(content))] ^= 0x80
+  return bytes(content)
+
+
+@pytest.mark.parametrize('damage', [flip, lambda content: b'[]\n' + content[:30], lambda _: b'', lambda _: b'[1]\n',
+                                    lambda content: b'\xff\xfe' + content[::-1]],
+                         ids=['bit', 'cut', 'empty', 'a list', 'no text'])
+def test_damaged_logs_do_not_stop_a_run(damage, folder, run, capsys):
+  for name in LOGS:
+    (run / name).write_bytes(damage((run / name).read_bytes()))
+  train(folder, run, 5)
+  assert 'resuming from step 4' in (printed := capsys.readouterr()).out and latest_step(run) == 5
+  assert read_metrics(run / 'metrics.jsonl')[-1]['step'] == 5 and read_status(run)['state'] == 'finished'
+  aside = {path.name.partition('.damaged')[0] for path in run.glob('*.damaged-*')}
+  assert 'status.json' in aside and all(f'WARNING: {run}/{name}' in printed.err for name in aside)
+  assert json.loads((run / 'config.json').read_text())['num_steps'] == 5
+
+
+def test_a_flipped_bit_in_checkpoint_or_tokenizer_is_found_by_check_and_generate(run, capsys):
+  check.main([f'--workdir={run}'])
+  assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]] == [['2', 'intact'], ['4', 'intact']]
+  path = run / 'tokenizer.json'
+  content = path.read_bytes()
+  path.write_bytes(flip(content))
+  with pytest.raises(StorageError, match='tokenizer.json is not as the run wrote it'):
+    api.load(run)
+  path.write_bytes(content)
+  [path] = (run / 'checkpoints' / '4' / 'meta').glob('metadata')
+  path.write_bytes(flip(path.read_bytes()))
+  with pytest.raises(StorageError, match='damaged: 4'):
+    check.main([f'--workdir={run}', '--format=json'])
+  report = json.loads(capsys.readouterr().out)
+  assert [row['state'] for row in report['steps']] == ['intact', 'damaged']
+  assert report['steps'][1]['problems'] == ['meta/metadata: its content has changed']
+  assert api.load(run).run.meta['step'] == 2, 'an older one is used'
+
+
+@pytest.mark.parametrize('how', ['missing', 'empty', 'set aside', 'all damaged'])
+def test_lost_checkpoints_are_an_error_until_start_over(how, folder, run, capsys):
+  checkpoints, before = run / 'checkpoints', (run / 'metrics.jsonl').read_bytes()
+  if how in ('missing', 'empty'):
+    shutil.rmtree(checkpoints)
+  if how == 'empty':
+    checkpoints.mkdir()
+  if how == 'set aside':
+    for step in (2, 4):
+      (checkpoints / str(step)).rename(checkpoints / f'{step}.corrupt-1')
+  if how == 'all damaged':
+    for step in (2, 4):
+      (checkpoints / str(step) / 'meta' / 'metadata').write_bytes(b'')
+  for _ in range(2):  # the first attempt leaves the evidence
+    with pytest.raises(StorageError, match='--start_over'):
+      train(folder, run, 5)
+    assert (run / 'metrics.jsonl').read_bytes() == before
+  train(folder, run, 2, '--start_over')
+  assert [line['step'] for line in read_metrics(run / 'metrics.jsonl')] == [1, 2] and latest_step(run) == 2
+  [aside] = run.glob('before-*')
+  assert (aside / 'metrics.jsonl').read_bytes() == before
+  train(folder, run, 3)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(folder, run):
+  shutil.rmtree(run / 'checkpoints')
+  (run / 'checkpoints').mkdir()
+  status = read_status(run) | {'state': 'training', 'saved': None}
+  (run / 'status.json').write_text(json.dumps(status))
+  launches = [json.loads(line) for line in (run / 'launches.jsonl').read_text().splitlines()]
+  (run / 'launches.jsonl').write_text(''.join(
+      json.dumps({k: v for k, v in line.items() if k != 'ended'}) + '\n' for line in launches))
+  train(folder, run, 2)
+  assert latest_step(run) == 2
+
+
+def test_steps_without_a_manifest_count_once_they_are_adopted(folder, run, capsys):
+  for step in (2, 4):
+    (run / 'checkpoints' / str(step) / MANIFEST).unlink()
+  (run / 'checkpoints' / '2' / 'opt_state' / 'manifest.ocdbt').write_bytes(b'x')
+  with pytest.raises(StorageError, match='--adopt'):
+    train(folder, run, 5)
+  with pytest.raises(StorageError, match='--adopt'):
+    api.load(run)
+  with pytest.raises(StorageError, match='damaged: 2'):
+    check.main([f'--workdir={run}', '--adopt'])
+  assert '4  adopted' in capsys.readouterr().out
+  train(folder, run, 5)
+  assert 'resuming from step 4' in capsys.readouterr().out
+
+
+def test_check_refuses_flags_that_contradict(run):
+  for flags, words in ((['--adopt'], 'needs a --workdir'), ([f'--workdir={run}', '--config=gpt_small'], 'one of them'),
+                       ([f'--workdir={run}/nowhere'], 'does not exist')):
+    with pytest.raises(ConfigError, match=words):
+      check.main(flags)
