@@ -13,6 +13,7 @@ from pathlib import Path
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import out_of_memory_as_config_error, run_as_program, start_processes
+from llm_jax.base.stopping import stop_after, stopping_at_once
 
 
 def parser() -> flags.Parser:
@@ -22,13 +23,17 @@ def parser() -> flags.Parser:
                       '(default: runs/<name of the config>)')
   parser.add_argument('--distributed', action='store_true', help='run as one of several processes; the coordinator is '
                       'found in the environment (SLURM, TPU pod, Open MPI, or launch/local.py)')
+  parser.add_argument('--stop_after', metavar='TIME', help='stop as SIGTERM does after 3h50m, 90m or 45s, and exit '
+                      'with 75')
   flags.add(parser)
   return parser
 
 
+@stopping_at_once(lambda: 'interrupted before the first step; nothing was trained')
 def main(argv: list[str]) -> None:
   args = parser().parse(argv)
   was_set, overrides = flags.apply(args), args.overrides
+  stop_after(args.stop_after)
 
   from llm_jax import config_file
   source = config_file.open_config(args.config, trust=args.trust)

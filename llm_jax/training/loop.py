@@ -68,7 +68,7 @@ def train(config: Config, workdir: Path, custom: Custom) -> Generator[Event, Non
   """
   goodput, config = Goodput(), with_custom(config, custom)
   custom = with_named_callbacks(custom, config)
-  with run.open_training(workdir, config.num_steps) as status:
+  with run.open_training(workdir, config) as status:
     for stage in (stages := make_stages(config)):
       done = stage is not stages[-1] and latest_step(workdir) >= stage.end
       if not done and (yield from train_stage(stage, workdir, custom, status, goodput)):
@@ -121,14 +121,14 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
       over, unevaluated = step == config.num_steps or session.best.over, now.evaluate and session.score is None
       if unevaluated or ((stopping or session.stop.requested) and not over):
         session.save()  # if the request came after the save above
-        session.checkpoints.wait()
+        session.wait()
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
                           f'repeat the command to {"evaluate that step" if over else "resume"}')
       profiler.begin_after(step)
       session.throughput.restart('evaluation' if now.evaluate else 'save' if now.save else '')
     if session.best.over and session.step > session.begin:
       console.line(f'step {session.step}: the run ends: {session.best.over}')
-    session.checkpoints.wait()
+    session.wait()
     barrier('end')
     return session.best.over
 
@@ -145,6 +145,7 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   console = Console(config.num_steps, begin, config.log)
   stack.callback(writer.close)
   stack.callback(console.close)
+  stack.callback(goodput.ending)
   run.print_summary(program, state, workdir, console, custom.summary)
   batches = stack.enter_context(contextlib.closing(open_own_batches(program, custom, begin, meta.get('stream_states'))))
   # In a single process the step takes NumPy rows directly: ten times as fast as creating sharded arrays here.

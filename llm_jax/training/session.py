@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import __version__
+from llm_jax.base.activity import ACTIVITY
 from llm_jax.base.batch import Batch, Params
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, DivergedError, Interrupted
@@ -96,10 +97,13 @@ class Session:
   def advance(self) -> None:
     """Dispatches the next step, then fetches and writes the metrics of the step before."""
     self.step_started = start = time.perf_counter()
-    features = next(self.batches)
-    self.throughput.waited(time.perf_counter() - start)
-    self.goodput.add('data', time.perf_counter() - start)
+    with ACTIVITY.during('data'):
+      features = next(self.batches)
+    waited = time.perf_counter() - start
+    self.throughput.waited(waited)
+    self.goodput.add('data', waited)
     previous, self.step, self.score = self.pending, self.step + 1, None
+    ACTIVITY.begin_step(self.step, waited)
     with jax.profiler.StepTraceAnnotation('train', step_num=self.step):
       self.batch = self._put(features)
       self.state, metrics = self.program.step(self.state, self.batch, self.program.constants)
@@ -135,7 +139,7 @@ class Session:
     if not self.program.data.val:
       raise ConfigError('the run has no validation part, so there is nothing to evaluate on; ready batches have none')
     results, _ = self.program.evaluator(self.weights, self.program.data.val, evaluation.max_tokens,
-                                        lambda: self.stop.requested)
+                                        self.stop.reached)
     results = {f'val/{name}': value for name, value in results.items()}
     self.console.results(self.step, results)
     return results
@@ -158,14 +162,19 @@ class Session:
     self.settle()
     self._write()
     self._save(None, self.best)
-    self.checkpoints.wait()
+    self.wait()
+
+  def wait(self) -> None:
+    """Waits until all checkpoints are complete on disk."""
+    with self.goodput.of('save'):
+      self.checkpoints.wait()
 
   def sample(self) -> None:
     """Generates and logs a sample for each of config.eval.prompts, if this step was evaluated."""
     if self.score is None:
       return
-    with self.console.progress('sampling'):
-      written = samples(self.config, self.program.data, self.program.model, self.weights)
+    with self.console.progress('sampling'), ACTIVITY.during('evaluation'):
+      written = samples(self.config, self.program.data, self.program.model, self.weights, self.stop.reached)
     for prompt, sample in written:
       self.writer.text(self.step, f'sample/{prompt or "new document"}', sample)
       self.console.sample(self.step, prompt, sample)
@@ -183,9 +192,11 @@ class Session:
     logged, self.logged = self.logged, {}
     if 'train/loss' in logged:
       event = Event(self._logged_step, logged, self)
-      for callback in callbacks:
-        callback(event)
-      yield event
+      with ACTIVITY.during('callback'):
+        for callback in callbacks:
+          callback(event)
+      with ACTIVITY.during('caller'):
+        yield event
     self.throughput.away(time.perf_counter() - start)
     self.goodput.add('caller', time.perf_counter() - start)
 
@@ -197,7 +208,8 @@ class Session:
 
   def _fetch(self, step: int, metrics: PackedMetrics) -> None:
     """Waits for a step; logs its metrics if due, and the means of an epoch that ends with it."""
-    values, config = unpack_metrics(metrics), self.config
+    with ACTIVITY.waiting():
+      values, config = unpack_metrics(metrics), self.config
     self.throughput.step_done(values['num_tokens'])
     self._check_finite(step, bool(values['skipped']))
     self._logged_step = step

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from llm_jax.base.activity import ACTIVITY
+
 _compiled = [0.0]  # seconds that JAX has spent on compiling in this process
 
 
@@ -96,6 +98,7 @@ class Throughput:
       self._waited = 0.0
       return
     seconds, away = now - self._start, self._away
+    ACTIVITY.step_took(seconds - away)
     self._start, self._away, self._compiled = now, 0.0, _compiled[0]
     if away > 0.1 * seconds:  # the step may have ended while the caller had control, so its time is unknown
       return
@@ -132,10 +135,16 @@ class Goodput:
   def starting(self) -> None:
     """Marks the start of a stage: the time until its first step is done counts as start (loading and compiling)."""
     self._stage, self._before = time.perf_counter(), sum(self._seconds.values())
+    ACTIVITY.enter('start')
 
   def started(self) -> None:
+    ACTIVITY.enter('step')
     others = sum(self._seconds.values()) - self._before
     self.add('start', time.perf_counter() - self._stage - others)
+
+  def ending(self) -> None:
+    """Marks the end of a stage, which waits for its last save."""
+    ACTIVITY.enter('save')
 
   def add(self, kind: str, seconds: float) -> None:
     self._seconds[kind] += seconds
@@ -144,7 +153,8 @@ class Goodput:
   def of(self, kind: str) -> Iterator[None]:
     begin = time.perf_counter()
     try:
-      yield
+      with ACTIVITY.during(kind):
+        yield
     finally:
       self.add(kind, time.perf_counter() - begin)
 
