@@ -53,7 +53,7 @@ def main() -> int:
     running = [i for i in range(len(processes)) if i not in ended]
     ended += [i for i in running if processes[i].poll() is not None]
     if any(processes[i].returncode for i in ended):
-      deadline = min(deadline, time.monotonic() + 60)
+      deadline = min(deadline, time.monotonic() + (10 if any(processes[i].returncode == 76 for i in ended) else 60))
     if time.monotonic() > deadline:
       signals.append(signal.SIGKILL)  # for processes that still wait for the failed one
     while signals:

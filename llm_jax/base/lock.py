@@ -18,8 +18,8 @@ import jax
 
 from llm_jax.base.errors import StorageError
 from llm_jax.base.files import open_append, unused, writing
-from llm_jax.base.multihost import gather, say
-from llm_jax.base.watchdog import FOLDER, identity, is_alive, prepare, read_report, write_report
+from llm_jax.base.multihost import gather
+from llm_jax.base.reports import FOLDER, prepare_reports, read_report, still_exists, this_process, write_report
 
 STALE_SECONDS = 60.0  # after which a report of another host is stale; by the clock of the file system
 
@@ -41,7 +41,7 @@ def lock_run(workdir: Path) -> Iterator[tuple[bool, str]]:
           lock, problem = acquire(workdir)
           stack.enter_context(lock)
           if not problem:
-            take(workdir, token)
+            take(workdir, token, jax.process_count())
       except StorageError as e:
         problem = str(e)
     new, (problem, *_), (token, *_) = zip(*gather([created, problem, token]), strict=True)
@@ -70,17 +70,16 @@ def acquire(workdir: Path) -> tuple[TextIO, str]:
     return lock, ''
   os.utime(lock.fileno())
   age = os.fstat(lock.fileno()).st_mtime - os.stat(workdir / FOLDER / '0.json').st_mtime
-  name, alive = f'process {report["pid"]} on {report["host"]}', is_alive(report)
+  name, alive = f'process {report["pid"]} on {report["host"]}', still_exists(report)
   if alive or (alive is None and age < STALE_SECONDS):
     wait = '' if alive else f' (if that host is gone: start again in {STALE_SECONDS - age:.0f} s)'
     return lock, f'--workdir: another run is training in {workdir}, {name}; {free}{wait}'
-  say(f'{workdir}: the launch of {name} has died at step {report["step"]}; this one takes over')
+  print(f'{workdir}: the launch of {name} has died at step {report["step"]}; this one takes over', flush=True)
   return lock, ''
 
 
-def take(workdir: Path, token: str) -> None:
+def take(workdir: Path, token: str, count: int) -> None:
   """Writes the report that keeps others out. Raises OSError."""
-  count = jax.process_count()
-  prepare(workdir / FOLDER, count)
+  prepare_reports(workdir / FOLDER, count)
   write_report(workdir / FOLDER, 0, {'token': token, 'number': 0, 'left': '', 'phase': 'start', 'step': 0,
-                                     **identity()})
+                                     **this_process()})

@@ -1,8 +1,7 @@
 """Watches the progress of all processes of a run, and ends them together where one is stuck, stopped or lost.
 
-Each process has a thread that writes a report to the run's folder every BEAT seconds: processes/INDEX.json, always of
-the same size and in place, so that a full disk or the cache of a network file system do not hide it. Process 0 reads
-all reports, the others read that of process 0. All durations are monotonic.
+Each process has a thread that writes a report to the run's folder every BEAT seconds (base/reports.py). Process 0
+reads all reports, the others read that of process 0. All durations are monotonic.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
-import json
 import os
 import re
-import shutil
-import socket
+import statistics
 import sys
 import threading
 import time
@@ -26,21 +23,29 @@ from typing import Any
 
 import psutil
 
-from llm_jax.base.activity import ACTIVITY
+from llm_jax.base.activity import ACTIVITY, STEPS
 from llm_jax.base.errors import LostError, StorageError, UserError
 from llm_jax.base.progress import LINE
+from llm_jax.base.reports import (
+  FOLDER,
+  ORDER,
+  prepare_reports,
+  read_report,
+  still_exists,
+  this_process,
+  write_report,
+)
 from llm_jax.base.stopping import end_now, is_program
 
 # Seconds without a sign of progress, by phase; times config.watchdog. A callback or the code that iterates over a run
 # is the user's; 'start' includes reading data and checkpoints, whose progress counts.
-LIMITS = {'start': 3600.0, 'compile': 3600.0, 'data': 300.0, 'evaluation': 1800.0, 'save': 1800.0, 'callback': 600.0,
-          'caller': float('inf')}
+LIMITS = {'start': 3600.0, 'compile': 3600.0, 'data': 300.0, 'evaluation': 1800.0, 'save': 1800.0, 'end': 1800.0,
+          'callback': 600.0, 'caller': float('inf')}
 STEP_SECONDS, STEP_MEDIANS = 60.0, 10.0  # a step may take the larger of these seconds and this many median steps
+SLOW = 1.2  # a process whose steps would take so many times those of the others is named
 BEAT = 2.0
 SILENT = 16.0  # a process without a new report for so long is stopped or dead
 GRACE = 8.0  # for a process to end after another one
-SIZE = 1024  # bytes of a report
-FOLDER, ORDER = 'processes', 'end'  # the order to end: empty until a process gives it
 NOTICE = 'RECEIVED_PREEMPTION_NOTICE'  # JAX stores the time of a SIGTERM to any process under this key
 LOST_PEER = re.compile('gloo|nccl|connection|socket|unavailable|peer|coordination|heartbeat|aborted', re.IGNORECASE)
 
@@ -59,6 +64,7 @@ class Watchdog:
     self._number, self._left = 0, ''
     self._seen: dict[int, tuple[dict[str, Any], float]] = {}  # the newest report of each process and when it was new
     self._left_at: dict[int, float] = {}
+    self._slow, self._first_step = set[int](), -1
     self._main = threading.main_thread().ident
 
   def __enter__(self) -> Watchdog:
@@ -126,7 +132,7 @@ class Watchdog:
     report = {'token': self._token, 'number': self._number, 'left': self._left[:300], 'phase': ACTIVITY.phase,
               'step': ACTIVITY.step, 'idle': round(time.monotonic() - ACTIVITY.last, 3), 'limit': self._limit(),
               'step_seconds': ACTIVITY.step_seconds, 'own_seconds': ACTIVITY.own_seconds,
-              'data_seconds': ACTIVITY.data_seconds, 'at': self._place(), **identity()}
+              'data_seconds': ACTIVITY.data_seconds, 'at': self._place(), **this_process()}
     write_report(self._folder, self._index, report)
 
   def _limit(self) -> float:
@@ -145,7 +151,7 @@ class Watchdog:
     """Ends this process if another run has taken over the folder, as while this one was stopped."""
     report = read_report(self._folder, 0)
     if not report and self._index == 0 and self._folder.parent.is_dir():
-      prepare(self._folder, self._count)
+      prepare_reports(self._folder, self._count)
     elif report and report['token'] != self._token and self._factor:
       self._exit(StorageError(f'--workdir: the run of process {report["pid"]} on {report["host"]} has taken over '
                               f'{self._folder.parent}; this one ends'))
@@ -155,17 +161,20 @@ class Watchdog:
     if order:
       self._end(order)
     now = time.monotonic()
-    for i in self._others if self._index == 0 else [0] if self._count > 1 else []:
+    needed = [] if ACTIVITY.phase == 'end' else self._others if self._index == 0 else [0]
+    for i in needed if self._count > 1 else []:
       report, since = self._seen.get(i, ({}, self._began))
       newest = read_report(self._folder, i)
       if newest and newest['token'] == self._token and newest != report:
         report, since = newest, now
       self._seen[i] = report, since
       name = f'process {i}' + (f' on {report["host"]}' if report else '')
+      if report.get('left') == 'finished':
+        continue
       if report.get('left'):
         if now > self._left_at.setdefault(i, now) + GRACE:
           self.end_all(f'{name} has ended: {report["left"]}')
-      elif report and is_alive(report) is False:
+      elif report and still_exists(report) is False:
         self.end_all(f'{name} has died; its last report was of step {report["step"]}')
       elif now > since + SILENT:
         self.end_all(f'{name} has given no sign of life for {now - since:.0f} s, so it is dead or stopped; its last '
@@ -176,11 +185,14 @@ class Watchdog:
   def _check_progress(self) -> None:
     """Ends the run if no process has got on for longer than the limits of their phases."""
     own = read_report(self._folder, 0)
-    reports = {0: own, **{i: self._seen[i][0] for i in self._others}}
+    reports = {0: own, **{i: self._seen[i][0] for i in self._others if i in self._seen}}
     if not all(reports.values()):
       return
+    if self._first_step < 0 and own['phase'] == 'step':
+      self._first_step = own['step']
     limits = [r['limit'] for r in reports.values() if r['phase'] != 'callback'] or [own['limit']]
     idle = min(r['idle'] for r in reports.values())
+    self._name_slow(reports)
     if idle > max(limits):
       last = min(r['step'] for r in reports.values())
       behind = [i for i, r in reports.items() if r['step'] == last]
@@ -190,6 +202,19 @@ class Watchdog:
                'all processes are at the same step' if self._count > 1 else 'it is stuck')
       self.end_all(f'no progress for {idle:.0f} s (phase {reports[behind[0]]["phase"]}, limit {max(limits):.0f} s): '
                    f'{which}\n' + '\n'.join(lines))
+
+  def _name_slow(self, reports: dict[int, dict[str, Any]]) -> None:
+    """Names a process once if, over the newest steps, it takes longer than the others besides waiting for them."""
+    shared = min(r['step_seconds'] - r['own_seconds'] for r in reports.values())
+    for i, report in reports.items():
+      usual = [shared + r['own_seconds'] for j, r in reports.items() if j != i]
+      if not usual or i in self._slow or self._first_step < 0 or report['step'] < self._first_step + STEPS:
+        continue
+      takes, others = shared + report['own_seconds'], statistics.median(usual)
+      if takes > SLOW * others > 0:
+        self._slow.add(i)
+        print(f'WARNING: process {i} on {report["host"]} is slow: its steps take {takes:.3g} s, of which it waits '
+              f'{report["data_seconds"]:.3g} s for data; those of the others {others:.3g} s', flush=True)
 
   def end_all(self, reason: str) -> None:
     """Orders all processes to end, and ends this one."""
@@ -241,10 +266,10 @@ class Watchdog:
     """Hears of a SIGTERM to any process, and of the end of the coordinator, process 0."""
     import jax
     from jax._src.distributed import global_state
-    failures = 0
-    while not self._stop.wait(1):
+    client, failures = global_state.client, 0
+    while client is not None and not self._stop.wait(1):
       try:
-        global_state.client.key_value_try_get(NOTICE)  # type: ignore[union-attr]
+        client.key_value_try_get(NOTICE)
         end_now()
         return
       except jax.errors.JaxRuntimeError as e:
@@ -259,50 +284,3 @@ def _exit(code: int) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
-
-
-def identity() -> dict[str, Any]:
-  """This process: host, id, when it was created, and the space in which its id is valid (boot and container)."""
-  space = ''
-  with contextlib.suppress(OSError):
-    space = Path('/proc/sys/kernel/random/boot_id').read_text().strip() + os.readlink('/proc/self/ns/pid')
-  return {'host': socket.gethostname(), 'pid': os.getpid(), 'created': psutil.Process().create_time(), 'space': space}
-
-
-def is_alive(report: dict[str, Any]) -> bool | None:
-  """Whether the process of a report exists; None if it is on another host or in another container."""
-  own = identity()
-  if (report['host'], report['space']) != (own['host'], own['space']):
-    return None
-  try:
-    process = psutil.Process(report['pid'])
-    return abs(process.create_time() - report['created']) < 2 and process.status() != psutil.STATUS_ZOMBIE
-  except psutil.Error:
-    return False
-
-
-def prepare(folder: Path, count: int) -> None:
-  """Makes the folder, with an empty report of each process, without what another launch has left. Raises OSError."""
-  if folder.is_symlink():
-    folder.unlink()
-  shutil.rmtree(folder, ignore_errors=True)
-  folder.mkdir(exist_ok=True)
-  for name in (ORDER, *(f'{i}.json' for i in range(count))):
-    (folder / name).touch()
-
-
-def write_report(folder: Path, index: int, report: dict[str, Any]) -> None:
-  """Writes a report in place. Raises OSError, also if the file does not exist."""
-  fd = os.open(folder / f'{index}.json', os.O_WRONLY | getattr(os, 'O_NOFOLLOW', 0))
-  try:
-    os.pwrite(fd, json.dumps(report).encode()[:SIZE - 1].ljust(SIZE - 1) + b'\n', 0)
-  finally:
-    os.close(fd)
-
-
-def read_report(folder: Path, index: int) -> dict[str, Any]:
-  """The report of a process; {} without a readable one."""
-  with contextlib.suppress(OSError, ValueError):
-    report = json.loads((folder / f'{index}.json').read_text())
-    return report if isinstance(report, dict) and 'token' in report else {}
-  return {}

@@ -110,6 +110,7 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
         stack.enter_context(session.stop)  # from here on a signal saves what was trained
         console.started(time.perf_counter() - session.step_started)
         run.write_files(program, workdir, status, session.begin)
+        session.save_now() if status.hurried else None
       if now.evaluate:
         session.evaluate()
       if now.save or session.stop.requested or session.best.over or (session.improved and config.checkpoint.keep_best):

@@ -60,7 +60,9 @@ def open_training(workdir: Path, config: Config) -> Iterator[Status]:
       return ended()
 
     stack.enter_context(stopping_at_once(interrupted))
-    yield stack.enter_context(status)
+    stack.enter_context(status)
+    status.check_progress()
+    yield status
 
 
 def write_files(program: Program, workdir: Path, status: Status, begin: int) -> None:

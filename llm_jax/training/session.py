@@ -182,6 +182,7 @@ class Session:
   def report(self, at_once: bool = True) -> None:
     """Updates status.json."""
     self.status.update(at_once=at_once, step=self._logged_step, best=self.best.best_value,
+                       goodput=self.goodput.shares(),
                        seconds_left=0.0 if self.best.over else self.throughput.seconds_left(self._logged_step),
                        metrics=(self.status.values.get('metrics') or {}) | self.logged)
 

@@ -130,21 +130,23 @@ class Goodput:
 
   def __init__(self) -> None:
     self._begin = time.perf_counter()
-    self._seconds = dict.fromkeys(('start', 'data', 'evaluation', 'save', 'caller'), 0.0)
+    self._seconds = dict.fromkeys(('start', 'compile', 'data', 'evaluation', 'save', 'caller'), 0.0)
 
   def starting(self) -> None:
-    """Marks the start of a stage: the time until its first step is done counts as start (loading and compiling)."""
+    """Marks the start of a stage: the time until its first step is done counts as start, or as compile."""
+    self._compiled = _compiled[0]
     self._stage, self._before = time.perf_counter(), sum(self._seconds.values())
     ACTIVITY.enter('start')
 
   def started(self) -> None:
     ACTIVITY.enter('step')
-    others = sum(self._seconds.values()) - self._before
-    self.add('start', time.perf_counter() - self._stage - others)
+    compiling, others = _compiled[0] - self._compiled, sum(self._seconds.values()) - self._before
+    self.add('compile', compiling)
+    self.add('start', max(0.0, time.perf_counter() - self._stage - others - compiling))
 
   def ending(self) -> None:
-    """Marks the end of a stage, which waits for its last save."""
-    ACTIVITY.enter('save')
+    """Marks the end of a stage, which closes its logs and no longer needs the other processes."""
+    ACTIVITY.enter('end')
 
   def add(self, kind: str, seconds: float) -> None:
     self._seconds[kind] += seconds
