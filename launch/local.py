@@ -3,7 +3,8 @@
   python launch/local.py --num_processes=2 --devices=2 -- --config=configs/gpt_small.py --config.num_steps=100
 
 Arguments after `--` go to llm_jax.main. The output of process 0 is shown; that of another process only if it failed
-differently. Ctrl-C and SIGTERM are forwarded; the exit code is that of the first process that failed.
+differently. Ctrl-C, SIGTERM and SIGHUP are forwarded. The exit code is that of the process that failed for a reason of
+its own: 76, and the death by a signal, are often consequences.
 """
 
 import argparse
@@ -26,8 +27,9 @@ def main() -> int:
 
   # Signals are queued for the loop below, so that each reaches all processes, including those not yet started.
   signals: list[int] = []
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: signals.append(number))
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
+      signal.signal(number, lambda number, frame: signals.append(number))
 
   with socket.socket() as s:  # a free port for the coordinator, on the loopback only
     s.bind(('127.0.0.1', 0))
@@ -44,14 +46,14 @@ def main() -> int:
     outputs.append(output)
   print(f'processes {" ".join(str(process.pid) for process in processes)}, coordinator {address}', flush=True)
 
-  ended: list[int] = []  # in order of time: the first failure is the cause, later ones are consequences
+  ended: list[int] = []  # in order of time
   deadline = float('inf')
   while len(ended) < len(processes):
     time.sleep(0.1)
     running = [i for i in range(len(processes)) if i not in ended]
     ended += [i for i in running if processes[i].poll() is not None]
     if any(processes[i].returncode for i in ended):
-      deadline = min(deadline, time.monotonic() + 60)
+      deadline = min(deadline, time.monotonic() + (10 if any(processes[i].returncode == 76 for i in ended) else 60))
     if time.monotonic() > deadline:
       signals.append(signal.SIGKILL)  # for processes that still wait for the failed one
     while signals:
@@ -61,10 +63,16 @@ def main() -> int:
   codes = [code if code >= 0 else 128 - code for code in (process.returncode for process in processes)]
   for i, (code, output) in enumerate(zip(codes, outputs, strict=True)):
     # A UserError is shown once. Exit code 1 is a traceback, and that of process 0 may only report the loss of this one.
-    if output is not None and code and (code == 1 or code != codes[0]):
+    if output is not None and code and (code == 1 or (code != codes[0] and (code != 76 or codes[0] >= 128))):
       output.seek(0)
       print(f'--- process {i} ended with {code}:\n{output.read()[-4000:]}', file=sys.stderr)
-  return next((codes[i] for i in ended if codes[i]), 0)
+  return min((codes[i] for i in ended), key=severity)
+
+
+def severity(code: int) -> int:
+  """The order of exit codes, the most telling first: own errors, lost processes, deaths by signals, stops."""
+  kinds = [code in (65, 70, 74, 78), 0 < code < 75, code == 76, code >= 128, code == 75]
+  return kinds.index(True) if True in kinds else len(kinds)
 
 
 if __name__ == '__main__':

@@ -172,6 +172,7 @@ class Config:
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
   profile: ProfileConfig = ProfileConfig()
+  watchdog: float = 1.0  # factor on the limits of base/watchdog.py, such as 60 s or 10 median steps; 0: off
 
   def __post_init__(self) -> None:
     seq_len, problems = self.data.seq_len, []
@@ -183,6 +184,8 @@ class Config:
     if self.stages and self.data.streaming:
       problems.append('stages cannot be used with data.streaming, as the step does not determine the position in a '
                       'stream; set data.streaming=False')
+    if not 0 <= self.watchdog < float('inf'):
+      problems.append(f'watchdog must be at least 0; got {self.watchdog}')
     if not 0 <= self.seed < 2**32:
       problems.append(f'seed must be in [0, 2^32); got {self.seed}')
     if self.batch_tokens < 1 or self.batch_tokens % seq_len:

@@ -13,6 +13,7 @@ from pathlib import Path
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import out_of_memory_as_config_error, run_as_program, start_processes
+from llm_jax.base.stopping import stop_after, stopping_at_once
 from llm_jax.base.storage import is_remote
 
 
@@ -25,13 +26,17 @@ def parser() -> flags.Parser:
                       'its folder, and begin at step 0')
   parser.add_argument('--distributed', action='store_true', help='run as one of several processes; the coordinator is '
                       'found in the environment (SLURM, TPU pod, Open MPI, or launch/local.py)')
+  parser.add_argument('--stop_after', metavar='TIME', help='stop as SIGTERM does after 3h50m, 90m or 45s, and exit '
+                      'with 75')
   flags.add(parser)
   return parser
 
 
+@stopping_at_once(lambda: 'interrupted before the first step; nothing was trained')
 def main(argv: list[str]) -> None:
   args = parser().parse(argv)
   was_set, overrides = flags.apply(args), args.overrides
+  stop_after(args.stop_after)
 
   from llm_jax import config_file
   source = config_file.open_config(args.config, trust=args.trust)
@@ -42,10 +47,10 @@ def main(argv: list[str]) -> None:
 
     from llm_jax import api
     from llm_jax.base.devices import only_cpus
+    from llm_jax.base.lock import lock_run
     from llm_jax.training.custom import Custom
     from llm_jax.training.ending import ending, workdir_line
     from llm_jax.training.lost import start_over
-    from llm_jax.training.run import lock_run
     if args.distributed:
       start_processes()
   if jax.process_index() == 0:

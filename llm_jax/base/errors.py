@@ -39,3 +39,9 @@ class DivergedError(UserError):
   """A run whose gradients remain non-finite."""
 
   exit_code = os.EX_SOFTWARE  # 70
+
+
+class LostError(UserError):
+  """A process of a run that is stuck, stopped or lost: the watchdog ends all of them, and the same command resumes."""
+
+  exit_code = 76

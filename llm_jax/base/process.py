@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
 import re
@@ -43,14 +44,15 @@ def with_binary_units(message: str) -> str:
 def start_processes() -> None:
   """Connects to the other processes; values that launch/local.py does not set are detected by JAX."""
   import jax
-
-  from llm_jax.base.stopping import interrupt_all
-  signal.signal(signal.SIGINT, interrupt_all)
   num_processes, process_id = (os.environ.get(name) for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'))
-  # If one process dies or exits alone, the others end after this many seconds, instead of JAX's 100 and 300.
+  # JAX aborts at once where the coordinator dies. The handler delays that by 6 seconds (the number of SIGABRT), in
+  # which the watchdog says what has happened and ends this process; no handler in Python would run.
+  libc = ctypes.CDLL(None)
+  libc.signal(ctypes.c_int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
+  # The watchdog ends a run earlier; these are for the time before it starts.
   jax.distributed.initialize(num_processes=int(num_processes) if num_processes else None,
                              process_id=int(process_id) if process_id else None,
-                             heartbeat_timeout_seconds=30, shutdown_timeout_seconds=60)
+                             heartbeat_timeout_seconds=60, shutdown_timeout_seconds=60)
 
 
 def waiting(what: str) -> None:

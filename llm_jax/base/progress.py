@@ -19,6 +19,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from llm_jax.base.activity import ACTIVITY
+
 PLAIN_SECONDS = 10.0  # between the lines of a task where there is no terminal
 BAR_WIDTH, NARROW = 20, 60  # in a terminal of fewer columns there is no bar
 
@@ -47,16 +49,19 @@ class Progress:
     self._initial, self._shown = initial, shown
     self._begin = self._printed = time.monotonic()
     self._spinner = Spinner('dots')
+    ACTIVITY.sign()
     if shown:
       LINE.open(self)
 
   def update(self, amount: float) -> None:
     self.n += amount
+    ACTIVITY.sign()
     if self._shown and not LINE.live and time.monotonic() > self._printed + PLAIN_SECONDS:
       self._printed = time.monotonic()
       print(f'{self.name}: {self._progress()}', file=sys.stderr, flush=True)
 
   def close(self) -> None:
+    ACTIVITY.sign()
     LINE.close(self)
 
   def __enter__(self) -> Progress:

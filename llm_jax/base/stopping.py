@@ -1,58 +1,96 @@
-"""Stops by SIGTERM and Ctrl-C: at once before the first step, then at a step that all processes of a run agree on."""
+"""Stops by SIGTERM, Ctrl-C and SIGHUP: at once while nothing is unsaved, else at a step that all processes agree on."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import os
+import re
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
 
-import jax
-from jax.experimental import multihost_utils
+from llm_jax.base.errors import ConfigError, Interrupted
 
-from llm_jax.base.errors import Interrupted
-from llm_jax.base.progress import LINE
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EXIT_SECONDS = 15.0  # the most that an end at once may take: a terminal that nobody reads blocks its message
 
 _QUESTIONS = itertools.count(1)  # calls of reached() in this process, over all runs and stages
+_WATCHED: list[int] = []  # the signals that a thread handles
+_ENDS: list[Callable[[], str] | None] = []  # how to end at once, the innermost last; None: a StopSignal is active
+
+
+def is_program() -> bool:
+  """Whether this process is one of our programs, whose signals and exit code are ours; false in a notebook."""
+  return bool(_WATCHED) or signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
 @contextlib.contextmanager
-def stopping_at_once(begun: Callable[[], bool], end: Callable[[], str]) -> Iterator[None]:
-  """Until `begun()`, SIGINT and SIGTERM end a program at once, also while its main thread compiles or reads data.
+def stopping_at_once(end: Callable[[], str]) -> Iterator[None]:
+  """SIGINT, SIGTERM and SIGHUP end the program at once, also while its main thread compiles or reads data.
 
-  Python's handlers would run only after that; so a thread calls `end()`, which cleans up and returns the message. Where
-  something else handles SIGINT, as in a notebook or for several processes, nothing changes.
+  Python's handlers would run only after that; so a thread calls `end()`, which cleans up and returns the message. While
+  a StopSignal is active, that handles them. Where something else handles SIGINT, as in a notebook, nothing changes.
   """
-  if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
-    yield
+  watched = contextlib.nullcontext() if _WATCHED or not is_program() else _watching()
+  if threading.current_thread() is not threading.main_thread():
+    watched = contextlib.nullcontext()
+  with watched:
+    _ENDS.append(end)
+    try:
+      yield
+    finally:
+      _ENDS.pop()
+
+
+def end_now() -> None:
+  """Ends this process with the code of Interrupted, unless a StopSignal is active; called from a thread."""
+  end = _ENDS[-1] if _ENDS else None
+  if end is None:
     return
-  numbers = (signal.SIGINT, signal.SIGTERM)
+  threading.Timer(EXIT_SECONDS, os._exit, [Interrupted.exit_code]).start()
+  from llm_jax.base.progress import LINE
+  with contextlib.suppress(Exception):
+    LINE.clear()
+    print(end(), file=sys.stderr, flush=True)
+  os._exit(Interrupted.exit_code)
+
+
+@contextlib.contextmanager
+def _watching() -> Iterator[None]:
+  """Handles NUMBERS in a thread."""
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
+  handled = [number for number in NUMBERS if not (number == signal.SIGHUP and _ignored(number))]
 
   def watch() -> None:
+    forwarded = set[int]()
     while number := os.read(reader, 1):
-      if number[0] in numbers and not begun():
-        threading.Timer(5, os._exit, [Interrupted.exit_code]).start()  # a terminal that nobody reads blocks the message
-        LINE.clear()
-        print(end(), file=sys.stderr, flush=True)
-        os._exit(Interrupted.exit_code)
+      if number[0] == signal.SIGHUP:
+        leave_terminal()
+      if number[0] not in handled or (_ENDS and _ENDS[-1] is None and not _is_distributed()):
+        continue
+      if not _is_distributed():
+        end_now()
+      elif number[0] in forwarded:
+        os._exit(128 + number[0])
+      elif number[0] != signal.SIGTERM:  # JAX has replaced the handler of SIGTERM, which stops all processes together
+        forwarded.add(number[0])
+        os.kill(os.getpid(), signal.SIGTERM)
+        if _ENDS and _ENDS[-1] is None:
+          _announce(number[0])
 
-  def handle(number: int, frame: object) -> None:
-    if begun():
-      signal.signal(number, signal.SIG_DFL)
-      signal.raise_signal(number)
-
-  thread = threading.Thread(target=watch, daemon=True)
+  thread = threading.Thread(target=watch, daemon=True, name='signals')
   thread.start()
-  before = {number: signal.signal(number, handle) for number in numbers}
+  _WATCHED.extend(handled)
+  before = {number: signal.signal(number, lambda number, frame: None) for number in handled}
   signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   try:
     yield
   finally:
+    _WATCHED.clear()
     signal.set_wakeup_fd(-1)
     for number, handler in before.items():
       signal.signal(number, handler)
@@ -62,23 +100,26 @@ def stopping_at_once(begun: Callable[[], bool], end: Callable[[], str]) -> Itera
 
 
 class StopSignal:
-  """A context manager: after the first SIGTERM or SIGINT `reached()` is true; a second signal kills at once.
+  """A context manager: after the first SIGTERM, SIGINT or SIGHUP `reached()` is true; a second signal kills at once.
 
   With jax.distributed, JAX handles SIGTERM and its coordinator picks the step for all processes, so that a signal to
-  one process is enough; see `interrupt_all` for Ctrl-C.
+  one process is enough; SIGINT and SIGHUP are forwarded to it (see `stopping_at_once`).
   """
 
   def __init__(self) -> None:
     self.requested = False
-    self._alone = not jax.distributed.is_initialized()
+    self._alone = not _is_distributed()
 
   def __enter__(self) -> StopSignal:
     main = threading.current_thread() is threading.main_thread()  # other threads may not handle signals
-    handled = (signal.SIGINT, signal.SIGTERM) if self._alone and main else ()
+    handled = [number for number in NUMBERS if self._alone and main and not (
+        number == signal.SIGHUP and _ignored(number))]
     self._before = {number: signal.signal(number, self._handle) for number in handled}
+    _ENDS.append(None)
     return self
 
   def __exit__(self, *exc: object) -> None:
+    _ENDS.pop()
     for number, handler in self._before.items():
       signal.signal(number, handler)
 
@@ -86,21 +127,58 @@ class StopSignal:
     for handled in self._before:
       signal.signal(handled, signal.SIG_DFL)
     self.requested = True
+    if number == signal.SIGHUP:
+      leave_terminal()
     _announce(number)
 
   def reached(self) -> bool:
-    """Whether to stop after this step. With several processes each must call this at every step."""
+    """Whether to stop now. With several processes each must call this equally often, such as once in each step."""
     # JAX counts calls from 0 and stops at the next count: with step numbers instead, a run resumed at step 100 would
     # miss a signal from before its first step.
     number = next(_QUESTIONS)
-    return self.requested if self._alone else multihost_utils.reached_preemption_sync_point(number)
+    if not self._alone and not self.requested:
+      from jax.experimental import multihost_utils
+      self.requested = multihost_utils.reached_preemption_sync_point(number)
+    return self.requested
 
 
-def interrupt_all(number: int, frame: object) -> None:
-  """Handles Ctrl-C in one of several processes: sends SIGTERM, which stops all of them together."""
-  signal.signal(number, signal.SIG_DFL)
-  os.kill(os.getpid(), signal.SIGTERM)
-  _announce(number)
+def stop_after(duration: str | None) -> None:
+  """Sends SIGTERM to this process after a duration such as '3h50m', '90m' or '45s'. Raises ConfigError."""
+  if duration is None:
+    return
+  found = re.fullmatch(r'(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+)s)?', duration)
+  seconds = sum(int(part or 0) * size for part, size in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+  if not seconds:
+    raise ConfigError(f'--stop_after: must be a duration such as 3h50m, 90m or 45s; got {duration!r}')
+
+  def stop() -> None:
+    os.write(2, f'\n--stop_after={duration} is reached'.encode())
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  timer = threading.Timer(seconds, stop)
+  timer.daemon = True
+  timer.start()
+
+
+def leave_terminal() -> None:
+  """After SIGHUP the terminal is gone: what goes to it is dropped, as a failed write would end the run."""
+  null = os.open(os.devnull, os.O_WRONLY)
+  for fd in (1, 2):
+    with contextlib.suppress(OSError):
+      if stat.S_ISCHR(os.fstat(fd).st_mode):
+        os.dup2(null, fd)
+
+
+def _ignored(number: signal.Signals) -> bool:
+  """Whether a signal was ignored when the process started, as nohup does."""
+  return signal.getsignal(number) is signal.SIG_IGN
+
+
+def _is_distributed() -> bool:
+  if 'jax' not in sys.modules:
+    return False
+  import jax
+  return hasattr(jax, 'distributed') and jax.distributed.is_initialized()
 
 
 def _announce(number: int) -> None:

@@ -235,7 +235,8 @@ class RemoteRun:
     found, now = [], time.monotonic()
     for path in sorted(self.folder.rglob('*')):
       name = path.relative_to(self.folder).as_posix()
-      if step_of(name) is not None or name == OWNER or any(part in name for part in LOCAL_ONLY):
+      reports = name.startswith('processes/') and path.suffix != '.stacks'  # of the watchdog
+      if step_of(name) is not None or name == OWNER or reports or any(part in name for part in LOCAL_ONLY):
         continue
       with contextlib.suppress(OSError):
         if path.is_file() and not path.is_symlink():

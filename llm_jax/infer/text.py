@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +79,12 @@ def goes_on(model: LanguageModel, tokenizer: Tokenizer | None) -> bool:
   return model.prompt_in_row and not isinstance(tokenizer, ChatTokenizer)
 
 
-def samples(config: Config, data: Data, model: LanguageModel, params: Params) -> list[tuple[str, str]]:
-  """[(prompt, prompt + sample)] for config.eval.prompts; [] without a tokenizer, or if the model cannot write text."""
+def samples(config: Config, data: Data, model: LanguageModel, params: Params,
+            interrupted: Callable[[], bool] = lambda: False) -> list[tuple[str, str]]:
+  """[(prompt, prompt + sample)] for config.eval.prompts; shorter ones once interrupted() is true.
+
+  [] without a tokenizer, or if the model cannot write text.
+  """
   tokenizer, reader = data.tokenizer, data.prompt_tokenizer
   if tokenizer is None or reader is None or not config.eval.sample_tokens or not config.writes:
     return []
@@ -88,7 +92,10 @@ def samples(config: Config, data: Data, model: LanguageModel, params: Params) ->
   columns = sampling.generate(
       model, params, prompts, max_len=config.model.max_len, num_tokens=config.eval.sample_tokens, seed=config.seed,
       temperature=config.eval.temperature, top_k=config.eval.top_k, num_ids=len(tokenizer.token_bytes))
-  rows = np.stack(list(columns), axis=1).tolist()
+  taken: list[np.ndarray] = []
+  while not (taken and interrupted()) and (column := next(columns, None)) is not None:
+    taken.append(column)
+  rows = np.stack(taken, axis=1).tolist()
   between = '' if goes_on(model, tokenizer) else '\n'
   return [(prompt, prompt + between + decode(tokenizer, before_eos(tokenizer, row)))
           for prompt, row in zip(config.eval.prompts, rows, strict=True)]

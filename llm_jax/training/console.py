@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from llm_jax.base.activity import ACTIVITY
 from llm_jax.base.progress import LINE, Progress, duration
 from llm_jax.base.terminal import columns, wrap
 from llm_jax.config import LogConfig
@@ -30,6 +31,7 @@ class Console:
     if not LINE.live:
       self.line('compiling the training step')
     self._first = self.progress('compiling the training step')
+    ACTIVITY.enter('compile')
 
   def started(self, seconds: float) -> None:
     if self._first is not None:

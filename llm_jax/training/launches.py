@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shlex
 import socket
 import sys
@@ -16,7 +17,7 @@ import jax
 import psutil
 
 from llm_jax import __version__
-from llm_jax.base.files import write_file
+from llm_jax.base.files import latest_step, write_file
 
 FILE = 'launches.jsonl'
 
@@ -40,7 +41,7 @@ class Launch:
         'time': datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
         'command': shlex.join(sys.orig_argv), 'llm_jax': __version__, 'jax': jax.__version__,
         'num_processes': jax.process_count(), 'devices': f'{len(devices)} x {devices[0].device_kind}',
-        'host': socket.gethostname(), 'process': os.getpid()}
+        'host': socket.gethostname(), 'process': os.getpid(), 'committed': latest_step(workdir)}
 
   def update(self, **values: Any) -> None:
     """Adds values and writes the line."""
@@ -58,6 +59,21 @@ def read_launches(workdir: Path) -> list[dict[str, Any]]:
       with contextlib.suppress(ValueError):
         found.append(json.loads(line))
   return [line for line in found if isinstance(line, dict) and {'time', 'process'} <= line.keys()]
+
+
+def fruitless_launches(workdir: Path) -> int:
+  """How many launches in a row, up to the newest, died, were lost or crashed, and left no new checkpoint.
+
+  One that a message ended (refused, stopped, finished) begins the count anew.
+  """
+  count, step = 0, latest_step(workdir)
+  for launch in reversed(read_launches(workdir)):
+    ended, error = launch.get('ended'), str(launch.get('error'))
+    by_itself = ended is None or (ended == 'failed' and not re.match(r'(Config|Data|Storage|Diverged)Error', error))
+    if not by_itself or launch.get('committed') != step:
+      break
+    count += 1
+  return count
 
 
 def is_alive(launch: dict[str, Any]) -> bool | None:

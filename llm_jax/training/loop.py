@@ -69,7 +69,7 @@ def train(config: Config, workdir: Path, custom: Custom) -> Generator[Event, Non
   """
   goodput, config = Goodput(), with_custom(config, custom)
   custom = with_named_callbacks(custom, config)
-  with run.open_training(workdir, config.num_steps) as status:
+  with run.open_training(workdir, config) as status:
     for stage in (stages := make_stages(config)):
       done = stage is not stages[-1] and latest_step(workdir) >= stage.end
       if not done and (yield from train_stage(stage, workdir, custom, status, goodput)):
@@ -109,6 +109,7 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
         stack.enter_context(session.stop)  # from here on a signal saves what was trained
         console.started(time.perf_counter() - session.step_started)
         run.write_files(program, workdir, status, session.begin)
+        session.save_now() if status.hurried else None
       if now.save:
         session.save()  # first, so that an evaluation that ends the process costs nothing
       if now.evaluate:
@@ -146,6 +147,7 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   console = Console(config.num_steps, begin, config.log)
   stack.callback(writer.close)
   stack.callback(console.close)
+  stack.callback(goodput.ending)
   run.print_summary(program, state, workdir, console, custom.summary)
   batches = stack.enter_context(contextlib.closing(open_own_batches(program, custom, begin, meta.get('stream_states'))))
   # In a single process the step takes NumPy rows directly: ten times as fast as creating sharded arrays here.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import shutil
@@ -15,10 +14,11 @@ import jax
 
 from llm_jax.base import plugins
 from llm_jax.base.builder import to_dict
-from llm_jax.base.errors import Interrupted, StorageError
-from llm_jax.base.files import latest_step, open_append, unused, writing
-from llm_jax.base.multihost import gather
+from llm_jax.base.errors import Interrupted, LostError
+from llm_jax.base.files import latest_step, writing
+from llm_jax.base.lock import lock_run
 from llm_jax.base.stopping import stopping_at_once
+from llm_jax.base.watchdog import Watchdog
 from llm_jax.config import Config, differences, replace
 from llm_jax.data.sources.documents import shown
 from llm_jax.infer.export import write_config
@@ -33,58 +33,39 @@ FEW_STEPS = 20  # training tokens that make an epoch of fewer steps are too few
 
 
 @contextlib.contextmanager
-def open_training(workdir: Path, num_steps: int) -> Iterator[Status]:
-  """Locks the folder and yields its Status. A launch that trains no step leaves no folder that it has created.
+def open_training(workdir: Path, config: Config) -> Iterator[Status]:
+  """Locks the folder, starts the watchdog and yields the Status. A launch that trains no step leaves no folder that it
+  has created.
 
   Raises StorageError.
   """
-  with lock_run(workdir) as created:
+  index, count = jax.process_index(), jax.process_count()
+  with contextlib.ExitStack() as stack:
+    created, token = stack.enter_context(lock_run(workdir))
     check_not_lost(workdir)
-    status = Status(workdir, num_steps)
-
-    def interrupted() -> str:
-      status.__exit__(Interrupted, None, None)
-      return ended()
+    status = Status(workdir, config.num_steps)
 
     def ended() -> str:
       step = latest_step(workdir)
-      if created and step < 0 and not status.has_trained and jax.process_index() == 0:  # which knows has_trained
+      if created and step < 0 and not status.has_trained and index == 0:  # which knows has_trained
         shutil.rmtree(workdir, ignore_errors=True)
       return 'interrupted before the first step; ' + (
           'nothing was trained' if step < 0 else f'{workdir} stays at step {step}, and the same command resumes it')
 
-    try:
-      with stopping_at_once(lambda: status.has_trained, interrupted), status:
-        yield status
-    except BaseException:
-      ended()
-      raise
+    stack.callback(ended)
+    watchdog = stack.enter_context(Watchdog(
+        workdir, index, count, token, factor=config.watchdog,
+        failed=lambda reason: status.__exit__(LostError, LostError(reason), None)))
 
+    def interrupted() -> str:
+      status.__exit__(Interrupted, None, None)
+      watchdog.leave('interrupted')
+      return ended()
 
-@contextlib.contextmanager
-def lock_run(workdir: Path) -> Iterator[bool]:
-  """Creates the folder and holds its lock, so that only one run uses it; yields whether it is new.
-
-  Raises StorageError.
-  """
-  with writing(f'--workdir: {workdir}'):
-    created = not workdir.exists()
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = open_append(workdir / '.lock')
-  with lock:
-    taken = False
-    if jax.process_index() == 0:
-      try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        taken = True
-      except OSError:
-        pass  # a file system without locks
-    new, locked = zip(*gather([created, taken]), strict=True)
-    if any(locked):  # all processes fail, or none
-      raise StorageError(f'--workdir: another run is training in {workdir}; set --workdir={unused(workdir)}, or stop '
-                         'that run')
-    yield any(new)
+    stack.enter_context(stopping_at_once(interrupted))
+    stack.enter_context(status)
+    status.check_progress()
+    yield status
 
 
 def write_files(program: Program, workdir: Path, status: Status, begin: int) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import __version__
+from llm_jax.base.activity import ACTIVITY
 from llm_jax.base.batch import Batch, Params
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, DivergedError, Interrupted
@@ -70,10 +71,13 @@ class Session:
   def advance(self) -> None:
     """Dispatches the next step, then fetches and writes the metrics of the step before."""
     self.step_started = start = time.perf_counter()
-    features = next(self.batches)
-    self.throughput.waited(time.perf_counter() - start)
-    self.goodput.add('data', time.perf_counter() - start)
+    with ACTIVITY.during('data'):
+      features = next(self.batches)
+    waited = time.perf_counter() - start
+    self.throughput.waited(waited)
+    self.goodput.add('data', waited)
     previous, self.step, self.score = self.pending, self.step + 1, None
+    ACTIVITY.begin_step(self.step, waited)
     with jax.profiler.StepTraceAnnotation('train', step_num=self.step):
       self.batch = self._put(features)
       self.state, metrics = self.program.step(self.state, self.batch, self.program.constants)
@@ -126,7 +130,7 @@ class Session:
     if not self.program.data.val:
       raise ConfigError('the run has no validation part, so there is nothing to evaluate on; ready batches have none')
     results, _ = self.program.evaluator(self.weights, self.program.data.val, evaluation.max_tokens,
-                                        lambda: self.stop.requested)
+                                        self.stop.reached)
     results = {f'val/{name}': value for name, value in results.items()}
     self.console.results(self.step, results)
     return results
@@ -146,8 +150,11 @@ class Session:
 
   def wait(self) -> None:
     """Waits until the newest checkpoint is complete on disk; saves this step again if that failed."""
-    while not self.checkpoints.wait():
+    with self.goodput.of('save'):
+      saved = self.checkpoints.wait()
+    while not saved:
       self.save()
+      saved = self.checkpoints.wait()
     self.status.update(saved=self.checkpoints.newest)
 
   def save_now(self) -> None:
@@ -160,8 +167,8 @@ class Session:
     """Generates and logs a sample for each of config.eval.prompts, if this step was evaluated."""
     if self.score is None:
       return
-    with self.console.progress('sampling'):
-      written = samples(self.config, self.program.data, self.program.model, self.weights)
+    with self.console.progress('sampling'), ACTIVITY.during('evaluation'):
+      written = samples(self.config, self.program.data, self.program.model, self.weights, self.stop.reached)
     for prompt, sample in written:
       self.writer.text(self.step, f'sample/{prompt or "new document"}', sample)
       self.console.sample(self.step, prompt, sample)
@@ -170,6 +177,7 @@ class Session:
     """Updates status.json."""
     self.status.update(at_once=at_once, step=self._logged_step, best=self.best.best_value,
                        saved=self.checkpoints.newest,
+                       goodput=self.goodput.shares(),
                        seconds_left=0.0 if self.best.over else self.throughput.seconds_left(self._logged_step),
                        metrics=(self.status.values.get('metrics') or {}) | self.logged)
 
@@ -180,9 +188,11 @@ class Session:
     logged, self.logged = self.logged, {}
     if 'train/loss' in logged:
       event = Event(self._logged_step, logged, self)
-      for callback in callbacks:
-        callback(event)
-      yield event
+      with ACTIVITY.during('callback'):
+        for callback in callbacks:
+          callback(event)
+      with ACTIVITY.during('caller'):
+        yield event
     self.throughput.away(time.perf_counter() - start)
     self.goodput.add('caller', time.perf_counter() - start)
 
@@ -194,7 +204,8 @@ class Session:
 
   def _fetch(self, step: int, metrics: PackedMetrics) -> None:
     """Waits for a step; logs its metrics if due, and the means of an epoch that ends with it."""
-    values, config = unpack_metrics(metrics), self.config
+    with ACTIVITY.waiting():
+      values, config = unpack_metrics(metrics), self.config
     self.throughput.step_done(values['num_tokens'])
     self._check_finite(step, bool(values['skipped']))
     self._logged_step = step

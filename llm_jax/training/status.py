@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import psutil
 
-from llm_jax.base.errors import Interrupted
+from llm_jax.base.errors import Interrupted, StorageError
 from llm_jax.base.files import set_aside, write_file
-from llm_jax.training.launches import Launch
+from llm_jax.base.multihost import gather, say
+from llm_jax.training.launches import Launch, fruitless_launches
 
+HURRY_AFTER, GIVE_UP_AFTER = 3, 6  # launches in a row that ended by themselves without a new checkpoint
 SECONDS = 1.0  # between updates of the file, and of system metrics: each takes half a millisecond, steps can be short
 STATES = ('starting', 'training', 'finished', 'stopped', 'failed')
 TYPES: tuple[tuple[str, Any, Any], ...] = (  # of its values
@@ -34,8 +36,10 @@ class Status:
   """
 
   def __init__(self, workdir: Path, num_steps: int):
+    self._fruitless = gather(fruitless_launches(workdir) if jax.process_index() == 0 else 0)[0]
     self._path = workdir / 'status.json'
     before = read_status(workdir)
+    self._before = before.get('step', 0)
     if before['state'] == 'none' and self._path.is_file() and jax.process_index() == 0:
       with contextlib.suppress(OSError):
         aside = set_aside(self._path, 'damaged')
@@ -47,12 +51,12 @@ class Status:
     self.values: dict[str, Any] = {'state': 'starting', 'step': 0, **known, 'num_steps': num_steps,
                                    'process': os.getpid(), 'started': time.time()}
     self._written = self._asked = float('-inf')
+    self._began = time.monotonic()
     self._system: dict[str, float] = {}
 
   def update(self, *, at_once: bool = True, **values: Any) -> None:
     """Stores the values and writes the file: at once, or only if it is older than SECONDS."""
-    now = time.time()
-    self.values |= {**values, 'updated': now, 'seconds': self._seconds + now - self.values['started']}
+    self.values |= {**values, 'updated': time.time(), 'seconds': self._seconds + time.monotonic() - self._began}
     if not self._writes or jax.process_index() != 0 or (not at_once and time.perf_counter() < self._written + SECONDS):
       return
     self._written = time.perf_counter()
@@ -64,7 +68,24 @@ class Status:
     self._writes = True
     self.update()
     if not self.has_trained:
-      self._launch.update(**values)
+      self._launch.update(lost_steps=max(0, self._before - values['begin']), **values)
+
+  @property
+  def hurried(self) -> bool:
+    """Whether the launches before made no progress, so that the first step is to be saved at once."""
+    return self._fruitless >= HURRY_AFTER
+
+  def check_progress(self) -> None:
+    """Says that the launches before made no progress. Raises StorageError if saving their first step did not help.
+
+    The next launch then begins to count anew.
+    """
+    what = f'--workdir: the last {self._fruitless} launches in {self._path.parent} ended without a new checkpoint'
+    if self._fruitless >= GIVE_UP_AFTER:
+      raise StorageError(f'{what}, although {self._fruitless - HURRY_AFTER} saved their first step at once. Find what '
+                         f'ends them (memory, time, disk): llm-jax runs {self._path.parent}; then repeat the command')
+    if self.hurried:
+      say(f'WARNING: {what}; this one saves its first step at once')
 
   @property
   def has_trained(self) -> bool:
@@ -90,7 +111,8 @@ class Status:
     failure: dict[str, Any] = {'error': f'{kind.__name__}: {error}'} if kind is not None and not stopped else {}
     self._writes |= kind is None and not self._finished  # such as a run that was killed after its last checkpoint
     self.update(state=state, **failure)
-    self._launch.update(ended=state, step=self.values['step'], seconds=time.time() - self.values['started'], **failure)
+    self._launch.update(ended=state, step=self.values['step'], seconds=time.monotonic() - self._began,
+                        goodput=self.values.get('goodput', {}), **failure)
 
 
 def read_status(workdir: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from llm_jax.base.activity import ACTIVITY
+
 _compiled = [0.0]  # seconds that JAX has spent on compiling in this process
 
 
@@ -96,6 +98,7 @@ class Throughput:
       self._waited = 0.0
       return
     seconds, away = now - self._start, self._away
+    ACTIVITY.step_took(seconds - away)
     self._start, self._away, self._compiled = now, 0.0, _compiled[0]
     if away > 0.1 * seconds:  # the step may have ended while the caller had control, so its time is unknown
       return
@@ -127,15 +130,23 @@ class Goodput:
 
   def __init__(self) -> None:
     self._begin = time.perf_counter()
-    self._seconds = dict.fromkeys(('start', 'data', 'evaluation', 'save', 'caller'), 0.0)
+    self._seconds = dict.fromkeys(('start', 'compile', 'data', 'evaluation', 'save', 'caller'), 0.0)
 
   def starting(self) -> None:
-    """Marks the start of a stage: the time until its first step is done counts as start (loading and compiling)."""
+    """Marks the start of a stage: the time until its first step is done counts as start, or as compile."""
+    self._compiled = _compiled[0]
     self._stage, self._before = time.perf_counter(), sum(self._seconds.values())
+    ACTIVITY.enter('start')
 
   def started(self) -> None:
-    others = sum(self._seconds.values()) - self._before
-    self.add('start', time.perf_counter() - self._stage - others)
+    ACTIVITY.enter('step')
+    compiling, others = _compiled[0] - self._compiled, sum(self._seconds.values()) - self._before
+    self.add('compile', compiling)
+    self.add('start', max(0.0, time.perf_counter() - self._stage - others - compiling))
+
+  def ending(self) -> None:
+    """Marks the end of a stage, which closes its logs and no longer needs the other processes."""
+    ACTIVITY.enter('end')
 
   def add(self, kind: str, seconds: float) -> None:
     self._seconds[kind] += seconds
@@ -144,7 +155,8 @@ class Goodput:
   def of(self, kind: str) -> Iterator[None]:
     begin = time.perf_counter()
     try:
-      yield
+      with ACTIVITY.during(kind):
+        yield
     finally:
       self.add(kind, time.perf_counter() - begin)
 

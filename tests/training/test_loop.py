@@ -125,9 +125,10 @@ def open_session(**options):
   status = SimpleNamespace(values={}, system=dict, update=lambda **values: None)
   state = TrainState(jnp.int32(0), {'w': jnp.zeros(2)}, {}, optax.EmptyState())
   batches = Batches(iter([{'tokens': np.zeros((1, 8))}] * 100))
+  stop = SimpleNamespace(requested=False, reached=lambda: stop.requested)
   session = Session(Program(happened, **options), state, {}, batches, Checkpoints(happened),
                     Logs(writer, console, status, Goodput()), Throughput(1.0, None),
-                    SimpleNamespace(requested=False), lambda features: features)
+                    stop, lambda features: features)
   return session, happened
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.progress import duration
 from llm_jax.base.terminal import columns, wrap
 
 RUNNING = ('starting', 'training')
@@ -105,9 +106,19 @@ def history(launches: list[dict[str, Any]]) -> list[str]:
               f'  command  {launch.get("command")}',
               '  begin    ' + ('no step was trained' if begin is None else f'step {begin}'),
               *(f'  changed  config.{name}: {old} -> {new}' for name, (old, new) in changed.items()),
+              *([f'  time     {duration(launch["seconds"])}: {shares(launch["goodput"])}']
+                if launch.get('goodput') else []),
+              *([f'  lost     {launch["lost_steps"]} step(s) of the launch before, which were trained again']
+                if launch.get('lost_steps') else []),
               f'  ended    {ended}' + (f' at step {launch["step"]}' if begin is not None and 'step' in launch else '')
               + (': ' + ' '.join(launch['error'].split()) if 'error' in launch else '')]
   return lines
+
+
+def shares(goodput: dict[str, float]) -> str:
+  """'steps 83%, start 12%': the causes that took at least 1% of the time, the longest first."""
+  found = sorted(((share, name.rpartition('/')[2]) for name, share in goodput.items()), reverse=True)
+  return ', '.join(f'{name} {share:.0%}' for share, name in found if share >= 0.01)
 
 
 def leaves(values: dict[str, Any], path: str = '') -> Iterator[tuple[str, Any]]:
