@@ -8,13 +8,9 @@ Any field can be set; `llm-jax config --config=NAME` lists all fields with their
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from llm_jax.base import flags
-from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import out_of_memory_as_config_error, run_as_program, start_processes
 from llm_jax.base.stopping import stop_after, stopping_at_once
-from llm_jax.base.storage import is_remote
 
 
 def parser() -> flags.Parser:
@@ -47,7 +43,6 @@ def main(argv: list[str]) -> None:
 
     from llm_jax import api
     from llm_jax.base.devices import only_cpus
-    from llm_jax.base.lock import lock_run
     from llm_jax.training.custom import Custom
     from llm_jax.training.ending import ending, workdir_line
     from llm_jax.training.lost import start_over
@@ -61,10 +56,7 @@ def main(argv: list[str]) -> None:
   workdir = args.workdir or f'runs/{name}'
   summary = (*(source.cpu_note(args.config, overrides) if cpu_only else ()), workdir_line(workdir))
   if args.start_over:
-    if is_remote(workdir):
-      raise ConfigError(f'--start_over: for a run in object storage, set --workdir to another URL than {workdir}')
-    with lock_run(Path(workdir)):
-      start_over(Path(workdir))
+    start_over(workdir)
   with out_of_memory_as_config_error(config.tokens_per_device):
     training = api.Training(config, workdir, Custom(summary=summary))
     for _ in training:

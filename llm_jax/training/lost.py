@@ -7,9 +7,11 @@ from pathlib import Path
 
 import jax
 
-from llm_jax.base.errors import StorageError
+from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import saved_steps, unverified_steps, writing
+from llm_jax.base.lock import lock_run
 from llm_jax.base.multihost import barrier, gather
+from llm_jax.base.storage import is_remote
 from llm_jax.training.launches import read_launches
 from llm_jax.training.log import read_metrics
 from llm_jax.training.status import read_status
@@ -45,8 +47,18 @@ def lost(workdir: Path) -> str:
                    f'{step:.0f}; mount or copy that folder back')) or ''
 
 
-def start_over(workdir: Path) -> None:
-  """Moves what a run has trained into the folder before-TIME, so that it begins at step 0; its lock must be held."""
+def start_over(named: str) -> None:
+  """Moves what a run has trained into the folder before-TIME, so that it begins at step 0.
+
+  Raises StorageError, and ConfigError for a run in object storage.
+  """
+  if is_remote(named):
+    raise ConfigError(f'--start_over: for a run in object storage, set --workdir to another URL than {named}')
+  with lock_run(workdir := Path(named)):
+    _move_aside(workdir)
+
+
+def _move_aside(workdir: Path) -> None:
   if jax.process_index() == 0:
     found = [workdir / name for name in FILES if (workdir / name).exists()]
     aside = workdir / f'before-{time.time():.0f}'
