@@ -63,9 +63,16 @@ def test_a_flipped_bit_in_checkpoint_or_tokenizer_is_found_by_check_and_generate
   path = run / 'tokenizer.json'
   content = path.read_bytes()
   path.write_bytes(flip(content))
-  with pytest.raises(StorageError, match='tokenizer.json is not as the run wrote it'):
+  with pytest.raises(StorageError, match='tokenizer\\.json is not as the run wrote it'):
     api.load(run)
   path.write_bytes(content)
+  config = run / 'config.json'
+  config.write_text(config.read_text().replace('"num_layers": 1', '"num_layers": 2'))
+  with pytest.raises(StorageError, match='config\\.json is not as the run wrote it'):
+    api.load(run)
+  config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 1').replace('"seed"', ' "seed"'))
+  capsys.readouterr()
+  assert api.load(run).run.meta['step'] == 4 and 'config.json was changed' in capsys.readouterr().err
   [path] = (run / 'checkpoints' / '4' / 'meta').glob('metadata')
   path.write_bytes(flip(path.read_bytes()))
   with pytest.raises(StorageError, match='damaged: 4'):
