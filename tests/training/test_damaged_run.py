@@ -139,3 +139,26 @@ def test_check_refuses_flags_that_contradict(run):
                        ([f'--workdir={run}/nowhere'], 'does not exist')):
     with pytest.raises(ConfigError, match=words):
       check.main(flags)
+
+
+@pytest.mark.parametrize('lost', ['nothing', 'the score', 'the evaluation'])
+def test_a_step_that_was_saved_before_its_evaluation_resumes_bitwise(lost, folder, tmp_path):
+  """Also with an optimizer that an evaluation changes, whether or not its results were stored before the end."""
+  flags = ['--config.optim.chain=adamw,reduce_on_plateau', '--config.optim.reduce_on_plateau.metric=val/loss',
+           '--config.optim.reduce_on_plateau.min_delta=9', '--config.optim.reduce_on_plateau.patience=1',
+           '--config.optim.reduce_on_plateau.factor=0.5']
+  whole, cut = folder / 'whole', tmp_path / 'cut'
+  if not whole.exists():
+    train(folder, whole, 7, *flags)
+  train(folder, cut, 4, *flags)
+  if lost != 'nothing':
+    (cut / 'checkpoints' / '4.score.json').unlink()
+  if lost == 'the evaluation':  # killed in it: its line of metrics.jsonl lacks it too
+    lines = (cut / 'metrics.jsonl').read_text().splitlines()
+    last = {name: value for name, value in json.loads(lines[-1]).items() if not name.startswith(('val/', 'best/'))}
+    (cut / 'metrics.jsonl').write_text(''.join(line + '\n' for line in [*lines[:-1], json.dumps(last)]))
+  train(folder, cut, 7, *flags)
+  names = ('step', 'train/loss', 'train/grad_norm', 'val/loss', 'best/val/loss', 'train/plateau_scale')
+  mine, theirs = ([{k: line[k] for k in names if k in line} for line in read_metrics(path / 'metrics.jsonl')]
+                  for path in (cut, whole))
+  assert mine == theirs and {line.get('train/plateau_scale') for line in theirs} > {1.0}, 'an evaluation had an effect'
