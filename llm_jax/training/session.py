@@ -138,11 +138,8 @@ class Session:
 
   def save(self) -> None:
     """Writes the metrics, then starts a checkpoint of this step, with its score if it was evaluated before."""
-    self._write()
-    best = self.best if self.score is None else dataclasses.replace(self.best, saved=min(self.best.saved, self.score))
     with self.goodput.of('save'), self.console.progress('saving'):
-      if self._save(best):
-        self._record()
+      self._save()
 
   def wait(self) -> None:
     """Waits until the newest checkpoint is complete on disk; saves this step again if that failed."""
@@ -153,7 +150,7 @@ class Session:
   def save_now(self) -> None:
     """Saves between two steps and waits until the checkpoint is complete on disk."""
     self.settle()
-    self.save()
+    self._save()
     self.wait()
 
   def sample(self) -> None:
@@ -233,7 +230,9 @@ class Session:
     if self.score is not None and self.checkpoints.record(self.step, self.score, self.best.since, self.results):
       self.best = dataclasses.replace(self.best, saved=min(self.best.saved, self.score))
 
-  def _save(self, best: Best) -> bool:
+  def _save(self) -> None:
+    self._write()
+    best = self.best if self.score is None else dataclasses.replace(self.best, saved=min(self.best.saved, self.score))
     # The step is saved with the optimizer's state, as some optimizers have an empty state, which Orbax rejects.
     state = self.state
     saves = self.checkpoints.save(
@@ -245,4 +244,4 @@ class Session:
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
     if saves:
       self.console.saving(self.step, self.config.eval.monitor, best.best_value)
-    return saves
+      self._record()
