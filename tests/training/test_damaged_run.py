@@ -43,9 +43,9 @@ def flip(content):
   return bytes(content)
 
 
-@pytest.mark.parametrize('damage', [flip, lambda content: b'[]\n' + content[:30], lambda _: b'', lambda _: b'[1]\n',
-                                    lambda content: b'\xff\xfe' + content[::-1]],
-                         ids=['bit', 'cut', 'empty', 'a list', 'no text'])
+@pytest.mark.parametrize('damage', [
+    flip, lambda content: b'\xff\xfe[]\n' + content[:30], pytest.param(lambda _: b'', marks=pytest.mark.slow),
+    pytest.param(lambda _: b'[1]\n', marks=pytest.mark.slow)], ids=['bit', 'cut', 'empty', 'a list'])
 def test_damaged_logs_do_not_stop_a_run(damage, folder, run, capsys):
   for name in LOGS:
     (run / name).write_bytes(damage((run / name).read_bytes()))
@@ -83,7 +83,8 @@ def test_a_flipped_bit_in_checkpoint_or_tokenizer_is_found_by_check_and_generate
   assert api.load(run).run.meta['step'] == 2, 'an older one is used'
 
 
-@pytest.mark.parametrize('how', ['missing', 'empty', 'set aside', 'all damaged'])
+@pytest.mark.parametrize('how', ['missing', *(
+    pytest.param(how, marks=pytest.mark.slow) for how in ('empty', 'set aside', 'all damaged'))])
 def test_lost_checkpoints_are_an_error_until_start_over(how, folder, run, capsys):
   checkpoints, before = run / 'checkpoints', (run / 'metrics.jsonl').read_bytes()
   if how in ('missing', 'empty'):
@@ -141,7 +142,8 @@ def test_check_refuses_flags_that_contradict(run):
       check.main(flags)
 
 
-@pytest.mark.parametrize('lost', ['nothing', 'the score', 'the evaluation'])
+@pytest.mark.parametrize('lost', ['the evaluation', *(
+    pytest.param(lost, marks=pytest.mark.slow) for lost in ('nothing', 'the score'))])
 def test_a_step_that_was_saved_before_its_evaluation_resumes_bitwise(lost, folder, tmp_path):
   """Also with an optimizer that an evaluation changes, whether or not its results were stored before the end."""
   flags = ['--config.optim.chain=adamw,reduce_on_plateau', '--config.optim.reduce_on_plateau.metric=val/loss',
