@@ -33,6 +33,11 @@ def file_hash(path: Path, *, sync: bool = False) -> dict[str, Any]:
   return {'bytes': size, 'hash': hasher.hexdigest()}
 
 
+def value_hash(value: Any) -> str:
+  """The hash of a value of JSON."""
+  return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
 def seal(values: dict[str, Any]) -> bytes:
   """The values as JSON with a last field `hash`."""
   body = json.dumps(values, indent=1).encode().removesuffix(b'\n}')

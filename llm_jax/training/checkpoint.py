@@ -19,7 +19,7 @@ import jax
 
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import ConfigError, DivergedError, StorageError
-from llm_jax.base.files import saved_steps, set_aside, unverified_steps, writing
+from llm_jax.base.files import saved_steps, set_aside, unverified_steps, write_file, writing
 from llm_jax.base.multihost import barrier, gather
 from llm_jax.base.progress import Progress
 from llm_jax.config import CheckpointConfig
@@ -40,6 +40,9 @@ class Checkpoints:
       with writing(str(directory)):
         directory.mkdir(parents=True, exist_ok=True)
         self._remove_unfinished()
+        if self._is_primary:
+          write_file(directory / 'probe.unfinished', bytes(1 << 16))  # before anything is compiled
+          (directory / 'probe.unfinished').unlink()
     self._saved = set(self._agreed(self.steps))  # the same on all processes
     self._thread = ThreadPoolExecutor(1, 'checkpoint')
     self._pending: tuple[int, Future[str]] | None = None  # a save in progress, and what failed of it
@@ -268,4 +271,4 @@ class Checkpoints:
   def _remove_unfinished(self) -> None:
     if self._is_primary:
       for path in self._directory.glob('*.unfinished*'):
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -90,8 +90,9 @@ class MetricsWriter:
 
   def close(self) -> None:
     self._call('close')
-    for name in self._gaps:
-      self._end_gap(name, 'were not written')
+    for name, gap in self._gaps.items():
+      if gap.lost:
+        self._end_gap(name, 'were not written')
     self._loggers, self._gaps = {}, {}
 
   def _open(self, name: str) -> Logger:

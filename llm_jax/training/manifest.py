@@ -1,17 +1,23 @@
-"""manifest.json of a checkpoint: size and hash of each of its files. A step counts only if it has one."""
+"""manifest.json of a checkpoint: size and hash of each of its files. A step counts only if it has one.
+
+A run's folder has one too, of its config and tokenizers.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from llm_jax.base.errors import StorageError
 from llm_jax.base.files import MANIFEST, sync_folder, write_file
-from llm_jax.base.seal import file_hash, seal, unseal
+from llm_jax.base.seal import file_hash, seal, unseal, value_hash
 
 VERSION = 1
+CONFIG = 'config.json'
 
 
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
@@ -72,21 +78,30 @@ def reason(error: BaseException) -> str:
 def write_run_manifest(workdir: Path, names: tuple[str, ...]) -> None:
   """Writes the manifest of a run's config and tokenizers. Raises OSError."""
   files = {name: file_hash(workdir / name) for name in names}
-  write_file(workdir / MANIFEST, seal({'version': VERSION, 'files': files}), durable=True)
+  write_file(workdir / MANIFEST, seal({'version': VERSION, 'model': model_hash(workdir), 'files': files}), durable=True)
+
+
+def model_hash(workdir: Path) -> str:
+  """The hash of what config.json says of the model and its losses. Raises OSError and ValueError."""
+  config = json.loads((workdir / CONFIG).read_bytes())
+  return value_hash([config.get('model'), config.get('loss')])
 
 
 def check_run_files(workdir: Path) -> None:
-  """Raises StorageError if a run's config or tokenizer is not as the run wrote it; runs of before have no manifest."""
+  """Raises StorageError if a run's tokenizer or model config is not as the run wrote it; runs of before have no
+  manifest. For other changes of config.json, which a user may make, it prints a warning."""
   path = workdir / MANIFEST
   if not path.exists():
     return
   try:
-    files, problem = unseal(path.read_bytes())['files'], ''
-    for name, wanted in files.items():
-      problem = name if file_hash(workdir / name) != wanted else problem
-  except (OSError, ValueError, KeyError) as e:
-    raise StorageError(f'{path}: {reason(e)}; the command that trained the run writes it anew with its next step'
-                       ) from None
-  if problem:
-    raise StorageError(f'{workdir / problem} is not as the run wrote it (its hash is another than in {MANIFEST}); copy '
-                       f'it back, or delete {path} to use it as it is')
+    manifest = unseal(path.read_bytes())
+    changed = [name for name, wanted in manifest['files'].items() if file_hash(workdir / name) != wanted]
+    same_model = CONFIG not in changed or model_hash(workdir) == manifest['model']
+  except (OSError, ValueError, KeyError, AttributeError) as e:
+    raise StorageError(f'{path} or a file that it lists is damaged: {reason(e)}; the command that trained the run '
+                       'writes them anew with its next step') from None
+  if problem := [name for name in changed if name != CONFIG or not same_model]:
+    raise StorageError(f'{workdir / problem[0]} is not as the run wrote it (its hash is another than in {MANIFEST}); '
+                       f'copy it back, or delete {path} to use it as it is')
+  if changed:
+    print(f'WARNING: {workdir / CONFIG} was changed after the run wrote it', file=sys.stderr, flush=True)

@@ -142,11 +142,8 @@ class Session:
 
   def save(self) -> None:
     """Writes the metrics, then starts a checkpoint of this step, with its score if it was evaluated before."""
-    self._write()
-    best = self.best if self.score is None else dataclasses.replace(self.best, saved=min(self.best.saved, self.score))
     with self.goodput.of('save'), self.console.progress('saving'):
-      if self._save(best):
-        self._record()
+      self._save()
 
   def wait(self) -> None:
     """Waits until the newest checkpoint is complete on disk; saves this step again if that failed."""
@@ -160,7 +157,7 @@ class Session:
   def save_now(self) -> None:
     """Saves between two steps and waits until the checkpoint is complete on disk."""
     self.settle()
-    self.save()
+    self._save()
     self.wait()
 
   def sample(self) -> None:
@@ -244,7 +241,9 @@ class Session:
     if self.score is not None and self.checkpoints.record(self.step, self.score, self.best.since, self.results):
       self.best = dataclasses.replace(self.best, saved=min(self.best.saved, self.score))
 
-  def _save(self, best: Best) -> bool:
+  def _save(self) -> None:
+    self._write()
+    best = self.best if self.score is None else dataclasses.replace(self.best, saved=min(self.best.saved, self.score))
     # The step is saved with the optimizer's state, as some optimizers have an empty state, which Orbax rejects.
     state = self.state
     saves = self.checkpoints.save(
@@ -256,4 +255,4 @@ class Session:
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})
     if saves:
       self.console.saving(self.step, self.config.eval.monitor, best.best_value)
-    return saves
+      self._record()

@@ -64,7 +64,7 @@ def test_what_is_wrong_is_reported_before_the_weights_are_read(command, folder, 
   shutil.copytree(folder / 'runs' / 'seed0', broken)
   for path in broken.glob('checkpoints/*/params'):
     shutil.rmtree(path)
-  with pytest.raises(StorageError, match='no checkpoint can be read'):
+  with pytest.raises(StorageError, match='no checkpoint is intact'):
     command.main([str(broken)])
   for flags, words in ((['--top_p=2', '--seed=-1'], '^--seed must be in .*\n--top_p must be in .*'),
                        (['--checkpoint=7'], r'^--checkpoint: must be latest, best, or a step of \[3\]; got')):

@@ -43,9 +43,9 @@ def flip(content):
   return bytes(content)
 
 
-@pytest.mark.parametrize('damage', [flip, lambda content: b'[]\n' + content[:30], lambda _: b'', lambda _: b'[1]\n',
-                                    lambda content: b'\xff\xfe' + content[::-1]],
-                         ids=['bit', 'cut', 'empty', 'a list', 'no text'])
+@pytest.mark.parametrize('damage', [
+    flip, lambda content: b'\xff\xfe[]\n' + content[:30], pytest.param(lambda _: b'', marks=pytest.mark.slow),
+    pytest.param(lambda _: b'[1]\n', marks=pytest.mark.slow)], ids=['bit', 'cut', 'empty', 'a list'])
 def test_damaged_logs_do_not_stop_a_run(damage, folder, run, capsys):
   for name in LOGS:
     (run / name).write_bytes(damage((run / name).read_bytes()))
@@ -63,9 +63,16 @@ def test_a_flipped_bit_in_checkpoint_or_tokenizer_is_found_by_check_and_generate
   path = run / 'tokenizer.json'
   content = path.read_bytes()
   path.write_bytes(flip(content))
-  with pytest.raises(StorageError, match='tokenizer.json is not as the run wrote it'):
+  with pytest.raises(StorageError, match='tokenizer\\.json is not as the run wrote it'):
     api.load(run)
   path.write_bytes(content)
+  config = run / 'config.json'
+  config.write_text(config.read_text().replace('"num_layers": 1', '"num_layers": 2'))
+  with pytest.raises(StorageError, match='config\\.json is not as the run wrote it'):
+    api.load(run)
+  config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 1').replace('"seed"', ' "seed"'))
+  capsys.readouterr()
+  assert api.load(run).run.meta['step'] == 4 and 'config.json was changed' in capsys.readouterr().err
   [path] = (run / 'checkpoints' / '4' / 'meta').glob('metadata')
   path.write_bytes(flip(path.read_bytes()))
   with pytest.raises(StorageError, match='damaged: 4'):
@@ -76,7 +83,8 @@ def test_a_flipped_bit_in_checkpoint_or_tokenizer_is_found_by_check_and_generate
   assert api.load(run).run.meta['step'] == 2, 'an older one is used'
 
 
-@pytest.mark.parametrize('how', ['missing', 'empty', 'set aside', 'all damaged'])
+@pytest.mark.parametrize('how', ['missing', *(
+    pytest.param(how, marks=pytest.mark.slow) for how in ('empty', 'set aside', 'all damaged'))])
 def test_lost_checkpoints_are_an_error_until_start_over(how, folder, run, capsys):
   checkpoints, before = run / 'checkpoints', (run / 'metrics.jsonl').read_bytes()
   if how in ('missing', 'empty'):
@@ -132,3 +140,27 @@ def test_check_refuses_flags_that_contradict(run):
                        ([f'--workdir={run}/nowhere'], 'does not exist')):
     with pytest.raises(ConfigError, match=words):
       check.main(flags)
+
+
+@pytest.mark.parametrize('lost', ['the evaluation', *(
+    pytest.param(lost, marks=pytest.mark.slow) for lost in ('nothing', 'the score'))])
+def test_a_step_that_was_saved_before_its_evaluation_resumes_bitwise(lost, folder, tmp_path):
+  """Also with an optimizer that an evaluation changes, whether or not its results were stored before the end."""
+  flags = ['--config.optim.chain=adamw,reduce_on_plateau', '--config.optim.reduce_on_plateau.metric=val/loss',
+           '--config.optim.reduce_on_plateau.min_delta=9', '--config.optim.reduce_on_plateau.patience=1',
+           '--config.optim.reduce_on_plateau.factor=0.5']
+  whole, cut = folder / 'whole', tmp_path / 'cut'
+  if not whole.exists():
+    train(folder, whole, 7, *flags)
+  train(folder, cut, 4, *flags)
+  if lost != 'nothing':
+    (cut / 'checkpoints' / '4.score.json').unlink()
+  if lost == 'the evaluation':  # killed in it: its line of metrics.jsonl lacks it too
+    lines = (cut / 'metrics.jsonl').read_text().splitlines()
+    last = {name: value for name, value in json.loads(lines[-1]).items() if not name.startswith(('val/', 'best/'))}
+    (cut / 'metrics.jsonl').write_text(''.join(line + '\n' for line in [*lines[:-1], json.dumps(last)]))
+  train(folder, cut, 7, *flags)
+  names = ('step', 'train/loss', 'train/grad_norm', 'val/loss', 'best/val/loss', 'train/plateau_scale')
+  mine, theirs = ([{k: line[k] for k in names if k in line} for line in read_metrics(path / 'metrics.jsonl')]
+                  for path in (cut, whole))
+  assert mine == theirs and {line.get('train/plateau_scale') for line in theirs} > {1.0}, 'an evaluation had an effect'

@@ -56,8 +56,8 @@ def test_a_save_that_fails_is_reported_at_once_and_the_next_one_succeeds(disk, c
       assert not checkpoints.wait() and checkpoints.steps() == [1]
       filler.unlink()
       [line] = capfd.readouterr().err.splitlines()
-      assert line == (f'WARNING: {disk}/checkpoints: checkpoint 2 could not be saved (No space left on device); training '
-                      'continues, and the next save is tried as usual')
+      assert line == (f'WARNING: {disk}/checkpoints: checkpoint 2 could not be saved (No space left on device); '
+                      'training continues, and the next save is tried as usual')
       assert save(checkpoints, 2) and checkpoints.wait(), 'the step counts as not saved'
       assert checkpoints.steps() == [1, 2]
       checkpoints.set_aside_after(1)
