@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from llm_jax.base.activity import ACTIVITY, STEPS
-from llm_jax.base.errors import LostError, StorageError, UserError
+from llm_jax.base.errors import Interrupted, LostError, StorageError, UserError
 from llm_jax.base.files import open_append
 from llm_jax.base.progress import LINE
 from llm_jax.base.reports import (
@@ -192,8 +192,11 @@ class Watchdog:
       if report.get('left') == 'finished':
         continue
       if report.get('left'):
-        if now > self._left_at.setdefault(i, now) + GRACE:
-          self.end_all(f'{name} has ended: {report["left"]}')
+        if now < self._left_at.setdefault(i, now) + GRACE:
+          continue
+        if report['left'] == 'interrupted':  # it had not trained a step, and this one just has
+          self._exit(Interrupted(f'{name} was interrupted before its first step'))
+        self.end_all(f'{name} has ended: {report["left"]}')
       elif report and still_exists(report) is False:
         self.end_all(f'{name} has died; its last report was of step {report["step"]}')
       elif now > since + SILENT:

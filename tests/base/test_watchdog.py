@@ -38,9 +38,8 @@ with watchdog.Watchdog(workdir, index, count, 'token', factor=0.0 if behavior ==
   if behavior in ('slow', 'quick'):
     train_together(0.018 if behavior == 'slow' else 0.002)
     time.sleep(0.5)
-    sys.exit()
   ACTIVITY.enter('step')
-  for step in range(1, 40 if behavior == 'ends' else 1000):
+  for step in range(1, {'ends': 40, 'slow': 0, 'quick': 0}.get(behavior, 1000)):
     if behavior == 'waits' and step > 5:
       time.sleep(1000)
     if step == 4 and behavior in ('sleeps', 'off'):
