@@ -3,10 +3,10 @@
   python launch/supervise.py --workdir=runs/a -- llm-jax train --config=gpt_small --workdir=runs/a
 
 The exit code decides: 0 ends; 75, 76 (stopped, lost) and a death by a signal start again at once, or after a pause if
-nothing gets on; 74 (storage) and any other code start again after a pause that doubles; 65, 70 and 78 (data, divergence, config) end, as a repetition would fail too.
-With --workdir it also ends after --tries starts in a row without a new checkpoint, else after --tries failures in a
-row. Signals are forwarded, and after SIGTERM, SIGINT or SIGHUP nothing is started again. Each start and its end is a
-line of --log. Uses the standard library alone.
+nothing gets on; 74 (storage) and any other code start again after a pause that doubles; 65, 70 and 78 (data,
+divergence, config) end, as a repetition would fail too. With --workdir it also ends after --tries starts in a row
+without a new checkpoint, else after --tries failures in a row. Signals are forwarded, and after SIGTERM, SIGINT or
+SIGHUP nothing is started again. Each start and its end is a line of --log. Uses the standard library alone.
 """
 
 from __future__ import annotations

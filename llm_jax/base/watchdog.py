@@ -69,6 +69,8 @@ class Watchdog:
     self._seen: dict[int, tuple[dict[str, Any], float]] = {}  # the newest report of each process and when it was new
     self._left_at: dict[int, float] = {}
     self._thread = threading.Thread(target=self._run, daemon=True, name='watchdog')
+    self._poller = threading.Thread(target=self._poll_coordinator, daemon=True, name='coordinator') if (
+        count > 1 and 'jax' in sys.modules) else None
     self._slow, self._first_step = set[int](), -1
     self._main = threading.main_thread().ident
 
@@ -78,8 +80,8 @@ class Watchdog:
     with contextlib.suppress(OSError):
       self._beat()
     self._thread.start()
-    if self._count > 1:
-      threading.Thread(target=self._poll_coordinator, daemon=True, name='coordinator').start()
+    if self._poller is not None:
+      self._poller.start()
     return self
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -94,7 +96,9 @@ class Watchdog:
       return True
     self._left = reason
     self._stop.set()
-    self._thread.join(BEAT)
+    for thread in (self._thread, self._poller):  # in C++ code a thread would abort the exit of Python
+      if thread is not None and thread is not threading.current_thread():
+        thread.join(5)
     with contextlib.suppress(OSError):
       self._beat()
     deadline = time.monotonic() + seconds
