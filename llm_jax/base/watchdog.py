@@ -115,6 +115,7 @@ class Watchdog:
     """Leaves after an error; if another process has caused it, that is found out first, and this one ends."""
     unexpected = not isinstance(error, UserError | GeneratorExit | KeyboardInterrupt)
     if unexpected and LOST_PEER.search(str(error)):
+      ACTIVITY.enter('step')  # in which the other processes are needed
       time.sleep(SILENT + 2 * BEAT)  # meanwhile the thread ends this process, unless all others are well
     code = error.exit_code if isinstance(error, UserError) else 1
     if not self.leave(f'{type(error).__name__}: {error}') or unexpected:
