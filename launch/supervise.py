@@ -2,11 +2,11 @@
 
   python launch/supervise.py --workdir=runs/a -- llm-jax train --config=gpt_small --workdir=runs/a
 
-The exit code decides: 0 ends; 75 and 76 (stopped, lost) start again at once; 74 (storage), any other code and a signal
-start again after a pause that doubles; 65, 70 and 78 (data, divergence, config) end, as a repetition would fail too.
-With --workdir it also ends after --tries starts in a row without a new checkpoint, else after --tries failures in a
-row. Signals are forwarded, and after SIGTERM, SIGINT or SIGHUP nothing is started again. Each start and its end is a
-line of --log. Uses the standard library alone.
+The exit code decides: 0 ends; 75, 76 (stopped, lost) and a death by a signal start again at once, or after a pause if
+nothing gets on; 74 (storage) and any other code start again after a pause that doubles; 65, 70 and 78 (data,
+divergence, config) end, as a repetition would fail too. With --workdir it also ends after --tries starts in a row
+without a new checkpoint, else after --tries failures in a row. Signals are forwarded, and after SIGTERM, SIGINT or
+SIGHUP nothing is started again. Each start and its end is a line of --log. Uses the standard library alone.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Supervisor:
       progress = after > before if self._args.workdir else code in AT_ONCE
       fruitless, pause = (0, self._args.pause) if progress else (fruitless + 1, pause)
       done = bool(self.stopped) or code in FINAL or fruitless >= self._args.tries
-      wait = 0.0 if done or (code in AT_ONCE and fruitless < 2) else pause
+      wait = 0.0 if done or ((code in AT_ONCE or not 0 <= code <= 128) and fruitless < 2) else pause
       self.note(start=start, code=code, cause=cause(code), seconds=round(time.monotonic() - began, 1), step=after,
                 without_progress=fruitless, then='end' if done else f'start again in {wait:.0f} s')
       if done:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from program import ROOT, environment, finish
 
@@ -71,6 +72,16 @@ def first_lines(process, pattern):
   return output, [int(pid) for pid in pids.groups()]
 
 
+def first_step(process):
+  """The output up to the line on the first step."""
+  lines = []
+  for line in process.stdout:
+    lines.append(line)
+    if line.startswith('first step after'):
+      break
+  return ''.join(lines)
+
+
 def stopped_step(output):
   assert 'Traceback' not in output and '--- process' not in output
   assert output.count('stopped at step') == 1, output[-4000:]
@@ -112,7 +123,8 @@ def test_a_run_resumes_in_two_processes_then_in_one(stopped, folder):
   before = stopped_step(stopped)
   process = launch(folder, '--workdir=run', '--config.mesh.fsdp=2')
   output, _ = first_lines(process, 'resuming from step')
-  process.send_signal(signal.SIGINT)  # while it compiles: takes effect as soon as there is something to save
+  output += first_step(process)
+  process.send_signal(signal.SIGINT)
   output += finish(process, code=75)
   assert f'resuming from step {before}\n' in output and 'SIGINT: saving' in output
   step = stopped_step(output)
@@ -177,18 +189,77 @@ def test_a_staged_mixture_resumes_in_one_process(folder, stop, monkeypatch):
   assert_same_losses(folder / run, folder / 'staged_whole', 14)
 
 
+STUCK = """
+import os, time, jax
+from llm_jax.base.callbacks import CALLBACKS
+from llm_jax.base.registry import register
+
+class Stuck:
+  def __init__(self):
+    pass
+
+  def __call__(self, event):
+    if event.step == 8 and jax.process_index() == 1 and not os.environ.get('FREE'):
+      get_stuck()
+
+def get_stuck():
+  time.sleep(1000)
+
+register(CALLBACKS, 'stuck', Stuck)
+"""
+
+
 @pytest.mark.slow
-def test_a_killed_process_ends_all_and_the_run_resumes(folder):
-  process = launch(folder, '--workdir=killed', '--config.checkpoint.every=5')
-  _, pids = first_lines(process, 'step 8/')
-  os.kill(pids[1], signal.SIGKILL)
-  began = time.monotonic()
-  finish(process, code=137)
-  assert time.monotonic() - began < 90
-  process = launch(folder, '--workdir=killed')
-  output, _ = first_lines(process, 'resuming from step')
+def test_a_stuck_process_ends_all_with_stacks_and_the_run_resumes(folder):
+  (folder / 'stuck.py').write_text(STUCK)
+  flags = ['--workdir=stuck', '--plugin=stuck.py', '--config.log.callbacks=stuck', '--config.checkpoint.every=5',
+           '--config.watchdog=0.2']
+  output = finish(launch(folder, *flags), code=76)
+  assert 'no progress for 1' in output and 'limit 12 s' in output and 'process 1 is behind' in output
+  assert f'at {folder}/stuck.py:' in output and 'in get_stuck' in output
+  assert 'get_stuck' in (folder / 'stuck' / 'processes' / '1.stacks').read_text()
+  assert 'unpack_metrics' in (folder / 'stuck' / 'processes' / '0.stacks').read_text()
+  process = launch(folder, *flags[:2])
+  output, _ = first_lines(process, 'resuming from step 5')
   process.send_signal(signal.SIGTERM)
-  assert stopped_step(output + finish(process, code=75)) >= 6
+  finish(process, code=75)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('number', 'index', 'words'), [
+    (signal.SIGKILL, 1, 'has died'), (signal.SIGKILL, 0, 'has died'),
+    (signal.SIGSTOP, 1, 'has given no sign of life')])
+def test_a_lost_process_ends_all_and_is_named(folder, number, index, words):
+  process = launch(folder, f'--workdir=lost_{number}_{index}', '--config.checkpoint.every=5')
+  _, pids = first_lines(process, 'step 8/')
+  os.kill(pids[index], number)
+  began = time.monotonic()
+  while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None and is_running(pids[1 - index]):
+    time.sleep(0.1)
+  assert time.monotonic() - began < 30, 'until the other one is out'
+  output = finish(process, code=76)
+  assert f'process {index} on ' in output and words in output
+
+
+def is_running(pid):
+  return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('line', ['data: .* byte tokenizer', 'compiling the training step', 'step 10: val'])
+def test_a_signal_to_one_process_ends_all_in_any_phase(folder, line):
+  """Before the first step nothing remains of the launch; later it is saved."""
+  workdir = folder / f'phase_{len(line)}'
+  process = launch(folder, f'--workdir={workdir.name}', f'--config.data.cache_dir={folder}/{workdir.name}_cache')
+  output, pids = first_lines(process, line)
+  os.kill(pids[1], signal.SIGTERM)
+  began = time.monotonic()
+  output += finish(process, code=75)
+  assert time.monotonic() - began < 30 and 'Check failure' not in output
+  if 'step' in line and 'val' in line:
+    assert stopped_step(output) >= 10
+  else:
+    assert 'interrupted before the first step; nothing was trained' in output and not workdir.exists()
 
 
 @pytest.mark.slow

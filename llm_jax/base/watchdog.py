@@ -9,8 +9,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import json
 import os
 import re
+import socket
 import statistics
 import sys
 import threading
@@ -24,7 +26,8 @@ from typing import Any
 import psutil
 
 from llm_jax.base.activity import ACTIVITY, STEPS
-from llm_jax.base.errors import LostError, StorageError, UserError
+from llm_jax.base.errors import Interrupted, LostError, StorageError, UserError
+from llm_jax.base.files import open_append
 from llm_jax.base.progress import LINE
 from llm_jax.base.reports import (
   FOLDER,
@@ -43,7 +46,7 @@ LIMITS = {'start': 3600.0, 'compile': 3600.0, 'data': 300.0, 'evaluation': 1800.
           'callback': 600.0, 'caller': float('inf')}
 STEP_SECONDS, STEP_MEDIANS = 60.0, 10.0  # a step may take the larger of these seconds and this many median steps
 SLOW = 1.2  # a process whose steps would take so many times those of the others is named
-BEAT = 2.0
+BEAT, LOG_SECONDS = 2.0, 30.0
 SILENT = 16.0  # a process without a new report for so long is stopped or dead
 GRACE = 8.0  # for a process to end after another one
 NOTICE = 'RECEIVED_PREEMPTION_NOTICE'  # JAX stores the time of a SIGTERM to any process under this key
@@ -62,18 +65,23 @@ class Watchdog:
     self._factor, self._failed = factor if is_program() else 0.0, failed
     self._stop, self._lock = threading.Event(), threading.Lock()
     self._number, self._left = 0, ''
+    self._logged = 0, 0.0  # the step and time of the newest line of the log
     self._seen: dict[int, tuple[dict[str, Any], float]] = {}  # the newest report of each process and when it was new
     self._left_at: dict[int, float] = {}
+    self._thread = threading.Thread(target=self._run, daemon=True, name='watchdog')
+    self._poller = threading.Thread(target=self._poll_coordinator, daemon=True, name='coordinator') if (
+        count > 1 and 'jax' in sys.modules) else None
     self._slow, self._first_step = set[int](), -1
     self._main = threading.main_thread().ident
 
   def __enter__(self) -> Watchdog:
     ACTIVITY.enter('start')
     self._began = self._woke = time.monotonic()
-    self._beat()
-    threading.Thread(target=self._run, daemon=True, name='watchdog').start()
-    if self._count > 1:
-      threading.Thread(target=self._poll_coordinator, daemon=True, name='coordinator').start()
+    with contextlib.suppress(OSError):
+      self._beat()
+    self._thread.start()
+    if self._poller is not None:
+      self._poller.start()
     return self
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -88,7 +96,11 @@ class Watchdog:
       return True
     self._left = reason
     self._stop.set()
-    self._beat()
+    for thread in (self._thread, self._poller):  # in C++ code a thread would abort the exit of Python
+      if thread is not None and thread is not threading.current_thread():
+        thread.join(5)
+    with contextlib.suppress(OSError):
+      self._beat()
     deadline = time.monotonic() + seconds
     while not (all_left := all(self._has_left(i) for i in self._others)) and time.monotonic() < deadline:
       time.sleep(0.05)
@@ -103,6 +115,7 @@ class Watchdog:
     """Leaves after an error; if another process has caused it, that is found out first, and this one ends."""
     unexpected = not isinstance(error, UserError | GeneratorExit | KeyboardInterrupt)
     if unexpected and LOST_PEER.search(str(error)):
+      ACTIVITY.enter('step')  # in which the other processes are needed
       time.sleep(SILENT + 2 * BEAT)  # meanwhile the thread ends this process, unless all others are well
     code = error.exit_code if isinstance(error, UserError) else 1
     if not self.leave(f'{type(error).__name__}: {error}') or unexpected:
@@ -120,11 +133,9 @@ class Watchdog:
         self._began = now
         self._seen.clear()
       self._woke = now
-      with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError):
-        self._check_owner()
-        self._beat()
-        if self._factor:
-          self._check()
+      for act in (self._check_owner, self._beat, self._check, self._log):
+        with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError):  # an unreadable report is seen as none
+          act()
 
   def _beat(self) -> None:
     """Writes the report of this process."""
@@ -134,6 +145,18 @@ class Watchdog:
               'step_seconds': ACTIVITY.step_seconds, 'own_seconds': ACTIVITY.own_seconds,
               'data_seconds': ACTIVITY.data_seconds, 'at': self._place(), **this_process()}
     write_report(self._folder, self._index, report)
+
+  def _log(self) -> None:
+    """With several processes, adds a line on the newest steps to this process's log, every LOG_SECONDS."""
+    if self._count == 1 or ACTIVITY.step == self._logged[0] or time.monotonic() < self._logged[1] + LOG_SECONDS:
+      return
+    self._logged = ACTIVITY.step, time.monotonic()
+    folder = self._folder.with_name('logs')
+    folder.mkdir(exist_ok=True)
+    with open_append(folder / f'process_{self._index}.jsonl') as f:
+      f.write(json.dumps({'time': round(time.time(), 1), 'step': ACTIVITY.step, 'step_seconds': ACTIVITY.step_seconds,
+                          'own_seconds': ACTIVITY.own_seconds, 'data_seconds': ACTIVITY.data_seconds,
+                          'host': socket.gethostname()}) + '\n')
 
   def _limit(self) -> float:
     if ACTIVITY.phase in LIMITS:
@@ -150,16 +173,18 @@ class Watchdog:
   def _check_owner(self) -> None:
     """Ends this process if another run has taken over the folder, as while this one was stopped."""
     report = read_report(self._folder, 0)
-    if not report and self._index == 0 and self._folder.parent.is_dir():
+    if not report and self._index == 0 and self._folder.parent.is_dir() and not self._stop.is_set():
       prepare_reports(self._folder, self._count)
     elif report and report['token'] != self._token and self._factor:
       self._exit(StorageError(f'--workdir: the run of process {report["pid"]} on {report["host"]} has taken over '
                               f'{self._folder.parent}; this one ends'))
 
   def _check(self) -> None:
-    order = (self._folder / ORDER).read_text()
-    if order:
-      self._end(order)
+    if not self._factor:
+      return
+    with contextlib.suppress(OSError):
+      if order := (self._folder / ORDER).read_text():
+        self._end(order)
     now = time.monotonic()
     needed = [] if ACTIVITY.phase == 'end' else self._others if self._index == 0 else [0]
     for i in needed if self._count > 1 else []:
@@ -172,8 +197,11 @@ class Watchdog:
       if report.get('left') == 'finished':
         continue
       if report.get('left'):
-        if now > self._left_at.setdefault(i, now) + GRACE:
-          self.end_all(f'{name} has ended: {report["left"]}')
+        if now < self._left_at.setdefault(i, now) + GRACE:
+          continue
+        if report['left'] == 'interrupted':  # it had not trained a step, and this one just has
+          self._exit(Interrupted(f'{name} was interrupted before its first step'))
+        self.end_all(f'{name} has ended: {report["left"]}')
       elif report and still_exists(report) is False:
         self.end_all(f'{name} has died; its last report was of step {report["step"]}')
       elif now > since + SILENT:

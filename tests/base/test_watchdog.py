@@ -24,9 +24,22 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 def get_stuck():
   time.sleep(1000)
 
-with watchdog.Watchdog(workdir, index, count, 'token', factor=0.0 if behavior == 'off' else 1.0):
+def train_together(own):
   ACTIVITY.enter('step')
-  for step in range(1, 40 if behavior == 'ends' else 1000):
+  for step in range(1, 200):
+    begin = time.monotonic()
+    time.sleep(own)
+    ACTIVITY.begin_step(step, 0.0)
+    with ACTIVITY.waiting():
+      time.sleep(max(0, begin + 0.02 - time.monotonic()))
+    ACTIVITY.step_took(time.monotonic() - begin)
+
+with watchdog.Watchdog(workdir, index, count, 'token', factor=0.0 if behavior == 'off' else 1.0):
+  if behavior in ('slow', 'quick'):
+    train_together(0.018 if behavior == 'slow' else 0.002)
+    time.sleep(0.5)
+  ACTIVITY.enter('step')
+  for step in range(1, {'ends': 40, 'slow': 0, 'quick': 0}.get(behavior, 1000)):
     if behavior == 'waits' and step > 5:
       time.sleep(1000)
     if step == 4 and behavior in ('sleeps', 'off'):
@@ -114,3 +127,11 @@ def test_processes_that_end_together_leave_nothing(tmp_path):
   for process in start(tmp_path, 'ends', 'ends', 'ends'):
     ends(process, 0)
   assert not (tmp_path / FOLDER).exists()
+
+
+def test_a_slow_process_is_named_once(tmp_path):
+  first, _, _ = processes = start(tmp_path, 'quick', 'slow', 'quick')
+  printed = first.communicate(timeout=60)[0]
+  assert printed.count('is slow') == printed.count('WARNING: process 1 on ') == 1
+  for process in processes:
+    assert process.wait(timeout=60) == 0

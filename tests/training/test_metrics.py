@@ -15,6 +15,7 @@ from tensorboard.util import tensor_util
 from llm_jax.base.loggers import LoggedRun
 from llm_jax.base.progress import duration
 from llm_jax.config import LogConfig
+from llm_jax.training.launches import read_launches
 from llm_jax.training.log import MetricsWriter, read_metrics
 from llm_jax.training.status import Status, read_status
 from llm_jax.training.throughput import Throughput
@@ -271,3 +272,12 @@ def test_status_is_written_at_most_once_per_second(tmp_path, monkeypatch):
     monkeypatch.setattr('llm_jax.training.status.SECONDS', 60.0)
     status.update(at_once=False, step=6)
   assert read_status(tmp_path) == status.values and status.values['step'] == 6
+
+
+def test_a_jump_of_the_clock_is_no_time_of_training(tmp_path, monkeypatch):
+  with Status(tmp_path, 9) as status:
+    later = time.time() + 3600
+    monkeypatch.setattr(time, 'time', lambda: later)
+    status.update(step=1)
+    assert read_status(tmp_path)['seconds'] < 60
+  assert read_launches(tmp_path)[-1]['seconds'] < 60

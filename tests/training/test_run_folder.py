@@ -11,10 +11,10 @@ import sys
 import time
 
 import pytest
-from program import finish, start, write_config
+from program import environment, finish, start, write_config
 
 from llm_jax import main
-from llm_jax.base.errors import ConfigError, DataError, UserError
+from llm_jax.base.errors import ConfigError, DataError, StorageError, UserError
 from llm_jax.extras.commands import check, runs
 from llm_jax.training.launches import read_launches
 from llm_jax.training.run import amount_of
@@ -69,8 +69,8 @@ def test_a_launch_that_is_refused_leaves_no_folder_of_its_own_and_says_nothing_o
   assert f'on_cpu       {line}' in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize('resumed', [False, True])
-def test_a_signal_before_the_first_step_ends_a_launch_at_once(resumed, folder):
+@pytest.mark.parametrize(('number', 'resumed'), [(signal.SIGHUP, False), (signal.SIGINT, True)])
+def test_a_signal_before_the_first_step_ends_a_launch_at_once(number, resumed, folder):
   workdir, flags = folder / 'interrupted', [*FLAGS, f'--config.num_steps={9 if resumed else 2}']
   if resumed:
     shutil.copytree(folder / 'run', workdir, dirs_exist_ok=True)
@@ -78,7 +78,7 @@ def test_a_signal_before_the_first_step_ends_a_launch_at_once(resumed, folder):
   process = start(folder, 'main', f'--config={folder}/tiny.py', f'--workdir={workdir}', *flags)
   while (line := process.stdout.readline()) and 'compiling the training step' not in line:
     pass
-  process.send_signal(signal.SIGINT)
+  process.send_signal(number)
   printed = finish(process, code=75)
   assert 'first step after' not in printed
   if resumed:
@@ -86,6 +86,57 @@ def test_a_signal_before_the_first_step_ends_a_launch_at_once(resumed, folder):
     assert state_files(workdir) == before and read_launches(workdir)[-1]['ended'] == 'stopped'
   else:
     assert printed == 'interrupted before the first step; nothing was trained\n' and not workdir.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_the_program_starts_leaves_nothing(number, folder):
+  process = start(folder, 'main', f'--config={folder}/tiny.py', f'--workdir={folder}/early', *FLAGS)
+  time.sleep(1.5)  # it imports JAX
+  process.send_signal(number)
+  assert finish(process, code=75) == 'interrupted before the first step; nothing was trained\n'
+  assert not (folder / 'early').exists()
+
+
+@pytest.mark.slow
+def test_nohup_ignores_the_loss_of_the_terminal(folder):
+  command = ['nohup', sys.executable, '-m', 'llm_jax.main', f'--config={folder}/tiny.py', f'--workdir={folder}/nohup',
+             '--config.num_steps=2', *FLAGS]
+  process = subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.STDOUT)
+  for line in process.stdout:
+    if 'compiling' in line:
+      process.send_signal(signal.SIGHUP)
+      break
+  finish(process)
+  assert read_status(folder / 'nohup')['state'] == 'finished'
+
+
+def killed_launches(workdir, number):
+  """Adds launches that were killed without a new checkpoint to the history of a run."""
+  line = read_launches(workdir)[-1] | {'committed': 2, 'process': 0}
+  line.pop('ended', None)
+  with open(workdir / 'launches.jsonl', 'a') as f:
+    f.write(number * (json.dumps(line) + '\n'))
+
+
+def test_after_starts_without_progress_the_first_step_is_saved_then_the_run_gives_up(folder, capsys):
+  workdir = folder / 'fruitless'
+  shutil.copytree(folder / 'run', workdir)
+  killed_launches(workdir, 2)
+  train(folder, 'fruitless')
+  assert 'WARNING' not in capsys.readouterr().out
+  killed_launches(workdir, 3)
+  train(folder, 'fruitless', '--config.num_steps=5', '--config.checkpoint.keep_last=9', '--config.eval.every=0')
+  assert 'the last 3 launches in' in capsys.readouterr().out
+  assert {3, 5} <= {int(path.name) for path in (workdir / 'checkpoints').iterdir()}, 'the first step, and the last one'
+  shutil.rmtree(workdir)
+  shutil.copytree(folder / 'run', workdir)
+  killed_launches(workdir, 6)
+  with pytest.raises(StorageError, match='the last 6 launches in'):
+    train(folder, 'fruitless', '--config.num_steps=3')
+  train(folder, 'fruitless', '--config.num_steps=3')  # a repetition tries again
+  assert read_status(workdir)['step'] == 3
 
 
 def test_a_launch_that_fails_in_a_folder_of_the_user_is_listed_as_failed(folder, capsys):
