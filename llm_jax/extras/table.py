@@ -14,7 +14,7 @@ TABLE: dict[str, dict[str, str]] = {
     'transform': {'grokfast_ema': 'grokfast', 'grokfast_ma': 'grokfast', 'soap': 'soap', 'bitnet_flips': 'bitnet_flips',
                   'reduce_on_plateau': 'adaptive', 'noise_adaptive': 'adaptive', 'adafactor': 'optimizers',
                   'ademamix': 'optimizers', 'prodigy': 'optimizers', 'schedule_free': 'optimizers', 'l2': 'optimizers',
-                  'adaptive_grad_clip': 'optimizers'},
+                  'adaptive_grad_clip': 'optimizers', 'skip_spikes': 'spikes'},
     'schedule': {'one_cycle': 'schedules', 'cyclic': 'schedules', 'restarts': 'schedules', 'polynomial': 'schedules',
                  'phases': 'schedules', 'composite': 'schedules'},
     'format': {'json': 'formats.text_tables', 'csv': 'formats.text_tables', 'tsv': 'formats.text_tables',
