@@ -15,7 +15,7 @@ FLOORS = [
     {'config'},
     {'config_file'},
     {'training.state', 'training.shardings', 'training.checkpoint', 'training.orbax_manager',
-     'training.stages', 'training.log',
+     'training.stages', 'training.log', 'training.skips',
      'training.console', 'training.throughput', 'training.status', 'training.launches', 'training.best',
      'training.ending', 'infer.sampling', 'infer.answers', 'infer.text'},
     {'infer.score', 'infer.load'},

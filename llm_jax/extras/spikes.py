@@ -22,7 +22,7 @@ class SpikeState(NamedTuple):
   """The window, and what was decided on the newest step."""
 
   seen: jax.Array  # float32 [2, window]: losses and gradient norms, as a ring
-  count: jax.Array  # int32: finite steps seen
+  num_seen: jax.Array  # int32: finite steps seen
   score: jax.Array  # float32: the newest step's larger z-score
   spike: jax.Array  # int32: 1 if that is a spike
   total: jax.Array  # int32: spikes so far
@@ -49,14 +49,14 @@ class SkipSpikes(Link):
 
   def judge(self, state: Any, loss: jax.Array, grad_norm: jax.Array) -> tuple[jax.Array, Any]:
     x = jnp.stack([loss, grad_norm]).astype(jnp.float32)
-    finite, full = jnp.all(jnp.isfinite(x)), state.count >= self.window
+    finite, full = jnp.all(jnp.isfinite(x)), state.num_seen >= self.window
     median = jnp.median(state.seen, axis=1)
     deviation = 1.4826 * jnp.median(jnp.abs(state.seen - median[:, None]), axis=1)
     scale = jnp.maximum(jnp.maximum(deviation, LEAST_SCALE * jnp.abs(median)), jnp.finfo(jnp.float32).tiny)
     score = jnp.where(full & finite, jnp.max((x - median) / scale), 0.0)
     spike = (score > self.threshold).astype(jnp.int32)
-    seen = jnp.where(finite, state.seen.at[:, state.count % self.window].set(x), state.seen)
-    return spike == 0, SpikeState(seen, state.count + finite, score, spike, state.total + spike)
+    seen = jnp.where(finite, state.seen.at[:, state.num_seen % self.window].set(x), state.seen)
+    return spike == 0, SpikeState(seen, state.num_seen + finite, score, spike, state.total + spike)
 
   def report(self, state: Any) -> Metrics:
     return {'spike_score': state.score, 'spike': state.spike, 'spikes': state.total}

@@ -16,6 +16,7 @@ from llm_jax.base.batch import Params
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import StorageError
 from llm_jax.base.files import write_file, writing
+from llm_jax.base.redaction import public
 from llm_jax.base.registry import NoSettings, Registry, register
 from llm_jax.base.trees import by_name, path_of
 
@@ -49,7 +50,7 @@ def write_config(folder: Path, config: Any, tokenizer: Any, encoder_tokenizer: A
   """Writes config.json and the tokenizers of a run or an exported model. Raises StorageError."""
   with writing(f'{flag}: {folder}'):
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / 'config.json', json.dumps(to_dict(config), indent=2))
+    write_file(folder / 'config.json', json.dumps(public(to_dict(config)), indent=2))
     for name, each in (('tokenizer', tokenizer), ('encoder_tokenizer', encoder_tokenizer)):
       if each is not None:
         write_file(folder / f'{name}.json', each.to_json())

@@ -36,7 +36,7 @@ def guarded_update(optimizer: Any, grads: Params, opt_state: optax.OptState, par
 
 
 def unsound(tree: Any) -> list[str]:
-  """Paths of the arrays with a number that is NaN or above LARGEST. Scalars may be: a best metric begins at infinity."""
+  """Paths of the arrays with NaN or a number above LARGEST; scalars may be, as a best metric begins at infinity."""
   arrays = {jax.tree_util.keystr(path, simple=True, separator='/'): x
             for path, x in jax.tree_util.tree_leaves_with_path(tree)
             if jnp.issubdtype(x.dtype, jnp.floating) and x.ndim and x.size}

@@ -21,6 +21,7 @@ from llm_jax.base.loggers import LoggedRun
 from llm_jax.base.multihost import barrier
 from llm_jax.base.profiling import Profiler
 from llm_jax.base.progress import Progress
+from llm_jax.base.redaction import public
 from llm_jax.base.sharding import make_mesh, put_batch
 from llm_jax.base.stopping import StopSignal
 from llm_jax.config import Config
@@ -52,7 +53,8 @@ def due(step: int, config: Config, *, end: int, has_val: bool, first: bool = Fal
   """What is due after `step`. A pure function.
 
   `end`: the stage's last step; `has_val`: whether there is a validation part; `first`: whether this is the first step
-  of this process; `stopping`: whether a signal arrived or a save was put off; `traced`: whether a profile begins or ends.
+  of this process; `stopping`: whether a signal arrived or a save was put off; `traced`: whether a profile begins or
+  ends here.
   """
   last = step == config.num_steps
   evaluate = has_val and config.eval.every > 0 and (step % config.eval.every == 0 or last)
@@ -143,7 +145,7 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   with Progress('initializing the state', shown=jax.process_index() == 0):
     state, meta = first_state(program, checkpoints, mesh)
   begin = int(state.step)
-  writer = MetricsWriter(LoggedRun(workdir, begin, to_dict(config)), config.log)
+  writer = MetricsWriter(LoggedRun(workdir, begin, public(to_dict(config))), config.log)
   console = Console(config.num_steps, begin, config.log)
   stack.callback(writer.close)
   stack.callback(console.close)

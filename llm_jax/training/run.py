@@ -18,6 +18,7 @@ from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import Interrupted, StorageError
 from llm_jax.base.files import latest_step, open_append, unused, writing
 from llm_jax.base.multihost import gather
+from llm_jax.base.redaction import public
 from llm_jax.base.stopping import stopping_at_once
 from llm_jax.config import Config, differences, replace
 from llm_jax.data.sources.documents import shown
@@ -97,7 +98,7 @@ def write_files(program: Program, workdir: Path, status: Status, begin: int) -> 
   write_config(workdir, whole, data.tokenizer, data.encoder_tokenizer)
   with writing(f'--workdir: {workdir}'):
     plugins.write_notes(workdir)
-  status.trained(begin=begin, changed=differences(before, to_dict(whole)) if before else {})
+  status.trained(begin=begin, changed=differences(before, public(to_dict(whole))) if before else {})
 
 
 def config_before(workdir: Path) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def config_before(workdir: Path) -> dict[str, Any]:
   path = workdir / 'config.json'
   with contextlib.suppress(OSError, ValueError):
     values = {} if path.is_symlink() else json.loads(path.read_text())
-    return values if isinstance(values, dict) else {}
+    return public(values) if isinstance(values, dict) else {}
   return {}
 
 

@@ -17,6 +17,7 @@ from llm_jax.base.batch import Batch, Params
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, Interrupted
 from llm_jax.base.multihost import gather
+from llm_jax.base.redaction import public
 from llm_jax.base.stopping import StopSignal
 from llm_jax.config import Config
 from llm_jax.data.pipeline import Batches
@@ -230,7 +231,7 @@ class Session:
       return False
     saves = self.checkpoints.save(
         self.step, state.params, (state.step, state.opt_state), score=score, since=best.since, meta={
-            'config': to_dict(self.config), 'data': self.program.fingerprint,
+            'config': public(to_dict(self.config)), 'data': self.program.fingerprint,
             'stream_states': gather(self.batches.state()), 'evaluated': self.evaluated_at == self.step,
             'best': best.to_meta(), 'epoch': self._epochs.sums, 'state_key': self.program.state_key,
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})

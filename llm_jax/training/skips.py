@@ -31,8 +31,8 @@ class Skips:
     if self._in_a_row == 1:
       self._say(f'WARNING: step {step}: an update {what} is skipped')
     if self._in_a_row >= MAX_SKIPPED:
-      raise DivergedError(f'the updates of steps {step - MAX_SKIPPED + 1} to {step} were not applied, the last one {what}'
-                          '; lower config.optim.learning_rate, or inspect these steps: llm-jax debug-nan --help')
+      raise DivergedError(f'the updates of steps {step - MAX_SKIPPED + 1} to {step} were not applied, the last one '
+                          f'{what}; lower config.optim.learning_rate, or inspect these steps: llm-jax debug-nan --help')
 
   def take(self) -> float:
     """The number of steps skipped since the last call."""
@@ -52,6 +52,6 @@ class Skips:
     self.late = self.doubtful
     if not self.doubtful and (bad := unsound(state)):
       raise DivergedError(f'step {step} is not saved: {len(bad)} array(s) have values that are not finite or above '
-                          f'{LARGEST:.0e}: {", ".join(bad[:4])}; the newest checkpoint is that of an earlier step; lower '
-                          'config.optim.learning_rate')
+                          f'{LARGEST:.0e}: {", ".join(bad[:4])}; the newest checkpoint is that of an earlier step; '
+                          'lower config.optim.learning_rate')
     return not self.doubtful

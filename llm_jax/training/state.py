@@ -56,7 +56,20 @@ def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: opt
   `extra_loss` the rest of the objective. Values sown into `metrics` are averaged and logged. If the objective or a
   gradient is not finite, only the step changes and the metric `skipped` is 1 (see optim/guard.py).
   """
-  optimizer, share, counts = as_optimizer(tx), 1 / num_microbatches, objective.counts(batch)
+  grads, metrics = gradients(state, batch, model=model, seed=seed, num_microbatches=num_microbatches,
+                             objective=objective, constants=constants)
+  optimizer = as_optimizer(tx)
+  trainable, opt_state, applied = guarded_update(optimizer, grads, state.opt_state, state.trainable,
+                                                 loss=metrics['loss'], extra_loss=metrics['extra_loss'])
+  metrics |= optimizer.report(opt_state) | optimizer.learning_rate(state.step) | applied | {
+      'num_tokens': objective.num_tokens(batch)}
+  return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+
+
+def gradients(state: TrainState, batch: Batch, *, model: LanguageModel, seed: int, num_microbatches: int,
+              objective: Objective, constants: Params) -> tuple[Params, Metrics]:
+  """(gradients of the trainable parameters, metrics) of a step."""
+  share, counts = 1 / num_microbatches, objective.counts(batch)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
 
   def objective_of(module: Any, microbatch: Batch) -> tuple[jax.Array, Metrics]:
@@ -74,12 +87,7 @@ def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: opt
         logged[name] = logged.get(name, 0.0) + each * value_of
     return value + sown_loss, metrics | {'extra_loss': metrics['extra_loss'] + sown_loss} | logged
 
-  grads, metrics = accumulate(jax.grad(loss_fn, has_aux=True), state.trainable, batch, key, num_microbatches)
-  trainable, opt_state, applied = guarded_update(optimizer, grads, state.opt_state, state.trainable,
-                                                 loss=metrics['loss'], extra_loss=metrics['extra_loss'])
-  metrics |= optimizer.report(opt_state) | optimizer.learning_rate(state.step) | applied | {
-      'num_tokens': objective.num_tokens(batch)}
-  return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+  return accumulate(jax.grad(loss_fn, has_aux=True), state.trainable, batch, key, num_microbatches)
 
 
 def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,

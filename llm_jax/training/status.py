@@ -15,6 +15,7 @@ import psutil
 
 from llm_jax.base.errors import Interrupted
 from llm_jax.base.files import write_file
+from llm_jax.base.redaction import redact
 from llm_jax.training.launches import Launch
 
 SECONDS = 1.0  # between updates of the file, and of system metrics: each takes half a millisecond, steps can be short
@@ -77,7 +78,7 @@ class Status:
                traceback: TracebackType | None) -> None:
     stopped = kind is not None and issubclass(kind, (Interrupted, GeneratorExit, KeyboardInterrupt))
     state = 'finished' if kind is None else 'stopped' if stopped else 'failed'
-    failure: dict[str, Any] = {'error': f'{kind.__name__}: {error}'} if kind is not None and not stopped else {}
+    failure: dict[str, Any] = {'error': redact(f'{kind.__name__}: {error}')} if kind is not None and not stopped else {}
     self._writes |= kind is None and not self._finished  # such as a run that was killed after its last checkpoint
     self.update(state=state, **failure)
     self._launch.update(ended=state, step=self.values['step'], seconds=time.time() - self.values['started'], **failure)

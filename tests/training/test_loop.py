@@ -217,7 +217,7 @@ def test_a_last_step_that_is_skipped_and_a_state_that_is_not_finite_are_errors()
   session.advance()
   session.settle()
   session.state = session.state.replace(trainable={'w': jnp.array([1.0, 1e31])})
-  with pytest.raises(DivergedError, match='step 1 is not saved: 1 array.*params/w'):
+  with pytest.raises(DivergedError, match=r'step 1 is not saved: 1 array.*params/w'):
     session.save()
   session.advance()
   session.settle()
