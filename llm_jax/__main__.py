@@ -22,6 +22,7 @@ COMMANDS = {
     'runs': ('extras.commands.runs', 'list runs with their state, best result and differences'),
     'plot': ('extras.commands.plot', 'plot metrics of runs'),
     'inspect': ('extras.commands.inspect_run', "print and plot a run's weights and activations by layer"),
+    'debug-nan': ('extras.commands.debug_nan', 'find where a step first has a number that is not finite'),
     'schedules': ('extras.commands.schedules', "plot a config's learning rate"),
     'configs': ('extras.commands.configs', 'list the presets, or print one'),
     'config': ('extras.commands.config_fields', 'print all fields of a config with values, origins and comments'),

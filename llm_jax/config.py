@@ -61,8 +61,9 @@ class EvalConfig:
   sections: Sections = sections(METRICS, ANSWER_METRICS)
 
   def __post_init__(self) -> None:
-    if min(self.sample_tokens, self.temperature, self.top_k, self.patience, self.min_delta, self.answers) < 0:
-      raise ValueError('sample_tokens, temperature, top_k, patience, min_delta and answers must not be negative')
+    for field in ('sample_tokens', 'temperature', 'top_k', 'patience', 'min_delta', 'answers'):
+      if getattr(self, field) < 0:
+        raise ValueError(f'{field} must not be negative; got {getattr(self, field)}')
     for text in self.conditions:
       condition(text)
     if self.every < 0 or self.num_beams < 1:
@@ -91,7 +92,8 @@ class StartConfig:
 
   def __post_init__(self) -> None:
     if not self.run and (self.whole or self.checkpoint != 'latest'):
-      raise ValueError('run must be set to the workdir of the other run if whole or checkpoint is set')
+      raise ValueError(f'run must be set to the workdir of the other run if whole ({self.whole}) or checkpoint '
+                       f'({self.checkpoint}) is set')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +178,11 @@ class Config:
 
   def __post_init__(self) -> None:
     seq_len, problems = self.data.seq_len, []
-    if self.num_steps < 1:
-      problems.append(f'num_steps must be at least 1; got {self.num_steps}')
-    if self.num_epochs < 0 or (self.num_epochs and (self.stages or self.data.streaming or self.data.sources)):
-      problems.append(f'num_epochs {self.num_epochs} must not be negative, and needs a single source without '
+    if not 1 <= self.num_steps < 2**31:
+      problems.append(f'num_steps must be at least 1 and below 2^31; got {self.num_steps}')
+    many = self.stages or self.data.streaming or self.data.sources
+    if not 0 <= self.num_epochs <= 1e6 or (self.num_epochs and many):
+      problems.append(f'num_epochs {self.num_epochs} must be from 0 to 1e6, and needs a single source without '
                       'data.streaming and without stages; set num_steps instead')
     if self.stages and self.data.streaming:
       problems.append('stages cannot be used with data.streaming, as the step does not determine the position in a '
@@ -201,8 +204,8 @@ class Config:
         problems.append(f'model.{longest} {most} is less than data.{length} {needed}')
     if not self.num_epochs:  # otherwise num_steps is not known yet
       problems += self.optim.misfits(self.num_steps)
-      if self.profile.start > self.num_steps:
-        problems.append(f'profile.start {self.profile.start} is beyond num_steps {self.num_steps}')
+      if self.profile.start > max(self.num_steps, 0):
+        problems.append(f'profile.start {self.profile.start} is beyond num_steps {self.num_steps}; set 0 for no trace')
     if self.start.whole and self.stages:
       problems.append('start.whole cannot be used with stages: a branch reads the same data as its trunk')
     problems += self.data.task_settings.problems(self)

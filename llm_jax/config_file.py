@@ -19,6 +19,7 @@ from llm_jax.base.builder import build, nearest_fields, override, to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.files import check_run, list_runs
 from llm_jax.base.nearest import nearest
+from llm_jax.base.redaction import check_given, public
 from llm_jax.base.registry import has_registered
 from llm_jax.config import Config, differences
 from llm_jax.infer.validators import UNTRUSTED, VALIDATORS
@@ -48,6 +49,9 @@ class ConfigFile:
     if 'model.name' in overrides:
       values['model'] = model_values(values.get('model', {}), str(overrides['model.name']))
     override(values, overrides)
+    public(values)  # remembers the secrets, which messages then lack
+    if self.path.suffix == '.json':
+      check_given(values)
     return build(Config, values)
 
   def cpu_note(self, name: str, overrides: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ FLOORS = [
     {'config_file'},
     {'training.state', 'training.shardings', 'training.checkpoint', 'training.orbax_io',
      'training.manifest', 'training.retention', 'training.finite',
-     'training.stages', 'training.log',
+     'training.stages', 'training.log', 'training.skips',
      'training.console', 'training.throughput', 'training.status', 'training.launches', 'training.best',
      'training.ending', 'training.lost', 'infer.sampling', 'infer.answers', 'infer.text'},
     {'infer.score', 'infer.load'},

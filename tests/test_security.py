@@ -16,6 +16,7 @@ from llm_jax.base import plugins
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.process import run_as_program
 from llm_jax.commands import evaluate, export, generate
+from llm_jax.extras.commands import serve
 from llm_jax.extras.figures import write_picture
 from llm_jax.infer.load import read_config
 
@@ -294,3 +295,26 @@ def test_a_link_to_a_checkpoint_leads_to_no_change_outside(run, folder):
   except StorageError as e:
     assert '\n' not in str(e)
   assert sorted(path.relative_to(outside) for path in outside.rglob('*')) == before
+
+
+# Calls that execute or trust what they read. formats/pickles.py reads plain data by an Unpickler that finds no classes.
+UNSAFE = (r'pickle\.loads?\(|cloudpickle|dill\b|marshal\.loads?|shelve\.|joblib\.load|torch\.load|'
+          r'yaml\.(unsafe_|full_)?load\(|trust_remote_code|allow_pickle=True|extractall\(|(?<![\w.])eval\(|os\.system\(|shell=True')
+
+
+def test_no_code_calls_what_executes_its_input():
+  paths = [path for folder in ('llm_jax', 'configs', 'launch', 'benchmarks') for path in (ROOT / folder).rglob('*.py')]
+  found = [f'{path.relative_to(ROOT)}:{i}: {line.strip()}' for path in paths
+           for i, line in enumerate(path.read_text().splitlines(), 1)
+           if re.search(UNSAFE, line) and not line.strip().startswith('#')]
+  assert len(paths) > 200 and not found, '\n'.join(found)
+
+
+def test_nothing_listens_to_other_machines_unless_asked():
+  """Serve by default; TensorBoard in the commands that are printed and documented."""
+  default = next(action.default for action in serve.parser()._actions if action.dest == 'host')
+  texts = [path for pattern in ('docs/*.md', 'launch/*', 'configs/*.py', '*.md', 'Makefile', 'llm_jax/**/*.py')
+           for path in ROOT.glob(pattern) if path.is_file() and path.name != 'hosts.py']
+  found = [f'{path.name}: {line}' for path in texts for line in path.read_text().splitlines()
+           if re.search(r'bind_all|--host[= ]0\.0\.0\.0', line)]
+  assert default == '127.0.0.1' and len(texts) > 100 and not found, '\n'.join(found)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from llm_jax.base.errors import ConfigError, Interrupted, UserError
+from llm_jax.base.redaction import print_traceback, public_command, redact
 
 
 @contextlib.contextmanager
@@ -64,7 +65,9 @@ def run_as_program(main: Callable[[list[str]], None]) -> None:
   """Runs main(argv); a UserError becomes one message and its exit code."""
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')  # file names may contain characters that stdout cannot encode
+  sys.excepthook = print_traceback
   signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a program without a traceback; training handles it itself
+  public_command(sys.argv)  # remembers the secrets, which messages then lack
   try:
     main(sys.argv[1:])
   except BrokenPipeError:  # the reader has closed the pipe: ... | head
@@ -88,7 +91,7 @@ def run_as_program(main: Callable[[list[str]], None]) -> None:
 
 def end(error: UserError) -> NoReturn:
   """Prints the message and exits with the error's code."""
-  print(error if isinstance(error, Interrupted) else f'error: {error}', file=sys.stderr, flush=True)
+  print(redact(str(error) if isinstance(error, Interrupted) else f'error: {error}'), file=sys.stderr, flush=True)
   sys.exit(error.exit_code)
 
 

@@ -34,6 +34,20 @@ def positive(default: Any) -> Any:
   return ranged(default, lambda x: x > 0, 'positive')
 
 
+def within(least: float, most: float, default: Any) -> Any:
+  return ranged(default, lambda x: least <= x <= most, f'from {least:g} to {most:g}')
+
+
+def decay(default: Any) -> Any:
+  """A field for a weight decay. A larger one would make weights explode: float32 ends at 3e38."""
+  return within(0, 1000, default)
+
+
+def epsilon(default: Any) -> Any:
+  """A field for a number that is added to a denominator; a smaller one would be 0 in float32."""
+  return within(1e-30, 1, default)
+
+
 def rate(default: Any) -> Any:
   """A field for a decay rate."""
   return ranged(default, lambda x: 0 <= x < 1, 'in [0, 1)')

@@ -55,7 +55,8 @@ class MeshConfig:
   def __post_init__(self) -> None:
     sizes = dataclasses.astuple(self)
     if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
-      raise ValueError(f'sizes must be positive, with at most one -1 for "the rest"; got {sizes}')
+      raise ValueError(f'data, fsdp and tensor must be positive, with at most one -1 for "the rest"; got '
+                       f'{", ".join(map(str, sizes))}')
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

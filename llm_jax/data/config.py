@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from llm_jax.data.rows.tasks import TASKS, Task
 from llm_jax.data.sources.documents import SourceConfig
 from llm_jax.data.sources.filters import FilterConfig
 from llm_jax.data.sources.splits import SplitConfig
+from llm_jax.data.stores.token_files import DTYPES
 from llm_jax.data.tokenizers.tokenizer import TOKENIZERS
 
 
@@ -87,6 +89,8 @@ class DataConfig(SourceConfig, SplitConfig):
       problems += self._encoder_tokenizer_problems(self.encoder_tokenizer)
     if 'bpe' in (self.tokenizer, self.encoder_tokenizer) and self.vocab_size < 257:
       problems.append(f'vocab_size must be at least 257 (256 bytes and one special token); got {self.vocab_size}')
+    if not self.vocab_size < 2**31:
+      problems.append(f'vocab_size must be below 2^31; got {self.vocab_size}')
     if self.stride is not None and not 1 <= self.stride <= self.seq_len:
       problems.append(f'stride must lie in [1, seq_len], or be None; got {self.stride}')
     if list(self.weights_from) != sorted(set(self.weights_from)) or self.weights_from[:1] != (0,):
@@ -118,10 +122,19 @@ class DataConfig(SourceConfig, SplitConfig):
         (self.tokenizer == 'none', 'needs a tokenizer for the answers too, but tokenizer is none')) if wrong]
 
   def check_paths(self) -> None:
-    """Raises ConfigError for a source without a path."""
+    """Raises ConfigError for a source without a path, or with settings that no file can have."""
+    from llm_jax.data.formats.encoding import check_encoding
+    from llm_jax.data.formats.registry import check_format
     for name, source in self.named_sources.items():
+      section = f'config.data.sources.{name}' if self.sources else 'config.data'
+      check_format(source.format, section)
+      check_encoding(source.encoding)
+      if source.dtype is not None and source.dtype not in DTYPES:
+        raise ConfigError(f'{section}.dtype: {source.dtype!r} is not one of {", ".join(DTYPES)}')
+      if source.sha256 is not None and not re.fullmatch('[0-9a-fA-F]{64}', source.sha256):
+        raise ConfigError(f'{section}.sha256: must be 64 hexadecimal digits; got {source.sha256!r}')
       if not source.path:
-        field = f'config.data.sources.{name}.path' if self.sources else 'config.data.path'
+        field = f'{section}.path'
         raise ConfigError(f"{field} is empty: name your data, a file, a folder, a glob ('notes/**/*.md') or a URL, "
                           f"with --{field}=PATH; for a first try, set --{field}=stdlib, the source code of Python's "
                           'standard library')

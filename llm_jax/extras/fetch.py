@@ -29,6 +29,7 @@ from urllib.parse import unquote
 
 from llm_jax.base.errors import ConfigError, DataError, StorageError, UserError
 from llm_jax.base.progress import progress_bar
+from llm_jax.base.redaction import redact, whole_url
 from llm_jax.base.registry import register
 from llm_jax.data.loaders import SOURCES
 from llm_jax.data.sources.documents import File, SourceConfig, shown
@@ -61,6 +62,7 @@ def fetch_all(url: str, sha256: str | None, cache_dir: Path) -> list[tuple[str, 
   A folder or glob is listed once; delete its folder in the cache to list it again.
   Raises DataError, StorageError, and ConfigError if a package is missing.
   """
+  url = whole_url(url)
   folder = _folder(url, sha256, cache_dir)
   try:
     (folder / 'about').mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ def fetch_all(url: str, sha256: str | None, cache_dir: Path) -> list[tuple[str, 
 
 def forget(url: str, sha256: str | None, cache_dir: Path) -> None:
   """Deletes the downloads of the URL from the cache."""
-  shutil.rmtree(_folder(url, sha256, cache_dir), ignore_errors=True)
+  shutil.rmtree(_folder(whole_url(url), sha256, cache_dir), ignore_errors=True)
 
 
 def aside(folder: Path) -> Path:
@@ -232,7 +234,7 @@ def _reason(e: Exception, url: str) -> str:
   # The text may hold only part of user:password, if a library cut the URL at the colon.
   for secret in [url.partition('?')[2], *([user[1], user[1].rpartition(':')[2]] if user else [])]:
     text = text.replace(secret, '...') if secret else text
-  return text
+  return redact(text)
 
 
 # Every other file system, by fsspec.
@@ -311,7 +313,7 @@ def remote_files(url: str) -> Iterator[tuple[Any, str]]:
     raise ConfigError(f'{shown(url)}: no file system is known for {_scheme(url)}://; '
                       'known: gs, s3, hf, http, https, abfs and the others of fsspec')
   try:
-    yield fsspec.core.url_to_fs(url)
+    yield fsspec.core.url_to_fs(whole_url(url))
   except UserError:
     raise
   except ImportError:

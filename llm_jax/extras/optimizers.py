@@ -14,7 +14,7 @@ from optax import contrib
 
 from llm_jax.base.batch import Params
 from llm_jax.base.params import ParamInfo
-from llm_jax.base.ranges import at_least, positive, ranged, rate
+from llm_jax.base.ranges import at_least, decay, epsilon, positive, ranged, rate
 from llm_jax.base.registry import register
 from llm_jax.base.trees import path_of
 from llm_jax.optim.chain import TRANSFORMS
@@ -35,7 +35,7 @@ class Adafactor(Link):
   multiply_by_parameter_scale: bool = True  # scale updates by the rms of the parameter
   clipping_threshold: float = positive(1.0)  # largest rms of an update
   momentum: float = rate(0.0)  # decay of the first moment, per step; 0: none
-  weight_decay: float = at_least(0, 0.0)  # decoupled, times the learning rate; 0: none
+  weight_decay: float = decay(0.0)  # decoupled, times the learning rate; 0: none
   mu_dtype: MuDtype = 'float32'  # of the momentum
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
@@ -54,8 +54,8 @@ class AdEMAMix(Link):
   b3: float = rate(0.9999)  # decay of the slow mean of gradients, per step
   alpha: float = positive(5.0)  # weight of the slow mean
   slow_steps: int = at_least(0, 0)  # warm-up steps of alpha and b3; 0: none. The paper uses all of training
-  eps: float = positive(1e-8)  # added to the denominator
-  weight_decay: float = at_least(0, 0.1)  # decoupled, times the learning rate; 0: none
+  eps: float = epsilon(1e-8)  # added to the denominator
+  weight_decay: float = decay(0.1)  # decoupled, times the learning rate; 0: none
   mu_dtype: MuDtype = 'float32'  # of the fast mean, as stored
 
   def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class Prodigy(Link):
   estim_lr0: float = positive(1e-6)  # first estimate of the step size
   estim_lr_coef: float = positive(1.0)  # factor on the estimated step size
   safeguard_warmup: bool = True  # keep warm-up steps out of the estimate
-  weight_decay: float = at_least(0, 0.0)  # decoupled, times the step size; 0: none
+  weight_decay: float = decay(0.0)  # decoupled, times the step size; 0: none
 
   def check(self, optim: Any) -> None:
     if any(group.decays for group in optim.groups.values()) or optim.learning_rate < 0.1:
@@ -120,8 +120,8 @@ class ScheduleFree(Link):
   # weight of the average in the point where gradients are taken, in (0, 1)
   b1: float = ranged(0.9, lambda x: 0 < x < 1, 'in (0, 1)')
   b2: float = rate(0.95)  # decay of the mean of squared gradients, per step
-  eps: float = positive(1e-8)  # added to the denominator
-  weight_decay: float = at_least(0, 0.1)  # decoupled, times the learning rate; 0: none
+  eps: float = epsilon(1e-8)  # added to the denominator
+  weight_decay: float = decay(0.1)  # decoupled, times the learning rate; 0: none
   weight_lr_power: float = 2.0  # exponent of the learning rate in a step's weight in the average
   averages = True
 
@@ -168,7 +168,7 @@ class AdaptiveGradClip(Link):
   """
 
   clipping: float = positive(0.01)  # largest norm of a unit's gradient, as a multiple of the norm of its weights
-  eps: float = positive(1e-3)  # least norm of weights, so that zeros can grow
+  eps: float = epsilon(1e-3)  # least norm of weights, so that zeros can grow
   place = 'filter'
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax.base.batch import Params
-from llm_jax.base.ranges import at_least, positive, rate
+from llm_jax.base.ranges import decay, epsilon, positive, rate
 from llm_jax.base.registry import register
 from llm_jax.extras.matrices import as_matrices, from_matrices
 from llm_jax.optim.chain import TRANSFORMS
@@ -46,8 +46,8 @@ class Soap(Link):
 
   b1: float = rate(0.95)  # decay of the mean of gradients, per step
   b2: float = rate(0.95)  # decay of the mean of squared gradients, per step
-  eps: float = positive(1e-8)  # added to the denominator
-  weight_decay: float = at_least(0, 0.1)  # decoupled, times the learning rate; 0: none
+  eps: float = epsilon(1e-8)  # added to the denominator
+  weight_decay: float = decay(0.1)  # decoupled, times the learning rate; 0: none
   precondition_every: int = positive(10)  # steps between updates of the bases
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:

@@ -14,7 +14,7 @@ TABLE: dict[str, dict[str, str]] = {
     'transform': {'grokfast_ema': 'grokfast', 'grokfast_ma': 'grokfast', 'soap': 'soap', 'bitnet_flips': 'bitnet_flips',
                   'reduce_on_plateau': 'adaptive', 'noise_adaptive': 'adaptive', 'adafactor': 'optimizers',
                   'ademamix': 'optimizers', 'prodigy': 'optimizers', 'schedule_free': 'optimizers', 'l2': 'optimizers',
-                  'adaptive_grad_clip': 'optimizers'},
+                  'adaptive_grad_clip': 'optimizers', 'skip_spikes': 'spikes'},
     'schedule': {'one_cycle': 'schedules', 'cyclic': 'schedules', 'restarts': 'schedules', 'polynomial': 'schedules',
                  'phases': 'schedules', 'composite': 'schedules'},
     'format': {'json': 'formats.text_tables', 'csv': 'formats.text_tables', 'tsv': 'formats.text_tables',
@@ -33,6 +33,7 @@ TABLE: dict[str, dict[str, str]] = {
     'exporter': {'packed': 'bitnet_pack'},
     'validator': {'wgsl': 'wgsl'},
     'logger': {'csv': 'loggers', 'wandb': 'loggers'},
+    'callback': {'replica_check': 'replicas'},
     'answer_metric': {'bleu': 'answer_metrics', 'word_precision': 'answer_metrics', 'word_recall': 'answer_metrics',
                       'word_f1': 'answer_metrics'},
 }

@@ -16,6 +16,7 @@ from llm_jax.base.batch import Params
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import StorageError
 from llm_jax.base.files import write_file, writing
+from llm_jax.base.redaction import public
 from llm_jax.base.registry import NoSettings, Registry, register
 from llm_jax.base.trees import by_name, path_of
 
@@ -48,7 +49,7 @@ register(EXPORTERS, 'plain', Plain, NoSettings)
 def write_config(folder: Path, config: Any, tokenizer: Any, encoder_tokenizer: Any,
                  flag: str = '--workdir') -> tuple[str, ...]:
   """Writes config.json and the tokenizers of a run or an exported model; returns their names. Raises StorageError."""
-  files = {'config.json': json.dumps(to_dict(config), indent=2)}
+  files = {'config.json': json.dumps(public(to_dict(config)), indent=2)}
   for name, each in (('tokenizer', tokenizer), ('encoder_tokenizer', encoder_tokenizer)):
     if each is not None:
       files[f'{name}.json'] = each.to_json()

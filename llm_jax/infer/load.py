@@ -22,6 +22,7 @@ from llm_jax.data.chat.find import folder_template
 from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.data.open import Data, data_fingerprint, open_data, with_special_tokens
 from llm_jax.data.pipeline import example_batch
+from llm_jax.data.sources.documents import shown
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.infer.export import FILE, read_params
 from llm_jax.losses.config import make_objective
@@ -142,6 +143,6 @@ def own_data(run: Loaded) -> Data:
   data = open_data(run.config.data)
   fingerprint = data_fingerprint(run.config.data, data, 0, 0)
   if any(fingerprint.get(name) != run.meta['data'].get(name) for name in ('train_tokens', 'encoder_tokenizer')):
-    raise DataError(f'config.data.path: {run.config.data.path} has changed since training, so the validation part is '
-                    'unknown; evaluate on other data with --data=FILE')
+    raise DataError(f'config.data.path: {shown(run.config.data.path)} has changed since training, so the '
+                    'validation part is unknown; evaluate on other data with --data=FILE')
   return data

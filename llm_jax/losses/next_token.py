@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.base.batch import Batch
-from llm_jax.base.ranges import at_least, rate
+from llm_jax.base.ranges import rate, within
 from llm_jax.losses.readout import cross_entropy, score
 from llm_jax.losses.term import Sums, Term, TermInputs
 
@@ -19,7 +19,7 @@ from llm_jax.losses.term import Sums, Term, TermInputs
 class NextToken(Term):
   """-log p(target) where loss_mask is 1, with PaLM's z-loss and label smoothing (see cross_entropy)."""
 
-  z_loss: float = at_least(0, 0.0)  # weight of log(Z)^2; 0: off
+  z_loss: float = within(0, 1000, 0.0)  # weight of log(Z)^2; 0: off
   label_smoothing: float = rate(0.0)  # share of the target probability that is spread over the vocabulary
 
   results: ClassVar[tuple[str, ...]] = (

@@ -43,8 +43,11 @@ class StackConfig(ModelConfig):
   def __post_init__(self) -> None:
     require(self, 'at least 1', lambda x: x >= 1, 'vocab_size', 'max_len', 'num_layers', 'embed_dim', 'num_heads',
             'mlp_dim', 'scan_unroll')
-    require(self, '0 (no cap) or more', lambda x: x >= 0, 'logit_soft_cap')
-    require(self, 'positive', lambda x: x > 0, 'init_std', 'rope_base')
+    require(self, '0 (no cap), or up to 1e6', lambda x: 0 <= x <= 1e6, 'logit_soft_cap')
+    require(self, 'positive and at most 1000', lambda x: 0 < x <= 1000, 'init_std')
+    require(self, 'positive and at most 1e12', lambda x: 0 < x <= 1e12, 'rope_base')
+    require(self, 'at most 10000', lambda x: x <= 10_000, 'num_layers')
+    require(self, 'at most 2^31 - 1', lambda x: x < 2**31, 'vocab_size', 'max_len', 'embed_dim', 'mlp_dim')
     require(self, 'in [0, 1)', lambda x: 0 <= x < 1, 'dropout')
     check_parts(self)
     parts = [name for name in PARTS if hasattr(self, name)]

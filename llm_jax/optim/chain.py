@@ -144,6 +144,13 @@ class Optimizer(NamedTuple):
     reports = [link.report(state) for link, state in self._pairs(opt_state)]
     return {name: value for report in reports for name, value in report.items()}
 
+  def judge(self, opt_state: optax.OptState, loss: jax.Array,
+            grad_norm: jax.Array) -> tuple[jax.Array, optax.OptState]:
+    """(whether all links allow the step, the state after their judgement)."""
+    judged = [link.judge(state, loss, grad_norm) for link, state in self._pairs(opt_state)]
+    allowed = jnp.all(jnp.stack([jnp.asarray(True), *(jnp.asarray(verdict) for verdict, _ in judged)]))
+    return allowed, tuple(state for _, state in judged) or opt_state
+
   @property
   def averages(self) -> bool:
     """Whether the evaluated weights differ from the trained ones."""

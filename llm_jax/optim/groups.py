@@ -14,7 +14,7 @@ import optax
 
 from llm_jax.base.batch import Params
 from llm_jax.base.params import ParamInfo
-from llm_jax.base.ranges import Ranged, at_least, ranged
+from llm_jax.base.ranges import Ranged, ranged, within
 from llm_jax.base.trees import path_of, split
 from llm_jax.optim.link import Link, regular
 from llm_jax.optim.masks import matrices
@@ -29,8 +29,8 @@ class Group(Ranged):
   """
 
   pattern: str = ''  # may match anywhere in a path such as 'blocks/attn/q/w'
-  learning_rate: float = at_least(0, 1.0)  # factor on the learning rate
-  weight_decay: float = at_least(0, 1.0)  # factor on the weight decay
+  learning_rate: float = within(0, 1000, 1.0)  # factor on the learning rate
+  weight_decay: float = within(0, 1000, 1.0)  # factor on the weight decay
   # The learning rate is multiplied by layer_decay^(L - 1 - l) in layer l of a stack of L, and by layer_decay^L, with L
   # of the deepest stack, in embeddings; in other parameters not at all.
   layer_decay: float = ranged(1.0, lambda x: 0 < x <= 1, 'in (0, 1]')

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any, ClassVar, Literal
 
+import jax
 import optax
 
 from llm_jax.base.batch import Metrics, Params
@@ -19,6 +20,7 @@ class Link(Ranged):
   make(schedule, info)              the transformation; `info` is a tree of ParamInfo: axes, shape, roles, fan_in
   evaluated(state, params)          the weights to evaluate and export, for example averages
   report(state)                     scalars to log
+  judge(state, loss, grad_norm)     whether the step may be applied, and the state, which notes also steps that may not
   update_from_eval(state, results)  the state after an evaluation with these results ('val/loss', ...)
   check(optim)                      raises ValueError if other settings of the OptimConfig do not fit this link
   """
@@ -46,6 +48,10 @@ class Link(Ranged):
   def report(self, state: Any) -> Metrics:
     del state
     return {}
+
+  def judge(self, state: Any, loss: jax.Array, grad_norm: jax.Array) -> tuple[jax.Array | bool, Any]:
+    del loss, grad_norm
+    return True, state
 
   def update_from_eval(self, state: Any, results: dict[str, float]) -> Any:
     del results

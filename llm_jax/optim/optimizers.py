@@ -14,7 +14,7 @@ import optax
 from optax import contrib
 
 from llm_jax.base.batch import Params
-from llm_jax.base.ranges import at_least, positive, rate
+from llm_jax.base.ranges import decay, epsilon, positive, rate, within
 from llm_jax.optim.link import Link
 from llm_jax.optim.masks import check_declared, matrices, matrix_dims
 
@@ -25,7 +25,7 @@ MuDtype = Literal['float32', 'bfloat16']
 class ClipByGlobalNorm(Link):
   """Scales gradients down to at most this norm (arXiv 1211.5063)."""
 
-  max_norm: float = positive(1.0)  # L2 norm of all gradients together
+  max_norm: float = within(1e-9, 1e9, 1.0)  # L2 norm of all gradients together
   place = 'filter'
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
@@ -51,8 +51,8 @@ class AdamW(Link):
 
   b1: float = rate(0.9)  # decay of the mean of gradients, per step
   b2: float = rate(0.95)  # decay of the mean of squared gradients, per step
-  eps: float = positive(1e-8)  # added to the denominator
-  weight_decay: float = at_least(0, 0.1)  # decoupled, times the learning rate; 0: none
+  eps: float = epsilon(1e-8)  # added to the denominator
+  weight_decay: float = decay(0.1)  # decoupled, times the learning rate; 0: none
   mu_dtype: MuDtype = 'float32'  # of the mean of gradients, as stored
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
@@ -66,7 +66,7 @@ class Adam(Link):
 
   b1: float = rate(0.9)  # decay of the mean of gradients, per step
   b2: float = rate(0.999)  # decay of the mean of squared gradients, per step
-  eps: float = positive(1e-8)  # added to the denominator
+  eps: float = epsilon(1e-8)  # added to the denominator
   nesterov: bool = False  # NAdam
   mu_dtype: MuDtype = 'float32'  # of the mean of gradients, as stored
 
@@ -80,7 +80,7 @@ class Sgd(Link):
 
   momentum: float = rate(0.9)  # decay of the sum of gradients, per step; 0: none
   nesterov: bool = False  # look ahead along the momentum
-  weight_decay: float = at_least(0, 0.0)  # decoupled, times the learning rate; 0: none
+  weight_decay: float = decay(0.0)  # decoupled, times the learning rate; 0: none
   accumulator_dtype: MuDtype = 'float32'  # of the momentum, as stored
 
   def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class Lion(Link):
 
   b1: float = rate(0.9)  # weight of the momentum in the sign of an update
   b2: float = rate(0.99)  # decay of the momentum, per step
-  weight_decay: float = at_least(0, 0.5)  # decoupled, times the learning rate; 0: none
+  weight_decay: float = decay(0.5)  # decoupled, times the learning rate; 0: none
   mu_dtype: MuDtype = 'float32'  # of the momentum, as stored
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
@@ -118,7 +118,7 @@ class Muon(Link):
   ns_steps: int = positive(5)  # Newton-Schulz iterations
   nesterov: bool = True  # look ahead along the momentum
   consistent_rms: float = positive(0.2)  # rms of an update before the learning rate
-  weight_decay: float = at_least(0, 0.1)  # decoupled, times the learning rate; 0: none
+  weight_decay: float = decay(0.1)  # decoupled, times the learning rate; 0: none
   adam_b1: float = rate(0.9)  # b1 of the Adam for other parameters
   adam_b2: float = rate(0.95)  # b2 of the Adam for other parameters
   mu_dtype: MuDtype = 'float32'  # of the momentum, as stored

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from llm_jax.base.progress import duration
+from llm_jax.base.redaction import public_command
 from llm_jax.config import Config
 from llm_jax.training.status import read_status
 
@@ -35,7 +36,7 @@ def ending(config: Config, workdir: Path, arguments: Sequence[str], named: str =
   if not config.num_epochs:  # which would determine num_steps
     old, new = (float(jax.jit(config.optim.make_schedule(n))(reached)) for n in (reached, steps))
     rises = abs(new - old) > 1e-3 * new
-    commands.append(f'train {shlex.join(further)} --workdir={run} --config.num_steps={steps}' + (
+    commands.append(f'train {shlex.join(public_command(further))} --workdir={run} --config.num_steps={steps}' + (
         f' --config.optim.rewarm={reached},{max(1, reached // 10)}' if rises else ''))
     notes.append(f'goes on to step {steps}' + ('; the learning rate rises again from 0' if rises else ''))
   if not config.eval.every:

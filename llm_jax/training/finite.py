@@ -1,4 +1,4 @@
-"""Finds leaves that are not finite, so that such a state is neither saved nor restored."""
+"""Finds leaves that are not finite, or nearly so, so that such a state is neither saved nor restored."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_jax.base.trees import leaf_name
+from llm_jax.optim.guard import LARGEST
 
 
 def non_finite(tree: Any) -> list[str]:
-  """The paths of float arrays with a value that is not finite; an infinite scalar is fine, as a best value so far is.
+  """The paths of float arrays with NaN or a number above LARGEST; a scalar may be infinite, as a best value so far is.
 
   One program reads every array once, on the devices.
   """
@@ -34,4 +35,4 @@ def _program(mesh: Any) -> Any:
 
 def _are_bad(leaves: tuple[jax.Array, ...]) -> jax.Array:
   # The largest magnitude, which NaN passes through: on a CPU three times as fast as jnp.isfinite of every value.
-  return jnp.stack([~jnp.isfinite(jnp.max(jnp.abs(x), initial=0)) if x.ndim else jnp.isnan(x) for x in leaves])
+  return jnp.stack([~(jnp.max(jnp.abs(x), initial=0) < LARGEST) if x.ndim else jnp.isnan(x) for x in leaves])

@@ -18,6 +18,7 @@ import psutil
 
 from llm_jax import __version__
 from llm_jax.base.files import latest_step, write_file
+from llm_jax.base.redaction import public_command
 
 FILE = 'launches.jsonl'
 
@@ -39,7 +40,7 @@ class Launch:
     devices = jax.devices()
     self.values: dict[str, Any] = {
         'time': datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
-        'command': shlex.join(sys.orig_argv), 'llm_jax': __version__, 'jax': jax.__version__,
+        'command': shlex.join(public_command(sys.orig_argv)), 'llm_jax': __version__, 'jax': jax.__version__,
         'num_processes': jax.process_count(), 'devices': f'{len(devices)} x {devices[0].device_kind}',
         'host': socket.gethostname(), 'process': os.getpid(), 'committed': latest_step(workdir)}
 

@@ -141,12 +141,13 @@ class Epochs:
 
   def add(self, step: int, values: dict[str, float]) -> dict[str, float]:
     """{'epoch/loss': ..., 'epoch/number': 3} after an epoch's last step, else {}."""
+    applied = not values.get('skipped')  # else loss and norm may be NaN, which would stay in the sums
     for name, value in (('steps', 1.0), ('loss', values['loss']), ('grad_norm', values['grad_norm'])):
-      self.sums[name] = self.sums.get(name, 0.0) + value
+      self.sums[name] = self.sums.get(name, 0.0) + (value if applied else 0.0)
     number = self._epoch_at(step)
     if number == self._epoch_at(step - 1):
       return {}
-    steps = self.sums.pop('steps')
+    steps = max(1.0, self.sums.pop('steps'))
     means = {f'epoch/{name}': total / steps for name, total in self.sums.items()}
     self.sums = {}
     return {'epoch/number': float(number), **means}

@@ -21,6 +21,7 @@ from llm_jax.base.loggers import LoggedRun
 from llm_jax.base.multihost import barrier
 from llm_jax.base.profiling import Profiler
 from llm_jax.base.progress import Progress
+from llm_jax.base.redaction import public
 from llm_jax.base.sharding import make_mesh, put_batch
 from llm_jax.base.stopping import StopSignal
 from llm_jax.config import Config
@@ -53,7 +54,8 @@ def due(step: int, config: Config, *, end: int, has_val: bool, first: bool = Fal
   """What is due after `step`. A pure function.
 
   `end`: the stage's last step; `has_val`: whether there is a validation part; `first`: whether this is the first step
-  of this process; `stopping`: whether a signal arrived; `traced`: whether a profile begins or ends here.
+  of this process; `stopping`: whether a signal arrived or a save was put off; `traced`: whether a profile begins or
+  ends here.
   """
   last = step == config.num_steps
   evaluate = has_val and config.eval.every > 0 and (step % config.eval.every == 0 or last)
@@ -97,7 +99,8 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
       session.advance()
       yield from session.events(custom.callbacks)
       step, first, stopping = session.step, session.step == session.begin + 1, session.stop.reached()
-      now = due(step, config, end=end, first=first, stopping=stopping, traced=profiler.due(step), has_val=has_val)
+      now = due(step, config, end=end, has_val=has_val, first=first, stopping=stopping or session.skips.late,
+                traced=profiler.due(step))
       if not now.settle:
         yield from session.events(custom.callbacks)
         continue
@@ -124,7 +127,8 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
       if unevaluated or ((stopping or session.stop.requested) and not over):
         session.save()  # if the request came after the save above
         session.wait()
-        raise Interrupted(f'stopped at step {step} of {config.num_steps}, saved in {workdir}; '
+        saved = 'not saved, as its update was skipped' if session.skips.late else f'saved in {workdir}'
+        raise Interrupted(f'stopped at step {step} of {config.num_steps}, {saved}; '
                           f'repeat the command to {"evaluate that step" if over else "resume"}')
       profiler.begin_after(step)
       session.throughput.restart('evaluation' if now.evaluate else 'save' if now.save else '')
@@ -143,7 +147,7 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   with Progress('initializing the state', shown=jax.process_index() == 0):
     state, meta = first_state(program, checkpoints, mesh)
   begin = int(state.step)
-  writer = MetricsWriter(LoggedRun(workdir, begin, to_dict(config)), config.log)
+  writer = MetricsWriter(LoggedRun(workdir, begin, public(to_dict(config))), config.log)
   console = Console(config.num_steps, begin, config.log)
   stack.callback(writer.close)
   stack.callback(console.close)

@@ -14,6 +14,7 @@ from llm_jax.base.builder import build, to_dict
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import unused
 from llm_jax.base.multihost import say
+from llm_jax.base.redaction import public
 from llm_jax.base.trees import by_name, merge, path_of, split
 from llm_jax.config import Config, differences
 from llm_jax.data.open import check_fingerprint
@@ -32,7 +33,7 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: st
 
   At step `begin`, the begin of a stage, the data may change. `advice` ends the message.
   """
-  saved, now = meta['config'], to_dict(config)
+  saved, now = public(meta['config']), public(to_dict(config))
   if meta['step'] < begin:
     raise ConfigError(f'config.stages: a stage begins at step {begin}, but the newest intact checkpoint is of step '
                       f'{meta["step"]}; to resume from it, move the newer ones out of checkpoints/')
@@ -49,15 +50,15 @@ def check_same_parts(saved: dict, config: Config, same_state: bool) -> None:
   def listed(section: str, found: dict[str, tuple[Any, Any]]) -> str:
     return ''.join(f'\n  config.{section}.{name}: checkpoint {old}, now {new}' for name, (old, new) in found.items())
 
-  changed = {name: values for name, values in differences(saved['model'], to_dict(config.model)).items()
+  changed = {name: values for name, values in differences(saved['model'], public(to_dict(config.model))).items()
              if name not in ('scan_unroll', 'remat', 'dropout', 'attention')}
   if changed:
     raise ConfigError(f'the checkpoint has another model:{listed("model", changed)}')
-  loss = differences(saved['loss'], to_dict(config.loss))
+  loss = differences(saved['loss'], public(to_dict(config.loss)))
   fixed = {f'{name}.{field}' for name, term in config.loss.sections.items() for field in term.fixed}
   if found := {name: values for name, values in loss.items() if name in ('terms', 'balance') or name in fixed}:
     raise ConfigError(f'the checkpoint has another loss:{listed("loss", found)}')
-  settings = differences(saved['optim'], to_dict(config.optim))
+  settings = differences(saved['optim'], public(to_dict(config.optim)))
   if 'chain' in settings:
     raise ConfigError(f'the checkpoint has another optimizer:{listed("optim", {"chain": settings["chain"]})}')
   if not same_state:
@@ -68,7 +69,7 @@ def check_same_parts(saved: dict, config: Config, same_state: bool) -> None:
 def report_resume(config: Config, meta: dict) -> None:
   """Prints the step that a run resumes from and the config fields that changed."""
   say(f'resuming from step {meta["step"]}')
-  for name, (old, new) in differences(meta['config'], to_dict(config)).items():
+  for name, (old, new) in differences(public(meta['config']), public(to_dict(config))).items():
     say(f'  changed: config.{name}: {old} -> {new}')
   report_rate(config, meta)
 

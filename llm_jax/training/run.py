@@ -17,6 +17,7 @@ from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import Interrupted, LostError
 from llm_jax.base.files import latest_step, writing
 from llm_jax.base.lock import lock_run
+from llm_jax.base.redaction import public
 from llm_jax.base.stopping import stopping_at_once
 from llm_jax.base.watchdog import Watchdog
 from llm_jax.config import Config, differences, replace
@@ -82,7 +83,7 @@ def write_files(program: Program, workdir: Path, status: Status, begin: int) -> 
   with writing(f'--workdir: {workdir}'):
     plugins.write_notes(workdir)
     write_run_manifest(workdir, names)
-  status.trained(begin=begin, changed=differences(before, to_dict(whole)) if before else {})
+  status.trained(begin=begin, changed=differences(before, public(to_dict(whole))) if before else {})
 
 
 def config_before(workdir: Path) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def config_before(workdir: Path) -> dict[str, Any]:
   path = workdir / 'config.json'
   with contextlib.suppress(OSError, ValueError):
     values = {} if path.is_symlink() else json.loads(path.read_text())
-    return values if isinstance(values, dict) else {}
+    return public(values) if isinstance(values, dict) else {}
   return {}
 
 

@@ -16,8 +16,9 @@ from llm_jax import __version__
 from llm_jax.base.activity import ACTIVITY
 from llm_jax.base.batch import Batch, Params
 from llm_jax.base.builder import to_dict
-from llm_jax.base.errors import ConfigError, DivergedError, Interrupted
+from llm_jax.base.errors import ConfigError, Interrupted
 from llm_jax.base.multihost import gather
+from llm_jax.base.redaction import public
 from llm_jax.base.stopping import StopSignal
 from llm_jax.config import Config
 from llm_jax.data.pipeline import Batches
@@ -28,10 +29,9 @@ from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.event import Event
 from llm_jax.training.log import Epochs, Logs, PackedMetrics, text_metrics, unpack_metrics
 from llm_jax.training.program import Program
+from llm_jax.training.skips import Skips
 from llm_jax.training.state import TrainState
 from llm_jax.training.throughput import Throughput
-
-MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
 
 class Session:
@@ -55,7 +55,7 @@ class Session:
     self.pending: tuple[int, PackedMetrics] | None = None  # a step whose metrics have not been fetched
     self.logged: dict[str, float] = {}  # metrics of the fetched step, until its event is yielded
     self._logged_step, self._unwritten = self.begin, dict[str, float]()
-    self._skipped_in_a_row = 0
+    self.skips = Skips(self.console.line)
     self.step_started = time.perf_counter()
     self._epochs = Epochs(lambda step: int(stage.rows_at(step) // batches.rows_per_epoch), meta.get('epoch') or {})
 
@@ -204,28 +204,20 @@ class Session:
     with ACTIVITY.waiting():
       values, config = unpack_metrics(metrics), self.config
     self.throughput.step_done(values['num_tokens'])
-    self._check_finite(step, bool(values['skipped']))
+    self.skips.add(step, values)
     self._logged_step = step
     self.console.step(step)
     epoch = self._epochs.add(step, values)
     if step % config.log.every and step not in (1, self.program.stage.end):
       self._log(epoch)
       return
-    logged = {f'train/{name}': value for name, value in (values | self.throughput.take()).items()}
+    values |= {'skipped': self.skips.take()} | self.throughput.take()
+    logged = {f'train/{name}': value for name, value in values.items()}
     text_loss = values.get('next_token/loss', values['loss'] if config.loss.terms == ('next_token',) else None)
     logged |= text_metrics('train', text_loss, self.program.data, config.data.task) | self.batches.metrics()
     self._log(logged | self.status.system() | self.goodput.shares() | epoch)
     self.console.metrics(step, self.logged, self.throughput.seconds_left(step))
     self.report(at_once=False)
-
-  def _check_finite(self, step: int, skipped: bool) -> None:
-    """Raises DivergedError after MAX_SKIPPED steps in a row without a finite gradient."""
-    self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-    if self._skipped_in_a_row == 1:
-      self.console.line(f'WARNING: step {step}: the gradient is not finite; the update is skipped')
-    if self._skipped_in_a_row >= MAX_SKIPPED:
-      raise DivergedError(f'the gradients of steps {step - MAX_SKIPPED + 1} to {step} were not finite and not applied; '
-                          'lower config.optim.learning_rate, or inspect the data of these steps')
 
   def _log(self, values: dict[str, float]) -> None:
     self.logged |= values
@@ -246,9 +238,11 @@ class Session:
     best = self.best if self.score is None else dataclasses.replace(self.best, saved=min(self.best.saved, self.score))
     # The step is saved with the optimizer's state, as some optimizers have an empty state, which Orbax rejects.
     state = self.state
+    if not self.skips.allow_save(self.step, self.program.stage.end):
+      return
     saves = self.checkpoints.save(
         self.step, state.params, (state.step, state.opt_state), meta={
-            'config': to_dict(self.config), 'data': self.program.fingerprint,
+            'config': public(to_dict(self.config)), 'data': self.program.fingerprint,
             'position': {'rows': int(self.program.stage.rows_at(self.step))},
             'stream_states': gather(self.batches.state()), 'evaluated': self.evaluated_at == self.step,
             'best': best.to_meta(), 'epoch': self._epochs.sums, 'state_key': self.program.state_key,

@@ -19,6 +19,7 @@ from llm_jax.layers.clock import clock_at
 from llm_jax.losses.objective import Objective
 from llm_jax.models.protocol import LanguageModel
 from llm_jax.optim.chain import as_optimizer
+from llm_jax.optim.guard import guarded_update
 
 NEXT_TOKEN = Objective()
 
@@ -53,9 +54,22 @@ def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: opt
   of microbatches, except that an objective that is not row_wise needs the whole batch. `constants` has the arrays of
   the objective's Constants. The metric `loss` is the sum of the terms' losses (-log p(target) for next_token),
   `extra_loss` the rest of the objective. Values sown into `metrics` are averaged and logged. If the objective or a
-  gradient is not finite, only the step changes and the metric `skipped` is 1.
+  gradient is not finite, only the step changes and the metric `skipped` is 1 (see optim/guard.py).
   """
-  optimizer, share, counts = as_optimizer(tx), 1 / num_microbatches, objective.counts(batch)
+  grads, metrics = gradients(state, batch, model=model, seed=seed, num_microbatches=num_microbatches,
+                             objective=objective, constants=constants)
+  optimizer = as_optimizer(tx)
+  trainable, opt_state, applied = guarded_update(optimizer, grads, state.opt_state, state.trainable,
+                                                 loss=metrics['loss'], extra_loss=metrics['extra_loss'])
+  metrics |= optimizer.report(opt_state) | optimizer.learning_rate(state.step) | applied | {
+      'num_tokens': objective.num_tokens(batch)}
+  return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+
+
+def gradients(state: TrainState, batch: Batch, *, model: LanguageModel, seed: int, num_microbatches: int,
+              objective: Objective, constants: Params) -> tuple[Params, Metrics]:
+  """(gradients of the trainable parameters, metrics) of a step."""
+  share, counts = 1 / num_microbatches, objective.counts(batch)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
 
   def objective_of(module: Any, microbatch: Batch) -> tuple[jax.Array, Metrics]:
@@ -73,21 +87,7 @@ def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: opt
         logged[name] = logged.get(name, 0.0) + each * value_of
     return value + sown_loss, metrics | {'extra_loss': metrics['extra_loss'] + sown_loss} | logged
 
-  grads, metrics = accumulate(jax.grad(loss_fn, has_aux=True), state.trainable, batch, key, num_microbatches)
-  # Decided before the update, so that the update can write in place: all links in optim.TRANSFORMS produce finite
-  # values if the sum of squares is finite.
-  squares = optax.tree.norm(grads, squared=True)
-  finite = jnp.isfinite(metrics['loss'] + metrics['extra_loss']) & jnp.isfinite(squares)
-
-  def update(trainable: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
-    updates, opt_state = optimizer.update(grads, opt_state, trainable, value=metrics['loss'], grad=grads)
-    return optax.apply_updates(trainable, updates), opt_state
-
-  trainable, opt_state = jax.lax.cond(finite, update, lambda *unchanged: unchanged, state.trainable, state.opt_state)
-  metrics |= optimizer.report(opt_state) | optimizer.learning_rate(state.step) | {
-      'grad_norm': jnp.sqrt(squares), 'num_tokens': objective.num_tokens(batch),
-      'skipped': 1 - finite.astype(jnp.int32)}
-  return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+  return accumulate(jax.grad(loss_fn, has_aux=True), state.trainable, batch, key, num_microbatches)
 
 
 def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,

@@ -17,6 +17,7 @@ import psutil
 from llm_jax.base.errors import Interrupted, StorageError
 from llm_jax.base.files import set_aside, write_file
 from llm_jax.base.multihost import gather, say
+from llm_jax.base.redaction import redact
 from llm_jax.training.launches import Launch, fruitless_launches
 
 HURRY_AFTER, GIVE_UP_AFTER = 3, 6  # launches in a row that ended by themselves without a new checkpoint
@@ -108,7 +109,7 @@ class Status:
                traceback: TracebackType | None) -> None:
     stopped = kind is not None and issubclass(kind, (Interrupted, GeneratorExit, KeyboardInterrupt))
     state = 'finished' if kind is None else 'stopped' if stopped else 'failed'
-    failure: dict[str, Any] = {'error': f'{kind.__name__}: {error}'} if kind is not None and not stopped else {}
+    failure: dict[str, Any] = {'error': redact(f'{kind.__name__}: {error}')} if kind is not None and not stopped else {}
     self._writes |= kind is None and not self._finished  # such as a run that was killed after its last checkpoint
     self.update(state=state, **failure)
     self._launch.update(ended=state, step=self.values['step'], seconds=time.monotonic() - self._began,

@@ -1,6 +1,7 @@
 """The training loop: what is due after which step, and a session that is driven step by step."""
 
 import contextlib
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -20,7 +21,8 @@ from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.optim.chain import as_optimizer
 from llm_jax.training.log import Logs, PackedMetrics, read_metrics
 from llm_jax.training.loop import due
-from llm_jax.training.session import MAX_SKIPPED, Session
+from llm_jax.training.session import Session
+from llm_jax.training.skips import MAX_SKIPPED
 from llm_jax.training.state import TrainState
 from llm_jax.training.throughput import Goodput, Throughput
 
@@ -198,11 +200,46 @@ def test_a_score_belongs_to_one_step():
 def test_many_skipped_steps_in_a_row_raise_diverged_error():
   skipped = {1, 2, *range(4, 4 + MAX_SKIPPED)}  # step 3 ends the first row
   session, happened = open_session(skipped=skipped)
-  with pytest.raises(DivergedError, match=f'steps 4 to {3 + MAX_SKIPPED} were not finite'):
+  with pytest.raises(DivergedError, match=f'steps 4 to {3 + MAX_SKIPPED} were not applied'):
     while session.step < 50:
       session.advance()
   assert session.step == 4 + MAX_SKIPPED, 'metrics are one step late'
   assert len([line for line in happened if 'WARNING' in line]) == 2, 'once for each row of skipped steps'
+
+
+def test_no_checkpoint_is_written_while_steps_are_skipped():
+  session, happened = open_session(skipped={2, 3})
+  for step, late in ((1, False), (2, True), (3, True), (4, False)):
+    session.advance()
+    session.settle()
+    session.save()
+    assert (session.step, session.skips.late) == (step, late)
+  assert [line for line in happened if line.startswith('save ')] == ['save 1', 'save 4']
+  assert sum('is not saved' in line for line in happened) == 1
+
+
+def test_a_last_step_that_is_skipped_and_a_state_that_is_not_finite_are_errors():
+  session, _ = open_session(skipped={2})
+  session.program.stage = SimpleNamespace(**vars(session.program.stage) | {'end': 2})
+  session.advance()
+  session.settle()
+  session.state = session.state.replace(trainable={'w': jnp.array([1.0, 1e31])})
+  with pytest.raises(DivergedError, match=r'step 1 is not saved: 1 array.*params/w'):
+    session.save()
+  session.advance()
+  session.settle()
+  with pytest.raises(DivergedError, match='the update of the last step, 2, was skipped'):
+    session.save()
+
+
+def test_skipped_steps_are_counted_between_logged_steps():
+  session, _ = open_session(skipped={1, 2, 4}, config=dataclasses.replace(CONFIG, log=LogConfig(every=3)))
+  found = []
+  for _ in range(6):
+    session.advance()
+    session.settle()
+    found += [(event.step, event.metrics['train/skipped']) for event in session.events(())]
+  assert found == [(1, 1), (3, 1), (6, 1)]
 
 
 def test_callbacks_get_each_step_once():

@@ -32,11 +32,15 @@ FIRST_BYTES = {
     b'\x80\x05': 'pickle'}
 
 
+def check_format(name: str, path: str = 'config.data') -> None:
+  """Raises ConfigError for a format that is unknown."""
+  if name != 'auto' and name not in FORMATS:
+    raise ConfigError(f'{path}.format: {name!r} is unknown; {known_names(name, ["auto", *FORMATS], extensible=True)}')
+
+
 def format_of(file: File, config: SourceConfig, head_of: Callable[[], bytes]) -> str:
   """The configured format, or the one by the file's ending or first bytes (`head_of`). Raises ConfigError."""
-  if config.format != 'auto' and config.format not in FORMATS:
-    raise ConfigError(f'config.data.format: {config.format!r} is unknown; '
-                      f'{known_names(config.format, ["auto", *FORMATS], extensible=True)}')
+  check_format(config.format)
   if config.format != 'auto':
     return config.format
   if file.format is not None:

@@ -20,6 +20,7 @@ from llm_jax.base.builder import nearest_fields, to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.fields import Field, fields_of
 from llm_jax.base.nearest import nearest
+from llm_jax.base.redaction import public
 from llm_jax.base.terminal import columns
 
 # Fields besides those of losses that training fills in (training/resolve.py, memory.py) where they are None or 'auto'.
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     raise ConfigError('--diff compares the two configs after it: leave out --config')
   if args.diff:
     sources = [config_file.open_config(path, trust=args.trust, flag='--diff') for path in args.diff]
-    old, new = (to_dict(source.resolve(overrides, cpu_only=cpu_only)) for source in sources)
+    old, new = (public(to_dict(source.resolve(overrides, cpu_only=cpu_only))) for source in sources)
     check_sections(sections, old | new, args.diff[0])
     found = {path: pair for path, pair in config_lib.differences(old, new).items() if chosen(path)}
     filled = filled_in(found) if {source.path.suffix for source in sources} == {'.py', '.json'} else []
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> None:
   on_cpu = source.on_cpu if cpu_only else None
   origins = [origin(field, source.full, on_cpu, overrides) for field in entries]
   if args.format == 'json':
-    print(json.dumps({field.path: {'value': to_dict(field.value), 'type': field.kind, 'from': found,
+    print(json.dumps({field.path: {'value': public(to_dict(field.value), field.path), 'type': field.kind, 'from': found,
                                    'comment': field.comment}
                       for field, found in zip(entries, origins, strict=True)}, indent=2))
   else:
@@ -156,7 +157,8 @@ def tree(entries: list[Field], origins: list[str], width: int | None = None) -> 
     shared = next((i for i, (a, b) in enumerate(zip(above, parents, strict=False)) if a != b),
                   min(len(above), len(parents)))
     rows += [('  ' * depth + parents[depth], '', '', '') for depth in range(shared, len(parents))]
-    rows.append((f'{"  " * len(parents)}{name} = {as_typed(field.value)}', field.kind, found, field.comment))
+    value = as_typed(public(to_dict(field.value), field.path))
+    rows.append((f'{"  " * len(parents)}{name} = {value}', field.kind, found, field.comment))
     above = parents
   widths = [min(max(len(row[column]) for row in rows), limit) for column, limit in ((0, 48), (1, 24), (2, 12))]
   start = sum(widths) + 2 * len(widths)

@@ -25,6 +25,7 @@ from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import ConfigError, StorageError, UserError
 from llm_jax.base.files import check_no_link, open_append, write_file, writing
 from llm_jax.base.process import run_as_program
+from llm_jax.base.redaction import public
 
 
 def main(argv: list[str]) -> None:
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
   # Reports a mistake in any trial before the first one runs, with and without on_cpu, as the machine is not known here.
   for trial in source.trials:
     source.check({**overrides, **trial})
-  resolved = [[to_dict(source.resolve({**overrides, **trial}, cpu_only=cpu_only)) for cpu_only in (True, False)]
+  resolved = [[public(to_dict(source.resolve({**overrides, **trial}, cpu_only=cpu_only))) for cpu_only in (True, False)]
               for trial in source.trials]
   if any('jsonl' not in configs[0]['log']['loggers'] for configs in resolved):
     raise ConfigError('config.log.loggers: a sweep compares its trials by what jsonl writes; add jsonl to the list')
@@ -119,7 +120,7 @@ def check_unchanged(folder: Path, configs: list[dict]) -> None:
 
 def name_of(number: int, trial: dict[str, Any]) -> str:
   """The folder name of a trial: '003_learning_rate=0.001,seed=1'."""
-  settings = ','.join(f'{field.split(".")[-1]}={plain(value)}' for field, value in trial.items())
+  settings = ','.join(f'{field.split(".")[-1]}={plain(value)}' for field, value in public(trial).items())
   return f'{number:03}_' + ''.join(c if c.isalnum() or c in '=,._-' else '_' for c in settings)[:80]
 
 
@@ -139,7 +140,7 @@ def row_of(folder: Path, name: str, trial: dict[str, Any], metric: str, mode: st
   lines = read_metrics(folder / 'metrics.jsonl') if (folder / 'metrics.jsonl').is_file() else []
   points = [(line[metric], line['step']) for line in lines if math.isfinite(line.get(metric, math.nan))]
   best = (min if mode == 'min' else max)(points, default=(None, None))
-  return {'name': name, 'settings': trial, 'state': status['state'],
+  return {'name': name, 'settings': public(trial), 'state': status['state'],
           'best': best[0], 'best_step': best[1], 'last': points[-1][0] if points else None,
           'minutes': round(status['seconds'] / 60, 1) if 'seconds' in status else None}
 
