@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 import re
@@ -18,7 +19,7 @@ from faults.processes import LIMIT, ROOT, Program, Server, free_address, rank_en
 
 STEPS, SAVES, EVALS = 40, 10, 20  # steps of a run, between saves, between evaluations
 NAMES = ('step', 'train/loss', 'train/grad_norm', 'val/loss')  # compared bit for bit
-SAVING = '*.orbax-checkpoint-tmp*'
+SAVING = ('*.orbax-checkpoint-tmp*', '*.unfinished*')  # folders of checkpoints that are being written
 
 CONFIG = '''"""A run of a second."""
 from llm_jax.config import base
@@ -48,8 +49,13 @@ def get_config():
   config.log.callbacks = ('pace',)
 {more}  return config
 '''
-POISONED = '''  config.model.norm = 'poisoned'
-  config.optim.chain = ('clip_by_global_norm', 'adamw', 'poisoned_update')
+POISONED = '''  from llm_jax.optim.chain import TRANSFORMS
+  rule = ('skip_spikes',) if 'skip_spikes' in TRANSFORMS else ()
+  config.model.norm = 'poisoned'
+  config.optim.chain = (*rule, 'clip_by_global_norm', 'adamw', 'poisoned_update')
+  if rule:
+    config.optim.skip_spikes.window = 8  # the shortest one, as a run has few steps
+    config.optim.skip_spikes.threshold = 20.0
   config.optim.groups = {'poison': {'pattern': 'poison_', 'frozen': True}}
 '''
 
@@ -158,6 +164,17 @@ class Lab:
     self._references[devices, config] = found
     return found
 
+  def interrupted(self) -> Path:
+    """A run that was killed at step 25 or later, with checkpoints of steps 10 and 20; the first call makes it."""
+    workdir = self.folder / 'interrupted'
+    if not workdir.exists():
+      self.reference()
+      job = self.start(workdir, faults={'pace': 0.05})
+      if not job.until(lambda: last_step(workdir) >= 25 and 20 in saved_steps(workdir) and not is_saving(workdir)):
+        raise RuntimeError(f'the run did not reach step 25:\n{job.text()[-4000:]}')
+      job.end()
+    return workdir
+
   def differences(self, workdir: Path, devices: int = 1, config: str = 'tiny') -> str:
     """How a finished run differs from the undisturbed one; '' if no bit does."""
     wanted, lines = self.reference(devices, config), metrics_of(workdir)
@@ -201,7 +218,7 @@ def saved_steps(workdir: Path) -> list[int]:
 
 def is_saving(workdir: Path) -> bool:
   """Whether a checkpoint is being written."""
-  return any((workdir / 'checkpoints').glob(SAVING))
+  return any(path for pattern in SAVING for path in (workdir / 'checkpoints').glob(pattern))
 
 
 def resumed_from(text: str) -> int:
@@ -210,21 +227,22 @@ def resumed_from(text: str) -> int:
   return int(found[-1]) if found else 0
 
 
-def arrays_of(step: Path) -> dict[str, np.ndarray]:
-  """All arrays of a checkpoint by path, as NumPy arrays on whatever devices they were saved."""
+def item_arrays(folder: Path) -> Any:
+  """The tree of a checkpoint's item, as NumPy arrays on whatever devices they were saved."""
   import jax
   import orbax.checkpoint as ocp
+  logging.getLogger('absl').setLevel(logging.ERROR)
+  handler = ocp.PyTreeCheckpointer()
+  tree = handler.metadata(folder.absolute()).item_metadata.tree
+  return handler.restore(folder.absolute(), restore_args=jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree))
 
-  import llm_jax.training.orbax_manager  # silences Orbax's warnings
-  found: dict[str, np.ndarray] = {}
-  for item in ('params', 'opt_state'):
-    handler = ocp.PyTreeCheckpointer()
-    tree = handler.metadata((step / item).absolute()).item_metadata.tree
-    restored = handler.restore((step / item).absolute(), restore_args=jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree))
-    found |= {f'{item}{jax.tree_util.keystr(path)}': np.asarray(leaf)
-              for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
-  return found
+
+def arrays_of(step: Path) -> dict[str, np.ndarray]:
+  """All arrays of a checkpoint by path."""
+  import jax
+  return {f'{item}{jax.tree_util.keystr(path)}': np.asarray(leaf) for item in ('params', 'opt_state')
+          for path, leaf in jax.tree_util.tree_leaves_with_path(item_arrays(step / item))}
 
 
 def arrays_hash(workdir: Path, step: int) -> str:

@@ -4,6 +4,7 @@ FAULTS is JSON: {"pace": seconds after each step, "stall": [step, seconds], "onl
 "poison": [place, first step, last step, value]} with a place of PLACES and a value of VALUES.
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -12,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from faults.poison import PLACES, VALUES
 
 from llm_jax.base.callbacks import CALLBACKS
 from llm_jax.base.registry import NoSettings, register
@@ -21,8 +23,6 @@ from llm_jax.layers.norm import NORMS, RMSNorm
 from llm_jax.optim.chain import TRANSFORMS
 from llm_jax.optim.link import Link
 
-VALUES = {'nan': float('nan'), 'inf': float('inf'), 'huge': 1e30, 'spike': -30.0}
-PLACES = ('forward', 'backward', 'update')
 ASKED = json.loads(os.environ.get('FAULTS', '{}'))
 HERE = ASKED.get('only') in (None, int(os.environ.get('JAX_PROCESS_ID', '0')))
 
@@ -73,6 +73,7 @@ class PoisonedNorm(nn.Module):
     return with_gradient_times(y * factor(now + 1, forward), factor(now + 1, backward))
 
 
+@dataclasses.dataclass(frozen=True)
 class PoisonedUpdate(Link):
   """Multiplies the updates by a value at some steps."""
 

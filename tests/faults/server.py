@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-PRELOADED = ('jax', 'llm_jax.__main__', 'llm_jax.main', 'llm_jax.api', 'llm_jax.extras.table', 'llm_jax.training.orbax_manager',
-             'llm_jax.commands.evaluate', 'optax', 'tensorboard')
+PRELOADED = ('jax', 'orbax.checkpoint', 'llm_jax.__main__', 'llm_jax.main', 'llm_jax.api', 'llm_jax.extras.table',
+             'llm_jax.commands.evaluate', 'llm_jax.base.tensorboard')
 
 
 def serve() -> Callable[[], None] | None:
