@@ -28,7 +28,7 @@ CAMPAIGNS = ('kill', 'bits', 'files', 'signals', 'ranks', 'starts', 'disk', 'num
 
 
 def run_campaign(name: str, folder: Path, seed: int, trials: int) -> Tally:
-  """One campaign in a folder of its own; an error of the campaign itself is a failed trial. 0 trials: its own number."""
+  """One campaign; an error of the campaign itself is a failed trial. 0 trials: the number that the campaign sets."""
   campaign = importlib.import_module(f'faults.{name}')
   print(f'{name}: {(campaign.__doc__ or "").splitlines()[0]}', flush=True)
   with Lab(folder, seed) as lab:
@@ -55,9 +55,9 @@ def main() -> int:
       results[name] = run_campaign(name, Path(folder), args.seed, args.trials).to_json()
   card = scorecard.rows(results)
   out = args.out or ROOT / 'benchmarks' / 'results' / f'faults-{datetime.date.today()}.json'
-  out.write_text(json.dumps({
-      'date': str(datetime.date.today()), 'machine': f'{platform.machine()}, {scorecard.cores()} cores',
-      'python': platform.python_version(), 'seed': args.seed, 'scorecard': card, 'campaigns': results}, indent=1) + '\n')
+  about = {'date': str(datetime.date.today()), 'machine': f'{platform.machine()}, {scorecard.cores()} cores',
+           'python': platform.python_version(), 'seed': args.seed}
+  out.write_text(json.dumps(about | {'scorecard': card, 'campaigns': results}, indent=1) + '\n')
   print(scorecard.table(card))
   failed = {name: result['failures'] for name, result in results.items() if result['failures']}
   for name, failures in failed.items():

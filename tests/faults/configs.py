@@ -21,8 +21,8 @@ def run(lab: Lab, trials: int) -> Tally:
                         env=environment(lab.folder / 'cache'), capture_output=True, text=True)
   cases = [*ElementTree.parse(report).iter('testcase')] if report.exists() else []
   for case in cases:
-    problem = next((each.get('message') or each.tag for each in case if each.tag in ('failure', 'error', 'skipped')), '')
-    tally.add(case.get('name') or '', problem[:300])
+    problems = [each.get('message') or each.tag for each in case if each.tag in ('failure', 'error', 'skipped')]
+    tally.add(case.get('name') or '', *(problem[:300] for problem in problems))
   if len(cases) < trials:
     tally.add(f'{trials} configs are wanted', f'{TABLE} has {len(cases)}: {done.stdout[-300:]}')
   return tally

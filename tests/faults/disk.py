@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from faults.lab import Job, Lab, has_traceback, is_saving, last_lines, last_step, metrics_of, saved_steps
+from faults.lab import STEPS, Job, Lab, has_traceback, is_saving, last_lines, last_step, metrics_of, saved_steps
 from faults.tally import Tally
 
 MIB = 8  # of the disk; a checkpoint takes about 0.2
@@ -96,7 +96,8 @@ def full(lab: Lab, workdir: Path, moment: str) -> str:
 def gap(workdir: Path, begun: int) -> str:
   """What is wrong with the metrics of a run that had no room for a while: they must go on afterwards."""
   steps = [int(line['step']) for line in metrics_of(workdir)]
-  return '' if steps[-1:] == [40] and steps == sorted(set(steps)) else f'metrics end at step {steps[-1:]}, begun {begun}'
+  good = steps[-1:] == [STEPS] and steps == sorted(set(steps))
+  return '' if good else f'metrics end at step {steps[-1:]}; the disk was full at step {begun}'
 
 
 def after(lab: Lab, workdir: Path) -> str:

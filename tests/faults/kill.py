@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 
 from faults.lab import SAVES, Lab, is_saving, last_lines, last_step, resumed_from
 from faults.tally import Tally
@@ -15,7 +16,7 @@ PACE = {'pace': 0.02}
 
 def run(lab: Lab, trials: int) -> Tally:
   tally = Tally('kill')
-  usual = lab.reference().seconds
+  usual = lab.usual_seconds()
   while tally.trials < trials:
     workdir, kills = lab.new('killed'), list[tuple[str, str]]()
     for _ in range(min(PER_RUN, trials - tally.trials)):
@@ -26,10 +27,10 @@ def run(lab: Lab, trials: int) -> Tally:
   return tally
 
 
-def kill_once(lab: Lab, tally: Tally, workdir, usual: float, *, in_save: bool) -> tuple[str, str]:
+def kill_once(lab: Lab, tally: Tally, workdir: Path, usual: float, *, in_save: bool) -> tuple[str, str]:
   """Starts or resumes the run and kills it. Returns the trial's label and how too many steps were lost before."""
   before = last_step(workdir)
-  delay = lab.rng.uniform(0, 0.3) if in_save else lab.rng.uniform(0.3, 1.3) * usual
+  delay = lab.rng.uniform(0, 0.3) if in_save else lab.rng.uniform(0.2, 1.2) * usual
   job = lab.start(workdir, faults=PACE)
   if in_save:
     job.until(lambda: is_saving(workdir))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from faults.processes import LIMIT, ROOT, Program, Server, free_address, rank_environment
 
 STEPS, SAVES, EVALS = 40, 10, 20  # steps of a run, between saves, between evaluations
@@ -65,7 +66,6 @@ class Reference(NamedTuple):
 
   lines: list[dict[str, float]]
   final: str  # hash of the last checkpoint's arrays
-  seconds: float
   workdir: Path
 
 
@@ -155,14 +155,19 @@ class Lab:
     if (devices, config) in self._references:
       return self._references[devices, config]
     workdir = self.folder / f'reference_{config}_{devices}'
-    for folder in (workdir, self.folder / f'warm_{config}_{devices}'):  # the second one without compiling
-      job = self.start(folder, devices=devices, config=config)
-      if job.wait() != [0]:
-        raise RuntimeError(f'the undisturbed run failed:\n{job.text()[-4000:]}')
-    seconds = time.monotonic() - job.started
-    found = Reference(metrics_of(workdir), arrays_hash(workdir, STEPS), seconds, workdir)
+    job = self.start(workdir, devices=devices, config=config)
+    if job.wait() != [0]:
+      raise RuntimeError(f'the undisturbed run failed:\n{job.text()[-4000:]}')
+    found = Reference(metrics_of(workdir), arrays_hash(workdir, STEPS), workdir)
     self._references[devices, config] = found
     return found
+
+  def usual_seconds(self) -> float:
+    """The duration of an undisturbed run whose programs have been compiled."""
+    self.reference()
+    job = self.start(self.new('timed'))
+    job.wait()
+    return time.monotonic() - job.started
 
   def interrupted(self) -> Path:
     """A run that was killed at step 25 or later, with checkpoints of steps 10 and 20; the first call makes it."""

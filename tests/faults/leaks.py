@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 
 import psutil
+
 from faults.lab import Lab, last_lines, last_step
 from faults.tally import Tally
 

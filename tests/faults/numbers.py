@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+
 from faults.lab import STEPS, Lab, arrays_of, has_traceback, last_lines, metrics_of, saved_steps
 from faults.poison import PLACES, VALUES
 from faults.tally import Tally

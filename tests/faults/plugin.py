@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from faults.poison import PLACES, VALUES
 
+from faults.poison import PLACES, VALUES
 from llm_jax.base.callbacks import CALLBACKS
 from llm_jax.base.registry import NoSettings, register
 from llm_jax.layers import clock

@@ -46,6 +46,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def main() -> None:
   """argv: the folder of a step, and one of CHANGES."""
   import orbax.checkpoint as ocp
+
   from faults.lab import item_arrays
   step, change = Path(sys.argv[1]).absolute(), sys.argv[2]
   tree = CHANGES[change](item_arrays(step / 'params'))

@@ -1,4 +1,4 @@
-"""Checkpoints that do not fit: another config, other data, other arrays. Refused by name, or resumed if that is right."""
+"""Checkpoints that do not fit: another config, other data, other arrays. Refused by name, or resumed where right."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ ALLOWED = (
 # Arrays rewritten, their manifest adopted: the words of the refusal, (74 or 78), or None to use the older step.
 REWRITTEN = (
     ('float16', ('float16', 'float32')), ('int32', ('int32', 'float32')), ('transposed', ('16', '257')),
-    ('longer', ('258', '257')), ('missing', ('missing',)), ('renamed', ('_old',)), ('extra', ('surplus',)), ('nan', None))
+    ('longer', ('258', '257')), ('missing', ('missing',)), ('renamed', ('_old',)), ('extra', ('surplus',)),
+    ('nan', None))
 TRIALS = len(REFUSED) + len(ALLOWED) + len(REWRITTEN)
 
 

@@ -1,0 +1,157 @@
+"""Minutes of random kills of two ranks under launch/supervise.py, without a hand: goodput against its maximum.
+
+The maximum is what arithmetic leaves to any system that saves every I steps and takes R seconds from a kill to the
+first new step: of each period between two kills, the steps that fit into it after R, down to a multiple of I; of the
+last period, all of them. R is measured for each restart, from the start of its processes to the first new step, and
+the duration of a step is the median over the run. What remains below 100% is what the supervisor adds: to notice the
+loss, to end the other rank, to wait before a restart, and steps that were done but whose save was not committed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from faults.lab import SAVES, Lab, last_lines, last_step, metrics_of
+from faults.processes import ROOT, environment
+from faults.tally import Tally
+
+TRIALS = 10  # minutes
+BETWEEN = (30.0, 90.0)  # seconds between two kills
+PACE = 0.1  # seconds that a step sleeps, so that other programs on the machine change its duration little
+LEAST = 0.97
+COMMAND = (sys.executable, ROOT / 'launch' / 'supervise.py', '--', sys.executable, ROOT / 'launch' / 'local.py',
+           '--num_processes=2', '--')
+
+
+class Life(NamedTuple):
+  """The processes between two kills: seconds since the first start."""
+
+  started: float  # of the processes
+  first_step: float  # done; infinity if they were killed before
+  ended: float
+
+
+def maximum(lives: list[Life], step_seconds: float, interval: int) -> int:
+  """The most steps that can be kept. A pure function; see above."""
+  restarts = [life.first_step - life.started for life in lives]
+  usual = statistics.median([seconds for seconds in restarts if seconds < float('inf')] or [0.0])
+  kept, begin = 0, lives[0].started
+  for life, restart in zip(lives, restarts, strict=True):
+    steps = int(max(0.0, life.ended - begin - (restart if restart < float('inf') else usual)) / step_seconds)
+    kept += steps if life is lives[-1] else steps // interval * interval
+    begin = life.ended
+  return kept
+
+
+def run(lab: Lab, trials: int) -> Tally:
+  tally, workdir, seconds = Tally('unattended'), lab.new('unattended'), 60.0 * trials
+  log = lab.folder / 'supervise.txt'
+  with log.open('w') as output:
+    process = subprocess.Popen(
+        [*COMMAND, f'--config={lab.folder}/tiny.py', f'--workdir={workdir}', '--config.num_steps=1000000'],
+        cwd=lab.folder, env=environment(lab.folder / 'cache') | {'FAULTS': f'{{"pace": {PACE}}}'}, stdout=output,
+        stderr=subprocess.STDOUT, start_new_session=True)
+  try:
+    lives, seen = watch(lab, process, workdir, seconds)
+    kept = last_step(workdir)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    stopped = wait(process, 60)
+  finally:
+    end(process)
+  if not lives or len(seen) < 3:
+    tally.add('the run', f'no life of the run was seen, the supervisor runs: {alive}: {last_lines(log.read_text())}')
+    return tally
+  step_seconds = statistics.median(b[0] - a[0] for a, b in itertools.pairwise(seen) if b[1] == a[1] + 1)
+  most = maximum(lives, step_seconds, SAVES)
+  tally.figures |= {'kills': len(lives) - 1, 'steps_kept': kept, 'most_steps': most, 'share_of_maximum': round(
+      kept / max(1, most), 4), 'step_seconds': round(step_seconds, 4),
+      'share_of_time': round(kept * step_seconds / seconds, 4)}
+  tally.add('the supervisor', '' if alive else f'it ended before {seconds:.0f} s: {last_lines(log.read_text())}',
+            '' if stopped else 'it was still there 60 s after SIGTERM')
+  tally.add('goodput', '' if kept >= LEAST * most else f'{kept} steps of at most {most} were kept')
+  tally.add('the kept steps', differences(lab, workdir, kept))
+  return tally
+
+
+def watch(lab: Lab, process: subprocess.Popen, workdir: Path, seconds: float) -> tuple[list[Life], list[tuple]]:
+  """Kills one rank or both at random times. Returns the lives, and (time, step) of each step that was seen."""
+  begin, lives, seen = time.monotonic(), list[Life](), list[tuple[float, int]]()
+  started, first, next_kill, known = 0.0, float('inf'), lab.rng.uniform(*BETWEEN), 0
+  offset = time.time() - begin  # from psutil's clock to the monotonic one
+  killed: set[int] = set()
+  while (now := time.monotonic() - begin) < seconds and process.poll() is None:
+    ranks = [p for p in ranks_of(process) if p.pid not in killed]
+    if ranks and first == float('inf') and started <= (lives[-1].ended if lives else 0.0):
+      started = max(started, ranks[0].create_time() - offset - begin)
+    step = last_step(workdir)
+    if step != known:
+      known = step
+      seen.append((now, step))
+      if first == float('inf') and started:
+        first = now
+    if now >= next_kill and ranks:
+      victims = lab.rng.choice([ranks[:1], ranks[-1:], ranks])
+      for victim in victims:
+        victim.kill()
+      killed |= {p.pid for p in ranks}  # those that remain of this life are not those of the next one
+      lives.append(Life(started, first, now))
+      started, first, next_kill = 0.0, float('inf'), now + lab.rng.uniform(*BETWEEN)
+      print(f'  unattended: killed {len(victims)} rank(s) at {now:.0f} s, step {step}', flush=True)
+    time.sleep(0.02)
+  return [*lives, Life(started, first, time.monotonic() - begin)], seen
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+  """The processes that train, in the order of their start."""
+  found = []
+  try:
+    for child in psutil.Process(process.pid).children(recursive=True):
+      if 'llm_jax.main' in child.cmdline() and '--distributed' in child.cmdline():
+        found.append(child)
+  except psutil.Error:
+    return []
+  return sorted(found, key=lambda child: child.create_time())
+
+
+def wait(process: subprocess.Popen, seconds: float) -> bool:
+  try:
+    process.wait(seconds)
+    return True
+  except subprocess.TimeoutExpired:
+    return False
+
+
+def end(process: subprocess.Popen) -> None:
+  """Kills the supervisor and all that it started."""
+  try:
+    tree = psutil.Process(process.pid).children(recursive=True)
+  except psutil.Error:
+    tree = []
+  process.kill()
+  for child in tree:
+    try:
+      child.kill()
+    except psutil.Error:
+      continue
+  process.wait()
+
+
+def differences(lab: Lab, workdir: Path, kept: int) -> str:
+  """How the kept steps differ from those of an undisturbed run on two devices."""
+  reference = lab.new('undisturbed')
+  job = lab.start(reference, f'--config.num_steps={kept}', devices=2)
+  if job.wait() != [0]:
+    return f'the undisturbed run failed: {last_lines(job.text())}'
+  wanted = [line for line in metrics_of(reference) if line['step'] < kept]  # the last one is evaluated there
+  found = [line for line in metrics_of(workdir) if line['step'] < kept]
+  return '' if found == wanted else f'{len(found)} lines of metrics, which differ from the {len(wanted)} wanted'
