@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+from pathlib import Path
 
 from faults.lab import Job, Lab, last_lines, last_step
 from faults.tally import Tally
@@ -55,25 +56,29 @@ def one(lab: Lab, kind: str, rank: int, step: int) -> tuple[float, str]:
       f'ranks still run after {OUT[kind]:.0f} s' if any(late) else '',
       f'exit codes {codes}: {last_lines(other.text())}' if not any(late) and other.code not in RESTARTED else '',
       '' if re.search(rf'(rank|process|host)\s*{rank}\b', text, re.IGNORECASE) else f'rank {rank} is not named',
-      '' if kind != 'stalled' or stacks(workdir, text) else 'no file has the stacks of both ranks',
+      '' if kind != 'stalled' or has_stacks(workdir) else 'no file has the stacks of both ranks',
       f'{seconds:.0f} s until it was detected' if seconds > DETECTED[kind] else '',
       lab.finish(workdir, ranks=2))))
 
 
 def reported_after(job: Job, kind: str, start: float) -> float:
   """Seconds to the file of stacks of a stuck rank, or else to the end of the ranks."""
-  reports = [path.stat().st_mtime for path in job.workdir.rglob('*') if path.is_file() and 'stack' in path.name.lower()]
+  reports = [path.stat().st_mtime for path in reports_of(job.workdir)]
   ended = time.monotonic() - start
   if kind == 'stalled' and reports:
     return max(0.0, min(ended, min(reports) - (time.time() - ended)))
   return ended
 
 
-def logs(workdir) -> str:
-  return '\n'.join(path.read_text(errors='replace') for path in workdir.rglob('*')
-                   if path.is_file() and path.suffix in ('.txt', '.log'))
+def logs(workdir: Path) -> str:
+  return '\n'.join(path.read_text(errors='replace') for path in reports_of(workdir))
 
 
-def stacks(workdir, text: str) -> bool:
-  """Whether the stack of the sleeping thread, and one of the other rank, were written."""
-  return 'plugin.py' in text and text.count('File "') + text.count('Thread 0x') >= 2
+def reports_of(workdir: Path) -> list[Path]:
+  return [path for path in workdir.rglob('*') if path.is_file() and path.suffix in ('.txt', '.log', '.stacks')]
+
+
+def has_stacks(workdir: Path) -> bool:
+  """Whether both ranks have written the stacks of their threads, among them that of the sleeping one."""
+  texts = [path.read_text(errors='replace') for path in reports_of(workdir)]
+  return sum('File "' in text for text in texts) >= 2 and any('plugin.py' in text for text in texts)

@@ -25,11 +25,9 @@ from faults.processes import ROOT, environment
 from faults.tally import Tally
 
 TRIALS = 10  # minutes
-BETWEEN = (30.0, 90.0)  # seconds between two kills
+BETWEEN = (45.0, 120.0)  # seconds between two kills
 PACE = 0.1  # seconds that a step sleeps, so that other programs on the machine change its duration little
 LEAST = 0.97
-COMMAND = (sys.executable, ROOT / 'launch' / 'supervise.py', '--', sys.executable, ROOT / 'launch' / 'local.py',
-           '--num_processes=2', '--')
 
 
 class Life(NamedTuple):
@@ -57,7 +55,9 @@ def run(lab: Lab, trials: int) -> Tally:
   log = lab.folder / 'supervise.txt'
   with log.open('w') as output:
     process = subprocess.Popen(
-        [*COMMAND, f'--config={lab.folder}/tiny.py', f'--workdir={workdir}', '--config.num_steps=1000000'],
+        [sys.executable, ROOT / 'launch' / 'supervise.py', f'--workdir={workdir}', '--', sys.executable,
+         ROOT / 'launch' / 'local.py', '--num_processes=2', '--', f'--config={lab.folder}/tiny.py',
+         f'--workdir={workdir}', '--config.num_steps=1000000'],
         cwd=lab.folder, env=environment(lab.folder / 'cache') | {'FAULTS': f'{{"pace": {PACE}}}'}, stdout=output,
         stderr=subprocess.STDOUT, start_new_session=True)
   try:
@@ -76,6 +76,9 @@ def run(lab: Lab, trials: int) -> Tally:
   tally.figures |= {'kills': len(lives) - 1, 'steps_kept': kept, 'most_steps': most, 'share_of_maximum': round(
       kept / max(1, most), 4), 'step_seconds': round(step_seconds, 4),
       'share_of_time': round(kept * step_seconds / seconds, 4)}
+  tally.figures |= {
+      'start_seconds': [round(life.first_step - life.started, 1) for life in lives],
+      'seconds_from_kill_to_start': [round(b.started - a.ended, 1) for a, b in itertools.pairwise(lives)]}
   tally.add('the supervisor', '' if alive else f'it ended before {seconds:.0f} s: {last_lines(log.read_text())}',
             '' if stopped else 'it was still there 60 s after SIGTERM')
   tally.add('goodput', '' if kept >= LEAST * most else f'{kept} steps of at most {most} were kept')
@@ -85,30 +88,32 @@ def run(lab: Lab, trials: int) -> Tally:
 
 def watch(lab: Lab, process: subprocess.Popen, workdir: Path, seconds: float) -> tuple[list[Life], list[tuple]]:
   """Kills one rank or both at random times. Returns the lives, and (time, step) of each step that was seen."""
-  begin, lives, seen = time.monotonic(), list[Life](), list[tuple[float, int]]()
-  started, first, next_kill, known = 0.0, float('inf'), lab.rng.uniform(*BETWEEN), 0
-  offset = time.time() - begin  # from psutil's clock to the monotonic one
-  killed: set[int] = set()
+  begin, begin_epoch = time.monotonic(), time.time()  # psutil gives times of the second clock
+  lives, seen, old = list[Life](), list[tuple[float, int]](), set[int]()
+  started, first, next_kill, next_look, known = None, float('inf'), lab.rng.uniform(*BETWEEN), 0.0, 0
   while (now := time.monotonic() - begin) < seconds and process.poll() is None:
-    ranks = [p for p in ranks_of(process) if p.pid not in killed]
-    if ranks and first == float('inf') and started <= (lives[-1].ended if lives else 0.0):
-      started = max(started, ranks[0].create_time() - offset - begin)
     step = last_step(workdir)
+    if step > known and started is not None:  # a resumed run cuts its metrics first
+      first = min(first, now)
     if step != known:
       known = step
       seen.append((now, step))
-      if first == float('inf') and started:
-        first = now
-    if now >= next_kill and ranks:
-      victims = lab.rng.choice([ranks[:1], ranks[-1:], ranks])
-      for victim in victims:
-        victim.kill()
-      killed |= {p.pid for p in ranks}  # those that remain of this life are not those of the next one
-      lives.append(Life(started, first, now))
-      started, first, next_kill = 0.0, float('inf'), now + lab.rng.uniform(*BETWEEN)
-      print(f'  unattended: killed {len(victims)} rank(s) at {now:.0f} s, step {step}', flush=True)
+    if now >= next_look or now >= next_kill:
+      next_look = now + 0.5  # looking at all processes takes some milliseconds
+      ranks = [rank for rank in ranks_of(process) if rank.pid not in old]
+      if ranks and started is None:
+        started = ranks[0].create_time() - begin_epoch
+      if ranks and now >= next_kill:
+        victims = lab.rng.choice([ranks[:1], ranks[-1:], ranks])
+        for victim in victims:
+          victim.kill()
+        old |= {rank.pid for rank in ranks}  # those that remain of this life are not those of the next one
+        lives.append(Life(started, first, now))
+        started, first, next_kill = None, float('inf'), now + lab.rng.uniform(*BETWEEN)
+        print(f'  unattended: killed {len(victims)} rank(s) at {now:.0f} s, step {step}', flush=True)
     time.sleep(0.02)
-  return [*lives, Life(started, first, time.monotonic() - begin)], seen
+  now = time.monotonic() - begin
+  return [*lives, Life(now if started is None else started, first, now)], seen
 
 
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:

@@ -15,7 +15,7 @@ REFUSED = (
     ('--config.model.num_heads=4', 'num_heads: checkpoint 2, now 4'),
     ('--config.model.vocab_size=300', 'vocab_size: checkpoint'),
     ('--config.model.norm=layer_norm', 'norm: checkpoint'),
-    ('--config.model.tie_embeddings=true', 'tie_embeddings: checkpoint'),
+    ('--config.model.tie_embeddings=false', 'tie_embeddings: checkpoint'),
     ('--config.optim.chain=adamw', 'config.optim.chain'),
     ('--config.optim.chain=clip_by_global_norm,sgd', 'config.optim.chain'),
     ('--config.optim.chain=clip_by_global_norm,adamw,ema', 'config.optim.chain'),
@@ -36,7 +36,7 @@ ALLOWED = (
 # Arrays rewritten, their manifest adopted: the words of the refusal, (74 or 78), or None to use the older step.
 REWRITTEN = (
     ('float16', ('float16', 'float32')), ('int32', ('int32', 'float32')), ('transposed', ('16', '257')),
-    ('longer', ('258', '257')), ('missing', ('missing',)), ('renamed', ('_old',)), ('extra', ('surplus',)),
+    ('longer', ('258', '257')), ('missing', ('blocks',)), ('renamed', ('blocks',)), ('extra', ('surplus',)),
     ('nan', None))
 TRIALS = len(REFUSED) + len(ALLOWED) + len(REWRITTEN)
 
