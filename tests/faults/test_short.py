@@ -11,7 +11,7 @@ from faults import kill, scorecard
 from faults.damage import flip, kinds
 from faults.lab import Lab, arrays_of, metrics_of
 from faults.tally import Tally
-from faults.unattended import Life, maximum
+from faults.unattended import CYCLE, Life, maximum, seconds_of_a_step
 
 
 @pytest.fixture(scope='module')
@@ -57,6 +57,12 @@ def test_the_most_steps_that_can_be_kept():
   lives = [Life(0, 2, 37), Life(40, 42, 60), Life(61, 63, 75)]
   assert maximum(lives, 1.0, 10) == 30 + 20 + 13
   assert maximum([Life(0, 2, 37), Life(37, float('inf'), 38), Life(38, 40, 50)], 1.0, 10) == 30 + 0 + 10
+
+
+def test_the_duration_of_a_step_is_that_between_kills():
+  first = [(step * 0.5, step) for step in range(CYCLE + 20)]
+  resumed = [(1000 + step * 0.5, step) for step in range(100, 130)]
+  assert seconds_of_a_step(first + resumed) == 0.5 and seconds_of_a_step(first[:CYCLE]) == 0
 
 
 def test_every_campaign_exists_and_the_scorecard_shows_its_figures():

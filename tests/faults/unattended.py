@@ -2,9 +2,10 @@
 
 The maximum is what arithmetic leaves to any system that saves every I steps and takes R seconds from a kill to the
 first new step: of each period between two kills, the steps that fit into it after R, down to a multiple of I; of the
-last period, all of them. R is measured for each restart, from the start of its processes to the first new step, and
-the duration of a step is the median over the run. What remains below 100% is what the supervisor adds: to notice the
-loss, to end the other rank, to wait before a restart, and steps that were done but whose save was not committed.
+last period, all of them. R is measured for each restart, from the start of its processes to the first new step. The
+duration of a step is the median over the run, with its share of saves and evaluations. What remains below 100% is what
+the supervisor adds: to notice the loss, to end the other rank, to wait before a restart, and steps that were done but
+whose save was not committed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 import psutil
 
-from faults.lab import SAVES, Lab, last_lines, last_step, metrics_of
+from faults.lab import Lab, last_lines, last_step, metrics_of
 from faults.processes import ROOT, environment
 from faults.tally import Tally
 
@@ -28,6 +29,7 @@ TRIALS = 10  # minutes
 BETWEEN = (45.0, 120.0)  # seconds between two kills
 PACE = 0.1  # seconds that a step sleeps, so that other programs on the machine change its duration little
 LEAST = 0.97
+EVERY, CYCLE = 20, 100  # steps between saves, and between evaluations, after which their share of the time repeats
 
 
 class Life(NamedTuple):
@@ -57,7 +59,8 @@ def run(lab: Lab, trials: int) -> Tally:
     process = subprocess.Popen(
         [sys.executable, ROOT / 'launch' / 'supervise.py', f'--workdir={workdir}', '--', sys.executable,
          ROOT / 'launch' / 'local.py', '--num_processes=2', '--', f'--config={lab.folder}/tiny.py',
-         f'--workdir={workdir}', '--config.num_steps=1000000'],
+         f'--workdir={workdir}', '--config.num_steps=1000000', f'--config.checkpoint.every={EVERY}',
+         f'--config.eval.every={CYCLE}'],
         cwd=lab.folder, env=environment(lab.folder / 'cache') | {'FAULTS': f'{{"pace": {PACE}}}'}, stdout=output,
         stderr=subprocess.STDOUT, start_new_session=True)
   try:
@@ -68,11 +71,12 @@ def run(lab: Lab, trials: int) -> Tally:
     stopped = wait(process, 60)
   finally:
     end(process)
-  if not lives or len(seen) < 3:
-    tally.add('the run', f'no life of the run was seen, the supervisor runs: {alive}: {last_lines(log.read_text())}')
+  if not lives or seconds_of_a_step(seen) == 0:
+    tally.add('the run', f'no {CYCLE} steps in a row were seen; the supervisor runs: {alive}: '
+              f'{last_lines(log.read_text())}')
     return tally
-  step_seconds = statistics.median(b[0] - a[0] for a, b in itertools.pairwise(seen) if b[1] == a[1] + 1)
-  most = maximum(lives, step_seconds, SAVES)
+  step_seconds = seconds_of_a_step(seen)
+  most = maximum(lives, step_seconds, EVERY)
   tally.figures |= {'kills': len(lives) - 1, 'steps_kept': kept, 'most_steps': most, 'share_of_maximum': round(
       kept / max(1, most), 4), 'step_seconds': round(step_seconds, 4),
       'share_of_time': round(kept * step_seconds / seconds, 4)}
@@ -84,6 +88,18 @@ def run(lab: Lab, trials: int) -> Tally:
   tally.add('goodput', '' if kept >= LEAST * most else f'{kept} steps of at most {most} were kept')
   tally.add('the kept steps', differences(lab, workdir, kept))
   return tally
+
+
+def seconds_of_a_step(seen: list[tuple[float, int]]) -> float:
+  """The median duration of CYCLE steps without a kill, divided by CYCLE; 0 if there were none."""
+  found, times = list[float](), dict[int, float]()
+  for now, step in seen:
+    if times and step <= max(times):  # resumed
+      times = {}
+    times[step] = now
+    if step - CYCLE in times:
+      found.append((now - times[step - CYCLE]) / CYCLE)
+  return statistics.median(found) if found else 0.0
 
 
 def watch(lab: Lab, process: subprocess.Popen, workdir: Path, seconds: float) -> tuple[list[Life], list[tuple]]:
@@ -154,7 +170,8 @@ def end(process: subprocess.Popen) -> None:
 def differences(lab: Lab, workdir: Path, kept: int) -> str:
   """How the kept steps differ from those of an undisturbed run on two devices."""
   reference = lab.new('undisturbed')
-  job = lab.start(reference, f'--config.num_steps={kept}', devices=2)
+  job = lab.start(reference, f'--config.num_steps={kept}', f'--config.checkpoint.every={EVERY}',
+                  f'--config.eval.every={CYCLE}', devices=2)
   if job.wait() != [0]:
     return f'the undisturbed run failed: {last_lines(job.text())}'
   wanted = [line for line in metrics_of(reference) if line['step'] < kept]  # the last one is evaluated there
