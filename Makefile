@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 LOCK := requirements$(if $(CUDA),-cuda).lock
 INSTALLED := $(VENV)/installed$(if $(CUDA),-cuda)
 
-.PHONY: install train test test-slow lint docs bench lock
+.PHONY: install train test test-slow test-faults lint docs bench lock
 
 install: $(INSTALLED)
 
@@ -29,6 +29,11 @@ test: lint
 
 test-slow: install
 	$(RUN) -m pytest -m slow
+
+# Kills, damages and starves runs for about two hours, and prints the scorecard of docs/reliability.md.
+# FAULTS='--only=kill,bits --trials=20 --seed=7' runs less. The campaign `disk` needs the right to mount.
+test-faults: install
+	PYTHONPATH=tests:. $(RUN) -m faults $(FAULTS)
 
 lint: install
 	$(RUN) -m ruff check .
