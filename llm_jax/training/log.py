@@ -99,9 +99,9 @@ class MetricsWriter:
     return LOGGERS[name](LOGGERS.section(name, self._config.sections))(self._run)
 
   def _call(self, method: str, *arguments: Any) -> None:
-    for name in [*self._loggers, *self._gaps]:
+    for name in [*self._loggers, *(self._gaps if method != 'close' else ())]:
       gap = self._gaps.get(name)
-      if gap is not None and method != 'close' and time.monotonic() < gap.next_try:
+      if gap is not None and time.monotonic() < gap.next_try:
         gap.lost += 1
         continue
       with self._guarded(name, lost=method != 'close'):
