@@ -17,8 +17,9 @@ from pathlib import Path
 from llm_jax.base import stopping, watchdog
 from llm_jax.base.activity import ACTIVITY
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.reports import read_report
 workdir, index, count, behavior = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-watchdog.BEAT, watchdog.SILENT, watchdog.GRACE, watchdog.STEP_SECONDS = 0.1, 1.5, 0.5, 1.0
+watchdog.BEAT, watchdog.SILENT, watchdog.GRACE, watchdog.STEP_SECONDS = 0.1, 4.0, 0.5, 1.0
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 def get_stuck():
@@ -45,6 +46,8 @@ with watchdog.Watchdog(workdir, index, count, 'token', factor=0.0 if behavior ==
     if step == 4 and behavior in ('sleeps', 'off'):
       get_stuck() if behavior == 'sleeps' else time.sleep(3)
     if step == 4 and behavior == 'fails':
+      while not read_report(workdir / 'processes', 1):
+        time.sleep(0.05)
       raise ConfigError('a field is wrong')
     ACTIVITY.begin_step(step, 0.0)
     ACTIVITY.step_took(0.05)
