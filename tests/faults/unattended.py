@@ -81,7 +81,7 @@ def run(lab: Lab, trials: int) -> Tally:
       kept / max(1, most), 4), 'step_seconds': round(step_seconds, 4),
       'share_of_time': round(kept * step_seconds / seconds, 4)}
   tally.figures |= {
-      'start_seconds': [round(life.first_step - life.started, 1) for life in lives],
+      'start_seconds': [round(life.first_step - life.started, 1) for life in lives if life.first_step < float('inf')],
       'seconds_from_kill_to_start': [round(b.started - a.ended, 1) for a, b in itertools.pairwise(lives)]}
   tally.add('the supervisor', '' if alive else f'it ended before {seconds:.0f} s: {last_lines(log.read_text())}',
             '' if stopped else 'it was still there 60 s after SIGTERM')
