@@ -44,7 +44,8 @@ def parse() -> argparse.Namespace:
 def latest_step(workdir: Path | None) -> int:
   """The newest checkpoint; -1 without one."""
   paths = (workdir / 'checkpoints').glob('*') if workdir else ()
-  return max((int(path.name) for path in paths if path.name.isdigit()), default=-1)
+  return max((int(path.name) for path in paths if path.name.isdigit() and (path / 'manifest.json').is_file()),
+             default=-1)
 
 
 def cause(code: int) -> str:
