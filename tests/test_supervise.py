@@ -18,6 +18,7 @@ Path('codes').write_text(' '.join(rest))
 code, _, step = first.partition(':')
 if step:
   Path(f'run/checkpoints/{step}').mkdir(parents=True)
+  Path(f'run/checkpoints/{step}/manifest.json').touch()
 if code == 'kill':
   os.kill(os.getpid(), signal.SIGKILL)
 if code == 'wait':

@@ -19,7 +19,15 @@ import jax
 from llm_jax.base.errors import StorageError
 from llm_jax.base.files import open_append, unused, writing
 from llm_jax.base.multihost import gather
-from llm_jax.base.reports import FOLDER, prepare_reports, read_report, still_exists, this_process, write_report
+from llm_jax.base.reports import (
+  FOLDER,
+  prepare_reports,
+  read_report,
+  remove_reports,
+  still_exists,
+  this_process,
+  write_report,
+)
 
 STALE_SECONDS = 60.0  # after which a report of another host is stale; by the clock of the file system
 
@@ -47,7 +55,11 @@ def lock_run(workdir: Path) -> Iterator[tuple[bool, str]]:
     new, (problem, *_), (token, *_) = zip(*gather([created, problem, token]), strict=True)
     if problem:  # all processes fail, or none
       raise StorageError(problem)
-    yield any(new), token
+    try:
+      yield any(new), token
+    finally:
+      if jax.process_index() == 0 and read_report(workdir / FOLDER, 0).get('token') == token:
+        remove_reports(workdir / FOLDER)  # which nothing has done before the watchdog began
 
 
 def acquire(workdir: Path) -> tuple[TextIO, str]:

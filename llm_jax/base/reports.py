@@ -50,6 +50,14 @@ def prepare_reports(folder: Path, count: int) -> None:
     (folder / name).touch()
 
 
+def remove_reports(folder: Path) -> None:
+  """Removes the reports, and the folder unless it has stacks."""
+  with contextlib.suppress(OSError):
+    for path in (*folder.glob('*.json'), folder / ORDER):
+      path.unlink(missing_ok=True)
+    folder.rmdir()
+
+
 def write_report(folder: Path, index: int, report: dict[str, Any]) -> None:
   """Writes a report in place. Raises OSError, also if the file does not exist."""
   fd = os.open(folder / f'{index}.json', os.O_WRONLY | getattr(os, 'O_NOFOLLOW', 0))

@@ -34,6 +34,7 @@ from llm_jax.base.reports import (
   ORDER,
   prepare_reports,
   read_report,
+  remove_reports,
   still_exists,
   this_process,
   write_report,
@@ -105,10 +106,7 @@ class Watchdog:
     while not (all_left := all(self._has_left(i) for i in self._others)) and time.monotonic() < deadline:
       time.sleep(0.05)
     if self._index == 0:
-      with contextlib.suppress(OSError):
-        for path in (*self._folder.glob('*.json'), self._folder / ORDER):
-          path.unlink()
-        self._folder.rmdir()  # unless it has stacks
+      remove_reports(self._folder)
     return all_left
 
   def _leave_after(self, error: BaseException) -> None:

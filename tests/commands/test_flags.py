@@ -127,9 +127,9 @@ def test_all_mistakes_are_one_message(command, flags, messages, runs):
 
 @pytest.mark.parametrize('command', [
     name for name in COMMANDS if '--workdir' in parser_of(name)._option_string_actions
-    and name not in ('train', 'sweep')])  # their --workdir is a folder to write
+    and name not in ('train', 'sweep', 'check')])  # which write it, and which checks a config otherwise
 def test_a_run_is_named_with_and_without_workdir_before_and_behind_flags(command, runs):
-  [flag] = [flag for flag in ('--seed=1', '--port=1', '--data=x', '--top=1', '--out=x', '--log_x')
+  [flag] = [flag for flag in ('--seed=1', '--port=1', '--data=x', '--top=1', '--out=x', '--log_x', '--step=1')
             if flag.partition('=')[0] in parser_of(command)._option_string_actions][:1]
   needed = ['--out=y'] if command == 'export' else []
   found = [parser_of(command).parse([*needed, *argv]).workdir
