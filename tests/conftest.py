@@ -1,7 +1,8 @@
-"""Eight virtual CPU devices, separate caches, and errors on implicit broadcasting between ranks."""
+"""Default signals, eight virtual CPU devices, separate caches, and errors on implicit broadcasting between ranks."""
 
 import gc
 import os
+import signal
 import tempfile
 
 os.environ.pop('PYTHONDONTWRITEBYTECODE', None)  # each process would compile all modules of the package again
@@ -13,6 +14,9 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:  # all workers share one
 import jax
 import pytest
 
+for number in (signal.SIGHUP, signal.SIGINT):  # which nohup and a shell's & ignore, in the processes of tests too
+  if signal.getsignal(number) is signal.SIG_IGN:
+    signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
 if jax.__version_info__ < (0, 11):  # compiles in 60% of the time; later versions abort on this unknown flag
   os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false'
 gc.set_threshold(50_000)  # as llm_jax.base.runtime does

@@ -90,12 +90,13 @@ def without_waiting(output: str) -> str:
   return re.sub(r'^(loading|reading|compiling|starting) .*\.\.\.\n|^compiling \.\.\.\n', '', output, flags=re.MULTILINE)
 
 
-def signal_at(process: subprocess.Popen, workdir: Path, step: int, number: signal.Signals) -> None:
-  """Sends the signal as soon as metrics.jsonl has a line for `step`."""
+def signal_at(process: subprocess.Popen, workdir: Path, step: int, number: signal.Signals, saved: int = 0) -> None:
+  """Sends the signal as soon as metrics.jsonl has a line for `step`, and the checkpoint of step `saved` is complete."""
   deadline = time.monotonic() + 180
   while process.poll() is None and time.monotonic() < deadline:
     path = workdir / 'metrics.jsonl'
-    if path.exists() and f'"step": {step},' in path.read_text():
+    complete = not saved or (workdir / 'checkpoints' / str(saved) / 'manifest.json').exists()
+    if complete and path.exists() and f'"step": {step},' in path.read_text():
       break
     time.sleep(0.01)
   assert process.poll() is None, process.communicate()[0][-4000:]

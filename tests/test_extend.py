@@ -89,7 +89,7 @@ def outputs(folder):
   third resumes with a plug-in whose comments were edited, and generates with the second one's run.
   """
   process = start_in_turn(folder, train('model', RUNS['model']), train('killed', RUNS['model']))
-  signal_at(process, folder / 'killed', 13, signal.SIGKILL)
+  signal_at(process, folder / 'killed', 13, signal.SIGKILL, saved=10)
   finish(process, code=-9)
   (folder / 'edited').mkdir()
   (folder / 'edited' / 'causal_conv.py').write_text(FILES['causal_conv.py'] + '# edited\n')

@@ -45,6 +45,7 @@ def printed(run, step, capsys):
   return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_the_first_module_of_the_forward_pass_is_named(run, capsys):
   first, *rest = printed(run[0], 5, capsys)
   assert first.startswith('first in the forward pass: output of Block[0]/mlp/down (Einsum) [8, 32, 32]: 8192 of 8192')
@@ -58,6 +59,7 @@ def test_a_fault_of_the_backward_pass_alone_is_named(run, capsys):
   assert 'finite before: Block[1]/mlp/down (Einsum)' in first and 'gradient norm nan' in rest[-1]
 
 
+@pytest.mark.slow
 def test_a_good_step_is_replayed_to_the_same_loss(run, capsys):
   *_, numbers, verdict = printed(run[0], 6, capsys)
   assert verdict == 'all outputs and gradients of this step are finite'
