@@ -53,6 +53,7 @@ def test_the_first_module_of_the_forward_pass_is_named(run, capsys):
   assert rest[-1].startswith('loss nan') and any(line.startswith('gradient of parameter blocks/') for line in rest)
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_backward_pass_alone_is_named(run, capsys):
   first, *rest = printed(run[0], 3, capsys)
   assert first.startswith('first in the backward pass: gradient of the output of Block[1]/mlp/up (Einsum)')
@@ -66,6 +67,7 @@ def test_a_good_step_is_replayed_to_the_same_loss(run, capsys):
   assert float(numbers.split()[1].rstrip(',')) == pytest.approx(run[1][-1]['train/loss'], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_step_that_the_run_does_not_have(run):
   with pytest.raises(ConfigError, match='--step: must be from 1 to num_steps, 6; got 7'):
     debug_nan.main([str(run[0]), f'--plugin={run[0].parent}/sick.py', '--step=7'])

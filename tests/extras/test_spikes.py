@@ -15,7 +15,7 @@ from llm_jax.base.errors import DivergedError
 from llm_jax.extras.spikes import SkipSpikes
 from llm_jax.optim.chain import OptimConfig, make_optimizer
 from llm_jax.optim.guard import guarded_update
-from llm_jax.training.finite import non_finite
+from llm_jax.training.finite import _are_bad, non_finite
 
 CHAIN = {'chain': ('skip_spikes', 'adamw'), 'skip_spikes': {'window': 8}, 'schedule': 'constant'}
 
@@ -76,6 +76,8 @@ def test_arrays_that_must_not_be_saved_are_named():
   tree = {'a': {'w': jnp.array([1.0, np.nan])}, 'b': jnp.array([1e31]), 'c': jnp.ones(2), 'best': jnp.float32(np.inf),
           'step': jnp.int32(2)}
   assert non_finite(tree) == ['a/w', 'b']
+  on_devices = _are_bad((tree['a']['w'], tree['b'], tree['c'], tree['best']))  # as several processes find it
+  assert on_devices.tolist() == [True, True, False, False]
 
 
 def test_a_resumed_run_skips_the_same_spikes_with_the_same_bits(tmp_path):
@@ -93,6 +95,7 @@ def test_a_resumed_run_skips_the_same_spikes_with_the_same_bits(tmp_path):
   assert sum(values[4] for values in whole.values()) == whole[20][2], 'each skipped step is counted'
 
 
+@pytest.mark.slow
 def test_a_run_whose_weights_explode_ends_and_its_last_checkpoint_is_sound(tmp_path):
   config = llm_jax.load_config(write_config(tmp_path), **{'num_steps': 60, 'eval.every': 0, 'checkpoint.every': 4})
 
