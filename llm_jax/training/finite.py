@@ -36,7 +36,8 @@ def non_finite(tree: Any) -> list[str]:
 def _is_fine(x: np.ndarray) -> bool:
   if not x.ndim:
     return not np.isnan(x)
-  return bool(x.max(initial=0) < LARGEST and x.min(initial=0) > -LARGEST)  # NaN passes through both
+  with np.errstate(invalid='ignore'):  # NaN passes through both
+    return bool(x.max(initial=0) < LARGEST and x.min(initial=0) > -LARGEST)
 
 
 @functools.cache
