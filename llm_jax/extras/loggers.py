@@ -71,7 +71,8 @@ class Wandb(Logger):
     try:
       self._run = wandb.init(project=project, entity=entity or None, group=group or None, tags=tags or None,
                              name=run.workdir.absolute().name, id=known, resume='allow', dir=str(run.workdir),
-                             config=run.config, settings=wandb.Settings(console='off', silent=True))
+                             config=run.config, settings=wandb.Settings(
+                                 console='off', silent=True, x_disable_meta=True))  # the command, with its secrets
     except (wandb.errors.UsageError, wandb.errors.CommError) as e:
       raise ConfigError(f'config.log.loggers: W&B could not start ({e}); log in with `wandb login`, set '
                         'WANDB_MODE=offline, or take wandb out of the list') from None
