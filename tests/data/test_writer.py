@@ -146,6 +146,7 @@ def test_a_writer_killed_repeatedly_resumes_to_the_same_bytes(tmp_path, kind):
   assert sum(counts[side]['tokens'] > options['shard_tokens'] for side in counts) >= 1
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_file_operation_gives_the_same_bytes(tmp_path):
   options = kill_options(tmp_path, 'duplicates', 3500)
   open_data(DataConfig(**options, cache_dir=str(tmp_path / 'undisturbed')))

@@ -129,6 +129,7 @@ def trained(cfg, num_steps=15, **parts):
   return history, state
 
 
+@pytest.mark.slow
 def test_a_bitnet_model_learns_and_logs_each_layer():
   history, state = trained(CFG)
   assert history[-1]['loss'] < 0.8 * history[0]['loss']

@@ -146,6 +146,7 @@ def forward(model):
   return jax.jit(lambda params, batch: model.apply({'params': params}, batch))
 
 
+@pytest.mark.slow
 def test_a_wide_beam_finds_the_best_answer():
   model, params = init(SHAPES['vaswani'])
   eos, num_ids, length = 2, 4, 3
@@ -159,6 +160,7 @@ def test_a_wide_beam_finds_the_best_answer():
     assert tuple(found) == best + (eos,) * (length - len(best))
 
 
+@pytest.mark.slow
 def test_a_cache_that_grows_changes_no_answer(monkeypatch):
   """The start token fills the first slot of the decoder's cache."""
   model, params = init(SHAPES['t5'])

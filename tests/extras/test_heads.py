@@ -88,6 +88,7 @@ def test_losses_are_logged_apart_and_summed_by_weight():
 
 
 @pytest.mark.parametrize('balance', [pytest.param('uncertainty', marks=pytest.mark.slow), 'grad_norm'])
+@pytest.mark.slow
 def test_learned_weights_change_and_are_logged(balance):
   config = LossConfig(terms=BOTH.terms, balance=balance,
                       sections=Sections({'classification': Classification(num_classes=4)}))

@@ -76,6 +76,7 @@ def test_the_verdict_follows_from_the_steps(moves, verdict):
   assert thinking({'move': move, 'gate': np.full_like(move, 0.5)}, lambda n: 1.0 / (n + 1), 3)['verdict'] == verdict
 
 
+@pytest.mark.slow
 def test_each_call_of_each_module_is_recorded():
   cfg = DecoderConfig(vocab_size=8, max_len=4, num_layers=2, embed_dim=8, num_heads=2, dtype='float32')
   model, tokens = make_model(cfg), jnp.zeros((1, 4), jnp.int32)

@@ -94,6 +94,7 @@ def told(capsys, *flags):
   return [json.loads(line) for line in lines if line.startswith('{')]
 
 
+@pytest.mark.slow
 def test_a_classifier_is_evaluated_with_confusion_counts(folder, run, capsys, tmp_path):
   output = run('classification')
   evaluate.main([f'--workdir={folder}/classification', f'--out={tmp_path}/result.json'])

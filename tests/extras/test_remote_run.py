@@ -55,6 +55,7 @@ def local_folder():
   return next((remote_run.user_cache() / 'runs').iterdir())
 
 
+@pytest.mark.slow
 def test_another_host_resumes_the_same_bits(folder, monkeypatch, tmp_path, capsys):
   fs, url = fsspec.filesystem('memory'), 'memory://bucket/runs/one'
   train(folder, folder / 'whole', 9)

@@ -80,6 +80,7 @@ def test_arrays_that_must_not_be_saved_are_named():
   assert on_devices.tolist() == [True, True, False, False]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_skips_the_same_spikes_with_the_same_bits(tmp_path):
   settings = {'num_steps': 20, 'eval.every': 0, 'checkpoint.every': 10, 'optim.chain': ('skip_spikes', 'adamw'),
               'optim.skip_spikes.window': 8, 'optim.skip_spikes.threshold': 0.5}

@@ -143,6 +143,7 @@ def test_a_command_can_be_a_validator():
       make_validator(name)
 
 
+@pytest.mark.slow
 def test_an_answer_does_not_depend_on_its_batch():
   """A long prompt in the batch, even one that fills the row, does not shorten the answer to a short one."""
   documents = [([5], list(range(5, 14))), (list(range(5, 14)), [5])]

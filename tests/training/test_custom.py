@@ -96,8 +96,8 @@ def train(workdir, **parts):
   return llm_jax.train(config(), workdir, **parts)
 
 
-@pytest.mark.parametrize('kind', [  # texts, and a MapDataset of batches, are cases of their own
-    pytest.param(kind, marks=pytest.mark.slow if kind == 'map_dataset_of_texts' else ()) for kind in DATA])
+@pytest.mark.parametrize('kind', [
+    pytest.param(kind, marks=() if kind in ('texts', 'batches') else pytest.mark.slow) for kind in DATA])
 def test_left_in_the_middle_it_resumes_exactly(kind, tmp_path):
   """Everything from Python at once: model, optimizer, loss, data and a callback."""
   events = []

@@ -144,6 +144,7 @@ def test_check_refuses_flags_that_contradict(run):
 
 @pytest.mark.parametrize('lost', ['the evaluation', *(
     pytest.param(lost, marks=pytest.mark.slow) for lost in ('nothing', 'the score'))])
+@pytest.mark.slow
 def test_a_step_that_was_saved_before_its_evaluation_resumes_bitwise(lost, folder, tmp_path):
   """Also with an optimizer that an evaluation changes, whether or not its results were stored before the end."""
   flags = ['--config.optim.chain=adamw,reduce_on_plateau', '--config.optim.reduce_on_plateau.metric=val/loss',

@@ -287,6 +287,7 @@ def test_stopping_saves_the_run_and_raises_interrupted(folder):
   assert [line['step'] for line in read_metrics(workdir / 'metrics.jsonl')] == seen
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_at_its_last_step_lacks_its_evaluation_alone(folder):
   def stop(event):
     if event.step == 7:  # its event comes while step 8 runs
@@ -300,6 +301,7 @@ def test_a_run_that_is_stopped_at_its_last_step_lacks_its_evaluation_alone(folde
   list(llm_jax.train(tiny(folder, **{'eval.every': 0}), folder / 'unevaluated', callbacks=stop))  # it is complete
 
 
+@pytest.mark.slow
 def test_a_run_without_a_validation_part_is_not_evaluated(folder):
   """Neither at its last step nor when the finished run is started again."""
   tokens = np.tile(np.arange(32, dtype=np.int32), (8, 1))

@@ -29,6 +29,7 @@ def train(folder, name, *flags, schedule=WARMS_UP):
   return {line['step']: line for line in read_metrics(folder / name / 'metrics.jsonl')}
 
 
+@pytest.mark.slow
 def test_a_run_of_few_steps_says_what_it_shortens(folder, capsys):
   lines = train(folder, 'few', '--config.num_steps=4')
   printed = capsys.readouterr().out

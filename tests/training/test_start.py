@@ -33,6 +33,7 @@ def start(folder, **settings):
   return [f'--config.start.{name}={value}' for name, value in {'run': folder / 'first', **settings}.items()]
 
 
+@pytest.mark.slow
 def test_a_branch_continues_its_trunk_and_can_cool_down(folder):
   """From a checkpoint in the middle: bitwise the same, or with a cool-down of the learning rate to zero."""
   first = {line['step']: line for line in read_metrics(folder / 'first' / 'metrics.jsonl')}
