@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import pkgutil
 import re
 from collections.abc import Callable, Sequence
@@ -62,7 +63,11 @@ class Parser(argparse.ArgumentParser):
 
   def __init__(self, command: str, text: str | None, *, fields: str = ''):
     self.command, self.fields = command, fields
-    self.examples = re.findall(r'^  (llm-jax .*)$', text or '', re.MULTILINE)
+    text = inspect.cleandoc(text or '')  # as Python 3.13 does
+    if re.search(r'^llm-jax ', text, re.MULTILINE):  # every line but the first was indented
+      first, *rest = text.splitlines()
+      text = '\n'.join([first, *(f'  {line}' if line else '' for line in rest)])
+    self.examples = re.findall(r'^  (llm-jax .*)$', text, re.MULTILINE)
     self._required: list[str] = []
     self._problems: list[str] = []
     super().__init__(prog=f'llm-jax {command}', usage='', description=text, allow_abbrev=False, formatter_class=Help)

@@ -30,6 +30,7 @@ from llm_jax.base.registry import NoSettings, register
 from llm_jax.base.runtime import user_cache
 from llm_jax.base.storage import STORAGE
 from llm_jax.config import CheckpointConfig
+from llm_jax.data.given import FILE
 from llm_jax.data.sources.documents import shown
 from llm_jax.extras.fetch import remote_files
 from llm_jax.extras.remote_lock import RemoteLock
@@ -181,14 +182,17 @@ class RemoteRun:
     names = self._bucket.names()
     self._steps = {*steps_in(names)}
     content = self._bucket.read(OWNER)
-    if content is not None and self.folder.exists() and (self.folder / OWNER).read_bytes() == content:
+    if content is not None and content == _content_of(self.folder / OWNER):
       return
+    data = _content_of(self.folder / FILE)  # just passed from Python: if other data are there, resuming reports it
     keep = {step for step in self._steps if self._same(step)}
     for path in [*self.folder.glob('checkpoints/*'), *self.folder.glob('*')]:
       if path.name not in map(str, keep) and path.name != 'checkpoints':
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     self.folder.mkdir(parents=True, exist_ok=True)
     pull(self._bucket, self.folder, names)
+    if data is not None:
+      write_file(self.folder / FILE, data)
 
   def _same(self, step: int) -> bool:
     local = self.folder / 'checkpoints' / str(step) / MANIFEST
@@ -307,6 +311,10 @@ def steps_in(names: Iterable[str]) -> list[int]:
 
 def _local_name(url: str) -> str:
   return f'{url.rsplit("/", 1)[1]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}'
+
+
+def _content_of(path: Path) -> bytes | None:
+  return path.read_bytes() if path.is_file() else None
 
 
 def _launch_of(folder: Path) -> str:

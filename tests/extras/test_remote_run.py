@@ -154,6 +154,22 @@ def test_the_lock_refuses_a_second_run_and_is_taken_over_when_stale(folder, caps
     signal.signal(signal.SIGTERM, before)
 
 
+def test_data_passed_from_python_reach_the_run_there(folder, monkeypatch, tmp_path, capsys):
+  url, texts = 'memory://bucket/runs/given', [f'cat {i} sat on the mat of sir {i * i}\n' * 20 for i in range(40)]
+
+  def losses_of(num_steps, data):
+    config = llm_jax.load_config(folder / 'tiny.py', **{
+        'num_steps': num_steps, 'eval.every': 0, 'eval.sample_tokens': 0, 'log.every': 1})
+    return [metrics['train/loss'] for metrics in llm_jax.train(config, url, data=data)]
+
+  assert len(losses_of(2, texts)) == 2
+  monkeypatch.setenv('LLM_JAX_CACHE', str(tmp_path / 'other_host'))
+  assert len(losses_of(3, texts)) == 1 and 'resuming from step 2' in capsys.readouterr().out
+  monkeypatch.setenv('LLM_JAX_CACHE', str(tmp_path / 'third_host'))
+  with pytest.raises(ConfigError, match='the data differs from the data of the checkpoint'):
+    losses_of(4, texts[1:])
+
+
 def test_names_of_checkpoint_files():
   assert remote_run.step_of('checkpoints/12/params/d/x') == 12
   assert remote_run.step_of('checkpoints/12.score.json') is None and remote_run.step_of('metrics.jsonl') is None
