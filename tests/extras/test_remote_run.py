@@ -1,18 +1,15 @@
 """Runs in object storage: what is there equals the local folder, and another host goes on from it to the bit."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 
 import fsspec
 import pytest
 from program import write_config
+from s3 import s3_server
 
 import llm_jax
 from llm_jax import main
@@ -179,24 +176,7 @@ def test_names_of_checkpoint_files():
 
 @pytest.mark.slow
 def test_a_run_on_an_s3_server_is_killed_and_resumed(folder, tmp_path, monkeypatch):
-  pytest.importorskip('s3fs')
-  pytest.importorskip('moto.server')
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  for name, value in {'AWS_ACCESS_KEY_ID': 'test', 'AWS_SECRET_ACCESS_KEY': 'test', 'AWS_DEFAULT_REGION': 'us-east-1',
-                      'AWS_ENDPOINT_URL': f'http://127.0.0.1:{port}'}.items():
-    monkeypatch.setenv(name, value)
-  server = subprocess.Popen([sys.executable, '-c', 'from moto.server import main; main()', '-p', str(port)],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
-  try:
-    for _ in range(100):
-      with socket.socket() as probe:
-        if probe.connect_ex(('127.0.0.1', port)) == 0:
-          break
-      time.sleep(0.3)
-    fs, _ = fsspec.core.url_to_fs('s3://bucket')
-    fs.mkdir('bucket')
+  with s3_server(monkeypatch) as fs:
     url = 's3://bucket/runs/one'
     train(folder, folder / 's3_whole', 9)
     train(folder, url, 6)
@@ -211,6 +191,3 @@ def test_a_run_on_an_s3_server_is_killed_and_resumed(folder, tmp_path, monkeypat
       remote_run.Bucket(url).fs.pipe_file('s3://bucket/runs/one/.lock.json', b'', mode='create')
     first.release()
     second.acquire()
-  finally:
-    server.terminate()
-    server.wait(20)

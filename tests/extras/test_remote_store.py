@@ -4,13 +4,10 @@ import os
 import pickle
 import random
 import shutil
-import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
+from s3 import s3_server
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.commands import data_prepare
@@ -164,29 +161,9 @@ def test_settings_that_a_prepared_store_cannot_follow_are_refused(local, tmp_pat
 
 @pytest.mark.slow
 def test_a_store_on_an_s3_server(local, tmp_path, monkeypatch):
-  pytest.importorskip('s3fs')
-  pytest.importorskip('moto.server')
   data, folder = local
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  for name, value in {'AWS_ACCESS_KEY_ID': 'test', 'AWS_SECRET_ACCESS_KEY': 'test', 'AWS_DEFAULT_REGION': 'us-east-1',
-                      'AWS_ENDPOINT_URL': f'http://127.0.0.1:{port}'}.items():
-    monkeypatch.setenv(name, value)
-  server = subprocess.Popen([sys.executable, '-c', 'from moto.server import main; main()', '-p', str(port)],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
-  try:
-    for _ in range(100):
-      with socket.socket() as probe:
-        if probe.connect_ex(('127.0.0.1', port)) == 0:
-          break
-      time.sleep(0.3)
-    fs, _ = fsspec.core.url_to_fs('s3://bucket')
-    fs.mkdir('bucket')
+  with s3_server(monkeypatch):
     upload(folder, 's3://bucket/store')
     assert_equal_data(data, config_of('s3://bucket/store', tmp_path))
     with pytest.raises(DataError, match='s3://bucket/none'):
       open_data(config_of('s3://bucket/none', tmp_path))
-  finally:
-    server.terminate()
-    server.wait(20)
