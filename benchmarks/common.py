@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -44,8 +45,23 @@ def parser(doc: str) -> argparse.ArgumentParser:
   flags.add_argument('--steps', type=int, default=30)
   flags.add_argument('--warmup', type=int, default=5)
   flags.add_argument('--batch', type=int, default=0, help='rows; 0: the preset\'s')
+  flags.add_argument('--documents', type=int, default=0, metavar='TOKENS',
+                     help='mean length of the documents in a row, to which attention is confined; 0: one per row')
   flags.add_argument('--serve', action='store_true', help='time steps on demand: see `serve`')
   return flags
+
+
+def segments(rows: int, seq_len: int, mean: int, seed: int = 0) -> list[list[int]]:
+  """Segment ids 1, 2, ... of rows of documents whose lengths are exponential with this mean; all 1 if it is 0."""
+  draw = random.Random(seed)
+  ids = []
+  for _ in range(rows):
+    row: list[int] = []
+    while len(row) < seq_len:
+      length = max(2, round(draw.expovariate(1 / mean))) if mean else seq_len
+      row += [row[-1] + 1 if row else 1] * length
+    ids.append(row[:seq_len])
+  return ids
 
 
 def run(args: argparse.Namespace, about: dict, num_params: int, step: Callable[[], float],

@@ -2,8 +2,8 @@
 
   python -m benchmarks.generate --torch=/path/to/an/environment/with/torch/and/transformers/bin/python
 
-Each side is a process that sleeps while the other one runs: A B A B ..., after a warm-up round. Both decode greedily in
-float32 with a cache, from prompts of --prompt_len random tokens. `prefill_ms` is the time to the first token,
+Each side is a process that sleeps while the other one runs: A B A B ..., after a warm-up round. Both decode greedily
+with a cache, from prompts of --prompt_len random tokens. `prefill_ms` is the time to the first token;
 `tokens_per_second` counts the tokens of all rows after it. The last line is JSON.
 """
 
@@ -34,7 +34,7 @@ def ours(args: argparse.Namespace) -> Iterator[tuple[float, float]]:
   from llm_jax.models.decoder import Decoder
   from llm_jax.models.decoder_config import DecoderConfig
   model = Decoder(DecoderConfig(vocab_size=VOCAB, max_len=MAX_LEN, num_layers=LAYERS, num_heads=HEADS, embed_dim=WIDTH,
-                                dtype='float32', use_bias=True))
+                                dtype=args.dtype, use_bias=True))
   zeros = jnp.zeros((1, 8), jnp.int32)
   params = nn.unbox(jax.jit(model.init)(jax.random.key(0), Batch(zeros, zeros, zeros))['params'])
   variables = jax.block_until_ready(decode_variables(model, params))
@@ -56,8 +56,8 @@ def transformers(args: argparse.Namespace) -> Iterator[tuple[float, float]]:
   import torch
   from transformers import GPT2Config, GPT2LMHeadModel
   model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=MAX_LEN, n_embd=WIDTH, n_layer=LAYERS,
-                                     n_head=HEADS)).eval()
-  prompts = torch.tensor(np.random.default_rng(0).integers(0, VOCAB, (args.batch, args.prompt_len)))
+                                     n_head=HEADS)).eval().to(args.device, getattr(torch, args.dtype))
+  prompts = torch.tensor(np.random.default_rng(0).integers(0, VOCAB, (args.batch, args.prompt_len)), device=args.device)
 
   def seconds(num_tokens: int) -> float:
     start = time.perf_counter()
@@ -78,6 +78,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--torch', help='a Python with torch and transformers; default: only llm_jax')
   parser.add_argument('--batch', type=int, default=1, help='rows (default: 1)')
+  parser.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32')
+  parser.add_argument('--device', default='cpu', help='of transformers (default: cpu)')
   parser.add_argument('--prompt_len', type=int, default=32, help='tokens of a prompt (default: 32)')
   parser.add_argument('--tokens', type=int, default=64, help='tokens to generate for each row (default: 64)')
   parser.add_argument('--rounds', type=int, default=4)
@@ -88,7 +90,7 @@ def main() -> None:
     for _ in sys.stdin:
       print(json.dumps(next(calls)), flush=True)
     return
-  flags = [f'--{name}={getattr(args, name)}' for name in ('batch', 'prompt_len', 'tokens')]
+  flags = [f'--{name}={getattr(args, name)}' for name in ('batch', 'prompt_len', 'tokens', 'dtype', 'device')]
   pythons = {'llm_jax': sys.executable} | ({'transformers': args.torch} if args.torch else {})
   processes = {
       name: subprocess.Popen([python, '-m', 'benchmarks.generate', f'--serve={name}', *flags], text=True,
@@ -116,7 +118,8 @@ def main() -> None:
     for i, what in enumerate(('prefill', 'decode')):
       results[f'{what}_ratio'] = round(statistics.median(theirs[i] / own[i] for own, theirs in pairs), 2)
     print(f'llm_jax is {results["prefill_ratio"]} times as fast in prefill, {results["decode_ratio"]} in decode')
-  print(json.dumps({'batch': args.batch, 'prompt_len': args.prompt_len, 'tokens': args.tokens, **results}))
+  shape = {name: getattr(args, name) for name in ('batch', 'dtype', 'prompt_len', 'tokens')}
+  print(json.dumps(shape | results))
 
 
 if __name__ == '__main__':
