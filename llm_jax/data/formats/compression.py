@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,8 +38,8 @@ def _codec(path: Path, raw: io.BufferedReader) -> str | None:
   for name, magics in COMPRESSED.values():
     if first.startswith(magics):
       return name
-  if path.suffix.lower() in COMPRESSED:
-    name, _ = COMPRESSED[path.suffix.lower()]
+  if (ending := os.path.splitext(path)[1].lower()) in COMPRESSED:
+    name, _ = COMPRESSED[ending]
     found = f'begins with {first[:4].hex(" ")}' if first else 'is empty'
     raw.close()
     raise DataError(f'{path}: damaged: it is named as {name} but {found}; get it again, or correct its ending')

@@ -40,8 +40,8 @@ def check_format(name: str, path: str = 'config.data') -> None:
 
 def format_of(file: File, config: SourceConfig, head_of: Callable[[], bytes]) -> str:
   """The configured format, or the one by the file's ending or first bytes (`head_of`). Raises ConfigError."""
-  check_format(config.format)
   if config.format != 'auto':
+    check_format(config.format)
     return config.format
   if file.format is not None:
     return file.format

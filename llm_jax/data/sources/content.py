@@ -29,10 +29,12 @@ class FileHashes:
   def __init__(self, cache_dir: Path | None = None, *, of_stream: bool = False):
     self._cache_dir, self._of_stream = cache_dir, of_stream
     self._found, self._states = dict[str, str](), dict[str, State]()
+    self._below = dict[Path, list[str]]()  # the files of each path
 
   def of(self, files: Sequence[File], source: str) -> list[list[tuple[str, str]]]:
     """[(name, sha256)] of each file, or of the files in each folder; empty for generated data. Raises DataError."""
-    below = [_paths(file.path) for file in files]
+    below = [self._below[file.path] if file.path in self._below else self._below.setdefault(
+        file.path, _paths(file.path)) for file in files]
     if missing := [path for path in dict.fromkeys(path for group in below for path in group)
                    if path not in self._found]:
       self._found |= self._hash(missing, source)

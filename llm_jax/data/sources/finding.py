@@ -176,7 +176,7 @@ def _each_once(root: Path, paths: Iterable[Path], left_out: LeftOut) -> list[Fil
     for other in names:
       if other is not own:
         left_out.add('further name of a file', other.relative_to(root))
-  return [File(p.relative_to(root).as_posix(), p) for p in sorted(chosen, key=lambda p: p.parts)]
+  return [File('/'.join(p.parts[len(root.parts):]), p) for p in sorted(chosen, key=lambda p: p.parts)]
 
 
 def _saved_dataset(root: Path, left_out: LeftOut) -> list[File]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import zlib
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import xxhash
 
 from llm_jax.data.sources.documents import Content, Document
 
@@ -32,14 +31,14 @@ def keys(documents: Iterable[Document]) -> np.ndarray:
   found = []
   for document in documents:
     if not document.continues:
-      digest, check = hashlib.blake2b(digest_size=8), 0
+      near, exact = xxhash.xxh3_64(), xxhash.xxh3_64()
       for part in (document.text, document.answer):
         if part is not None:
           short = normalized(part)
-          digest.update(len(short).to_bytes(8, 'little') + short)
-          check = zlib.crc32(part.encode('utf-8', 'surrogatepass') if isinstance(part, str) else short, check)
-      key = int.from_bytes(digest.digest(), 'little')
-      found.append((key, key ^ (check + 1) * 0x9E3779B97F4A7C15 % 2**64))  # the check tells equal normalized ones apart
+          near.update(len(short).to_bytes(8, 'little'))
+          near.update(short)
+          exact.update(part.encode('utf-8', 'surrogatepass') if isinstance(part, str) else short)
+      found.append((near.intdigest(), near.intdigest() ^ exact.intdigest()))
   return np.array(found, np.uint64).reshape(-1, 2)
 
 

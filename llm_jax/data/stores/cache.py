@@ -55,7 +55,7 @@ def hold(paths: Iterable[Path], cache_dir: Path) -> None:
   """Keeps the entries with these files from being deleted for as long as the process runs."""
   top = Path(cache_dir).absolute()
   for path in paths:
-    if top in path.absolute().parents and len(parts := path.absolute().relative_to(top).parts) > 1:
+    if str(path.absolute()).startswith(f'{top}{os.sep}') and len(parts := path.absolute().relative_to(top).parts) > 1:
       entry = top.joinpath(*parts[:2])
       if entry not in _held:
         _held[entry] = lease(entry)

@@ -142,7 +142,10 @@ def write_crc(path: Path) -> str:
 
 def file_sha256(path: Path) -> str:
   try:
-    with open(path, 'rb') as f:
-      return hashlib.file_digest(f, 'sha256').hexdigest()
+    digest = hashlib.sha256()
+    with open(path, 'rb', buffering=0) as f:
+      while piece := f.read(_PIECE):
+        digest.update(piece)
+    return digest.hexdigest()
   except OSError as e:
     raise DataError(f'{path}: cannot be read: {e.strerror}') from None

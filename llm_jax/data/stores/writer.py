@@ -151,7 +151,7 @@ class StoreWriter:
         for other in [n for n in self._files if n.startswith(f'{split}-') and n.endswith(kind)]:
           self._sync(self._files.pop(other)).close()
       self._files[name] = open(self.folder / name, 'ab')  # noqa: SIM115
-    values.tofile(self._files[name])
+    self._files[name].write(np.ascontiguousarray(values).data)
 
   def column(self, name: str, dtype: Any) -> np.ndarray:
     """The values of a file so far, mapped into memory."""
