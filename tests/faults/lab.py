@@ -50,13 +50,10 @@ def get_config():
   config.log.callbacks = ('pace',)
 {more}  return config
 '''
-POISONED = '''  from llm_jax.optim.chain import TRANSFORMS
-  rule = ('skip_spikes',) if 'skip_spikes' in TRANSFORMS else ()
-  config.model.norm = 'poisoned'
-  config.optim.chain = (*rule, 'clip_by_global_norm', 'adamw', 'poisoned_update')
-  if rule:
-    config.optim.skip_spikes.window = 8  # the shortest one, as a run has few steps
-    config.optim.skip_spikes.threshold = 20.0
+POISONED = '''  config.model.norm = 'poisoned'
+  config.optim.chain = ('skip_spikes', 'clip_by_global_norm', 'adamw', 'poisoned_update')
+  config.optim.skip_spikes.window = 8  # the shortest one, as a run has few steps
+  config.optim.skip_spikes.threshold = 20.0
   config.optim.groups = {'poison': {'pattern': 'poison_', 'frozen': True}}
 '''
 
