@@ -51,7 +51,7 @@ def feed(folder: Path, gigabytes: float, rounds: int) -> None:
                         eot_id=eot_id, cache_dir=str(folder / 'cache'))
     data = open_data(config)
     examples = pipeline.mixed(config, pipeline.train_sources(config, data), lambda step: ROWS * step, 0)
-    batches = pipeline.train_batches(examples, ROWS, np.arange(ROWS))
+    batches = pipeline.train_batches(examples, lambda n: ROWS * n, np.arange(ROWS))
     variants[name] = lambda n, batches=batches: batches(np.array([n]))
   num_windows = (len(raw) - 1) // SEQ_LEN
   order = np.random.default_rng(1).permutation(num_windows)

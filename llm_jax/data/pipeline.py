@@ -91,14 +91,14 @@ def mixed(config: DataConfig, sources: dict[str, Examples], rows_at: Callable[[i
   return make
 
 
-def train_batches(make: Callable[[np.ndarray], Features], batch_size: int, rows: np.ndarray,
-                  offset: int = 0) -> Callable[[np.ndarray], Features]:
+def train_batches(make: Callable[[np.ndarray], Features], rows_at: Callable[[int], int],
+                  rows: np.ndarray) -> Callable[[np.ndarray], Features]:
   """A function from batch numbers, int64 [m], to features [m, rows, ...]: the rows `rows` of each batch.
 
-  Batch 0 holds the examples from `offset` on.
+  Batch n holds the examples from `rows_at(n)` on.
   """
   def batches(numbers: np.ndarray) -> Features:
-    positions = offset + numbers[:, None] * batch_size + rows
+    positions = np.array([rows_at(int(n)) for n in numbers])[:, None] + rows
     return {name: x.reshape(*positions.shape, *x.shape[1:]) for name, x in make(positions.ravel()).items()}
 
   return batches
@@ -131,13 +131,13 @@ def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray
                  num_processes: int) -> Batches:
   """Rows `rows` of batches begin, begin + 1, ...; `states`: of a stream, the saved state of each process at `begin`.
 
-  `rows_at(step)`: the first row of the batch after `step`; from `begin` on it grows by num_rows per step.
+  `rows_at(step)`: the first row of the batch after `step`.
 
   Raises ConfigError if a stream's state was saved by a different number of processes.
   """
   if not config.streaming:
     sources = train_sources(config, data)
-    batches = train_batches(mixed(config, sources, rows_at, seed), num_rows, rows, rows_at(begin) - begin * num_rows)
+    batches = train_batches(mixed(config, sources, rows_at, seed), rows_at, rows)
     lengths = [len(examples) for examples in sources.values()]
     return Batches(prefetched(batches, begin, config.num_workers),
                    rows_per_epoch=lengths[0] if len(lengths) == 1 else float('inf'))

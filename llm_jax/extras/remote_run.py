@@ -42,7 +42,8 @@ EVERY = 10.0  # seconds between two copies
 LARGE, EVERY_LARGE = 1 << 20, 60.0  # a small file of so many bytes is copied less often
 NUM_THREADS = 16
 LAST_TRIES, WAIT = 6, 2.0  # to copy at the end of a run; seconds before the second try, doubled for each further one
-LOCAL_ONLY = ('.lock', '.partial', '.unfinished', '.corrupt', '.unreadable')  # parts of names that are not copied
+# Parts of the names of what is not copied.
+LOCAL_ONLY = ('.lock', '.partial', '.unfinished', '.corrupt', '.rewound', '.unreadable')
 
 
 class Bucket:

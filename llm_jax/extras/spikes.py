@@ -1,4 +1,9 @@
-"""The filter skip_spikes: steps whose loss or gradient norm is far above those of the steps before are not applied."""
+"""The filter skip_spikes leaves out steps whose loss or gradient norm is far above those of the steps before; the
+callback rewind_spikes goes back to an earlier checkpoint after several of them.
+
+  --config.optim.chain=skip_spikes,clip_by_global_norm,adamw
+  --config.log.callbacks=rewind_spikes --config.log.rewind_spikes.steps=100
+"""
 
 from __future__ import annotations
 
@@ -10,10 +15,13 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax.base.batch import Metrics, Params
+from llm_jax.base.callbacks import CALLBACKS
+from llm_jax.base.errors import ConfigError, DivergedError
 from llm_jax.base.ranges import positive, ranged
 from llm_jax.base.registry import register
 from llm_jax.optim.chain import TRANSFORMS
 from llm_jax.optim.link import Link
+from llm_jax.training.rewind import Rewind, read_journal
 
 LEAST_SCALE = 0.01  # of the median: a curve of almost equal values has no spikes below threshold * 1 %
 
@@ -22,6 +30,7 @@ class SpikeState(NamedTuple):
   """The window, and what was decided on the newest step."""
 
   seen: jax.Array  # float32 [2, window]: losses and gradient norms, as a ring
+  spikes: jax.Array  # int32 [window]: 1 for each of these steps that was a spike
   num_seen: jax.Array  # int32: finite steps seen
   score: jax.Array  # float32: the newest step's larger z-score
   spike: jax.Array  # int32: 1 if that is a spike
@@ -43,7 +52,7 @@ class SkipSpikes(Link):
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     def init(params: Params) -> SpikeState:
       zero = jnp.zeros((), jnp.int32)
-      return SpikeState(jnp.zeros((2, self.window)), zero, jnp.zeros(()), zero, zero)
+      return SpikeState(jnp.zeros((2, self.window)), jnp.zeros(self.window, jnp.int32), zero, jnp.zeros(()), zero, zero)
 
     return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
 
@@ -55,11 +64,40 @@ class SkipSpikes(Link):
     scale = jnp.maximum(jnp.maximum(deviation, LEAST_SCALE * jnp.abs(median)), jnp.finfo(jnp.float32).tiny)
     score = jnp.where(full & finite, jnp.max((x - median) / scale), 0.0)
     spike = (score > self.threshold).astype(jnp.int32)
-    seen = jnp.where(finite, state.seen.at[:, state.num_seen % self.window].set(x), state.seen)
-    return spike == 0, SpikeState(seen, state.num_seen + finite, score, spike, state.total + spike)
+    place = state.num_seen % self.window
+    seen = jnp.where(finite, state.seen.at[:, place].set(x), state.seen)
+    spikes = jnp.where(finite, state.spikes.at[place].set(spike), state.spikes)
+    return spike == 0, SpikeState(seen, spikes, state.num_seen + finite, score, spike, state.total + spike)
 
   def report(self, state: Any) -> Metrics:
-    return {'spike_score': state.score, 'spike': state.spike, 'spikes': state.total}
+    return {'spike_score': state.score, 'spike': state.spike, 'spikes': state.total,
+            'recent_spikes': jnp.sum(state.spikes)}
+
+
+class RewindSpikes:
+  """Goes back at least `steps` steps, without the batches used since, when the filter's window has `spikes` spikes.
+
+  PaLM's authors went back about 100 steps and left out 200 to 500 batches (arXiv 2204.02311, section 5.1). It looks at
+  logged steps. After `most` rewinds of a run the next one raises DivergedError.
+  """
+
+  def __init__(self, steps: int = 100, spikes: int = 3, most: int = 10):
+    for name, value in (('steps', steps), ('spikes', spikes), ('most', most)):
+      if value < 1:
+        raise ConfigError(f'config.log.rewind_spikes.{name}: must be at least 1; got {value}')
+    self._steps, self._spikes, self._most = steps, spikes, most
+
+  def __call__(self, event: Any) -> None:
+    if 'train/recent_spikes' not in event.metrics:
+      raise ConfigError('config.log.callbacks: rewind_spikes needs the filter skip_spikes in config.optim.chain')
+    recent = int(event.metrics['train/recent_spikes'])
+    if recent < self._spikes:
+      return
+    why = f'{recent} spikes in the last {event.session.config.optim.section("skip_spikes").window} steps'
+    if len(read_journal(event.session.checkpoints.workdir)['rewinds']) >= self._most:
+      raise DivergedError(f'step {event.step}: {why}, after {self._most} rewinds; lower config.optim.learning_rate')
+    raise Rewind(event, self._steps, why)
 
 
 register(TRANSFORMS, 'skip_spikes', SkipSpikes)
+register(CALLBACKS, 'rewind_spikes', RewindSpikes)

@@ -33,7 +33,7 @@ TABLE: dict[str, dict[str, str]] = {
     'exporter': {'packed': 'bitnet_pack'},
     'validator': {'wgsl': 'wgsl'},
     'logger': {'csv': 'loggers', 'wandb': 'loggers'},
-    'callback': {'replica_check': 'replicas'},
+    'callback': {'replica_check': 'replicas', 'rewind_spikes': 'spikes'},
     'answer_metric': {'bleu': 'answer_metrics', 'word_precision': 'answer_metrics', 'word_recall': 'answer_metrics',
                       'word_f1': 'answer_metrics'},
 }

@@ -34,6 +34,7 @@ from llm_jax.training.event import Event
 from llm_jax.training.log import Logs, MetricsWriter
 from llm_jax.training.program import Program, build_program
 from llm_jax.training.resume import first_state
+from llm_jax.training.rewind import Rewind, go_back, skips_of
 from llm_jax.training.session import Session
 from llm_jax.training.stages import Stage, make_stages
 from llm_jax.training.status import Status
@@ -72,10 +73,21 @@ def train(config: Config, workdir: Path, custom: Custom) -> Generator[Event, Non
   goodput, config = Goodput(), with_custom(config, custom)
   custom = with_named_callbacks(custom, config)
   with run.open_training(workdir, config) as status:
-    for stage in (stages := make_stages(config)):
-      done = stage is not stages[-1] and latest_step(workdir) >= stage.end
-      if not done and (yield from train_stage(stage, workdir, custom, status, goodput)):
-        break
+    while True:
+      try:
+        stages = make_stages(config, skips_of(workdir, config))
+        return (yield from train_stages(stages, workdir, custom, status, goodput))
+      except Rewind as rewind:
+        go_back(workdir, rewind)
+
+
+def train_stages(stages: list[Stage], workdir: Path, custom: Custom, status: Status,
+                 goodput: Goodput) -> Generator[Event, None, None]:
+  """Trains the stages that are not done."""
+  for stage in stages:
+    done = stage is not stages[-1] and latest_step(workdir) >= stage.end
+    if not done and (yield from train_stage(stage, workdir, custom, status, goodput)):
+      break
 
 
 def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,

@@ -16,7 +16,8 @@ from llm_jax.training.launches import read_launches
 from llm_jax.training.log import read_metrics
 from llm_jax.training.status import read_status
 
-FILES = ('checkpoints', 'metrics.jsonl', 'metrics.csv', 'status.json', 'launches.jsonl')  # of what was trained
+# What a run writes while it trains.
+FILES = ('checkpoints', 'metrics.jsonl', 'metrics.csv', 'status.json', 'launches.jsonl', 'rewinds.json')
 
 
 def check_not_lost(workdir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from llm_jax.training.program import Program
 from llm_jax.training.state import TrainState
 
 
-def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: str, advice: str,
-                 begin: int = 0) -> None:
-  """Raises ConfigError with the differences if a checkpoint is of other data, another model, loss or optimizer.
+def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: str, advice: str, begin: int = 0,
+                 rows_used: Callable[[int], int] | None = None) -> None:
+  """Raises ConfigError with the differences if a checkpoint is of other data, another model, loss or optimizer, and
+  StorageError if it has used other rows than `rows_used(step)`.
 
   At step `begin`, the begin of a stage, the data may change. `advice` ends the message.
   """
@@ -43,6 +45,10 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: st
     check_same_parts(saved, config, meta['state_key'] == state_key)
   except ConfigError as e:
     raise ConfigError(f'{e}\n{advice}') from None
+  rows = meta.get('position', {}).get('rows')
+  if rows_used is not None and rows is not None and begin < meta['step'] and rows != rows_used(meta['step']):
+    raise StorageError(f'it has used the data up to row {rows}; by rewinds.json, which says what the run leaves out, '
+                       f'these are {rows_used(meta["step"])} rows')
 
 
 def check_same_parts(saved: dict, config: Config, same_state: bool) -> None:
@@ -99,7 +105,8 @@ def first_state(program: Program, checkpoints: Checkpoints, mesh: Mesh) -> tuple
   if checkpoints.steps():
     advice = (f'To start a new run, set --workdir={unused(checkpoints.workdir)}; to resume the one in '
               f'{checkpoints.workdir}, restore the old values.')
-    state, meta = restore(program, checkpoints, partial(check, begin=program.stage.begin, advice=advice))
+    state, meta = restore(program, checkpoints, partial(
+        check, begin=program.stage.begin, rows_used=program.stage.rows_used, advice=advice))
     checkpoints.set_aside_after(meta['step'])
     report_resume(config, meta)
     return state, meta

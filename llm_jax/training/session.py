@@ -243,7 +243,7 @@ class Session:
     saves = self.checkpoints.save(
         self.step, state.params, (state.step, state.opt_state), meta={
             'config': public(to_dict(self.config)), 'data': self.program.fingerprint,
-            'position': {'rows': int(self.program.stage.rows_at(self.step))},
+            'position': {'rows': self.program.stage.rows_used(self.step)},
             'stream_states': gather(self.batches.state()), 'evaluated': self.evaluated_at == self.step,
             'best': best.to_meta(), 'epoch': self._epochs.sums, 'state_key': self.program.state_key,
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})

@@ -15,6 +15,8 @@ from llm_jax.base.multihost import gather
 from llm_jax.config import Config
 from llm_jax.data.open import Data, data_fingerprint
 
+Skips = tuple[tuple[int, int], ...]  # (step, tokens of training data that are left out after it); see rewind.py
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -26,16 +28,28 @@ class Stage:
   end: int
   sizes: tuple[tuple[int, int], ...]  # (first step, tokens of a batch) of each stage up to this one
   new_data: bool  # whether its data settings differ from those of the stage before
+  skips: Skips = ()
+
+  def tokens_at(self, step: int) -> int:
+    """Tokens of training data that are used or left out before the batch after `step`."""
+    ends = [begin for begin, _ in self.sizes[1:]] + [step]
+    used = sum(max(0, min(step, end) - begin) * size for (begin, size), end in zip(self.sizes, ends, strict=True))
+    return used + sum(tokens for at, tokens in self.skips if at <= step)
 
   def rows_at(self, step: int) -> int:
-    """Row offset after `step` steps, in rows of this stage's seq_len."""
-    ends = [begin for begin, _ in self.sizes[1:]] + [step]
-    tokens = sum(max(0, min(step, end) - begin) * size
-                 for (begin, size), end in zip(self.sizes, ends, strict=True) if begin < self.begin)
-    return tokens // self.config.data.seq_len + max(0, step - self.begin) * self.config.rows_per_batch
+    """The first row of the batch after `step`, in rows of this stage's seq_len."""
+    return self.tokens_at(step) // self.config.data.seq_len
+
+  def rows_used(self, step: int) -> int:
+    """The end of the batch of `step`, one of this stage's: what is left out after it does not count."""
+    return self.rows_at(step - 1) + self.config.rows_per_batch
+
+  def replaced(self, skips: Skips) -> Stage:
+    """The stage with other skips."""
+    return dataclasses.replace(self, skips=skips)
 
 
-def make_stages(config: Config) -> list[Stage]:
+def make_stages(config: Config, skips: Skips = ()) -> list[Stage]:
   """The stages in order, at least one. Raises ConfigError with the problems of all stages."""
   stages = sorted(config.stages.items(), key=lambda item: item[1].begin)
   begins = [0, *(stage.begin for _, stage in stages)]
@@ -60,7 +74,7 @@ def make_stages(config: Config) -> list[Stage]:
     if len(configs) > 1:
       each = dataclasses.replace(each, model=dataclasses.replace(each.model, **unset))
     sizes += ((begin, each.batch_tokens),)
-    found.append(Stage(config, each, begin, end, sizes, i > 0 and each.data != configs[i - 1].data))
+    found.append(Stage(config, each, begin, end, sizes, i > 0 and each.data != configs[i - 1].data, skips))
   return found
 
 

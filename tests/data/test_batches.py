@@ -56,7 +56,7 @@ def config_of(corpora, kind):
 def open_batches(corpora, kind, rows=range(ROWS), seed=3):
   config = config_of(corpora, kind)
   examples = mixed(config, train_sources(config, open_data(config)), lambda step: ROWS * step, seed)
-  return train_batches(examples, ROWS, np.asarray(rows))
+  return train_batches(examples, lambda n: ROWS * n, np.asarray(rows))
 
 
 def digest(batch):
@@ -159,7 +159,8 @@ def test_an_epoch_of_batches_holds_every_target_once(corpora, packing):
   config = dataclasses.replace(config_of(corpora, 'next_token'), packing=packing)
   data = open_data(config)
   examples = open_examples(config, data, data.train['data'], train=True)
-  batches = train_batches(mixed(config, train_sources(config, data), lambda step: step, seed=5), 1, np.arange(1))
+  mixture = mixed(config, train_sources(config, data), lambda step: step, seed=5)
+  batches = train_batches(mixture, lambda n: n, np.arange(1))
   rows = [row for n in range(2 * len(examples)) for row in split(batch_at(batches, n))]
   for epoch in (rows[:len(examples)], rows[len(examples):]):
     assert sorted(real(epoch, 'targets')) == sorted(real(rows_of(examples), 'targets'))

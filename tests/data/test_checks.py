@@ -82,7 +82,8 @@ def test_damage_ends_the_batches_of_a_run(folder, tmp_path, as_large):
   data = open_data(config)
   data = dataclasses.replace(data, splits=data.splits | {'train': {'data': open_store(folder)['train']}})
   overwrite(folder / 'train-00001.tokens', 0, 20_000)
-  batches = train_batches(mixed(config, train_sources(config, data), lambda step: step, 0), 8, np.arange(8))
+  mixture = mixed(config, train_sources(config, data), lambda step: step, 0)
+  batches = train_batches(mixture, lambda n: 8 * n, np.arange(8))
   with pytest.raises(DataError, match='damaged'):
     for _, batch in zip(range(1000), prefetched(batches, 0), strict=False):
       assert batch['tokens'].any()

@@ -148,7 +148,7 @@ def test_order_is_a_shuffle_not_a_rotation():
 
 def batches_of(batch_size=8, rows=None, seed=0, **windows):
   rows = np.arange(batch_size) if rows is None else rows
-  return train_batches(Endless(make_windows(**windows), seed), batch_size, rows)
+  return train_batches(Endless(make_windows(**windows), seed), lambda n: n * batch_size, rows)
 
 
 def test_batch_n_starts_at_example_n_times_batch_size():

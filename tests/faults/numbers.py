@@ -37,7 +37,8 @@ def one(lab: Lab, tally: Tally, place: str, value: str, first: int, last: int) -
   job.end()
   bad = sum(non_finite(workdir / 'checkpoints' / str(step)) for step in saved_steps(workdir))
   tally.count('non_finite_committed', bad)
-  skipped = skipped_steps(workdir)
+  natural = skipped_steps(lab.reference(config='poisoned').workdir)  # the rule finds these without a fault
+  skipped = [step for step in skipped_steps(workdir) if step not in natural or step == first]
   problems = ['a traceback' if has_traceback(text) else '', f'{bad} non-finite values in checkpoints' if bad else '']
   if last > first or (place == 'update' and code == 70):  # a poisoned update shows in the next step's loss
     problems.append('' if code == 70 else f'exit code {code} instead of 70: {last_lines(text)}')
