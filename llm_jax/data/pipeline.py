@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from llm_jax.base.batch import Batch
+from llm_jax.base.errors import LostError
 from llm_jax.data.config import DataConfig
 from llm_jax.data.loaders import LOADERS
 from llm_jax.data.open import Data, open_examples
@@ -146,7 +148,10 @@ def open_batches(config: DataConfig, data: Data, num_rows: int, rows: np.ndarray
 
 def prefetched(batches: Callable[[np.ndarray], Features], begin: int,
                num_workers: int = 0) -> Generator[Features, None, None]:
-  """Batches begin, begin + 1, ..., made in advance by one thread or by `num_workers` processes. Close it when done."""
+  """Batches begin, begin + 1, ..., made in advance by one thread or by `num_workers` processes. Close it when done.
+
+  Raises LostError if one of the processes dies.
+  """
   import grain  # here, as reading a model does not need it and importing it takes half a second
   from absl import flags
   count = 1 if num_workers else num_ahead(batches(np.array([begin])))
@@ -161,7 +166,14 @@ def prefetched(batches: Callable[[np.ndarray], Features], begin: int,
   else:
     chunks = grain.experimental.ThreadPrefetchIterDataset(chunks, prefetch_buffer_size=2)
   with contextlib.closing(iter(chunks)) as iterator:
-    for chunk in iterator:
+    while True:
+      try:
+        chunk = next(iterator)
+      except RuntimeError as e:
+        if not (died := re.search(r'Worker process was terminated unexpectedly with exit code (-?\d+)', str(e))):
+          raise
+        raise LostError(f'a process of config.data.num_workers has died with exit code {died[1]}'
+                        + (', as when memory runs out' if died[1] == '-9' else '')) from None
       yield from ({name: x[i] for name, x in chunk.items()} for i in range(count))
 
 

@@ -19,7 +19,7 @@ import jax
 
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import ConfigError, DivergedError, StorageError
-from llm_jax.base.files import saved_steps, set_aside, unverified_steps, write_file, writing
+from llm_jax.base.files import MANIFEST, saved_steps, set_aside, unverified_steps, write_file, writing
 from llm_jax.base.multihost import barrier, gather
 from llm_jax.base.progress import Progress
 from llm_jax.config import CheckpointConfig
@@ -189,10 +189,12 @@ class Checkpoints:
     if self._is_primary:
       for each in sorted({*self.steps(), *unverified_steps(self._directory)}):
         if each > step:
+          folder = self._directory / str(each)
+          why = '' if (folder / MANIFEST).is_file() else f' has no {MANIFEST}, and'
           with writing(str(self._directory)):
-            aside = set_aside(self._directory / str(each), 'corrupt')
+            aside = set_aside(folder, 'corrupt')
             score_file(self._directory, each).unlink(missing_ok=True)
-          print(f'WARNING: {self._directory / str(each)} is now {aside.name}', file=sys.stderr, flush=True)
+          print(f'WARNING: {folder}{why} is now {aside.name}', file=sys.stderr, flush=True)
     self._saved = {each for each in self._saved if each <= step}
     barrier('set_aside')
 

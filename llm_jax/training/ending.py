@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from llm_jax.base.progress import duration
-from llm_jax.base.redaction import public_command
+from llm_jax.base.redaction import hide, public_command
 from llm_jax.config import Config
 from llm_jax.training.status import read_status
 
@@ -27,7 +27,8 @@ def ending(config: Config, workdir: Path, arguments: Sequence[str], named: str =
     return []
   best = f'; best {status["monitor"]} {status["best"]:.4f}' if status.get('best') is not None else ''
   reached = max(config.num_steps, status['step'])  # more than num_steps if an earlier launch went on for longer
-  run, steps = shlex.quote(named or str(workdir)), 2 * reached
+  named = hide(named or str(workdir))
+  run, steps = shlex.quote(named), 2 * reached
   use = f"generate --workdir={run} --prompt=''" if config.writes else f'predict --workdir={run} --text=TEXT'
   further = without(arguments, '--config.num_steps', '--workdir', '--config.optim.rewarm')
   commands = [use, f'evaluate --workdir={run}', f'export --workdir={run} --out=exported --weight_bits=32']
@@ -44,13 +45,14 @@ def ending(config: Config, workdir: Path, arguments: Sequence[str], named: str =
   tool = program()
   lines = [f'{tool} {command}' for command in commands] + [f'{beside(tool, "tensorboard")} --logdir {run}']
   return [f'finished: step {status["step"]} after {duration(status["seconds"])}{best}; all files are in '
-          f'{named or workdir}',
+          f'{named}',
           'next:', *(f'  {line}  # {note}' for line, note in zip(lines, [*notes, 'curves and samples'], strict=True))]
 
 
 def workdir_line(workdir: Path | str) -> str:
   """A line of the summary: where the run is, and how to watch it."""
-  return f'workdir: {workdir}; to watch the run: tensorboard --logdir {workdir}'
+  named = hide(str(workdir))
+  return f'workdir: {named}; to watch the run: tensorboard --logdir {named}'
 
 
 def without(arguments: Sequence[str], *flags: str) -> list[str]:

@@ -14,7 +14,7 @@ import jax
 
 from llm_jax.base import plugins
 from llm_jax.base.builder import to_dict
-from llm_jax.base.errors import Interrupted, LostError
+from llm_jax.base.errors import Interrupted, LostError, StorageError
 from llm_jax.base.files import latest_step, writing
 from llm_jax.base.lock import lock_run
 from llm_jax.base.redaction import public
@@ -98,7 +98,11 @@ def config_before(workdir: Path) -> dict[str, Any]:
 def print_summary(program: Program, state: TrainState, workdir: Path, console: Console,
                   further: tuple[str, ...]) -> None:
   """Prints a summary of devices, model, data and batch, `further` lines, and the plug-ins that changed."""
-  for line in plugins.changes(workdir):
+  try:
+    changes = plugins.changes(workdir)
+  except StorageError as e:
+    changes = [f'WARNING: {e}; it is written anew']
+  for line in changes:
     console.line(line)
   config, data, devices = program.config, program.data, jax.devices()
   seq_len, held_rows, num_microbatches = config.data.seq_len, program.held_rows, program.num_microbatches

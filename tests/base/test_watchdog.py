@@ -1,5 +1,6 @@
 """The watchdog, with real processes that sleep, are stopped, killed, or fail; they need no devices."""
 
+import json
 import os
 import signal
 import subprocess
@@ -138,3 +139,7 @@ def test_a_slow_process_is_named_once(tmp_path):
   assert printed.count('is slow') == printed.count('WARNING: process 1 on ') == 1
   for process in processes:
     assert process.wait(timeout=60) == 0
+  logs = [[json.loads(line) for line in (tmp_path / 'logs' / f'process_{index}.jsonl').read_text().splitlines()]
+          for index in range(3)]
+  assert all(0 < line['step'] and 0 < line['step_seconds'] < 1 and line['host'] for log in logs for line in log)
+  assert logs[1][-1]['own_seconds'] > 2 * logs[0][-1]['own_seconds'], 'the slow one is seen in its log'

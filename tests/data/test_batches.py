@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 from test_pipeline import assert_equal, batch_at, real, rows_of, split
 
+from llm_jax.base.errors import LostError
 from llm_jax.data import pipeline
 from llm_jax.data.config import DataConfig
 from llm_jax.data.open import open_data, open_examples
@@ -106,6 +108,17 @@ def test_worker_processes_make_the_same_batches(corpora):
   with contextlib.closing(prefetched(open_batches(corpora, 'fim', rows=[1, 5]), 4, num_workers=2)) as iterator:
     for n in range(4, 11):
       assert_equal(next(iterator), batch_at(whole, n))
+
+
+@pytest.mark.slow
+def test_the_end_of_a_worker_process_is_an_error_that_a_restart_mends(corpora):
+  with contextlib.closing(prefetched(open_batches(corpora, 'fim', rows=[1, 5]), 0, num_workers=1)) as iterator:
+    next(iterator)
+    [worker] = [p for p in psutil.Process().children() if 'spawn_main' in ' '.join(p.cmdline())]
+    worker.kill()
+    with pytest.raises(LostError, match='num_workers has died with exit code -9'):
+      for _ in range(1000):
+        next(iterator)
 
 
 @pytest.mark.parametrize('kind', ['next_token', 'best_fit', 'mixture'])

@@ -79,8 +79,10 @@ def harmless(lab: Lab, run: Path, path: Path) -> bool:
   """Whether a file that was not reported has been written again as an undisturbed run has it, or is only a record.
 
   Records of what was, which nothing reads to train or to infer: events for TensorBoard, the history of launches, the
-  metrics and the status.
+  metrics, the status and the reports of processes.
   """
+  if path.parent.name == 'processes':
+    return True
   if path.name.startswith(('events.', 'launches', 'metrics', 'status')) or path.name.endswith('.score.json'):
     return True
   wanted = lab.reference().workdir / path.relative_to(run)
