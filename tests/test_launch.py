@@ -246,7 +246,7 @@ def is_running(pid):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('line', ['data: .* byte tokenizer', 'compiling the training step', 'step 10: val'])
+@pytest.mark.parametrize('line', ['data: byte tokenizer', 'compiling the training step', 'step 10: val'])
 def test_a_signal_to_one_process_ends_all_in_any_phase(folder, line):
   """Before the first step nothing remains of the launch; later it is saved."""
   workdir = folder / f'phase_{len(line)}'

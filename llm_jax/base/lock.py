@@ -29,6 +29,7 @@ from llm_jax.base.reports import (
   write_report,
 )
 
+LOCK = '.lock'  # in the run's folder
 STALE_SECONDS = 60.0  # after which a report of another host is stale; by the clock of the file system
 
 
@@ -66,7 +67,7 @@ def acquire(workdir: Path) -> tuple[TextIO, str]:
   """(the open lock file, why another run holds the folder or ''). Raises OSError."""
   free = f'set --workdir={unused(workdir)}, or stop that run'
   while True:
-    lock = open_append(workdir / '.lock')
+    lock = open_append(workdir / LOCK)
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -74,7 +75,7 @@ def acquire(workdir: Path) -> tuple[TextIO, str]:
     except OSError:
       pass  # a file system without locks: the report decides
     with contextlib.suppress(FileNotFoundError):
-      if os.path.samestat(os.fstat(lock.fileno()), os.stat(workdir / '.lock')):
+      if os.path.samestat(os.fstat(lock.fileno()), os.stat(workdir / LOCK)):
         break
     lock.close()  # removed or replaced meanwhile
   report = read_report(workdir / FOLDER, 0)

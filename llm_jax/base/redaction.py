@@ -96,7 +96,12 @@ def check_given(values: Any, path: str = 'config') -> None:
 
 
 def print_traceback(*error: Any) -> None:
-  """An excepthook: prints the traceback without secrets."""
+  """An excepthook: prints the traceback without secrets.
+
+  After a save that failed, which was reported, threads of TensorStore raise this error into it.
+  """
+  if isinstance(error[1], RuntimeError) and str(error[1]) == 'Event loop is closed':
+    return
   print(redact(''.join(traceback.format_exception(*error))), end='', file=sys.stderr, flush=True)
 
 

@@ -28,6 +28,7 @@ import psutil
 from llm_jax.base.activity import ACTIVITY, STEPS
 from llm_jax.base.errors import Interrupted, LostError, StorageError, UserError
 from llm_jax.base.files import open_append
+from llm_jax.base.lock import LOCK
 from llm_jax.base.progress import LINE
 from llm_jax.base.reports import (
   FOLDER,
@@ -169,8 +170,11 @@ class Watchdog:
     return f'{own[-1].filename}:{own[-1].lineno} in {own[-1].name}'[-200:] if own else ''
 
   def _check_owner(self) -> None:
-    """Ends this process if another run has taken over the folder, as while this one was stopped."""
-    report = read_report(self._folder, 0)
+    """Ends this process if another run has taken over the folder, as while this one was stopped, or it is gone."""
+    report, workdir = read_report(self._folder, 0), self._folder.parent
+    if not self._folder.exists() and not (workdir / LOCK).exists() and self._factor and not self._stop.is_set():
+      self._exit(StorageError(f'--workdir: {workdir} was moved, removed or unmounted while the run was training; bring '
+                              'it back, then repeat the command'))
     if not report and self._index == 0 and self._folder.parent.is_dir() and not self._stop.is_set():
       prepare_reports(self._folder, self._count)
     elif report and report['token'] != self._token and self._factor:

@@ -19,6 +19,7 @@ from llm_jax.base.trees import leaf_name
 
 # checkpoint.py reports what fails; Orbax would add tracebacks, and warnings about things that are intended here.
 logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
+logging.getLogger('asyncio').addFilter(lambda record: 'never retrieved' not in record.getMessage())
 
 
 def make_writer() -> ocp.AsyncCheckpointer:

@@ -121,6 +121,14 @@ def test_a_single_process_that_was_stopped_for_long_continues(tmp_path):
   ends(process, 0)
 
 
+def test_a_run_whose_folder_is_gone_ends_with_74(tmp_path):
+  (workdir := tmp_path / 'run').mkdir()
+  [process] = start(workdir, 'continues')
+  process.stdout.readline()
+  workdir.rename(tmp_path / 'moved')
+  assert f'{workdir} was moved, removed or unmounted' in ends(process, 74)
+
+
 def test_an_error_of_one_process_ends_the_others_and_is_quoted(tmp_path):
   failing, other = start(tmp_path, 'fails', 'waits')
   assert 'process 0 on ' in (printed := ends(other, 76)) and 'has ended: ConfigError: a field is wrong' in printed
@@ -141,5 +149,5 @@ def test_a_slow_process_is_named_once(tmp_path):
     assert process.wait(timeout=60) == 0
   logs = [[json.loads(line) for line in (tmp_path / 'logs' / f'process_{index}.jsonl').read_text().splitlines()]
           for index in range(3)]
-  assert all(0 < line['step'] and 0 < line['step_seconds'] < 1 and line['host'] for log in logs for line in log)
+  assert all(line['step'] > 0 and 0 < line['step_seconds'] < 1 and line['host'] for log in logs for line in log)
   assert logs[1][-1]['own_seconds'] > 2 * logs[0][-1]['own_seconds'], 'the slow one is seen in its log'
