@@ -262,6 +262,31 @@ def test_a_signal_to_one_process_ends_all_in_any_phase(folder, line):
     assert 'interrupted before the first step; nothing was trained' in output and not workdir.exists()
 
 
+BACK = """
+from llm_jax.base.callbacks import CALLBACKS
+from llm_jax.base.registry import register
+from llm_jax.training.rewind import read_journal
+
+def back(event):
+  if event.step == 14 and not read_journal(event.session.checkpoints.workdir)['rewinds']:
+    event.rewind(5, 'asked to')
+
+register(CALLBACKS, 'back', back)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_rewind_like_one(folder):
+  (folder / 'back.py').write_text(BACK)
+  flags = ['--plugin=back.py', '--config.log.callbacks=back', '--config.checkpoint.every=5', '--config.num_steps=20']
+  output = finish(launch(folder, '--workdir=back_two', *flags), code=0)
+  assert output.count('going back to step 5') == 1 and steps(folder / 'back_two') == list(range(1, 21))
+  command = [sys.executable, '-m', 'llm_jax.main', '--config=tiny.py', '--workdir=back_one', *flags]
+  env = environment(folder) | {'JAX_NUM_CPU_DEVICES': '2', 'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true'}
+  subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
+  assert_same_losses(folder / 'back_two', folder / 'back_one', 20)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_unreadable_by_one_is_skipped_by_all(folder):
   flags = ['--workdir=damaged', '--config.mesh.fsdp=2', '--config.eval.sample_tokens=0']

@@ -96,12 +96,7 @@ def check_given(values: Any, path: str = 'config') -> None:
 
 
 def print_traceback(*error: Any) -> None:
-  """An excepthook: prints the traceback without secrets.
-
-  After a save that failed, which was reported, threads of TensorStore raise this error into it.
-  """
-  if isinstance(error[1], RuntimeError) and str(error[1]) == 'Event loop is closed':
-    return
+  """An excepthook: prints the traceback without secrets."""
   print(redact(''.join(traceback.format_exception(*error))), end='', file=sys.stderr, flush=True)
 
 

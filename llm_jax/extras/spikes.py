@@ -21,7 +21,7 @@ from llm_jax.base.ranges import positive, ranged
 from llm_jax.base.registry import register
 from llm_jax.optim.chain import TRANSFORMS
 from llm_jax.optim.link import Link
-from llm_jax.training.rewind import Rewind, read_journal
+from llm_jax.training.rewind import read_journal
 
 LEAST_SCALE = 0.01  # of the median: a curve of almost equal values has no spikes below threshold * 1 %
 
@@ -96,7 +96,7 @@ class RewindSpikes:
     why = f'{recent} spikes in the last {event.session.config.optim.section("skip_spikes").window} steps'
     if len(read_journal(event.session.checkpoints.workdir)['rewinds']) >= self._most:
       raise DivergedError(f'step {event.step}: {why}, after {self._most} rewinds; lower config.optim.learning_rate')
-    raise Rewind(event, self._steps, why)
+    event.rewind(self._steps, why)
 
 
 register(TRANSFORMS, 'skip_spikes', SkipSpikes)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from llm_jax.base.errors import ConfigError
 from llm_jax.infer.load import Loaded
 
 if TYPE_CHECKING:
@@ -37,3 +38,22 @@ class Event:
   def stop(self) -> None:
     """Saves and ends the run after this step, as a signal does; it can be resumed."""
     self.session.stop.requested = True
+
+  def rewind(self, steps: int, why: str) -> NoReturn:
+    """Goes back to the newest checkpoint that is at least `steps` older than this step; without one, to the oldest.
+
+    The batches that were used since are left out. All processes must call this at the same step. `why` is printed and
+    kept in the journal (rewind.py). Raises ConfigError for data that cannot be left out.
+    """
+    if not self.session.program.data.train:
+      raise ConfigError('a rewind needs data that are kept in a store: a stream, or batches passed from Python, cannot '
+                        'leave batches out')
+    raise Rewind(self, steps, why)
+
+
+class Rewind(Exception):
+  """Leaves the training of a stage, for rewind.go_back. `at`: the step that has begun; `to`: where to go back to."""
+
+  def __init__(self, event: Event, steps: int, why: str):
+    super().__init__(why)
+    self.at, self.to, self.stage = event.session.step, event.step - steps, event.session.program.stage

@@ -30,11 +30,11 @@ from llm_jax.training import run
 from llm_jax.training.checkpoint import Checkpoints
 from llm_jax.training.console import Console
 from llm_jax.training.custom import Custom, with_custom, with_named_callbacks
-from llm_jax.training.event import Event
+from llm_jax.training.event import Event, Rewind
 from llm_jax.training.log import Logs, MetricsWriter
 from llm_jax.training.program import Program, build_program
 from llm_jax.training.resume import first_state
-from llm_jax.training.rewind import Rewind, go_back, skips_of
+from llm_jax.training.rewind import go_back, skips_of
 from llm_jax.training.session import Session
 from llm_jax.training.stages import Stage, make_stages
 from llm_jax.training.status import Status

@@ -6,6 +6,8 @@ checkpoint.py imports this module when it first reads or writes a checkpoint, as
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,15 @@ from llm_jax.base.trees import leaf_name
 # checkpoint.py reports what fails; Orbax would add tracebacks, and warnings about things that are intended here.
 logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
 logging.getLogger('asyncio').addFilter(lambda record: 'never retrieved' not in record.getMessage())
+
+
+def _report_unraisable(report: Callable[[Any], Any], unraisable: Any) -> None:
+  """A hook that leaves out what TensorStore's threads meet after a save has failed, when nobody waits for them."""
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    report(unraisable)
+
+
+sys.unraisablehook = partial(_report_unraisable, sys.unraisablehook)
 
 
 def make_writer() -> ocp.AsyncCheckpointer:

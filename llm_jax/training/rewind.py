@@ -12,32 +12,16 @@ from typing import Any
 
 import jax
 
-from llm_jax.base.errors import ConfigError, DivergedError, StorageError
+from llm_jax.base.errors import DivergedError, StorageError
 from llm_jax.base.files import saved_steps, set_aside, write_file, writing
 from llm_jax.base.multihost import barrier, gather, say
 from llm_jax.base.seal import seal, unseal
 from llm_jax.config import Config
-from llm_jax.training.event import Event
+from llm_jax.training.event import Rewind
 from llm_jax.training.retention import score_file
 from llm_jax.training.stages import Skips, Stage
 
 FILE = 'rewinds.json'
-
-
-class Rewind(Exception):
-  """Raised by a callback: the run goes back to its newest checkpoint at least `steps` before the event's step.
-
-  Without one that old, to its oldest. The batches from there to the step that has begun are left out. All processes
-  must raise it at the same step. `why` is printed and kept in the journal. Raises ConfigError for data that cannot be
-  left out.
-  """
-
-  def __init__(self, event: Event, steps: int, why: str):
-    super().__init__(why)
-    if not event.session.program.data.train:
-      raise ConfigError('a rewind needs data that are kept in a store: a stream, or batches passed from Python, cannot '
-                        'leave batches out')
-    self.at, self.to, self.stage = event.session.step, event.step - steps, event.session.program.stage
 
 
 def read_journal(workdir: Path) -> dict[str, Any]:

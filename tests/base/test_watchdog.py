@@ -20,7 +20,7 @@ from llm_jax.base.activity import ACTIVITY
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.reports import read_report
 workdir, index, count, behavior = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-watchdog.BEAT, watchdog.SILENT, watchdog.GRACE, watchdog.STEP_SECONDS = 0.1, 4.0, 0.5, 1.0
+watchdog.BEAT, watchdog.SILENT, watchdog.GRACE, watchdog.STEP_SECONDS = 0.1, 4.0, 0.5, 2.5
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 def get_stuck():

@@ -16,9 +16,9 @@ from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError, DivergedError, StorageError
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.config import Config
-from llm_jax.extras.spikes import RewindSpikes
 from llm_jax.infer.load import load_run
-from llm_jax.training.rewind import FILE, Rewind, read_journal, skips_after
+from llm_jax.training.event import Event
+from llm_jax.training.rewind import FILE, read_journal, skips_after
 from llm_jax.training.stages import make_stages
 
 STEPS = {'num_steps': 16, 'eval.every': 0, 'checkpoint.every': 4, 'checkpoint.keep_last': 9}
@@ -32,7 +32,7 @@ def once(step, steps):
   """A callback that rewinds a run that has no journal."""
   def callback(event):
     if event.step == step and not read_journal(event.session.checkpoints.workdir)['rewinds']:
-      raise Rewind(event, steps, 'asked to')
+      event.rewind(steps, 'asked to')
   return callback
 
 
@@ -162,8 +162,7 @@ def test_what_rewinds_need(folder, config, settings, words):
 def test_a_stream_cannot_be_rewound():
   session = SimpleNamespace(program=SimpleNamespace(data=SimpleNamespace(train={})))
   with pytest.raises(ConfigError, match='store'):
-    Rewind(SimpleNamespace(session=session, step=3), 1, '')
-  assert RewindSpikes(steps=2) is not None
+    Event(3, {}, session).rewind(1, '')
 
 
 @pytest.mark.slow

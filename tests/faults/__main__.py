@@ -2,7 +2,8 @@
 
   PYTHONPATH=tests python -m faults [--only=kill,bits] [--seed=7] [--trials=20] [--out=results.json]
 
-Exits with 1 if a trial failed. The seed is printed; the same one repeats all random choices.
+Exits with 1 if a trial failed. The seed is printed; the same one repeats all random choices. The file is written after
+each campaign; those that it has from before are kept, so that a run can be made in parts.
 """
 
 from __future__ import annotations
@@ -49,17 +50,17 @@ def main() -> int:
   parser.add_argument('--out', type=Path, help='the JSON file; default: benchmarks/results/faults-DATE.json')
   args = parser.parse_args()
   print(f'--seed={args.seed}', flush=True)
-  results = {}
+  out = args.out or ROOT / 'benchmarks' / 'results' / f'faults-{datetime.date.today()}.json'
+  results = json.loads(out.read_text())['campaigns'] if out.exists() else {}
   for name in args.only.split(','):
     with tempfile.TemporaryDirectory(prefix=f'faults_{name}_') as folder:
-      results[name] = run_campaign(name, Path(folder), args.seed, args.trials).to_json()
-  card = scorecard.rows(results)
-  out = args.out or ROOT / 'benchmarks' / 'results' / f'faults-{datetime.date.today()}.json'
-  about = {'date': str(datetime.date.today()), 'machine': f'{platform.machine()}, {scorecard.cores()} cores',
-           'python': platform.python_version(), 'seed': args.seed}
-  out.write_text(json.dumps(about | {'scorecard': card, 'campaigns': results}, indent=1) + '\n')
+      results[name] = {'seed': args.seed} | run_campaign(name, Path(folder), args.seed, args.trials).to_json()
+    card = scorecard.rows(results)
+    about = {'date': str(datetime.date.today()), 'machine': f'{platform.machine()}, {scorecard.cores()} cores',
+             'python': platform.python_version()}
+    out.write_text(json.dumps(about | {'scorecard': card, 'campaigns': results}, indent=1) + '\n')
   print(scorecard.table(card))
-  failed = {name: result['failures'] for name, result in results.items() if result['failures']}
+  failed = {name: found for name in args.only.split(',') if (found := results[name]['failures'])}
   for name, failures in failed.items():
     print(f'{name}: {len(failures)} failed:\n  ' + '\n  '.join(failures[:20]))
   print(f'written to {out}')
