@@ -174,7 +174,7 @@ class Config:
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
   profile: ProfileConfig = ProfileConfig()
-  watchdog: float = 1.0  # factor on the limits of base/watchdog.py, such as 60 s or 10 median steps; 0: off
+  watchdog: float = 1.0  # factor on the limits of base/watchdog.py, such as 55 s or 10 median steps; 0: off
 
   def __post_init__(self) -> None:
     seq_len, problems = self.data.seq_len, []

@@ -46,7 +46,8 @@ from llm_jax.base.stopping import end_now, is_program
 # is the user's; 'start' includes reading data and checkpoints, whose progress counts.
 LIMITS = {'start': 3600.0, 'compile': 3600.0, 'data': 300.0, 'evaluation': 1800.0, 'save': 1800.0, 'end': 1800.0,
           'callback': 600.0, 'caller': float('inf')}
-STEP_SECONDS, STEP_MEDIANS = 60.0, 10.0  # a step may take the larger of these seconds and this many median steps
+# A step may take the larger of these seconds and this many median steps; with two beats, all have ended within 60 s.
+STEP_SECONDS, STEP_MEDIANS = 55.0, 10.0
 SLOW = 1.2  # a process whose steps would take so many times those of the others is named
 BEAT, LOG_SECONDS = 2.0, 30.0
 SILENT = 16.0  # a process without a new report for so long is stopped or dead
