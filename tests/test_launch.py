@@ -11,6 +11,7 @@ import time
 
 import psutil
 import pytest
+from faults.signals import handles
 from program import ROOT, environment, finish
 
 from llm_jax import main
@@ -243,6 +244,20 @@ def test_a_lost_process_ends_all_and_is_named(folder, number, index, words):
 
 def is_running(pid):
   return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_before_the_processes_have_joined_ends_all(folder, number):
+  process = launch(folder, f'--workdir=early_{number}')
+  output, pids = first_lines(process, 'processes ')
+  while not handles(pids[1], signal.SIGTERM):
+    time.sleep(0.01)
+  os.kill(pids[1], number)
+  began = time.monotonic()
+  output += finish(process, code=75)
+  assert time.monotonic() - began < 30 and output.count('nothing was trained') >= 1, output
+  assert not (folder / f'early_{number}').exists()
 
 
 @pytest.mark.slow

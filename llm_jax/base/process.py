@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from llm_jax.base.errors import ConfigError, Interrupted, UserError
 from llm_jax.base.redaction import print_traceback, public_command, redact
+from llm_jax.base.stopping import after_joining
 
 
 @contextlib.contextmanager
@@ -54,6 +55,7 @@ def start_processes() -> None:
   jax.distributed.initialize(num_processes=int(num_processes) if num_processes else None,
                              process_id=int(process_id) if process_id else None,
                              heartbeat_timeout_seconds=60, shutdown_timeout_seconds=60)
+  after_joining()
 
 
 def waiting(what: str) -> None:

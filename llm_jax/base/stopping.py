@@ -19,6 +19,7 @@ EXIT_SECONDS = 15.0  # the most that an end at once may take: a terminal that no
 
 _QUESTIONS = itertools.count(1)  # calls of reached() in this process, over all runs and stages
 _WATCHED: list[int] = []  # the signals that a thread handles
+_EARLY: list[int] = []  # signals of this process before it has joined the others
 _ENDS: list[Callable[[], str] | None] = []  # how to end at once, the innermost last; None: a StopSignal is active
 
 
@@ -73,7 +74,10 @@ def _watching() -> Iterator[None]:
       if number[0] not in handled or (_ENDS and _ENDS[-1] is None and not _is_distributed()):
         continue
       if not _is_distributed():
-        end_now()
+        if '--distributed' in sys.argv and not _EARLY:  # the others would wait for this process; see `after_joining`
+          _EARLY.append(number[0])
+        else:
+          end_now()
       elif number[0] in forwarded:
         os._exit(128 + number[0])
       elif number[0] != signal.SIGTERM:  # JAX has replaced the handler of SIGTERM, which stops all processes together
@@ -97,6 +101,12 @@ def _watching() -> Iterator[None]:
     os.close(writer)
     thread.join()
     os.close(reader)
+
+
+def after_joining() -> None:
+  """Ends all processes of a run if one of them got a signal before it had joined the others."""
+  if _EARLY:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StopSignal:
@@ -175,10 +185,9 @@ def _ignored(number: signal.Signals) -> bool:
 
 
 def _is_distributed() -> bool:
-  if 'jax' not in sys.modules:
-    return False
-  import jax
-  return hasattr(jax, 'distributed') and jax.distributed.is_initialized()
+  joined = getattr(sys.modules.get('jax._src.distributed'), 'global_state', None)
+  # It has a manager once JAX handles SIGTERM.
+  return joined is not None and joined.preemption_sync_manager is not None
 
 
 def _announce(number: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+from pathlib import Path
 
 from faults.lab import Job, Lab, has_traceback, is_saving, last_lines, last_step, saved_steps
 from faults.tally import Tally
@@ -52,10 +53,16 @@ def one(lab: Lab, number: signal.Signals, phase: str, ranks: int) -> tuple[float
       lab.finish(workdir, ranks=ranks))))
 
 
+def handles(pid: int, number: signal.Signals) -> bool:
+  """Whether a process has a handler for a signal."""
+  caught = re.search(r'SigCgt:\s*([0-9a-f]+)', Path(f'/proc/{pid}/status').read_text())
+  return bool(caught and int(caught[1], 16) >> number - 1 & 1)
+
+
 def in_phase(job: Job, phase: str) -> bool:
   text, workdir = job.programs[0].text(), job.workdir
-  if phase == 'start':
-    return True
+  if phase == 'start':  # until a program handles signals, the system's default ends it
+    return all(handles(program.pid, signal.SIGTERM) for program in job.programs)
   if phase == 'preparing':
     return 'runtime:' in text
   if phase == 'compiling':
