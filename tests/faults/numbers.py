@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from faults.lab import STEPS, Lab, arrays_of, has_traceback, last_lines, metrics_of, saved_steps
+from faults.lab import SAVES, STEPS, Lab, arrays_of, has_traceback, last_lines, metrics_of, saved_steps
 from faults.poison import PLACES, VALUES
 from faults.tally import Tally
 
@@ -37,8 +37,7 @@ def one(lab: Lab, tally: Tally, place: str, value: str, first: int, last: int) -
   job.end()
   bad = sum(non_finite(workdir / 'checkpoints' / str(step)) for step in saved_steps(workdir))
   tally.count('non_finite_committed', bad)
-  natural = skipped_steps(lab.reference(config='poisoned').workdir)  # the rule finds these without a fault
-  skipped = [step for step in skipped_steps(workdir) if step not in natural or step == first]
+  skipped = skipped_steps(workdir, first)
   problems = ['a traceback' if has_traceback(text) else '', f'{bad} non-finite values in checkpoints' if bad else '']
   if last > first or (place == 'update' and code == 70):  # a poisoned update shows in the next step's loss
     problems.append('' if code == 70 else f'exit code {code} instead of 70: {last_lines(text)}')
@@ -62,6 +61,8 @@ def non_finite(step: Path) -> int:
              if np.issubdtype(array.dtype, np.floating) and array.ndim)
 
 
-def skipped_steps(workdir: Path) -> list[int]:
+def skipped_steps(workdir: Path, first: int) -> list[int]:
+  """The skipped steps, without spikes long after the fault: a run without one batch may meet one of its own."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return [int(line['step']) for line in lines if line.get('train/skipped')]
+  return [int(line['step']) for line in lines
+          if line.get('train/skipped') and not (line.get('train/spike') and line['step'] > first + SAVES)]

@@ -35,9 +35,9 @@ ALLOWED = (
 )
 # Arrays rewritten, their manifest adopted: the words of the refusal, (74 or 78), or None to use the older step.
 REWRITTEN = (
-    ('float16', ('float16', 'float32')), ('int32', ('int32', 'float32')), ('transposed', ('16', '257')),
-    ('longer', ('258', '257')), ('missing', ('blocks',)), ('renamed', ('blocks',)), ('extra', ('surplus',)),
-    ('nan', None))
+    ('float16', ('float16', 'float32')), ('int32', ('int32', 'float32')),
+    ('transposed', ('stored float32', 'wanted float32')), ('longer', ('stored float32', 'wanted float32')),
+    ('missing', ('blocks',)), ('renamed', ('blocks',)), ('extra', ('surplus',)), ('nan', None))
 TRIALS = len(REFUSED) + len(ALLOWED) + len(REWRITTEN)
 
 
