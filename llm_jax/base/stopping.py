@@ -10,6 +10,7 @@ import signal
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from llm_jax.base.errors import ConfigError, Interrupted
@@ -76,6 +77,9 @@ def _watching() -> Iterator[None]:
       if not _is_distributed():
         if '--distributed' in sys.argv and not _EARLY:  # the others would wait for this process; see `after_joining`
           _EARLY.append(number[0])
+          _announce(number[0], 'stopping once all processes have joined')
+          if _is_distributed():  # meanwhile
+            after_joining()
         else:
           end_now()
       elif number[0] in forwarded:
@@ -85,6 +89,9 @@ def _watching() -> Iterator[None]:
         os.kill(os.getpid(), signal.SIGTERM)
         if _ENDS and _ENDS[-1] is None:
           _announce(number[0])
+      else:  # it came before JAX handled it
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
 
   thread = threading.Thread(target=watch, daemon=True, name='signals')
   thread.start()
@@ -190,8 +197,8 @@ def _is_distributed() -> bool:
   return joined is not None and joined.preemption_sync_manager is not None
 
 
-def _announce(number: int) -> None:
+def _announce(number: int, what: str = 'saving, then stopping') -> None:
   name = signal.Signals(number).name
   # Not by print: the signal may interrupt a write to the live line of base/progress.py, whose lock would be held.
   with contextlib.suppress(OSError):
-    os.write(2, f'\n{name}: saving, then stopping (repeat it to stop at once)\n'.encode())
+    os.write(2, f'\n{name}: {what} (repeat it to stop at once)\n'.encode())

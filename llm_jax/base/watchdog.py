@@ -68,6 +68,7 @@ class Watchdog:
     self._factor, self._failed = factor if is_program() else 0.0, failed
     self._stop, self._lock = threading.Event(), threading.Lock()
     self._number, self._left = 0, ''
+    self._gone = 0  # beats in a row without the folder
     self._logged = 0, 0.0  # the step and time of the newest line of the log
     self._seen: dict[int, tuple[dict[str, Any], float]] = {}  # the newest report of each process and when it was new
     self._left_at: dict[int, float] = {}
@@ -173,10 +174,12 @@ class Watchdog:
   def _check_owner(self) -> None:
     """Ends this process if another run has taken over the folder, as while this one was stopped, or it is gone."""
     report, workdir = read_report(self._folder, 0), self._folder.parent
-    if not self._folder.exists() and not (workdir / LOCK).exists() and self._factor and not self._stop.is_set():
+    gone = not self._folder.exists() and not (workdir / LOCK).exists() and not self._stop.is_set()
+    self._gone = self._gone + 1 if gone else 0
+    if self._gone > 1 and self._factor:  # not for a moment
       self._exit(StorageError(f'--workdir: {workdir} was moved, removed or unmounted while the run was training; bring '
                               'it back, then repeat the command'))
-    if not report and self._index == 0 and self._folder.parent.is_dir() and not self._stop.is_set():
+    if not report and not gone and self._index == 0 and self._folder.parent.is_dir() and not self._stop.is_set():
       prepare_reports(self._folder, self._count)
     elif report and report['token'] != self._token and self._factor:
       self._exit(StorageError(f'--workdir: the run of process {report["pid"]} on {report["host"]} has taken over '

@@ -91,7 +91,7 @@ def open_data(config: DataConfig) -> Data:
   splits = {split: {name: s[split] for name, s in by_source.items() if split in s and len(s[split].tokens)}
             for split in SPLITS}
   if len(sources) > 1:
-    for line in overlap.lines(overlap.compare(lambda name: _hashes(splits[name.removesuffix(overlap.ENDING)]))):
+    for line in overlap.lines(overlap.compare(lambda name: _keys(splits[name.removesuffix(overlap.ENDING)]))):
       print_once(f'data: all sources together: {line}')
   reports = {name: report for name, s in by_source.items() if 'train' in s and (report := s['train'].report)}
   wants_val = config.val_documents if config.split == 'count' else config.val_fraction
@@ -108,8 +108,8 @@ def open_data(config: DataConfig) -> Data:
   return dataclasses.replace(data_of(config, splits, tokenizer, encoder_tokenizer), reports=reports)
 
 
-def _hashes(stores: dict[str, TokenStore]) -> np.ndarray:
-  return np.concatenate([np.zeros(0, np.uint64), *(s.hashes for s in stores.values() if s.hashes is not None)])
+def _keys(stores: dict[str, TokenStore]) -> np.ndarray:
+  return np.concatenate([np.zeros(0, np.uint64), *(s.keys for s in stores.values() if s.keys is not None)])
 
 
 def _open_stream(config: DataConfig) -> Data:

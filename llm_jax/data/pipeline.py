@@ -75,7 +75,7 @@ def mixed(config: DataConfig, sources: dict[str, Examples], rows_at: Callable[[i
           seed: int) -> Callable[[np.ndarray], Features]:
   """A function from training examples, int64 [n], to features [n, ...]: of the only source, or of the mixture.
 
-  `rows_at(step)`: the number of rows used before step `step`, from which the mixture's weights change.
+  `rows_at(step)`: the first row of the batch after `step`, from which the mixture's weights change.
   """
   endless = [Endless(examples, seed + i) for i, examples in enumerate(sources.values())]
   if len(endless) == 1:

@@ -125,7 +125,7 @@ class RemoteRun:
     self.folder = user_cache() / 'runs' / _local_name(self.url)
     self._launch = uuid.uuid4().hex
     self._copied: dict[str, tuple[int, int, float]] = {}  # (time of change, size, when it was copied) by name
-    self._steps: set[int] = set()  # complete there
+    self._steps: dict[int, bytes | None] = {}  # complete there, with their manifests
     self._problem, self._stopping = '', threading.Event()
     self._thread: threading.Thread | None = None
 
@@ -181,12 +181,12 @@ class RemoteRun:
   def _pull(self) -> None:
     """Makes the local folder equal the run there, unless the launch before was of this host, which is ahead."""
     names = self._bucket.names()
-    self._steps = {*steps_in(names)}
+    self._steps = {step: self._bucket.read(_manifest(step)) for step in steps_in(names)}
     content = self._bucket.read(OWNER)
     if content is not None and content == _content_of(self.folder / OWNER):
       return
     data = _content_of(self.folder / FILE)  # just passed from Python: if other data are there, resuming reports it
-    keep = {step for step in self._steps if self._same(step)}
+    keep = {step for step, content in self._steps.items() if content == _content_of(self.folder / _manifest(step))}
     for path in [*self.folder.glob('checkpoints/*'), *self.folder.glob('*')]:
       if path.name not in map(str, keep) and path.name != 'checkpoints':
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -194,10 +194,6 @@ class RemoteRun:
     pull(self._bucket, self.folder, names)
     if data is not None:
       write_file(self.folder / FILE, data)
-
-  def _same(self, step: int) -> bool:
-    local = self.folder / 'checkpoints' / str(step) / MANIFEST
-    return local.exists() and local.read_bytes() == self._bucket.read(f'checkpoints/{step}/{MANIFEST}')
 
   def _work(self) -> None:
     while not self._stopping.wait(EVERY):
@@ -215,25 +211,35 @@ class RemoteRun:
 
   def _copy(self, last: bool = False) -> None:
     """Copies what has changed, and deletes the steps there that need not be kept. Raises StorageError."""
+    manifests = {step: _content_of(self.folder / _manifest(step)) for step in saved_steps(self.folder / 'checkpoints')}
+    # Gone back, or damaged there: first, so that no host takes a step there for one of this run.
+    for step in [step for step, content in self._steps.items() if manifests and (
+        step > max(manifests) or manifests.get(step, content) != content)]:
+      self._delete(step)
     for name, state in self._changed(last):
       with contextlib.suppress(FileNotFoundError):
         self._bucket.put(self.folder, [name])
         self._copied[name] = state
-    local = set(saved_steps(self.folder / 'checkpoints'))
-    for step in sorted(local - self._steps, reverse=True):
+    local = set(manifests)
+    for step in sorted(local - self._steps.keys(), reverse=True):
       folder = self.folder / 'checkpoints' / str(step)
       files = [path.relative_to(self.folder).as_posix() for path in folder.rglob('*') if path.is_file()]
       with contextlib.suppress(FileNotFoundError):  # deleted meanwhile, as a newer one is there
-        self._bucket.put(self.folder, [name for name in files if name != f'checkpoints/{step}/{MANIFEST}'])
-        self._bucket.put(self.folder, [f'checkpoints/{step}/{MANIFEST}'])
-        self._steps.add(step)
-    everywhere = self._steps | local
+        self._bucket.put(self.folder, [name for name in files if name != _manifest(step)])
+        self._bucket.put(self.folder, [_manifest(step)])
+        self._steps[step] = manifests[step]
+    everywhere = self._steps.keys() | local
     keep = local | kept(everywhere, read_scores(self.folder / 'checkpoints', everywhere), self._retention)
-    for step in self._steps - keep:
-      names = [name for name in self._bucket.names() if name.startswith(f'checkpoints/{step}/')]
-      self._bucket.delete(sorted(names, key=lambda name: not name.endswith(f'{step}/{MANIFEST}')))  # it first
-      self._bucket.delete([f'checkpoints/{step}.score.json'])
-      self._steps.discard(step)
+    for step in self._steps.keys() - keep:
+      self._delete(step)
+
+  def _delete(self, step: int) -> None:
+    """Deletes a step there, its manifest first."""
+    names = [name for name in self._bucket.names() if name.startswith(f'checkpoints/{step}/')]
+    self._bucket.delete(sorted(names, key=lambda name: name != _manifest(step)))
+    self._bucket.delete([f'checkpoints/{step}.score.json'])
+    self._copied.pop(f'checkpoints/{step}.score.json', None)
+    del self._steps[step]
 
   def _changed(self, last: bool) -> list[tuple[str, tuple[int, int, float]]]:
     """The small files to copy now, with their state."""
@@ -266,6 +272,10 @@ class RemoteRun:
     folder.mkdir(parents=True, exist_ok=True)
     pull(bucket, folder, names, checkpoint)
     return folder
+
+
+def _manifest(step: int) -> str:
+  return f'checkpoints/{step}/{MANIFEST}'
 
 
 def pull(bucket: Bucket, folder: Path, names: list[str], checkpoint: str = 'latest') -> None:

@@ -26,7 +26,7 @@ from llm_jax.data.stores.writer import locked, write_json
 
 # Of the files with one entry per document.
 TYPES = {'.starts': 'int64', '.answers': 'int64', '.labels': 'float64', '.seconds': 'int64',
-         '.hashes': 'uint64'}
+         '.keys': 'uint64'}
 
 
 def shard_folder(store: Path, index: int, count: int) -> Path:

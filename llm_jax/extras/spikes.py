@@ -78,7 +78,8 @@ class RewindSpikes:
   """Goes back at least `steps` steps, without the batches used since, when the filter's window has `spikes` spikes.
 
   PaLM's authors went back about 100 steps and left out 200 to 500 batches (arXiv 2204.02311, section 5.1). It looks at
-  logged steps. After `most` rewinds of a run the next one raises DivergedError.
+  logged steps. After `most` rewinds the next one raises DivergedError; those of earlier launches, and of the run that a
+  branch began from, count too.
   """
 
   def __init__(self, steps: int = 100, spikes: int = 3, most: int = 10):
@@ -95,7 +96,8 @@ class RewindSpikes:
       return
     why = f'{recent} spikes in the last {event.session.config.optim.section("skip_spikes").window} steps'
     if len(read_journal(event.session.checkpoints.workdir)['rewinds']) >= self._most:
-      raise DivergedError(f'step {event.step}: {why}, after {self._most} rewinds; lower config.optim.learning_rate')
+      raise DivergedError(f'step {event.step}: {why}, after {self._most} rewinds; lower '
+                          'config.optim.learning_rate, or raise config.log.rewind_spikes.most')
     event.rewind(self._steps, why)
 
 

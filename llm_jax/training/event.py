@@ -43,8 +43,10 @@ class Event:
     """Goes back to the newest checkpoint that is at least `steps` older than this step; without one, to the oldest.
 
     The batches that were used since are left out. All processes must call this at the same step. `why` is printed and
-    kept in the journal (rewind.py). Raises ConfigError for data that cannot be left out.
+    kept in the journal (rewind.py). Raises ConfigError for data that cannot be left out, ValueError for steps below 1.
     """
+    if steps < 1:
+      raise ValueError(f'steps must be at least 1; got {steps}')
     if not self.session.program.data.train:
       raise ConfigError('a rewind needs data that are kept in a store: a stream, or batches passed from Python, cannot '
                         'leave batches out')
@@ -52,8 +54,12 @@ class Event:
 
 
 class Rewind(Exception):
-  """Leaves the training of a stage, for rewind.go_back. `at`: the step that has begun; `to`: where to go back to."""
+  """Leaves the training of a stage, for rewind.go_back; a callback must not catch it.
+
+  `at`: the newest step that was dispatched; `newest`: the newest step to go back to.
+  """
 
   def __init__(self, event: Event, steps: int, why: str):
     super().__init__(why)
-    self.at, self.to, self.stage = event.session.step, event.step - steps, event.session.program.stage
+    session = event.session
+    self.at, self.newest, self.stage, self.stop = session.step, event.step - steps, session.program.stage, session.stop

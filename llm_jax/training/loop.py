@@ -34,7 +34,7 @@ from llm_jax.training.event import Event, Rewind
 from llm_jax.training.log import Logs, MetricsWriter
 from llm_jax.training.program import Program, build_program
 from llm_jax.training.resume import first_state
-from llm_jax.training.rewind import go_back, skips_of
+from llm_jax.training.rewind import copy_journal, gaps_of, go_back
 from llm_jax.training.session import Session
 from llm_jax.training.stages import Stage, make_stages
 from llm_jax.training.status import Status
@@ -75,7 +75,8 @@ def train(config: Config, workdir: Path, custom: Custom) -> Generator[Event, Non
   with run.open_training(workdir, config) as status:
     while True:
       try:
-        stages = make_stages(config, skips_of(workdir, config))
+        copy_journal(workdir, config)
+        stages = make_stages(config, gaps_of(workdir))
         return (yield from train_stages(stages, workdir, custom, status, goodput))
       except Rewind as rewind:
         go_back(workdir, rewind)
@@ -185,8 +186,8 @@ def open_own_batches(program: Program, custom: Custom, begin: int, states: list[
   if custom.batches is not None:
     return custom.batches.open(program.rows, begin, states, jax.process_index())
   return pipeline.open_batches(
-      config.data, program.data, config.rows_per_batch, program.rows, config.seed, begin, program.stage.rows_at, states,
-      jax.process_index(), jax.process_count())
+      config.data, program.data, config.rows_per_batch, program.rows, config.seed, begin, program.stage.first_row,
+      states, jax.process_index(), jax.process_count())
 
 
 def announce(session: Session, end: int) -> None:

@@ -29,9 +29,9 @@ from llm_jax.training.state import TrainState
 
 
 def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: str, advice: str, begin: int = 0,
-                 rows_used: Callable[[int], int] | None = None) -> None:
+                 end_row: Callable[[int], int] | None = None) -> None:
   """Raises ConfigError with the differences if a checkpoint is of other data, another model, loss or optimizer, and
-  StorageError if it has used other rows than `rows_used(step)`.
+  StorageError if it was not trained up to row `end_row(step)`.
 
   At step `begin`, the begin of a stage, the data may change. `advice` ends the message.
   """
@@ -46,9 +46,9 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: st
   except ConfigError as e:
     raise ConfigError(f'{e}\n{advice}') from None
   rows = meta.get('position', {}).get('rows')
-  if rows_used is not None and rows is not None and begin < meta['step'] and rows != rows_used(meta['step']):
-    raise StorageError(f'it has used the data up to row {rows}; by rewinds.json, which says what the run leaves out, '
-                       f'these are {rows_used(meta["step"])} rows')
+  if end_row is not None and rows is not None and begin < meta['step'] and rows != end_row(meta['step']):
+    raise StorageError(f'it was trained up to row {rows} of the data, but by rewinds.json it must be row '
+                       f'{end_row(meta["step"])}: that file was lost, changed, or is of another run')
 
 
 def check_same_parts(saved: dict, config: Config, same_state: bool) -> None:
@@ -106,7 +106,7 @@ def first_state(program: Program, checkpoints: Checkpoints, mesh: Mesh) -> tuple
     advice = (f'To start a new run, set --workdir={unused(checkpoints.workdir)}; to resume the one in '
               f'{checkpoints.workdir}, restore the old values.')
     state, meta = restore(program, checkpoints, partial(
-        check, begin=program.stage.begin, rows_used=program.stage.rows_used, advice=advice))
+        check, begin=program.stage.begin, end_row=program.stage.end_row, advice=advice))
     checkpoints.set_aside_after(meta['step'])
     report_resume(config, meta)
     return state, meta

@@ -57,7 +57,7 @@ class Session:
     self._logged_step, self._unwritten = self.begin, dict[str, float]()
     self.skips = Skips(self.console.line)
     self.step_started = time.perf_counter()
-    self._epochs = Epochs(lambda step: int(stage.rows_at(step) // batches.rows_per_epoch), meta.get('epoch') or {})
+    self._epochs = Epochs(lambda step: int(stage.first_row(step) // batches.rows_per_epoch), meta.get('epoch') or {})
 
   @property
   def config(self) -> Config:
@@ -243,7 +243,7 @@ class Session:
     saves = self.checkpoints.save(
         self.step, state.params, (state.step, state.opt_state), meta={
             'config': public(to_dict(self.config)), 'data': self.program.fingerprint,
-            'position': {'rows': self.program.stage.rows_used(self.step)},
+            'position': {'rows': self.program.stage.end_row(self.step)},
             'stream_states': gather(self.batches.state()), 'evaluated': self.evaluated_at == self.step,
             'best': best.to_meta(), 'epoch': self._epochs.sums, 'state_key': self.program.state_key,
             'versions': {'llm_jax': __version__, 'jax': jax.__version__, 'python': platform.python_version()}})

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 
 from llm_jax.base.builder import build, override, to_dict
 from llm_jax.base.errors import ConfigError
@@ -15,7 +17,7 @@ from llm_jax.base.multihost import gather
 from llm_jax.config import Config
 from llm_jax.data.open import Data, data_fingerprint
 
-Skips = tuple[tuple[int, int], ...]  # (step, tokens of training data that are left out after it); see rewind.py
+Gaps = tuple[tuple[int, int], ...]  # (step, tokens of training data that are left out after it); see rewind.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,28 +30,39 @@ class Stage:
   end: int
   sizes: tuple[tuple[int, int], ...]  # (first step, tokens of a batch) of each stage up to this one
   new_data: bool  # whether its data settings differ from those of the stage before
-  skips: Skips = ()
+  gaps: Gaps = ()
 
   def tokens_at(self, step: int) -> int:
     """Tokens of training data that are used or left out before the batch after `step`."""
-    ends = [begin for begin, _ in self.sizes[1:]] + [step]
-    used = sum(max(0, min(step, end) - begin) * size for (begin, size), end in zip(self.sizes, ends, strict=True))
-    return used + sum(tokens for at, tokens in self.skips if at <= step)
+    return _tokens_at(self.sizes, self.gaps, step)
 
-  def rows_at(self, step: int) -> int:
-    """The first row of the batch after `step`, in rows of this stage's seq_len."""
-    return self.tokens_at(step) // self.config.data.seq_len
+  @property
+  def first_row(self) -> Callable[[int], int]:
+    """A function of a step: the first row of the batch after it, in rows of this stage's seq_len.
 
-  def rows_used(self, step: int) -> int:
-    """The end of the batch of `step`, one of this stage's: what is left out after it does not count."""
-    return self.rows_at(step - 1) + self.config.rows_per_batch
+    It holds numbers alone, as it goes to the processes that make batches.
+    """
+    return partial(_first_row, self.sizes, self.gaps, self.config.data.seq_len)
 
-  def replaced(self, skips: Skips) -> Stage:
-    """The stage with other skips."""
-    return dataclasses.replace(self, skips=skips)
+  def end_row(self, step: int) -> int:
+    """The row after the batch of `step`, one of this stage's, without what is left out after it."""
+    return self.first_row(step - 1) + self.config.rows_per_batch
+
+  def with_gaps(self, gaps: Gaps) -> Stage:
+    return dataclasses.replace(self, gaps=gaps)
 
 
-def make_stages(config: Config, skips: Skips = ()) -> list[Stage]:
+def _tokens_at(sizes: tuple[tuple[int, int], ...], gaps: Gaps, step: int) -> int:
+  ends = [begin for begin, _ in sizes[1:]] + [step]
+  used = sum(max(0, min(step, end) - begin) * size for (begin, size), end in zip(sizes, ends, strict=True))
+  return used + sum(tokens for at, tokens in gaps if at <= step)
+
+
+def _first_row(sizes: tuple[tuple[int, int], ...], gaps: Gaps, seq_len: int, step: int) -> int:
+  return _tokens_at(sizes, gaps, step) // seq_len
+
+
+def make_stages(config: Config, gaps: Gaps = ()) -> list[Stage]:
   """The stages in order, at least one. Raises ConfigError with the problems of all stages."""
   stages = sorted(config.stages.items(), key=lambda item: item[1].begin)
   begins = [0, *(stage.begin for _, stage in stages)]
@@ -74,7 +87,7 @@ def make_stages(config: Config, skips: Skips = ()) -> list[Stage]:
     if len(configs) > 1:
       each = dataclasses.replace(each, model=dataclasses.replace(each.model, **unset))
     sizes += ((begin, each.batch_tokens),)
-    found.append(Stage(config, each, begin, end, sizes, i > 0 and each.data != configs[i - 1].data, skips))
+    found.append(Stage(config, each, begin, end, sizes, i > 0 and each.data != configs[i - 1].data, gaps))
   return found
 
 
@@ -89,7 +102,7 @@ def fingerprint_of(stage: Stage, data: Data) -> dict:
   config = stage.config
   fingerprint = data_fingerprint(config.data, data, config.rows_per_batch, config.seed)
   if stage.begin:
-    fingerprint['first_row'] = stage.rows_at(stage.begin)
+    fingerprint['first_row'] = stage.first_row(stage.begin)
   if any(theirs != json.loads(json.dumps(fingerprint)) for theirs in gather(fingerprint)):
     raise ConfigError('config.data: the processes read different data; set config.data.cache_dir to a shared folder, '
                       'or give all hosts the same files and package versions')

@@ -157,7 +157,7 @@ def test_a_kill_at_any_file_operation_gives_the_same_bytes(tmp_path):
     found = files_of(only_store(tmp_path / f'cache/{kill}'))
     # A kill after the rename leaves the files that would have been removed next.
     assert set(found) - set(expected) <= {
-        'progress.json', 'documents.seen', 'train.hashes', 'val.hashes', 'test.hashes'}
+        'progress.json', 'documents.seen', 'train.keys', 'val.keys', 'test.keys'}
     assert {name: found[name] for name in expected} == expected, kill
 
 

@@ -191,3 +191,31 @@ def test_a_run_on_an_s3_server_is_killed_and_resumed(folder, tmp_path, monkeypat
       remote_run.Bucket(url).fs.pipe_file('s3://bucket/runs/one/.lock.json', b'', mode='create')
     first.release()
     second.acquire()
+
+
+@pytest.mark.slow
+def test_a_rewind_replaces_the_steps_there(folder, monkeypatch, tmp_path, capsys):
+  from llm_jax.base.callbacks import CALLBACKS
+  from llm_jax.base.registry import register
+  from llm_jax.training.rewind import read_journal
+
+  def back(event):
+    if event.step == 8 and not read_journal(event.session.checkpoints.workdir)['rewinds']:
+      while 'checkpoints/6/manifest.json' not in remote():  # so that the step to be replaced is there
+        time.sleep(0.1)
+      event.rewind(4, 'asked to')
+
+  def remote():
+    return {path.removeprefix('/bucket/runs/back/') for path in fs.find('/bucket/runs/back')}
+
+  fs, url = fsspec.filesystem('memory'), 'memory://bucket/runs/back'
+  if 'back_once' not in CALLBACKS:
+    register(CALLBACKS, 'back_once', back)
+  train(folder, url, 9, '--config.log.callbacks=back_once', '--config.checkpoint.keep_last=9')
+  assert 'going back to step 3' in capsys.readouterr().out and 'rewinds.json' in remote()
+  for step in (3, 6, 9):
+    name = f'checkpoints/{step}/manifest.json'
+    assert fs.cat_file(f'/bucket/runs/back/{name}') == (local_folder() / name).read_bytes(), step
+  monkeypatch.setenv('LLM_JAX_CACHE', str(tmp_path / 'another_host'))
+  train(folder, url, 12, '--config.log.callbacks=back_once', '--config.checkpoint.keep_last=9')
+  assert 'resuming from step 9' in capsys.readouterr().out

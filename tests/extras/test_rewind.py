@@ -18,7 +18,7 @@ from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.config import Config
 from llm_jax.infer.load import load_run
 from llm_jax.training.event import Event
-from llm_jax.training.rewind import FILE, read_journal, skips_after
+from llm_jax.training.rewind import FILE, gaps_after, read_journal
 from llm_jax.training.stages import make_stages
 
 STEPS = {'num_steps': 16, 'eval.every': 0, 'checkpoint.every': 4, 'checkpoint.keep_last': 9}
@@ -119,7 +119,7 @@ def test_batches_are_left_out_once_and_none_comes_twice():
   stages = make_stages(plain)
 
   def position(step, skips):
-    return next(stage for stage in stages if step < stage.end).replaced(skips).tokens_at(step)
+    return next(stage for stage in stages if step < stage.end).with_gaps(skips).tokens_at(step)
 
   for _ in range(50):
     skips, step, used, rewinds = (), 0, [], sorted(rng.sample(range(1, 200), 5))
@@ -128,7 +128,7 @@ def test_batches_are_left_out_once_and_none_comes_twice():
       step += 1
       if rewinds and step == rewinds[0]:
         target, before = rng.randrange(rewinds.pop(0)), skips
-        skips = skips_after(stages[-1].replaced(before), step, target)
+        skips = gaps_after(stages[-1].with_gaps(before), step, target)
         assert position(target, skips) == position(step, before), 'the next batch is a new one'
         assert all(position(s, skips) == position(s, before) for s in range(target)), 'the past is the same'
         step = target

@@ -71,8 +71,8 @@ class Program:
   fingerprint, state_key = {'train_tokens': 'abc'}, 'key'
   tx = as_optimizer(optax.identity())
   data = SimpleNamespace(train={}, val={'stdlib': None}, tokenizer=None, encoder_tokenizer=None)
-  stage = SimpleNamespace(new_data=False, begin=0, end=CONFIG.num_steps, rows_at=lambda step: step,
-                          rows_used=lambda step: step)
+  stage = SimpleNamespace(new_data=False, begin=0, end=CONFIG.num_steps, first_row=lambda step: step,
+                          end_row=lambda step: step)
 
   def __init__(self, happened, skipped=(), losses=(3.0, 2.0, 1.0), config=CONFIG):
     self.happened, self.skipped, self.losses, self.config = happened, skipped, iter(losses), config

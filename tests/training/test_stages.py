@@ -1,6 +1,7 @@
 """Stages: growing batches read rows in the same order; longer rows, other mixtures; epochs."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -29,20 +30,21 @@ def test_each_stage_begins_at_its_row():
                        longer={'begin': 30, 'set': ['data.seq_len=32', 'eval.every=5']}))
   assert [(s.begin, s.end, s.config.batch_tokens, s.config.data.seq_len) for s in stages] == [
       (0, 10, 64, 16), (10, 30, 128, 16), (30, 100, 128, 32)]
-  assert [s.rows_at(s.begin) for s in stages] == [0, 10 * 4, (10 * 4 + 20 * 8) // 2]
-  assert stages[1].rows_at(12) == 40 + 2 * 8
+  assert [s.first_row(s.begin) for s in stages] == [0, 10 * 4, (10 * 4 + 20 * 8) // 2]
+  assert stages[1].first_row(12) == 40 + 2 * 8
   assert {s.config.model.max_len for s in stages} == {32}, 'one model for all'
   assert config_at(stages[0].run, 10).batch_tokens == 64 and config_at(stages[0].run, 11).batch_tokens == 128
   assert config_at(stages[0].run, 200).data.seq_len == 32
+  assert b'Config' not in pickle.dumps(stages[1].first_row), 'it goes to processes that do not have the plug-ins'
   [alone] = make_stages(config())
-  assert alone.config == config() and alone.rows_at(7) == 28
+  assert alone.config == config() and alone.first_row(7) == 28
 
 
 def test_rows_of_earlier_stages_are_counted_in_their_size():
   """What a mixture's weights from step 5 on begin with, asked in the second stage."""
   first, second = make_stages(config(more={'begin': 10, 'set': ['batch_tokens=128']}))
-  assert [first.rows_at(n) for n in (0, 5, 10)] == [second.rows_at(n) for n in (0, 5, 10)] == [0, 20, 40]
-  assert second.rows_at(11) == 48
+  assert [first.first_row(n) for n in (0, 5, 10)] == [second.first_row(n) for n in (0, 5, 10)] == [0, 20, 40]
+  assert second.first_row(11) == 48
 
 
 @pytest.mark.parametrize(('stages', 'words'), [

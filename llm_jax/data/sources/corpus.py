@@ -269,7 +269,8 @@ def make_store(corpus: Corpus, tokenizer: Tokenizer | None, folder: Path, dtype:
     try:
       aside = folder.with_name(f'{folder.name}.partial')
       writer = writer_of(tokenizer)(aside, tokenizer, dtype, shard_tokens, takes_ids, encoder_tokenizer)
-      _write(corpus, writer, folder, about, notes)
+      with contextlib.closing(writer):
+        _write(corpus, writer, folder, about, notes)
       return True
     except OSError as e:
       raise StorageError(f'{folder}: cannot be written: {e.strerror or e}') from None

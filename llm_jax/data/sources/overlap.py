@@ -9,7 +9,7 @@ import xxhash
 
 from llm_jax.data.sources.documents import Content, Document
 
-ENDING = '.hashes'  # of the files beside an unfinished store, uint64 [D, 2]: normalized and exact
+ENDING = '.keys'  # of the files beside an unfinished store, uint64 [D, 2]: normalized and exact
 _LOWER = bytes(range(256)).lower()
 _WHITE = b' \t\n\r\v\f'
 _STEP = 1 << 20  # documents compared at once

@@ -4,7 +4,7 @@ A store is a folder: `<split>-00000.tokens`, `<split>-00001.tokens`, ... (flat u
 `shard_tokens` ids), `<split>.starts` (int64, the position of each document's first token), for pairs `<split>.answers`
 (int64, the answer's offset in its document), for labels `<split>.labels` (float64), for conversations files `.learnt`
 (uint8, 1 on tokens to learn) beside those of tokens and `<split>.seconds` (int64, where the rejected one of a pair
-begins in its document), `<split>.hashes` (uint64, two for each document's text), `tokenizer.json` (and
+begins in its document), `<split>.keys` (uint64, two for each document's text), `tokenizer.json` (and
 `encoder_tokenizer.json` if prompts have their own tokenizer), checksums of the tokens (checks.py), and `manifest.json`
 with size and sha256 of each file.
 writer.py writes a temporary folder and renames it: a store is complete or absent.
@@ -72,7 +72,7 @@ class TokenStore:
   classes: tuple[str, ...] = ()  # names of the classes 0, 1, ...; empty if labels are numbers
   learnt: Any = None  # of conversations: like tokens, 1 where a token is to be learnt
   seconds: np.ndarray | None = None  # int64 [D], of pairs: the offset of the rejected conversation
-  hashes: np.ndarray | None = None  # uint64 [2 D]: of each document, normalized and exact; see sources/overlap.py
+  keys: np.ndarray | None = None  # uint64 [2 D]: of each document, normalized and exact; see sources/overlap.py
   vocab_size: int | None = None  # above all ids; None: unknown
   map: Callable[..., Iterable[Any]] = map  # makes many rows: where reading them takes long, in threads
   mapped: Mapping[str, TokenFile] = dataclasses.field(default_factory=dict)  # files of the fields of these names
@@ -113,8 +113,8 @@ def open_split(folder: Path, split: str, token_file: Callable[[Path, str, int], 
     return Tokens(tuple(token_file(folder / name, dtype, files[name]['size'] // np.dtype(dtype).itemsize)
                         for name in names))
 
-  mapped = {kind: TokenFile(folder / name, 'uint64' if kind == 'hashes' else 'int64', files[name]['size'] // 8)
-            for kind in ('starts', 'answers', 'seconds', 'hashes') if (name := f'{split}.{kind}') in files}
+  mapped = {kind: TokenFile(folder / name, 'uint64' if kind == 'keys' else 'int64', files[name]['size'] // 8)
+            for kind in ('starts', 'answers', 'seconds', 'keys') if (name := f'{split}.{kind}') in files}
   columns: dict[str, Any] = {kind: file.array for kind, file in mapped.items()}
   if f'{split}.labels' in files:
     columns['labels'] = np.fromfile(folder / f'{split}.labels', 'float64')

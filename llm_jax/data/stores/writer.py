@@ -52,7 +52,7 @@ class StoreWriter:
     for path in folder.iterdir():
       if path.suffix == '.partial':
         path.unlink()
-      elif path.suffix in ('.tokens', '.starts', '.answers', '.labels', '.learnt', '.seconds', '.seen', '.hashes'):
+      elif path.suffix in ('.tokens', '.starts', '.answers', '.labels', '.learnt', '.seconds', '.seen', '.keys'):
         os.truncate(path, lengths.get(path.name, 0))
 
   @property
@@ -171,6 +171,12 @@ class StoreWriter:
       self._sync(file)
     lengths = {p.name: p.stat().st_size for p in self.folder.iterdir() if p.suffix != '.json'}
     write_json(self._progress, {'reader': reader_state, 'counts': self.counts, 'about': self.about, 'lengths': lengths})
+
+  def close(self) -> None:
+    """Closes all files; what follows the last commit is removed by the next writer. Later it could damage a store."""
+    for file in self._files.values():
+      with contextlib.suppress(OSError):
+        file.close()
 
   def finish(self, target: Path, about: dict) -> None:
     """Closes the last documents, writes tokenizers and manifest, and renames the folder to `target`."""

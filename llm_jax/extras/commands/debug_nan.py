@@ -51,13 +51,13 @@ def replay(config: Any, workdir: Path, step: int, mesh: Any) -> tuple[Any, Any, 
   from llm_jax.training.custom import Custom, with_custom
   from llm_jax.training.program import build_program
   from llm_jax.training.resume import first_state, restore
-  from llm_jax.training.rewind import skips_of
+  from llm_jax.training.rewind import gaps_of
   from llm_jax.training.stages import make_stages
   custom = Custom()
   config, state, meta = with_custom(config, custom), None, dict[str, Any]()
   with Checkpoints(workdir / 'checkpoints', config.checkpoint, read_only=True) as checkpoints:
     saved = max((n for n in checkpoints.steps() if n < step), default=0)
-    for stage in make_stages(config, skips_of(workdir, config)):
+    for stage in make_stages(config, gaps_of(workdir)):
       if stage.end <= saved:
         continue
       program = build_program(stage, workdir, mesh, custom)
