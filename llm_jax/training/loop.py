@@ -164,7 +164,7 @@ def open_session(program: Program, custom: Custom, workdir: Path, mesh: Mesh, st
   console = Console(config.num_steps, begin, config.log)
   stack.callback(writer.close)
   stack.callback(console.close)
-  stack.callback(goodput.ending)
+  stack.push(goodput.ending)
   run.print_summary(program, state, workdir, console, custom.summary)
   batches = stack.enter_context(contextlib.closing(open_own_batches(program, custom, begin, meta.get('stream_states'))))
   # In a single process the step takes NumPy rows directly: ten times as fast as creating sharded arrays here.

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from llm_jax.base.activity import ACTIVITY
+from llm_jax.base.errors import UserError
 
 _compiled = [0.0]  # seconds that JAX has spent on compiling in this process
 
@@ -144,9 +145,13 @@ class Goodput:
     self.add('compile', compiling)
     self.add('start', max(0.0, time.perf_counter() - self._stage - others - compiling))
 
-  def ending(self) -> None:
-    """Marks the end of a stage, which closes its logs and no longer needs the other processes."""
-    ACTIVITY.enter('end')
+  def ending(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    """Marks the end of a stage, which closes its logs and no longer needs the other processes.
+
+    After an error, which the loss of another process may be, a save in progress still waits for that process.
+    """
+    if error is None or isinstance(error, UserError | GeneratorExit):
+      ACTIVITY.enter('end')
 
   def add(self, kind: str, seconds: float) -> None:
     self._seconds[kind] += seconds
