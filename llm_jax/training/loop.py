@@ -34,9 +34,9 @@ from llm_jax.training.event import Event, Rewind
 from llm_jax.training.log import Logs, MetricsWriter
 from llm_jax.training.program import Program, build_program
 from llm_jax.training.resume import first_state
-from llm_jax.training.rewind import copy_journal, gaps_of, go_back
+from llm_jax.training.rewind import go_back, stages_of
 from llm_jax.training.session import Session
-from llm_jax.training.stages import Stage, make_stages
+from llm_jax.training.stages import Stage
 from llm_jax.training.status import Status
 from llm_jax.training.throughput import Goodput, Throughput, work_left
 
@@ -66,18 +66,14 @@ def due(step: int, config: Config, *, end: int, has_val: bool, first: bool = Fal
 
 
 def train(config: Config, workdir: Path, custom: Custom) -> Generator[Event, None, None]:
-  """Trains to `num_steps`, resuming from the checkpoints in `workdir`, and yields each logged step.
-
-  Each stage is trained like a resumed run with another config. Raises Interrupted after a signal, and UserErrors.
-  """
+  """Trains to `num_steps` from the newest checkpoint in `workdir`, each stage like a resumed run with another config;
+  yields each logged step. Raises Interrupted after a signal, and UserErrors."""
   goodput, config = Goodput(), with_custom(config, custom)
   custom = with_named_callbacks(custom, config)
   with run.open_training(workdir, config) as status:
     while True:
       try:
-        copy_journal(workdir, config)
-        stages = make_stages(config, gaps_of(workdir))
-        return (yield from train_stages(stages, workdir, custom, status, goodput))
+        return (yield from train_stages(stages_of(workdir, config), workdir, custom, status, goodput))
       except Rewind as rewind:
         go_back(workdir, rewind)
 

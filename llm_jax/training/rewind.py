@@ -19,7 +19,7 @@ from llm_jax.base.multihost import barrier, gather, say
 from llm_jax.base.seal import seal, unseal
 from llm_jax.config import Config
 from llm_jax.training.event import Rewind
-from llm_jax.training.stages import Gaps, Stage
+from llm_jax.training.stages import Gaps, Stage, make_stages
 
 FILE = 'rewinds.json'
 
@@ -50,13 +50,15 @@ def gaps_of(workdir: Path) -> Gaps:
   return tuple((step, tokens) for step, tokens in gaps)
 
 
-def copy_journal(workdir: Path, config: Config) -> None:
-  """Gives a branch that has no checkpoint yet the journal of the run that it branches from. Raises StorageError."""
+def stages_of(workdir: Path, config: Config) -> list[Stage]:
+  """The stages of a run with what they leave out. A branch without a checkpoint gets the journal of the run that it
+  branches from. Raises StorageError, ConfigError."""
   if jax.process_index() == 0 and config.start.whole and not saved_steps(workdir / 'checkpoints'):
     journal = read_journal(Path(config.start.run).expanduser())
     if journal['rewinds']:
       with writing(str(workdir)):
         write_file(workdir / FILE, seal(journal), durable=True)
+  return make_stages(config, gaps_of(workdir))
 
 
 def go_back(workdir: Path, rewind: Rewind) -> None:

@@ -76,7 +76,7 @@ def ends(process, code):
 def test_a_process_that_is_stuck_ends_with_76_and_its_stacks(tmp_path):
   [process] = start(tmp_path, 'sleeps')
   printed = ends(process, 76)
-  assert 'no progress for ' in printed and 'phase step, limit 1 s): it is stuck' in printed
+  assert 'no progress for ' in printed and 'phase step, limit 2 s): it is stuck' in printed
   assert 'step 3, step, at <string>' in printed or 'step 3, step, at ' in printed
   assert 'get_stuck' in (tmp_path / FOLDER / '0.stacks').read_text()
 
