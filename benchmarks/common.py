@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Preset(NamedTuple):
@@ -35,6 +35,7 @@ PRESETS = {
     'gpt2_medium': Preset(1024, 16, 24, 16, 1024, 50304),
     'gpt_1b': Preset(2048, 8, 16, 16, 2048, 50304),
 }
+MEAN_DOCUMENT = 300  # tokens of a document, where rows hold several
 GEMM_SIZE = 2048  # n of the n x n x n product that measures the machine's speed
 
 
@@ -107,3 +108,21 @@ def serve(about: dict, step: Callable[[], float], gemm: Callable[[], None]) -> N
       work()
       seconds.append(time.perf_counter() - start)
     print(json.dumps(seconds), flush=True)
+
+
+def emit(**row: Any) -> None:
+  """Prints a measurement, for benchmarks/gpu.py."""
+  print('RESULT ' + json.dumps(row), flush=True)
+
+
+def times(call: Callable[[], Any], budget: float = 0.5, least: int = 5, together: int = 10) -> list[float]:
+  """Seconds of a call, within `budget` seconds, each the mean of `together` calls that are waited for at their end."""
+  import jax
+  jax.block_until_ready(call())
+  jax.block_until_ready(call())
+  seconds: list[float] = []
+  while len(seconds) < least or together * sum(seconds) < budget:
+    start = time.perf_counter()
+    jax.block_until_ready([call() for _ in range(together)][-1])
+    seconds.append((time.perf_counter() - start) / together)
+  return seconds

@@ -77,7 +77,7 @@ def go_back(workdir: Path, rewind: Rewind) -> None:
   if jax.process_index() == 0:
     with writing(str(workdir)):
       for path in folder.glob('*.score.json'):
-        if int(path.name.partition('.')[0]) > target:
+        if (number := path.name.partition('.')[0]).isdigit() and int(number) > target:
           path.unlink(missing_ok=True)
       for step in reversed(saved_steps(folder)):
         if step > target:

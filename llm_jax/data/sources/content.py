@@ -33,8 +33,9 @@ class FileHashes:
 
   def of(self, files: Sequence[File], source: str) -> list[list[tuple[str, str]]]:
     """[(name, sha256)] of each file, or of the files in each folder; empty for generated data. Raises DataError."""
-    below = [self._below[file.path] if file.path in self._below else self._below.setdefault(
-        file.path, _paths(file.path)) for file in files]
+    for path in (file.path for file in files if file.path not in self._below):
+      self._below[path] = _paths(path)
+    below = [self._below[file.path] for file in files]
     if missing := [path for path in dict.fromkeys(path for group in below for path in group)
                    if path not in self._found]:
       self._found |= self._hash(missing, source)
