@@ -193,9 +193,10 @@ PNG = b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR' + bytes(range(256))
 def test_binary_files_among_texts_are_counted_by_kind(tmp_path):
   root = write(tmp_path, {'a.txt': 'text', 'b.md': 'more \u4e2d', 'c.png': PNG, 'd.png': PNG,
                           'e.pdf': b'%PDF-1.7\n%\xe2', 'f.xlsx': b'PK\3\4' + bytes(99), 'g.dat': bytes(500),
-                          'h': os.urandom(5000), 'i.txt': 'a NUL \0 in a text'})
+                          'h': os.urandom(5000), 'i.txt': 'a NUL \0 in a text',
+                          'j': b'\xfe\xff' + os.urandom(5000)})
   assert names(root) == ['a.txt', 'b.md', 'i.txt']
-  for part in ('2 binary (.png) (c.png, ...)', '1 binary (.pdf) (e.pdf)', '1 binary (.xlsx)', '1 binary (no ending)'):
+  for part in ('2 binary (.png) (c.png, ...)', '1 binary (.pdf) (e.pdf)', '1 binary (.xlsx)', '2 binary (no ending)'):
     assert part in notes(root)
 
 

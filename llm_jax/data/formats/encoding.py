@@ -117,7 +117,10 @@ def is_binary(head: bytes) -> bool:
   """Whether a file that begins so is no text in any encoding: by its first bytes, or by its control characters."""
   if head.startswith(_MAGIC):
     return True
-  if len(head) < _LEAST or _marked(head) is not None or utf16_of(head) is not None:
+  if (marked := _marked(head)) is not None:
+    text = ''.join(codecs.getincrementaldecoder(marked)('replace').decode(head).split())
+    return sum(c == '\ufffd' or not c.isprintable() for c in text) > 0.05 * len(text)
+  if len(head) < _LEAST or utf16_of(head) is not None:
     return False
   return _controls(head) > (0.1 if is_utf8(head) else 0.003)
 
