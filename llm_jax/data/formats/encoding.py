@@ -119,7 +119,7 @@ def is_binary(head: bytes) -> bool:
     return True
   if (marked := _marked(head)) is not None:
     text = ''.join(codecs.getincrementaldecoder(marked)('replace').decode(head).split())
-    return sum(c == '\ufffd' or not c.isprintable() for c in text) > 0.05 * len(text)
+    return sum(c == '\ufffd' or not c.isprintable() for c in text) > max(8, 0.05 * len(text))
   if len(head) < _LEAST or utf16_of(head) is not None:
     return False
   return _controls(head) > (0.1 if is_utf8(head) else 0.003)
