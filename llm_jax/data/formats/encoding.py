@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,8 +119,8 @@ def is_binary(head: bytes) -> bool:
   if head.startswith(_MAGIC):
     return True
   if (marked := _marked(head)) is not None:
-    text = ''.join(codecs.getincrementaldecoder(marked)('replace').decode(head).split())
-    return sum(c == '\ufffd' or not c.isprintable() for c in text) > max(8, 0.05 * len(text))
+    text = codecs.getincrementaldecoder(marked)('replace').decode(head)
+    return sum(c == '\ufffd' or unicodedata.category(c) in ('Cn', 'Co') for c in text) > max(8, 0.05 * len(text))
   if len(head) < _LEAST or utf16_of(head) is not None:
     return False
   return _controls(head) > (0.1 if is_utf8(head) else 0.003)
