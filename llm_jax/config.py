@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import ml_collections
@@ -29,7 +30,9 @@ from llm_jax.base.loggers import LOGGERS
 from llm_jax.base.profiling import ProfileConfig
 from llm_jax.base.registry import Registry
 from llm_jax.base.sharding import MeshConfig
+from llm_jax.base.storage import read_workdir
 from llm_jax.data.config import DataConfig
+from llm_jax.infer.importers import importer_of
 from llm_jax.losses.config import LossConfig
 from llm_jax.losses.metrics import ANSWER_METRICS, METRICS
 from llm_jax.models.registry import MODELS
@@ -297,6 +300,24 @@ def base(model: str = 'decoder') -> ml_collections.ConfigDict:
     section = getattr(config, name)
     values[name] = OpenSection(to_dict(section), registries_of(type(section)))
   return values.lock()
+
+
+def base_from(folder: str) -> ml_collections.ConfigDict:
+  """base() for training a published model further: with its config, tokenizer and weights.
+
+  `folder` is as transformers writes it, or hf:org/name. Raises ConfigError, StorageError.
+  """
+  path = read_workdir(Path(folder).expanduser())
+  importer = importer_of(path)
+  if importer is None:
+    raise ConfigError(f'base_from: {folder} is no folder of a published model, with model_type in its config.json; to '
+                      'continue a run, set config.start.run')
+  values = importer.model_values(path)
+  config = base(values['name'])
+  with config.unlocked():
+    config.model = OpenSection(values, registries_of(MODELS.settings(values['name'])))
+  config.start.run, config.data.tokenizer = folder, importer.tokenizer(path)
+  return config.lock()
 
 
 def replace(config: Config, **values: Any) -> Config:

@@ -21,7 +21,9 @@ from llm_jax.base.files import check_run, list_runs
 from llm_jax.base.nearest import nearest
 from llm_jax.base.redaction import check_given, public
 from llm_jax.base.registry import has_registered
+from llm_jax.base.storage import read_workdir
 from llm_jax.config import Config, differences
+from llm_jax.infer.importers import importer_of
 from llm_jax.infer.validators import UNTRUSTED, VALIDATORS
 from llm_jax.models.registry import MODELS
 from llm_jax.optim.chain import without_replaced
@@ -48,6 +50,8 @@ class ConfigFile:
       values['data'] = without_path(values['data'])
     if 'model.name' in overrides:
       values['model'] = model_values(values.get('model', {}), str(overrides['model.name']))
+    if 'start.run' in overrides:
+      take_over(values, overrides)
     override(values, overrides)
     public(values)  # remembers the secrets, which messages then lack
     if self.path.suffix == '.json':
@@ -70,6 +74,16 @@ class ConfigFile:
       except ConfigError as e:
         problems.append(e)
     raise problems[-1]
+
+
+def take_over(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+  """Takes over the model and the tokenizer of a published model that the command line names as start.run."""
+  folder = read_workdir(Path(str(overrides['start.run'])).expanduser())
+  importer = importer_of(folder)
+  if importer is not None:
+    values['model'] = importer.model_values(folder)
+    if 'data.tokenizer' not in overrides:
+      values.setdefault('data', {})['tokenizer'] = importer.tokenizer(folder)
 
 
 def without_path(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / 'llm_jax'
 # From the bottom up. A name stands for a module or for all modules of a folder; the longest that fits counts.
 FLOORS = [
     {'base'},
-    {'layers', 'losses', 'optim', 'data', 'infer.validators', 'infer.options', 'infer.export'},
+    {'layers', 'losses', 'optim', 'data', 'infer.validators', 'infer.options', 'infer.export',
+     'infer.importers'},
     {'models'},
     {'config'},
     {'config_file'},
@@ -29,6 +30,7 @@ FLOORS = [
     {'main'},
     {'commands'},
     {'__main__', 'extras'},
+    {'hf'},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 PATHS = sorted(path for path in PACKAGE.rglob('*.py') if path.name != '__init__.py')
@@ -80,7 +82,8 @@ def test_only_model_code_imports_flax_linen():
 def test_the_core_imports_no_extras():
   for path in PATHS:
     own = module_of(path)
-    assert own.startswith(('extras', '__main__')) or not [n for n in imports(path) if n.startswith('extras')], own
+    assert own.startswith(('extras', 'hf', '__main__')) or not [
+        n for n in imports(path) if n.startswith(('extras', 'hf'))], own
 
 
 def test_files_and_functions_are_short():
@@ -110,7 +113,7 @@ def test_public_names_of_the_core_are_unique():
   for path in PATHS:
     for node in ast.parse(path.read_text()).body:
       public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith('_')
-      if public and not module_of(path).startswith('extras'):
+      if public and not module_of(path).startswith(('extras', 'hf')):
         places.setdefault(node.name, []).append(module_of(path))
   assert not {name: modules for name, modules in places.items() if len(modules) > 1 and name not in SHARED_NAMES}
 

@@ -94,18 +94,19 @@ class Registry(Mapping[str, Any]):
     if not name.isidentifier():
       raise ConfigError(f'{self.kind} {name!r}: the name must be a Python identifier, as it becomes a config section')
     taken = self._entries.get(name)
-    by = taken.origin if taken else f'llm_jax.extras.{self._extras()[name]}' if name in self._extras() else origin
+    by = taken.origin if taken else self._extras().get(name, origin)
     if by != origin:
       raise ConfigError(f'{self.kind} {name!r} is already registered by {by}; choose another name')
     self._entries[name] = Entry(*self._adapt(name, value, settings), origin, listed)
 
   def _find(self, name: str) -> Entry:
     if name not in self._entries and name in self._extras():
-      importlib.import_module(f'llm_jax.extras.{self._extras()[name]}')
+      importlib.import_module(self._extras()[name])
     return self._entries[name]
 
   def _extras(self) -> dict[str, str]:
-    return _extras_table().get(self.kind, {})
+    table = _extras_table().get(self.kind, {})
+    return {name: place if place.startswith('llm_jax.') else f'llm_jax.extras.{place}' for name, place in table.items()}
 
 
 def register(registry: Registry, name: str, value: Any, settings: type | None = None, *, listed: bool = True) -> None:

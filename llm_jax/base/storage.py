@@ -10,15 +10,23 @@ from typing import Any
 from llm_jax.base.registry import Registry
 
 # 'remote': a class with __init__(url, retention), `folder`, a context manager that copies the local folder to the URL
-# while a run trains in it; and read(url, checkpoint) -> a local folder with the run.
+# while a run trains in it; and read(url, checkpoint) -> a local folder with the run. 'hub': read(name) for hf:name.
 STORAGE = Registry('storage')
 
 
 _urls: dict[Path, str] = {}  # by local folder
 
 
+HUB = 'hf:'  # before the name of a published model: hf:org/name
+
+
 def is_remote(workdir: str | Path) -> bool:
   return '://' in str(workdir)
+
+
+def is_published(folder: str | Path) -> bool:
+  """Whether it names a published model, and is no folder here."""
+  return str(folder).startswith(HUB) and not Path(folder).exists()
 
 
 def open_workdir(workdir: str | Path, retention: Any) -> tuple[Path, AbstractContextManager]:
@@ -32,8 +40,10 @@ def open_workdir(workdir: str | Path, retention: Any) -> tuple[Path, AbstractCon
 def read_workdir(workdir: str | Path, checkpoint: str = 'latest') -> Path:
   """A local folder with the run and this checkpoint; `workdir` may be the result of a call before.
 
-  Raises ConfigError, StorageError.
+  A published model, as hf:org/name, is downloaded first. Raises ConfigError, StorageError.
   """
+  if is_published(workdir):
+    return STORAGE['hub'].read(str(workdir).removeprefix(HUB))
   url = _urls.get(Path(workdir), str(workdir))
   if not is_remote(url):
     return Path(workdir)

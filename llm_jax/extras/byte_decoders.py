@@ -93,8 +93,9 @@ class Transformer(nn.Module):
     positions = jnp.broadcast_to(jnp.arange(P), (B * M, P))
     dropout_key = self.make_rng('dropout') if train and self.cfg.dropout else None
     x, _ = apply_stack(
-        self.block, self.blocks, x_BMPD.reshape(B * M, P, D), positions, AttentionMask(), windows=(0,), train=train,
-        dropout_key=dropout_key, dtype=self.cfg.operand_dtype, unroll=self.cfg.scan_unroll, remat=self.cfg.remat)
+        self.block, self.blocks, x_BMPD.reshape(B * M, P, D), positions, AttentionMask(),
+        layers=self.block.cfg.layers, train=train, dropout_key=dropout_key, dtype=self.cfg.operand_dtype,
+        unroll=self.cfg.scan_unroll, remat=self.cfg.remat)
     return x.reshape(B, M, P, D)
 
   def begin(self, contexts_BMD: jax.Array) -> dict:
@@ -104,7 +105,7 @@ class Transformer(nn.Module):
     x_BMD = bytes_BMD + self.into('BTD,DE->BTE', contexts_BMD)
     h_BMD, layers = apply_layers(
         self.block, unstack(self.blocks, self.cfg.operand_dtype), x_BMD, state['place_B'][:, None], AttentionMask(),
-        windows=(0,), cache=state['layers'])
+        layers=self.block.cfg.layers, cache=state['layers'])
     return h_BMD, {'layers': layers, 'place_B': state['place_B'] + 1}
 
   @classmethod

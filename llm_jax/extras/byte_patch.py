@@ -11,7 +11,7 @@ N heads, H head_dim, W window, V vocab, L layers.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,7 @@ from llm_jax.base.sharding import constrain
 from llm_jax.extras.byte_decoders import LOCAL
 from llm_jax.extras.linear_attention import CHUNK, empty_state, linear_attention
 from llm_jax.extras.thinking import Think
-from llm_jax.layers.attention import MultiHead, causal_attention
+from llm_jax.layers.attention import Layer, MultiHead, causal_attention
 from llm_jax.layers.linear import Embed, weight
 from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.losses.readout import Readout
@@ -53,8 +53,6 @@ class BytePatchConfig(StackConfig):
   decoder: str = 'gru'  # the decoder inside a patch: one of LOCAL
   decoder_layers: int = 2  # for decoder transformer
   sections: Sections = sections(PARTS['mlp'], PARTS['norm'])
-  positions: ClassVar[str] = 'rope'
-  qk_norm: ClassVar[bool] = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -68,6 +66,10 @@ class BytePatchConfig(StackConfig):
       raise ValueError('halting needs thinking_steps, its maximum, to be at least 1; got 0')
     if self.decoder not in LOCAL:
       raise ValueError(f'decoder {self.decoder!r} is unknown; {known_names(self.decoder, LOCAL)}')
+
+  @property
+  def layers(self) -> tuple[Layer, ...]:
+    return (super().layers[0]._replace(window=self.window),)
 
   @property
   def Q(self) -> int:
@@ -101,12 +103,12 @@ class HybridBlock(nn.Module):
   cfg: BytePatchConfig
 
   @nn.compact
-  def __call__(self, x_BMD, positions_BM, patches: Patches, cache, window: int, train: bool):
+  def __call__(self, x_BMD, positions_BM, patches: Patches, cache, layer: Layer, train: bool):
     cfg = self.cfg
     norm, out_init = make_norm(cfg), nn.initializers.normal(cfg.init_std / (3 * cfg.num_layers) ** 0.5)
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
     h_BMD = norm(name='attn_norm')(x_BMD)
-    near_BMD, near = make_heads(cfg, NearAttention, out_init, 'near')(h_BMD, positions_BM, patches, cache, window)
+    near_BMD, near = make_heads(cfg, NearAttention, out_init, 'near')(h_BMD, positions_BM, patches, cache, layer)
     far_BMD, far = make_heads(cfg, FarAttention, out_init, 'far')(h_BMD, patches, cache)
     x_BMD = x_BMD + dropout(near_BMD) + dropout(far_BMD)
     mlp = make_mlp(cfg, out_init, name='mlp')
@@ -118,8 +120,9 @@ class NearAttention(MultiHead):
   """Attention over a window of patches. Slot s of its cache holds the latest patch whose index is s modulo W."""
 
   @nn.compact
-  def __call__(self, x_BMD, positions_BM, patches: Patches, cache, window: int):
-    q_BMNH, k_BMNH = (self.project(name, x_BMD, positions_BM) for name in 'qk')
+  def __call__(self, x_BMD, positions_BM, patches: Patches, cache, layer: Layer):
+    window = layer.window
+    q_BMNH, k_BMNH = (self.project(name, x_BMD, positions_BM, layer.rope) for name in 'qk')
     v_BMNH = self.project('v', x_BMD)
     if cache is None or patches.num_real_B is not None:
       implementation = 'xla' if self.is_initializing() else self.implementation
@@ -213,10 +216,10 @@ class BytePatch(nn.Module):
     dropout_key = self.make_rng('dropout') if train and cfg.dropout else None
     if cache is not None:
       x_BMD, cache = apply_layers(self.block, unstack(self.blocks, cfg.operand_dtype), x_BMD, positions_BM, patches,
-                                  windows=(cfg.window,), cache=cache)
+                                  layers=cfg.layers, cache=cache)
       return self.think(self.latent_norm(x_BMD)), cache
     x_BMD, sown = apply_stack(
-        self.block, self.blocks, x_BMD, positions_BM, patches, windows=(cfg.window,), dropout_key=dropout_key,
+        self.block, self.blocks, x_BMD, positions_BM, patches, layers=cfg.layers, dropout_key=dropout_key,
         train=train, dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
     for collection, values in sown.items():
       self.sow(collection, 'blocks', values)

@@ -16,7 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from llm_jax.base.batch import Batch, Cache
 from llm_jax.base.registry import register
 from llm_jax.base.sharding import constrain
-from llm_jax.layers.attention import Attention, AttentionMask, KVCache, MultiHead, attend_to_slots
+from llm_jax.layers.attention import Attention, AttentionMask, Layer, MultiHead
+from llm_jax.layers.cache import KVCache
+from llm_jax.layers.kernels import attend_to_slots
 from llm_jax.layers.linear import Embed
 from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.losses.readout import Readout
@@ -103,14 +105,14 @@ class CrossBlock(nn.Module):
   cfg: EncDecConfig
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, read: Read, cache, window: int, train: bool):
+  def __call__(self, x_BTD, positions_BT, read: Read, cache, layer: Layer, train: bool):
     cfg = self.cfg
     norm = make_norm(cfg)
     out_init = nn.initializers.normal(cfg.init_std / (3 * cfg.num_layers) ** 0.5)
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
     own, crossed = (None, None) if cache is None else (cache['self'], cache['cross'])
     attend = make_heads(cfg, Attention, out_init, name='attn')
-    h_BTD, own = attend(norm(name='attn_norm')(x_BTD), positions_BT, read.self_mask, own, window)
+    h_BTD, own = attend(norm(name='attn_norm')(x_BTD), positions_BT, read.self_mask, own, layer)
     x_BTD = x_BTD + dropout(h_BTD)
     look_up = make_heads(cfg, CrossAttention, out_init, name='cross')
     h_BTD, crossed = look_up(norm(name='cross_norm')(x_BTD), read.encoded_BSD, read.mask_BTS, crossed)
@@ -176,15 +178,16 @@ class EncDec(nn.Module):
     if cfg.positions == 'learned':
       x_BSD += self.encoder_positions.encode(positions_BS)
     both_ways = AttentionMask(segments_BS, jnp.ones_like(tokens_BS, bool))
-    x_BSD = self._run(self.encoder_block, self.encoder, x_BSD, positions_BS, both_ways, (0,), train)
+    x_BSD = self._run(self.encoder_block, self.encoder, x_BSD, positions_BS, both_ways, self.encoder_block.cfg.layers,
+                      train)
     return self.encoder_norm(x_BSD)
 
   def hidden(self, tokens_BT, positions_BT, read: Read, train: bool = False):
     """The decoder's residual stream after all blocks [B, T, D]."""
     x_BTD = self.embedded(tokens_BT, positions_BT)
-    return self._run(self.block, self.blocks, x_BTD, positions_BT, read, self.cfg.windows, train)
+    return self._run(self.block, self.blocks, x_BTD, positions_BT, read, self.cfg.layers, train)
 
-  def _run(self, block, params, x_BTD, positions_BT, context: Any, windows, train):
+  def _run(self, block, params, x_BTD, positions_BT, context: Any, layers, train):
     cfg = self.cfg
     x_BTD = constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
     dropout_key = self.make_rng('dropout') if train else None
@@ -192,7 +195,7 @@ class EncDec(nn.Module):
       key = jax.random.fold_in(dropout_key, jax.tree.leaves(params)[0].shape[0])
       x_BTD = self.dropout(x_BTD, deterministic=False, rng=key)
     x_BTD, sown = apply_stack(
-        block, params, x_BTD, positions_BT, context, windows=windows, dropout_key=dropout_key, train=train,
+        block, params, x_BTD, positions_BT, context, layers=layers, dropout_key=dropout_key, train=train,
         dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
     for collection, values in sown.items():
       self.sow(collection, 'encoder' if block is self.encoder_block else 'blocks', values)
@@ -227,7 +230,7 @@ class EncDec(nn.Module):
     positions_B1 = cache['length_B'][:, None]
     layers = self.layers or unstack(self.blocks, self.cfg.operand_dtype)
     x_B1D, layers = apply_layers(self.block, layers, self.embedded(tokens_B[:, None], positions_B1), positions_B1, read,
-                                 windows=self.cfg.windows, cache=cache['layers'])
+                                 layers=self.cfg.layers, cache=cache['layers'])
     cache = cache | {'layers': layers, 'length_B': cache['length_B'] + 1}
     return self.output(x_B1D).logits()[:, 0], cache
 

@@ -1,4 +1,4 @@
-"""The registered parts in llm_jax.extras: {kind: {name: module below llm_jax.extras}}.
+"""The registered parts in llm_jax.extras: {kind: {name: module below llm_jax.extras, or a whole name}}.
 
 A registry imports a module when one of its names is first used.
 """
@@ -28,9 +28,16 @@ TABLE: dict[str, dict[str, str]] = {
     'tokenizer': {'word': 'word_tokenizer'},
     'opened_tokenizer': {'sentencepiece': 'outside_tokenizers', 'tiktoken': 'outside_tokenizers'},
     'loader': {'stream': 'streaming', 'shards': 'shards', 'dask': 'dask_shards', 'remote': 'remote_store'},
-    'storage': {'remote': 'remote_run'},
+    'storage': {'remote': 'remote_run', 'hub': 'llm_jax.hf.hub'},
+    'importer': {'huggingface': 'llm_jax.hf.folder'},
     'unpacker': {'archive': 'archives', 'stream': 'compression'},
     'exporter': {'packed': 'bitnet_pack'},
+    'export_format': {'hf': 'llm_jax.hf.export'},
+    'family': {'gpt2': 'llm_jax.hf.gpt2', 'llama': 'llm_jax.hf.llama', 'mistral': 'llm_jax.hf.llama',
+               'qwen2': 'llm_jax.hf.llama', 'qwen3': 'llm_jax.hf.llama', 'smollm3': 'llm_jax.hf.llama',
+               'granite': 'llm_jax.hf.llama', 'gemma': 'llm_jax.hf.gemma', 'gemma2': 'llm_jax.hf.gemma',
+               'gemma3_text': 'llm_jax.hf.gemma', 'phi3': 'llm_jax.hf.phi3', 'olmo2': 'llm_jax.hf.olmo2',
+               'starcoder2': 'llm_jax.hf.starcoder2'},
     'validator': {'wgsl': 'wgsl'},
     'logger': {'csv': 'loggers', 'wandb': 'loggers'},
     'callback': {'replica_check': 'replicas', 'rewind_spikes': 'spikes'},

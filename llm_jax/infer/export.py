@@ -46,6 +46,11 @@ EXPORTERS = Registry('exporter')
 register(EXPORTERS, 'plain', Plain, NoSettings)
 
 
+# Folders that other programs read: classes with `write(run, args, mesh) -> lines to print`, for the flags `args` of the
+# command export. They write args.out, whole or not at all.
+FOLDER_FORMATS = Registry('export_format')
+
+
 def write_config(folder: Path, config: Any, tokenizer: Any, encoder_tokenizer: Any,
                  flag: str = '--workdir') -> tuple[str, ...]:
   """Writes config.json and the tokenizers of a run or an exported model; returns their names. Raises StorageError."""

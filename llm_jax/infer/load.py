@@ -25,6 +25,7 @@ from llm_jax.data.pipeline import example_batch
 from llm_jax.data.sources.documents import shown
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.infer.export import FILE, read_params
+from llm_jax.infer.importers import importer_of
 from llm_jax.losses.config import make_objective
 from llm_jax.models.protocol import LanguageModel
 from llm_jax.models.registry import make_model
@@ -69,7 +70,9 @@ def open_run(workdir: Path, *, trust: bool = False, flag: str = '--workdir') -> 
 
   The run's plug-ins must be loaded before; with `trust` the copies in the folder are executed. Raises UserErrors.
   """
-  check_run_files(check_run(workdir, flag))
+  if (importer := importer_of(check_run(workdir, flag))) is not None:
+    return importer.open(workdir, flag)
+  check_run_files(workdir)
   config = read_config(workdir, trust, flag)
   def read(name: str) -> Tokenizer:
     return with_special_tokens(config.data, load_tokenizer(workdir / f'{name}.json'))
@@ -94,6 +97,11 @@ def load_run(workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, trust: bo
 def read_run(run: Opened, workdir: Path, mesh: Mesh, checkpoint: str = 'latest', *, module: Any = None,
              flag: str = '--workdir') -> Loaded:
   """The run in `workdir` with its weights. Raises UserErrors."""
+  if (importer := importer_of(workdir)) is not None:
+    if checkpoint != 'latest':
+      raise ConfigError(f'--checkpoint: {workdir} is a published model with one set of weights; leave it out; got '
+                        f'{checkpoint!r}')
+    return importer.read(run, workdir, mesh)
   config, tokenizers = run.config, (run.tokenizer, run.encoder_tokenizer)
   objective = make_objective(config.loss)
   model = make_model(config.model, objective.heads, objective.num_weights, module)
@@ -140,6 +148,9 @@ def read_weights(checkpoints: Checkpoints, step: int | None, config: Config, mod
 
 def own_data(run: Loaded) -> Data:
   """Opens the data of a run. Raises DataError if they have changed since training."""
+  if not run.config.data.path:
+    raise ConfigError('--split: the model in this folder has no data of its own; evaluate it on other data with '
+                      '--data=FILE')
   data = open_data(run.config.data)
   fingerprint = data_fingerprint(run.config.data, data, 0, 0)
   if any(fingerprint.get(name) != run.meta['data'].get(name) for name in ('train_tokens', 'encoder_tokenizer')):

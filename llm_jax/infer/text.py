@@ -21,6 +21,8 @@ from llm_jax.models.protocol import LanguageModel
 def prompt_ids(config: Config, tokenizer: Tokenizer, prompts: Sequence[str | Messages]) -> list[list[int]]:
   """The input ids of each text as in training: preceded by bos, or for an encoder followed by eos.
 
+  A tokenizer with `leads` False, as of some published models, begins no text with bos but an empty one.
+
   With a chat template a text is a message of the user, and a prompt may also be a list of messages.
   """
   if isinstance(tokenizer, ChatTokenizer):
@@ -29,8 +31,9 @@ def prompt_ids(config: Config, tokenizer: Tokenizer, prompts: Sequence[str | Mes
   if len(texts) < len(prompts):
     raise ConfigError('--workdir: the run has no chat template, so it continues a text and reads no messages')
   encodes = config.data.task_settings.encodes
-  return [[*map(int, ids), tokenizer.eos_id] if encodes else [tokenizer.bos_id, *map(int, ids)]
-          for ids in tokenizer.encode(texts)]
+  leads = getattr(tokenizer, 'leads', True)
+  return [[*map(int, ids), tokenizer.eos_id] if encodes else
+          [*([tokenizer.bos_id] if leads or not len(ids) else ()), *map(int, ids)] for ids in tokenizer.encode(texts)]
 
 
 def check_writes(config: Config, tokenizer: Tokenizer | None, workdir: Path) -> Tokenizer:

@@ -6,6 +6,7 @@ Dims: B batch, T length, N heads, K kv heads, H head_dim.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,8 +23,8 @@ SPLASH_BLOCKS = (512, 256, 128)  # the largest one that divides T is used
 
 
 def xla(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, segment_ids_BT: jax.Array | None,
-        prefix_BT: jax.Array | None, implementation: Literal['xla', 'cudnn'] = 'xla') -> jax.Array:
-  """JAX's dot_product_attention: computes all T x T scores at once."""
+        prefix_BT: jax.Array | None, implementation: Literal['xla', 'cudnn'] = 'xla', **scores: Any) -> jax.Array:
+  """JAX's dot_product_attention: computes all T x T scores at once. It lacks the options `scores`."""
   plain = prefix_BT is None  # causality and window are options, without a mask
   mask_BTT = None
   if segment_ids_BT is not None:
@@ -32,6 +33,11 @@ def xla(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, se
     positions_BT = jnp.broadcast_to(jnp.arange(q_BTNH.shape[1]), q_BTNH.shape[:2])
     seen_BTT = look_back(positions_BT, q_BTNH.shape[1], window) | prefix_BT[:, None, :]
     mask_BTT = seen_BTT if mask_BTT is None else seen_BTT & mask_BTT
+  if scores:
+    positions_BT = jnp.broadcast_to(jnp.arange(q_BTNH.shape[1]), q_BTNH.shape[:2])
+    seen_BTT = look_back(positions_BT, q_BTNH.shape[1], window) if plain else jnp.ones((), bool)
+    return attend_to_slots(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2),
+                           seen_BTT if mask_BTT is None else seen_BTT & mask_BTT, **scores)
   return jax.nn.dot_product_attention(
       q_BTNH, k_BTKH, v_BTKH, mask=None if mask_BTT is None else mask_BTT[:, None], is_causal=plain,
       local_window_size=(window - 1, 0) if window and plain else None, implementation=implementation)
@@ -48,7 +54,7 @@ def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, 
 
 
 def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, segment_ids_BT: jax.Array | None,
-           prefix_BT: jax.Array | None, interpret: bool = False) -> jax.Array:
+           prefix_BT: jax.Array | None, interpret: bool = False, soft_cap: float | None = None) -> jax.Array:
   """The Pallas kernel for TPUs, run per device on its rows and heads; `interpret` runs it on any device, slowly."""
   # Imported here, as only TPUs need it and importing Pallas takes a second.
   from jax.experimental.pallas.ops.tpu import splash_attention as lib
@@ -61,7 +67,8 @@ def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int,
 
   def local(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
     kernel = lib.make_splash_mha(lib.MultiHeadMask([mask] * q_BTNH.shape[2]), block_sizes=sizes, head_shards=1,
-                                 q_seq_shards=1, interpret=interpret, residual_checkpoint_name='attention')
+                                 q_seq_shards=1, interpret=interpret, attn_logits_soft_cap=soft_cap,
+                                 residual_checkpoint_name='attention')
     segments = None if segment_ids_BT is None else lib.SegmentIds(segment_ids_BT, segment_ids_BT)
     q_BTNH = (q_BTNH * H ** -0.5).astype(q_BTNH.dtype)  # the kernel does not scale
     y_BNTH = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH)), segments)
@@ -80,11 +87,13 @@ def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int,
 
 Implementation = Callable[..., jax.Array]
 # (q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT or None, prefix_BT or None) -> y_BTNH; see attention.AttentionMask.
+# Those that support them have the keywords soft_cap and sinks_N; see attend_to_slots.
 ATTENTION = Registry('attention')
 for _function in (cudnn, splash, xla, blocked):
   register(ATTENTION, _function.__name__, _function, NoSettings)
 EXPLANATIONS = {'cudnn': ('the fused kernel of cuDNN',), 'splash': ('the Pallas kernel for TPUs',),
                 'xla': ('all T x T scores at once',), 'blocked': ('a block of scores at a time, which saves memory',)}
+OPTIONS = {'soft_cap': 'attention_soft_cap', 'sinks_N': 'attention_sinks'}  # by field of the config
 # `auto` takes the first one that supports the case. On a CPU blocked was 1.3 to 2.2 times as fast as xla (T 64 to 512).
 AUTO: dict[str, tuple[str, ...]] = {'gpu': ('cudnn', 'blocked'), 'tpu': ('splash', 'blocked'), 'cpu': ('blocked',)}
 
@@ -100,6 +109,7 @@ class AttentionCase:
   length: int
   segments: bool = False
   prefix: bool = False
+  scores: tuple[str, ...] = ()  # of soft_cap and sinks_N, those that are used
 
 
 def local_device() -> tuple[str, tuple[int, int]]:
@@ -130,7 +140,10 @@ def why_not(name: str, case: AttentionCase) -> str:
           'it does not support a prefix': case.prefix,
       },
   }
-  return '; '.join(reason for reason, holds in reasons.get(name, {}).items() if holds)
+  known = inspect.signature(ATTENTION[name]).parameters
+  missing = [option for option in case.scores if option not in known and 'scores' not in known]
+  return '; '.join([*(reason for reason, holds in reasons.get(name, {}).items() if holds),
+                    *(f'it does not support {OPTIONS[option]}' for option in missing)])
 
 
 def choose_attention(name: str, case: AttentionCase) -> str:
@@ -145,9 +158,9 @@ def choose_attention(name: str, case: AttentionCase) -> str:
 
 
 def describe_attention(implementation: str, dtype: str, head_dim: int, length: int, *, segments: bool,
-                       prefix: bool) -> str:
+                       prefix: bool, scores: tuple[str, ...] = ()) -> str:
   """The chosen implementation for rows of this length, with an explanation, and the reasons against faster ones."""
-  case = AttentionCase(*local_device(), dtype, head_dim, length, segments, prefix)
+  case = AttentionCase(*local_device(), dtype, head_dim, length, segments, prefix, scores)
   chosen = choose_attention(implementation, case)
   against = [f'not {name}: {why_not(name, case)}' for name in AUTO.get(case.platform, ()) if why_not(name, case)]
   notes = [*EXPLANATIONS.get(chosen, ()), *(against if implementation == 'auto' else ())]
@@ -158,3 +171,30 @@ def look_back(positions_BT: jax.Array, num_slots: int, window: int) -> jax.Array
   """The causal mask, bool [B, T, S], of queries over slots, where slot s holds the token at position s."""
   distance_BTS = positions_BT[:, :, None] - jnp.arange(num_slots)[None, None, :]
   return (distance_BTS >= 0) & ((distance_BTS < window) if window else True)
+
+
+def attend_to_slots(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array, *,
+                    soft_cap: float | None = None, sinks_N: jax.Array | None = None) -> jax.Array:
+  """Attention to the slots of a cache where `mask_BTS` is True; the result has the dtype of the queries.
+
+  `soft_cap`: scores become cap * tanh(scores / cap) (Gemma 2, arXiv 2408.00118). `sinks_N`: a score for each head that
+  takes part in the softmax and adds nothing (gpt-oss, arXiv 2508.10925). With the heads before the slots no product
+  needs a transposed copy of the cache.
+  """
+  B, T, N, H = q_BTNH.shape
+  q_BTKGH = q_BTNH.reshape(B, T, k_BKSH.shape[1], -1, H)
+  if local_device()[0] == 'cpu':  # whose kernels of batched products lack bfloat16
+    q_BTKGH, k_BKSH, v_BKSH = (x.astype(jnp.float32) for x in (q_BTKGH, k_BKSH, v_BKSH))
+  scores_BKGTS = jnp.einsum('BTKGH,BKSH->BKGTS', q_BTKGH, k_BKSH, preferred_element_type=jnp.float32) / H ** 0.5
+  if soft_cap is not None:
+    scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
+  scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf)
+  if sinks_N is not None:
+    sinks_1KG11 = sinks_N.reshape(1, *q_BTKGH.shape[2:4], 1, 1)
+    sinks_BKGT1 = jnp.broadcast_to(sinks_1KG11, (*scores_BKGTS.shape[:4], 1))
+    probs_BKGTS = jax.nn.softmax(jnp.concatenate([scores_BKGTS, sinks_BKGT1], -1), axis=-1)[..., :-1]
+  else:
+    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+  y_BTKGH = jnp.einsum('BKGTS,BKSH->BTKGH', probs_BKGTS.astype(v_BKSH.dtype), v_BKSH,
+                       preferred_element_type=jnp.float32)
+  return y_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)

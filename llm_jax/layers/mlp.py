@@ -45,11 +45,14 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 gelu_tanh = partial(jax.nn.gelu, approximate=True)
+relu_squared = lambda x: jax.nn.relu(x) ** 2  # noqa: E731 (arXiv 2109.08668)
 
 # Feed-forward layers [B, T, D] -> [B, T, D]: Flax modules with fields embed_dim, mlp_dim, einsum, out_init, use_bias.
 # MLPS[name](settings) is called like MLP.
 MLPS = Registry('mlp', factory_of('use_bias'))
 register(MLPS, 'gelu', lambda settings: partial(MLP, activation=gelu), NoSettings)
 register(MLPS, 'gelu_tanh', lambda settings: partial(MLP, activation=gelu_tanh), NoSettings)
+register(MLPS, 'relu', lambda settings: partial(MLP, activation=jax.nn.relu), NoSettings)
+register(MLPS, 'relu_squared', lambda settings: partial(MLP, activation=relu_squared), NoSettings)
 register(MLPS, 'swiglu', lambda settings: partial(MLP, activation=jax.nn.silu, gated=True), NoSettings)
 register(MLPS, 'geglu', lambda settings: partial(MLP, activation=gelu_tanh, gated=True), NoSettings)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.base.registry import NoSettings, Registry, factory_of, register
+from llm_jax.base.registry import Registry, factory_of, register
 from llm_jax.layers.linear import weight
 
 
@@ -59,11 +59,18 @@ def _like(v: jax.Array, x: jax.Array) -> jax.Array:
 class RMSNorm(nn.Module):
   axis: str = 'norm'  # logical
   eps: float = 1e-6
+  learned: bool = True  # whether it has a scale
+  offset: bool = False  # the scale is 1 + w, as in Gemma, so that weight decay draws it to 1
+  bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = weight(self, 'scale', nn.initializers.ones, x.shape[-1:], (self.axis,))
-    return rms_norm(x, scale, self.eps)
+    scale = jnp.ones(x.shape[-1:])
+    if self.learned:
+      init = nn.initializers.zeros if self.offset else nn.initializers.ones
+      scale = weight(self, 'scale', init, x.shape[-1:], (self.axis,)) + float(self.offset)
+    y = rms_norm(x, scale, self.eps)
+    return y + _like(weight(self, 'b', nn.initializers.zeros, x.shape[-1:], (self.axis,)), x) if self.bias else y
 
 
 class LayerNorm(nn.Module):
@@ -82,5 +89,5 @@ class LayerNorm(nn.Module):
 
 # Norms over the last axis: Flax modules. NORMS[name](settings) is called with name=, and use_bias= where it is a field.
 NORMS = Registry('norm', factory_of('use_bias', 'axis'))
-register(NORMS, 'layer_norm', lambda settings: LayerNorm, NoSettings)
-register(NORMS, 'rms_norm', lambda settings: RMSNorm, NoSettings)
+register(NORMS, 'layer_norm', LayerNorm)
+register(NORMS, 'rms_norm', RMSNorm)

@@ -1,8 +1,8 @@
 """L equal blocks with parameters stacked on a leading `layers` axis, run by one scan.
 
-A block is a Flax module called as block(x, positions, context, cache, window, train) -> (x, cache). All blocks of a
-stack get the same context, such as an AttentionMask. The config sets how far the scan is unrolled: unrolled it runs
-faster, rolled its compile time does not grow with depth.
+A block is a Flax module called as block(x, positions, context, cache, layer, train) -> (x, cache). All blocks of a
+stack get the same context, such as an AttentionMask; `layer`, a Layer, is what differs between them. The config sets
+how far the scan is unrolled: unrolled it runs faster, rolled its compile time does not grow with depth.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flax.typing import Dtype
 from jax.ad_checkpoint import Offloadable, Recompute, Saveable, checkpoint_name
 
 from llm_jax.base.batch import Params
-from llm_jax.layers.attention import AttentionMask
+from llm_jax.layers.attention import AttentionMask, Layer
 
 UNMASKED = AttentionMask()
 
@@ -56,7 +56,7 @@ def init_stack(block: nn.Module, num_layers: int, embed_dim: int,
 
   def init(key: jax.Array) -> Params:
     def init_block(key: jax.Array) -> Params:
-      return block.init(key, x, positions, context, None, 0, False)['params']
+      return block.init(key, x, positions, context, None, Layer(), False)['params']
     stacked = jax.vmap(init_block)(jax.random.split(key, num_layers))
     return meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
 
@@ -74,27 +74,27 @@ def stack_experts(kind: type[nn.Module], num_experts: int) -> type[nn.Module]:
 
 
 def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT: jax.Array,
-                context: Any, *, windows: tuple[int, ...], dropout_key: jax.Array | None = None, train: bool = False,
+                context: Any, *, layers: tuple[Layer, ...], dropout_key: jax.Array | None = None, train: bool = False,
                 dtype: Dtype = jnp.float32, unroll: int = 1, remat: str = 'none') -> tuple[jax.Array, dict[str, Any]]:
-  """Runs the blocks. Layer l attends to windows[l % len(windows)] tokens; len(windows) must divide L.
+  """Runs the blocks. Block l gets layers[l % len(layers)]; len(layers) must divide L.
 
   `dtype` is that of matrix operands. Returns x [B, T, D] and the values that the blocks sowed into `losses` and
   `metrics`, leaves [L, ...].
   """
   num_layers = jax.tree.leaves(params)[0].shape[0]
-  period = len(windows)
+  period = len(layers)
   keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
 
-  def run(window: int, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+  def run(kind: Layer, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
     layer_params, layer_copies, key = layer
     (x, _), sown = block.apply(
         {'params': layer_params, 'copies': layer_copies}, checkpoint_name(x, 'block'), positions_BT, context,
-        None, window, train, rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
+        None, kind, train, rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
     return x, sown
 
   # Otherwise XLA could recompute all blocks of one loop body at once, before the first one is needed.
   prevent_cse = unroll > 1 or period > 1
-  blocks = [REMAT[remat](partial(run, window), prevent_cse=prevent_cse) for window in windows]
+  blocks = [REMAT[remat](partial(run, kind), prevent_cse=prevent_cse) for kind in layers]
 
   def body(x: jax.Array, group: Any) -> tuple[jax.Array, list[Any]]:
     outputs = []
@@ -105,7 +105,7 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
 
   # Casts all layers' matrices at once: XLA also moves this out of a loop over microbatches, so it runs once per step.
   copies = {} if dtype == jnp.float32 else jax.tree.map(lambda w: jax.lax.stop_gradient(w).astype(dtype), params)
-  # Layers are grouped by window before the scan: slices made inside the loop would be saved for the backward pass, a
+  # Layers are grouped by kind before the scan: slices made inside the loop would be saved for the backward pass, a
   # copy of every weight.
   groups = [jax.tree.map(lambda a: a[i::period], (params, copies, keys)) for i in range(period)]  # noqa: B023
   x_BTD, outputs = jax.lax.scan(body, x_BTD, groups, unroll=min(unroll, num_layers // period))
@@ -129,16 +129,15 @@ def copies_of(params: Params, dtype: Dtype) -> Params:
           if isinstance(x, dict) or (name == 'w' and jnp.issubdtype(x.dtype, jnp.floating))}
 
 
-def apply_layers(block: nn.Module, layers: tuple[Params, ...], x_BTD: jax.Array, positions_BT: jax.Array,
-                 context: Any, *, windows: tuple[int, ...],
+def apply_layers(block: nn.Module, variables: tuple[Params, ...], x_BTD: jax.Array, positions_BT: jax.Array,
+                 context: Any, *, layers: tuple[Layer, ...],
                  cache: tuple[Any, ...]) -> tuple[jax.Array, tuple[Any, ...]]:
-  """Runs the blocks with a cache for each; returns x [B, T, D] and the caches.
+  """Runs the blocks, each with its variables and cache; returns x [B, T, D] and the caches.
 
   Each layer has arrays of its own, as a scan would copy its slices of all weights and caches for each token.
   """
   caches = []
-  for i, (variables, layer_cache) in enumerate(zip(layers, cache, strict=True)):
-    x_BTD, layer_cache = block.apply(variables, x_BTD, positions_BT, context, layer_cache, windows[i % len(windows)],
-                                     False)
+  for i, (own, layer_cache) in enumerate(zip(variables, cache, strict=True)):
+    x_BTD, layer_cache = block.apply(own, x_BTD, positions_BT, context, layer_cache, layers[i % len(layers)], False)
     caches.append(layer_cache)
   return x_BTD, tuple(caches)

@@ -22,11 +22,12 @@ from llm_jax.layers.attention import MultiHead
 from llm_jax.layers.kernels import ATTENTION
 from llm_jax.layers.linear import EINSUMS, Embed, copy_of, weight
 from llm_jax.layers.mlp import MLPS
-from llm_jax.layers.norm import NORMS
+from llm_jax.layers.norm import NORMS, RMSNorm
 from llm_jax.layers.product import mixed_einsum
 from llm_jax.layers.stack import REMAT
 from llm_jax.losses.readout import Readout
 
+PADDED = -1e30  # the logits of the padding of a vocabulary
 # Fields of a model's config that name a registry entry; the entry's settings are in the section with its name.
 PARTS: dict[str, Registry] = {'mlp': MLPS, 'norm': NORMS, 'einsum': EINSUMS}
 
@@ -49,7 +50,13 @@ def _make(cfg: Any, field: str, default: str) -> Callable[..., Any]:
 def make_norm(cfg: Any) -> Callable[..., nn.Module]:
   """The norm layer that cfg.norm names; called with name=."""
   norm = _make(cfg, 'norm', 'layer_norm')
-  return partial(norm, use_bias=cfg.use_bias) if 'use_bias' in inspect.signature(norm).parameters else norm
+  use_bias = cfg.use_bias if cfg.norm_bias is None else cfg.norm_bias
+  return partial(norm, use_bias=use_bias) if 'use_bias' in inspect.signature(norm).parameters else norm
+
+
+def make_qk_norm(cfg: Any) -> Callable[..., nn.Module]:
+  """The RMSNorm of queries and keys, with the settings of config.model.rms_norm if that is the model's norm."""
+  return partial(RMSNorm, **vars(cfg.sections['rms_norm'])) if 'rms_norm' in cfg.sections else RMSNorm
 
 
 def make_einsum(cfg: Any) -> Callable[..., Any]:
@@ -60,14 +67,14 @@ def make_einsum(cfg: Any) -> Callable[..., Any]:
 
 def make_mlp(cfg: Any, out_init: Initializer, name: str | None = None) -> Any:
   """The feed-forward layer that cfg.mlp names."""
-  return _make(cfg, 'mlp', 'gelu')(cfg.embed_dim, cfg.F, make_einsum(cfg), out_init, use_bias=cfg.use_bias, name=name)
+  use_bias = cfg.use_bias if cfg.mlp_bias is None else cfg.mlp_bias
+  return _make(cfg, 'mlp', 'gelu')(cfg.embed_dim, cfg.F, make_einsum(cfg), out_init, use_bias=use_bias, name=name)
 
 
 def make_heads(cfg: Any, kind: type[MultiHead], out_init: Initializer, name: str) -> Any:
   """An attention layer `kind` with the config's shape."""
   return kind(cfg.embed_dim, cfg.num_heads, cfg.K, cfg.H, make_einsum(cfg), out_init, cfg.operand_dtype,
-              rope_base=cfg.rope_base if cfg.positions == 'rope' else None, qk_norm=cfg.qk_norm, use_bias=cfg.use_bias,
-              implementation=cfg.attention, name=name)
+              implementation=cfg.attention, name=name, **cfg.head_options)
 
 
 def operand_dtype(name: str) -> jnp.dtype:
@@ -94,10 +101,16 @@ class OutputMatrix(nn.Module):
 def make_readout(cfg: Any, x_BTD: jax.Array, table: Embed | OutputMatrix) -> Readout:
   """The Readout of hidden states by the embedding's table w [V, D] or a matrix w [D, V]."""
   eqn = 'BTD,VD->BTV' if isinstance(table, Embed) else 'BTD,DV->BTV'
-  return Readout(x_BTD, table.matrix, partial(project, eqn, cfg.operand_dtype, cfg.logit_soft_cap))
+  return Readout(x_BTD, table.matrix, partial(project, eqn, cfg.operand_dtype, cfg.logit_scale, cfg.logit_soft_cap,
+                                              cfg.vocab_size))
 
 
-def project(eqn: str, dtype: jnp.dtype, soft_cap: float, w: jax.Array, x_BTD: jax.Array) -> jax.Array:
-  """Logits, float32 [B, T, V]."""
-  logits_BTV = mixed_einsum(eqn, dtype, x_BTD, w)
-  return soft_cap * jnp.tanh(logits_BTV / soft_cap) if soft_cap else logits_BTV
+def project(eqn: str, dtype: jnp.dtype, scale: float, soft_cap: float, vocab_size: int, w: jax.Array,
+            x_BTD: jax.Array) -> jax.Array:
+  """Logits, float32 [B, T, V]; those of the padding of the vocabulary are far below all others, but finite."""
+  logits_BTV = scale * mixed_einsum(eqn, dtype, x_BTD, w)
+  if soft_cap:
+    logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
+  if logits_BTV.shape[-1] == vocab_size:
+    return logits_BTV
+  return jnp.where(jnp.arange(logits_BTV.shape[-1])[None, None] < vocab_size, logits_BTV, PADDED)

@@ -5,6 +5,7 @@ Dims: B batch, T length, S cache length, D embed, N heads, K kv heads, H head_di
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from flax.typing import Initializer
 
 from llm_jax.base.batch import Batch, Cache, Params
 from llm_jax.base.sharding import constrain
-from llm_jax.layers.attention import Attention, AttentionMask
+from llm_jax.layers.attention import Attention, AttentionMask, Layer
 from llm_jax.layers.linear import Embed
 from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.losses.readout import Readout
@@ -23,22 +24,29 @@ from llm_jax.models.decoder_config import DecoderConfig
 
 
 class Block(nn.Module):
-  """Pre-norm attention, then a pre-norm feed-forward layer, each added to the residual stream."""
+  """Attention, then a feed-forward layer, each with norms before or after it and added to the residual stream."""
 
   cfg: DecoderConfig
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, mask: AttentionMask, cache, window: int, train: bool):
+  def __call__(self, x_BTD, positions_BT, mask: AttentionMask, cache, layer: Layer, train: bool):
     cfg = self.cfg
-    norm = make_norm(cfg)
+    before, after = (self.norms(position) for position in ('pre', 'post'))
     out_init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
     attend = self.make_attention(out_init)
-    h_BTD, cache = attend(norm(name='attn_norm')(x_BTD), positions_BT, mask, cache, window)
-    x_BTD = x_BTD + dropout(h_BTD)
+    h_BTD, cache = attend(before('attn_norm', x_BTD), positions_BT, mask, cache, layer)
+    y_BTD = x_BTD + cfg.residual_scale * dropout(after('attn_post_norm', h_BTD))
     mlp = make_mlp(cfg, out_init, name='mlp')
-    x_BTD = x_BTD + dropout(mlp(norm(name='mlp_norm')(x_BTD)))
+    h_BTD = mlp(before('mlp_norm', x_BTD if cfg.parallel_residual else y_BTD))
+    x_BTD = y_BTD + cfg.residual_scale * dropout(after('mlp_post_norm', h_BTD))
     return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed'), cache
+
+  def norms(self, position: str) -> Callable[[str, jax.Array], jax.Array]:
+    """The function (name, x) of the norms before ('pre') or after ('post') the layers; the identity without them."""
+    norm = make_norm(self.cfg)
+    used = self.cfg.norm_position in (position, 'both')
+    return lambda name, x_BTD: norm(name=name)(x_BTD) if used else x_BTD
 
   def make_attention(self, out_init: Initializer) -> nn.Module:
     """The attention layer, for subclasses to replace."""
@@ -81,7 +89,7 @@ class Decoder(nn.Module):
     return self.output(self.hidden(batch.tokens, positions_BT, AttentionMask(batch.segment_ids, prefix_BT), train))
 
   def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    x_BTD = self.embed.encode(tokens_BT)
+    x_BTD = self.cfg.embed_scale * self.embed.encode(tokens_BT)
     if self.cfg.positions == 'learned':
       x_BTD += self.positions.encode(positions_BT)
     return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
@@ -94,7 +102,7 @@ class Decoder(nn.Module):
       key = jax.random.fold_in(dropout_key, cfg.num_layers)
       x_BTD = self.dropout(x_BTD, deterministic=False, rng=key)
     x_BTD, sown = apply_stack(
-        self.block, self.blocks, x_BTD, positions_BT, mask, windows=cfg.windows, dropout_key=dropout_key, train=train,
+        self.block, self.blocks, x_BTD, positions_BT, mask, layers=cfg.layers, dropout_key=dropout_key, train=train,
         dtype=cfg.operand_dtype, unroll=cfg.scan_unroll, remat=cfg.remat)
     for collection, values in sown.items():
       self.sow(collection, 'blocks', values)
@@ -134,5 +142,5 @@ class Decoder(nn.Module):
     prefix_BS = slots_S[None] < cache['prompt_B'][:, None] if self.cfg.prefix_attention else None
     x_BTD, caches = apply_layers(
         self.block, layers, self.embedded(tokens_BT, positions_BT), positions_BT, AttentionMask(prefix_BS=prefix_BS),
-        windows=self.cfg.windows, cache=cache['layers'])
+        layers=self.cfg.layers, cache=cache['layers'])
     return x_BTD, cache | {'layers': caches}

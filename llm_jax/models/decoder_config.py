@@ -11,10 +11,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from llm_jax.base.builder import Sections, keep_named, sections
-from llm_jax.layers.kernels import describe_attention
+from llm_jax.base.builder import Sections, check_names, keep_named, sections
+from llm_jax.layers.attention import Layer
+from llm_jax.layers.kernels import OPTIONS, describe_attention
 from llm_jax.layers.mlp import MLPS
-from llm_jax.models.blocks import PARTS, check_parts, operand_dtype
+from llm_jax.layers.rope import Rope
+from llm_jax.layers.rope_scaling import ROPE_SCALINGS, unscaled
+from llm_jax.models.blocks import PARTS, check_parts, make_qk_norm, operand_dtype
 from llm_jax.models.protocol import ModelConfig
 
 
@@ -29,8 +32,12 @@ class StackConfig(ModelConfig):
   mlp: str = 'gelu_tanh'  # one of MLPS
   norm: str = 'layer_norm'  # one of layers.norm.NORMS
   rope_base: float = 10000.0  # base of the rotary wavelengths, for positions rope
+  vocab_multiple: int = 1  # tables have rows up to a multiple of it, so that meshes can split them; never predicted
   use_bias: bool = False  # on matrices and LayerNorms
   attention: str = 'auto'  # auto, the fastest that supports the case, or one of layers.kernels.ATTENTION
+  norm_bias: bool | None = None  # of LayerNorms; None: use_bias
+  mlp_bias: bool | None = None  # of matrices of the feed-forward layer; None: use_bias
+  logit_scale: float = 1.0  # factor of logits, before their soft cap
   logit_soft_cap: float = 0.0  # cap * tanh(logits / cap); 0: off
   dropout: float = 0.0  # on the embedding and on each layer's output, before it is added to the residual stream
   init_std: float = 0.02  # of matrices; those that write to the residual stream get init_std / sqrt(2 L)
@@ -38,20 +45,22 @@ class StackConfig(ModelConfig):
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   scan_unroll: int = 1  # layers per iteration of the scan; more compile longer and may run faster
   remat: str = 'none'  # what a layer saves for its backward pass, from all to nothing: one of layers.stack.REMAT
-  sections: Sections = sections(*PARTS.values())
+  sections: Sections = sections(*PARTS.values(), ROPE_SCALINGS)
 
   def __post_init__(self) -> None:
     require(self, 'at least 1', lambda x: x >= 1, 'vocab_size', 'max_len', 'num_layers', 'embed_dim', 'num_heads',
-            'mlp_dim', 'scan_unroll')
+            'mlp_dim', 'scan_unroll', 'vocab_multiple')
     require(self, '0 (no cap), or up to 1e6', lambda x: 0 <= x <= 1e6, 'logit_soft_cap')
     require(self, 'positive and at most 1000', lambda x: 0 < x <= 1000, 'init_std')
     require(self, 'positive and at most 1e12', lambda x: 0 < x <= 1e12, 'rope_base')
     require(self, 'at most 10000', lambda x: x <= 10_000, 'num_layers')
     require(self, 'at most 2^31 - 1', lambda x: x < 2**31, 'vocab_size', 'max_len', 'embed_dim', 'mlp_dim')
     require(self, 'in [0, 1)', lambda x: 0 <= x < 1, 'dropout')
+    require(self, 'positive and at most 1e6', lambda x: 0 < x <= 1e6, 'logit_scale')
     check_parts(self)
-    parts = [name for name in PARTS if hasattr(self, name)]
-    keep_named(self, [getattr(self, name) for name in parts], f'none of {", ".join(parts)} names it')
+    parts = {name: getattr(self, name) for name in (*PARTS, 'rope_scaling') if hasattr(self, name)}
+    named = [entry for names in parts.values() for entry in ((names,) if isinstance(names, str) else names)]
+    keep_named(self, named, f'none of {", ".join(parts)} names it')
 
   @property
   def K(self) -> int:
@@ -67,18 +76,35 @@ class StackConfig(ModelConfig):
 
   @property
   def V(self) -> int:
+    """Rows of tables, padding included."""
     assert self.vocab_size is not None, 'resolve fills it in'
-    return self.vocab_size
+    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
   @property
   def F(self) -> int:
     return self.mlp_dim or 4 * self.embed_dim
 
+  @property
+  def layers(self) -> tuple[Layer, ...]:
+    """What differs between the layers: layer l is layers[l % len(layers)], and the length divides num_layers."""
+    return (Layer(rope=Rope(self.rope_base, unscaled)),)
+
+  @property
+  def head_options(self) -> dict[str, Any]:
+    """Fields of attention layers, see layers.attention.MultiHead, that not all models have."""
+    return {'qkv_bias': self.use_bias, 'out_bias': self.use_bias}
+
   def describe(self, seq_len: int, segments: bool) -> list[str]:
     return [f'model: {self.name}, {self.num_layers} layers, {self.embed_dim} wide, vocabulary {self.vocab_size}, '
             f'{self.dtype}',
             'attention kernel: ' + describe_attention(self.attention, self.dtype, self.H, self.positions_of(seq_len),
-                                               segments=segments, prefix=self.prefix_attention)]
+                                               segments=segments, prefix=self.prefix_attention,
+                                               scores=self.score_options)]
+
+  @property
+  def score_options(self) -> tuple[str, ...]:
+    """The options of attention's scores that are used; see layers.kernels.OPTIONS."""
+    return ()
 
 
 def require(config: Any, words: str, fits: Callable[[Any], bool], *fields: str) -> None:
@@ -98,7 +124,20 @@ class DecoderConfig(StackConfig):
   head_dim: int | None = None  # None: embed_dim / num_heads
   positions: Literal['learned', 'rope'] = 'learned'  # a table of max_len positions, or rotary
   einsum: str = 'full'  # one of layers.linear.EINSUMS: the kind of matrices between hidden states
-  qk_norm: bool = False  # normalize queries and keys
+  rope_bases: tuple[float, ...] = ()  # of layers in turn; 0: no positions in that layer; (): rope_base in all
+  rope_scaling: tuple[str, ...] = ('none',)  # of layers in turn: each one of layers.rope_scaling.ROPE_SCALINGS
+  rope_dim: int | None = None  # features of a head that are rotated, the first ones; None: all
+  qk_norm: bool = False  # normalize queries and keys, by an RMSNorm
+  qk_norm_heads: Literal['each', 'all'] = 'each'  # whether each head is normalized, or all heads as one vector
+  qkv_bias: bool | None = None  # of the matrices to queries, keys and values; None: use_bias
+  out_bias: bool | None = None  # of the matrix from heads to the residual stream; None: use_bias
+  query_scale: float | None = None  # factor of attention's scores; None: head_dim ** -0.5
+  attention_soft_cap: float = 0.0  # cap * tanh(scores / cap); 0: off
+  attention_sinks: bool = False  # a learned score for each head that takes part in the softmax and adds nothing
+  norm_position: Literal['pre', 'post', 'both'] = 'pre'  # of norms: before, after or around attention and MLP
+  parallel_residual: bool = False  # the MLP has the same input as attention
+  residual_scale: float = 1.0  # factor of what layers add to the residual stream
+  embed_scale: float = 1.0  # factor of token embeddings, not of the readout that is tied to them
   tie_embeddings: bool = True  # use the embedding as the readout matrix
   windows: tuple[int, ...] = (0,)  # layer l attends to windows[l % len(windows)] tokens; 0: all
   prefix_attention: bool = False  # bidirectional attention within prompts and where the data's prefix_mask is 1
@@ -109,6 +148,9 @@ class DecoderConfig(StackConfig):
     super().__post_init__()
     require(self, 'at least 1', lambda x: x >= 1, 'num_kv_heads', 'head_dim')
     require(self, 'positive', lambda x: x > 0, 'embed_init_std', 'readout_init_std')
+    require(self, 'positive and at most 1e6', lambda x: 0 < x <= 1e6, 'query_scale', 'residual_scale', 'embed_scale')
+    require(self, '0 (no cap), or up to 1e6', lambda x: 0 <= x <= 1e6, 'attention_soft_cap')
+    self._check_rope()
     if self.head_dim is None and self.embed_dim % self.num_heads:
       legal = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
       near = sorted(sorted(legal, key=lambda n: abs(n - self.num_heads))[:3])
@@ -116,15 +158,51 @@ class DecoderConfig(StackConfig):
                        f'nearest that do: {", ".join(map(str, near))} (or set head_dim)')
     if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
       raise ValueError(f'num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}')
-    if self.positions == 'rope' and self.H % 2:
-      raise ValueError(f'positions rope rotates pairs of features: head_dim must be even; got {self.H}')
     if not self.windows or min(self.windows) < 0:
       raise ValueError(f'windows must have at least one size, each 0 (all tokens) or more; got {self.windows}')
-    if self.num_layers % len(self.windows):
-      raise ValueError(f'the pattern windows={self.windows} does not divide num_layers {self.num_layers}')
     if self.tie_embeddings and self.readout_init_std is not None:
       raise ValueError('readout_init_std is set, but with tie_embeddings the readout is the embedding: set '
                        'embed_init_std, or tie_embeddings=False')
+
+  def _check_rope(self) -> None:
+    check_names('rope_scaling', self.rope_scaling, ROPE_SCALINGS)
+    if not self.rope_scaling:
+      raise ValueError("rope_scaling must have at least one name, such as none; got ()")
+    if not all(base == 0 or 1 < base <= 1e12 for base in self.rope_bases):
+      raise ValueError(f'rope_bases must hold numbers above 1 and up to 1e12, or 0; got {self.rope_bases}')
+    rotary = {'rope_bases': (), 'rope_scaling': ('none',), 'rope_dim': None}
+    if self.positions == 'learned' and (found := [name for name, off in rotary.items() if getattr(self, name) != off]):
+      raise ValueError(f'{", ".join(found)} would have no effect, as positions is learned: set positions=rope')
+    rotated = self.rope_dim or self.H
+    if self.positions == 'rope' and (rotated % 2 or rotated > self.H):
+      field = 'head_dim' if self.rope_dim is None else 'rope_dim'
+      raise ValueError(f'positions rope rotates pairs of features: {field} must be even, and at most head_dim '
+                       f'{self.H}; got {rotated}')
+
+  @property
+  def layers(self) -> tuple[Layer, ...]:
+    bases = self.rope_bases or (self.rope_base,)
+    scalings = [ROPE_SCALINGS[name](ROPE_SCALINGS.section(name, self.sections)) for name in self.rope_scaling]
+
+    def layer(i: int) -> Layer:
+      base = bases[i % len(bases)] if self.positions == 'rope' else 0
+      rope = Rope(base, scalings[i % len(scalings)], self.rope_dim) if base else None
+      return Layer(self.windows[i % len(self.windows)], rope)
+
+    layers = tuple(layer(i) for i in range(self.num_layers))
+    return next(layers[:n] for n in range(1, len(layers) + 1)
+                if len(layers) % n == 0 and layers == layers[:n] * (len(layers) // n))
+
+  @property
+  def head_options(self) -> dict[str, Any]:
+    return {'qkv_bias': self.use_bias if self.qkv_bias is None else self.qkv_bias,
+            'out_bias': self.use_bias if self.out_bias is None else self.out_bias,
+            'qk_norm': make_qk_norm(self) if self.qk_norm else None, 'norm_heads': self.qk_norm_heads == 'all',
+            'query_scale': self.query_scale, 'soft_cap': self.attention_soft_cap, 'sinks': self.attention_sinks}
+
+  @property
+  def score_options(self) -> tuple[str, ...]:
+    return tuple(option for option, field in OPTIONS.items() if getattr(self, field))
 
   @property
   def K(self) -> int:
@@ -155,6 +233,6 @@ class DecoderConfig(StackConfig):
     D, N, H, K, F = self.embed_dim, self.num_heads, self.H, self.K, self.F
     gated = self.mlp in ('swiglu', 'geglu')
     matrices = self.num_layers * (D * N * H * 2 + D * K * H * 2 + D * F * (3 if gated else 2)) + D * self.V
-    seen = [min(w or seq_len, seq_len) for w in self.windows]
+    seen = [min(layer.window or seq_len, seq_len) for layer in self.layers]
     attended = self.num_layers / len(seen) * sum(s * (1 - s / (2 * seq_len)) for s in seen)  # mean keys per token
     return 6 * matrices + 12 * attended * N * H

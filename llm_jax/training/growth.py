@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +35,21 @@ def extends(mine: Tokenizer | None, theirs: Tokenizer | None) -> bool:
   return mine.token_bytes[:known] == theirs.token_bytes and not any(mine.token_bytes[known:])
 
 
-def grow(arrays: dict[str, jax.Array], like: dict[str, jax.Array], run: Loaded, vocab_size: int) -> list[str]:
-  """Extends the arrays of `run` that have its vocabulary as a dimension to `vocab_size`; returns their names."""
-  old, grown = run.config.model.vocab_size, []
-  known = len(run.tokenizer.token_bytes) if run.tokenizer else old
+def grow(arrays: dict[str, jax.Array], like: dict[str, jax.Array], run: Loaded, model: Any) -> list[str]:
+  """Fits the arrays of `run` that have its vocabulary as a dimension to the vocabulary of `model`, a model's config.
+
+  Returns the names of those that got more tokens, and not only another padding.
+  """
+  old, new, grown = run.config.model.vocab_size, model.vocab_size, []
+  rows = tuple(getattr(config, 'V', config.vocab_size) for config in (run.config.model, model))  # with padding
+  known = old if new == old or run.tokenizer is None else len(run.tokenizer.token_bytes)
   for name in sorted(arrays.keys() & like.keys()):
     have, need = arrays[name].shape, like[name].shape
-    axes = [axis for axis, sizes in enumerate(zip(have, need, strict=False)) if sizes == (old, vocab_size)]
-    if len(have) == len(need) and len(axes) == 1 and have != need and old < vocab_size:
-      arrays[name] = _extended(arrays[name], axes[0], known, vocab_size)
+    axes = [axis for axis, sizes in enumerate(zip(have, need, strict=False)) if sizes == rows]
+    if len(have) == len(need) and len(axes) == 1 and have != need and old <= new:
+      arrays[name] = _extended(arrays[name], axes[0], known, rows[1])
       grown.append(name)
-  return grown
+  return grown if new > old else []
 
 
 def _extended(array: jax.Array, axis: int, known: int, size: int) -> jax.Array:

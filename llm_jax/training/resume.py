@@ -16,6 +16,7 @@ from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import unused
 from llm_jax.base.multihost import say
 from llm_jax.base.redaction import public
+from llm_jax.base.storage import read_workdir
 from llm_jax.base.trees import by_name, merge, path_of, split
 from llm_jax.config import Config, differences
 from llm_jax.data.open import check_fingerprint
@@ -35,7 +36,7 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: st
 
   At step `begin`, the begin of a stage, the data may change. `advice` ends the message.
   """
-  saved, now = public(meta['config']), public(to_dict(config))
+  saved, now = public(with_new_fields(meta['config'])), public(to_dict(config))
   if meta['step'] < begin:
     raise ConfigError(f'config.stages: a stage begins at step {begin}, but the newest intact checkpoint is of step '
                       f'{meta["step"]}; to resume from it, move the newer ones out of checkpoints/')
@@ -49,6 +50,14 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: st
   if end_row is not None and rows is not None and begin < meta['step'] and rows != end_row(meta['step']):
     raise StorageError(f'it was trained up to row {rows} of the data, but by rewinds.json it must be row '
                        f'{end_row(meta["step"])}: that file was lost, changed, or is of another run')
+
+
+def with_new_fields(saved: dict) -> dict:
+  """The values of a config with the defaults of fields that its version did not have, if it can still be built."""
+  try:
+    return to_dict(build(Config, saved))
+  except ConfigError:
+    return saved
 
 
 def check_same_parts(saved: dict, config: Config, same_state: bool) -> None:
@@ -75,7 +84,7 @@ def check_same_parts(saved: dict, config: Config, same_state: bool) -> None:
 def report_resume(config: Config, meta: dict) -> None:
   """Prints the step that a run resumes from and the config fields that changed."""
   say(f'resuming from step {meta["step"]}')
-  for name, (old, new) in differences(public(meta['config']), public(to_dict(config))).items():
+  for name, (old, new) in differences(public(with_new_fields(meta['config'])), public(to_dict(config))).items():
     say(f'  changed: config.{name}: {old} -> {new}')
   report_rate(config, meta)
 
@@ -135,7 +144,7 @@ def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
   """A fresh state with all weights that the other run has. Raises ConfigError for weights of other shapes."""
   config, fresh = program.config, program.init()
   try:
-    run = load_run(Path(config.start.run).expanduser(), mesh, config.start.checkpoint,
+    run = load_run(read_workdir(Path(config.start.run).expanduser()), mesh, config.start.checkpoint,
                    flag='config.start.run')
   except (StorageError, ConfigError) as e:
     raise ConfigError(str(e).replace('--workdir', 'config.start.run')
@@ -144,7 +153,7 @@ def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
   mine, info = by_name(fresh.params), program.info
   exporter = EXPORTERS['packed' if getattr(run.config.model, 'einsum', '') == 'packed' else 'plain']
   other = exporter.restore(config, run.params, fresh.params, info)
-  if grown := grow(other, mine, run, config.model.vocab_size):
+  if grown := grow(other, mine, run, config.model):
     say(f'weights of {config.start.run}: the vocabulary grows from {run.config.model.vocab_size} to '
         f'{config.model.vocab_size} tokens; the new rows of {", ".join(grown)} are the mean of the old ones')
   wrong = [name for name in mine.keys() & other.keys() if mine[name].shape != other[name].shape]

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.base.batch import Batch, Params
 from llm_jax.base.sharding import check_divisible, logical_to_spec
 from llm_jax.base.trees import split
-from llm_jax.layers.linear import info_of
+from llm_jax.layers.boxes import info_of
 from llm_jax.models.protocol import LanguageModel
 from llm_jax.training.state import TrainState
 

@@ -12,7 +12,8 @@ from jax._src.cudnn import fused_attention_stablehlo
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.layers import blocked
-from llm_jax.layers.attention import cached_attention, causal_attention
+from llm_jax.layers.attention import causal_attention
+from llm_jax.layers.cache import cached_attention
 from llm_jax.layers.kernels import ATTENTION, AttentionCase, choose_attention, describe_attention
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 0, 0, 0]])

@@ -14,8 +14,9 @@ from llm_jax.extras.bitnet import BitEinsum, BitNet, PackedEinsum, pack, weight_
 from llm_jax.extras.lowbit import LowBitEinsum
 from llm_jax.extras.matrices import as_matrices, from_matrices
 from llm_jax.extras.soap import Soap
-from llm_jax.layers.attention import AttentionMask
-from llm_jax.layers.linear import Einsum, info_of, weight
+from llm_jax.layers.attention import AttentionMask, Layer
+from llm_jax.layers.boxes import info_of
+from llm_jax.layers.linear import Einsum, weight
 from llm_jax.layers.mlp import MLP, gelu
 from llm_jax.layers.product import mixed_einsum
 from llm_jax.layers.stack import apply_stack, init_stack, stack_experts
@@ -95,7 +96,7 @@ class Experts(nn.Module):
   vmapped: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, context, cache, window, train):
+  def __call__(self, x_BTD, positions_BT, context, cache, layer, train):
     x_EBTD = jnp.broadcast_to(x_BTD, (3, *x_BTD.shape))
 
     def einsum(**fields):
@@ -120,7 +121,7 @@ def test_experts_read_the_copies_of_their_weights(vmapped):
   block, positions = Experts(vmapped), jnp.zeros((2, 5), jnp.int32)
 
   def run(params, dtype):
-    return apply_stack(block, params, x, positions, AttentionMask(), windows=(0,), dtype=dtype)[0]
+    return apply_stack(block, params, x, positions, AttentionMask(), layers=(Layer(),), dtype=dtype)[0]
 
   np.testing.assert_array_equal(run(params, jnp.bfloat16), run(params, jnp.float32))
   for dtype, casts in ((jnp.bfloat16, 0), (jnp.float32, 2)):

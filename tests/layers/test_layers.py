@@ -12,7 +12,8 @@ from llm_jax.base.registry import NoSettings
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.norm import layer_norm, rms_norm
 from llm_jax.layers.product import mixed_einsum
-from llm_jax.layers.rope import apply_rope
+from llm_jax.layers.rope import Rope, apply_rope
+from llm_jax.layers.rope_scaling import unscaled
 
 
 def normal(seed, *shape):
@@ -94,7 +95,7 @@ def test_rope_rotates_pairs_and_depends_on_distances():
   q, k = normal(0, 1, 1, 1, 8), normal(1, 1, 1, 1, 8)
 
   def turned(x, position):
-    return np.asarray(apply_rope(x, jnp.array([[position]]), 10000.0))[0, 0, 0]
+    return np.asarray(apply_rope(x, jnp.array([[position]]), Rope(10000.0, unscaled)))[0, 0, 0]
 
   expected = np.empty(8)
   for i in range(4):

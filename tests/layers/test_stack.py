@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from llm_jax.layers.attention import AttentionMask
+from llm_jax.layers.attention import AttentionMask, Layer
 from llm_jax.layers.kernels import cudnn
 from llm_jax.layers.stack import REMAT, apply_stack, init_stack
 from llm_jax.models.decoder import Block
@@ -34,7 +34,8 @@ def gradient(remat, unroll=1, windows=(0,), attention='auto'):
   """The traced value_and_grad of a stack's sum of squares."""
   def loss(params, x):
     block = Block(dataclasses.replace(CFG, attention=attention))
-    y, _ = apply_stack(block, params, x, POSITIONS, AttentionMask(), windows=windows, unroll=unroll, remat=remat)
+    y, _ = apply_stack(block, params, x, POSITIONS, AttentionMask(), layers=tuple(map(Layer, windows)), unroll=unroll,
+                       remat=remat)
     return jnp.mean(y**2)
   return jax.jit(jax.value_and_grad(loss)).trace(*stack())
 
@@ -52,7 +53,7 @@ def num_products(remat):
 def compiled_block(window):
   """(params, x) -> x"""
   return jax.jit(lambda params, x: Block(CFG).apply(
-      {'params': params}, x, POSITIONS, AttentionMask(), None, window, False)[0])
+      {'params': params}, x, POSITIONS, AttentionMask(), None, Layer(window), False)[0])
 
 
 @pytest.mark.parametrize(('unroll', 'remat'), [(1, 'none'), (2, 'save_matmuls'), (4, 'full')])
@@ -60,7 +61,8 @@ def test_the_stack_equals_its_blocks_in_sequence(unroll, remat):
   """With two alternating windows, so that each iteration of the loop runs two blocks."""
   params, x = stack()
   got, _ = jax.jit(lambda params, x: apply_stack(
-      Block(CFG), params, x, POSITIONS, AttentionMask(), windows=(0, 3), unroll=unroll, remat=remat))(params, x)
+      Block(CFG), params, x, POSITIONS, AttentionMask(), layers=(Layer(0), Layer(3)), unroll=unroll,
+      remat=remat))(params, x)
   for layer in range(4):
     x = compiled_block((0, 3)[layer % 2])(jax.tree.map(lambda p: np.asarray(p)[layer], params), x)  # noqa: B023
   np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4)
@@ -113,7 +115,7 @@ def test_no_weights_are_saved_for_the_backward_pass(remat):
   params = nn.unbox(jax.eval_shape(init_stack(Block(cfg), 4, 64), jax.random.key(0)))
 
   def loss(params, x):
-    y, _ = apply_stack(Block(cfg), params, x, POSITIONS[:1, :1], AttentionMask(), windows=(0,), remat=remat)
+    y, _ = apply_stack(Block(cfg), params, x, POSITIONS[:1, :1], AttentionMask(), layers=(Layer(),), remat=remat)
     return jnp.sum(y)
 
   memory = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((1, 1, 64), jnp.float32)).compile()

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -28,14 +29,18 @@ class HuggingFaceTokenizer:
   """A tokenizer.json; encodes with tiktoken if it is byte-level BPE with provably the same ids.
 
   A special token that a text spells is plain text; `parsing_special_tokens` makes a tokenizer to which it is the token.
+  `ends` are the spellings of bos and eos; None: the first pair of SPECIALS in the vocabulary.
   """
 
-  def __init__(self, text: str, parse: bool = False):
+  def __init__(self, text: str, parse: bool = False, ends: tuple[str, str] | None = None):
     self._model = _whole_and_deterministic(tokenizers.Tokenizer.from_str(text))
+    self.leads = True  # whether the model's texts begin with bos; see infer/text.py
     vocab = self._model.get_vocab()
     self.token_bytes = empty_table(max(vocab.values(), default=-1) + 1)
     spec = json.loads(self._model.to_str())  # with all keys, including those missing in `text`
-    pair = next((pair for pair in SPECIALS if set(pair) <= set(vocab)), None)
+    usual = next((pair for pair in SPECIALS if set(pair) <= set(vocab)), None)
+    pair = ends or usual
+    self._ends = None if pair == usual else pair
     if pair is None:
       raise ConfigError('the tokenizer has no bos token: none of '
                         f'{", ".join(dict.fromkeys(first for first, _ in SPECIALS))} is in its vocabulary; add one')
@@ -66,7 +71,7 @@ class HuggingFaceTokenizer:
 
   def parsing_special_tokens(self) -> HuggingFaceTokenizer:
     """The tokenizer for which a special token that a text spells is that token."""
-    return HuggingFaceTokenizer(self.to_json(), parse=True)
+    return HuggingFaceTokenizer(self._model.to_str(), True, self._ends)
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     if self._parse:
@@ -86,7 +91,19 @@ class HuggingFaceTokenizer:
       raise DataError(f'the tokenizer cannot encode a text: {e}') from None
 
   def to_json(self) -> str:
+    """The tokenizer.json; with other ends than the usual ones, inside of what `open_ends` reads."""
+    text = self._model.to_str()
+    return text if self._ends is None else json.dumps(
+        {'type': 'huggingface', 'ends': self._ends, 'tokenizer': json.loads(text)}, ensure_ascii=False)
+
+  def to_library_json(self) -> str:
+    """The tokenizer.json as the library reads it."""
     return self._model.to_str()
+
+  def begins_with_bos(self) -> bool:
+    """Whether the tokenizer itself begins texts with bos, when special tokens are asked for."""
+    ids = self._model.encode('a', add_special_tokens=True).ids
+    return bool(ids) and ids[0] == self.bos_id
 
   @property
   def special_tokens(self) -> dict[str, int]:
@@ -96,9 +113,9 @@ class HuggingFaceTokenizer:
 
   def with_special_tokens(self, tokens: list[str]) -> HuggingFaceTokenizer:
     """The tokenizer with these special tokens at the end of its vocabulary."""
-    model = tokenizers.Tokenizer.from_str(self.to_json())
+    model = tokenizers.Tokenizer.from_str(self._model.to_str())
     model.add_special_tokens(tokens)
-    return HuggingFaceTokenizer(model.to_str())
+    return HuggingFaceTokenizer(model.to_str(), ends=self._ends)
 
   def name_of(self, token: int) -> str:
     """The spelling of a special token."""
@@ -106,7 +123,7 @@ class HuggingFaceTokenizer:
 
   @functools.cached_property
   def _parser(self) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_str(self.to_json())  # without encode_special_tokens, which is not saved
+    return tokenizers.Tokenizer.from_str(self._model.to_str())  # without encode_special_tokens, which is not saved
 
   def parse(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, their characters [n, 2]) of texts in which spellings of special tokens are these tokens."""
@@ -188,3 +205,20 @@ def _spelling(spec: dict) -> Callable[[str], bytes]:
     return token.replace('\u2581', ' ').replace(suffix, ' ').encode()
 
   return plain
+
+
+def ends_beside(path: Path) -> tuple[str, str] | None:
+  """The spellings of (bos, eos) in the tokenizer_config.json of transformers beside a tokenizer.json; None without one.
+
+  A tokenizer without bos begins documents with eos. Raises DataError.
+  """
+  beside = path.with_name('tokenizer_config.json')
+  try:
+    values = json.loads(beside.read_text(encoding='utf-8')) if beside.is_file() else {}
+  except (OSError, ValueError) as e:
+    raise DataError(f'{beside}: cannot be read: {e}') from None
+  if not isinstance(values, dict) or 'tokenizer_class' not in values:  # the file of a run of ours, with a chat template
+    return None
+  bos, eos = (str((token.get('content') if isinstance(token := values.get(name), dict) else token) or '')
+              for name in ('bos_token', 'eos_token'))
+  return (bos or eos, eos or bos) if bos or eos else None

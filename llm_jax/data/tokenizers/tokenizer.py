@@ -20,7 +20,7 @@ from llm_jax.base.builder import known_names
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, Registry, register, settings_from_signature
 from llm_jax.data.tokenizers.bpe import utf8
-from llm_jax.data.tokenizers.huggingface import Bpe, HuggingFaceTokenizer
+from llm_jax.data.tokenizers.huggingface import Bpe, HuggingFaceTokenizer, ends_beside
 
 
 class Tokenizer(Protocol):
@@ -179,7 +179,9 @@ def identity(name: str) -> str:
   path = Path(name).expanduser()
   try:
     with open(path, 'rb') as f:
-      return hashlib.file_digest(f, 'sha256').hexdigest()
+      digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    ends = ends_beside(path) if path.suffix == '.json' else None
+    return digest if ends is None else f'{digest} {" ".join(ends)}'
   except OSError as e:
     raise DataError(f'{path}: the tokenizer cannot be read: {e.strerror}') from None
 
@@ -193,7 +195,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
   except ValueError as e:
     raise DataError(f'{path}: not a tokenizer: not JSON ({e})') from None
   try:
-    return _from_json(spec)
+    return _from_json(spec, ends_beside(path))
   except (DataError, ConfigError) as e:
     raise type(e)(f'{path}: {e}') from None
   except Exception as e:  # libraries raise many types for damaged files
@@ -201,16 +203,19 @@ def load_tokenizer(path: Path) -> Tokenizer:
                     'origin') from None
 
 
-def _from_json(spec: Any) -> Tokenizer:
+def _from_json(spec: Any, ends: tuple[str, str] | None = None) -> Tokenizer:
   kind = spec.get('type') if isinstance(spec, dict) else None
   for registry in (TOKENIZERS, OPENED):
     if isinstance(kind, str) and kind in registry:
       return registry[kind].from_json(spec)
   if kind == 'extended':
     return ExtendedTokenizer(_from_json(spec['base']), spec['special_tokens'])
+  if kind == 'huggingface':
+    return HuggingFaceTokenizer(json.dumps(spec['tokenizer']), ends=tuple(spec['ends']))
   if isinstance(spec, dict) and kind is None and 'model' in spec:
-    return HuggingFaceTokenizer(json.dumps(spec))
-  known = ', '.join([*TOKENIZERS, *OPENED, 'extended'])
+    vocab = set(spec['model'].get('vocab', ())) | {token['content'] for token in spec.get('added_tokens', ())}
+    return HuggingFaceTokenizer(json.dumps(spec), ends=ends if ends and set(ends) <= vocab else None)
+  known = ', '.join([*TOKENIZERS, *OPENED, 'extended', 'huggingface'])
   raise DataError(f'not a tokenizer: a saved one has a "type", one of {known}, but this has {kind!r}; '
                   'a Hugging Face tokenizer.json has a "model" instead')
 

@@ -1,0 +1,122 @@
+"""Writes a model as a folder that transformers loads: config, weights, tokenizer, generation config and model card."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llm_jax.base.errors import ConfigError, UserError
+from llm_jax.base.files import write_file, writing
+from llm_jax.base.multihost import barrier
+from llm_jax.base.progress import Progress
+from llm_jax.base.registry import NoSettings, register
+from llm_jax.base.trees import by_name
+from llm_jax.hf.card import model_card
+from llm_jax.hf.check import can_check, check_folder
+from llm_jax.hf.family import FAMILIES, choose_family
+from llm_jax.hf.hub import push
+from llm_jax.hf.tokenizer import tokenizer_files
+from llm_jax.hf.weights import DTYPES, tensors_of, write_weights
+from llm_jax.infer.export import FOLDER_FORMATS
+from llm_jax.infer.load import Loaded
+
+UNITS = {'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'TB': 10**12}
+
+
+class HuggingFaceFormat:
+  """The export format `hf`."""
+
+  @staticmethod
+  def write(run: Loaded, args: Any, mesh: Mesh) -> list[str]:
+    """Writes args.out by the flags of the command export. Raises UserErrors."""
+    max_shard = parse_size(args.max_shard or '5GB')
+    if args.check == 'always' and not can_check():
+      raise ConfigError('--check: compares with transformers, which needs torch and transformers: pip install torch '
+                        'transformers; or leave it out')
+    lines = [f'{args.out}: ' + write_model(
+        run, args.out, source=args.workdir, dtype=args.dtype or 'float32', max_shard=max_shard, family=args.family,
+        license_name=args.license or '', check=args.check != 'never' and can_check(), mesh=mesh)]
+    if args.push:
+      lines.append(push(args.out, args.push))
+    return lines
+
+
+def parse_size(text: str) -> int:
+  """'5GB' as bytes. Raises ConfigError."""
+  match = re.fullmatch(r'(\d+(?:\.\d+)?) ?([KMGT]B)', text.strip(), re.IGNORECASE)
+  if not match or not (size := int(float(match[1]) * UNITS[match[2].upper()])):
+    raise ConfigError(f'--max_shard: must be a size such as 500MB or 5GB; got {text!r}')
+  return size
+
+
+def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype: str = 'float32',
+                max_shard: int = 5 * 10**9, family: str | None = None, license_name: str = '',
+                check: bool = False, mesh: Mesh | None = None) -> str:
+  """Writes the run's model and returns what it is. `folder` must be new; all processes call this together.
+
+  `source` is the run's folder, for the model card. With `check` it is compared with transformers. Raises ConfigError
+  for a model or tokenizer that transformers does not have, StorageError, and MismatchError; then there is no folder.
+  """
+  cfg, writes = run.config.model, jax.process_index() == 0
+  model_type, values = choose_family(cfg, family)
+  files = {} if run.tokenizer is None else tokenizer_files(run.tokenizer, cfg.max_len)
+  ids, found = _special_ids(run), ''
+  # torch_dtype is the field's name for transformers 4, dtype for 5.
+  config = values | ids | {'torch_dtype': dtype, 'dtype': dtype}
+  aside = folder.with_name(f'{folder.name}.partial')
+  with writing(f'--out: {folder}'):
+    if writes:
+      shutil.rmtree(aside, ignore_errors=True)
+      aside.mkdir(parents=True)
+      write_file(aside / 'config.json', json.dumps(config, indent=2) + '\n')
+      write_file(aside / 'generation_config.json', json.dumps(
+          {name: value for name, value in ids.items() if value is not None}, indent=2) + '\n')
+      for name, content in files.items():
+        write_file(aside / name, content)
+    rules = FAMILIES[model_type].rules(cfg)
+    tensors = list(tensors_of(by_name(run.params), rules, cfg.num_layers, cfg.vocab_size, dtype))
+    with Progress(f'writing {folder}', total=len(tensors), unit='tensors', shown=writes) as progress:
+      def counted(make: Any) -> Any:
+        def call() -> Any:
+          progress.update(1)
+          return make()
+        return call
+
+      total = write_weights(aside, [(name, shape, counted(make)) for name, shape, make in tensors], dtype, max_shard,
+                            writes=writes)
+    if writes:
+      model_card(aside, run, source, model_type, total // DTYPES[dtype].itemsize, dtype, license_name, folder.name)
+      found = _checked(aside, mesh) if check and mesh is not None else 'not compared with transformers'
+      if folder.exists():
+        folder.rmdir()  # an empty one
+      aside.rename(folder)
+  barrier(f'export to {folder}')
+  return f'{FAMILIES[model_type].architecture}, {len(tensors)} tensors, {total:,} bytes in {dtype}; {found}'
+
+
+def _checked(folder: Path, mesh: Mesh) -> str:
+  """The result of the comparison; removes a folder that differs. Raises UserErrors."""
+  try:
+    return str(check_folder(folder, mesh))
+  except UserError:
+    shutil.rmtree(folder, ignore_errors=True)
+    raise
+
+
+def _special_ids(run: Loaded) -> dict[str, Any]:
+  """bos, eos and pad; all None without a tokenizer, as transformers has numbers of its own as defaults."""
+  if run.tokenizer is None:
+    return dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
+  base = getattr(run.tokenizer, 'base', run.tokenizer)
+  ends = sorted({run.tokenizer.eos_id, base.eos_id})
+  return {'bos_token_id': run.tokenizer.bos_id, 'eos_token_id': ends[0] if len(ends) == 1 else ends,
+          'pad_token_id': base.eos_id}
+
+
+register(FOLDER_FORMATS, 'hf', HuggingFaceFormat, NoSettings)

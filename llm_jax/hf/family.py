@@ -1,0 +1,152 @@
+"""Families of published models: what each config says in ours, and which tensors hold which parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llm_jax.base.builder import build, to_dict
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.registry import Registry
+from llm_jax.hf.fields import Fields
+from llm_jax.hf.rules import Rule
+from llm_jax.models.decoder_config import DecoderConfig
+from llm_jax.models.registry import MODELS
+
+SILU = {'silu': 'swiglu', 'swish': 'swiglu', 'gelu_pytorch_tanh': 'geglu', 'gelu_new': 'geglu'}  # gated
+PLAIN = {'gelu_pytorch_tanh': 'gelu_tanh', 'gelu_new': 'gelu_tanh', 'gelu': 'gelu', 'relu': 'relu',
+         'relu2': 'relu_squared'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """One model_type of transformers."""
+
+  architecture: str  # the class with a language-model head
+  read: Callable[[Fields], dict[str, Any]]  # the values of a model section of ours
+  write: Callable[[Any], dict[str, Any]]  # the fields of config.json for our model's config
+  rules: Callable[[Any], list[Rule]]  # for our model's config
+  prefix: str = 'model.'  # of tensor names, absent in files of models without a head
+
+
+# Instances of Family by model_type.
+FAMILIES = Registry('family')
+
+# Fields of ours that do not change what a trained model computes, and those whose meaning is in others; see `meaning`.
+_FREE = {'name', 'dropout', 'init_std', 'embed_init_std', 'readout_init_std', 'dtype', 'scan_unroll', 'remat',
+         'attention', 'vocab_multiple', 'prefix_attention'}
+_RESOLVED = {'use_bias', 'norm_bias', 'windows', 'rope_base', 'rope_bases', 'rope_scaling', 'rope_dim', 'positions'}
+
+
+
+def read_model(values: Mapping[str, Any], where: str) -> tuple[Family, Any]:
+  """(family, the config of our model) for a config.json. Raises ConfigError with the fields that stand in the way."""
+  family = family_of(values, where)
+  hf = Fields(values)
+  model = family.read(hf)
+  hf.finish(where)
+  try:
+    return family, build(MODELS.settings(model.get('name', 'decoder')), model, 'config.model')
+  except ConfigError as e:
+    raise ConfigError(f'{where}: the model cannot be computed here: {e}') from None
+
+
+def family_of(values: Mapping[str, Any], where: str) -> Family:
+  """Raises ConfigError for a model_type that no family has, and for quantized weights."""
+  kind = str(values.get('model_type'))
+  if kind not in FAMILIES:
+    near = difflib.get_close_matches(kind, list(FAMILIES), n=1)
+    raise ConfigError(f'{where}: model_type {kind!r} is no family that can be read; known: {", ".join(FAMILIES)}'
+                      + (f' (nearest: {near[0]})' if near else '')
+                      + '; a module of yours may register one (docs/models.md)')
+  if values.get('quantization_config'):
+    method = values['quantization_config'].get('quant_method')
+    raise ConfigError(f'{where}: quantization_config: the weights are quantized ({method}); use the model in bfloat16')
+  return FAMILIES[kind]
+
+
+def written(cfg: Any, model_type: str) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+  """(the fields of config.json in this family, {field of ours: (value, what the family makes of it)} that differ)."""
+  family = FAMILIES[model_type]
+  values = {'model_type': model_type, 'architectures': [family.architecture]} | family.write(cfg)
+  try:
+    _, back = read_model(values, model_type)
+  except ConfigError as e:
+    return values, {'all': ('', str(e))}
+  mine, theirs = meaning(cfg), meaning(back)
+  return values, {name: (mine.get(name), theirs.get(name)) for name in {**mine, **theirs}
+                  if mine.get(name) != theirs.get(name)}
+
+
+def meaning(cfg: Any) -> dict[str, Any]:
+  """What a config computes, by field, with None replaced by what it means and patterns by what each layer has."""
+  if not isinstance(cfg, DecoderConfig):
+    return {name: value for name, value in to_dict(cfg).items() if name not in _FREE}
+  found = dict[str, Any]()
+  for name, value in to_dict(cfg).items():
+    if isinstance(value, dict):
+      found |= {f'{name}.{field}': entry for field, entry in value.items() if not name.startswith('rope_')}
+    elif name not in _FREE | _RESOLVED:
+      found[name] = value
+  biases = {name: cfg.use_bias if value is None else value for name, value in (
+      ('qkv_bias', cfg.qkv_bias), ('out_bias', cfg.out_bias), ('mlp_bias', cfg.mlp_bias), ('norm_bias', cfg.norm_bias))}
+  if cfg.norm != 'layer_norm':
+    del biases['norm_bias']
+  layers = [cfg.layers[i % len(cfg.layers)] for i in range(cfg.num_layers)]
+  found |= biases | {'num_kv_heads': cfg.K, 'head_dim': cfg.H, 'mlp_dim': cfg.F, 'windows': [x.window for x in layers],
+                     'positions': [x.rope for x in layers] if cfg.positions == 'rope' else 'learned',
+                     'query_scale': round(cfg.query_scale or cfg.H ** -0.5, 9)}
+  if cfg.positions == 'rope':
+    del found['max_len']  # only a limit
+  return found
+
+
+def choose_family(cfg: Any, wanted: str | None = None) -> tuple[str, dict[str, Any]]:
+  """(model_type, the fields of config.json) of the first family that computes what the config does.
+
+  Raises ConfigError with what differs in the nearest family.
+  """
+  differing = {}
+  for model_type in [wanted] if wanted else FAMILIES:
+    if wanted and wanted not in FAMILIES:
+      raise ConfigError(f'--family: {wanted!r} is unknown; known: {", ".join(FAMILIES)}')
+    values, differs = written(cfg, model_type)
+    if not differs:
+      return model_type, values
+    differing[model_type] = differs
+  nearest = min(differing, key=lambda name: len(differing[name]))
+  lines = [f'config.model.{name}={mine}; it would fit with {theirs}' for name, (mine, theirs) in
+           differing[nearest].items()]
+  raise ConfigError(f'no family of transformers computes this model; the nearest is {nearest}, but\n  '
+                    + '\n  '.join(lines) + '\nexport it with --format=llm_jax, or register a family (docs/models.md)')
+
+
+def read_shape(hf: Fields, *, vocab_size: int, kv_heads: int | None = None, tied: bool,
+               max_len: int) -> dict[str, Any]:
+  """The fields that most families share. `kv_heads` None: as many as heads."""
+  heads = hf.number('num_attention_heads')
+  head_dim = hf.get('head_dim')
+  own: dict[str, Any] = {'head_dim': head_dim} if head_dim is not None else {}
+  return own | {
+      'vocab_size': hf.number('vocab_size', vocab_size), 'embed_dim': hf.number('hidden_size'),
+      'mlp_dim': hf.number('intermediate_size'), 'num_layers': hf.number('num_hidden_layers'), 'num_heads': heads,
+      'num_kv_heads': hf.number('num_key_value_heads', kv_heads or heads),
+      'max_len': hf.number('max_position_embeddings', max_len),
+      'tie_embeddings': bool(hf.get('tie_word_embeddings', tied))}
+
+
+def write_shape(cfg: DecoderConfig) -> dict[str, Any]:
+  return {'vocab_size': cfg.vocab_size, 'hidden_size': cfg.embed_dim, 'intermediate_size': cfg.F,
+          'num_hidden_layers': cfg.num_layers, 'num_attention_heads': cfg.num_heads, 'num_key_value_heads': cfg.K,
+          'head_dim': cfg.H, 'max_position_embeddings': cfg.max_len, 'tie_word_embeddings': cfg.tie_embeddings}
+
+
+def read_rms_norm(hf: Fields, eps: float, offset: bool = False) -> dict[str, Any]:
+  return {'norm': 'rms_norm', 'rms_norm': {'eps': float(hf.number('rms_norm_eps', eps)), 'offset': offset}}
+
+
+def rms_eps(cfg: DecoderConfig) -> float:
+  """The eps of the config's RMSNorm; that of transformers where it has another norm."""
+  return cfg.sections['rms_norm'].eps if 'rms_norm' in cfg.sections else 1e-6

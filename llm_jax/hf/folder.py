@@ -1,0 +1,104 @@
+"""Reads a folder of a published model, as transformers writes it: config.json, *.safetensors and the tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llm_jax.base.builder import to_dict
+from llm_jax.base.errors import StorageError
+from llm_jax.base.progress import Progress
+from llm_jax.base.registry import NoSettings, register
+from llm_jax.base.trees import path_of
+from llm_jax.config import Config
+from llm_jax.data.chat.find import folder_template
+from llm_jax.data.chat.tokenizer import ChatTokenizer
+from llm_jax.data.config import DataConfig
+from llm_jax.data.pipeline import example_batch
+from llm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
+from llm_jax.data.tokenizers.tokenizer import Tokenizer, open_tokenizer
+from llm_jax.hf.family import Family, read_model
+from llm_jax.hf.weights import Tensors, check_tensors, read_weights
+from llm_jax.infer.importers import IMPORTERS
+from llm_jax.infer.load import Loaded, Opened
+from llm_jax.models.registry import make_model
+from llm_jax.training.shardings import abstract_params, boxed_params
+
+ROW = 1024  # tokens of the rows on which such a model is evaluated, if it reads as many
+
+
+class HuggingFace:
+  """The importer `huggingface`."""
+
+  @staticmethod
+  def owns(folder: Path) -> bool:
+    try:
+      values = json.loads((folder / 'config.json').read_text())
+    except (OSError, ValueError):
+      return False
+    return isinstance(values, dict) and 'model_type' in values
+
+  @staticmethod
+  def model_values(folder: Path) -> dict[str, Any]:
+    return to_dict(_model(folder)[1])
+
+  @staticmethod
+  def tokenizer(folder: Path) -> str:
+    names = ('tokenizer.json', 'tokenizer.model')
+    return next((str(folder / name) for name in names if (folder / name).is_file()), 'none')
+
+  @staticmethod
+  def open(folder: Path, flag: str) -> Opened:
+    _, model = _model(folder)
+    name = HuggingFace.tokenizer(folder)
+    seq_len = min(ROW, model.max_len or ROW)
+    config = Config(model=model, batch_tokens=seq_len, tokens_per_device=seq_len,
+                    data=DataConfig(tokenizer=name, seq_len=seq_len))
+    return Opened(config, None if name == 'none' else _tokenizer(folder, name), None)
+
+  @staticmethod
+  def read(run: Opened, folder: Path, mesh: Mesh) -> Loaded:
+    family, _ = _model(folder)
+    model = make_model(run.config.model)
+    abstract = abstract_params(boxed_params(example_batch(run.config.data), model=model), mesh)
+    cfg, tensors = run.config.model, Tensors(folder)
+    rules = family.rules(cfg)
+    names = check_tensors(tensors, rules, cfg.num_layers, family.prefix)
+    with Progress(f'reading {folder}', total=len(names), unit='tensors') as progress:
+      arrays = read_weights(tensors, rules, names, abstract, cfg.num_layers, cfg.vocab_size,
+                            lambda: progress.update(1))
+    params = jax.tree_util.tree_map_with_path(lambda path, leaf: arrays[path_of(path)], abstract)
+    return Loaded(run.config, run.tokenizer, None, model, params, {'step': 0, 'data': {}})
+
+
+def _model(folder: Path) -> tuple[Family, Any]:
+  path = folder / 'config.json'
+  try:
+    values = json.loads(path.read_text())
+  except (OSError, ValueError) as e:
+    raise StorageError(f'{path}: damaged: {e}') from None
+  return read_model(values, str(path))
+
+
+def _tokenizer(folder: Path, name: str) -> Tokenizer:
+  """The folder's tokenizer, with its chat template. Raises ConfigError, DataError."""
+  tokenizer = open_tokenizer(name)
+  if isinstance(tokenizer, HuggingFaceTokenizer):
+    tokenizer.leads = tokenizer.begins_with_bos()
+  template = folder_template(folder)
+  return tokenizer if template is None else ChatTokenizer(tokenizer, template)
+
+
+def with_dtype(run: Opened, dtype: str) -> Opened:
+  """The run with another dtype of matrix operands."""
+  return dataclasses.replace(run, config=dataclasses.replace(
+      run.config, model=dataclasses.replace(run.config.model, dtype=dtype)))
+
+
+register(IMPORTERS, 'huggingface', HuggingFace, NoSettings)
+

@@ -1,0 +1,183 @@
+"""Weights of published models: sharded safetensors, read tensor by tensor to the mesh, and written."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from llm_jax.base.batch import Params
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.files import write_file
+from llm_jax.base.trees import by_name
+from llm_jax.hf.rules import Rule, check_complete, tensor_names
+
+WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+DTYPES = {'float32': np.dtype(np.float32), 'float16': np.dtype(np.float16), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
+_READABLE = {'F64', 'F32', 'F16', 'BF16'}
+# Tensors that are computed and not learned, in files of older versions.
+_COMPUTED = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq')
+
+
+class Tensors:
+  """The tensors in a folder, by name. Raises StorageError for what is missing or damaged."""
+
+  def __init__(self, folder: Path):
+    self.folder = folder
+    self.files = _files(folder)
+    self._open = functools.lru_cache(maxsize=2)(lambda path: safe_open(path, 'numpy'))
+
+  def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One tensor as float32."""
+    path = self.files[name]
+    try:
+      f = self._open(path)
+      piece = f.get_slice(name)
+      if piece.get_dtype() not in _READABLE:
+        raise ConfigError(f'{path}: {name} is {piece.get_dtype()}; only {", ".join(sorted(_READABLE))} can be read: '
+                          'use the model in bfloat16')
+      if tuple(piece.get_shape()) != shape:
+        raise StorageError(f'{path}: {name} is {tuple(piece.get_shape())}, but by config.json it must be {shape}')
+      return f.get_tensor(name).astype(np.float32)
+    except (OSError, SafetensorError, KeyError, ValueError) as e:
+      raise StorageError(f'{path}: damaged: {e}') from None
+
+
+def _files(folder: Path) -> dict[str, Path]:
+  """The file of each tensor."""
+  try:
+    if (folder / INDEX).is_file():
+      names = json.loads((folder / INDEX).read_text())['weight_map']
+      missing = sorted({file for file in names.values() if not _inside(folder, file)})
+      if missing:
+        raise StorageError(f'{folder}: {INDEX} names {", ".join(missing[:5])}, which are missing; copy the model again')
+      return {name: folder / file for name, file in names.items()}
+    paths = [folder / WHOLE] if (folder / WHOLE).is_file() else sorted(folder.glob('*.safetensors'))
+    found = dict[str, Path]()
+    for path in paths:
+      with safe_open(path, 'numpy') as f:
+        found |= dict.fromkeys(f.keys(), path)
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+    raise StorageError(f'{folder}: the weights are damaged: {e}') from None
+  if not found:
+    pickled = sorted(path.name for path in folder.glob('*') if path.suffix in ('.bin', '.pt', '.pth', '.ckpt'))
+    if pickled:
+      raise StorageError(f'{folder}: the weights are pickles ({", ".join(pickled[:3])}), which can run code when they '
+                         'are opened and are not read; take a revision with *.safetensors, or convert them where you '
+                         "trust them: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)")
+    raise StorageError(f'{folder}: has no *.safetensors')
+  return found
+
+
+def _inside(folder: Path, file: Any) -> bool:
+  return isinstance(file, str) and Path(file).name == file and (folder / file).is_file()
+
+
+def check_tensors(tensors: Tensors, rules: Sequence[Rule], num_layers: int, prefix: str) -> dict[str, str]:
+  """{name of a rule's tensor: name in the files}. Raises StorageError for missing and unknown tensors."""
+  wanted = [name for name, _, _ in tensor_names(rules, num_layers)]
+  bare = not any(name.startswith(prefix) for name in tensors.files)  # saved from a model without a head
+  found = {name: name.removeprefix(prefix) if bare else name for name in wanted}
+  missing = sorted(set(found.values()) - tensors.files.keys())
+  computed = {name for name in tensors.files if name.endswith(_COMPUTED)}
+  unknown = sorted(tensors.files.keys() - set(found.values()) - computed - {'lm_head.weight'})
+  for what, names in (('lacks', missing), ('also has', unknown)):
+    if names:
+      raise StorageError(f'{tensors.folder}: by config.json the model {what} {len(names)} tensor(s): '
+                         f'{", ".join(names[:5])}{", ..." if len(names) > 5 else ""}')
+  return found
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+
+
+def read_weights(tensors: Tensors, rules: Sequence[Rule], names: dict[str, str], abstract: Params, num_layers: int,
+                 vocab_size: int, progress: Callable[[], None] = lambda: None) -> dict[str, jax.Array]:
+  """The parameters by path, with the shardings of `abstract`. The host holds one tensor at a time."""
+  leaves = by_name(abstract)
+  check_complete(rules, list(leaves))
+  stacked = {path for rule in rules if rule.stacked for path in rule.paths}
+  sizes = {path: leaf.shape[1:] if path in stacked else leaf.shape for path, leaf in leaves.items()}
+  arrays: dict[str, jax.Array] = {path: jax.jit(lambda leaf=leaf: jnp.zeros(leaf.shape, leaf.dtype),
+                                                out_shardings=leaf.sharding)()
+                                  for path, leaf in leaves.items() if path in stacked}
+  for name, rule, layer in tensor_names(rules, num_layers):
+    tensor = tensors.read(names[name], rule.shape(sizes, vocab_size))
+    for path, x in rule.read(tensor, sizes, vocab_size):
+      sharding = leaves[path].sharding
+      if rule.stacked:
+        own = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+        arrays[path] = _put(arrays[path], _placed(x, own), np.int32(layer))
+      else:
+        arrays[path] = _placed(x, sharding)
+    progress()
+  return arrays
+
+
+def _placed(x: np.ndarray, sharding: Any) -> jax.Array:
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: np.ascontiguousarray(x[index]))
+
+
+def tensors_of(params: dict[str, Any], rules: Sequence[Rule], num_layers: int, vocab_size: int,
+               dtype: str) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
+  """(name, shape, function that returns the tensor) of all parameters, which all processes must call in turn."""
+  check_complete(rules, list(params))
+  stacked = {path for rule in rules if rule.stacked for path in rule.paths}
+  sizes = {path: x.shape[1:] if path in stacked else x.shape for path, x in params.items()}
+
+  def tensor(rule: Rule, layer: int) -> np.ndarray:
+    parts = [_on_host(params[path], layer) for path in rule.paths]
+    return rule.write(parts, vocab_size).astype(DTYPES[dtype])
+
+  for name, rule, layer in tensor_names(rules, num_layers):
+    yield name, rule.shape(sizes, vocab_size), functools.partial(tensor, rule, layer)
+
+
+def _on_host(x: Any, layer: int) -> np.ndarray:
+  """The whole array, or one layer of it, on each process."""
+  part = x if layer < 0 else x[layer]
+  if getattr(part, 'is_fully_addressable', True):
+    return np.asarray(part)
+  whole = jax.jit(lambda x: x, out_shardings=NamedSharding(part.sharding.mesh, P()))(part)
+  return np.asarray(whole.addressable_data(0))
+
+
+def write_weights(folder: Path, tensors: Iterable[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]], dtype: str,
+                  max_bytes: int, *, writes: bool = True) -> int:
+  """Writes safetensors of at most `max_bytes`, if one tensor is not larger, and their index; returns all bytes.
+
+  `writes` False only takes part in gathering the tensors. Raises OSError.
+  """
+  item, size, total = DTYPES[dtype].itemsize, 0, 0
+  shards: list[list[Any]] = [[]]
+  for entry in tensors:
+    own = int(np.prod(entry[1])) * item
+    if size + own > max_bytes and shards[-1]:
+      shards.append([])
+      size = 0
+    shards[-1].append(entry)
+    size, total = size + own, total + own
+  names = [WHOLE] if len(shards) == 1 else [
+      f'model-{i + 1:05}-of-{len(shards):05}.safetensors' for i in range(len(shards))]
+  for name, shard in zip(names, shards, strict=True):
+    arrays = {key: array for key, _, make in shard if (array := make()) is not None and writes}
+    if writes:
+      save_file(arrays, folder / name, metadata={'format': 'pt'})
+      (folder / name).chmod(0o644)
+  if writes and len(names) > 1:
+    where = {key: name for name, shard in zip(names, shards, strict=True) for key, _, _ in shard}
+    write_file(folder / INDEX, json.dumps({'metadata': {'total_size': total}, 'weight_map': where}, indent=2) + '\n')
+  return total

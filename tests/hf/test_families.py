@@ -1,0 +1,187 @@
+"""Published models in and out: logits and gradients equal those of transformers, and round trips are bit-equal."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import FAMILIES, random_config
+from goldens import FILE
+from weights import abstract_of, write_folder
+
+from llm_jax.base.batch import Batch
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.sharding import MeshConfig, make_mesh
+from llm_jax.base.trees import by_name, path_of
+from llm_jax.config import base_from
+from llm_jax.hf.family import choose_family, meaning, read_model, written
+from llm_jax.hf.rules import tensor_names
+from llm_jax.hf.weights import Tensors, check_tensors, read_weights, tensors_of, write_weights
+from llm_jax.infer.importers import importer_of
+from llm_jax.infer.load import load_run
+from llm_jax.losses.readout import cross_entropy
+
+GOLDENS = [json.loads(line.rstrip(',\n')) for line in FILE.read_text().splitlines()[1:-1]]
+
+
+@pytest.fixture(scope='module')
+def mesh():
+  return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def read(folder, mesh, **fields):
+  """(model, family, its parameters) of a folder."""
+  family, cfg = read_model(json.loads((folder / 'config.json').read_text()), 'config.json')
+  cfg = dataclasses.replace(cfg, dtype='float32', **fields)
+  model, abstract = abstract_of(cfg, mesh)
+  tensors, rules = Tensors(folder), family.rules(cfg)
+  names = check_tensors(tensors, rules, cfg.num_layers, family.prefix)
+  arrays = read_weights(tensors, rules, names, abstract, cfg.num_layers, cfg.vocab_size)
+  return model, family, jax.tree_util.tree_map_with_path(lambda path, _: arrays[path_of(path)], abstract)
+
+
+def batch_of(tokens):
+  tokens = jnp.asarray(tokens)
+  mask = jnp.ones(tokens.shape).at[:, -1].set(0)
+  return Batch(tokens=tokens, targets=jnp.roll(tokens, -1, 1), loss_mask=mask)
+
+
+@pytest.mark.parametrize('golden', GOLDENS, ids=lambda golden: f'{golden["config"]["model_type"]}-{golden["seed"]}')
+def test_logits_loss_and_gradients_equal_those_of_transformers(golden, tmp_path, mesh):
+  """goldens.json holds what transformers computes of the same weights; goldens.py makes it."""
+  write_folder(tmp_path, golden['config'], mesh, golden['seed'])
+  with jax.set_mesh(mesh):
+    model, family, params = read(tmp_path, mesh, vocab_multiple=8)
+    batch = batch_of(golden['tokens'])
+    cfg, rules = model.cfg, family.rules(model.cfg)
+
+    def loss(params):
+      readout = model.apply({'params': params}, batch, method='readout')
+      loss, _ = cross_entropy(readout, batch.targets, batch.loss_mask / batch.loss_mask.sum())
+      return loss, readout.logits()[:, -1, :cfg.vocab_size]
+
+    (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  wanted = np.array(golden['logits'])
+  np.testing.assert_allclose(logits, wanted, atol=1e-5 * np.abs(wanted).max())
+  assert float(value) == pytest.approx(golden['loss'], rel=1e-5)
+  norms = {name: float(np.linalg.norm(make())) for name, _, make in tensors_of(
+      by_name(grads), rules, cfg.num_layers, cfg.vocab_size, 'float32')}
+  assert norms == pytest.approx(golden['gradient_norms'], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize('model_type', FAMILIES)
+def test_round_trips_of_random_configs_are_bit_equal(model_type, tmp_path, mesh):
+  seed = random.randrange(10**6)
+  print('seed', seed)
+  for i in range(2):
+    values = random_config(model_type, random.Random(seed + i))
+    folder, out = tmp_path / f'in{i}', tmp_path / f'out{i}'
+    write_folder(folder, values, mesh, seed)
+    model, family, params = read(folder, mesh, vocab_multiple=random.Random(i).choice([1, 16]))
+    cfg = model.cfg
+    back, differs = written(cfg, model_type)
+    assert not differs
+    assert meaning(read_model(back, 'written')[1]) == meaning(cfg)
+    out.mkdir()
+    write_weights(out, tensors_of(by_name(params), family.rules(cfg), cfg.num_layers, cfg.vocab_size, 'float32'),
+                  'float32', 20_000)
+    assert len(list(out.glob('model-*-of-*.safetensors'))) > 1
+    mine, theirs = Tensors(out), Tensors(folder)
+    assert mine.files.keys() == theirs.files.keys()
+    for name, rule, _ in tensor_names(family.rules(cfg), cfg.num_layers):
+      sizes = {path: x.shape[1:] if rule.stacked else x.shape for path, x in by_name(params).items()
+               if path in rule.paths}
+      shape = rule.shape(sizes, cfg.vocab_size)
+      np.testing.assert_array_equal(mine.read(name, shape), theirs.read(name, shape))
+
+
+@pytest.mark.parametrize('sizes', [{'data': 2, 'fsdp': 2, 'tensor': 2}, {'data': 1, 'fsdp': 4, 'tensor': 2}], ids=str)
+def test_weights_are_the_same_on_any_mesh(tmp_path, mesh, sizes):
+  values = random_config('qwen3', random.Random(7)) | {'num_key_value_heads': 2}
+  write_folder(tmp_path, values, mesh)
+  other = make_mesh(MeshConfig(**sizes))
+  _, _, alone = read(tmp_path, mesh, vocab_multiple=8)
+  _, family, spread = read(tmp_path, other, vocab_multiple=8)
+  assert max(len(x.sharding.device_set) for x in jax.tree.leaves(spread)) == 8
+  jax.tree.map(np.testing.assert_array_equal, alone, spread)
+  cfg = dataclasses.replace(read_model(values, '')[1], vocab_multiple=8)
+  for (name, _, a), (_, _, b) in zip(*(tensors_of(by_name(params), family.rules(cfg), cfg.num_layers, cfg.vocab_size,
+                                                  'bfloat16') for params in (alone, spread)), strict=True):
+    np.testing.assert_array_equal(a(), b(), err_msg=name)
+
+
+@pytest.mark.parametrize(('fields', 'message'), [
+    ({'hidden_act': 'mish'}, "hidden_act='mish'; it would fit with 'silu'"),
+    ({'rope_scaling': {'rope_type': 'longrope', 'short_factor': [1.0]}}, "rope scaling 'longrope'"),
+    ({'clip_qkv': 8.0}, 'clip_qkv=8.0: unknown field'),
+    ({'model_type': 'lama'}, r"model_type 'lama' is no family .*nearest: llama"),
+    ({'quantization_config': {'quant_method': 'gptq'}}, 'quantized'),
+    ({'hidden_size': None}, 'hidden_size: must be a number'),
+    ({'num_attention_heads': 5, 'head_dim': None}, 'num_heads 5 does not divide'),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else '')
+def test_a_model_that_no_family_fits_is_refused_with_its_fields(fields, message):
+  with pytest.raises(ConfigError, match=message):
+    read_model(random_config('llama', random.Random(1)) | {'rope_scaling': None} | fields, 'config.json')
+
+
+def test_a_config_of_ours_that_no_family_fits_is_refused_with_its_fields(mesh):
+  cfg = read_model(random_config('llama', random.Random(1)), '')[1]
+  assert choose_family(cfg)[0] == 'llama'
+  for fields, message in (({'logit_soft_cap': 2.0, 'attention_sinks': True}, 'attention_sinks'),
+                          ({'parallel_residual': True}, 'parallel_residual')):
+    with pytest.raises(ConfigError, match=message):
+      choose_family(dataclasses.replace(cfg, **fields))
+
+
+def test_damaged_and_pickled_weights_are_refused(tmp_path, mesh):
+  values = random_config('llama', random.Random(3))
+  write_folder(tmp_path / 'a', values, mesh)
+  (tmp_path / 'a/config.json').write_text(json.dumps(values | {'intermediate_size': 40}))
+  with pytest.raises(StorageError, match=r'mlp.*by config.json it must be'):
+    read(tmp_path / 'a', mesh)
+  (tmp_path / 'a/config.json').write_text(json.dumps(values | {'num_hidden_layers': values['num_hidden_layers'] + 1}))
+  with pytest.raises(StorageError, match='lacks'):
+    read(tmp_path / 'a', mesh)
+  (tmp_path / 'a/config.json').write_text(json.dumps(values | {'num_hidden_layers': 1}))
+  with pytest.raises(StorageError, match='also has'):
+    read(tmp_path / 'a', mesh)
+  path = tmp_path / 'a/model.safetensors'
+  path.write_bytes(path.read_bytes()[:-100])
+  with pytest.raises(StorageError, match='damaged'):
+    read(tmp_path / 'a', mesh)
+  path.rename(tmp_path / 'a/pytorch_model.bin')
+  with pytest.raises(StorageError, match=r'pickles .*safetensors'):
+    read(tmp_path / 'a', mesh)
+
+
+def test_a_missing_shard_is_named(tmp_path, mesh):
+  write_folder(tmp_path, random_config('gpt2', random.Random(3)), mesh)
+  (tmp_path / 'model.safetensors').rename(tmp_path / 'model-00001-of-00002.safetensors')
+  index = {'weight_map': {'transformer.wte.weight': 'model-00001-of-00002.safetensors',
+                          'transformer.wpe.weight': '../model-00002-of-00002.safetensors'}}
+  (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
+  with pytest.raises(StorageError, match='model-00002-of-00002'):
+    Tensors(tmp_path)
+
+
+def test_a_folder_is_opened_like_a_run(tmp_path, mesh):
+  write_folder(tmp_path, random_config('llama', random.Random(5)), mesh)
+  assert importer_of(tmp_path) is not None
+  with jax.set_mesh(mesh):
+    run = load_run(tmp_path, mesh)
+  assert run.tokenizer is None and run.config.model.vocab_size == 67
+  with pytest.raises(ConfigError, match='--checkpoint'):
+    load_run(tmp_path, mesh, 'best')
+
+
+def test_base_from_has_the_config_of_the_folder(tmp_path, mesh):
+  write_folder(tmp_path, random_config('gemma2', random.Random(5)), mesh)
+  config = base_from(str(tmp_path))
+  assert config.model.norm_position == 'both' and config.model.rms_norm.offset
+  assert config.start.run == str(tmp_path) and config.data.tokenizer == 'none'
+  with pytest.raises(ConfigError, match='base_from'):
+    base_from(str(Path(__file__).parent))
