@@ -127,9 +127,11 @@ class CheckpointConfig:
   keep_last: int = 2  # number of newest checkpoints to keep, at least 1
   keep_best: int = 1  # number of best checkpoints to keep; 0: none
   keep_every: int | None = None  # steps: milestones, never deleted
+  # Steps, a multiple of log.every: exported/step_N for transformers; None: never.
+  export_every: int | None = None
 
   def __post_init__(self) -> None:
-    for field, least in (('every', 1), ('keep_last', 1), ('keep_best', 0), ('keep_every', 1)):
+    for field, least in (('every', 1), ('keep_last', 1), ('keep_best', 0), ('keep_every', 1), ('export_every', 1)):
       value = getattr(self, field)
       if value is not None and value < least:
         raise ValueError(f'{field} must be at least {least}; got {value}')
@@ -209,6 +211,8 @@ class Config:
       problems += self.optim.misfits(self.num_steps)
       if self.profile.start > max(self.num_steps, 0):
         problems.append(f'profile.start {self.profile.start} is beyond num_steps {self.num_steps}; set 0 for no trace')
+    if (exports := self.checkpoint.export_every) is not None and exports % self.log.every:
+      problems.append(f'checkpoint.export_every must be a multiple of log.every, {self.log.every}; got {exports}')
     if self.start.whole and self.stages:
       problems.append('start.whole cannot be used with stages: a branch reads the same data as its trunk')
     problems += self.data.task_settings.problems(self)

@@ -40,7 +40,7 @@ TABLE: dict[str, dict[str, str]] = {
                'starcoder2': 'llm_jax.hf.starcoder2'},
     'validator': {'wgsl': 'wgsl'},
     'logger': {'csv': 'loggers', 'wandb': 'loggers'},
-    'callback': {'replica_check': 'replicas', 'rewind_spikes': 'spikes'},
+    'callback': {'replica_check': 'replicas', 'rewind_spikes': 'spikes', 'export': 'llm_jax.hf.callback'},
     'answer_metric': {'bleu': 'answer_metrics', 'word_precision': 'answer_metrics', 'word_recall': 'answer_metrics',
                       'word_f1': 'answer_metrics'},
 }

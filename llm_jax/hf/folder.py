@@ -58,7 +58,7 @@ class HuggingFace:
     name = HuggingFace.tokenizer(folder)
     seq_len = min(ROW, model.max_len or ROW)
     config = Config(model=model, batch_tokens=seq_len, tokens_per_device=seq_len,
-                    data=DataConfig(tokenizer=name, seq_len=seq_len))
+                    data=DataConfig(path='', tokenizer=name, seq_len=seq_len))
     return Opened(config, None if name == 'none' else _tokenizer(folder, name), None)
 
   @staticmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import optax
@@ -121,8 +122,10 @@ def with_custom(config: Config, custom: Custom) -> Config:
 def with_named_callbacks(custom: Custom, config: Config) -> Custom:
   """`custom` with the callbacks added that config.log asks for."""
   named = [CALLBACKS[name](CALLBACKS.section(name, config.log.sections)) for name in config.log.callbacks]
+  every = config.checkpoint.export_every
+  exports = [] if every is None else [CALLBACKS['export'](SimpleNamespace(every=every))]
   return dataclasses.replace(custom, callbacks=(
-      *custom.callbacks, Histograms(config.log.histograms_every), *named))
+      *custom.callbacks, Histograms(config.log.histograms_every), *named, *exports))
 
 
 def describe_part(part: Any) -> str:

@@ -45,6 +45,54 @@ def reference(q, k, v, dy, window=0, segment_ids=None, prefix=None):
   return [x.swapaxes(1, 2) for x in (p @ v, ds @ k, *shared)]
 
 
+def with_options(q, k, v, soft_cap, sinks, window):
+  """y in float64 with capped scores and sinks, by the equations."""
+  T, H = q.shape[1], q.shape[3]
+  k, v = (x.repeat(q.shape[2] // x.shape[2], 2) for x in (k, v))
+  scores = jnp.einsum('BTNH,BSNH->BNTS', q, k) / H ** 0.5
+  if soft_cap is not None:
+    scores = soft_cap * jnp.tanh(scores / soft_cap)
+  back = jnp.arange(T)[:, None] - jnp.arange(T)[None]
+  e = jnp.exp(scores) * ((back >= 0) & (back < (window or T)))[None, None]
+  z = e.sum(-1, keepdims=True) + (0 if sinks is None else jnp.exp(sinks)[None, :, None, None])
+  return jnp.einsum('BNTS,BSNH->BTNH', e / z, v)
+
+
+@pytest.mark.parametrize('name', ['xla', 'blocked'])
+@pytest.mark.parametrize(('soft_cap', 'sinks', 'window'), [(2.0, False, 0), (None, True, 3), (2.0, True, 0)])
+def test_soft_caps_and_sinks_match_the_equations(name, soft_cap, sinks, window, monkeypatch):
+  monkeypatch.setattr(blocked, 'BLOCKS', {True: 4, False: 4})
+  q, k, v = qkv(2, 9, 4, 2, 6)
+  sinks_N = normal(4, 4) if sinks else None
+
+  def loss(attend, q, k, v, sinks_N):
+    return jnp.sum(attend(q, k, v, sinks_N) * normal(3, 2, 9, 4, 6))
+
+  def kernel(q, k, v, sinks_N):
+    options = {name: x for name, x in (('soft_cap', soft_cap), ('sinks_N', sinks_N)) if x is not None}
+    return ATTENTION[name](q, k, v, window, None, None, **options)
+
+  def equations(q, k, v, sinks_N):
+    return with_options(q, k, v, soft_cap, sinks_N, window)
+
+  arguments = (0, 1, 2, 3) if sinks else (0, 1, 2)
+  got, wanted = (jax.jit(jax.value_and_grad(partial(loss, attend), argnums=arguments))(q, k, v, sinks_N)
+                 for attend in (kernel, equations))
+  check([got[0], *got[1]], [wanted[0], *wanted[1]], tolerance=1e-4)
+  slots = cached_attention(q[:, 5:6], k.swapaxes(1, 2), v.swapaxes(1, 2), positions_BT=jnp.array([[5], [5]]),
+                           window=window, **{name: x for name, x in (
+                               ('soft_cap', soft_cap), ('sinks_N', sinks_N)) if x is not None})
+  np.testing.assert_allclose(slots[:, 0], equations(q, k, v, sinks_N)[:, 5], rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_without_an_option_is_not_chosen():
+  case = AttentionCase('gpu', (9, 0), 'bfloat16', 64, 128, scores=('soft_cap',))
+  assert choose_attention('auto', case) == 'blocked'
+  with pytest.raises(ConfigError, match='attention_soft_cap'):
+    choose_attention('cudnn', case)
+  assert choose_attention('auto', dataclasses.replace(case, platform='tpu', capability=(0, 0))) == 'splash'
+
+
 def value_and_grads(attend, q, k, v, dy):
   y, vjp = jax.vjp(attend, q, k, v)
   return [y, *vjp(dy.astype(y.dtype))]

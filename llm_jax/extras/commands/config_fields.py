@@ -6,6 +6,7 @@ between a file and a run leaves out the fields that the file leaves open and the
   llm-jax config --config=gpt_small optim  # the section optim
   llm-jax config --config=gpt_small --format=json --config.num_steps=50
   llm-jax config --diff gpt_small shakespeare_char  # what differs between two presets, files or runs
+  llm-jax config --from=hf:org/name > configs/tune.py  # a config file that trains a published model further
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def parser() -> flags.Parser:
   flags.add_config(parser)
   parser.add_argument('--diff', nargs=2, metavar=('A', 'B'), help='print only the fields in which two configs differ '
                       '(default: print one config)')
+  parser.add_argument('--from', dest='published', metavar='FOLDER', help='print a config file that trains the '
+                      'published model in this folder, or hf:org/name, further (default: print a config)')
   parser.add_argument('--format', choices=('text', 'json'), default='text', help='of the output')
   flags.add(parser)
   return parser
@@ -52,6 +55,11 @@ def main(argv: list[str]) -> None:
     return not sections or any(f'{path}.'.startswith(f'{section}.') for section in sections)
 
   cpu_only = only_cpus() and not args.full_size
+  if args.published:
+    if args.diff or args.config or overrides:
+      raise ConfigError('--from prints a new config file: leave out --config, --diff and --config.FIELD')
+    print(tuning_file(args.published))
+    return
   if args.diff and args.config:
     raise ConfigError('--diff compares the two configs after it: leave out --config')
   if args.diff:
@@ -109,6 +117,32 @@ def paths_in(values: Mapping[str, Any], above: str = '') -> Iterator[str]:
     yield f'{above}{name}'
     if isinstance(value, Mapping):
       yield from paths_in(value, f'{above}{name}.')
+
+
+def tuning_file(folder: str) -> str:
+  """A config file that trains the model in a folder further. Raises ConfigError, StorageError."""
+  from llm_jax.config import base_from
+  config = base_from(folder)
+  fields = ', '.join(f'{name}={value}' for name, value in config.model.to_dict().items()
+                     if name in ('num_layers', 'embed_dim', 'num_heads', 'vocab_size', 'max_len'))
+  seq_len = min(1024, config.model.max_len)
+  return textwrap.dedent(f"""\
+      \"\"\"Trains the model in {folder} on other data: {fields}.
+
+        llm-jax train --config=THIS_FILE --workdir=runs/tune --config.data.path=YOUR_DATA
+      \"\"\"
+
+      from llm_jax.config import base_from
+
+
+      def get_config():
+        config = base_from({folder!r})  # model, tokenizer and weights
+        config.data.seq_len = {seq_len}
+        config.batch_tokens = {16 * seq_len}
+        config.tokens_per_device = {seq_len}
+        config.num_steps = 1000
+        config.optim.learning_rate = 1e-5
+        return config""")
 
 
 def filled_in(found: Mapping[str, tuple[Any, Any]]) -> list[str]:

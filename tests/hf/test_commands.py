@@ -1,0 +1,100 @@
+"""Commands on a folder of a published model: generate, evaluate, train from it, and export as one again."""
+
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+from cases import random_config
+from program import write_config
+from safetensors import safe_open
+from weights import write_folder
+
+from llm_jax import main
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.sharding import MeshConfig, make_mesh
+from llm_jax.commands import evaluate, export, generate
+from llm_jax.data.tokenizers.huggingface import Bpe
+from llm_jax.extras.commands import config_fields
+from llm_jax.hf import check
+from llm_jax.hf.export import parse_size
+from llm_jax.training.log import read_metrics
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('hf')
+  write_config(folder)
+  values = random_config('llama', random.Random(11)) | {'vocab_size': 300, 'rope_scaling': None,
+                                                        'max_position_embeddings': 64}
+  write_folder(folder / 'model', values, make_mesh(MeshConfig(), jax.devices()[:1]))
+  corpus = [path.read_text() for path in sorted((folder / 'corpus').iterdir())]
+  (folder / 'model/tokenizer.json').write_text(Bpe.fit(corpus, 280, 1).to_json())
+  return folder
+
+
+def test_generate_and_evaluate_read_the_folder(folder, capsys):
+  generate.main([f'--workdir={folder}/model', '--prompt=def ', '--num_tokens=4', '--temperature=0'])
+  assert capsys.readouterr().out.startswith('def ')
+  evaluate.main([f'--workdir={folder}/model', f'--data={folder}/corpus', f'--out={folder}/evaluation.json'])
+  assert json.loads((folder / 'evaluation.json').read_text())['loss'] > 1
+  with pytest.raises(ConfigError, match='--data=FILE'):
+    evaluate.main([f'--workdir={folder}/model'])
+
+
+def test_a_run_starts_from_it_and_is_exported_again(folder, capsys):
+  """The command line's start.run brings the model and the tokenizer; without training the weights stay bit-equal."""
+  main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/run', f'--config.start.run={folder}/model',
+             '--config.num_steps=2', '--config.optim.learning_rate=1e-30', '--config.eval.every=2',
+             '--config.log.every=2', '--config.eval.sample_tokens=0', '--config.model.vocab_multiple=128',
+             '--config.checkpoint.export_every=2'])
+  config = json.loads((folder / 'run/config.json').read_text())
+  assert config['model']['norm'] == 'rms_norm' and config['model']['vocab_size'] == 300
+  assert config['data']['tokenizer'] == f'{folder}/model/tokenizer.json'
+  assert read_metrics(folder / 'run/metrics.jsonl')
+  export.main([f'--workdir={folder}/run', f'--out={folder}/out', '--format=hf', '--max_shard=50KB', '--check=never',
+               '--license=apache-2.0'])
+  assert 'LlamaForCausalLM' in capsys.readouterr().out
+  assert len(list((folder / 'out').glob('model-*.safetensors'))) > 1
+  index = json.loads((folder / 'out/model.safetensors.index.json').read_text())['weight_map']
+  with safe_open(folder / 'model/model.safetensors', 'numpy') as f:
+    for name, file in index.items():
+      with safe_open(folder / 'out' / file, 'numpy') as g:
+        np.testing.assert_array_equal(f.get_tensor(name), g.get_tensor(name))
+  card = (folder / 'out/README.md').read_text()
+  assert 'license: "apache-2.0"' in card and 'val/loss' in card and 'from_pretrained' in card
+  written = json.loads((folder / 'out/config.json').read_text())
+  assert written['architectures'] == ['LlamaForCausalLM'] and isinstance(written['bos_token_id'], int)
+  assert (folder / 'run/exported/step_2/model.safetensors').is_file()
+
+
+def test_a_folder_that_differs_from_transformers_is_not_kept(folder, monkeypatch):
+  """A stand-in for transformers that computes something else, as the test extra lacks PyTorch."""
+  class Other:
+    def logits(self, tokens):
+      return np.ones((*tokens.shape, 300), np.float32)
+
+  monkeypatch.setattr('llm_jax.hf.export.can_check', lambda: True)
+  monkeypatch.setattr(check, 'can_check', lambda: True)
+  monkeypatch.setattr(check, '_open', lambda folder: Other())
+  with pytest.raises(check.MismatchError) as error:
+    export.main([f'--workdir={folder}/model', f'--out={folder}/bad', '--format=hf'])
+  assert error.value.exit_code == 70
+  assert not [path for path in folder.iterdir() if path.name.startswith('bad')]
+
+
+def test_flags_of_the_other_format_are_refused(folder):
+  for flags in (['--dtype=bfloat16'], ['--format=hf', '--weight_bits=32'], ['--format=hf', '--max_shard=5 apples'],
+                ['--format=hf', '--family=lama']):
+    with pytest.raises(ConfigError, match=flags[-1].partition('=')[0]):
+      export.main([f'--workdir={folder}/model', f'--out={folder}/never', *flags])
+  assert parse_size('1.5 MB') == 1_500_000
+
+
+def test_config_from_prints_a_file_that_can_be_trained(folder, capsys):
+  config_fields.main([f'--from={folder}/model'])
+  path = folder / 'tune.py'
+  path.write_text(capsys.readouterr().out)
+  config_fields.main([f'--config={path}', f'--config.data.path={folder}/corpus', '--format=json', 'model'])
+  assert json.loads(capsys.readouterr().out)['model.norm']['value'] == 'rms_norm'
