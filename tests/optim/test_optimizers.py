@@ -8,9 +8,9 @@ import pytest
 from chains import INFO, RATE, STEPS, by_equation, close, descend, mean, momentum, optimizer, tree
 
 from llm_jax.base.builder import build
-from llm_jax.extras.matrices import as_matrices, from_matrices
 from llm_jax.optim.chain import OptimConfig, make_optimizer
 from llm_jax.optim.masks import matrix_dims
+from llm_jax.optim.matrices import as_matrices, from_matrices
 
 
 def adam(b1, b2, eps=1e-8, nesterov=False):
@@ -132,34 +132,6 @@ def test_as_matrices_is_fan_in_by_fan_out():
     x = jnp.asarray(tree(0)['blocks'][name]['w'])
     d = dims['blocks'][name]['w']
     np.testing.assert_array_equal(from_matrices(as_matrices(x, d), x, d), x)
-
-
-def test_soap_is_adam_in_the_eigenbasis():
-  """Algorithm 3 of arXiv 2409.11321 on each layer's matrix; sign and order of eigenvectors do not matter."""
-  b1, b2, every = 0.9, 0.8, 2
-  tx = optimizer('soap', soap={'b1': b1, 'b2': b2, 'weight_decay': 0.2, 'precondition_every': every})
-  (got, _), (_, first) = descend(tx), descend(tx, 1)
-  expected = by_equation(adam(b1, b2), decay=0.2)
-  for name, shape in (('q', (6, 8)), ('out', (8, 6))):
-    for layer in range(2):
-      p, m, v, left, right = tree(0)['blocks'][name]['w'][layer].reshape(shape), 0.0, 0.0, 0.0, 0.0
-      for t in range(1, STEPS + 1):
-        g = tree(t)['blocks'][name]['w'][layer].reshape(shape)
-        left, right = b2 * left + (1 - b2) * g @ g.T, b2 * right + (1 - b2) * g.T @ g
-        if t == 1:
-          # Of one gradient's null space any basis will do: it is the one that was taken.
-          basis = first[0][0].inner_states['soap'].inner_state.bases['blocks'][name]['w']
-          ql, qr = np.asarray(basis.q_SMA[layer]), np.asarray(basis.q_SNC[layer])
-          for q, side in ((ql, left), (qr, right)):
-            np.testing.assert_allclose(q.T @ side @ q, np.diag(np.linalg.eigvalsh(side)), atol=1e-6)
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * (ql.T @ g @ qr) ** 2
-        n = (ql.T @ m @ qr) / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + 1e-8)
-        p = p - RATE * (ql @ n @ qr.T + 0.2 * p)
-        if t % every == 0:
-          ql, qr = np.linalg.qr(left @ ql)[0], np.linalg.qr(right @ qr)[0]
-      expected['blocks'][name]['w'][layer] = p.reshape(tree(0)['blocks'][name]['w'][layer].shape)
-  close(got, expected, rtol=1e-5)
 
 
 def test_prodigy_matches_its_equations():
