@@ -103,23 +103,30 @@ def newton_schulz(g):
   return x.T if g.shape[0] > g.shape[1] else x
 
 
-def test_muon_orthogonalizes_each_layer_separately():
-  """The matrix of q [D, N, H] is D x NH, that of out [N, H, D] is NH x D."""
-  got, _ = descend(optimizer('muon', muon={'weight_decay': 0.2, 'beta': 0.9, 'nesterov': False}))
-
-  def rule(memory, g, t):
-    return adam(0.9, 0.95)(memory, g, t)
-
-  expected = by_equation(rule, decay=0.2)
+@pytest.mark.parametrize('scale', ['moonshot', 'jordan'])
+@pytest.mark.parametrize(('nesterov', 'mix'), [(False, 'corrected'), (True, 'corrected'), (True, 'uncorrected')])
+def test_muon_orthogonalizes_each_layer_separately(nesterov, mix, scale):
+  """The matrix of q [D, N, H] is D x NH, that of out [N, H, D] is NH x D. Adam, for the others, never looks ahead."""
+  got, _ = descend(optimizer('muon', muon={'weight_decay': 0.2, 'beta': 0.9, 'nesterov': nesterov, 'mix': mix,
+                                           'scale': scale}))
+  expected = by_equation(adam(0.9, 0.95), decay=0.2)
   for name, shape in (('q', (6, 8)), ('out', (8, 6))):
+    factor = {'moonshot': 0.2 * np.sqrt(8), 'jordan': np.sqrt(max(1, shape[1] / shape[0]))}[scale]
     for layer in range(2):
       p, m = tree(0)['blocks'][name]['w'][layer], 0.0
       for t in range(1, STEPS + 1):
-        m = 0.9 * m + 0.1 * tree(t)['blocks'][name]['w'][layer]
-        o = newton_schulz((m / (1 - 0.9**t)).reshape(shape)).reshape(p.shape)
-        p = p - RATE * (0.2 * np.sqrt(8) * o + 0.2 * p)
+        g = tree(t)['blocks'][name]['w'][layer]
+        m = 0.9 * m + 0.1 * g
+        c, d = (1 - 0.9 ** (t + 1), 1 - 0.9**t) if mix == 'corrected' else (1, 1)
+        o = newton_schulz((0.9 * m / c + 0.1 * g / d if nesterov else m).reshape(shape)).reshape(p.shape)
+        p = p - RATE * (factor * o + 0.2 * p)
       expected['blocks'][name]['w'][layer] = p
   close(got, expected, rtol=2e-4)  # the polynomial magnifies the float32 moments' rounding
+
+
+def test_the_first_update_of_muons_adam_is_the_rate():
+  got, _ = descend(optimizer('muon', muon={'weight_decay': 0.0}), 1)
+  np.testing.assert_allclose(np.abs(got['embed']['w'] - tree(0)['embed']['w']), RATE, rtol=1e-6)
 
 
 def test_as_matrices_is_fan_in_by_fan_out():
