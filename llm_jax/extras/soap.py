@@ -84,12 +84,16 @@ def scale_by_soap(dims: Params, b1: float, b2: float, eps: float, every: int) ->
       basis, v_SAC = renewed(observed(g_SMN, basis, b2), v_SAC, state.step, every)
       return Step(from_matrices(u_SMN, g, d), from_matrices(v_SAC, v, d), basis)
 
-    steps = over_dims(one, dims, grads, mu, state.nu, state.bases)
-    updates, nu, bases = (jax.tree.map(lambda step: step[i], steps, is_leaf=lambda x: isinstance(x, Step))  # noqa: B023
-                          for i in range(3))
+    updates, nu, bases = unzipped(over_dims(one, dims, grads, mu, state.nu, state.bases))
     return updates, SoapState(optax.safe_increment(state.step), mu, nu, bases)
 
   return optax.GradientTransformation(init, update)
+
+
+def unzipped(steps: Params) -> tuple[Params, Params, Params]:
+  """(updates, second moments, bases) of a tree of Steps."""
+  part = lambda i: jax.tree.map(lambda step: step[i], steps, is_leaf=lambda x: isinstance(x, Step))  # noqa: E731
+  return part(0), part(1), part(2)
 
 
 def first_basis(d: Dims, p: jax.Array) -> Basis:

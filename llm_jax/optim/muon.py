@@ -6,6 +6,7 @@ Dims: S stack of matrices, M inputs, N outputs of each.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -46,12 +47,17 @@ def scale_by_momentum(beta: float, nesterov: bool, mix: str, mu_dtype: MuDtype) 
   return optax.GradientTransformation(init, update)
 
 
-def orthogonalized(x_SMN: jax.Array, steps: int, coefficients: tuple[float, float, float] = JORDAN) -> jax.Array:
-  """Each matrix with its singular values near 1: x = a x + (b xx' + c (xx')^2) x, from |x| = 1, in x's own dtype."""
+def frobenius_norm(x_SMN: jax.Array) -> jax.Array:
+  return jnp.linalg.norm(x_SMN, axis=(1, 2), keepdims=True)
+
+
+def orthogonalized(x_SMN: jax.Array, steps: int, coefficients: tuple[float, float, float] = JORDAN,
+                   norm: Callable[[jax.Array], jax.Array] = frobenius_norm) -> jax.Array:
+  """Each matrix with its singular values near 1: x = a x + (b xx' + c (xx')^2) x, from norm 1, in x's own dtype."""
   a, b, c = coefficients
   tall = x_SMN.shape[1] > x_SMN.shape[2]
   x = jnp.swapaxes(x_SMN, 1, 2) if tall else x_SMN
-  x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
+  x = x / (norm(x) + 1e-7)
   for _ in range(steps):
     square = x @ jnp.swapaxes(x, 1, 2)
     x = a * x + (b * square + c * square @ square) @ x
@@ -100,6 +106,6 @@ class Muon(Link):
   def momentum(self) -> optax.GradientTransformation:
     return scale_by_momentum(self.beta, self.nesterov, self.mix, self.mu_dtype)
 
-  def finish(self, x_SMN: jax.Array, coefficients: tuple[float, float, float] = JORDAN) -> jax.Array:
+  def finish(self, x_SMN: jax.Array) -> jax.Array:
     """A momentum, orthogonalized and scaled."""
-    return shape_factor(self.scale, self.consistent_rms, x_SMN) * orthogonalized(x_SMN, self.ns_steps, coefficients)
+    return shape_factor(self.scale, self.consistent_rms, x_SMN) * orthogonalized(x_SMN, self.ns_steps)

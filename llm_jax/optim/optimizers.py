@@ -61,7 +61,11 @@ class AdamW(Link):
 
 @dataclasses.dataclass(frozen=True)
 class Adam(Link):
-  """Adam (arXiv 1412.6980), without decay; with `nesterov`, NAdam."""
+  """Adam (arXiv 1412.6980), without decay; with `nesterov`, NAdam.
+
+  NAdam here has a constant b1, as torch's NAdam with an infinite momentum_decay; torch's default of 0.004 raises b1
+  from half of it.
+  """
 
   b1: float = rate(0.9)  # decay of the mean of gradients, per step
   b2: float = rate(0.999)  # decay of the mean of squared gradients, per step
@@ -75,7 +79,10 @@ class Adam(Link):
 
 @dataclasses.dataclass(frozen=True)
 class Sgd(Link):
-  """Stochastic gradient descent with momentum, optionally Nesterov's."""
+  """Stochastic gradient descent with momentum, optionally Nesterov's, as torch's SGD without dampening.
+
+  The decay is decoupled (SGDW, arXiv 1711.05101). Torch's weight_decay is coupled: that is the filter l2.
+  """
 
   momentum: float = rate(0.9)  # decay of the sum of gradients, per step; 0: none
   nesterov: bool = False  # look ahead along the momentum

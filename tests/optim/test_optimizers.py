@@ -62,7 +62,7 @@ def test_ademamix_warmup_ends_at_its_settings():
 def warming_ademamix(T, b1, b2, b3, alpha):
   """Schedules of arXiv 2409.03137, appendix: alpha grows linearly, b3 so that its half-life grows linearly."""
   def rule(memory, g, t):
-    done = min(1.0, (t - 1) / T)
+    done = min(1.0, t / T)  # as in the authors' code: the first update has 1 / T of the warm-up
     log = np.log
     b = min(np.exp(log(b1) * log(b3) / ((1 - done) * log(b3) + done * log(b1))), b3)
     m1, m2, v = mean(memory, 'm1', g, b1), mean(memory, 'm2', g, b), mean(memory, 'v', g * g, b2)
@@ -141,23 +141,28 @@ def test_as_matrices_is_fan_in_by_fan_out():
     np.testing.assert_array_equal(from_matrices(as_matrices(x, d), x, d), x)
 
 
-def test_prodigy_matches_its_equations():
-  """Algorithm 4 of arXiv 2306.06101, over all parameters together."""
-  got, state = descend(optimizer('prodigy', learning_rate=1.0, prodigy={'b1': 0.8, 'b2': 0.9, 'estim_lr0': 1e-3,
-                                                                          'safeguard_warmup': False}))
-  flat = lambda t: np.concatenate([x.ravel() for x in jax.tree.leaves(tree(t))])  # noqa: E731
-  x = x0 = flat(0)
+@pytest.mark.parametrize(('bias_correction', 'safeguard', 'decay'), [
+    (True, False, 0.0), (True, True, 0.5), (False, False, 0.5), (False, True, 0.0)])
+def test_prodigy_equals_prodigyopt(bias_correction, safeguard, decay):
+  """Algorithm 4 of arXiv 2306.06101, over all parameters together, in the order of the package's Prodigy.step."""
+  got, state = descend(optimizer('prodigy', learning_rate=1.0, prodigy={
+      'b1': 0.8, 'b2': 0.9, 'estim_lr0': 1e-3, 'safeguard_warmup': safeguard, 'bias_correction': bias_correction,
+      'weight_decay': decay}), 20)
+  flat = lambda tree: np.concatenate([x.ravel() for x in jax.tree.leaves(tree)])  # noqa: E731
+  decays = flat(jax.tree_util.tree_map_with_path(lambda path, x: np.full(x.shape, path[-1].key == 'w'), tree(0)))
+  x = x0 = flat(tree(0))
   d, d0, r, s, m, v, b3 = 1e-3, 1e-3, 0.0, 0.0, 0.0, 0.0, 0.9**0.5
-  for t in range(1, STEPS + 1):
-    g = flat(t)
-    rate = d * np.sqrt(1 - 0.9**t) / (1 - 0.8**t)
+  for t in range(1, 21):
+    g = flat(tree(t))
+    rate = d * (np.sqrt(1 - 0.9**t) / (1 - 0.8**t) if bias_correction else 1)
     m, v = 0.8 * m + 0.2 * d * g, 0.9 * v + 0.1 * d * d * g * g
     r = b3 * r + d / d0 * rate * g @ (x0 - x)
-    s = b3 * s + rate * d / d0 * g
+    s = b3 * s + (d if safeguard else rate) * d / d0 * g
     step = max(d, r / np.abs(s).sum())
+    x = x - decay * rate * decays * x
     x = x - rate * m / (np.sqrt(v) + step * 1e-8)
     d = step
-  np.testing.assert_allclose(np.concatenate([p.ravel() for p in jax.tree.leaves(got)]), x, rtol=1e-5)
+  np.testing.assert_allclose(flat(got), x, rtol=1e-5)
   assert state[0].estim_lr == pytest.approx(d, rel=1e-5)
 
 
@@ -165,7 +170,8 @@ def test_prodigy_decays_matrices_and_survives_zero_gradients():
   decayed, _ = descend(optimizer('prodigy', learning_rate=1.0, prodigy={'weight_decay': 0.5, 'estim_lr0': 1e-3}), 1)
   plain, _ = descend(optimizer('prodigy', learning_rate=1.0, prodigy={'estim_lr0': 1e-3}), 1)
   np.testing.assert_array_equal(decayed['blocks']['q']['b'], plain['blocks']['q']['b'])
-  np.testing.assert_allclose(decayed['embed']['w'], plain['embed']['w'] - 5e-4 * tree(0)['embed']['w'], rtol=1e-6)
+  rate = 1e-3 * np.sqrt(1 - 0.999) / (1 - 0.9)  # with the bias correction of the first step
+  np.testing.assert_allclose(decayed['embed']['w'], plain['embed']['w'] - 0.5 * rate * tree(0)['embed']['w'], rtol=1e-6)
   tx, params = optimizer('prodigy', learning_rate=1.0), {'w': jnp.ones(3)}
   state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
   for g in (0.0, 0.0, 1.0, 1.0):
@@ -176,31 +182,38 @@ def test_prodigy_decays_matrices_and_survives_zero_gradients():
   assert (params['w'] < 1).all()
 
 
-def test_schedule_free_evaluates_its_average():
-  """Algorithm 1 of arXiv 2405.15682: z by Adam without momentum, x its mean, gradients at y between them."""
-  b1, b2 = 0.7, 0.9
-  tx = optimizer('schedule_free', schedule_free={'b1': b1, 'b2': b2, 'weight_decay': 0.2})
-  y, state = descend(tx)
+@pytest.mark.parametrize('warmup', [0, 5])
+def test_schedule_free_equals_its_authors_package(warmup):
+  """AdamWScheduleFree of schedulefree: z by Adam without momentum, x its weighted mean, gradients at y between them."""
+  b1, b2, steps = 0.7, 0.9, 20
+  tx = make_optimizer(build(OptimConfig, {
+      'learning_rate': RATE, 'schedule': 'constant', 'constant': {'warmup_steps': warmup}, 'chain': ['schedule_free'],
+      'schedule_free': {'b1': b1, 'b2': b2, 'weight_decay': 0.2}}), 100, INFO)
+  y, state = descend(tx, steps)
 
   def one(path, z):
     x = y = z
-    v = 0.0
-    for t in range(1, STEPS + 1):
+    v = total = largest = 0.0
+    for t in range(1, steps + 1):
       g = tree(t)
       for key in path:
         g = g[key.key]
+      rate = RATE * (min(1, t / warmup) if warmup else 1)
+      largest = max(largest, rate)
+      total += largest**2
       v = b2 * v + (1 - b2) * g * g
-      z = z - RATE * (g / (np.sqrt(v / (1 - b2**t)) + 1e-8) + (0.2 * y if path[-1].key == 'w' else 0))
-      x = (1 - 1 / t) * x + z / t
+      z = z - rate * (g / (np.sqrt(v / (1 - b2**t)) + 1e-8) + (0.2 * y if path[-1].key == 'w' else 0))
+      share = largest**2 / total
+      x = (1 - share) * x + share * z
       y = (1 - b1) * z + b1 * x
     return x, y
 
   both = jax.tree_util.tree_map_with_path(one, tree(0))
   pick = lambda i: jax.tree.map(lambda pair: pair[i], both, is_leaf=lambda x: isinstance(x, tuple))  # noqa: E731
-  close(y, pick(1), 1e-5)
+  close(y, pick(1), 1e-6)
   assert tx.averages
   with jax.enable_x64(True):
-    close(tx.evaluated(state, jax.tree.map(jnp.asarray, y)), pick(0), 1e-5)
+    close(tx.evaluated(state, jax.tree.map(jnp.asarray, y)), pick(0), 1e-6)
 
 
 def test_averaged_weights_are_evaluated():
