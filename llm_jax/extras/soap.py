@@ -138,8 +138,9 @@ def iterated(basis: Basis, v_SAC: jax.Array) -> tuple[Basis, jax.Array]:
   The sorting is not in the paper; it is in soap.py.
   """
   def side(moments: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    order = jnp.argsort(jnp.einsum('SMA,SMK,SKA->SA', q, moments, q), descending=True)
-    return jnp.linalg.qr(moments @ jnp.take_along_axis(q, order[:, None, :], -1))[0], order
+    power = moments @ q
+    order = jnp.argsort(jnp.sum(q * power, axis=1), descending=True)
+    return jnp.linalg.qr(jnp.take_along_axis(power, order[:, None, :], -1))[0], order
 
   q_SMA, order_SA = side(basis.left_SMM, basis.q_SMA)
   q_SNC, order_SC = side(basis.right_SNN, basis.q_SNC)
