@@ -6,6 +6,7 @@ Dims: S stack of matrices, M inputs, N outputs of each; A, C eigenvectors of eit
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -125,9 +126,14 @@ def renewed(basis: Basis, v_SAC: jax.Array, step: jax.Array, every: int) -> tupl
   return jax.lax.switch(kind, [lambda *same: same, eigenbasis, iterated], basis, v_SAC)
 
 
+def one_by_one(f: Callable[[jax.Array], jax.Array], x_SMM: jax.Array) -> jax.Array:
+  """f of each matrix. On CPUs in sequence: stacks of QR wait for each other's threads, for ever if there are few."""
+  return jax.lax.platform_dependent(x_SMM, cpu=lambda x: jax.lax.map(f, x), default=jax.vmap(f))
+
+
 def eigenbasis(basis: Basis, v_SAC: jax.Array) -> tuple[Basis, jax.Array]:
   def falling(moments: jax.Array) -> jax.Array:
-    return jnp.flip(jnp.linalg.eigh(moments)[1], -1)
+    return jnp.flip(one_by_one(lambda m: jnp.linalg.eigh(m)[1], moments), -1)
 
   return basis._replace(q_SMA=falling(basis.left_SMM), q_SNC=falling(basis.right_SNN)), v_SAC
 
@@ -140,7 +146,7 @@ def iterated(basis: Basis, v_SAC: jax.Array) -> tuple[Basis, jax.Array]:
   def side(moments: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
     power = moments @ q
     order = jnp.argsort(jnp.sum(q * power, axis=1), descending=True)
-    return jnp.linalg.qr(jnp.take_along_axis(power, order[:, None, :], -1))[0], order
+    return one_by_one(lambda m: jnp.linalg.qr(m)[0], jnp.take_along_axis(power, order[:, None, :], -1)), order
 
   q_SMA, order_SA = side(basis.left_SMM, basis.q_SMA)
   q_SNC, order_SC = side(basis.right_SNN, basis.q_SNC)

@@ -1,6 +1,7 @@
 """SOAP against the authors' algorithm (github.com/nikhilvyas/SOAP, soap.py), written in NumPy."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from chains import RATE
 
 from llm_jax.base.builder import build
 from llm_jax.base.params import ParamInfo
+from llm_jax.extras.soap import Basis, iterated
 from llm_jax.optim.chain import OptimConfig, make_optimizer
 
 STEPS, B1, B2, EPS = 20, 0.9, 0.8, 1e-8
@@ -74,6 +76,15 @@ def test_decay_is_decoupled_and_begins_at_the_first_step():
   got, expected = descend(3, 0.2), by_the_authors(1, 3, 0.2)
   np.testing.assert_allclose(got[-1][1], expected[-1], rtol=0, atol=1e-9)
   np.testing.assert_allclose(got[0], (1 - 0.2 * RATE) * array(0), rtol=1e-12)
+
+
+def test_cpus_decompose_one_matrix_at_a_time():
+  """In jaxlib 0.10 stacks of QR wait for each other's threads; with two cores, runs stood still at a renewal."""
+  basis, v = Basis(*(jnp.zeros((2, n, n)) for n in (4, 6, 4, 6))), jnp.zeros((2, 4, 6))
+  calls = re.findall(r'lapack_\w*geqrf.*', jax.jit(iterated).lower(basis, v).as_text())
+  assert len(calls) == 2
+  for call in calls:
+    assert re.search(r'\(tensor<(4x4|6x6)xf32>\)', call), call
 
 
 def test_updates_keep_the_size_of_adams():
