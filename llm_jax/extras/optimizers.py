@@ -74,8 +74,17 @@ class AdEMAMix(Link):
       half_lives = optax.linear_schedule(*(half_life(b) for b in (self.b1, self.b3)), self.slow_steps)
       alpha = lambda n: alphas(n + 1)  # noqa: E731
       b3 = lambda n: 0.5 ** (1 / (half_lives(n + 1) + 1))  # noqa: E731
-    return contrib.ademamix(schedule, self.b1, self.b2, b3, alpha, self.eps, mu_dtype=self.mu_dtype,
-                            weight_decay=self.weight_decay, mask=matrices)
+    inner = contrib.ademamix(schedule, self.b1, self.b2, b3, alpha, self.eps, weight_decay=self.weight_decay,
+                             mask=matrices)
+
+    def stored(state: Any) -> Any:  # Optax's own mu_dtype also holds the slow mean, which would lose its small steps
+      return (state[0]._replace(m1=optax.tree.cast(state[0].m1, self.mu_dtype)), *state[1:])
+
+    def update(grads: Params, state: Any, params: Params = None) -> tuple[Params, Any]:
+      updates, new = inner.update(grads, state, params)
+      return updates, stored(new)
+
+    return optax.GradientTransformation(lambda params: stored(inner.init(params)), update)
 
 
 def half_life(b: float) -> float:

@@ -217,7 +217,10 @@ def test_moments_can_be_stored_in_bfloat16(name):
   momentum = {'momentum': 0.9} if name == 'adafactor' else {}
   def sizes(dtype):
     tx = optimizer(name, **{name: {field: dtype, **momentum}})
-    state = jax.eval_shape(tx.init, jax.tree.map(jnp.float32, tree(0)))
+    params = jax.tree.map(jnp.float32, tree(0))
+    state = jax.eval_shape(tx.init, params)
+    _, new = jax.eval_shape(lambda p, s: tx.update(p, s, p, value=1.0, grad=p), params, state)
+    assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state), 'as a step needs it'
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
   num_params = sum(x.size for x in jax.tree.leaves(tree(0)))
   assert sizes('float32') - sizes('bfloat16') >= 2 * num_params - 200
