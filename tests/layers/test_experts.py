@@ -20,7 +20,7 @@ from llm_jax.layers.product import mixed_einsum
 from llm_jax.layers.stack import apply_stack, init_stack, stack_experts
 from llm_jax.optim.masks import check_declared, matrix_dims
 from llm_jax.optim.matrices import as_matrices, from_matrices
-from llm_jax.optim.optimizers import Muon
+from llm_jax.optim.muon import Muon
 
 NORMAL = nn.initializers.normal(1.0)
 EQUATIONS = [('EBCD,EDF->EBCF', (3, 2, 5, 8), (3, 8, 4)), ('EBCNH,ENHD->EBCD', (3, 2, 5, 2, 4), (3, 2, 4, 8)),
