@@ -35,8 +35,9 @@ NAV = {
             'Watching a run': 'watching.md', 'From Python': 'python.md',
             'Several devices': 'multi_device.md', 'Serving': 'serving.md', 'Your own parts': 'extend.md'},
     'Reference': {'Commands': 'commands/', 'Config': 'config/', 'Registries': 'registries.md', 'Python API': 'api.md'},
-    'Background': {'Design': 'design.md', 'Measurements': 'performance.md', 'Features and their tests': 'seeds.md',
-                   'Contributing': 'contributing.md', 'Changelog': 'changelog.md'},
+    'Background': {'Design': 'design.md', 'Conventions': 'conventions.md', 'Measurements': 'performance.md',
+                   'Features and their tests': 'seeds.md', 'Contributing': 'contributing.md',
+                   'Changelog': 'changelog.md'},
 }
 API = {
     'Functions': ('llm_jax.api.load_config', 'llm_jax.api.train', 'llm_jax.api.load'),

@@ -64,10 +64,11 @@ def weight_codes(w: jax.Array, bits: str, key: jax.Array | None = None,
                  axes: tuple[int, ...] | None = None) -> tuple[jax.Array, jax.Array]:
   """(codes, scale) of a matrix: -1, 0, 1 with the mean of |w| as scale, or for one bit the signs of w - mean(w).
 
-  Signs are not rounded stochastically. Means are over all of w, or over `axes`, which the scale keeps with size 1.
+  The scale is at least 1e-5, as in the BitNet of transformers; the papers add such a number to it. Signs are not
+  rounded stochastically. Means are over all of w, or over `axes`, which the scale keeps with size 1.
   """
   mean = partial(jnp.mean, axis=axes, keepdims=axes is not None)
-  scale = mean(jnp.abs(w)) + EPS
+  scale = jnp.maximum(mean(jnp.abs(w)), EPS)
   if bits == '1':
     return jnp.where(w >= mean(w), 1.0, -1.0), scale
   return jnp.clip(rounded(w / scale, key), -1, 1), scale

@@ -13,10 +13,10 @@ from llm_jax.base.batch import Metrics, Params
 from llm_jax.base.registry import register
 from llm_jax.base.trees import path_of
 from llm_jax.extras.bitnet import weight_codes
-from llm_jax.extras.matrices import as_matrices
 from llm_jax.optim.chain import TRANSFORMS
 from llm_jax.optim.link import Link
 from llm_jax.optim.masks import Dims, matrix_dims
+from llm_jax.optim.matrices import as_matrices
 
 
 @dataclasses.dataclass(frozen=True)

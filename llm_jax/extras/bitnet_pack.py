@@ -20,9 +20,9 @@ from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import NoSettings, register
 from llm_jax.base.trees import by_name, path_of
 from llm_jax.extras.bitnet import BitNet, pack, unpack, weight_codes
-from llm_jax.extras.matrices import as_matrices, from_matrices, stack_shape
 from llm_jax.infer.export import EXPORTERS, Exported
 from llm_jax.optim.masks import Dims, matrix_dims
+from llm_jax.optim.matrices import as_matrices, from_matrices, stack_shape
 
 
 def packed_model(cfg: Any, weight_bits: str) -> Any:

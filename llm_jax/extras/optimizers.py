@@ -47,7 +47,10 @@ class Adafactor(Link):
 
 @dataclasses.dataclass(frozen=True)
 class AdEMAMix(Link):
-  """AdEMAMix (arXiv 2409.03137): Adam with a second, much slower momentum, with warm-up of its rate and weight."""
+  """AdEMAMix (arXiv 2409.03137): Adam with a second, much slower momentum, with warm-up of its rate and weight.
+
+  The warm-up counts from 1, as in the paper and the authors' code: update n has n / slow_steps of it, at most all.
+  """
 
   b1: float = rate(0.9)  # decay of the fast mean of gradients, per step
   b2: float = rate(0.999)  # decay of the mean of squared gradients, per step
@@ -67,11 +70,21 @@ class AdEMAMix(Link):
     alpha: optax.ScalarOrSchedule = self.alpha
     b3: optax.ScalarOrSchedule = self.b3
     if self.slow_steps:
-      alpha = optax.linear_schedule(0.0, self.alpha, self.slow_steps)
+      alphas = optax.linear_schedule(0.0, self.alpha, self.slow_steps)
       half_lives = optax.linear_schedule(*(half_life(b) for b in (self.b1, self.b3)), self.slow_steps)
-      b3 = lambda n: 0.5 ** (1 / (half_lives(n) + 1))  # noqa: E731
-    return contrib.ademamix(schedule, self.b1, self.b2, b3, alpha, self.eps, mu_dtype=self.mu_dtype,
-                            weight_decay=self.weight_decay, mask=matrices)
+      alpha = lambda n: alphas(n + 1)  # noqa: E731
+      b3 = lambda n: 0.5 ** (1 / (half_lives(n + 1) + 1))  # noqa: E731
+    inner = contrib.ademamix(schedule, self.b1, self.b2, b3, alpha, self.eps, weight_decay=self.weight_decay,
+                             mask=matrices)
+
+    def stored(state: Any) -> Any:  # Optax's own mu_dtype also holds the slow mean, which would lose its small steps
+      return (state[0]._replace(m1=optax.tree.cast(state[0].m1, self.mu_dtype)), *state[1:])
+
+    def update(grads: Params, state: Any, params: Params = None) -> tuple[Params, Any]:
+      updates, new = inner.update(grads, state, params)
+      return updates, stored(new)
+
+    return optax.GradientTransformation(lambda params: stored(inner.init(params)), update)
 
 
 def half_life(b: float) -> float:
@@ -81,13 +94,18 @@ def half_life(b: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Prodigy(Link):
-  """Prodigy (arXiv 2306.06101): Adam that estimates its learning rate; config.optim.learning_rate is a factor on it."""
+  """Prodigy (arXiv 2306.06101): Adam that estimates its learning rate; config.optim.learning_rate is a factor on it.
+
+  The package prodigyopt has neither bias_correction nor safeguard_warmup unless they are set. Its coupled decay is the
+  filter l2.
+  """
 
   b1: float = rate(0.9)  # decay of the mean of gradients, per step
   b2: float = rate(0.999)  # decay of the mean of squared gradients, per step
   estim_lr0: float = positive(1e-6)  # first estimate of the step size
   estim_lr_coef: float = positive(1.0)  # factor on the estimated step size
   safeguard_warmup: bool = True  # keep warm-up steps out of the estimate
+  bias_correction: bool = True  # Adam's, as a factor on the step size
   weight_decay: float = decay(0.0)  # decoupled, times the step size; 0: none
 
   def check(self, optim: Any) -> None:
@@ -96,12 +114,18 @@ class Prodigy(Link):
                        f'near 1; got {optim.learning_rate}; groups cannot set weight_decay')
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
-    inner = contrib.prodigy(schedule, (self.b1, self.b2), estim_lr0=self.estim_lr0, estim_lr_coef=self.estim_lr_coef,
+    def correction(count: jax.Array) -> jax.Array:
+      return jnp.sqrt(1 - self.b2 ** (count + 1)) / (1 - self.b1 ** (count + 1))
+
+    # Optax's own always corrects, so the correction is taken out of the rate that it is given.
+    given = schedule if self.bias_correction else lambda count: schedule(count) / correction(count)
+    inner = contrib.prodigy(given, (self.b1, self.b2), estim_lr0=self.estim_lr0, estim_lr_coef=self.estim_lr_coef,
                             safeguard_warmup=self.safeguard_warmup)
 
     def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
       updates, new = inner.update(grads, state, params)
-      rate = self.weight_decay * state.estim_lr * schedule(state.count)  # Optax's own decay includes biases
+      # Optax's own decay includes biases.
+      rate = self.weight_decay * state.estim_lr * given(state.count) * correction(state.count)
       updates = jax.tree.map(lambda u, p, m: u - rate * p if m else u, updates, params, matrices(params))
       # Optax divides zero by zero while all gradients so far are zero.
       finite = jnp.isfinite(new.estim_lr)
@@ -115,7 +139,10 @@ class Prodigy(Link):
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleFree(Link):
-  """AdamW with schedule-free averaging of weights (arXiv 2405.15682). Needs schedule `constant`, with warm-up."""
+  """AdamW with schedule-free averaging of weights (arXiv 2405.15682). Needs schedule `constant`, with warm-up.
+
+  As AdamWScheduleFree of the authors' package schedulefree, whose decay includes biases.
+  """
 
   # weight of the average in the point where gradients are taken, in (0, 1)
   b1: float = ranged(0.9, lambda x: 0 < x < 1, 'in (0, 1)')
@@ -133,7 +160,8 @@ class ScheduleFree(Link):
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     inner = optax.adamw(schedule, 0.0, self.b2, self.eps, weight_decay=self.weight_decay, mask=matrices)
-    return contrib.schedule_free(inner, schedule, self.b1, self.weight_lr_power)
+    # Optax's counts from 1, but the weight of a step is to follow the rate of this step, not of the next.
+    return contrib.schedule_free(inner, lambda step: schedule(step - 1), self.b1, self.weight_lr_power)
 
   def evaluated(self, state: Any, params: Params) -> Params:
     return contrib.schedule_free_eval_params(state, params)

@@ -28,15 +28,25 @@ class Polynomial(Warmup):
 
 @dataclasses.dataclass(frozen=True)
 class OneCycle(Schedule):
-  """One cosine up from peak / div_factor and one down to peak / div_factor / final_div_factor (arXiv 1708.07120)."""
+  """One cosine up from peak / div_factor and one down to peak / div_factor / final_div_factor (arXiv 1708.07120).
+
+  As torch's OneCycleLR: the first update has the first rate, update pct_start * num_steps the peak, the last the last.
+  """
 
   pct_start: float = ranged(0.3, lambda x: 0 < x < 1, 'in (0, 1)')  # share of the steps that rise, in (0, 1)
   div_factor: float = positive(25.0)  # the peak / the first rate
   final_div_factor: float = positive(1e4)  # the first rate / the last rate
 
   def make(self, peak_value: float, num_steps: int) -> optax.Schedule:
-    return optax.cosine_onecycle_schedule(num_steps, peak_value, self.pct_start, self.div_factor,
-                                          self.final_div_factor)
+    first = peak_value / self.div_factor
+    last, top = first / self.final_div_factor, self.pct_start * num_steps - 1
+
+    def schedule(step: Any) -> Any:
+      up = 1 - SHAPES['cosine'](jnp.clip(step / max(top, 1e-9), 0, 1))
+      down = SHAPES['cosine'](jnp.clip((step - top) / max(num_steps - 1 - top, 1e-9), 0, 1))
+      return jnp.where(step <= top, first + (peak_value - first) * up, last + (peak_value - last) * down)
+
+    return schedule
 
 
 @dataclasses.dataclass(frozen=True)

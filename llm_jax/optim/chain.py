@@ -17,7 +17,7 @@ from llm_jax.base.builder import Sections, check_names, keep_named, known_names,
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import Registry, register
 from llm_jax.base.trees import split
-from llm_jax.optim import optimizers, schedules
+from llm_jax.optim import muon, optimizers, schedules
 from llm_jax.optim.groups import Group, keep_frozen, masked, trainable_paths, with_groups
 from llm_jax.optim.link import Link, adapt_transform
 from llm_jax.optim.schedules import adapt_schedule
@@ -26,7 +26,7 @@ from llm_jax.optim.schedules import adapt_schedule
 TRANSFORMS = Registry('transform', adapt_transform)
 for _name, _link in (
     ('clip_by_global_norm', optimizers.ClipByGlobalNorm), ('adamw', optimizers.AdamW), ('adam', optimizers.Adam),
-    ('sgd', optimizers.Sgd), ('lion', optimizers.Lion), ('muon', optimizers.Muon), ('ema', optimizers.Ema)):
+    ('sgd', optimizers.Sgd), ('lion', optimizers.Lion), ('muon', muon.Muon), ('ema', optimizers.Ema)):
   register(TRANSFORMS, _name, _link)
 # Schedules (see optim/schedules.py), or functions (peak_value, num_steps) -> Optax schedule.
 SCHEDULES = Registry('schedule', adapt_schedule)

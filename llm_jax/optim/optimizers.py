@@ -1,4 +1,4 @@
-"""The links of the core. Weight decay applies to matrices and embeddings.
+"""The links of the core but Muon (optim/muon.py). Weight decay applies to matrices and embeddings.
 
 `mu_dtype` is the dtype of the stored first moment.
 """
@@ -11,12 +11,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax import contrib
 
 from llm_jax.base.batch import Params
-from llm_jax.base.ranges import decay, epsilon, positive, rate, within
+from llm_jax.base.ranges import decay, epsilon, rate, within
 from llm_jax.optim.link import Link
-from llm_jax.optim.masks import check_declared, matrices, matrix_dims
+from llm_jax.optim.masks import matrices
 
 MuDtype = Literal['float32', 'bfloat16']
 
@@ -62,7 +61,11 @@ class AdamW(Link):
 
 @dataclasses.dataclass(frozen=True)
 class Adam(Link):
-  """Adam (arXiv 1412.6980), without decay; with `nesterov`, NAdam."""
+  """Adam (arXiv 1412.6980), without decay; with `nesterov`, NAdam.
+
+  NAdam here has a constant b1, as torch's NAdam with an infinite momentum_decay; torch's default of 0.004 raises b1
+  from half of it.
+  """
 
   b1: float = rate(0.9)  # decay of the mean of gradients, per step
   b2: float = rate(0.999)  # decay of the mean of squared gradients, per step
@@ -76,7 +79,10 @@ class Adam(Link):
 
 @dataclasses.dataclass(frozen=True)
 class Sgd(Link):
-  """Stochastic gradient descent with momentum, optionally Nesterov's."""
+  """Stochastic gradient descent with momentum, optionally Nesterov's, as torch's SGD without dampening.
+
+  The decay is decoupled (SGDW, arXiv 1711.05101). Torch's weight_decay is coupled: that is the filter l2.
+  """
 
   momentum: float = rate(0.9)  # decay of the sum of gradients, per step; 0: none
   nesterov: bool = False  # look ahead along the momentum
@@ -104,31 +110,6 @@ class Lion(Link):
 
   def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
     return optax.lion(schedule, self.b1, self.b2, self.mu_dtype, self.weight_decay, mask=matrices)
-
-
-@dataclasses.dataclass(frozen=True)
-class Muon(Link):
-  """Muon: momentum orthogonalized by Newton-Schulz for matrices between hidden states; Adam for other parameters.
-
-  See kellerjordan.github.io/posts/muon. `consistent_rms` (arXiv 2502.16982) gives updates the size of Adam's, so that
-  both use one learning rate. Each matrix of a stack of layers or experts is orthogonalized separately.
-  """
-
-  beta: float = rate(0.95)  # decay of the momentum, per step
-  ns_steps: int = positive(5)  # Newton-Schulz iterations
-  nesterov: bool = True  # look ahead along the momentum
-  consistent_rms: float = positive(0.2)  # rms of an update before the learning rate
-  weight_decay: float = decay(0.1)  # decoupled, times the learning rate; 0: none
-  adam_b1: float = rate(0.9)  # b1 of the Adam for other parameters
-  adam_b2: float = rate(0.95)  # b2 of the Adam for other parameters
-  mu_dtype: MuDtype = 'float32'  # of the momentum, as stored
-
-  def make(self, schedule: optax.Schedule, info: Params) -> optax.GradientTransformation:
-    check_declared(info)
-    return decayed(contrib.muon(
-        schedule, ns_steps=self.ns_steps, beta=self.beta, nesterov=self.nesterov, mu_dtype=self.mu_dtype,
-        adam_b1=self.adam_b1, adam_b2=self.adam_b2, consistent_rms=self.consistent_rms,
-        muon_weight_dimension_numbers=matrix_dims(info)), schedule, self.weight_decay)
 
 
 class AverageState(NamedTuple):

@@ -15,6 +15,7 @@ from llm_jax.base.batch import Batch
 from llm_jax.base.builder import Sections, build
 from llm_jax.base.params import ParamInfo
 from llm_jax.extras.bitnet import BitEinsum, BitNet, PackedEinsum, pack, unpack, weight_codes
+from llm_jax.extras.bitnet_hf import pack_hf, unpack_hf
 from llm_jax.layers.clock import clock_at, progress
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
@@ -38,16 +39,19 @@ def run(x, w, dtype=jnp.float32, rngs=None, **settings):
 
 
 def quantized(x, w, bits='1.58', activation_bits=8, sub_norm=False):
-  """Equations 1 to 3 of arXiv 2402.17764 (absmean, absmax per token), and of 2310.11453 (sign, mean)."""
+  """Equations 1 to 3 of arXiv 2402.17764 (absmean, absmax per token), and of 2310.11453 (sign, mean).
+
+  Scales are at least 1e-5, as in transformers/integrations/bitnet.py, instead of 1e-5 more.
+  """
   x, w = x.astype(np.float64), w.astype(np.float64)
   if sub_norm:
     x = x / np.sqrt((x**2).mean((2, 3), keepdims=True) + 1e-5)
-  gamma = np.abs(w).mean()
-  w_q = np.clip(np.round(w / (gamma + 1e-5)), -1, 1) if bits == '1.58' else np.where(w >= w.mean(), 1, -1)
+  gamma = max(np.abs(w).mean(), 1e-5)
+  w_q = np.clip(np.round(w / gamma), -1, 1) if bits == '1.58' else np.where(w >= w.mean(), 1, -1)
   q = 2 ** (activation_bits - 1) - 1
   largest = np.abs(x).max((2, 3), keepdims=True)
   x_q = np.clip(np.round(x * q / largest), -q, q) * largest / q
-  return x_q, (gamma + 1e-5) * w_q
+  return x_q, gamma * w_q
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -57,6 +61,42 @@ def test_products_match_the_papers(dtype, settings):
   x_q, w_q = quantized(X, W, **settings)
   settings = {{'bits': 'weight_bits'}.get(k, k): v for k, v in settings.items()}
   np.testing.assert_allclose(run(X, W, dtype, **settings), np.einsum('BTNH,NHD->BTD', x_q, w_q), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('std', [1.0, 4e-3, 1e-5, 0.0])
+def test_small_weights_are_scaled_by_their_mean(std):
+  """A number added to the mean of |w| would change outputs by a share that grows as weights become small."""
+  w = (std * W).astype(np.float32)
+  codes, scale = weight_codes(jnp.asarray(w), '1.58')
+  mean = max(np.abs(w).mean(dtype=np.float64), 1e-5)
+  assert scale == pytest.approx(mean, rel=1e-6)
+  np.testing.assert_array_equal(codes, np.clip(np.round(w / np.float32(mean)), -1, 1))
+
+
+@pytest.mark.parametrize('num_outputs', [4, 8, 20])
+def test_the_format_of_transformers(num_outputs):
+  """Four outputs a byte, a quarter of all outputs apart, two bits each, the first in the lowest bits."""
+  codes = np.random.default_rng(num_outputs).integers(-1, 2, (num_outputs, 6))
+  packed = pack_hf(codes)
+  assert packed.dtype == np.uint8 and packed.shape == (num_outputs // 4, 6)
+  for row, column in np.ndindex(packed.shape):
+    quarter = num_outputs // 4
+    assert packed[row, column] == sum((codes[row + i * quarter, column] + 1) * 4**i for i in range(4))
+  np.testing.assert_array_equal(unpack_hf(packed), codes)
+  assert unpack_hf(packed).dtype == np.int8
+
+
+def test_the_example_of_transformers_is_unpacked():
+  """From the docstring of unpack_weights in transformers/integrations/bitnet.py."""
+  got = unpack_hf(np.array([[0b10100001, 0b00011000], [0b10010000, 0b00001010]], np.uint8))
+  np.testing.assert_array_equal(got, [[0, -1], [-1, 1], [-1, 1], [-1, 1], [1, 0], [0, -1], [1, -1], [1, -1]])
+
+
+@pytest.mark.parametrize('codes', [np.zeros((6, 3)), np.full((4, 3), 2), np.zeros((4, 3)) + 0.5], ids=[
+    'outputs', 'values', 'fractions'])
+def test_what_the_format_cannot_hold_is_refused(codes):
+  with pytest.raises(ValueError, match='outputs must be a multiple of 4' if len(codes) == 6 else '-1, 0 and 1'):
+    pack_hf(codes)
 
 
 @pytest.mark.parametrize('scale', [1.0, 0.25])
@@ -90,14 +130,14 @@ def test_stochastic_rounding_keeps_the_mean():
   np.testing.assert_array_equal(run(X, W, **settings), run(X, W))
   runs = jax.vmap(lambda key: run(X, W, rngs={'dropout': key}, **settings))(jax.random.split(jax.random.key(0), 4000))
   assert np.abs(runs[0] - runs[1]).max() > 0.1
-  gamma = np.abs(W).mean() + 1e-5  # beyond which there is no code
+  gamma = np.abs(W).mean()  # beyond which there is no code
   np.testing.assert_allclose(runs.mean(0), np.einsum('BTNH,NHD->BTD', X, np.clip(W, -gamma, gamma)), atol=0.1)
 
 
 def test_sown_metrics_and_penalties_of_a_matrix():
   _, sown = einsum(penalty=2.0, sparsity_target=0.5, sparsity_weight=3.0).apply(
       {'params': {'w': W}}, EQN, X, mutable=['losses', 'metrics'])
-  units = W / (np.abs(W).mean() + 1e-5)
+  units = W / np.abs(W).mean()
   codes = np.clip(np.round(units), -1, 1)
   assert sown['metrics']['sparsity'][0] == pytest.approx(np.mean(codes == 0))
   error = np.linalg.norm(units - codes) / np.linalg.norm(units)
@@ -149,7 +189,7 @@ def test_changed_codes_are_counted_by_layer():
   before, step = RNG.standard_normal((2, 2, 8, 8)).astype(np.float32)
   step[1] = 0
   _, state = tx.update({'q': {'w': -step}}, tx.init({'q': {'w': before}}), {'q': {'w': before}}, value=1.0, grad=None)
-  code = lambda w: np.clip(np.round(w / (np.abs(w).mean((1, 2), keepdims=True) + 1e-5)), -1, 1)  # noqa: E731
+  code = lambda w: np.clip(np.round(w / np.abs(w).mean((1, 2), keepdims=True)), -1, 1)  # noqa: E731
   report = tx.report(state)
   assert report['q/flipped/00'] == pytest.approx(np.mean(code(before) != code(before + step), (1, 2))[0])
   assert report['q/flipped/00'] > 0.2 and report['q/flipped/01'] == 0

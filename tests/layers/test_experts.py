@@ -12,7 +12,6 @@ import pytest
 from llm_jax.base.params import ParamInfo
 from llm_jax.extras.bitnet import BitEinsum, BitNet, PackedEinsum, pack, weight_codes
 from llm_jax.extras.lowbit import LowBitEinsum
-from llm_jax.extras.matrices import as_matrices, from_matrices
 from llm_jax.extras.soap import Soap
 from llm_jax.layers.attention import AttentionMask, Layer
 from llm_jax.layers.boxes import info_of
@@ -21,7 +20,8 @@ from llm_jax.layers.mlp import MLP, gelu
 from llm_jax.layers.product import mixed_einsum
 from llm_jax.layers.stack import apply_stack, init_stack, stack_experts
 from llm_jax.optim.masks import check_declared, matrix_dims
-from llm_jax.optim.optimizers import Muon
+from llm_jax.optim.matrices import as_matrices, from_matrices
+from llm_jax.optim.muon import Muon
 
 NORMAL = nn.initializers.normal(1.0)
 EQUATIONS = [('EBCD,EDF->EBCF', (3, 2, 5, 8), (3, 8, 4)), ('EBCNH,ENHD->EBCD', (3, 2, 5, 2, 4), (3, 2, 4, 8)),

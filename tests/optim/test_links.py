@@ -217,7 +217,10 @@ def test_moments_can_be_stored_in_bfloat16(name):
   momentum = {'momentum': 0.9} if name == 'adafactor' else {}
   def sizes(dtype):
     tx = optimizer(name, **{name: {field: dtype, **momentum}})
-    state = jax.eval_shape(tx.init, jax.tree.map(jnp.float32, tree(0)))
+    params = jax.tree.map(jnp.float32, tree(0))
+    state = jax.eval_shape(tx.init, params)
+    _, new = jax.eval_shape(lambda p, s: tx.update(p, s, p, value=1.0, grad=p), params, state)
+    assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, state), 'as a step needs it'
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
   num_params = sum(x.size for x in jax.tree.leaves(tree(0)))
   assert sizes('float32') - sizes('bfloat16') >= 2 * num_params - 200
@@ -237,6 +240,7 @@ def test_moments_can_be_stored_in_bfloat16(name):
      ["'soon' is not a condition", 'val/accuracy > 0.5']),
     ({'chain': ['sgd'], 'sgd': {'nesterov': True, 'momentum': 0.0}}, ['nesterov']),
     ({'chain': ['adamw', 'reduce_on_plateau'], 'reduce_on_plateau': {'factor': 1.0}}, ['factor', '1.0']),
+    ({'chain': ['muon'], 'muon': {'scale': 'keller'}}, ['muon.scale', 'moonshot', 'jordan']),
     ({'chain': ['schedule_free']}, ['set schedule=constant']),
     ({'chain': ['schedule_free', 'noise_adaptive'], 'schedule': 'constant'}, ['nothing else may scale']),
     ({'chain': ['prodigy']}, ['learning_rate multiplies the estimate', '0.0006']),
@@ -247,3 +251,8 @@ def test_invalid_settings_are_reported(values, words):
   with pytest.raises(ConfigError) as e:
     build(OptimConfig, values)
   assert all(word in str(e.value) for word in words), e.value
+
+
+def test_muon_without_an_rms_names_the_other_scale():
+  with pytest.raises(ValueError, match='set scale to jordan'):
+    TRANSFORMS['muon'](consistent_rms=None)

@@ -8,9 +8,9 @@ import pytest
 from chains import INFO, RATE, STEPS, by_equation, close, descend, mean, momentum, optimizer, tree
 
 from llm_jax.base.builder import build
-from llm_jax.extras.matrices import as_matrices, from_matrices
 from llm_jax.optim.chain import OptimConfig, make_optimizer
 from llm_jax.optim.masks import matrix_dims
+from llm_jax.optim.matrices import as_matrices, from_matrices
 
 
 def adam(b1, b2, eps=1e-8, nesterov=False):
@@ -62,7 +62,7 @@ def test_ademamix_warmup_ends_at_its_settings():
 def warming_ademamix(T, b1, b2, b3, alpha):
   """Schedules of arXiv 2409.03137, appendix: alpha grows linearly, b3 so that its half-life grows linearly."""
   def rule(memory, g, t):
-    done = min(1.0, (t - 1) / T)
+    done = min(1.0, t / T)  # as in the authors' code: the first update has 1 / T of the warm-up
     log = np.log
     b = min(np.exp(log(b1) * log(b3) / ((1 - done) * log(b3) + done * log(b1))), b3)
     m1, m2, v = mean(memory, 'm1', g, b1), mean(memory, 'm2', g, b), mean(memory, 'v', g * g, b2)
@@ -103,23 +103,30 @@ def newton_schulz(g):
   return x.T if g.shape[0] > g.shape[1] else x
 
 
-def test_muon_orthogonalizes_each_layer_separately():
-  """The matrix of q [D, N, H] is D x NH, that of out [N, H, D] is NH x D."""
-  got, _ = descend(optimizer('muon', muon={'weight_decay': 0.2, 'beta': 0.9, 'nesterov': False}))
-
-  def rule(memory, g, t):
-    return adam(0.9, 0.95)(memory, g, t)
-
-  expected = by_equation(rule, decay=0.2)
+@pytest.mark.parametrize('scale', ['moonshot', 'jordan'])
+@pytest.mark.parametrize(('nesterov', 'mix'), [(False, 'corrected'), (True, 'corrected'), (True, 'uncorrected')])
+def test_muon_orthogonalizes_each_layer_separately(nesterov, mix, scale):
+  """The matrix of q [D, N, H] is D x NH, that of out [N, H, D] is NH x D. Adam, for the others, never looks ahead."""
+  got, _ = descend(optimizer('muon', muon={'weight_decay': 0.2, 'beta': 0.9, 'nesterov': nesterov, 'mix': mix,
+                                           'scale': scale}))
+  expected = by_equation(adam(0.9, 0.95), decay=0.2)
   for name, shape in (('q', (6, 8)), ('out', (8, 6))):
+    factor = {'moonshot': 0.2 * np.sqrt(8), 'jordan': np.sqrt(max(1, shape[1] / shape[0]))}[scale]
     for layer in range(2):
       p, m = tree(0)['blocks'][name]['w'][layer], 0.0
       for t in range(1, STEPS + 1):
-        m = 0.9 * m + 0.1 * tree(t)['blocks'][name]['w'][layer]
-        o = newton_schulz((m / (1 - 0.9**t)).reshape(shape)).reshape(p.shape)
-        p = p - RATE * (0.2 * np.sqrt(8) * o + 0.2 * p)
+        g = tree(t)['blocks'][name]['w'][layer]
+        m = 0.9 * m + 0.1 * g
+        c, d = (1 - 0.9 ** (t + 1), 1 - 0.9**t) if mix == 'corrected' else (1, 1)
+        o = newton_schulz((0.9 * m / c + 0.1 * g / d if nesterov else m).reshape(shape)).reshape(p.shape)
+        p = p - RATE * (factor * o + 0.2 * p)
       expected['blocks'][name]['w'][layer] = p
   close(got, expected, rtol=2e-4)  # the polynomial magnifies the float32 moments' rounding
+
+
+def test_the_first_update_of_muons_adam_is_the_rate():
+  got, _ = descend(optimizer('muon', muon={'weight_decay': 0.0}), 1)
+  np.testing.assert_allclose(np.abs(got['embed']['w'] - tree(0)['embed']['w']), RATE, rtol=1e-6)
 
 
 def test_as_matrices_is_fan_in_by_fan_out():
@@ -134,51 +141,28 @@ def test_as_matrices_is_fan_in_by_fan_out():
     np.testing.assert_array_equal(from_matrices(as_matrices(x, d), x, d), x)
 
 
-def test_soap_is_adam_in_the_eigenbasis():
-  """Algorithm 3 of arXiv 2409.11321 on each layer's matrix; sign and order of eigenvectors do not matter."""
-  b1, b2, every = 0.9, 0.8, 2
-  tx = optimizer('soap', soap={'b1': b1, 'b2': b2, 'weight_decay': 0.2, 'precondition_every': every})
-  (got, _), (_, first) = descend(tx), descend(tx, 1)
-  expected = by_equation(adam(b1, b2), decay=0.2)
-  for name, shape in (('q', (6, 8)), ('out', (8, 6))):
-    for layer in range(2):
-      p, m, v, left, right = tree(0)['blocks'][name]['w'][layer].reshape(shape), 0.0, 0.0, 0.0, 0.0
-      for t in range(1, STEPS + 1):
-        g = tree(t)['blocks'][name]['w'][layer].reshape(shape)
-        left, right = b2 * left + (1 - b2) * g @ g.T, b2 * right + (1 - b2) * g.T @ g
-        if t == 1:
-          # Of one gradient's null space any basis will do: it is the one that was taken.
-          basis = first[0][0].inner_states['soap'].inner_state.bases['blocks'][name]['w']
-          ql, qr = np.asarray(basis.q_SMA[layer]), np.asarray(basis.q_SNC[layer])
-          for q, side in ((ql, left), (qr, right)):
-            np.testing.assert_allclose(q.T @ side @ q, np.diag(np.linalg.eigvalsh(side)), atol=1e-6)
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * (ql.T @ g @ qr) ** 2
-        n = (ql.T @ m @ qr) / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + 1e-8)
-        p = p - RATE * (ql @ n @ qr.T + 0.2 * p)
-        if t % every == 0:
-          ql, qr = np.linalg.qr(left @ ql)[0], np.linalg.qr(right @ qr)[0]
-      expected['blocks'][name]['w'][layer] = p.reshape(tree(0)['blocks'][name]['w'][layer].shape)
-  close(got, expected, rtol=1e-5)
-
-
-def test_prodigy_matches_its_equations():
-  """Algorithm 4 of arXiv 2306.06101, over all parameters together."""
-  got, state = descend(optimizer('prodigy', learning_rate=1.0, prodigy={'b1': 0.8, 'b2': 0.9, 'estim_lr0': 1e-3,
-                                                                          'safeguard_warmup': False}))
-  flat = lambda t: np.concatenate([x.ravel() for x in jax.tree.leaves(tree(t))])  # noqa: E731
-  x = x0 = flat(0)
+@pytest.mark.parametrize(('bias_correction', 'safeguard', 'decay'), [
+    (True, False, 0.0), (True, True, 0.5), (False, False, 0.5), (False, True, 0.0)])
+def test_prodigy_equals_prodigyopt(bias_correction, safeguard, decay):
+  """Algorithm 4 of arXiv 2306.06101, over all parameters together, in the order of the package's Prodigy.step."""
+  got, state = descend(optimizer('prodigy', learning_rate=1.0, prodigy={
+      'b1': 0.8, 'b2': 0.9, 'estim_lr0': 1e-3, 'safeguard_warmup': safeguard, 'bias_correction': bias_correction,
+      'weight_decay': decay}), 20)
+  flat = lambda tree: np.concatenate([x.ravel() for x in jax.tree.leaves(tree)])  # noqa: E731
+  decays = flat(jax.tree_util.tree_map_with_path(lambda path, x: np.full(x.shape, path[-1].key == 'w'), tree(0)))
+  x = x0 = flat(tree(0))
   d, d0, r, s, m, v, b3 = 1e-3, 1e-3, 0.0, 0.0, 0.0, 0.0, 0.9**0.5
-  for t in range(1, STEPS + 1):
-    g = flat(t)
-    rate = d * np.sqrt(1 - 0.9**t) / (1 - 0.8**t)
+  for t in range(1, 21):
+    g = flat(tree(t))
+    rate = d * (np.sqrt(1 - 0.9**t) / (1 - 0.8**t) if bias_correction else 1)
     m, v = 0.8 * m + 0.2 * d * g, 0.9 * v + 0.1 * d * d * g * g
     r = b3 * r + d / d0 * rate * g @ (x0 - x)
-    s = b3 * s + rate * d / d0 * g
+    s = b3 * s + (d if safeguard else rate) * d / d0 * g
     step = max(d, r / np.abs(s).sum())
+    x = x - decay * rate * decays * x
     x = x - rate * m / (np.sqrt(v) + step * 1e-8)
     d = step
-  np.testing.assert_allclose(np.concatenate([p.ravel() for p in jax.tree.leaves(got)]), x, rtol=1e-5)
+  np.testing.assert_allclose(flat(got), x, rtol=1e-5)
   assert state[0].estim_lr == pytest.approx(d, rel=1e-5)
 
 
@@ -186,7 +170,8 @@ def test_prodigy_decays_matrices_and_survives_zero_gradients():
   decayed, _ = descend(optimizer('prodigy', learning_rate=1.0, prodigy={'weight_decay': 0.5, 'estim_lr0': 1e-3}), 1)
   plain, _ = descend(optimizer('prodigy', learning_rate=1.0, prodigy={'estim_lr0': 1e-3}), 1)
   np.testing.assert_array_equal(decayed['blocks']['q']['b'], plain['blocks']['q']['b'])
-  np.testing.assert_allclose(decayed['embed']['w'], plain['embed']['w'] - 5e-4 * tree(0)['embed']['w'], rtol=1e-6)
+  rate = 1e-3 * np.sqrt(1 - 0.999) / (1 - 0.9)  # with the bias correction of the first step
+  np.testing.assert_allclose(decayed['embed']['w'], plain['embed']['w'] - 0.5 * rate * tree(0)['embed']['w'], rtol=1e-6)
   tx, params = optimizer('prodigy', learning_rate=1.0), {'w': jnp.ones(3)}
   state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
   for g in (0.0, 0.0, 1.0, 1.0):
@@ -197,31 +182,38 @@ def test_prodigy_decays_matrices_and_survives_zero_gradients():
   assert (params['w'] < 1).all()
 
 
-def test_schedule_free_evaluates_its_average():
-  """Algorithm 1 of arXiv 2405.15682: z by Adam without momentum, x its mean, gradients at y between them."""
-  b1, b2 = 0.7, 0.9
-  tx = optimizer('schedule_free', schedule_free={'b1': b1, 'b2': b2, 'weight_decay': 0.2})
-  y, state = descend(tx)
+@pytest.mark.parametrize('warmup', [0, 5])
+def test_schedule_free_equals_its_authors_package(warmup):
+  """AdamWScheduleFree of schedulefree: z by Adam without momentum, x its weighted mean, gradients at y between them."""
+  b1, b2, steps = 0.7, 0.9, 20
+  tx = make_optimizer(build(OptimConfig, {
+      'learning_rate': RATE, 'schedule': 'constant', 'constant': {'warmup_steps': warmup}, 'chain': ['schedule_free'],
+      'schedule_free': {'b1': b1, 'b2': b2, 'weight_decay': 0.2}}), 100, INFO)
+  y, state = descend(tx, steps)
 
   def one(path, z):
     x = y = z
-    v = 0.0
-    for t in range(1, STEPS + 1):
+    v = total = largest = 0.0
+    for t in range(1, steps + 1):
       g = tree(t)
       for key in path:
         g = g[key.key]
+      rate = RATE * (min(1, t / warmup) if warmup else 1)
+      largest = max(largest, rate)
+      total += largest**2
       v = b2 * v + (1 - b2) * g * g
-      z = z - RATE * (g / (np.sqrt(v / (1 - b2**t)) + 1e-8) + (0.2 * y if path[-1].key == 'w' else 0))
-      x = (1 - 1 / t) * x + z / t
+      z = z - rate * (g / (np.sqrt(v / (1 - b2**t)) + 1e-8) + (0.2 * y if path[-1].key == 'w' else 0))
+      share = largest**2 / total
+      x = (1 - share) * x + share * z
       y = (1 - b1) * z + b1 * x
     return x, y
 
   both = jax.tree_util.tree_map_with_path(one, tree(0))
   pick = lambda i: jax.tree.map(lambda pair: pair[i], both, is_leaf=lambda x: isinstance(x, tuple))  # noqa: E731
-  close(y, pick(1), 1e-5)
+  close(y, pick(1), 1e-6)
   assert tx.averages
   with jax.enable_x64(True):
-    close(tx.evaluated(state, jax.tree.map(jnp.asarray, y)), pick(0), 1e-5)
+    close(tx.evaluated(state, jax.tree.map(jnp.asarray, y)), pick(0), 1e-6)
 
 
 def test_averaged_weights_are_evaluated():

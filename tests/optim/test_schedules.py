@@ -56,8 +56,8 @@ def restarts(step):
     ('wsd', {'decay_steps': 50, 'shape': 'linear', 'end_factor': 0.5},
      lambda s: PEAK * (1 - 0.5 * max(0, s - 50) / 50)),
     ('wsd', {'decay_steps': 50, 'shape': 'cosine'}, lambda s: PEAK * cosine(max(0, s - 50) / 50)),
-    ('one_cycle', {'pct_start': 0.2, 'div_factor': 10.0, 'final_div_factor': 100.0},
-     lambda s: PEAK * (0.1 + 0.9 * (1 - cosine(s / 20)) if s < 20 else 0.001 + 0.999 * cosine((s - 20) / 80))),
+    ('one_cycle', {'pct_start': 0.2, 'div_factor': 10.0, 'final_div_factor': 100.0},  # as torch's OneCycleLR
+     lambda s: PEAK * (0.1 + 0.9 * (1 - cosine(s / 19)) if s < 19 else 0.001 + 0.999 * cosine((min(s, 99) - 19) / 80))),
     ('cyclic', {'half_steps': 10, 'min_factor': 0.2, 'shrink': 0.5}, triangle),
     ('restarts', {'period': 10, 'multiply': 2.0, 'shrink': 0.5, 'end_factor': 0.1}, restarts),
     ('phases', {'warmup_steps': 10, 'factors': [1.0, 5.0, 0.2], 'boundaries': [20, 60]},
