@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parent.parent / 'llm_jax'
 # From the bottom up. A name stands for a module or for all modules of a folder; the longest that fits counts.
 FLOORS = [
     {'base'},
-    {'layers', 'losses', 'optim', 'data', 'infer.validators', 'infer.options', 'infer.export'},
+    {'layers', 'losses', 'optim', 'data', 'infer.validators', 'infer.options', 'infer.export',
+     'infer.harness'},
     {'models'},
     {'config'},
     {'config_file'},

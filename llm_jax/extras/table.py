@@ -33,7 +33,8 @@ TABLE: dict[str, dict[str, str]] = {
     'exporter': {'packed': 'bitnet_pack'},
     'validator': {'wgsl': 'wgsl'},
     'logger': {'csv': 'loggers', 'wandb': 'loggers'},
-    'callback': {'replica_check': 'replicas', 'rewind_spikes': 'spikes'},
+    'callback': {'replica_check': 'replicas', 'rewind_spikes': 'spikes', 'lm_eval': 'lm_harness'},
+    'harness': {'lm_eval': 'lm_harness'},
     'answer_metric': {'bleu': 'answer_metrics', 'word_precision': 'answer_metrics', 'word_recall': 'answer_metrics',
                       'word_f1': 'answer_metrics'},
 }
