@@ -35,20 +35,20 @@ def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: jax.Array | flo
   logits_BK /= temperature  # afterwards, as it can make different logits equal
   noise_BK = jax.random.gumbel(key, logits_BK.shape)
   if top_p is None:
-    return pick(logits_BK, ids_BK, noise_BK)
+    return draw(logits_BK, ids_BK, noise_BK)
   if top_k or K == V:
-    return pick(jnp.where(nucleus(jax.nn.softmax(logits_BK), top_p), logits_BK, -jnp.inf), ids_BK, noise_BK)
+    return draw(jnp.where(nucleus(jax.nn.softmax(logits_BK), top_p), logits_BK, -jnp.inf), ids_BK, noise_BK)
   log_z_B1 = jax.nn.logsumexp(logits_BV / temperature, axis=-1, keepdims=True)
 
   def of_head() -> jax.Array:
     kept_BK = nucleus(jnp.exp(logits_BK - log_z_B1), top_p)
-    return pick(jnp.where(kept_BK, logits_BK, -jnp.inf), ids_BK, noise_BK)
+    return draw(jnp.where(kept_BK, logits_BK, -jnp.inf), ids_BK, noise_BK)
 
   def of_all() -> jax.Array:
     sorted_BV, ids_BV = jax.lax.top_k(logits_BV, V)
     sorted_BV /= temperature
     noise_BV = jnp.concatenate([noise_BK, jax.random.gumbel(jax.random.fold_in(key, 1), (len(ids_BV), V - K))], axis=1)
-    return pick(jnp.where(nucleus(jnp.exp(sorted_BV - log_z_B1), top_p), sorted_BV, -jnp.inf), ids_BV, noise_BV)
+    return draw(jnp.where(nucleus(jnp.exp(sorted_BV - log_z_B1), top_p), sorted_BV, -jnp.inf), ids_BV, noise_BV)
 
   suffices = jnp.all(jnp.sum(jnp.exp(logits_BK - log_z_B1), axis=-1) >= top_p)
   return jax.lax.cond(suffices, of_head, of_all)
@@ -63,7 +63,7 @@ def nucleus(probs_BK: jax.Array, top_p: jax.Array | float) -> jax.Array:
   return jax.lax.cummax(before_BK, axis=1) < top_p  # the sums of parallel additions need not ascend
 
 
-def pick(logits_BK: jax.Array, ids_BK: jax.Array, noise_BK: jax.Array) -> jax.Array:
+def draw(logits_BK: jax.Array, ids_BK: jax.Array, noise_BK: jax.Array) -> jax.Array:
   """One of the ids per row, int32 [B], by the Gumbel-max trick."""
   choice_B1 = jnp.argmax(logits_BK + noise_BK, axis=-1, keepdims=True)
   return jnp.take_along_axis(ids_BK, choice_B1, axis=-1)[:, 0].astype(jnp.int32)
