@@ -63,14 +63,18 @@ def find_tasks(options: TaskOptions, flag: str) -> Any:
   return manager
 
 
+def model_of(scorer: Scorer) -> Any:
+  """The scorer as a model of lm_eval, which must be installed."""
+  return importlib.import_module('llm_jax.extras.lm_harness_model').RunModel(scorer=scorer)
+
+
 def run_tasks(scorer: Scorer, options: TaskOptions, manager: Any, flag: str, **more: Any) -> dict[str, Any]:
   """What lm_eval's simple_evaluate returns. Raises UserErrors; global random states are as before afterwards."""
   lm_eval = load_package(flag)
-  model = importlib.import_module('llm_jax.extras.lm_harness_model').RunModel(scorer=scorer)
   states = random.getstate(), np.random.get_state()
   try:
     return lm_eval.simple_evaluate(
-        model=model, tasks=list(options.tasks), num_fewshot=options.num_fewshot, limit=options.limit,
+        model=model_of(scorer), tasks=list(options.tasks), num_fewshot=options.num_fewshot, limit=options.limit,
         task_manager=manager, log_samples=False, **more)
   except UserError:
     raise

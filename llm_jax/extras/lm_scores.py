@@ -51,15 +51,15 @@ class Score(NamedTuple):
 
 
 def split_pair(encode: Callable[[str], list[int]], context: str, continuation: str) -> Pair:
-  """(ids of the context, ids of the continuation): those of the whole text, cut where the context's own ids end.
+  """(the context's own ids, the ids of the whole text after as many): what lm_eval's models do, to be comparable.
 
-  White space at the end of the context belongs to the continuation. Where one token spans the cut, the continuation
-  gets it: it has an id at least, unless both texts are empty.
+  White space at the end of the context belongs to the continuation. A token that spans the two texts is thus lost or
+  moved; the continuation keeps one id at least, unless both texts are empty.
   """
   stem = context.rstrip()
   whole, known = encode(context + continuation), encode(stem)
   cut = max(0, min(len(known), len(whole) - 1))
-  return whole[:cut], whole[cut:]
+  return known[:cut], whole[cut:]
 
 
 def rolling_windows(ids: Sequence[int], first: int, length: int) -> Iterator[Pair]:

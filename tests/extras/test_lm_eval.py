@@ -161,6 +161,8 @@ def test_a_pair_is_encoded_whole_and_cut_at_the_context():
   assert split_pair(list, '', 'cd') == ([], ['c', 'd']) and split_pair(list, 'ab', '') == (['a'], ['b'])
   before, after = split_pair(pieces, 'abc', 'd')  # 'cd' is one token, which the continuation gets
   assert before == pieces('ab') and after == pieces('cd')
+  # 'cd' spans the texts, and another token follows: the context has its own ids, as by lm_eval's models.
+  assert split_pair(pieces, 'abc', 'def') == (pieces('abc'), pieces('ef'))
   assert split_pair(list, '', '') == ([], [])
 
 
