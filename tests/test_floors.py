@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / 'llm_jax'
 FLOORS = [
     {'base'},
     {'layers', 'losses', 'optim', 'data', 'infer.validators', 'infer.options', 'infer.export',
-     'infer.importers'},
+     'infer.importers', 'infer.harness'},
     {'models'},
     {'config'},
     {'config_file'},

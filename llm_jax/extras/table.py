@@ -42,7 +42,9 @@ TABLE: dict[str, dict[str, str]] = {
                'starcoder2': 'llm_jax.hf.starcoder2'},
     'validator': {'wgsl': 'wgsl'},
     'logger': {'csv': 'loggers', 'wandb': 'loggers'},
-    'callback': {'replica_check': 'replicas', 'rewind_spikes': 'spikes', 'export': 'llm_jax.hf.callback'},
+    'callback': {'replica_check': 'replicas', 'rewind_spikes': 'spikes', 'lm_eval': 'lm_harness',
+                 'export': 'llm_jax.hf.callback'},
+    'harness': {'lm_eval': 'lm_harness'},
     'answer_metric': {'bleu': 'answer_metrics', 'word_precision': 'answer_metrics', 'word_recall': 'answer_metrics',
                       'word_f1': 'answer_metrics'},
 }

@@ -19,20 +19,54 @@ def sample(logits_BV: jax.Array, key: jax.Array, *, temperature: jax.Array | flo
            top_p: jax.Array | float | None = None, num_ids: int | None = None) -> jax.Array:
   """Samples one token per row, int32 [B]. top_p: nucleus (arXiv 1904.09751); top_k 0 and top_p None: all tokens.
 
-  temperature None or 0: argmax. Only the first `num_ids` ids are sampled, as the model's vocabulary may be padded.
+  temperature None or 0: argmax. Only the first `num_ids` ids are sampled, as the model's vocabulary may be padded. Of
+  equal logits the lower id counts as the more likely one, as in argmax: top_k lets at most k tokens through, top_p the
+  fewest that reach it. top_p applies to the probabilities of what top_k leaves.
   """
   logits_BV = constrain(logits_BV[:, :num_ids], None, None)  # all processes get all tokens
   if temperature is None or (isinstance(temperature, int | float) and not temperature):
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  logits_BV = logits_BV.astype(jnp.float32) / temperature
+  logits_BV = logits_BV.astype(jnp.float32)
   if not top_k and top_p is None:
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, logits_BV / temperature, axis=-1).astype(jnp.int32)
+  logits_BV = jnp.where(logits_BV == 0, 0.0, logits_BV)  # lax.top_k ranks -0.0 below 0.0, argmax does not
   V = logits_BV.shape[-1]
-  logits_BK, ids_BK = jax.lax.top_k(logits_BV, min(top_k or V, V))  # in descending order, equal ones by id
-  probs_BK = jax.nn.softmax(logits_BK, axis=-1)
-  kept_BK = jnp.cumsum(probs_BK, axis=-1) - probs_BK < (1.0 if top_p is None else top_p)  # always keeps the first
-  choice_B = jax.random.categorical(key, jnp.where(kept_BK, logits_BK, -jnp.inf), axis=-1)
-  return jnp.take_along_axis(ids_BK, choice_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+  logits_BK, ids_BK = jax.lax.top_k(logits_BV, K := min(top_k or HEAD, V))  # in descending order, equal ones by id
+  logits_BK /= temperature  # afterwards, as it can make different logits equal
+  noise_BK = jax.random.gumbel(key, logits_BK.shape)
+  if top_p is None:
+    return draw(logits_BK, ids_BK, noise_BK)
+  if top_k or K == V:
+    return draw(jnp.where(nucleus(jax.nn.softmax(logits_BK), top_p), logits_BK, -jnp.inf), ids_BK, noise_BK)
+  log_z_B1 = jax.nn.logsumexp(logits_BV / temperature, axis=-1, keepdims=True)
+
+  def of_head() -> jax.Array:
+    kept_BK = nucleus(jnp.exp(logits_BK - log_z_B1), top_p)
+    return draw(jnp.where(kept_BK, logits_BK, -jnp.inf), ids_BK, noise_BK)
+
+  def of_all() -> jax.Array:
+    sorted_BV, ids_BV = jax.lax.top_k(logits_BV, V)
+    sorted_BV /= temperature
+    noise_BV = jnp.concatenate([noise_BK, jax.random.gumbel(jax.random.fold_in(key, 1), (len(ids_BV), V - K))], axis=1)
+    return draw(jnp.where(nucleus(jnp.exp(sorted_BV - log_z_B1), top_p), sorted_BV, -jnp.inf), ids_BV, noise_BV)
+
+  suffices = jnp.all(jnp.sum(jnp.exp(logits_BK - log_z_B1), axis=-1) >= top_p)
+  return jax.lax.cond(suffices, of_head, of_all)
+
+
+HEAD = 1024  # top_p looks at so many tokens first: sorting 50,000 takes a CPU 29 ms a row, finding these 0.6 ms
+
+
+def nucleus(probs_BK: jax.Array, top_p: jax.Array | float) -> jax.Array:
+  """bool [B, K]: the shortest prefix of the probabilities, which descend, that sums to top_p; at least the first."""
+  before_BK = jnp.pad(jnp.cumsum(probs_BK, axis=-1)[:, :-1], ((0, 0), (1, 0)))
+  return jax.lax.cummax(before_BK, axis=1) < top_p  # the sums of parallel additions need not ascend
+
+
+def draw(logits_BK: jax.Array, ids_BK: jax.Array, noise_BK: jax.Array) -> jax.Array:
+  """One of the ids per row, int32 [B], by the Gumbel-max trick."""
+  choice_B1 = jnp.argmax(logits_BK + noise_BK, axis=-1, keepdims=True)
+  return jnp.take_along_axis(ids_BK, choice_B1, axis=-1)[:, 0].astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -129,7 +129,8 @@ def test_all_mistakes_are_one_message(command, flags, messages, runs):
     name for name in COMMANDS if '--workdir' in parser_of(name)._option_string_actions
     and name not in ('train', 'sweep', 'check')])  # which write it, and which checks a config otherwise
 def test_a_run_is_named_with_and_without_workdir_before_and_behind_flags(command, runs):
-  [flag] = [flag for flag in ('--seed=1', '--port=1', '--data=x', '--top=1', '--out=x', '--log_x', '--step=1')
+  [flag] = [flag for flag in ('--seed=1', '--port=1', '--data=x', '--top=1', '--out=x', '--log_x', '--step=1',
+                             '--mesh=data=1')
             if flag.partition('=')[0] in parser_of(command)._option_string_actions][:1]
   needed = ['--out=y'] if command == 'export' else []
   found = [parser_of(command).parse([*needed, *argv]).workdir

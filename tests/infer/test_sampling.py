@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm_jax.base.batch import Batch
 from llm_jax.infer import sampling
@@ -71,6 +73,60 @@ def test_top_p_keeps_the_smallest_sufficient_set():
 @pytest.mark.parametrize('top_k', [1, 3])
 def test_top_k_keeps_k_of_equal_logits(top_k):
   assert set(draws(np.zeros(12, np.float32), top_k=top_k).tolist()) == set(range(top_k))
+
+
+# Rows with many equal logits, zeros of both signs, and neighbours that a temperature makes equal.
+ODD = [0.0, -0.0, 1.0, np.nextafter(np.float32(1), np.float32(2)), 1.0, -3.5, 2.25]
+odd_rows = st.lists(st.sampled_from(ODD), min_size=12, max_size=12).map(lambda x: np.array(x, np.float32))
+property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def allowed_by(row, top_k, top_p, temperature):
+  """The ids that may be drawn, by the plain definition: sorted by logit, then by id."""
+  order = sorted(range(len(row)), key=lambda i: (-row[i], i))[:top_k or None]
+  probs = softmax(row[order].astype(np.float64) / temperature)
+  return {i for i, before in zip(order, np.cumsum(probs) - probs, strict=True) if before < top_p + 1e-6}
+
+
+@functools.partial(jax.jit, static_argnames='top_k')
+def odd_sample(rows, top_k, top_p, temperature):
+  return sample(rows, jax.random.key(0), top_k=top_k, top_p=top_p, temperature=temperature)
+
+
+@property_test
+@given(odd_rows, st.sampled_from([0, 1, 3, 12, 100]), st.sampled_from([None, 1e-6, 0.2, 0.5, 0.9, 0.999]),
+       st.sampled_from([0.3, 1.0, 7.0]))
+def test_no_token_beyond_the_cut_is_drawn_whatever_is_equal(row, top_k, top_p, temperature):
+  tokens = set(np.asarray(odd_sample(np.broadcast_to(row, (400, 12)), top_k, top_p, temperature)).tolist())
+  allowed = allowed_by(row, top_k, top_p or 2.0, temperature)
+  assert tokens <= allowed and len(allowed) <= (top_k or 12)
+  if top_k == 1 or top_p == 1e-6:
+    assert tokens == {int(np.argmax(row))}
+
+
+def test_top_k_without_top_p_leaves_out_none_of_the_k():
+  row = np.full(12, -20, np.float32)
+  row[:2] = 0  # the first two have all of the probability that float32 can add up
+  noise = jax.random.gumbel(jax.random.key(0), (4, 12))
+  expected = np.asarray(jnp.argmax(row[None] * 1e-6 + noise, axis=-1))
+  found = sample(jnp.broadcast_to(row, (4, 12)), jax.random.key(0), temperature=1e6, top_k=12)
+  np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize('scale', [0.01, 1.0, 8.0])
+def test_top_p_of_a_large_vocabulary_is_that_of_all_its_tokens(scale, monkeypatch):
+  """Whether the head suffices changes neither what may be drawn nor what is drawn."""
+  logits = (scale * np.random.default_rng(0).normal(size=(64, 3000))).astype(np.float32)
+  options = {'top_p': 0.6, 'temperature': 1.0}
+  found = sample(logits, jax.random.key(3), **options)
+  for row, token in zip(logits, np.asarray(found), strict=True):
+    assert int(token) in allowed_by(row, 0, 0.6, 1.0)
+  suffices = np.array([np.sort(softmax(row.astype(np.float64)))[-1024:].sum() > 0.61 for row in logits])
+  assert suffices.all() == (scale > 0.1) and suffices.any() == (scale > 0.1)
+  flat = np.zeros((1, 3000), np.float32)  # needs more than the head, and so sorts all rows
+  together = sample(np.concatenate([logits, flat]), jax.random.key(3), **options)
+  alone = sample(np.concatenate([logits, logits[:1]]), jax.random.key(3), **options)
+  np.testing.assert_array_equal(together[:64], alone[:64])
 
 
 def test_temperature_0_is_argmax():

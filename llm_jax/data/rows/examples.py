@@ -10,7 +10,7 @@ import numpy as np
 
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.rows.augment import Augment, disturbed, jittered
-from llm_jax.data.rows.rows import PACKINGS, Packed, Store, Windows
+from llm_jax.data.rows.rows import PACKINGS, Packed, Store, Windows, missing_end
 from llm_jax.data.rows.tasks import TASKS, Features, Layout, Task
 from llm_jax.data.tokenizers.tokenizer import Tokenizer
 
@@ -54,6 +54,8 @@ class Examples:
     features = self.task.features(row, self.layout, rng)
     if self.score_once and index and isinstance(rows, Windows):
       features['loss_mask'][:seq_len - rows.stride] = 0  # scored in the window before, with more context
+    if self.score_once and isinstance(rows, Windows) and self.layout.bos_id not in (None, self.layout.eos_id):
+      features['loss_mask'][features['targets'] == self.layout.bos_id] = 0  # it only begins the next document
     if self.augment.token_dropout or self.augment.token_replace:
       for name, segments, ids in (('tokens', 'segment_ids', self.layout),
                                   ('encoder_tokens', 'encoder_segment_ids', self.layout.read)):
@@ -72,8 +74,9 @@ def make_examples(store: Store, *, task: Task, seq_len: int, encoder_len: int = 
                   augment: Augment | None = None, vocab_size: int, bos_id: int | None, eos_id: int | None,
                   encoder_tokenizer: Tokenizer | None = None, score_once: bool = False) -> Examples:
   """All rows of a store as examples. `score_once` (evaluation): a target in several windows counts only in the one with
-  most context. `encoder_tokenizer`: the prompts' own tokenizer, if they have one. Raises ConfigError for settings that
-  do not fit together, DataError for a store that gives no rows.
+  most context, and what counts is each token of a text and one eos for each document. `encoder_tokenizer`: the prompts'
+  own tokenizer, if they have one. Raises ConfigError for settings that do not fit together, DataError for a store that
+  gives no rows.
   """
   augment = augment or Augment()
   truncate = TRUNCATIONS[task.needs][0] if truncate == 'auto' else truncate
@@ -85,7 +88,8 @@ def make_examples(store: Store, *, task: Task, seq_len: int, encoder_len: int = 
   if problem:
     raise ConfigError(problem)
   task.check(layout, store)
-  rows = Windows(store, seq_len, stride or seq_len) if packing == 'concat' else task.packed(store, layout)
+  end = missing_end(store, bos_id, eos_id) if score_once else None
+  rows = Windows(store, seq_len, stride or seq_len, end=end) if packing == 'concat' else task.packed(store, layout)
   if not len(rows):
     raise DataError(f'config.data.path: {len(store.tokens)} token(s) in {len(store.starts)} document(s) give no row '
                     f'for task {TASKS.name_of(type(task))} with packing {packing}; {rows.dropped_tokens} token(s) were '

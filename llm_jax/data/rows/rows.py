@@ -54,16 +54,18 @@ Row = list[Piece]
 @dataclasses.dataclass(frozen=True)
 class Windows:
   """Windows of `seq_len` targets, `stride` apart, over the whole store: with stride = seq_len each token but the
-  first is a target exactly once. The first token of a document is the last target of the piece before it."""
+  first is a target exactly once. The first token of a document is the last target of the piece before it. `end` stands
+  after the last token, as a target."""
 
   store: Store
   seq_len: int
   stride: int
   dropped_tokens: int = 0
+  end: int | None = None
 
   @property
   def num_targets(self) -> int:
-    return max(0, len(self.store.tokens) - 1)
+    return max(0, len(self.store.tokens) - 1 + (self.end is not None))
 
   def __len__(self) -> int:
     if not self.num_targets:
@@ -75,6 +77,8 @@ class Windows:
 
   def at(self, begin: int) -> Row:
     window = np.asarray(self.store.tokens[begin:begin + self.seq_len + 1], np.int32)
+    if self.end is not None and begin + self.seq_len >= len(self.store.tokens):
+      window = np.append(window, np.int32(self.end))
     starts = self.store.starts
     first = int(starts.searchsorted(begin, 'right'))
     cuts = starts[first:int(starts.searchsorted(begin + len(window) - 1))] - begin
@@ -84,6 +88,17 @@ class Windows:
         row.append(Piece(window[last:cut + 1], document=document))
       last = cut
     return row
+
+
+def missing_end(store: Store, bos_id: int | None, eos_id: int | None) -> int | None:
+  """The eos after a store's last document, where the store does not hold it: one special token starts and ends
+  documents, and those before end with the one that starts the next. None for a document that goes on elsewhere.
+  """
+  if eos_id is None or bos_id != eos_id or not len(store.tokens) or getattr(store, 'cut', False):
+    return None
+  start, last = int(store.starts[-1]), len(store.tokens) - 1
+  ids = [int(store.tokens[place:place + 1][0]) for place in (start, last)] if start < last else []
+  return eos_id if ids and ids[0] == bos_id and ids[1] != eos_id else None
 
 
 @dataclasses.dataclass(frozen=True)

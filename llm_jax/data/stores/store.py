@@ -74,6 +74,7 @@ class TokenStore:
   seconds: np.ndarray | None = None  # int64 [D], of pairs: the offset of the rejected conversation
   keys: np.ndarray | None = None  # uint64 [2 D]: of each document, normalized and exact; see sources/overlap.py
   vocab_size: int | None = None  # above all ids; None: unknown
+  cut: bool = False  # whether the last document goes on in another split, as where a .bin is cut between tokens
   map: Callable[..., Iterable[Any]] = map  # makes many rows: where reading them takes long, in threads
   mapped: Mapping[str, TokenFile] = dataclasses.field(default_factory=dict)  # files of the fields of these names
   lease: IO | None = None  # keeps the store in the cache
@@ -169,7 +170,8 @@ def mapped_store(file: TokenFile, eot_id: int | None, begin: int = 0, end: int |
   end = file.size if end is None else end
   part = TokenFile(file.path, file.dtype, end - begin, file.offset + begin * np.dtype(file.dtype).itemsize)
   if file.starts is None:
-    return TokenStore(Tokens((part,)), document_starts(part.array, eot_id), f'{sampled_sha256(part.array)} {eot_id}', 0)
+    return TokenStore(Tokens((part,)), document_starts(part.array, eot_id), f'{sampled_sha256(part.array)} {eot_id}', 0,
+                      cut=end < file.size and int(file.array[end]) != eot_id)
   inside = file.starts[(file.starts > begin) & (file.starts < end)] - begin
   starts = np.concatenate([[0], inside])
   return TokenStore(Tokens((part,)), starts, f'{sampled_sha256(part.array)} {sampled_sha256(starts)}', 0)

@@ -49,6 +49,7 @@ OPTIONAL = {  # module: what it is used for, the extra that installs it
     'qwix': ('8-bit matrices: config.model.einsum=int8, fp8', 'quant'),
     'starlette': ('llm-jax serve', 'serve'),
     'uvicorn': ('llm-jax serve', 'serve'),
+    'lm_eval': ('tasks of EleutherAI\'s harness: evaluate --tasks', 'lm-eval'),
     'pynvml': ('utilisation of NVIDIA GPUs (nvidia-ml-py)', None),
 }
 Fact = tuple[str, str, dict[str, Any]]  # name, text, values by name
