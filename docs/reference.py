@@ -30,6 +30,7 @@ RESULTS = 'benchmarks/results/'  # pages that performance.md links to
 NAV = {
     'Start': {'Install and first run': 'index.md', 'Questions': 'faq.md'},
     'Use': {'Your data': 'data.md', 'Conversations': 'chat.md', 'Models and losses': 'models.md',
+            'Published models': 'huggingface.md',
             'Optimizers and schedules': 'optimizers.md',
             'Runs and checkpoints': 'checkpoints.md', 'Reliability': 'reliability.md',
             'Watching a run': 'watching.md', 'Evaluating a run': 'evaluation.md',
