@@ -1,4 +1,5 @@
-"""Random tiny models of each family, held against transformers itself. Needs torch, which the test extra lacks:
+"""Random tiny models of each family, held against transformers itself, to 1e-4 of the largest logit: of some random
+weights both differ by 2e-5 from float64. Needs torch, which the test extra lacks:
 `make test-hf TORCH=...` names a Python that has it."""
 
 import json
@@ -40,7 +41,7 @@ def test_in_and_out_equal_transformers(model_type, tmp_path):
       model, _, params = read(folder, mesh)
       mine = np.asarray(jax.jit(lambda params: model.apply({'params': params}, batch_of(tokens)))(params))  # noqa: B023
     wanted = theirs(folder, tokens)
-    np.testing.assert_allclose(mine, wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=str(values))
+    np.testing.assert_allclose(mine, wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=str(values))
     cfg = model.cfg
     chosen, config = choose_family(cfg)
     out.mkdir()
@@ -48,4 +49,4 @@ def test_in_and_out_equal_transformers(model_type, tmp_path):
     (out / 'config.json').write_text(json.dumps(config | ids))
     rules = REGISTERED[chosen].rules(cfg)
     write_weights(out, tensors_of(by_name(params), rules, cfg.num_layers, cfg.vocab_size, 'float32'), 'float32', 10**9)
-    np.testing.assert_allclose(theirs(out, tokens), wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=str(config))
+    np.testing.assert_allclose(theirs(out, tokens), wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=str(config))
