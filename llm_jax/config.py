@@ -91,6 +91,8 @@ class StartConfig:
 
   run: str = ''  # the other run's workdir; '': start from scratch
   checkpoint: str = 'latest'  # or best, or a step
+  # Whether a published model is compared with transformers first; auto: if torch is installed and it fits in memory.
+  check: Literal['auto', 'always', 'never'] = 'auto'
   whole: bool = False  # branch: also restore the optimizer state and the step; needs the same data
 
   def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax.sharding import Mesh
 
 from llm_jax.base.batch import Batch
@@ -39,6 +40,12 @@ class Agreement(NamedTuple):
 def can_check() -> bool:
   """Whether transformers and PyTorch are installed."""
   return all(importlib.util.find_spec(name) is not None for name in ('torch', 'transformers'))
+
+
+def fits_in_memory(folder: Path) -> bool:
+  """Whether both copies in float32 fit: at most 4 bytes for each of the 2 that a parameter has in the files, twice."""
+  size = sum(path.stat().st_size for path in folder.glob('*.safetensors'))
+  return 4 * size < psutil.virtual_memory().available
 
 
 def check_folder(folder: Path, mesh: Mesh, seed: int = 0) -> Agreement:

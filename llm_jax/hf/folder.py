@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import StorageError
+from llm_jax.base.multihost import say
 from llm_jax.base.progress import Progress
 from llm_jax.base.registry import NoSettings, register
+from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.base.trees import path_of
 from llm_jax.config import Config
 from llm_jax.data.chat.find import folder_template
@@ -74,6 +76,20 @@ class HuggingFace:
                             lambda: progress.update(1))
     params = jax.tree_util.tree_map_with_path(lambda path, leaf: arrays[path_of(path)], abstract)
     return Loaded(run.config, run.tokenizer, None, model, params, {'step': 0, 'data': {}})
+
+  @staticmethod
+  def check(folder: Path, when: str) -> None:
+    """Compares the folder with transformers, on process 0. Raises UserErrors."""
+    from llm_jax.hf.check import can_check, check_folder, fits_in_memory
+    if when == 'never' or jax.process_index():
+      return
+    if when == 'auto' and not (can_check() and fits_in_memory(folder)):
+      why = 'it does not fit in memory' if can_check() else 'torch or transformers is not installed'
+      say(f'{folder}: not compared with transformers, as {why}')
+      return
+    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    with jax.set_mesh(mesh):
+      say(f'{folder}: {check_folder(folder, mesh)}')
 
 
 def _model(folder: Path) -> tuple[Family, Any]:

@@ -9,7 +9,8 @@ from llm_jax.base.registry import Registry
 
 # Classes with `owns(folder)`, whether they read this folder; `model_values(folder)`, the values of a model section;
 # `tokenizer(folder)`, the value of data.tokenizer; `open(folder, flag)` -> load.Opened; `read(run, folder, mesh)` ->
-# load.Loaded.
+# load.Loaded; and `check(folder, when)`, which compares the model with the program that wrote it; `when` is one of
+# auto, always and never.
 IMPORTERS = Registry('importer')
 
 

@@ -21,6 +21,7 @@ from llm_jax.base.trees import by_name, merge, path_of, split
 from llm_jax.config import Config, differences
 from llm_jax.data.open import check_fingerprint
 from llm_jax.infer.export import EXPORTERS
+from llm_jax.infer.importers import importer_of
 from llm_jax.infer.load import load_run
 from llm_jax.optim.chain import OptimConfig
 from llm_jax.training.checkpoint import Checkpoints
@@ -144,7 +145,10 @@ def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
   """A fresh state with all weights that the other run has. Raises ConfigError for weights of other shapes."""
   config, fresh = program.config, program.init()
   try:
-    run = load_run(read_workdir(Path(config.start.run).expanduser()), mesh, config.start.checkpoint,
+    folder = read_workdir(Path(config.start.run).expanduser())
+    if (importer := importer_of(folder)) is not None:
+      importer.check(folder, config.start.check)
+    run = load_run(folder, mesh, config.start.checkpoint,
                    flag='config.start.run')
   except (StorageError, ConfigError) as e:
     raise ConfigError(str(e).replace('--workdir', 'config.start.run')

@@ -1,6 +1,6 @@
 """Random tiny models of each family, held against transformers itself, to 1e-4 of the largest logit: of some random
 weights both differ by 2e-5 from float64. Needs torch, which the test extra lacks:
-`make test-hf TORCH=...` names a Python that has it."""
+pip install torch."""
 
 import json
 import random
