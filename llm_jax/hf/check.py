@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +95,8 @@ class _Theirs:
   def continuation(self, prompt: list[int], num_new: int) -> list[int]:
     import torch
     ids, past, found = torch.tensor([prompt]), None, []
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # names of arguments that change between versions
       for _ in range(num_new):
         out = self.model(ids, past_key_values=past, use_cache=True)
         past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
