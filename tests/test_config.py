@@ -63,6 +63,7 @@ BAD = [  # overrides, and words that the message must contain: the path, the val
     (['--config.model.rope_bases=1e4,0'], ['rope_bases', 'positions=rope']),
     (['--config.model.positions=rope', '--config.model.rope_dim=7'], ['rope_dim', '7']),
     (['--config.model.rope_scaling=ntk'], ['rope_scaling', 'rope_dynamic']),
+    (['--config.model.vocab_multiple=8', '--config.loss.next_token.label_smoothing=0.1'], ['label_smoothing', '8']),
     (['--config.model.dtype=float16'], ['config.model.dtype', 'float16', 'bfloat16']),
     (['--config.model.max_len=512'], ['max_len 512', '1024']),
     (['--config.batch_tokens=1000'], ['batch_tokens 1000', '1024', '2048']),

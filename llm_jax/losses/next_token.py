@@ -29,6 +29,12 @@ class NextToken(Term):
   def writes(self) -> bool:
     return True
 
+  def problems(self, config: Any) -> list[str]:
+    padded = getattr(config.model, 'vocab_multiple', 1) > 1 and self.label_smoothing
+    return super().problems(config) + ([
+        'loss.next_token.label_smoothing would spread probability over the padding of model.vocab_multiple '
+        f'{config.model.vocab_multiple}: set one of them to its default'] if padded else [])
+
   def count(self, batch: Batch) -> jax.Array:
     return jnp.sum(batch.loss_mask)
 
