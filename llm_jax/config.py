@@ -316,7 +316,7 @@ def base_from(folder: str) -> ml_collections.ConfigDict:
   path = read_workdir(Path(folder).expanduser())
   importer = importer_of(path)
   if importer is None:
-    raise ConfigError(f'base_from: {folder} is no folder of a published model, with model_type in its config.json; to '
+    raise ConfigError(f'{folder}: is no folder of a published model, with model_type in its config.json; to '
                       'continue a run, set config.start.run')
   values = importer.model_values(path)
   config = base(values['name'])

@@ -16,6 +16,7 @@ from llm_jax.base.batch import Batch, Params
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.ranges import at_least, positive
 from llm_jax.base.registry import register
+from llm_jax.base.storage import read_workdir
 from llm_jax.config import Config
 from llm_jax.data.open import Data
 from llm_jax.infer.load import Loaded, load_run, tokenizers_of
@@ -98,8 +99,9 @@ def divergence(readout: Readout, teacher: Readout, weights_BT: jax.Array, temper
   Hinton et al., arXiv 1503.02531. The teacher has no gradient.
   """
   def nats(w, x_BCD, teacher_w, teacher_x_BCD, weights_BC):
-    log_p_BCV, log_q_BCV = (jax.nn.log_softmax(project(w, x) / temperature) for project, w, x in (
-        (teacher.project, teacher_w, teacher_x_BCD), (readout.project, w, x_BCD)))
+    both = teacher.project(teacher_w, teacher_x_BCD), readout.project(w, x_BCD)
+    V = min(logits.shape[-1] for logits in both)  # they may have different paddings of one vocabulary
+    log_p_BCV, log_q_BCV = (jax.nn.log_softmax(logits[..., :V] / temperature) for logits in both)
     return temperature**2 * jnp.sum(jnp.sum(jnp.exp(log_p_BCV) * (log_p_BCV - log_q_BCV), axis=-1) * weights_BC)
 
   mesh: Any = jax.sharding.get_abstract_mesh()
@@ -123,7 +125,7 @@ def load_teacher(settings: Distillation, config: Config, data: Data, mesh: Mesh)
   """The teacher's run. Raises UserErrors if it cannot be read or does not fit the data."""
   path = 'config.loss.distillation.teacher'
   try:
-    teacher = load_run(Path(settings.teacher).expanduser(), mesh, settings.checkpoint,
+    teacher = load_run(read_workdir(Path(settings.teacher).expanduser()), mesh, settings.checkpoint,
                        flag='config.loss.distillation.teacher')
   except StorageError as e:
     raise ConfigError(str(e).replace('--workdir', path)) from None

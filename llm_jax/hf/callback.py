@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -17,17 +18,20 @@ from llm_jax.hf.tokenizer import tokenizer_files
 class ExportModel:
   """Writes exported/step_N in the run's folder at logged steps that are a multiple of `every`.
 
-  Raises ConfigError at the first logged step if transformers has no such model or tokenizer. A full disk is a warning.
+  Raises ConfigError before the first step if transformers has no such model, at the first logged step if it has no such
+  tokenizer. A full disk is a warning.
   """
 
-  def __init__(self, every: int = 1000, dtype: str = 'bfloat16'):
+  def __init__(self, every: int = 1000, dtype: str = 'bfloat16', model: Any = None):
     self._every, self._dtype, self._checked = every, dtype, False
+    if model is not None:
+      known = {'vocab_size': model.vocab_size or 1, 'max_len': model.max_len or 1}
+      choose_family(dataclasses.replace(model, **known))
 
   def __call__(self, event: Any) -> None:
     session = event.session
     if not self._checked:
       config, tokenizer = session.config, session.program.data.tokenizer
-      choose_family(config.model)
       if tokenizer is not None:
         tokenizer_files(tokenizer, config.model.max_len)
       self._checked = True

@@ -9,22 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from flax.core import meta
 from jax.sharding import Mesh
 
-from llm_jax.base.errors import ConfigError, UserError
+from llm_jax.base.errors import ConfigError
 from llm_jax.base.files import write_file, writing
 from llm_jax.base.multihost import barrier
 from llm_jax.base.progress import Progress
 from llm_jax.base.registry import NoSettings, register
+from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.base.trees import by_name
+from llm_jax.data.pipeline import example_batch
 from llm_jax.hf.card import model_card
 from llm_jax.hf.check import can_check, check_folder
-from llm_jax.hf.family import FAMILIES, choose_family
+from llm_jax.hf.family import FAMILIES, choose_family, with_biases
 from llm_jax.hf.hub import push
 from llm_jax.hf.tokenizer import tokenizer_files
 from llm_jax.hf.weights import DTYPES, tensors_of, write_weights
 from llm_jax.infer.export import FOLDER_FORMATS
 from llm_jax.infer.load import Loaded
+from llm_jax.models.registry import make_model
+from llm_jax.training.shardings import boxed_params
 
 UNITS = {'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'TB': 10**12}
 
@@ -41,7 +47,7 @@ class HuggingFaceFormat:
                         'transformers; or leave it out')
     lines = [f'{args.out}: ' + write_model(
         run, args.out, source=args.workdir, dtype=args.dtype or 'float32', max_shard=max_shard, family=args.family,
-        license_name=args.license or '', check=args.check != 'never' and can_check(), mesh=mesh)]
+        license_name=args.license or '', check=args.check != 'never' and can_check())]
     if args.push:
       lines.append(push(args.out, args.push))
     return lines
@@ -57,7 +63,7 @@ def parse_size(text: str) -> int:
 
 def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype: str = 'float32',
                 max_shard: int = 5 * 10**9, family: str | None = None, license_name: str = '',
-                check: bool = False, mesh: Mesh | None = None) -> str:
+                check: bool = False) -> str:
   """Writes the run's model and returns what it is. `folder` must be new; all processes call this together.
 
   `source` is the run's folder, for the model card. With `check` it is compared with transformers. Raises ConfigError
@@ -65,6 +71,7 @@ def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype:
   """
   cfg, writes = run.config.model, jax.process_index() == 0
   model_type, values = choose_family(cfg, family)
+  params, cfg = _with_zeros(run, cfg, FAMILIES[model_type].rules)
   files = {} if run.tokenizer is None else tokenizer_files(run.tokenizer, cfg.max_len)
   ids, found = _special_ids(run), ''
   # torch_dtype is the field's name for transformers 4, dtype for 5.
@@ -80,7 +87,7 @@ def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype:
       for name, content in files.items():
         write_file(aside / name, content)
     rules = FAMILIES[model_type].rules(cfg)
-    tensors = list(tensors_of(by_name(run.params), rules, cfg.num_layers, cfg.vocab_size, dtype))
+    tensors = list(tensors_of(params, rules, cfg.num_layers, cfg.vocab_size, dtype))
     with Progress(f'writing {folder}', total=len(tensors), unit='tensors', shown=writes) as progress:
       def counted(make: Any) -> Any:
         def call() -> Any:
@@ -92,7 +99,7 @@ def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype:
                             writes=writes)
     if writes:
       model_card(aside, run, source, model_type, total // DTYPES[dtype].itemsize, dtype, license_name, folder.name)
-      found = _checked(aside, mesh) if check and mesh is not None else 'not compared with transformers'
+      found = _checked(aside) if check else 'not compared with transformers'
       if folder.exists():
         folder.rmdir()  # an empty one
       aside.rename(folder)
@@ -100,13 +107,26 @@ def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype:
   return f'{FAMILIES[model_type].architecture}, {len(tensors)} tensors, {total:,} bytes in {dtype}; {found}'
 
 
-def _checked(folder: Path, mesh: Mesh) -> str:
+def _checked(folder: Path) -> str:
   """The result of the comparison; removes a folder that differs. Raises UserErrors."""
+  mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])  # as one process does it alone
   try:
-    return str(check_folder(folder, mesh))
-  except UserError:
+    with jax.set_mesh(mesh):
+      return str(check_folder(folder, mesh))
+  except BaseException:
     shutil.rmtree(folder, ignore_errors=True)
     raise
+
+
+def _with_zeros(run: Loaded, cfg: Any, rules: Any) -> tuple[dict[str, Any], Any]:
+  """(the parameters by path, the config), with biases of 0 where the family has some and the model has none."""
+  params, other = by_name(run.params), with_biases(cfg)
+  held = {path for rule in rules(cfg) for path in rule.paths}
+  if held == set(params) or other is cfg:
+    return params, cfg
+  like = by_name(meta.unbox(boxed_params(example_batch(run.config.data), model=make_model(other))))
+  zeros = {path: np.zeros(leaf.shape, np.float32) for path, leaf in like.items() if path not in params}
+  return params | zeros, other
 
 
 def _special_ids(run: Loaded) -> dict[str, Any]:

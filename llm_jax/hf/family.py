@@ -45,7 +45,12 @@ def read_model(values: Mapping[str, Any], where: str) -> tuple[Family, Any]:
   """(family, the config of our model) for a config.json. Raises ConfigError with the fields that stand in the way."""
   family = family_of(values, where)
   hf = Fields(values)
-  model = family.read(hf)
+  try:
+    model = family.read(hf)
+  except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as e:
+    if hf.problems:
+      hf.finish(where)
+    raise ConfigError(f'{where}: a field has a value of the wrong kind: {type(e).__name__}: {str(e)[:200]}') from None
   hf.finish(where)
   try:
     return family, build(MODELS.settings(model.get('name', 'decoder')), model, 'config.model')
@@ -56,13 +61,17 @@ def read_model(values: Mapping[str, Any], where: str) -> tuple[Family, Any]:
 def family_of(values: Mapping[str, Any], where: str) -> Family:
   """Raises ConfigError for a model_type that no family has, and for quantized weights."""
   kind = str(values.get('model_type'))
+  if isinstance(values.get('text_config'), dict):
+    raise ConfigError(f'{where}: model_type {kind!r} reads more than text; save its text part alone: '
+                      'AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)')
   if kind not in FAMILIES:
     near = difflib.get_close_matches(kind, list(FAMILIES), n=1)
     raise ConfigError(f'{where}: model_type {kind!r} is no family that can be read; known: {", ".join(FAMILIES)}'
                       + (f' (nearest: {near[0]})' if near else '')
                       + '; a module of yours may register one (docs/models.md)')
   if values.get('quantization_config'):
-    method = values['quantization_config'].get('quant_method')
+    quantized = values['quantization_config']
+    method = quantized.get('quant_method') if isinstance(quantized, dict) else quantized
     raise ConfigError(f'{where}: quantization_config: the weights are quantized ({method}); use the model in bfloat16')
   return FAMILIES[kind]
 
@@ -70,11 +79,14 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
 def written(cfg: Any, model_type: str) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
   """(the fields of config.json in this family, {field of ours: (value, what the family makes of it)} that differ)."""
   family = FAMILIES[model_type]
-  values = {'model_type': model_type, 'architectures': [family.architecture]} | family.write(cfg)
+  try:
+    values = {'model_type': model_type, 'architectures': [family.architecture]} | family.write(cfg)
+  except (AttributeError, TypeError, ValueError, LookupError) as e:  # the config of another kind of model
+    return {}, {'name': (getattr(cfg, 'name', ''), f'decoder ({type(e).__name__})')}
   try:
     _, back = read_model(values, model_type)
   except ConfigError as e:
-    return values, {'all': ('', str(e))}
+    return values, {'name': (cfg.name, f'another model: {e}')}
   mine, theirs = meaning(cfg), meaning(back)
   return values, {name: (mine.get(name), theirs.get(name)) for name in {**mine, **theirs}
                   if mine.get(name) != theirs.get(name)}
@@ -82,8 +94,8 @@ def written(cfg: Any, model_type: str) -> tuple[dict[str, Any], dict[str, tuple[
 
 def meaning(cfg: Any) -> dict[str, Any]:
   """What a config computes, by field, with None replaced by what it means and patterns by what each layer has."""
-  if not isinstance(cfg, DecoderConfig):
-    return {name: value for name, value in to_dict(cfg).items() if name not in _FREE}
+  if type(cfg) is not DecoderConfig:
+    return {'name': cfg.name} | {name: value for name, value in to_dict(cfg).items() if name not in _FREE}
   found = dict[str, Any]()
   for name, value in to_dict(cfg).items():
     if isinstance(value, dict):
@@ -96,27 +108,44 @@ def meaning(cfg: Any) -> dict[str, Any]:
     del biases['norm_bias']
   layers = [cfg.layers[i % len(cfg.layers)] for i in range(cfg.num_layers)]
   found |= biases | {'num_kv_heads': cfg.K, 'head_dim': cfg.H, 'mlp_dim': cfg.F, 'windows': [x.window for x in layers],
-                     'positions': [x.rope for x in layers] if cfg.positions == 'rope' else 'learned',
+                     'positions': [_words(x.rope) for x in layers] if cfg.positions == 'rope' else 'learned',
                      'query_scale': round(cfg.query_scale or cfg.H ** -0.5, 9)}
   if cfg.positions == 'rope':
     del found['max_len']  # only a limit
   return found
 
 
+def _words(rope: Any) -> str:
+  """What a rope does, in words."""
+  if rope is None:
+    return 'none'
+  scaling = '' if dataclasses.is_dataclass(rope.scaling) is False else f', {rope.scaling}'
+  return f'rope of base {rope.base:g}{scaling}' + (f', {rope.dim} features' if rope.dim else '')
+
+
+def with_biases(cfg: Any) -> Any:
+  """The same model with biases, which are then 0; the config itself if it has some, or norms without any."""
+  apart = any(getattr(cfg, name, True) is not None for name in ('qkv_bias', 'out_bias', 'mlp_bias', 'norm_bias'))
+  return cfg if apart or cfg.use_bias or cfg.norm != 'layer_norm' else dataclasses.replace(cfg, use_bias=True)
+
+
 def choose_family(cfg: Any, wanted: str | None = None) -> tuple[str, dict[str, Any]]:
   """(model_type, the fields of config.json) of the first family that computes what the config does.
 
-  Raises ConfigError with what differs in the nearest family.
+  A model without biases may be one with biases of 0; see `with_biases`. Raises ConfigError with what differs in the
+  nearest family.
   """
+  if wanted and wanted not in FAMILIES:
+    raise ConfigError(f'--family: {wanted!r} is unknown; known: {", ".join(FAMILIES)}')
   differing = {}
   for model_type in [wanted] if wanted else FAMILIES:
-    if wanted and wanted not in FAMILIES:
-      raise ConfigError(f'--family: {wanted!r} is unknown; known: {", ".join(FAMILIES)}')
     values, differs = written(cfg, model_type)
     if not differs:
       return model_type, values
     differing[model_type] = differs
-  nearest = min(differing, key=lambda name: len(differing[name]))
+  if with_biases(cfg) is not cfg:
+    return choose_family(with_biases(cfg), wanted)
+  nearest = min(differing, key=lambda name: ('name' in differing[name], len(differing[name])))
   lines = [f'config.model.{name}={mine}; it would fit with {theirs}' for name, (mine, theirs) in
            differing[nearest].items()]
   raise ConfigError(f'no family of transformers computes this model; the nearest is {nearest}, but\n  '
@@ -126,15 +155,14 @@ def choose_family(cfg: Any, wanted: str | None = None) -> tuple[str, dict[str, A
 def read_shape(hf: Fields, *, vocab_size: int, kv_heads: int | None = None, tied: bool,
                max_len: int) -> dict[str, Any]:
   """The fields that most families share. `kv_heads` None: as many as heads."""
-  heads = hf.number('num_attention_heads')
-  head_dim = hf.get('head_dim')
+  heads = hf.count('num_attention_heads')
+  head_dim, kv = hf.get('head_dim'), hf.get('num_key_value_heads', kv_heads or heads)
   own: dict[str, Any] = {'head_dim': head_dim} if head_dim is not None else {}
   return own | {
-      'vocab_size': hf.number('vocab_size', vocab_size), 'embed_dim': hf.number('hidden_size'),
-      'mlp_dim': hf.number('intermediate_size'), 'num_layers': hf.number('num_hidden_layers'), 'num_heads': heads,
-      'num_kv_heads': hf.number('num_key_value_heads', kv_heads or heads),
-      'max_len': hf.number('max_position_embeddings', max_len),
-      'tie_embeddings': bool(hf.get('tie_word_embeddings', tied))}
+      'vocab_size': hf.count('vocab_size', vocab_size), 'embed_dim': hf.count('hidden_size'),
+      'mlp_dim': hf.count('intermediate_size'), 'num_layers': hf.count('num_hidden_layers', most=10_000),
+      'num_heads': heads, 'num_kv_heads': heads if kv is None else kv,
+      'max_len': hf.count('max_position_embeddings', max_len), 'tie_embeddings': hf.flag('tie_word_embeddings', tied)}
 
 
 def write_shape(cfg: DecoderConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from llm_jax.base.builder import to_dict
-from llm_jax.base.errors import StorageError
+from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.multihost import say
 from llm_jax.base.progress import Progress
 from llm_jax.base.registry import NoSettings, register
@@ -25,7 +25,7 @@ from llm_jax.data.pipeline import example_batch
 from llm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from llm_jax.hf.family import Family, read_model
-from llm_jax.hf.weights import Tensors, check_tensors, read_weights
+from llm_jax.hf.weights import Tensors, check_tensors, check_tied, read_weights
 from llm_jax.infer.importers import IMPORTERS
 from llm_jax.infer.load import Loaded, Opened
 from llm_jax.models.registry import make_model
@@ -41,7 +41,7 @@ class HuggingFace:
   def owns(folder: Path) -> bool:
     try:
       values = json.loads((folder / 'config.json').read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
       return False
     return isinstance(values, dict) and 'model_type' in values
 
@@ -61,7 +61,7 @@ class HuggingFace:
     seq_len = min(ROW, model.max_len or ROW)
     config = Config(model=model, batch_tokens=seq_len, tokens_per_device=seq_len,
                     data=DataConfig(path='', tokenizer=name, seq_len=seq_len))
-    return Opened(config, None if name == 'none' else _tokenizer(folder, name), None)
+    return Opened(config, None if name == 'none' else _tokenizer(folder, name, model.vocab_size), None)
 
   @staticmethod
   def read(run: Opened, folder: Path, mesh: Mesh) -> Loaded:
@@ -71,6 +71,7 @@ class HuggingFace:
     cfg, tensors = run.config.model, Tensors(folder)
     rules = family.rules(cfg)
     names = check_tensors(tensors, rules, cfg.num_layers, family.prefix)
+    check_tied(tensors, cfg, names)
     with Progress(f'reading {folder}', total=len(names), unit='tensors') as progress:
       arrays = read_weights(tensors, rules, names, abstract, cfg.num_layers, cfg.vocab_size,
                             lambda: progress.update(1))
@@ -96,18 +97,24 @@ def _model(folder: Path) -> tuple[Family, Any]:
   path = folder / 'config.json'
   try:
     values = json.loads(path.read_text())
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise StorageError(f'{path}: damaged: {e}') from None
   return read_model(values, str(path))
 
 
-def _tokenizer(folder: Path, name: str) -> Tokenizer:
+def _tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer:
   """The folder's tokenizer, with its chat template. Raises ConfigError, DataError."""
   tokenizer = open_tokenizer(name)
   if isinstance(tokenizer, HuggingFaceTokenizer):
     tokenizer.leads = tokenizer.begins_with_bos()
   template = folder_template(folder)
-  return tokenizer if template is None else ChatTokenizer(tokenizer, template)
+  if template is None:
+    return tokenizer
+  chat = ChatTokenizer(tokenizer, template)
+  if chat.added and len(chat.token_bytes) > vocab_size:
+    raise ConfigError(f'{folder}: the chat template needs the tokens {", ".join(chat.added[:5])}, which '
+                      f'{name} does not have as special tokens; save the tokenizer as tokenizer.json by transformers')
+  return chat
 
 
 def with_dtype(run: Opened, dtype: str) -> Opened:

@@ -30,7 +30,7 @@ NORMS_2 = {'blocks/attn_norm': f'{LAYER}.input_layernorm', 'blocks/attn_post_nor
 
 def _read(hf: Fields, activation: str, *, vocab_size: int, kv_heads: int, max_len: int) -> dict[str, Any]:
   hf.only('use_bidirectional_attention', None, False)
-  bias = bool(hf.get('attention_bias', False))
+  bias = hf.flag('attention_bias', False)
   values = {'head_dim': 256} | read_shape(hf, vocab_size=vocab_size, kv_heads=kv_heads, tied=True, max_len=max_len)
   return values | read_rms_norm(hf, 1e-6, offset=True) | {
       'mlp': hf.choice(activation, 'gelu_pytorch_tanh', SILU | {'gelu': 'geglu'}), 'qkv_bias': bias, 'out_bias': bias,
@@ -43,7 +43,7 @@ def read_1(hf: Fields) -> dict[str, Any]:
 
 
 def read_2(hf: Fields) -> dict[str, Any]:
-  hf.get('hidden_act')
+  hf.get('hidden_act'), hf.get('sliding_window_size')
   values = _read(hf, 'hidden_activation', vocab_size=256000, kv_heads=4, max_len=8192) | read_rope(hf)
   return values | _read_scores(hf, 50.0, 30.0) | {
       'windows': read_layer_types(hf, values['num_layers'], hf.get('sliding_window', 4096),
@@ -60,11 +60,14 @@ def read_3(hf: Fields) -> dict[str, Any]:
   """Layers with a window have positions of their own base, without scaling."""
   hf.get('hidden_act')
   values = _read(hf, 'hidden_activation', vocab_size=262208, kv_heads=4, max_len=131072) | _read_scores(hf, None, None)
-  num_layers, every = values['num_layers'], hf.number('sliding_window_pattern', 6)
+  num_layers, every = values['num_layers'], hf.count('sliding_window_pattern', 6)
   windows = read_layer_types(hf, num_layers, hf.get('sliding_window', 4096),
                              [(i + 1) % every != 0 for i in range(num_layers)])
   sliding = [bool(windows[i % len(windows)]) for i in range(num_layers)]
   newer = hf.get('rope_parameters') or {}
+  if newer and not all(isinstance(spec, dict) for spec in newer.values()):
+    hf.problems.append('rope_parameters: must have full_attention and sliding_attention')
+    newer = {}
   full = {'rope_theta': hf.number('rope_theta', 1e6)} | (hf.get('rope_scaling') or {}) | newer.get('full_attention', {})
   near = {'rope_theta': hf.number('rope_local_base_freq', 1e4)} | newer.get('sliding_attention', {})
   name, settings = read_scaling(hf, full, values['max_len'])

@@ -18,12 +18,12 @@ def read(hf: Fields) -> dict[str, Any]:
   hf.only('scale_attn_weights', True)
   hf.only('scale_attn_by_inverse_layer_idx', False)
   hf.only('add_cross_attention', False)
-  dim = hf.number('n_embd', 768)
-  return {'vocab_size': hf.number('vocab_size', 50257), 'max_len': hf.number('n_positions', 1024), 'embed_dim': dim,
-          'num_layers': hf.number('n_layer', 12), 'num_heads': hf.number('n_head', 12),
-          'mlp_dim': hf.number('n_inner', 4 * dim), 'mlp': hf.choice('activation_function', 'gelu_new', PLAIN),
+  dim = hf.count('n_embd', 768)
+  return {'vocab_size': hf.count('vocab_size', 50257), 'max_len': hf.count('n_positions', 1024), 'embed_dim': dim,
+          'num_layers': hf.count('n_layer', 12, 10_000), 'num_heads': hf.count('n_head', 12),
+          'mlp_dim': hf.count('n_inner', 4 * dim), 'mlp': hf.choice('activation_function', 'gelu_new', PLAIN),
           'norm': 'layer_norm', 'layer_norm': {'eps': float(hf.number('layer_norm_epsilon', 1e-5))}, 'use_bias': True,
-          'tie_embeddings': bool(hf.get('tie_word_embeddings', True))}
+          'tie_embeddings': hf.flag('tie_word_embeddings', True)}
 
 
 def write(cfg: DecoderConfig) -> dict[str, Any]:

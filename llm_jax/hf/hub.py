@@ -26,7 +26,8 @@ class Hub:
     hub = _library()
     repository, _, revision = name.partition('@')
     try:
-      return Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED)))
+      return Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED),
+                                        ignore_patterns=['consolidated*', 'original/*']))
     except Exception as e:  # the library and its HTTP client raise many types
       raise StorageError(f'hf:{name}: cannot be downloaded: {_reason(e)}') from None
 

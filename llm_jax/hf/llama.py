@@ -18,10 +18,10 @@ NORMS = {'blocks/attn_norm': 'model.layers.{l}.input_layernorm',
 
 def read(hf: Fields, *, vocab_size: int = 32000, kv_heads: int | None = None, tied: bool = False, max_len: int = 2048,
          eps: float = 1e-6, theta: float = 10000.0) -> dict[str, Any]:
-  attention_bias = bool(hf.get('attention_bias', False))
+  attention_bias = hf.flag('attention_bias', False)
   return {**read_shape(hf, vocab_size=vocab_size, kv_heads=kv_heads, tied=tied, max_len=max_len),
           **read_rope(hf, theta), **read_rms_norm(hf, eps), 'mlp': hf.choice('hidden_act', 'silu', SILU),
-          'qkv_bias': attention_bias, 'out_bias': attention_bias, 'mlp_bias': bool(hf.get('mlp_bias', False))}
+          'qkv_bias': attention_bias, 'out_bias': attention_bias, 'mlp_bias': hf.flag('mlp_bias', False)}
 
 
 def write(cfg: DecoderConfig) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def read_windows(hf: Fields, num_layers: int, window: int | None = 4096) -> tupl
   """The windows of Qwen2 and Qwen3: those of layers from max_window_layers on, if they are used."""
   window = hf.get('sliding_window', window)
   first = hf.number('max_window_layers', 28)
-  used = bool(hf.get('use_sliding_window', False)) and window is not None
+  used = hf.flag('use_sliding_window', False) and window is not None
   return read_layer_types(hf, num_layers, window if used else None, [used and i >= first for i in range(num_layers)])
 
 
@@ -74,10 +74,13 @@ def read_qwen3(hf: Fields) -> dict[str, Any]:
 def read_smollm3(hf: Fields) -> dict[str, Any]:
   values = read(hf, vocab_size=128256, kv_heads=4, tied=True, max_len=32768, theta=2000000.0)
   num_layers = values['num_layers']
-  every = hf.number('no_rope_layer_interval', 4)
+  every = hf.count('no_rope_layer_interval', 4)
   has_rope = hf.get('no_rope_layers') or [(i + 1) % every != 0 for i in range(num_layers)]
+  if len(has_rope) != num_layers:
+    hf.problems.append(f'no_rope_layers must have an entry for each of {num_layers} layers; got {len(has_rope)}')
   window = hf.get('sliding_window')
-  used = bool(hf.get('use_sliding_window', False)) and window is not None
+  used = hf.flag('use_sliding_window', False) and window is not None
+  hf.get('max_window_layers')  # has no effect there
   windows = read_layer_types(hf, num_layers, window if used else None, [used and not has for has in has_rope])
   base = values['rope_base']
   return values | {'windows': windows, 'rope_bases': tuple(base if has else 0.0 for has in has_rope)}

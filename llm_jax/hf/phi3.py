@@ -18,6 +18,8 @@ LAYER = 'model.layers.{l}'
 def read(hf: Fields) -> dict[str, Any]:
   values = llama.read(hf, vocab_size=32064, max_len=4096, eps=1e-5)
   hf.get('original_max_position_embeddings')  # of long contexts, whose scaling is refused
+  if values.get('rope_scaling', ('none',)) != ('none',) or hf.get('rope_scaling'):
+    hf.problems.append('rope_scaling: is set; it would fit with null, as longrope cannot be computed here')
   share = (hf.get('rope_parameters') or {}).get('partial_rotary_factor', hf.get('partial_rotary_factor', 1.0))
   head_dim = values.get('head_dim', values['embed_dim'] // values['num_heads'])
   rotated = {} if share == 1 else {'rope_dim': int(head_dim * share)}

@@ -24,16 +24,18 @@ SCALINGS: dict[str, tuple[str, type, dict[str, str]]] = {
 
 def read_scaling(hf: Fields, spec: dict[str, Any], max_len: int) -> tuple[str, dict[str, Any]]:
   """(the name of the scaling, its settings) for their dict; unknown ones become problems."""
-  kind = spec.get('rope_type', spec.get('type', 'default'))
-  if kind in ('default', None):
-    return 'none', {}
-  if kind not in SCALINGS:
+  kind = spec.get('rope_type', spec.get('type', 'default')) or 'default'
+  if not isinstance(kind, str) or kind not in (*SCALINGS, 'default'):
     hf.problems.append(f'rope scaling {kind!r}; it would fit with default, {", ".join(SCALINGS)}')
     return 'none', {}
-  name, _, fields = SCALINGS[kind]
-  other = spec.keys() - fields.keys() - {'rope_type', 'type', 'rope_theta', 'partial_rotary_factor'}
+  name, _, fields = SCALINGS.get(kind, ('none', Any, {}))
+  other = spec.keys() - fields.keys() - {'rope_type', 'type', 'rope_theta', 'partial_rotary_factor', 'finetuned'}
   if other := {key for key in other if spec[key] not in (None, False) and key != ORIGINAL}:
     hf.problems.append(f'rope scaling {kind} with {", ".join(sorted(other))}, which is unknown')
+  if kind == 'default':
+    return 'none', {}
+  if 'factor' in fields and not isinstance(spec.get('factor'), int | float) and kind != 'yarn':
+    hf.problems.append(f'rope scaling {kind}: factor must be a number; got {spec.get("factor")!r}')
   settings = {fields[key]: value for key, value in spec.items() if key in fields and value is not None}
   if 'original_max_len' in {*fields.values()} and (kind == 'dynamic' or 'original_max_len' not in settings):
     settings['original_max_len'] = max_len
@@ -45,9 +47,11 @@ def read_scaling(hf: Fields, spec: dict[str, Any], max_len: int) -> tuple[str, d
 
 def read_rope(hf: Fields, theta: float = 10000.0) -> dict[str, Any]:
   """Our fields for a model with one kind of rotary positions, in either notation of transformers."""
-  newer = dict(hf.get('rope_parameters') or {})
-  older = hf.get('rope_scaling') or {}
-  spec = {**older, **newer} if isinstance(older, dict) else {}
+  newer, older = hf.get('rope_parameters'), hf.get('rope_scaling')
+  spec = older or newer or {}  # as transformers does
+  if not isinstance(spec, dict):
+    hf.problems.append(f'rope_scaling: must be a section; got {spec!r}')
+    return {}
   if any(isinstance(value, dict) for value in spec.values()):
     hf.problems.append('rope_parameters: different ones for kinds of layers')
     return {}

@@ -56,7 +56,8 @@ class Rule(NamedTuple):
       order = [mine.index(d) for group in groups for d in group]
       sizes = dict(zip(mine, cut.shape, strict=True))
       parts.append(cut.transpose(order).reshape([math.prod(sizes[d] for d in group) for group in groups]))
-    return np.concatenate(parts, self.axis) if len(parts) > 1 else np.ascontiguousarray(parts[0])
+    # In row-major order, as safetensors writes the memory of an array as it lies.
+    return np.ascontiguousarray(np.concatenate(parts, self.axis))
 
   def read(self, tensor: np.ndarray, sizes: Mapping[str, Shape], vocab_size: int) -> Iterator[tuple[str, np.ndarray]]:
     """(path, parameter in one layer) of what the tensor holds. Tables are padded with zeros."""

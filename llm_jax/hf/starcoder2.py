@@ -16,11 +16,14 @@ MLP = {'up': 'c_fc', 'down': 'c_proj'}
 
 
 def read(hf: Fields) -> dict[str, Any]:
+  for unread in ('attention_softmax_in_fp32', 'scale_attention_softmax_in_fp32', 'scale_attn_weights',
+                 'layer_norm_epsilon'):
+    hf.get(unread)
   hf.only('norm_type', 'layer_norm')
   hf.only('mlp_type', 'default')
   return read_shape(hf, vocab_size=49152, kv_heads=2, tied=True, max_len=4096) | read_rope(hf) | {
       'norm': 'layer_norm', 'layer_norm': {'eps': float(hf.number('norm_epsilon', 1e-5))}, 'norm_bias': True,
-      'mlp': hf.choice('hidden_act', 'gelu_pytorch_tanh', PLAIN), 'use_bias': bool(hf.get('use_bias', True)),
+      'mlp': hf.choice('hidden_act', 'gelu_pytorch_tanh', PLAIN), 'use_bias': hf.flag('use_bias', True),
       'windows': (hf.get('sliding_window') or 0,)}
 
 

@@ -26,6 +26,7 @@ def tokenizer_files(tokenizer: Any, max_len: int) -> dict[str, str]:
              'clean_up_tokenization_spaces': False,
              'bos_token': values.get('bos_token') or library.id_to_token(tokenizer.bos_id),
              'eos_token': values.get('eos_token') or library.id_to_token(tokenizer.eos_id)}
+  values.setdefault('pad_token', values['eos_token'])
   return files | {'tokenizer.json': library.to_str(pretty=True),
                   'tokenizer_config.json': json.dumps(values, indent=2, ensure_ascii=False) + '\n'}
 
@@ -40,7 +41,8 @@ def to_library(tokenizer: Any) -> tokenizers.Tokenizer:
     return library
   if isinstance(tokenizer, HuggingFaceTokenizer):
     library = tokenizers.Tokenizer.from_str(tokenizer.to_library_json())
-    return library if json.loads(library.to_str())['post_processor'] else _beginning_with_bos(library, tokenizer)
+    own = json.loads(library.to_str())['post_processor'] or not tokenizer.leads
+    return library if own else _beginning_with_bos(library, tokenizer)
   if isinstance(tokenizer, ByteTokenizer):
     return _beginning_with_bos(_of_bytes(), tokenizer)
   if isinstance(tokenizer, CharTokenizer):

@@ -57,9 +57,9 @@ class Tensors:
 def _files(folder: Path) -> dict[str, Path]:
   """The file of each tensor."""
   try:
-    if (folder / INDEX).is_file():
+    if (folder / INDEX).is_file() and not (folder / WHOLE).is_file():
       names = json.loads((folder / INDEX).read_text())['weight_map']
-      missing = sorted({file for file in names.values() if not _inside(folder, file)})
+      missing = sorted({str(file) for file in names.values() if not _inside(folder, file)})
       if missing:
         raise StorageError(f'{folder}: {INDEX} names {", ".join(missing[:5])}, which are missing; copy the model again')
       return {name: folder / file for name, file in names.items()}
@@ -97,6 +97,17 @@ def check_tensors(tensors: Tensors, rules: Sequence[Rule], num_layers: int, pref
       raise StorageError(f'{tensors.folder}: by config.json the model {what} {len(names)} tensor(s): '
                          f'{", ".join(names[:5])}{", ..." if len(names) > 5 else ""}')
   return found
+
+
+def check_tied(tensors: Tensors, cfg: Any, names: dict[str, str]) -> None:
+  """Raises StorageError for a readout that is stored beside the embedding it is said to equal, and differs."""
+  if not cfg.tie_embeddings or 'lm_head.weight' not in tensors.files:
+    return
+  embed = next(name for rule, name in names.items() if rule.endswith(('embed_tokens.weight', 'wte.weight')))
+  shape = (cfg.vocab_size, cfg.embed_dim)
+  if not np.array_equal(tensors.read('lm_head.weight', shape), tensors.read(embed, shape)):
+    raise StorageError(f'{tensors.folder}: lm_head.weight differs from {embed}, but config.json has '
+                       'tie_word_embeddings; set that to false there')
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -140,7 +151,7 @@ def tensors_of(params: dict[str, Any], rules: Sequence[Rule], num_layers: int, v
 
   def tensor(rule: Rule, layer: int) -> np.ndarray:
     parts = [_on_host(params[path], layer) for path in rule.paths]
-    return rule.write(parts, vocab_size).astype(DTYPES[dtype])
+    return rule.write(parts, vocab_size).astype(DTYPES[dtype], order='C')
 
   for name, rule, layer in tensor_names(rules, num_layers):
     yield name, rule.shape(sizes, vocab_size), functools.partial(tensor, rule, layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,22 @@ def extends(mine: Tokenizer | None, theirs: Tokenizer | None) -> bool:
   return mine.token_bytes[:known] == theirs.token_bytes and not any(mine.token_bytes[known:])
 
 
-def grow(arrays: dict[str, jax.Array], like: dict[str, jax.Array], run: Loaded, model: Any) -> list[str]:
+def grow(arrays: dict[str, jax.Array], like: dict[str, jax.Array], run: Loaded, model: Any,
+         axes_of: Callable[[str], tuple]) -> list[str]:
   """Fits the arrays of `run` that have its vocabulary as a dimension to the vocabulary of `model`, a model's config.
 
-  Returns the names of those that got more tokens, and not only another padding.
+  `axes_of` gives the logical axes of a parameter. Returns the names of those that got more tokens, and not only another
+  padding.
   """
   old, new, grown = run.config.model.vocab_size, model.vocab_size, []
   rows = tuple(getattr(config, 'V', config.vocab_size) for config in (run.config.model, model))  # with padding
-  known = old if new == old or run.tokenizer is None else len(run.tokenizer.token_bytes)
+  known = old if new == old or run.tokenizer is None else min(old, len(run.tokenizer.token_bytes))
   for name in sorted(arrays.keys() & like.keys()):
     have, need = arrays[name].shape, like[name].shape
-    axes = [axis for axis, sizes in enumerate(zip(have, need, strict=False)) if sizes == rows]
-    if len(have) == len(need) and len(axes) == 1 and have != need and old <= new:
+    named = [axis for axis, logical in enumerate(axes_of(name)) if logical == 'vocab']
+    axes = named or [axis for axis, sizes in enumerate(zip(have, need, strict=False)) if sizes == rows]
+    fits = len(have) == len(need) and len(axes) == 1 and (have[axes[0]], need[axes[0]]) == rows
+    if fits and old <= new and (have != need or (named and new > old)):
       arrays[name] = _extended(arrays[name], axes[0], known, rows[1])
       grown.append(name)
   return grown if new > old else []

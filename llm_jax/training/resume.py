@@ -157,7 +157,7 @@ def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
   mine, info = by_name(fresh.params), program.info
   exporter = EXPORTERS['packed' if getattr(run.config.model, 'einsum', '') == 'packed' else 'plain']
   other = exporter.restore(config, run.params, fresh.params, info)
-  if grown := grow(other, mine, run, config.model):
+  if grown := grow(other, mine, run, config.model, lambda name: by_name(info)[name].axes):
     say(f'weights of {config.start.run}: the vocabulary grows from {run.config.model.vocab_size} to '
         f'{config.model.vocab_size} tokens; the new rows of {", ".join(grown)} are the mean of the old ones')
   wrong = [name for name in mine.keys() & other.keys() if mine[name].shape != other[name].shape]

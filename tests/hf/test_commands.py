@@ -1,5 +1,6 @@
 """Commands on a folder of a published model: generate, evaluate, train from it, and export as one again."""
 
+import dataclasses
 import json
 import random
 
@@ -9,16 +10,22 @@ import pytest
 from cases import random_config
 from program import write_config
 from safetensors import safe_open
-from weights import write_folder
+from test_families import batch_of
+from weights import abstract_of, write_folder
 
 from llm_jax import main
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.commands import evaluate, export, generate
+from llm_jax.config import Config
+from llm_jax.data.config import DataConfig
 from llm_jax.data.tokenizers.huggingface import Bpe
 from llm_jax.extras.commands import config_fields
 from llm_jax.hf import check
-from llm_jax.hf.export import parse_size
+from llm_jax.hf.export import parse_size, write_model
+from llm_jax.infer.load import Loaded, load_run
+from llm_jax.models.decoder_config import DecoderConfig
+from llm_jax.models.registry import make_model
 from llm_jax.training.log import read_metrics
 
 
@@ -98,3 +105,20 @@ def test_config_from_prints_a_file_that_can_be_trained(folder, capsys):
   path.write_text(capsys.readouterr().out)
   config_fields.main([f'--config={path}', f'--config.data.path={folder}/corpus', '--format=json', 'model'])
   assert json.loads(capsys.readouterr().out)['model.norm']['value'] == 'rms_norm'
+
+
+def test_a_model_without_biases_becomes_gpt2_with_biases_of_zero(tmp_path):
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  config = Config(model=DecoderConfig(vocab_size=67, max_len=16, num_layers=2, embed_dim=32, num_heads=2, dtype='float32'),
+                  data=DataConfig(path='', tokenizer='none', seq_len=16), batch_tokens=16, tokens_per_device=16)
+  model, abstract = abstract_of(config.model, mesh)
+  params = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), abstract)
+  assert 'GPT2LMHeadModel' in write_model(Loaded(config, None, None, model, params, {'step': 3}), tmp_path / 'out')
+  with jax.set_mesh(mesh):
+    back = load_run(tmp_path / 'out', mesh)
+    assert back.config.model.use_bias
+    batch = batch_of(np.random.default_rng(0).integers(0, 67, (2, 16)))
+    model_32 = make_model(dataclasses.replace(back.config.model, dtype='float32'))
+    wanted, got = (jax.jit(lambda p, m=m: m.apply({'params': p}, batch))(params)
+                   for m, params in ((model, params), (model_32, back.params)))
+  np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)

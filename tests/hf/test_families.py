@@ -121,6 +121,13 @@ def test_weights_are_the_same_on_any_mesh(tmp_path, mesh, sizes):
     ({'model_type': 'lama'}, r"model_type 'lama' is no family .*nearest: llama"),
     ({'quantization_config': {'quant_method': 'gptq'}}, 'quantized'),
     ({'hidden_size': None}, 'hidden_size: must be a number'),
+    ({'hidden_size': 10**400}, 'hidden_size: must be a number'),
+    ({'num_hidden_layers': 2.5}, 'num_hidden_layers: must be a whole number'),
+    ({'tie_word_embeddings': 'false'}, 'tie_word_embeddings: must be true or false'),
+    ({'hidden_act': ['silu']}, 'hidden_act'),
+    ({'rope_scaling': 'linear'}, 'rope_scaling: must be a section'),
+    ({'rope_scaling': {'rope_type': 'linear'}}, 'factor must be a number'),
+    ({'text_config': {'model_type': 'llama'}}, 'reads more than text'),
     ({'num_attention_heads': 5, 'head_dim': None}, 'num_heads 5 does not divide'),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else '')
 def test_a_model_that_no_family_fits_is_refused_with_its_fields(fields, message):
@@ -158,6 +165,28 @@ def test_damaged_and_pickled_weights_are_refused(tmp_path, mesh):
     read(tmp_path / 'a', mesh)
 
 
+def test_a_stored_readout_that_differs_from_the_tied_embedding_is_refused(tmp_path, mesh):
+  values = random_config('llama', random.Random(4)) | {'tie_word_embeddings': False}
+  write_folder(tmp_path, values, mesh)
+  (tmp_path / 'config.json').write_text(json.dumps(values | {'tie_word_embeddings': True}))
+  with pytest.raises(StorageError, match='tie_word_embeddings'):
+    load_run(tmp_path, mesh)
+
+
+# Fields of published models that transformers does not read.
+@pytest.mark.parametrize(('model_type', 'fields'), [
+    ('smollm3', {'max_window_layers': 28}),
+    ('starcoder2', {'attention_softmax_in_fp32': True, 'scale_attn_weights': True}),
+    ('gemma2', {'sliding_window_size': 4096}), ('gpt2', {'predict_special_tokens': True, 'output_past': True}),
+    ('llama', {'max_sequence_length': 2048, 'gradient_checkpointing': True, 'temperature': 0.6}),
+    ('mistral', {'num_key_value_heads': None})])
+def test_fields_without_effect_are_not_in_the_way(model_type, fields):
+  values = random_config(model_type, random.Random(8))
+  cfg = read_model(values | fields, '')[1]
+  expected = read_model(values, '')[1]
+  assert cfg == (dataclasses.replace(expected, num_kv_heads=4) if 'num_key_value_heads' in fields else expected)
+
+
 def test_a_missing_shard_is_named(tmp_path, mesh):
   write_folder(tmp_path, random_config('gpt2', random.Random(3)), mesh)
   (tmp_path / 'model.safetensors').rename(tmp_path / 'model-00001-of-00002.safetensors')
@@ -183,5 +212,5 @@ def test_base_from_has_the_config_of_the_folder(tmp_path, mesh):
   config = base_from(str(tmp_path))
   assert config.model.norm_position == 'both' and config.model.rms_norm.offset
   assert config.start.run == str(tmp_path) and config.data.tokenizer == 'none'
-  with pytest.raises(ConfigError, match='base_from'):
+  with pytest.raises(ConfigError, match='no folder of a published model'):
     base_from(str(Path(__file__).parent))

@@ -65,8 +65,10 @@ def folder_template(folder: Path) -> Template | None:
   if path.is_file():
     try:
       values = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
       raise ConfigError(f'{path}: cannot be read: {e}') from None
+    if not isinstance(values, dict):
+      raise ConfigError(f'{path}: holds no JSON object')
   source = values.get('chat_template')
   if (folder / TEMPLATE_FILE).is_file():
     source = (folder / TEMPLATE_FILE).read_text(encoding='utf-8')
@@ -74,6 +76,8 @@ def folder_template(folder: Path) -> Template | None:
     source = next((entry['template'] for entry in source if entry.get('name') == 'default'), None)
   if source is None:
     return None
+  if not isinstance(source, str):
+    raise ConfigError(f'{path}: chat_template must be text; got {str(source)[:60]!r}')
   bos_token, eos_token = (_content(values.get(name)) for name in ('bos_token', 'eos_token'))
   added = [_content(token) for token in values.get('added_tokens_decoder', {}).values() if token.get('special')]
   extra = values.get('extra_special_tokens') or {}
