@@ -109,8 +109,9 @@ def test_config_from_prints_a_file_that_can_be_trained(folder, capsys):
 
 def test_a_model_without_biases_becomes_gpt2_with_biases_of_zero(tmp_path):
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-  config = Config(model=DecoderConfig(vocab_size=67, max_len=16, num_layers=2, embed_dim=32, num_heads=2, dtype='float32'),
-                  data=DataConfig(path='', tokenizer='none', seq_len=16), batch_tokens=16, tokens_per_device=16)
+  model = DecoderConfig(vocab_size=67, max_len=16, num_layers=2, embed_dim=32, num_heads=2, dtype='float32')
+  config = Config(model=model, data=DataConfig(path='', tokenizer='none', seq_len=16), batch_tokens=16,
+                  tokens_per_device=16)
   model, abstract = abstract_of(config.model, mesh)
   params = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), abstract)
   assert 'GPT2LMHeadModel' in write_model(Loaded(config, None, None, model, params, {'step': 3}), tmp_path / 'out')
