@@ -17,8 +17,8 @@ import pytest
 for number in (signal.SIGHUP, signal.SIGINT):  # which nohup and a shell's & ignore, in the processes of tests too
   if signal.getsignal(number) is signal.SIG_IGN:
     signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
-if jax.__version_info__ < (0, 11):  # compiles in 60% of the time; later versions abort on this unknown flag
-  os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false'
+if jax.__version_info__ < (0, 11):  # compiles in 35% of the time; later versions abort on an unknown flag
+  os.environ['XLA_FLAGS'] = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
 gc.set_threshold(50_000)  # as llm_jax.base.runtime does
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # With tiny models, compiling takes more time than running.

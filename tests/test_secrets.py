@@ -8,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from program import TINY, finish, start
+from program import TINY, finish, start, start_in_turn
 
 from llm_jax import config_file, main
 from llm_jax.base import process
@@ -76,11 +76,12 @@ def test_no_secret_is_written_or_printed(url, tmp_path, monkeypatch):
            '--config.eval.max_tokens=64', '--config.eval.sample_tokens=0']
   secret = [f'--config.data.path={url}', '--config.log.loggers=tensorboard,jsonl,csv,quiet',
             '--config.log.quiet.api_key', KEY]
-  flags = ['--config=tiny.py', '--workdir=run', *small, *secret]
-  outputs = [finish(start(tmp_path, 'main', *flags, '--config.num_steps=2'))]
-  failing = [word.replace(TOKEN, OTHER) for word in flags[2:]]
-  outputs.append(finish(start(tmp_path, 'main', '--config=tiny.py', '--workdir=failed', *failing), 65))
-  assert 'HTTP 403' in outputs[1] and not leaks(tmp_path, *outputs)
+  flags = [*small, *secret]
+  failing = [word.replace(TOKEN, OTHER) for word in flags]
+  outputs = [finish(start_in_turn(
+      tmp_path, ('train', '--config=tiny.py', '--workdir=run', *flags, '--config.num_steps=2'),
+      ('train', '--config=tiny.py', '--workdir=failed', *failing)), 65)]
+  assert 'HTTP 403' in outputs[0] and not leaks(tmp_path, *outputs)
 
   run = tmp_path / 'run'
   config = json.loads((run / 'config.json').read_text())
@@ -96,7 +97,7 @@ def test_no_secret_is_written_or_printed(url, tmp_path, monkeypatch):
   assert 'LLM_JAX_URLS' in str(e.value) and hidden in str(e.value)
   monkeypatch.setenv('LLM_JAX_URLS', f'http://{OTHER}@elsewhere/x {url}')
   outputs.append(finish(start(tmp_path, 'main', *again)))
-  assert 'resuming from step 2' in outputs[2] and 'changed: config.data' not in outputs[2]
+  assert 'resuming from step 2' in outputs[1] and 'changed: config.data' not in outputs[1]
   assert not leaks(tmp_path, *outputs)
 
 

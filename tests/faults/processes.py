@@ -17,8 +17,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 240.0  # seconds: no program of a campaign takes as long
-# As tests/conftest.py: compiles in 60% of the time; later versions abort on this unknown flag.
-FLAGS = '--xla_cpu_use_fusion_emitters=false' if version('jax').startswith(('0.9.', '0.10.')) else ''
+# As tests/conftest.py: compiles in 35% of the time; later versions abort on an unknown flag.
+FLAGS = ('--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+         if version('jax').startswith(('0.9.', '0.10.')) else '')
 
 
 def environment(cache: Path) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Writes folders of published models with random weights, without PyTorch."""
 
+import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -14,9 +16,11 @@ from llm_jax.models.registry import make_model
 from llm_jax.training.shardings import abstract_params, boxed_params
 
 
-def abstract_of(cfg, mesh, seq_len=16):
-  model = make_model(cfg)
-  return model, abstract_params(boxed_params(example_batch(DataConfig(seq_len=seq_len)), model=model), mesh)
+@functools.cache  # tracing a model takes most of the time of the tests
+def abstract_of(cfg, mesh):
+  """(the model, computing in float32, the shapes of its parameters)."""
+  model = make_model(dataclasses.replace(cfg, dtype='float32'))
+  return model, abstract_params(boxed_params(example_batch(DataConfig(seq_len=16)), model=model), mesh)
 
 
 def tensors(family, cfg, mesh, seed):
@@ -34,9 +38,10 @@ def tensors(family, cfg, mesh, seed):
   return found
 
 
-def write_folder(folder, values, mesh, seed=0):
-  """Writes the folder and returns (family, our config)."""
+def write_folder(folder, values, mesh, seed=0, **fields):
+  """Writes the folder and returns (family, our config); `fields` of our config do not change what is written."""
   family, cfg = read_model(values, 'config.json')
+  cfg = dataclasses.replace(cfg, **fields)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'config.json').write_text(json.dumps(values | {'architectures': [family.architecture]}))
   save_file(tensors(family, cfg, mesh, seed), folder / 'model.safetensors', metadata={'format': 'pt'})
