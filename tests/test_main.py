@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from program import environment, finish, signal_at, start, write_config
+from program import environment, finish, signal_at, start, start_in_turn, write_config
 
 from llm_jax import main
 from llm_jax.base.errors import ConfigError, DataError, StorageError
@@ -28,6 +28,7 @@ from llm_jax.commands import evaluate, generate
 from llm_jax.training.log import read_metrics
 
 STEPS = 60
+GENERATE = ('--prompt=def ', '--num_tokens=12', '--num_samples=2', '--seed=3', '--workdir=runs/tiny')
 
 
 @pytest.fixture(scope='module')
@@ -39,8 +40,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def whole(folder):
-  """(workdir, output) of an uninterrupted run."""
-  return folder / 'runs' / 'tiny', finish(start(folder, 'main', '--config=tiny.py'))
+  """(workdir, output, text that the same process then generated) of an uninterrupted run."""
+  output = finish(start_in_turn(folder, ('train', '--config=tiny.py'), ('generate', *GENERATE)))
+  trained, separator, text = output.partition('--- sample 1')
+  return folder / 'runs' / 'tiny', trained, separator + text
 
 
 def final_arrays(workdir):
@@ -49,7 +52,7 @@ def final_arrays(workdir):
 
 
 def test_a_run_learns_and_writes_its_files(whole):
-  workdir, output = whole
+  workdir, output, _ = whole
   metrics = read_metrics(workdir / 'metrics.jsonl')
   assert [line['step'] for line in metrics] == list(range(1, STEPS + 1))
   assert metrics[-1]['train/loss'] < 0.8 * metrics[0]['train/loss']
@@ -105,11 +108,10 @@ def test_a_finished_run_is_reported(whole, folder, capsys):
   assert f'already at step {STEPS}' in capsys.readouterr().out
 
 
-def test_generate_streams_text(whole, folder, capsys):
-  flags = ('--workdir', str(whole[0]), '--prompt=def ', '--num_tokens=12', '--num_samples=2', '--seed=3')
-  output = finish(start(folder, 'generate', *flags))
+def test_generate_streams_text(whole, capsys):
+  output = whole[2]
   assert re.fullmatch(r'--- sample 1 of 2 ---\ndef .*\n\n--- sample 2 of 2 ---\ndef .*\n', output, re.DOTALL)
-  generate.main(list(flags))
+  generate.main([*GENERATE[:-1], f'--workdir={whole[0]}'])
   assert capsys.readouterr().out == output, 'the same seed, the same text'
 
 
