@@ -73,7 +73,7 @@ def read_3(hf: Fields) -> dict[str, Any]:
   name, settings = read_scaling(hf, full, values['max_len'])
   if read_scaling(hf, near, values['max_len'])[0] != 'none':
     hf.problems.append('rope_parameters.sliding_attention: is scaled; it would fit with rope_type default')
-  return values | ({name: settings} if settings else {}) | {
+  return values | ({name: settings} if settings and not all(sliding) else {}) | {
       'windows': windows, 'qk_norm': True, 'positions': 'rope',
       'rope_bases': tuple(float((near if own else full)['rope_theta']) for own in sliding),
       'rope_scaling': tuple('none' if own else name for own in sliding)}

@@ -174,6 +174,13 @@ def test_a_stored_readout_that_differs_from_the_tied_embedding_is_refused(tmp_pa
     load_run(tmp_path, mesh)
 
 
+def test_a_scaling_that_no_layer_has_is_left_out():
+  values = random_config('gemma3_text', random.Random(2)) | {
+      'num_hidden_layers': 2, 'layer_types': ['sliding_attention'] * 2, 'rope_theta': 1e6,
+      'rope_scaling': {'rope_type': 'linear', 'factor': 8.0}}
+  assert [layer.rope.base for layer in read_model(values, '')[1].layers] == [100.0]
+
+
 # Fields of published models that transformers does not read.
 @pytest.mark.parametrize(('model_type', 'fields'), [
     ('smollm3', {'max_window_layers': 28}),
