@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import tempfile
 
@@ -33,3 +34,10 @@ def no_plugins(monkeypatch):
   """Each test begins without the plug-ins that another one loaded, which would be noted in its runs."""
   from llm_jax.base import plugins
   monkeypatch.setattr(plugins, '_loaded', {})
+
+
+def pytest_unconfigure(config):
+  """Removes the cache of the session, which all workers shared."""
+  del config
+  if 'PYTEST_XDIST_WORKER' not in os.environ:
+    shutil.rmtree(os.environ['LLM_JAX_CACHE'], ignore_errors=True)
