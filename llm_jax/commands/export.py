@@ -38,10 +38,10 @@ def parser() -> flags.Parser:
   hf.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), help='of the weights (default: float32)')
   hf.add_argument('--max_shard', metavar='SIZE', help='of a file of weights, such as 500MB (default: 5GB)')
   hf.add_argument('--family', metavar='NAME', help='model_type of the folder (default: the first that fits)')
-  hf.add_argument('--license', metavar='NAME', help='of the model, for its card, such as apache-2.0')
+  hf.add_argument('--license', metavar='NAME', help='of the model, for its card, such as apache-2.0 (default: none)')
   hf.add_argument('--check', choices=('auto', 'always', 'never'),
                   help='compare with transformers (default: auto, if it and torch are installed)')
-  hf.add_argument('--push', metavar='ORG/NAME', help='upload the folder to the Hugging Face Hub, with HF_TOKEN')
+  hf.add_argument('--push', metavar='ORG/NAME', help='upload the folder to the Hugging Face Hub, with HF_TOKEN (default: do not)')
   flags.add(parser)
   return parser
 

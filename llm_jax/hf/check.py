@@ -117,7 +117,7 @@ def _open(folder: Path) -> _Theirs:
   transformers.utils.logging.disable_progress_bar()
   try:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True,
-                                                              attn_implementation='eager', trust_remote_code=False)
+                                                              attn_implementation='eager')
   except Exception as e:  # transformers raises many types
     raise ConfigError(f'{folder}: transformers cannot load it: {type(e).__name__}: {e}') from None
   return _Theirs(model.eval())
@@ -129,7 +129,7 @@ def _check_ids(folder: Path, tokenizer: Any) -> None:
     return
   import transformers
   try:
-    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
   except Exception as e:
     raise ConfigError(f'{folder}: transformers cannot load the tokenizer: {type(e).__name__}: {e}') from None
   for text in TEXTS:

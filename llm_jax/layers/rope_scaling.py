@@ -26,7 +26,7 @@ def unscaled(frequencies: jax.Array, base: float, positions_BT: jax.Array) -> Sc
 class Linear(Ranged):
   """Positions divided by `factor` (Chen et al., arXiv 2306.15595)."""
 
-  factor: float = at_least(1, 1.0)
+  factor: float = at_least(1, 1.0)  # how many times longer rows are than those of the first training
 
   def __call__(self, frequencies: jax.Array, base: float, positions_BT: jax.Array) -> Scaled:
     return frequencies / self.factor, 1.0
@@ -36,7 +36,7 @@ class Linear(Ranged):
 class Llama3(Ranged):
   """Long wavelengths divided by `factor`, short ones kept, a blend between (Llama 3.1, arXiv 2407.21783)."""
 
-  factor: float = at_least(1, 8.0)
+  factor: float = at_least(1, 8.0)  # of long wavelengths
   low_freq_factor: float = at_least(0, 1.0)  # wavelengths beyond original_max_len / low_freq_factor are long
   high_freq_factor: float = at_least(0, 4.0)  # wavelengths below original_max_len / high_freq_factor are short
   original_max_len: int = at_least(1, 8192)  # tokens of the rows of the first training
@@ -56,7 +56,7 @@ class Llama3(Ranged):
 class Yarn(Ranged):
   """Slow pairs divided by `factor`, fast ones kept, a ramp between; sharper attention (YaRN, arXiv 2309.00071)."""
 
-  factor: float = at_least(1, 4.0)
+  factor: float = at_least(1, 4.0)  # of the wavelengths of slow pairs
   original_max_len: int = at_least(1, 4096)  # tokens of the rows of the first training
   beta_fast: float = at_least(0, 32.0)  # pairs that turn more often over such a row are kept
   beta_slow: float = at_least(0, 1.0)  # pairs that turn less often are divided by the factor
@@ -91,7 +91,7 @@ class Dynamic(Ranged):
   """A base that grows with the longest row (dynamic NTK), as transformers has it; none for rows up to
   original_max_len."""
 
-  factor: float = at_least(1, 1.0)
+  factor: float = at_least(1, 1.0)  # how many times longer rows are than those of the first training
   original_max_len: int = at_least(1, 2048)  # tokens
 
   def __call__(self, frequencies: jax.Array, base: float, positions_BT: jax.Array) -> Scaled:

@@ -24,7 +24,7 @@ def some(soft_cap=0.0, T=T):
   rng = np.random.default_rng(0)
   x, w = rng.standard_normal((B, T, D), np.float32), rng.standard_normal((V, D), np.float32)
   weights = rng.uniform(0, 1, (B, T)).astype(np.float32) * rng.integers(0, 2, (B, T))
-  readout = Readout(x, w, partial(project, 'BTD,VD->BTV', jnp.float32, soft_cap))
+  readout = Readout(x, w, partial(project, 'BTD,VD->BTV', jnp.float32, 1.0, soft_cap, w.shape[0]))
   return readout, rng.integers(0, V, (B, T)), weights.astype(np.float32)
 
 
@@ -93,7 +93,7 @@ def test_chunks_add_no_rounding_in_bfloat16(monkeypatch):
     return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights)
 
   def chunked(w):
-    fn = partial(project, 'BTD,VD->BTV', jnp.bfloat16, 0.0)
+    fn = partial(project, 'BTD,VD->BTV', jnp.bfloat16, 1.0, 0.0, w.shape[0])
     return cross_entropy(Readout(readout.x_BTD, w, fn), targets, weights)[0]
 
   dw = {f: jax.jit(jax.grad(f))(readout.w) for f in (plain, chunked)}
@@ -118,7 +118,7 @@ def test_the_full_logits_are_never_in_memory(monkeypatch):
   monkeypatch.setattr(readouts, 'CHUNK_BYTES', B * T * V * 4 // 16)
   x, w, y, m = (jax.ShapeDtypeStruct(s, d) for s, d in [((B, T, D), 'float32'), ((V, D), 'float32'), ((B, T), 'int32'),
                                                         ((B, T), 'float32')])
-  fn = partial(project, 'BTD,VD->BTV', jnp.float32, 0.0)
+  fn = partial(project, 'BTD,VD->BTV', jnp.float32, 1.0, 0.0, w.shape[0])
 
   def plain(x, w, y, m):
     return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(fn(w, x), y) * m)
@@ -137,7 +137,7 @@ def test_a_mesh_gives_the_same_and_keeps_vocabulary_sharded(monkeypatch):
   rng = np.random.default_rng(0)
   x, w = rng.standard_normal((8, T, D), np.float32), rng.standard_normal((V, D), np.float32)
   y, m = rng.integers(0, V, (8, T)), rng.uniform(0, 1, (8, T)).astype(np.float32)
-  fn = partial(project, 'BTD,VD->BTV', jnp.float32, 0.0)
+  fn = partial(project, 'BTD,VD->BTV', jnp.float32, 1.0, 0.0, w.shape[0])
 
   def run(sizes):
     monkeypatch.setattr(readouts, 'CHUNK_BYTES', 4 * 8 * T * V // np.prod(sizes) // 4)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llm_jax.base import flags
-from llm_jax.base.builder import nearest_fields, to_dict
+from llm_jax.base.builder import SYNONYMS, nearest_fields, to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.fields import Field, fields_of
 from llm_jax.base.nearest import nearest
@@ -105,7 +105,9 @@ def check_sections(sections: list[str], values: Mapping[str, Any], name: str) ->
   paths = list(paths_in(values))
   for section in sections:
     if section not in paths:
-      near = nearest(section, paths) or next(iter(nearest_fields(section, Config)), None)
+      usual = section.rpartition('.')[2] in SYNONYMS
+      near = next(iter(nearest_fields(section, Config)), None) if usual else None
+      near = near or nearest(section, paths) or next(iter(nearest_fields(section, Config)), None)
       known = [path for path in paths if '.' not in path and isinstance(values[path], Mapping) and values[path]]
       raise ConfigError(f'{name} has no section or field {section}; '
                         + (f'did you mean {near}?' if near else f'sections: {", ".join(known)}'))
