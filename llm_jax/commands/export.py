@@ -41,7 +41,8 @@ def parser() -> flags.Parser:
   hf.add_argument('--license', metavar='NAME', help='of the model, for its card, such as apache-2.0 (default: none)')
   hf.add_argument('--check', choices=('auto', 'always', 'never'),
                   help='compare with transformers (default: auto, if it and torch are installed)')
-  hf.add_argument('--push', metavar='ORG/NAME', help='upload the folder to the Hugging Face Hub, with HF_TOKEN (default: do not)')
+  hf.add_argument('--push', metavar='ORG/NAME',
+                  help='upload the folder to the Hugging Face Hub, with HF_TOKEN (default: do not)')
   flags.add(parser)
   return parser
 

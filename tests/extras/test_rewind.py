@@ -138,6 +138,7 @@ def test_batches_are_left_out_once_and_none_comes_twice():
     assert [position(step, skips) for step in range(200)] == [kept[step] for step in range(200)], 'as by the journal'
 
 
+@pytest.mark.slow  # rewinds by a callback of one's own have the same property
 def test_spikes_rewind_until_there_were_too_many(folder):
   config = llm_jax.load_config(folder / 'tiny.py', **STEPS | {
       'num_steps': 60, 'optim.chain': ('skip_spikes', 'adamw'), 'optim.skip_spikes.window': 8,

@@ -65,6 +65,7 @@ def test_a_run_passes_on_two_devices_without_its_data_and_is_left_as_it_was(fold
   assert 'RuntimeError: no such symbol' in shown and '2 of the checks failed: attention shifted' in shown
 
 
+@pytest.mark.slow  # the run of two devices passes the same checks
 def test_meshes_microbatches_and_an_exported_model(folder, capsys):
   export.main([f'--workdir={folder / "run"}', f'--out={folder / "exported"}', '--weight_bits=32'])
   capsys.readouterr()

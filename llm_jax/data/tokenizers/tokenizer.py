@@ -214,7 +214,8 @@ def _from_json(spec: Any, ends: tuple[str, str] | None = None) -> Tokenizer:
     return HuggingFaceTokenizer(json.dumps(spec['tokenizer']), ends=tuple(spec['ends']))
   if isinstance(spec, dict) and kind is None and 'model' in spec:
     entries = spec['model'].get('vocab', ())  # a dict, or pairs of token and score
-    vocab = {entry if isinstance(entry, str) else entry[0] for entry in entries} | {token['content'] for token in spec.get('added_tokens', ())}
+    vocab = {entry if isinstance(entry, str) else entry[0] for entry in entries}
+    vocab |= {token['content'] for token in spec.get('added_tokens', ())}
     return HuggingFaceTokenizer(json.dumps(spec), ends=ends if ends and set(ends) <= vocab else None)
   known = ', '.join([*TOKENIZERS, *OPENED, 'extended', 'huggingface'])
   raise DataError(f'not a tokenizer: a saved one has a "type", one of {known}, but this has {kind!r}; '
