@@ -50,7 +50,7 @@ class ConfigFile:
       values['data'] = without_path(values['data'])
     if 'model.name' in overrides:
       values['model'] = model_values(values.get('model', {}), str(overrides['model.name']))
-    if 'start.run' in overrides:
+    if overrides.get('start.run'):
       take_over(values, overrides)
     override(values, overrides)
     public(values)  # remembers the secrets, which messages then lack

@@ -50,13 +50,18 @@ def descend(tx, steps=STEPS, groups=None):
 
 def by_equation(rule, steps=STEPS, decay=0.0):
   """The parameters by `rule(memory, g, t) -> direction`, applied to each array; decay on matrices and tables only."""
+  return descended(rule, lambda path, p, u: p - RATE * (u + (decay * p if path[-1].key == 'w' else 0)), steps)
+
+
+def descended(rule, change, steps=STEPS):
+  """The parameters by `rule`, each update u and p turned into the next p by change(path, p, u)."""
   def one(path, p):
     memory = {}
     for t in range(1, steps + 1):
       g = tree(t)
       for key in path:
         g = g[key.key]
-      p = p - RATE * (rule(memory, g, t) + (decay * p if path[-1].key == 'w' else 0))
+      p = change(path, p, rule(memory, g, t))
     return p
   return jax.tree_util.tree_map_with_path(one, tree(0))
 

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     if args.format == 'hf':
       if 'hf' not in FOLDER_FORMATS:
         raise ConfigError('--format: this copy of llm_jax has no folders of transformers; set it to llm_jax')
-      print('\n'.join(FOLDER_FORMATS['hf'].write(run, args, mesh)))
+      print('\n'.join(FOLDER_FORMATS['hf'].write(run, args)))
       return
     info = param_info(boxed_params(example_batch(run.config.data), model=run.model))
     if args.weight_bits != '32' and 'packed' not in EXPORTERS:

@@ -48,7 +48,7 @@ def model_card(folder: Path, run: Loaded, source: Path | None, model_type: str, 
 
 
 def _results(source: Path | None) -> list[str]:
-  """The last results of the run and the curve of its loss; nothing for a model without a run."""
+  """The newest results of the run and the curve of its loss; empty for a model without a run."""
   if source is None or not (source / 'metrics.jsonl').is_file():
     return []
   try:

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax.core import meta
-from jax.sharding import Mesh
 
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.files import write_file, writing
@@ -39,7 +38,7 @@ class HuggingFaceFormat:
   """The export format `hf`."""
 
   @staticmethod
-  def write(run: Loaded, args: Any, mesh: Mesh) -> list[str]:
+  def write(run: Loaded, args: Any) -> list[str]:
     """Writes args.out by the flags of the command export. Raises UserErrors."""
     max_shard = parse_size(args.max_shard or '5GB')
     if args.check == 'always' and not can_check():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llm_jax.base.builder import build, to_dict
+from llm_jax.base.builder import build, known_names, to_dict
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import Registry
 from llm_jax.hf.fields import Fields
@@ -36,9 +35,8 @@ FAMILIES = Registry('family')
 
 # Fields of ours that do not change what a trained model computes, and those whose meaning is in others; see `meaning`.
 _FREE = {'name', 'dropout', 'init_std', 'embed_init_std', 'readout_init_std', 'dtype', 'scan_unroll', 'remat',
-         'attention', 'vocab_multiple', 'prefix_attention'}
+         'attention', 'vocab_multiple'}
 _RESOLVED = {'use_bias', 'norm_bias', 'windows', 'rope_base', 'rope_bases', 'rope_scaling', 'rope_dim', 'positions'}
-
 
 
 def read_model(values: Mapping[str, Any], where: str) -> tuple[Family, Any]:
@@ -65,10 +63,7 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
     raise ConfigError(f'{where}: model_type {kind!r} reads more than text; save its text part alone: '
                       'AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)')
   if kind not in FAMILIES:
-    near = difflib.get_close_matches(kind, list(FAMILIES), n=1)
-    raise ConfigError(f'{where}: model_type {kind!r} is no family that can be read; known: {", ".join(FAMILIES)}'
-                      + (f' (nearest: {near[0]})' if near else '')
-                      + '; a module of yours may register one (docs/models.md)')
+    raise ConfigError(f'{where}: model_type {kind!r} is no family that can be read; {known_names(kind, FAMILIES)}')
   if values.get('quantization_config'):
     quantized = values['quantization_config']
     method = quantized.get('quant_method') if isinstance(quantized, dict) else quantized
@@ -116,11 +111,11 @@ def meaning(cfg: Any) -> dict[str, Any]:
 
 
 def _words(rope: Any) -> str:
-  """What a rope does, in words."""
+  """A rope as it is compared and shown in messages."""
   if rope is None:
     return 'none'
-  scaling = '' if dataclasses.is_dataclass(rope.scaling) is False else f', {rope.scaling}'
-  return f'rope of base {rope.base:g}{scaling}' + (f', {rope.dim} features' if rope.dim else '')
+  scaling = f', {rope.scaling}' if dataclasses.is_dataclass(rope.scaling) else ''
+  return f'rope of base {rope.base}{scaling}' + (f', {rope.dim} features' if rope.dim else '')
 
 
 def with_biases(cfg: Any) -> Any:
@@ -136,7 +131,7 @@ def choose_family(cfg: Any, wanted: str | None = None) -> tuple[str, dict[str, A
   nearest family.
   """
   if wanted and wanted not in FAMILIES:
-    raise ConfigError(f'--family: {wanted!r} is unknown; known: {", ".join(FAMILIES)}')
+    raise ConfigError(f'--family: {wanted!r} is unknown; {known_names(wanted, FAMILIES)}')
   differing = {}
   for model_type in [wanted] if wanted else FAMILIES:
     values, differs = written(cfg, model_type)
@@ -149,7 +144,8 @@ def choose_family(cfg: Any, wanted: str | None = None) -> tuple[str, dict[str, A
   lines = [f'config.model.{name}={mine}; it would fit with {theirs}' for name, (mine, theirs) in
            differing[nearest].items()]
   raise ConfigError(f'no family of transformers computes this model; the nearest is {nearest}, but\n  '
-                    + '\n  '.join(lines) + '\nexport it with --format=llm_jax, or register a family (docs/models.md)')
+                    + '\n  '.join(lines)
+                    + '\nexport it with --format=llm_jax, or register a family (docs/huggingface.md)')
 
 
 def read_shape(hf: Fields, *, vocab_size: int, kv_heads: int | None = None, tied: bool,

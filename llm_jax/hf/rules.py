@@ -95,17 +95,16 @@ def check_complete(rules: Sequence[Rule], paths: Sequence[str]) -> None:
 
 # The parts that most families share, with their usual names in a layer.
 
-def attention_rules(prefix: str, *, qkv_bias: bool, out_bias: bool, qk_norm: bool = False,
-                    out: str = 'o_proj') -> list[Rule]:
-  """Separate projections q_proj, k_proj, v_proj and `out`."""
+def attention_rules(prefix: str, *, qkv_bias: bool, out_bias: bool, qk_norm: bool = False) -> list[Rule]:
+  """Separate projections q_proj, k_proj, v_proj and o_proj."""
   rules = []
   for name in 'qkv':
     rules.append(Rule(f'{prefix}.{name}_proj.weight', f'blocks/attn/{name}/w', 'D N H', '(N H) D'))
     if qkv_bias:
       rules.append(Rule(f'{prefix}.{name}_proj.bias', f'blocks/attn/{name}/b', 'N H', '(N H)'))
-  rules.append(Rule(f'{prefix}.{out}.weight', 'blocks/attn/o/w', 'N H D', 'D (N H)'))
+  rules.append(Rule(f'{prefix}.o_proj.weight', 'blocks/attn/o/w', 'N H D', 'D (N H)'))
   if out_bias:
-    rules.append(Rule(f'{prefix}.{out}.bias', 'blocks/attn/o/b', 'D', 'D'))
+    rules.append(Rule(f'{prefix}.o_proj.bias', 'blocks/attn/o/b', 'D', 'D'))
   if qk_norm:
     rules += [Rule(f'{prefix}.{name}_norm.weight', f'blocks/attn/{name}_norm/scale', 'H', 'H') for name in 'qk']
   return rules
@@ -129,5 +128,6 @@ def norm_rules(names: Mapping[str, str], bias: bool = False) -> list[Rule]:
 
 
 def table_rules(embed: str, head: str, tied: bool) -> list[Rule]:
+  """The embedding, and the readout if it is not tied to it."""
   rules = [Rule(embed, 'embed/w', 'V D', 'V D')]
   return rules if tied else [*rules, Rule(head, 'head/w', 'D V', 'V D')]

@@ -46,7 +46,7 @@ EXPORTERS = Registry('exporter')
 register(EXPORTERS, 'plain', Plain, NoSettings)
 
 
-# Folders that other programs read: classes with `write(run, args, mesh) -> lines to print`, for the flags `args` of the
+# Folders that other programs read: classes with `write(run, args) -> lines to print`, for the flags `args` of the
 # command export. They write args.out, whole or not at all.
 FOLDER_FORMATS = Registry('export_format')
 

@@ -119,7 +119,7 @@ def test_weights_are_the_same_on_any_mesh(tmp_path, mesh, sizes):
     ({'hidden_act': 'mish'}, "hidden_act='mish'; it would fit with 'silu'"),
     ({'rope_scaling': {'rope_type': 'longrope', 'short_factor': [1.0]}}, "rope scaling 'longrope'"),
     ({'clip_qkv': 8.0}, 'clip_qkv=8.0: unknown field'),
-    ({'model_type': 'lama'}, r"model_type 'lama' is no family .*nearest: llama"),
+    ({'model_type': 'lama'}, r"model_type 'lama' is no family .*did you mean 'llama'"),
     ({'quantization_config': {'quant_method': 'gptq'}}, 'quantized'),
     ({'hidden_size': None}, 'hidden_size: must be a number'),
     ({'hidden_size': 10**400}, 'hidden_size: must be a number'),
@@ -140,7 +140,8 @@ def test_a_config_of_ours_that_no_family_fits_is_refused_with_its_fields(mesh):
   cfg = read_model(random_config('llama', random.Random(1)), '')[1]
   assert choose_family(cfg)[0] == 'llama'
   for fields, message in (({'logit_soft_cap': 2.0, 'attention_sinks': True}, 'attention_sinks'),
-                          ({'parallel_residual': True}, 'parallel_residual')):
+                          ({'parallel_residual': True}, 'parallel_residual'),
+                          ({'prefix_attention': True}, 'prefix_attention')):
     with pytest.raises(ConfigError, match=message):
       choose_family(dataclasses.replace(cfg, **fields))
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chains import INFO, RATE, by_equation, close, descend, mean, momentum, optimizer, tree
+from chains import INFO, RATE, by_equation, close, descend, descended, mean, momentum, optimizer, tree
 
 from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError
@@ -104,19 +104,6 @@ def test_soap_muon_equals_the_record(every):
     np.testing.assert_allclose(params['q']['w'][layer], p, rtol=0, atol=2e-5)  # momenta are kept in float32
 
 
-def descended(rule, change):
-  """The parameters by `rule`, each update u and p turned into the next p by change(path, p, u)."""
-  def one(path, p):
-    memory = {}
-    for t in range(1, STEPS + 1):
-      g = tree(t)
-      for key in path:
-        g = g[key.key]
-      p = change(path, p, rule(memory, g, t))
-    return p
-  return jax.tree_util.tree_map_with_path(one, tree(0))
-
-
 @pytest.mark.parametrize('per', ['matrix', 'output'])
 def test_floors_raise_small_updates_of_matrices(per):
   """Record 9 for a matrix as a whole, record 46 for the weights of an output."""
@@ -133,7 +120,7 @@ def test_floors_raise_small_updates_of_matrices(per):
     return p - RATE * u
 
   got, _ = descend(optimizer('sgd', controls=['update_floor'], update_floor={'ratio': 1.3, 'per': per}, **PLAIN), STEPS)
-  close(got, descended(momentum(0.7, False), change))
+  close(got, descended(momentum(0.7, False), change, STEPS))
   assert 0 < np.mean(raised) < 1
 
 
@@ -147,7 +134,7 @@ def test_cautious_decay_only_shrinks_what_the_update_shrinks():
     return p - RATE * u
 
   got, _ = descend(optimizer('sgd', controls=['cautious_decay'], cautious_decay={'weight_decay': 0.3}, **PLAIN), STEPS)
-  close(got, descended(momentum(0.7, False), change))
+  close(got, descended(momentum(0.7, False), change, STEPS))
   assert 0 < min(masks) < max(masks) < 1
 
 
