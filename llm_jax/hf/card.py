@@ -28,9 +28,9 @@ def model_card(folder: Path, run: Loaded, source: Path | None, model_type: str, 
   data = public(to_dict(run.config))['data']
   sources = {name: source['path'] for name, source in (data.get('sources') or {'data': data}).items() if source['path']}
   lines = ['---', *(f'{name}: {json.dumps(value)}' for name, value in front.items()), '---', '', f'# {title}', '',
-           f'A {model_type} model with {num_params:,} parameters in {dtype}, trained with llm_jax '
-           f'{importlib.metadata.version("llm_jax")}'
-           + (f' up to step {run.meta["step"]:,}.' if run.meta['step'] else '.'), '']
+           f'A {model_type} model with {num_params:,} parameters in {dtype}, '
+           + (f'trained up to step {run.meta["step"]:,} with' if run.meta['step'] else 'written by')
+           + f' llm_jax {importlib.metadata.version("llm_jax")}.', '']
   if not license_name:
     lines += ['No license was named for it (`llm-jax export --license=...`).', '']
   lines += ['## Load', '', '```python', 'from transformers import AutoModelForCausalLM, AutoTokenizer', '',
