@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax.base.errors import ConfigError, UserError
@@ -19,10 +21,11 @@ from llm_jax.base.registry import NoSettings, register
 from llm_jax.base.trees import by_name
 from llm_jax.hf.card import model_card
 from llm_jax.hf.check import can_check, check_folder
-from llm_jax.hf.family import FAMILIES, choose_family
+from llm_jax.hf.family import FAMILIES, choose_family, rules_to_write
 from llm_jax.hf.hub import push
+from llm_jax.hf.ternary import KINDS
 from llm_jax.hf.tokenizer import tokenizer_files
-from llm_jax.hf.weights import DTYPES, tensors_of, write_weights
+from llm_jax.hf.weights import Entry, tensors_of, write_weights
 from llm_jax.infer.export import FOLDER_FORMATS
 from llm_jax.infer.load import Loaded
 
@@ -36,9 +39,11 @@ class HuggingFaceFormat:
   def write(run: Loaded, args: Any, mesh: Mesh) -> list[str]:
     """Writes args.out by the flags of the command export. Raises UserErrors."""
     max_shard = parse_size(args.max_shard or '5GB')
-    if args.check == 'always' and not can_check():
-      raise ConfigError('--check: compares with transformers, which needs torch and transformers: pip install torch '
-                        'transformers; or leave it out')
+    needs = ('accelerate',) if getattr(run.config.model, 'einsum', '') in KINDS else ()
+    if args.check == 'always' and not can_check(*needs):
+      names = ('torch', 'transformers', *needs)
+      raise ConfigError(f'--check: compares with transformers, which needs {", ".join(names)}: pip install '
+                        f'{" ".join(names)}; or leave it out')
     lines = [f'{args.out}: ' + write_model(
         run, args.out, source=args.workdir, dtype=args.dtype or 'float32', max_shard=max_shard, family=args.family,
         license_name=args.license or '', check=args.check != 'never' and can_check(), mesh=mesh)]
@@ -69,6 +74,8 @@ def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype:
   ids, found = _special_ids(run), ''
   # torch_dtype is the field's name for transformers 4, dtype for 5.
   config = values | ids | {'torch_dtype': dtype, 'dtype': dtype}
+  tensors = list(tensors_of(by_name(run.params), rules_to_write(cfg, model_type), cfg.num_layers, cfg.vocab_size,
+                            dtype))
   aside = folder.with_name(f'{folder.name}.partial')
   with writing(f'--out: {folder}'):
     if writes:
@@ -79,8 +86,6 @@ def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype:
           {name: value for name, value in ids.items() if value is not None}, indent=2) + '\n')
       for name, content in files.items():
         write_file(aside / name, content)
-    rules = FAMILIES[model_type].rules(cfg)
-    tensors = list(tensors_of(by_name(run.params), rules, cfg.num_layers, cfg.vocab_size, dtype))
     with Progress(f'writing {folder}', total=len(tensors), unit='tensors', shown=writes) as progress:
       def counted(make: Any) -> Any:
         def call() -> Any:
@@ -88,16 +93,25 @@ def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype:
           return make()
         return call
 
-      total = write_weights(aside, [(name, shape, counted(make)) for name, shape, make in tensors], dtype, max_shard,
+      total = write_weights(aside, [(name, spec, counted(make)) for name, spec, make in tensors], max_shard,
                             writes=writes)
     if writes:
-      model_card(aside, run, source, model_type, total // DTYPES[dtype].itemsize, dtype, license_name, folder.name)
-      found = _checked(aside, mesh) if check and mesh is not None else 'not compared with transformers'
+      model_card(aside, run, source, model_type, _num_params(tensors), dtype, license_name, folder.name)
+      found = 'not compared with transformers'
+      if check and getattr(cfg, 'einsum', '') in KINDS and not can_check('accelerate'):
+        found += ', whose BitNet needs the package accelerate'
+      elif check and mesh is not None:
+        found = _checked(aside, mesh)
       if folder.exists():
         folder.rmdir()  # an empty one
       aside.rename(folder)
   barrier(f'export to {folder}')
   return f'{FAMILIES[model_type].architecture}, {len(tensors)} tensors, {total:,} bytes in {dtype}; {found}'
+
+
+def _num_params(tensors: list[Entry]) -> int:
+  """Parameters in tensors, of which a byte holds four."""
+  return sum(math.prod(spec.shape) * (4 if spec.dtype == np.uint8 else 1) for _, spec, _ in tensors)
 
 
 def _checked(folder: Path, mesh: Mesh) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import Registry
 from llm_jax.hf.fields import Fields
 from llm_jax.hf.rules import Rule
+from llm_jax.hf.ternary import KINDS, as_packed, has_biases, read_quantization, ternary_rules, write_quantization
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import MODELS
 
@@ -29,6 +31,7 @@ class Family:
   write: Callable[[Any], dict[str, Any]]  # the fields of config.json for our model's config
   rules: Callable[[Any], list[Rule]]  # for our model's config
   prefix: str = 'model.'  # of tensor names, absent in files of models without a head
+  linear_class: str = 'bitlinear'  # of matrices that are written packed; see ternary.py
 
 
 # Instances of Family by model_type.
@@ -40,17 +43,27 @@ _FREE = {'name', 'dropout', 'init_std', 'embed_init_std', 'readout_init_std', 'd
 _RESOLVED = {'use_bias', 'norm_bias', 'windows', 'rope_base', 'rope_bases', 'rope_scaling', 'rope_dim', 'positions'}
 
 
-
 def read_model(values: Mapping[str, Any], where: str) -> tuple[Family, Any]:
   """(family, the config of our model) for a config.json. Raises ConfigError with the fields that stand in the way."""
   family = family_of(values, where)
   hf = Fields(values)
-  model = family.read(hf)
+  model = read_quantization(hf, family.read(hf))
   hf.finish(where)
   try:
-    return family, build(MODELS.settings(model.get('name', 'decoder')), model, 'config.model')
+    cfg = build(MODELS.settings(model.get('name', 'decoder')), model, 'config.model')
+    if model.get('einsum') == 'packed':
+      inverse = values['quantization_config'].get('linear_class', 'bitlinear') == 'bitlinear'
+      family = dataclasses.replace(family, rules=functools.partial(_packed, family.rules, inverse))
+      family.rules(cfg)  # raises
+      if not inverse and has_biases(cfg):
+        raise ConfigError('quantization_config: autobitlinear with biases, which transformers multiplies by weight_scale')
+    return family, cfg
   except ConfigError as e:
     raise ConfigError(f'{where}: the model cannot be computed here: {e}') from None
+
+
+def _packed(rules: Callable[[Any], list[Rule]], inverse: bool, cfg: Any) -> list[Any]:
+  return ternary_rules(rules(cfg), inverse)
 
 
 def family_of(values: Mapping[str, Any], where: str) -> Family:
@@ -61,8 +74,7 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
     raise ConfigError(f'{where}: model_type {kind!r} is no family that can be read; known: {", ".join(FAMILIES)}'
                       + (f' (nearest: {near[0]})' if near else '')
                       + '; a module of yours may register one (docs/models.md)')
-  if values.get('quantization_config'):
-    method = values['quantization_config'].get('quant_method')
+  if (method := (values.get('quantization_config') or {}).get('quant_method', 'bitnet')) != 'bitnet':
     raise ConfigError(f'{where}: quantization_config: the weights are quantized ({method}); use the model in bfloat16')
   return FAMILIES[kind]
 
@@ -71,6 +83,7 @@ def written(cfg: Any, model_type: str) -> tuple[dict[str, Any], dict[str, tuple[
   """(the fields of config.json in this family, {field of ours: (value, what the family makes of it)} that differ)."""
   family = FAMILIES[model_type]
   values = {'model_type': model_type, 'architectures': [family.architecture]} | family.write(cfg)
+  values |= write_quantization(cfg, linear_class(cfg, family))
   try:
     _, back = read_model(values, model_type)
   except ConfigError as e:
@@ -108,7 +121,7 @@ def choose_family(cfg: Any, wanted: str | None = None) -> tuple[str, dict[str, A
 
   Raises ConfigError with what differs in the nearest family.
   """
-  differing = {}
+  kind, cfg, differing = getattr(cfg, 'einsum', ''), as_packed(cfg), {}
   for model_type in [wanted] if wanted else FAMILIES:
     if wanted and wanted not in FAMILIES:
       raise ConfigError(f'--family: {wanted!r} is unknown; known: {", ".join(FAMILIES)}')
@@ -116,11 +129,25 @@ def choose_family(cfg: Any, wanted: str | None = None) -> tuple[str, dict[str, A
     if not differs:
       return model_type, values
     differing[model_type] = differs
-  nearest = min(differing, key=lambda name: len(differing[name]))
-  lines = [f'config.model.{name}={mine}; it would fit with {theirs}' for name, (mine, theirs) in
-           differing[nearest].items()]
+  nearest = min(differing, key=lambda name: ('all' in differing[name], len(differing[name])))
+  lines = [f'config.model.{name.replace("packed.", f"{kind}.")}={mine}; it would fit with {theirs}'
+           for name, (mine, theirs) in differing[nearest].items()]
   raise ConfigError(f'no family of transformers computes this model; the nearest is {nearest}, but\n  '
                     + '\n  '.join(lines) + '\nexport it with --format=llm_jax, or register a family (docs/models.md)')
+
+
+def linear_class(cfg: Any, family: Family) -> str:
+  """That of a model of ours when it is published."""
+  return 'bitlinear' if has_biases(cfg) else family.linear_class
+
+
+def rules_to_write(cfg: Any, model_type: str) -> list[Any]:
+  """The rules by which a model of ours is published; quantized matrices are packed."""
+  family, kind = FAMILIES[model_type], getattr(cfg, 'einsum', '')
+  if kind not in KINDS:
+    return family.rules(cfg)
+  return ternary_rules(family.rules(cfg), linear_class(cfg, family) == 'bitlinear',
+                       cfg.sections['bitnet'].weight_bits if kind == 'bitnet' else None)
 
 
 def read_shape(hf: Fields, *, vocab_size: int, kv_heads: int | None = None, tied: bool,

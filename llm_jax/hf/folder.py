@@ -23,6 +23,7 @@ from llm_jax.data.pipeline import example_batch
 from llm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from llm_jax.hf.family import Family, read_model
+from llm_jax.hf.ternary import as_trained
 from llm_jax.hf.weights import Tensors, check_tensors, read_weights
 from llm_jax.infer.importers import IMPORTERS
 from llm_jax.infer.load import Loaded, Opened
@@ -45,7 +46,7 @@ class HuggingFace:
 
   @staticmethod
   def model_values(folder: Path) -> dict[str, Any]:
-    return to_dict(_model(folder)[1])
+    return to_dict(as_trained(_model(folder)[1]))
 
   @staticmethod
   def tokenizer(folder: Path) -> str:
