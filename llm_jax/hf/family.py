@@ -56,7 +56,8 @@ def read_model(values: Mapping[str, Any], where: str) -> tuple[Family, Any]:
       family = dataclasses.replace(family, rules=functools.partial(_packed, family.rules, inverse))
       family.rules(cfg)  # raises
       if not inverse and has_biases(cfg):
-        raise ConfigError('quantization_config: autobitlinear with biases, which transformers multiplies by weight_scale')
+        raise ConfigError('quantization_config: autobitlinear with biases, which transformers multiplies by '
+                          'weight_scale')
     return family, cfg
   except ConfigError as e:
     raise ConfigError(f'{where}: the model cannot be computed here: {e}') from None
