@@ -146,7 +146,8 @@ def tensors_of(params: dict[str, Any], rules: Sequence[Rule], num_layers: int, v
 
   def tensor(rule: Rule, layer: int) -> np.ndarray:
     parts = [_on_host(params[path], layer) for path in rule.paths]
-    return rule.write(parts, vocab_size).astype(kind(rule))
+    # In C order, as safetensors writes the memory of an array; a concatenation of transposed parts is not.
+    return np.ascontiguousarray(rule.write(parts, vocab_size), kind(rule))
 
   for name, rule, layer in tensor_names(rules, num_layers):
     spec = jax.ShapeDtypeStruct(rule.shape(sizes, vocab_size), kind(rule))
