@@ -1,6 +1,7 @@
 """Registries, and the config sections that their entries open."""
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -254,6 +255,8 @@ assert extras() == {'llm_jax.extras.labels'}, extras()
 
 
 def test_every_line_of_the_table_of_extras_is_true():
+  for module in ('llm_jax.hf.family', 'llm_jax.infer.harness', 'llm_jax.infer.importers'):
+    importlib.import_module(module)  # whose registries nothing else here imports
   by_kind = {registry.kind: registry for registry in _registries}
   assert {FORMATS, EXPORTERS, VALIDATORS} <= {*_registries}, 'all are imported'
   for kind, names in TABLE.items():
