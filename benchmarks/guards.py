@@ -88,6 +88,7 @@ def work(config: str, workdir: str) -> None:
 def package_of(commit: str, folder: Path) -> Path:
   """The package as it was at a commit."""
   archive = subprocess.run(['git', 'archive', commit, 'llm_jax'], cwd=ROOT, capture_output=True, check=True).stdout
+  folder.mkdir()
   subprocess.run(['tar', 'x', '-C', str(folder)], input=archive, check=True)
   return folder
 

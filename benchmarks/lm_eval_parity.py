@@ -14,6 +14,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,11 @@ class Request(NamedTuple):
   args: tuple
 
 
-def requests(count: int, longest: int, answer: int) -> dict[str, list[tuple]]:
-  """Requests of the three kinds, with contexts from none to `longest` characters and continuations up to `answer`."""
+def requests(number: int, longest: int, answer: int, count: Callable[[str], int]) -> dict[str, list[tuple]]:
+  """Requests of the three kinds, with contexts from none to `longest` characters and continuations up to `answer`.
+
+  `count` counts tokens: `hf` refuses a continuation that adds none, as its first characters end a token of the context.
+  """
   rng = random.Random(0)
   text = '\n'.join(path.read_text() for path in sorted((ROOT / 'docs').glob('*.md')) if path.is_file())
   text = ''.join(c for c in text if c.isascii())
@@ -38,15 +42,16 @@ def requests(count: int, longest: int, answer: int) -> dict[str, list[tuple]]:
     return text[begin:begin + length]
 
   pairs = [('', part(min(20, answer))), ('a  ', part(5)), ('def f(x):\n', '  return x')]
-  for _ in range(count):
+  for _ in range(number):
     whole = part(rng.randint(10, longest))
     cut = rng.randint(1, len(whole) - 1)
     pairs.append((whole[:max(cut, len(whole) - answer)], whole[max(cut, len(whole) - answer):]))
-  pairs = [(context, continuation) for context, continuation in pairs if context.strip() or not context]
-  rolling = [(part(rng.randint(5, 4 * longest)),) for _ in range(count // 4)]
+  pairs = [(context, continuation) for context, continuation in pairs
+           if (context.strip() or not context) and count(context.rstrip()) < count(context + continuation)]
+  rolling = [(part(rng.randint(5, 4 * longest)),) for _ in range(number // 4)]
   options = {'until': ['\n\n'], 'max_gen_toks': NUM_TOKENS, 'do_sample': False}
   return {'loglikelihood': pairs, 'loglikelihood_rolling': rolling,
-          'generate_until': [(part(rng.randint(5, longest)), options) for _ in range(count // 4)]}
+          'generate_until': [(part(rng.randint(5, longest)), options) for _ in range(number // 4)]}
 
 
 def answers(models: dict[str, Any], asked: dict[str, list[tuple]]) -> dict[str, list]:
@@ -101,9 +106,11 @@ def main() -> None:
   if args.workdir is None:
     theirs(args.hf)
     return
+  from llm_jax.data.tokenizers.tokenizer import load_tokenizer
   # `hf` refuses a continuation of more tokens than the context length; a token has a character at least.
   max_len = json.loads((args.workdir / 'config.json').read_text())['model']['max_len']
-  asked = requests(args.count, args.longest, min(60, max_len // 2))
+  tokenizer = load_tokenizer(args.workdir / 'tokenizer.json')
+  asked = requests(args.count, args.longest, min(60, max_len // 2), lambda text: len(tokenizer.encode([text])[0]))
   mine, sizes = ours(args.workdir, asked)
   done = subprocess.run([args.python, __file__, f'--hf={args.hf}'], input=json.dumps(asked), stdout=subprocess.PIPE,
                         text=True, check=True)

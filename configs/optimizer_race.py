@@ -9,18 +9,32 @@ takes a minute on one core of a 2.5 GHz Xeon.
 
 from llm_jax.config import base
 
-# Each at four learning rates around what its authors advise beside AdamW's.
+# Chains behind clip_by_global_norm, each at four learning rates around what their authors advise beside AdamW's.
 RATES = {
     'adamw': (1e-3, 3e-3, 6e-3, 1.2e-2),
-    'muon': (1e-3, 3e-3, 6e-3, 1.2e-2),
+    'muon': (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+    'normuon': (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
     'soap': (1e-3, 3e-3, 6e-3, 1.2e-2),
+    'soap_muon': (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+    'muon,cautious_decay': (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+    'muon,update_floor': (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+    'muon,tail_ema': (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+    'soap_muon,update_floor,cautious_decay,tail_ema': (6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
     'ademamix': (1e-3, 3e-3, 6e-3, 1.2e-2),
-    'schedule_free': (3e-3, 6e-3, 1.2e-2, 2.4e-2),
-    'lion': (1e-4, 3e-4, 6e-4, 1.2e-3),
-    'adafactor': (3e-3, 1e-2, 3e-2, 1e-1),
+    'schedule_free': (1e-3, 3e-3, 6e-3, 1.2e-2),
+    'lion': (3e-4, 6e-4, 1.2e-3, 2.4e-3),
+    'adafactor': (1e-2, 3e-2, 1e-1, 3e-1),
     'prodigy': (0.5, 1.0, 2.0, 4.0),
     'sgd': (0.03, 0.1, 0.3, 1.0),
     'grokfast_ema,adamw': (1e-3, 3e-3, 6e-3, 1.2e-2),
+}
+
+# Settings by link. Decay of weights by a link of its own takes the place of Muon's; the tail is the last quarter.
+WITH = {
+    'schedule_free': {'optim.schedule': 'constant', 'optim.constant.warmup_steps': 20},  # averages instead of decaying
+    'cautious_decay': {'optim.cautious_decay.weight_decay': 0.025},
+    'update_floor': {'optim.update_floor.ratio': 0.3825, 'optim.update_floor.per': 'output'},
+    'tail_ema': {'optim.tail_ema.start': 150},
 }
 
 
@@ -50,9 +64,11 @@ def get_config():
 
 def sweep():
   trials = []
-  for name, rates in RATES.items():
-    # An average of the weights takes the place of a falling learning rate.
-    schedule = ({'optim.schedule': 'constant', 'optim.constant.warmup_steps': 20} if name == 'schedule_free' else {})
-    trials += [{'optim.chain': f'clip_by_global_norm,{name}', 'optim.learning_rate': rate, **schedule}
+  for chain, rates in RATES.items():
+    links = chain.split(',')
+    settings = {name: value for link in links for name, value in WITH.get(link, {}).items()}
+    if {'cautious_decay', 'update_floor'} & set(links):
+      settings[f'optim.{links[0]}.weight_decay'] = 0.0
+    trials += [{'optim.chain': f'clip_by_global_norm,{chain}', 'optim.learning_rate': rate, **settings}
                for rate in rates]
   return trials

@@ -80,16 +80,18 @@ def begun(start: Callable[[], Iterable[np.ndarray]]) -> Iterator[np.ndarray]:
 
 def print_samples(prompt: str, columns: Iterable[np.ndarray], tokenizer: Any, num_samples: int) -> None:
   """Prints the first sample as it is generated, then the others, each of several under a heading."""
+  from llm_jax.data.tokenizers.tokenizer import stop_ids
+
   def heading(i: int) -> str:
     return f'--- sample {i} of {num_samples} ---\n' if num_samples > 1 else ''
 
   rows: list[list[int]] = [[] for _ in range(num_samples)]
-  ended = [False] * num_samples
+  ended, stops = [False] * num_samples, stop_ids(tokenizer)
   decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')  # holds back incomplete characters
   show(heading(1) + prompt)
   for column in columns:
     for i, token in enumerate(column.tolist()):
-      ended[i] = ended[i] or token == tokenizer.eos_id
+      ended[i] = ended[i] or token in stops
       if not ended[i]:
         rows[i].append(token)
         if i == 0:

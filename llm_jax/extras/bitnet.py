@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.base.registry import register
+from llm_jax.base.registry import NoSettings, register
 from llm_jax.layers.clock import progress
 from llm_jax.layers.linear import EINSUMS, Einsum, add_bias, roles_of, weight
+from llm_jax.layers.mlp import MLP, MLPS, relu_squared
 from llm_jax.layers.product import aligned, batch_dims, mixed_einsum
 
 EPS = 1e-5
@@ -35,6 +36,8 @@ class BitNet:
   rounding: Literal['nearest', 'stochastic'] = 'nearest'  # of activations and weights, in training
   warmup_steps: int = 0  # steps over which quantization is blended in linearly; evaluation is always fully quantized
   sub_norm: bool = False  # RMSNorm without a scale before each matrix, in addition to the model's norms
+  out_norm: bool = False  # a learned RMSNorm before the matrices that write to the residual stream
+  out_norm_eps: float = 1e-5
   penalty: float = 0.0  # weight of the mean squared rounding error of weights, in units of their scale
   sparsity_target: float = 0.0  # target share of zeros; 0: no target
   sparsity_weight: float = 1.0  # weight of the squared difference from the target
@@ -101,9 +104,19 @@ def over_outputs(eqn: str, x_scale: jax.Array, w_scale: jax.Array) -> jax.Array:
           * aligned(jnp.squeeze(x_scale, summed_axes(eqn)), rows, y_dims))
 
 
-def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def rms(x: jax.Array, axes: tuple[int, ...], eps: float = EPS) -> jax.Array:
   x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + EPS)
+  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + eps)
+
+
+def normed(module: Einsum, cfg: BitNet, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """The input of a matrix, float32, after the norms over `axes`, its last ones, that the settings name."""
+  x = rms(x, axes) if cfg.sub_norm else x.astype(jnp.float32)
+  if not cfg.out_norm or module.axes[-1] != 'embed':
+    return x
+  sizes = [x.shape[i] for i in axes]
+  scale = weight(module, 'norm', nn.initializers.ones, (math.prod(sizes),), ('norm',))
+  return rms(x, axes, cfg.out_norm_eps) * scale.reshape((1,) * (x.ndim - len(sizes)) + tuple(sizes))
 
 
 class BitEinsum(Einsum):
@@ -119,7 +132,7 @@ class BitEinsum(Einsum):
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
     cfg, axes = self.bitnet, summed_axes(eqn)
     w = weight(self, 'w', self.initializer, self.shape, self.axes, roles_of(eqn))
-    x = rms(x, axes) if cfg.sub_norm else x.astype(jnp.float32)
+    x = normed(self, cfg, x, axes)
     keys: tuple[jax.Array | None, jax.Array | None] = (None, None)
     if cfg.rounding == 'stochastic' and self.has_rng('dropout'):
       keys = tuple(jax.random.split(self.make_rng('dropout')))
@@ -185,12 +198,13 @@ class PackedEinsum(Einsum):
     shape = (*stack, -(-num_inputs // 4), math.prod(outputs))
     packed = cast(jax.Array, self.param('packed', boxed, shape, jnp.uint8))
     scale = weight(self, 'scale', nn.initializers.ones, stack, self.axes[:ends[0]])
-    x = rms(x, axes) if self.bitnet.sub_norm else x.astype(jnp.float32)
+    x = normed(self, self.bitnet, x, axes)
     codes, x_scale = activation_codes(x, self.bitnet.activation_bits, axes)
     y = mixed_einsum(eqn, self.dtype, codes, unpack(packed, num_inputs).reshape(self.shape))
     return add_bias(self, eqn, y * over_outputs(eqn, x_scale, scale))
 
 
 register(EINSUMS, 'bitnet', lambda settings: partial(BitEinsum, bitnet=settings), BitNet)
+register(MLPS, 'relu2glu', lambda settings: partial(MLP, activation=relu_squared, gated=True), NoSettings)
 # Inference-only, for exported models.
 register(EINSUMS, 'packed', lambda settings: partial(PackedEinsum, bitnet=settings), BitNet)

@@ -22,7 +22,8 @@ def pack_hf(codes_OI: np.ndarray) -> np.ndarray:
   if not np.isin(codes_OI, (-1, 0, 1)).all():
     raise ValueError('codes must be -1, 0 and 1')
   bits_4RI = (codes_OI + 1).astype(np.uint8).reshape(4, -1, codes_OI.shape[1])
-  return np.bitwise_or.reduce(bits_4RI << SHIFTS_4[:, None, None], axis=0)
+  # In C order, as safetensors writes the memory of an array.
+  return np.ascontiguousarray(np.bitwise_or.reduce(bits_4RI << SHIFTS_4[:, None, None], axis=0))
 
 
 def unpack_hf(packed_RI: np.ndarray) -> np.ndarray:

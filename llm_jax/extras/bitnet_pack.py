@@ -28,7 +28,8 @@ from llm_jax.optim.matrices import as_matrices, from_matrices, stack_shape
 def packed_model(cfg: Any, weight_bits: str) -> Any:
   """The config of the model with packed matrices; without sub_norm if `cfg` has full precision."""
   bitnet = cfg.sections['bitnet'] if cfg.einsum == 'bitnet' else BitNet(weight_bits=weight_bits)  # type: ignore
-  return dataclasses.replace(cfg, einsum='packed', sections=Sections({'packed': bitnet}))
+  kept = {name: settings for name, settings in cfg.sections.items() if name != 'bitnet'}
+  return dataclasses.replace(cfg, einsum='packed', sections=Sections(kept | {'packed': bitnet}))
 
 
 def pack_params(params: Params, info: Params, weight_bits: str) -> dict[str, np.ndarray]:

@@ -78,8 +78,8 @@ class RewindSpikes:
   """Goes back at least `steps` steps, without the batches used since, when the filter's window has `spikes` spikes.
 
   PaLM's authors went back about 100 steps and left out 200 to 500 batches (arXiv 2204.02311, section 5.1). It looks at
-  logged steps. After `most` rewinds the next one raises DivergedError; those of earlier launches, and of the run that a
-  branch began from, count too.
+  logged steps, and 20 skipped steps in a row end a run, so keep log.every below 20. After `most` rewinds the next one
+  raises DivergedError; those of earlier launches, and of the run that a branch began from, count too.
   """
 
   def __init__(self, steps: int = 100, spikes: int = 3, most: int = 10):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -20,12 +21,14 @@ from llm_jax.base.registry import NoSettings, register
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.base.trees import by_name
 from llm_jax.data.pipeline import example_batch
+from llm_jax.data.tokenizers.tokenizer import stop_ids
 from llm_jax.hf.card import model_card
 from llm_jax.hf.check import can_check, check_folder
-from llm_jax.hf.family import FAMILIES, choose_family, with_biases
+from llm_jax.hf.family import FAMILIES, choose_family, rules_to_write, with_biases
 from llm_jax.hf.hub import push
+from llm_jax.hf.ternary import KINDS
 from llm_jax.hf.tokenizer import tokenizer_files
-from llm_jax.hf.weights import DTYPES, tensors_of, write_weights
+from llm_jax.hf.weights import Entry, tensors_of, write_weights
 from llm_jax.infer.export import FOLDER_FORMATS
 from llm_jax.infer.load import Loaded
 from llm_jax.models.registry import make_model
@@ -41,9 +44,11 @@ class HuggingFaceFormat:
   def write(run: Loaded, args: Any) -> list[str]:
     """Writes args.out by the flags of the command export. Raises UserErrors."""
     max_shard = parse_size(args.max_shard or '5GB')
-    if args.check == 'always' and not can_check():
-      raise ConfigError('--check: compares with transformers, which needs torch and transformers: pip install torch '
-                        'transformers; or leave it out')
+    needs = ('accelerate',) if getattr(run.config.model, 'einsum', '') in KINDS else ()
+    if args.check == 'always' and not can_check(*needs):
+      names = ('torch', 'transformers', *needs)
+      raise ConfigError(f'--check: compares with transformers, which needs {", ".join(names)}: pip install '
+                        f'{" ".join(names)}; or leave it out')
     lines = [f'{args.out}: ' + write_model(
         run, args.out, source=args.workdir, dtype=args.dtype or 'float32', max_shard=max_shard, family=args.family,
         license_name=args.license or '', check=args.check != 'never' and can_check())]
@@ -68,13 +73,14 @@ def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype:
   `source` is the run's folder, for the model card. With `check` it is compared with transformers. Raises ConfigError
   for a model or tokenizer that transformers does not have, StorageError, and MismatchError; then there is no folder.
   """
-  cfg, writes = run.config.model, jax.process_index() == 0
-  model_type, values = choose_family(cfg, family)
-  params, cfg = _with_zeros(run, cfg, FAMILIES[model_type].rules)
+  writes = jax.process_index() == 0
+  model_type, values = choose_family(run.config.model, family)
+  params, cfg = _with_zeros(run, model_type)
   files = {} if run.tokenizer is None else tokenizer_files(run.tokenizer, cfg.max_len)
   ids, found = _special_ids(run), ''
   # torch_dtype is the field's name for transformers 4, dtype for 5.
   config = values | ids | {'torch_dtype': dtype, 'dtype': dtype}
+  tensors = list(tensors_of(params, rules_to_write(cfg, model_type), cfg.num_layers, cfg.vocab_size, dtype))
   aside = folder.with_name(f'{folder.name}.partial')
   with writing(f'--out: {folder}'):
     if writes:
@@ -85,8 +91,6 @@ def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype:
           {name: value for name, value in ids.items() if value is not None}, indent=2) + '\n')
       for name, content in files.items():
         write_file(aside / name, content)
-    rules = FAMILIES[model_type].rules(cfg)
-    tensors = list(tensors_of(params, rules, cfg.num_layers, cfg.vocab_size, dtype))
     with Progress(f'writing {folder}', total=len(tensors), unit='tensors', shown=writes) as progress:
       def counted(make: Any) -> Any:
         def call() -> Any:
@@ -94,16 +98,25 @@ def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype:
           return make()
         return call
 
-      total = write_weights(aside, [(name, shape, counted(make)) for name, shape, make in tensors], dtype, max_shard,
+      total = write_weights(aside, [(name, spec, counted(make)) for name, spec, make in tensors], max_shard,
                             writes=writes)
     if writes:
-      model_card(aside, run, source, model_type, total // DTYPES[dtype].itemsize, dtype, license_name, folder.name)
-      found = _checked(aside) if check else 'not compared with transformers'
+      model_card(aside, run, source, model_type, _num_params(tensors), dtype, license_name, folder.name)
+      found = 'not compared with transformers'
+      if check and getattr(cfg, 'einsum', '') in KINDS and not can_check('accelerate'):
+        found += ', whose BitNet needs the package accelerate'
+      elif check:
+        found = _checked(aside)
       if folder.exists():
         folder.rmdir()  # an empty one
       aside.rename(folder)
   barrier(f'export to {folder}')
   return f'{FAMILIES[model_type].architecture}, {len(tensors)} tensors, {total:,} bytes in {dtype}; {found}'
+
+
+def _num_params(tensors: list[Entry]) -> int:
+  """Parameters in tensors, of which a byte holds four."""
+  return sum(math.prod(spec.shape) * (4 if spec.dtype == np.uint8 else 1) for _, spec, _ in tensors)
 
 
 def _checked(folder: Path) -> str:
@@ -117,10 +130,10 @@ def _checked(folder: Path) -> str:
     raise
 
 
-def _with_zeros(run: Loaded, cfg: Any, rules: Any) -> tuple[dict[str, Any], Any]:
+def _with_zeros(run: Loaded, model_type: str) -> tuple[dict[str, Any], Any]:
   """(the parameters by path, the config), with biases of 0 where the family has some and the model has none."""
-  params, other = by_name(run.params), with_biases(cfg)
-  held = {path for rule in rules(cfg) for path in rule.paths}
+  params, cfg, other = by_name(run.params), run.config.model, with_biases(run.config.model)
+  held = {path for rule in rules_to_write(cfg, model_type) for path in rule.paths}
   if held == set(params) or other is cfg:
     return params, cfg
   like = by_name(meta.unbox(boxed_params(example_batch(run.config.data), model=make_model(other))))
@@ -133,7 +146,7 @@ def _special_ids(run: Loaded) -> dict[str, Any]:
   if run.tokenizer is None:
     return dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
   base = getattr(run.tokenizer, 'base', run.tokenizer)
-  ends = sorted({run.tokenizer.eos_id, base.eos_id})
+  ends = sorted(stop_ids(run.tokenizer))
   return {'bos_token_id': run.tokenizer.bos_id, 'eos_token_id': ends[0] if len(ends) == 1 else ends,
           'pad_token_id': base.eos_id}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import Registry
 from llm_jax.hf.fields import Fields
 from llm_jax.hf.rules import Rule
+from llm_jax.hf.ternary import KINDS, as_packed, has_biases, read_quantization, ternary_rules, write_quantization
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import MODELS
 
@@ -28,6 +30,7 @@ class Family:
   write: Callable[[Any], dict[str, Any]]  # the fields of config.json for our model's config
   rules: Callable[[Any], list[Rule]]  # for our model's config
   prefix: str = 'model.'  # of tensor names, absent in files of models without a head
+  linear_class: str = 'bitlinear'  # of matrices that are written packed; see ternary.py
 
 
 # Instances of Family by model_type.
@@ -44,16 +47,28 @@ def read_model(values: Mapping[str, Any], where: str) -> tuple[Family, Any]:
   family = family_of(values, where)
   hf = Fields(values)
   try:
-    model = family.read(hf)
+    model = read_quantization(hf, family.read(hf))
   except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as e:
     if hf.problems:
       hf.finish(where)
     raise ConfigError(f'{where}: a field has a value of the wrong kind: {type(e).__name__}: {str(e)[:200]}') from None
   hf.finish(where)
   try:
-    return family, build(MODELS.settings(model.get('name', 'decoder')), model, 'config.model')
+    cfg = build(MODELS.settings(model.get('name', 'decoder')), model, 'config.model')
+    if model.get('einsum') == 'packed':
+      inverse = values['quantization_config'].get('linear_class', 'bitlinear') == 'bitlinear'
+      family = dataclasses.replace(family, rules=functools.partial(_packed, family.rules, inverse))
+      family.rules(cfg)  # raises
+      if not inverse and has_biases(cfg):
+        raise ConfigError('quantization_config: autobitlinear with biases, which transformers multiplies by '
+                          'weight_scale')
+    return family, cfg
   except ConfigError as e:
     raise ConfigError(f'{where}: the model cannot be computed here: {e}') from None
+
+
+def _packed(rules: Callable[[Any], list[Rule]], inverse: bool, cfg: Any) -> list[Any]:
+  return ternary_rules(rules(cfg), inverse)
 
 
 def family_of(values: Mapping[str, Any], where: str) -> Family:
@@ -64,9 +79,9 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
                       'AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)')
   if kind not in FAMILIES:
     raise ConfigError(f'{where}: model_type {kind!r} is no family that can be read; {known_names(kind, FAMILIES)}')
-  if values.get('quantization_config'):
-    quantized = values['quantization_config']
-    method = quantized.get('quant_method') if isinstance(quantized, dict) else quantized
+  quantized = values.get('quantization_config') or {}
+  method = quantized.get('quant_method', 'bitnet') if isinstance(quantized, dict) else quantized
+  if method != 'bitnet':
     raise ConfigError(f'{where}: quantization_config: the weights are quantized ({method}); use the model in bfloat16')
   return FAMILIES[kind]
 
@@ -76,6 +91,7 @@ def written(cfg: Any, model_type: str) -> tuple[dict[str, Any], dict[str, tuple[
   family = FAMILIES[model_type]
   try:
     values = {'model_type': model_type, 'architectures': [family.architecture]} | family.write(cfg)
+    values |= write_quantization(cfg, linear_class(cfg, family))
   except (AttributeError, TypeError, ValueError, LookupError) as e:  # the config of another kind of model
     return {}, {'name': (getattr(cfg, 'name', ''), f'decoder ({type(e).__name__})')}
   try:
@@ -132,7 +148,7 @@ def choose_family(cfg: Any, wanted: str | None = None) -> tuple[str, dict[str, A
   """
   if wanted and wanted not in FAMILIES:
     raise ConfigError(f'--family: {wanted!r} is unknown; {known_names(wanted, FAMILIES)}')
-  differing = {}
+  kind, cfg, differing = getattr(cfg, 'einsum', ''), as_packed(cfg), {}
   for model_type in [wanted] if wanted else FAMILIES:
     values, differs = written(cfg, model_type)
     if not differs:
@@ -141,11 +157,25 @@ def choose_family(cfg: Any, wanted: str | None = None) -> tuple[str, dict[str, A
   if with_biases(cfg) is not cfg:
     return choose_family(with_biases(cfg), wanted)
   nearest = min(differing, key=lambda name: ('name' in differing[name], len(differing[name])))
-  lines = [f'config.model.{name}={mine}; it would fit with {theirs}' for name, (mine, theirs) in
-           differing[nearest].items()]
+  lines = [f'config.model.{name.replace("packed.", f"{kind}.")}={mine}; it would fit with {theirs}'
+           for name, (mine, theirs) in differing[nearest].items()]
   raise ConfigError(f'no family of transformers computes this model; the nearest is {nearest}, but\n  '
                     + '\n  '.join(lines)
                     + '\nexport it with --format=llm_jax, or register a family (docs/huggingface.md)')
+
+
+def linear_class(cfg: Any, family: Family) -> str:
+  """That of a model of ours when it is published."""
+  return 'bitlinear' if has_biases(cfg) else family.linear_class
+
+
+def rules_to_write(cfg: Any, model_type: str) -> list[Any]:
+  """The rules by which a model of ours is published; quantized matrices are packed."""
+  family, kind = FAMILIES[model_type], getattr(cfg, 'einsum', '')
+  if kind not in KINDS:
+    return family.rules(cfg)
+  return ternary_rules(family.rules(cfg), linear_class(cfg, family) == 'bitlinear',
+                       cfg.sections['bitnet'].weight_bits if kind == 'bitnet' else None)
 
 
 def read_shape(hf: Fields, *, vocab_size: int, kv_heads: int | None = None, tied: bool,

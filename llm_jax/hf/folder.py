@@ -19,12 +19,14 @@ from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.base.trees import path_of
 from llm_jax.config import Config
 from llm_jax.data.chat.find import folder_template
+from llm_jax.data.chat.template import Template
 from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.data.config import DataConfig
 from llm_jax.data.pipeline import example_batch
 from llm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from llm_jax.hf.family import Family, read_model
+from llm_jax.hf.ternary import as_trained
 from llm_jax.hf.weights import Tensors, check_tensors, check_tied, read_weights
 from llm_jax.infer.importers import IMPORTERS
 from llm_jax.infer.load import Loaded, Opened
@@ -47,7 +49,7 @@ class HuggingFace:
 
   @staticmethod
   def model_values(folder: Path) -> dict[str, Any]:
-    return to_dict(_model(folder)[1])
+    return to_dict(as_trained(_model(folder)[1]))
 
   @staticmethod
   def tokenizer(folder: Path) -> str:
@@ -103,13 +105,34 @@ def _model(folder: Path) -> tuple[Family, Any]:
 
 
 def _tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer:
-  """The folder's tokenizer, with its chat template. Raises ConfigError, DataError."""
+  """The folder's tokenizer, with its chat template and the ids that end a text. Raises ConfigError, DataError."""
   tokenizer = open_tokenizer(name)
   if isinstance(tokenizer, HuggingFaceTokenizer):
     tokenizer.leads = tokenizer.begins_with_bos()
   template = folder_template(folder)
-  if template is None:
-    return tokenizer
+  whole: Any = tokenizer if template is None else _with_template(folder, name, tokenizer, template, vocab_size)
+  whole.other_ends = _ends(folder)
+  return whole
+
+
+def _ends(folder: Path) -> list[int]:
+  """eos_token_id of generation_config.json, or else of config.json: one or several. Raises StorageError."""
+  for name in ('generation_config.json', 'config.json'):
+    path = folder / name
+    try:
+      found = json.loads(path.read_text())['eos_token_id'] if path.is_file() else None
+    except (OSError, ValueError, RecursionError, TypeError) as e:
+      raise StorageError(f'{path}: damaged: {e}') from None
+    except KeyError:
+      continue
+    ends = [i for i in (found if isinstance(found, list) else [found]) if type(i) is int]
+    if ends:
+      return ends
+  return []
+
+
+def _with_template(folder: Path, name: str, tokenizer: Tokenizer, template: Template, vocab_size: int) -> ChatTokenizer:
+  """Raises ConfigError, DataError."""
   chat = ChatTokenizer(tokenizer, template)
   if chat.added and len(chat.token_bytes) > vocab_size:
     raise ConfigError(f'{folder}: the chat template needs the tokens {", ".join(chat.added[:5])}, which '

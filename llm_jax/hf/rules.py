@@ -35,10 +35,15 @@ class Rule(NamedTuple):
   def stacked(self) -> bool:
     return '{l}' in self.theirs
 
+  @property
+  def is_bytes(self) -> bool:
+    """Whether the tensor is uint8, and not numbers in the precision of the folder."""
+    return False
+
   def shapes(self, sizes: Mapping[str, Shape], vocab_size: int) -> list[Shape]:
     """The shape of each part of the tensor. `sizes` are the shapes of parameters in one layer, by path."""
     own = [self._sizes(sizes[path], vocab_size) for path in self.paths]
-    return [tuple(math.prod(part[d] for d in group) for group in _groups(self.their_dims)) for part in own]
+    return [tuple(math.prod(part[d] for d in group) for group in letters(self.their_dims)) for part in own]
 
   def shape(self, sizes: Mapping[str, Shape], vocab_size: int) -> Shape:
     """The shape of the tensor."""
@@ -49,7 +54,7 @@ class Rule(NamedTuple):
 
   def write(self, arrays: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
     """The tensor from the parameters of one layer. Of tables padded to a multiple, the padding is left out."""
-    mine, groups = self.our_dims.split(), _groups(self.their_dims)
+    mine, groups = self.our_dims.split(), letters(self.their_dims)
     parts = []
     for array in arrays:
       cut = array[tuple(slice(vocab_size if d == 'V' else None) for d in mine)]
@@ -61,7 +66,7 @@ class Rule(NamedTuple):
 
   def read(self, tensor: np.ndarray, sizes: Mapping[str, Shape], vocab_size: int) -> Iterator[tuple[str, np.ndarray]]:
     """(path, parameter in one layer) of what the tensor holds. Tables are padded with zeros."""
-    groups, mine = _groups(self.their_dims), self.our_dims.split()
+    groups, mine = letters(self.their_dims), self.our_dims.split()
     order = [d for group in groups for d in group]
     ends = np.cumsum([part[self.axis] for part in self.shapes(sizes, vocab_size)])
     for path, piece in zip(self.paths, np.split(tensor, ends[:-1], self.axis), strict=True):
@@ -74,7 +79,7 @@ class Rule(NamedTuple):
     return {d: vocab_size if d == 'V' else size for d, size in zip(self.our_dims.split(), shape, strict=True)}
 
 
-def _groups(dims: str) -> list[list[str]]:
+def letters(dims: str) -> list[list[str]]:
   """'(N H) D' as [['N', 'H'], ['D']]."""
   return [(merged or single).split() for merged, single in re.findall(r'\(([^)]*)\)|(\S+)', dims)]
 

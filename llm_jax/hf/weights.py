@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from llm_jax.hf.rules import Rule, check_complete, tensor_names
 
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 DTYPES = {'float32': np.dtype(np.float32), 'float16': np.dtype(np.float16), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
+Entry = tuple[str, jax.ShapeDtypeStruct, Callable[[], np.ndarray]]  # a tensor to write: name, shape and dtype, function
 _READABLE = {'F64', 'F32', 'F16', 'BF16'}
 # Tensors that are computed and not learned, in files of older versions.
 _COMPUTED = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq')
@@ -38,18 +40,19 @@ class Tensors:
     self.files = _files(folder)
     self._open = functools.lru_cache(maxsize=2)(lambda path: safe_open(path, 'numpy'))
 
-  def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor as float32."""
+  def read(self, name: str, shape: tuple[int, ...], is_bytes: bool = False) -> np.ndarray:
+    """One tensor as float32, or as uint8."""
     path = self.files[name]
     try:
       f = self._open(path)
       piece = f.get_slice(name)
-      if piece.get_dtype() not in _READABLE:
-        raise ConfigError(f'{path}: {name} is {piece.get_dtype()}; only {", ".join(sorted(_READABLE))} can be read: '
-                          'use the model in bfloat16')
+      readable = {'U8'} if is_bytes else _READABLE
+      if piece.get_dtype() not in readable:
+        raise ConfigError(f'{path}: {name} is {piece.get_dtype()}; only {", ".join(sorted(readable))} can be read'
+                          + ('' if is_bytes else ': use the model in bfloat16'))
       if tuple(piece.get_shape()) != shape:
         raise StorageError(f'{path}: {name} is {tuple(piece.get_shape())}, but by config.json it must be {shape}')
-      return f.get_tensor(name).astype(np.float32)
+      return f.get_tensor(name).astype(np.uint8 if is_bytes else np.float32)
     except (OSError, SafetensorError, KeyError, ValueError) as e:
       raise StorageError(f'{path}: damaged: {e}') from None
 
@@ -126,7 +129,7 @@ def read_weights(tensors: Tensors, rules: Sequence[Rule], names: dict[str, str],
                                                 out_shardings=leaf.sharding)()
                                   for path, leaf in leaves.items() if path in stacked}
   for name, rule, layer in tensor_names(rules, num_layers):
-    tensor = tensors.read(names[name], rule.shape(sizes, vocab_size))
+    tensor = tensors.read(names[name], rule.shape(sizes, vocab_size), rule.is_bytes)
     for path, x in rule.read(tensor, sizes, vocab_size):
       sharding = leaves[path].sharding
       if rule.stacked:
@@ -139,22 +142,26 @@ def read_weights(tensors: Tensors, rules: Sequence[Rule], names: dict[str, str],
 
 
 def _placed(x: np.ndarray, sharding: Any) -> jax.Array:
-  return jax.make_array_from_callback(x.shape, sharding, lambda index: np.ascontiguousarray(x[index]))
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index], order='C'))
 
 
 def tensors_of(params: dict[str, Any], rules: Sequence[Rule], num_layers: int, vocab_size: int,
-               dtype: str) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-  """(name, shape, function that returns the tensor) of all parameters, which all processes must call in turn."""
+               dtype: str) -> Iterator[Entry]:
+  """All parameters; all processes must call the functions in turn. Bytes stay bytes in any `dtype`."""
   check_complete(rules, list(params))
   stacked = {path for rule in rules if rule.stacked for path in rule.paths}
   sizes = {path: x.shape[1:] if path in stacked else x.shape for path, x in params.items()}
 
+  def kind(rule: Rule) -> np.dtype:
+    return np.dtype(np.uint8) if rule.is_bytes else DTYPES[dtype]
+
   def tensor(rule: Rule, layer: int) -> np.ndarray:
     parts = [_on_host(params[path], layer) for path in rule.paths]
-    return rule.write(parts, vocab_size).astype(DTYPES[dtype], order='C')
+    return rule.write(parts, vocab_size).astype(kind(rule), order='C')  # safetensors writes the memory of an array
 
   for name, rule, layer in tensor_names(rules, num_layers):
-    yield name, rule.shape(sizes, vocab_size), functools.partial(tensor, rule, layer)
+    spec = jax.ShapeDtypeStruct(rule.shape(sizes, vocab_size), kind(rule))
+    yield name, spec, functools.partial(tensor, rule, layer)
 
 
 def _on_host(x: Any, layer: int) -> np.ndarray:
@@ -166,16 +173,15 @@ def _on_host(x: Any, layer: int) -> np.ndarray:
   return np.asarray(whole.addressable_data(0))
 
 
-def write_weights(folder: Path, tensors: Iterable[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]], dtype: str,
-                  max_bytes: int, *, writes: bool = True) -> int:
+def write_weights(folder: Path, tensors: Iterable[Entry], max_bytes: int, *, writes: bool = True) -> int:
   """Writes safetensors of at most `max_bytes`, if one tensor is not larger, and their index; returns all bytes.
 
   `writes` False only takes part in gathering the tensors. Raises OSError.
   """
-  item, size, total = DTYPES[dtype].itemsize, 0, 0
+  size = total = 0
   shards: list[list[Any]] = [[]]
   for entry in tensors:
-    own = int(np.prod(entry[1])) * item
+    own = math.prod(entry[1].shape) * entry[1].dtype.itemsize
     if size + own > max_bytes and shards[-1]:
       shards.append([])
       size = 0

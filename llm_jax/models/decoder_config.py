@@ -231,7 +231,7 @@ class DecoderConfig(StackConfig):
     if not MLPS.origin(self.mlp).startswith('llm_jax.'):
       return None
     D, N, H, K, F = self.embed_dim, self.num_heads, self.H, self.K, self.F
-    gated = self.mlp in ('swiglu', 'geglu')
+    gated = self.mlp in ('swiglu', 'geglu', 'relu2glu')
     matrices = self.num_layers * (D * N * H * 2 + D * K * H * 2 + D * F * (3 if gated else 2)) + D * self.V
     seen = [min(layer.window or seq_len, seq_len) for layer in self.layers]
     attended = self.num_layers / len(seen) * sum(s * (1 - s / (2 * seq_len)) for s in seen)  # mean keys per token

@@ -89,7 +89,7 @@ def test_round_trips_of_random_configs_are_bit_equal(model_type, tmp_path, mesh)
     assert meaning(read_model(back, 'written')[1]) == meaning(cfg)
     out.mkdir()
     write_weights(out, tensors_of(by_name(params), family.rules(cfg), cfg.num_layers, cfg.vocab_size, 'float32'),
-                  'float32', 20_000)
+                  20_000)
     assert len(list(out.glob('model-*-of-*.safetensors'))) > 1
     mine, theirs = Tensors(out), Tensors(folder)
     assert mine.files.keys() == theirs.files.keys()

@@ -50,6 +50,20 @@ def test_generate_and_evaluate_read_the_folder(folder, capsys):
     evaluate.main([f'--workdir={folder}/model'])
 
 
+@pytest.mark.parametrize('ends', [list(range(300)), 280])
+def test_a_text_ends_at_each_eos_of_generation_config(folder, capsys, ends):
+  """With every id among them no text has a token; ids that the model never writes change nothing."""
+  out = folder / 'model/generation_config.json'
+  out.write_text(json.dumps({'eos_token_id': ends}))
+  generate.main([f'--workdir={folder}/model', '--prompt=def ', '--num_tokens=4', '--temperature=0'])
+  assert (capsys.readouterr().out.strip() == 'def') == (ends != 280)
+  run = load_run(folder / 'model', make_mesh(MeshConfig(), jax.devices()[:1]))
+  write_model(run, folder / f'ends_{ends == 280}')
+  written = json.loads((folder / f'ends_{ends == 280}/generation_config.json').read_text())['eos_token_id']
+  assert set(written) >= set(np.atleast_1d(ends).tolist())
+  out.unlink()
+
+
 def test_a_run_starts_from_it_and_is_exported_again(folder, capsys):
   """The command line's start.run brings the model and the tokenizer; without training the weights stay bit-equal."""
   main.main([f'--config={folder}/tiny.py', f'--workdir={folder}/run', f'--config.start.run={folder}/model',

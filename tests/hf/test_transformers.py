@@ -48,5 +48,5 @@ def test_in_and_out_equal_transformers(model_type, tmp_path):
     ids = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
     (out / 'config.json').write_text(json.dumps(config | ids))
     rules = REGISTERED[chosen].rules(cfg)
-    write_weights(out, tensors_of(by_name(params), rules, cfg.num_layers, cfg.vocab_size, 'float32'), 'float32', 10**9)
+    write_weights(out, tensors_of(by_name(params), rules, cfg.num_layers, cfg.vocab_size, 'float32'), 10**9)
     np.testing.assert_allclose(theirs(out, tokens), wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=str(config))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -222,9 +223,16 @@ def _from_json(spec: Any, ends: tuple[str, str] | None = None) -> Tokenizer:
                   'a Hugging Face tokenizer.json has a "model" instead')
 
 
+def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+  """Ids that end a generated text: eos, that of the tokenizer under a chat template, and those of a published model."""
+  base = getattr(tokenizer, 'base', tokenizer)
+  return frozenset({tokenizer.eos_id, base.eos_id, *getattr(tokenizer, 'other_ends', ())})
+
+
 def before_eos(tokenizer: Tokenizer, row: list[int]) -> list[int]:
-  """The ids before the first eos."""
-  return row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+  """The ids before the first of `stop_ids`."""
+  stops = stop_ids(tokenizer)
+  return list(itertools.takewhile(lambda i: i not in stops, row))
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

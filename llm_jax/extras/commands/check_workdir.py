@@ -56,7 +56,7 @@ def check_steps(folder: Path, adopt: bool) -> Iterator[Row]:
     else:
       state = 'unverified'
     yield row_of(folder, step, 'damaged' if problems else state, problems)
-  for path in sorted(folder.glob('*.corrupt-*')):
+  for path in sorted(path for why in ('corrupt', 'rewound') for path in folder.glob(f'*.{why}-*')):
     yield {'step': path.name, 'state': 'set aside', 'files': None, 'bytes': None, 'score': None, 'problems': []}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.data.tokenizers.tokenizer import stop_ids
 from llm_jax.extras.serving.requests import ApiError, Request
 from llm_jax.infer.text import fit_prompt
 
@@ -31,11 +32,12 @@ class Text:
   held: str = ''
 
   def __post_init__(self) -> None:
+    self.ends = stop_ids(self.tokenizer)
     self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
   def add(self, token: int) -> str:
     """The text that the next token completes."""
-    if token == self.tokenizer.eos_id:
+    if token in self.ends:
       return self.end('stop')
     return self._advance(self.decoder.decode(self.tokenizer.token_bytes[token]))
 
