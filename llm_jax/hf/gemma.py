@@ -93,7 +93,8 @@ def _write_scores(cfg: DecoderConfig) -> dict[str, Any]:
   scalar = (cfg.query_scale or cfg.H ** -0.5) ** -2
   return {'query_pre_attn_scalar': round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar,
           'attn_logit_softcapping': cfg.attention_soft_cap or None,
-          'final_logit_softcapping': cfg.logit_soft_cap or None, 'sliding_window': max(windows_of(cfg)) or None,
+          'final_logit_softcapping': cfg.logit_soft_cap or None,
+          'sliding_window': max(windows_of(cfg)) or 4096,  # a number even if no layer has a window
           'layer_types': layer_types(cfg)}
 
 

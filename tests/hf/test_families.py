@@ -175,6 +175,15 @@ def test_a_stored_readout_that_differs_from_the_tied_embedding_is_refused(tmp_pa
     load_run(tmp_path, mesh)
 
 
+@pytest.mark.parametrize('model_type', ['gemma2', 'gemma3_text'])
+def test_gemma_without_sliding_layers_is_written_with_a_window(model_type):
+  """transformers does not load one without."""
+  values = random_config(model_type, random.Random(0))
+  values['layer_types'] = ['full_attention'] * values['num_hidden_layers']
+  back, differs = written(read_model(values, '')[1], model_type)
+  assert not differs and back['sliding_window'] > 0
+
+
 def test_a_scaling_that_no_layer_has_is_left_out():
   values = random_config('gemma3_text', random.Random(2)) | {
       'num_hidden_layers': 2, 'layer_types': ['sliding_attention'] * 2, 'rope_theta': 1e6,
