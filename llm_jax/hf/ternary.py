@@ -91,7 +91,7 @@ class Ternary(NamedTuple):
 
 
 def quantized(w: np.ndarray, bits: str) -> tuple[np.ndarray, np.ndarray]:
-  """extras.bitnet.weight_codes in NumPy."""
+  """extras.bitnet.weight_codes in NumPy, as the matrix is on the host, and in each of several processes."""
   scale = np.maximum(np.mean(np.abs(w), dtype=np.float64), EPS).astype(np.float32)
   if bits == '1':
     return np.where(w >= np.mean(w, dtype=np.float64).astype(np.float32), 1, -1).astype(np.int8), scale

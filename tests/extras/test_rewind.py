@@ -16,6 +16,7 @@ from llm_jax.base.builder import build
 from llm_jax.base.errors import ConfigError, DivergedError, StorageError
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.config import Config
+from llm_jax.extras.commands.check_workdir import check_steps
 from llm_jax.infer.load import load_run
 from llm_jax.training.event import Event
 from llm_jax.training.rewind import FILE, gaps_after, read_journal
@@ -72,6 +73,14 @@ def test_a_rewound_run_ends_like_one_with_a_copy_of_its_journal(folder, config, 
   plain = lines(config, folder / 'plain')
   assert [step for step in plain if plain[step] != found[step]] == list(range(9, 17))
   assert not list(workdir.glob('checkpoints/*corrupt*'))
+
+
+def test_check_lists_checkpoints_that_were_set_aside(tmp_path):
+  names = ['4.corrupt-1', '8.rewound-1']
+  for name in names:
+    (tmp_path / name).mkdir()
+  assert [(row['step'], row['state']) for row in check_steps(tmp_path, adopt=False)] == [
+      (name, 'set aside') for name in names]
 
 
 def test_a_rewound_run_resumes_with_the_same_bits(folder, config, rewound):

@@ -242,7 +242,6 @@ def test_damaged_codes_and_scales_are_refused(tmp_path, mesh):
 
 
 def test_packing_keeps_the_settings_of_other_parts():
-  """The eps of RMSNorm was lost."""
   cfg = read_model(CONFIGS['llama'] | {'quantization_config': {'quant_method': 'bitnet'} | KINDS['online']}, '')[1]
   assert packed_model(cfg, '1.58').sections['rms_norm'].eps == 1e-5
   assert packed_model(cfg, '1.58').sections['packed'] == BitNet()

@@ -224,7 +224,10 @@ def _from_json(spec: Any, ends: tuple[str, str] | None = None) -> Tokenizer:
 
 
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-  """Ids that end a generated text: eos, that of the tokenizer under a chat template, and those of a published model."""
+  """Ids that end a generated text: eos, the eos of the tokenizer under a chat template, and `other_ends` if it has any.
+
+  `other_ends` are the further eos_token_ids of a published model.
+  """
   base = getattr(tokenizer, 'base', tokenizer)
   return frozenset({tokenizer.eos_id, base.eos_id, *getattr(tokenizer, 'other_ends', ())})
 
