@@ -37,7 +37,7 @@ class BitNet:
   warmup_steps: int = 0  # steps over which quantization is blended in linearly; evaluation is always fully quantized
   sub_norm: bool = False  # RMSNorm without a scale before each matrix, in addition to the model's norms
   out_norm: bool = False  # a learned RMSNorm before the matrices that write to the residual stream
-  out_norm_eps: float = 1e-5
+  out_norm_eps: float = 1e-5  # added to the mean square in that norm
   penalty: float = 0.0  # weight of the mean squared rounding error of weights, in units of their scale
   sparsity_target: float = 0.0  # target share of zeros; 0: no target
   sparsity_weight: float = 1.0  # weight of the squared difference from the target
