@@ -30,6 +30,11 @@ def only_cpus() -> bool:
   return all(device.platform == 'cpu' for device in jax.devices())
 
 
+def platform() -> str:
+  """cpu, gpu or tpu: the platform of the devices that programs are compiled for."""
+  return jax.devices()[0].platform
+
+
 def peak_flops(devices: list[jax.Device]) -> float | None:
   """The sum over all devices; None where the kind is not in the table, as for CPUs."""
   kind = devices[0].device_kind

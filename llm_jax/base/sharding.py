@@ -22,6 +22,8 @@ BATCH_AXES = ('data', 'fsdp')
 RULES: dict[str, str | tuple[str, ...] | None] = {
     'act_batch': BATCH_AXES,
     'act_length': None,
+    'act_stream': 'tensor',  # the length of the residual stream between layers (sequence parallel, arXiv 2205.05198)
+    'act_lookup': 'data',  # the rows of a batch while they are looked up in a table; see layers/embed.py
     'act_embed': None,
     'act_heads': 'tensor',
     'act_kv_heads': 'tensor',
@@ -94,6 +96,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return x
   fitting = [entry if size % _num_shards(entry, mesh) == 0 else None for size, entry in zip(x.shape, spec, strict=True)]
   return jax.lax.with_sharding_constraint(x, P(*fitting))
+
+
+def gathered(w: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """A weight with these logical axes, whole where it is sharded only to save memory; no effect outside a mesh."""
+  return constrain(w, *(None if RULES[axis] == 'fsdp' else axis for axis in axes))
 
 
 def _num_shards(entry: str | tuple[str, ...] | None, mesh: Any) -> int:

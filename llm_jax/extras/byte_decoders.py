@@ -85,7 +85,8 @@ class Transformer(nn.Module):
     return DecoderConfig(
         num_layers=cfg.decoder_layers, embed_dim=cfg.embed_dim, num_heads=cfg.num_heads, mlp=cfg.mlp, mlp_dim=cfg.F,
         norm=cfg.norm, use_bias=cfg.use_bias, positions='rope', attention=cfg.attention, init_std=cfg.init_std,
-        dropout=cfg.dropout, dtype=cfg.operand_dtype.name)
+        dropout=cfg.dropout, dtype=cfg.operand_dtype.name, product_dtype=cfg.product_dtype,
+        gradient_dtype=cfg.gradient_dtype)
 
   def __call__(self, contexts_BMD: jax.Array, table_VD: jax.Array, ids_BMP: jax.Array, train: bool) -> jax.Array:
     (B, M, P), D = ids_BMP.shape, table_VD.shape[1]

@@ -26,7 +26,8 @@ from llm_jax.extras.byte_decoders import LOCAL
 from llm_jax.extras.linear_attention import CHUNK, empty_state, linear_attention
 from llm_jax.extras.thinking import Think
 from llm_jax.layers.attention import Layer, MultiHead, causal_attention
-from llm_jax.layers.linear import Embed, weight
+from llm_jax.layers.embed import Embed
+from llm_jax.layers.linear import weight
 from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.losses.readout import Readout
 from llm_jax.models.blocks import PARTS, OutputMatrix, make_einsum, make_heads, make_mlp, make_norm, make_readout
@@ -212,7 +213,8 @@ class BytePatch(nn.Module):
     B, M = e_BMQE.shape[:2]
     if positions_BM is None:
       positions_BM = jnp.broadcast_to(jnp.arange(M), (B, M))
-    x_BMD = constrain(self.patch('BTPE,PED->BTD', e_BMQE), 'act_batch', 'act_length', 'act_embed')
+    x_BMD = self.patch('BTPE,PED->BTD', e_BMQE).astype(jnp.float32)
+    x_BMD = constrain(x_BMD, 'act_batch', 'act_length', 'act_embed')
     dropout_key = self.make_rng('dropout') if train and cfg.dropout else None
     if cache is not None:
       x_BMD, cache = apply_layers(self.block, unstack(self.blocks, cfg.operand_dtype), x_BMD, positions_BM, patches,

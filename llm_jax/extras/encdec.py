@@ -15,14 +15,21 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.base.batch import Batch, Cache
 from llm_jax.base.registry import register
-from llm_jax.base.sharding import constrain
 from llm_jax.layers.attention import Attention, AttentionMask, Layer, MultiHead
 from llm_jax.layers.cache import KVCache
+from llm_jax.layers.embed import Embed
 from llm_jax.layers.kernels import attend_to_slots
-from llm_jax.layers.linear import Embed
 from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.losses.readout import Readout
-from llm_jax.models.blocks import OutputMatrix, make_heads, make_mlp, make_norm
+from llm_jax.models.blocks import (
+  OutputMatrix,
+  activation_dtype,
+  add_to_stream,
+  make_heads,
+  make_mlp,
+  make_norm,
+  off_stream,
+)
 from llm_jax.models.decoder import Block, Decoder
 from llm_jax.models.decoder_config import DecoderConfig, require
 from llm_jax.models.registry import MODELS
@@ -112,14 +119,14 @@ class CrossBlock(nn.Module):
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
     own, crossed = (None, None) if cache is None else (cache['self'], cache['cross'])
     attend = make_heads(cfg, Attention, out_init, name='attn')
-    h_BTD, own = attend(norm(name='attn_norm')(x_BTD), positions_BT, read.self_mask, own, layer)
-    x_BTD = x_BTD + dropout(h_BTD)
+    h_BTD, own = attend(off_stream(norm(name='attn_norm')(x_BTD)), positions_BT, read.self_mask, own, layer)
+    x_BTD = add_to_stream(x_BTD, dropout(h_BTD))
     look_up = make_heads(cfg, CrossAttention, out_init, name='cross')
-    h_BTD, crossed = look_up(norm(name='cross_norm')(x_BTD), read.encoded_BSD, read.mask_BTS, crossed)
-    x_BTD = x_BTD + dropout(h_BTD)
+    h_BTD, crossed = look_up(off_stream(norm(name='cross_norm')(x_BTD)), read.encoded_BSD, read.mask_BTS, crossed)
+    x_BTD = add_to_stream(x_BTD, dropout(h_BTD))
     mlp = make_mlp(cfg, out_init, name='mlp')
-    x_BTD = x_BTD + dropout(mlp(norm(name='mlp_norm')(x_BTD)))
-    return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed'), cache and {'self': own, 'cross': crossed}
+    x_BTD = add_to_stream(x_BTD, dropout(mlp(off_stream(norm(name='mlp_norm')(x_BTD)))))
+    return x_BTD, cache and {'self': own, 'cross': crossed}
 
 
 class EncDec(nn.Module):
@@ -134,14 +141,14 @@ class EncDec(nn.Module):
 
   def setup(self) -> None:
     cfg = self.cfg
-    init = nn.initializers.normal(cfg.embed_std)
-    self.embed = Embed(cfg.V, cfg.embed_dim, init)
+    init, dtype = nn.initializers.normal(cfg.embed_std), activation_dtype(cfg, 'stream_dtype')
+    self.embed = Embed(cfg.V, cfg.embed_dim, init, dtype=dtype)
     if cfg.encoder_vocab_size:
-      self.encoder_embed = Embed(cfg.encoder_vocab_size, cfg.embed_dim, init)
+      self.encoder_embed = Embed(cfg.encoder_vocab_size, cfg.embed_dim, init, dtype=dtype)
     if cfg.positions == 'learned':
       axes = ('positions', 'embed')
-      self.positions = Embed(cfg.max_len or 0, cfg.embed_dim, init, axes=axes)
-      self.encoder_positions = Embed(cfg.S, cfg.embed_dim, init, axes=axes)
+      self.positions = Embed(cfg.max_len or 0, cfg.embed_dim, init, axes, dtype)
+      self.encoder_positions = Embed(cfg.S, cfg.embed_dim, init, axes, dtype)
     self.dropout = nn.Dropout(cfg.dropout)
     self.encoder_block = Block(dataclasses.replace(cfg, num_layers=cfg.encoder_layers, windows=(0,)), parent=None)
     self.encoder = self.param('encoder', init_stack(self.encoder_block, cfg.encoder_layers, cfg.embed_dim))
@@ -180,7 +187,7 @@ class EncDec(nn.Module):
     both_ways = AttentionMask(segments_BS, jnp.ones_like(tokens_BS, bool))
     x_BSD = self._run(self.encoder_block, self.encoder, x_BSD, positions_BS, both_ways, self.encoder_block.cfg.layers,
                       train)
-    return self.encoder_norm(x_BSD)
+    return off_stream(self.encoder_norm(x_BSD))
 
   def hidden(self, tokens_BT, positions_BT, read: Read, train: bool = False):
     """The decoder's residual stream after all blocks [B, T, D]."""
@@ -189,7 +196,6 @@ class EncDec(nn.Module):
 
   def _run(self, block, params, x_BTD, positions_BT, context: Any, layers, train):
     cfg = self.cfg
-    x_BTD = constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
     dropout_key = self.make_rng('dropout') if train else None
     if dropout_key is not None:
       key = jax.random.fold_in(dropout_key, jax.tree.leaves(params)[0].shape[0])

@@ -1,7 +1,4 @@
-"""Einsum and Embed, the modules that own all matrices, with their dtype, logical axes and initialization.
-
-Dims: B batch, T length, E experts, D embed, V vocab.
-"""
+"""Einsum, the module that owns matrices, with their dtypes, logical axes and initialization."""
 
 from __future__ import annotations
 
@@ -39,7 +36,7 @@ def weight(module: nn.Module, name: str, initializer: Initializer, shape: tuple[
 
 
 class Einsum(nn.Module):
-  """y = einsum(eqn, x, w) (+ b), float32. One matrix per expert: Einsum(shape=(E, D, F))('EBCD,EDF->EBCF', x).
+  """y = einsum(eqn, x, w) (+ b), in `out_dtype`. One matrix per expert: Einsum(shape=(E, D, F))('EBCD,EDF->EBCF', x).
 
   The bias has the last `bias_dims` output dimensions of the weight, and its batch dimensions.
   """
@@ -47,14 +44,17 @@ class Einsum(nn.Module):
   shape: tuple[int, ...]
   axes: tuple[str, ...]  # logical, one per weight dimension
   initializer: Initializer
-  dtype: Dtype = jnp.bfloat16
+  dtype: Dtype = jnp.bfloat16  # of operands
+  out_dtype: Dtype = jnp.float32
+  grad_dtype: Dtype = jnp.float32  # in which devices sum their parts of the gradient
   bias_dims: int = 0
 
   @nn.compact
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
     w = weight(self, 'w', self.initializer, self.shape, self.axes, roles_of(eqn))
     copy: jax.Array | None = self.get_variable('copies', 'w')  # w in a lower precision; see stack.apply_stack
-    return add_bias(self, eqn, checkpoint_name(mixed_einsum(eqn, self.dtype, x, w, copy), 'matmul'))
+    y = mixed_einsum(eqn, self.dtype, x, w, copy, self.out_dtype, self.grad_dtype, self.axes)
+    return add_bias(self, eqn, checkpoint_name(y, 'matmul'))
 
 
 def add_bias(module: Einsum, eqn: str, y: jax.Array) -> jax.Array:
@@ -67,7 +67,7 @@ def add_bias(module: Einsum, eqn: str, y: jax.Array) -> jax.Array:
   kept = [i for i, role in enumerate(roles) if role == 'batch' or i in outputs]
   b = weight(module, 'b', nn.initializers.zeros, tuple(module.shape[i] for i in kept),
              tuple(module.axes[i] for i in kept), tuple(roles[i] for i in kept))
-  return y + aligned(b, ''.join(w_dims[i] for i in kept), y_dims)
+  return y + aligned(b, ''.join(w_dims[i] for i in kept), y_dims).astype(y.dtype)
 
 
 def copy_of(module: nn.Module, w: jax.Array) -> jax.Array:
@@ -76,27 +76,6 @@ def copy_of(module: nn.Module, w: jax.Array) -> jax.Array:
   return w if copy is None else copy
 
 
-class Embed(nn.Module):
-  """A table w [V, D] whose rows are looked up."""
-
-  num_embeddings: int
-  embed_dim: int
-  initializer: Initializer
-  axes: tuple[str, str] = ('vocab', 'embed')
-
-  def setup(self) -> None:
-    self.w = weight(self, 'w', self.initializer, (self.num_embeddings, self.embed_dim), self.axes,
-                    ('row', 'out'))
-
-  @property
-  def matrix(self) -> jax.Array:
-    """w, or its copy in a lower precision."""
-    return copy_of(self, self.w)
-
-  def encode(self, tokens_BT: jax.Array) -> jax.Array:
-    return jnp.take(self.w, tokens_BT, axis=0, mode='clip')
-
-
 # Kinds of matrices between hidden states: subclasses of Einsum. EINSUMS[name](settings) is called like Einsum.
-EINSUMS = Registry('einsum', factory_of('bias_dims', 'dtype'))
+EINSUMS = Registry('einsum', factory_of('bias_dims', 'dtype', 'out_dtype', 'grad_dtype'))
 register(EINSUMS, 'full', lambda settings: Einsum, NoSettings)

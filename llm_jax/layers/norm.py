@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, in float32."""
+"""RMSNorm and LayerNorm: computed in float32, returned in the dtype of the input."""
 
 import functools
 from typing import Any
@@ -13,40 +13,41 @@ from llm_jax.layers.linear import weight
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   """x / rms(x) * scale over the last axis (arXiv 1910.07467)."""
-  return _norm(False, eps, x.astype(jnp.float32), scale)
+  return _norm(False, eps, x, scale).astype(x.dtype)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
   """(x - mean) / std * scale (+ bias) over the last axis (arXiv 1607.06450)."""
-  y = _norm(True, eps, x.astype(jnp.float32), scale)
-  return y if bias is None else y + _like(bias, x)
+  y = _norm(True, eps, x, scale)
+  return (y if bias is None else y + _like(bias, x)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _norm(centered: bool, eps: float, x: jax.Array, scale: jax.Array) -> jax.Array:
-  """Either norm, with a gradient that needs fewer passes over memory than the automatic one."""
+  """Either norm, float32, with a gradient that needs fewer passes over memory than the automatic one."""
   return _norm_fwd(centered, eps, x, scale)[0]
 
 
 def _norm_fwd(centered: bool, eps: float, x: jax.Array, scale: jax.Array) -> tuple[jax.Array, Any]:
   # Both sums in one pass, over differences from the first feature, so that a large mean does not cancel the variance.
+  saved, x = x, x.astype(jnp.float32)
   shift = x[..., :1] if centered else jnp.zeros((), x.dtype)
   mean = jnp.mean(x - shift, axis=-1, keepdims=True) if centered else shift
   variance = jnp.mean((x - shift) ** 2, axis=-1, keepdims=True) - mean * mean
   mean += shift
   inv_std = jax.lax.rsqrt(jnp.maximum(variance, 0) + eps)
-  return (x - mean) * inv_std * _like(scale, x), (x, mean, inv_std, scale)
+  return (x - mean) * inv_std * _like(scale, x), (saved, mean, inv_std, scale)
 
 
 def _norm_bwd(centered: bool, eps: float, residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
   del eps
   x, mean, inv_std, scale = residuals
-  x_hat = (x - mean) * inv_std
+  x_hat = (x.astype(jnp.float32) - mean) * inv_std
   dx_hat = dy * _like(scale, x)
   dx = dx_hat - x_hat * jnp.mean(dx_hat * x_hat, axis=-1, keepdims=True)
   if centered:
     dx -= jnp.mean(dx_hat, axis=-1, keepdims=True)
-  return dx * inv_std, jnp.sum(dy * x_hat, axis=tuple(range(x.ndim - 1)))
+  return (dx * inv_std).astype(x.dtype), jnp.sum(dy * x_hat, axis=tuple(range(x.ndim - 1)))
 
 
 _norm.defvjp(_norm_fwd, _norm_bwd)
@@ -70,7 +71,9 @@ class RMSNorm(nn.Module):
       init = nn.initializers.zeros if self.offset else nn.initializers.ones
       scale = weight(self, 'scale', init, x.shape[-1:], (self.axis,)) + float(self.offset)
     y = rms_norm(x, scale, self.eps)
-    return y + _like(weight(self, 'b', nn.initializers.zeros, x.shape[-1:], (self.axis,)), x) if self.bias else y
+    if self.bias:
+      y += _like(weight(self, 'b', nn.initializers.zeros, x.shape[-1:], (self.axis,)), x).astype(y.dtype)
+    return y
 
 
 class LayerNorm(nn.Module):

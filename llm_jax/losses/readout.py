@@ -6,6 +6,7 @@ D embed, V vocab.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,11 +15,15 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.typing import Dtype
 from jax.sharding import PartitionSpec as P
 
-from llm_jax.base.sharding import BATCH_AXES, constrain, num_batch_shards
+from llm_jax.base.devices import platform
+from llm_jax.base.sharding import BATCH_AXES, constrain, gathered, num_batch_shards
 
-CHUNK_BYTES = 2**29  # of float32 logits per device. With smaller chunks, accumulating the weight's gradient is slow
+# Of float32 logits per device. With smaller chunks, accumulating the weight's gradient is slow; with one chunk devices
+# sum and shard it while it is computed.
+CHUNK_BYTES = {'cpu': 2**29, 'tpu': 2**30, 'gpu': 2**31}
 
 
 @flax.struct.dataclass
@@ -28,6 +33,9 @@ class Readout:
   x_BTD: jax.Array
   w: Any  # a tree of arrays
   project: Callable[[Any, jax.Array], jax.Array] = flax.struct.field(pytree_node=False)
+  dtype: Dtype = flax.struct.field(pytree_node=False, default=jnp.float32)  # in which devices gather w
+  grad_dtype: Dtype = flax.struct.field(pytree_node=False, default=jnp.float32)  # in which they sum its gradient
+  axes: tuple[str, ...] | None = flax.struct.field(pytree_node=False, default=None)  # logical, of w if it is one array
 
   def logits(self) -> jax.Array:
     return constrain(self.project(self.w, self.x_BTD), 'act_batch', 'act_length', 'act_vocab')
@@ -45,8 +53,8 @@ def cross_entropy(readout: Readout, targets_BT: jax.Array, weights_BT: jax.Array
   (1 - label_smoothing) * -log p_y + label_smoothing * mean_V(-log p) (Szegedy et al., arXiv 1512.00567, section 7)
   + z_loss * log(Z)^2, which keeps Z near 1 (PaLM, arXiv 2204.02311, section 5).
   """
-  objective, nll = _cross_entropy(readout.project, z_loss, label_smoothing, readout.w, readout.x_BTD, targets_BT,
-                                  weights_BT)
+  head = dataclasses.replace(readout, x_BTD=None, w=None)  # type: ignore[arg-type]  # the static part
+  objective, nll = _cross_entropy(head, z_loss, label_smoothing, readout.w, readout.x_BTD, targets_BT, weights_BT)
   return objective, jax.lax.stop_gradient(nll)
 
 
@@ -58,36 +66,41 @@ def score(readout: Readout, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array
     _, nll_SRC, *_ = _nats(logits_SRCV, targets_SRC, 0.0, 0.0)
     return None, (nll_SRC, rank(logits_SRCV, targets_SRC))
 
-  return _over_chunks(chunk, lambda _: None, readout.project, readout.w, readout.x_BTD, targets_BT)[1]
+  return _over_chunks(chunk, lambda _: None, readout, readout.w, readout.x_BTD, targets_BT)[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _cross_entropy(project, z_loss, label_smoothing, w, x_BTD, targets_BT, weights_BT):
+def _cross_entropy(head, z_loss, label_smoothing, w, x_BTD, targets_BT, weights_BT):
   def chunk(_, w_S, x_SRCD, targets_SRC):
-    return None, _nats(_project(project, w_S, x_SRCD), targets_SRC, z_loss, label_smoothing)[:2]
+    return None, _nats(_project(head.project, w_S, x_SRCD), targets_SRC, z_loss, label_smoothing)[:2]
 
-  _, (objective_BT, nll_BT) = _over_chunks(chunk, lambda _: None, project, w, x_BTD, targets_BT)
+  _, (objective_BT, nll_BT) = _over_chunks(chunk, lambda _: None, head, w, x_BTD, targets_BT)
   return jnp.sum(objective_BT * weights_BT), jnp.sum(nll_BT * weights_BT)
 
 
-def _cross_entropy_fwd(project, z_loss, label_smoothing, w, x_BTD, targets_BT, weights_BT):
+def _cross_entropy_fwd(head, z_loss, label_smoothing, w, x_BTD, targets_BT, weights_BT):
   # The gradient of a weighted sum is known up to one factor, so it is computed here, while a chunk's logits exist.
   def chunk(dw_S, w_S, x_SRCD, targets_SRC, weights_SRC):
-    logits_SRCV, pull = jax.vjp(functools.partial(_project, project), w_S, x_SRCD)
+    logits_SRCV, pull = jax.vjp(functools.partial(_project, head.project), w_S, x_SRCD)
     objective_SRC, nll_SRC, log_z_SRC, p_SRCV = _nats(logits_SRCV, targets_SRC, z_loss, label_smoothing)
     hit_SRCV = jax.lax.broadcasted_iota(targets_SRC.dtype, p_SRCV.shape, 3) == targets_SRC[..., None]
     target_SRCV = (1 - label_smoothing) * hit_SRCV + label_smoothing / p_SRCV.shape[-1]
     slope_SRC1 = (weights_SRC * (1 + 2 * z_loss * log_z_SRC))[..., None]
-    more_S, dx_SRCD = pull(p_SRCV * slope_SRC1 - target_SRCV * weights_SRC[..., None])
+    # The barrier frees the slopes of a chunk's logits before the next chunk or layer begins.
+    more_S, dx_SRCD = jax.lax.optimization_barrier(
+        pull(p_SRCV * slope_SRC1 - target_SRCV * weights_SRC[..., None]))
     return jax.tree.map(jnp.add, dw_S, more_S), (objective_SRC, nll_SRC, dx_SRCD)
 
   dw_S, (objective_BT, nll_BT, dx_BTD) = _over_chunks(
-      chunk, functools.partial(jax.tree.map, jnp.zeros_like), project, w, x_BTD, targets_BT, weights_BT)
-  dw = jax.tree.map(lambda dw_S: jnp.sum(dw_S, axis=0), dw_S)
+      chunk, functools.partial(jax.tree.map, jnp.zeros_like), head, w, x_BTD, targets_BT, weights_BT)
+  dw = jax.tree.map(lambda dw_S: jnp.sum(dw_S.astype(head.grad_dtype), axis=0), dw_S)
+  if head.axes is not None:
+    dw = constrain(dw, *head.axes)
+  dw = jax.tree.map(lambda dw, w: dw.astype(w.dtype), dw, w)
   return (jnp.sum(objective_BT * weights_BT), jnp.sum(nll_BT * weights_BT)), (dw, dx_BTD, objective_BT)
 
 
-def _cross_entropy_bwd(project, z_loss, label_smoothing, residuals, cotangents):
+def _cross_entropy_bwd(head, z_loss, label_smoothing, residuals, cotangents):
   dw, dx_BTD, dweights_BT = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), residuals)
   return dw, dx_BTD, None, dweights_BT
 
@@ -104,10 +117,9 @@ def rank(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 def _project(project, w_S, x_SRCD):
   if len(x_SRCD) == 1:  # with a batch dimension of size one, XLA:CPU makes a transposed copy of w
-    logits_SRCV = project(jax.tree.map(lambda w: w[0], w_S), x_SRCD[0])[None]
-  else:
-    logits_SRCV = jax.vmap(project)(w_S, x_SRCD)
-  return constrain(logits_SRCV, 'act_batch', None, 'act_length', 'act_vocab')
+    logits_RCV = project(jax.tree.map(lambda w: w[0], w_S), x_SRCD[0])
+    return constrain(logits_RCV, 'act_batch', 'act_length', 'act_vocab')[None]
+  return constrain(jax.vmap(project)(w_S, x_SRCD), 'act_batch', None, 'act_length', 'act_vocab')
 
 
 def _nats(logits, targets, z_loss, label_smoothing):
@@ -123,18 +135,18 @@ def _nats(logits, targets, z_loss, label_smoothing):
   return objective, nll, log_z, e / z
 
 
-def _over_chunks(f, init, project, w, x_BTD, *arrays_BT):
+def _over_chunks(f, init, head, w, x_BTD, *arrays_BT):
   """Scans f(carry, w_S, *chunks [S, R, C, ...]) -> (carry, chunks) over chunks: (carry, arrays [B, T, ...]).
 
-  The carry starts as init(w_S). Each shard has its own w, so it is gathered, and its gradient reduced, once and not
-  once per chunk.
+  The carry starts as init(w_S). With several chunks each shard has its own w, so it is gathered, and its gradient
+  reduced, once and not once per chunk.
   """
   B, T = x_BTD.shape[:2]
   mesh: Any = jax.sharding.get_abstract_mesh()
-  S = 1 if mesh.empty or B % num_batch_shards(mesh) else num_batch_shards(mesh)
-  logits_bytes = 4 * jax.eval_shape(project, w, x_BTD).size / max(1, mesh.size)
+  logits_bytes = 4 * jax.eval_shape(head.project, w, x_BTD).size / max(1, mesh.size)
   M = num_chunks(T, logits_bytes)
   C = math.ceil(T / M)
+  S = 1 if M == 1 or mesh.empty or B % num_batch_shards(mesh) else num_batch_shards(mesh)
 
   def cut(x_BT):  # padded with zeros, also in the weights
     x_BT = jnp.pad(x_BT, [(0, 0), (0, M * C - T)] + [(0, 0)] * (x_BT.ndim - 2))
@@ -144,15 +156,20 @@ def _over_chunks(f, init, project, w, x_BTD, *arrays_BT):
     x_SRMC = jnp.moveaxis(x_MSRC, 0, 2)
     return x_SRMC.reshape(B, M * C, *x_SRMC.shape[4:])[:, :T]
 
-  w_S = jax.tree.map(functools.partial(_on_each_shard, S), w)
-  carry, outs = jax.lax.scan(lambda carry, xs: f(carry, w_S, *xs), init(w_S), [cut(x) for x in (x_BTD, *arrays_BT)],
-                             unroll=M == 1)
+  low = jax.tree.map(lambda w: w.astype(head.dtype), w)
+  low_S = jax.tree.map(functools.partial(_on_each_shard, S), low if head.axes is None else gathered(low, head.axes))
+
+  def wide():  # in the dtype of w, so that gradients are accumulated in it
+    return jax.tree.map(lambda low_S, w: low_S.astype(w.dtype), low_S, w)
+
+  xs = [cut(x) for x in (x_BTD, *arrays_BT)]
+  carry, outs = jax.lax.scan(lambda carry, xs: f(carry, wide(), *xs), init(wide()), xs, unroll=M == 1)
   return carry, jax.tree.map(join, outs)
 
 
 def num_chunks(T, logits_bytes):
-  """The number of chunks: the fewest that CHUNK_BYTES allows, or up to twice as many if that divides T."""
-  least = min(T, math.ceil(logits_bytes / CHUNK_BYTES))
+  """The number of chunks: the fewest that CHUNK_BYTES allow, or up to twice as many if that divides T."""
+  least = min(T, math.ceil(logits_bytes / CHUNK_BYTES[platform()]))
   return next((n for n in range(least, 2 * least) if T % n == 0), least)
 
 

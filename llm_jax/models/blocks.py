@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 
 from llm_jax.base.builder import known_names
-from llm_jax.base.devices import has_fast_bf16
+from llm_jax.base.devices import has_fast_bf16, platform
 from llm_jax.base.registry import Registry
+from llm_jax.base.sharding import constrain
 from llm_jax.layers.attention import MultiHead
+from llm_jax.layers.embed import Embed
 from llm_jax.layers.kernels import ATTENTION
-from llm_jax.layers.linear import EINSUMS, Embed, copy_of, weight
+from llm_jax.layers.linear import EINSUMS, copy_of, weight
 from llm_jax.layers.mlp import MLPS
 from llm_jax.layers.norm import NORMS, RMSNorm
 from llm_jax.layers.product import mixed_einsum
@@ -60,9 +62,10 @@ def make_qk_norm(cfg: Any) -> Callable[..., nn.Module]:
 
 
 def make_einsum(cfg: Any) -> Callable[..., Any]:
-  """The kind of matrix that cfg.einsum names, with the config's initial scale and dtype."""
+  """The kind of matrix that cfg.einsum names, with the config's initial scale and dtypes."""
   init = nn.initializers.normal(cfg.init_std)
-  return partial(_make(cfg, 'einsum', 'full'), initializer=init, dtype=cfg.operand_dtype)
+  return partial(_make(cfg, 'einsum', 'full'), initializer=init, dtype=cfg.operand_dtype,
+                 out_dtype=activation_dtype(cfg, 'product_dtype'), grad_dtype=activation_dtype(cfg, 'gradient_dtype'))
 
 
 def make_mlp(cfg: Any, out_init: Initializer, name: str | None = None) -> Any:
@@ -82,15 +85,40 @@ def operand_dtype(name: str) -> jnp.dtype:
   return jnp.dtype(('bfloat16' if has_fast_bf16() else 'float32') if name == 'auto' else name)
 
 
+def activation_dtype(cfg: Any, field: str) -> jnp.dtype:
+  """The dtype that a field of the config names; for 'auto' that of operands on accelerators and float32 on CPUs.
+
+  On CPUs it would save nothing: their units compute in float32, and conversions take longer than the memory they save.
+  """
+  name = getattr(cfg, field)
+  return jnp.dtype(name) if name != 'auto' else cfg.operand_dtype if platform() != 'cpu' else jnp.dtype(jnp.float32)
+
+
+def on_stream(x_BTD: jax.Array) -> jax.Array:
+  """Shards values of the residual stream, whose length is sharded over the devices that share a layer's products."""
+  return constrain(x_BTD, 'act_batch', 'act_stream', 'act_embed')
+
+
+def off_stream(x_BTD: jax.Array) -> jax.Array:
+  """Gathers the length of the residual stream, for the products and attention of a layer."""
+  return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
+
+
+def add_to_stream(x_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
+  """The residual stream x with a layer's output h, in the dtype of x."""
+  return on_stream((x_BTD + on_stream(h_BTD)).astype(x_BTD.dtype))
+
+
 class OutputMatrix(nn.Module):
   """The readout matrix w [D, V], where it is not tied to the embedding."""
 
   cfg: Any
   init_std: float
+  axes: tuple[str, str] = ('embed', 'vocab')
 
   def setup(self) -> None:
     init = nn.initializers.normal(self.init_std)
-    self.w = weight(self, 'w', init, (self.cfg.embed_dim, self.cfg.V), ('embed', 'vocab'), ('in', 'out'))
+    self.w = weight(self, 'w', init, (self.cfg.embed_dim, self.cfg.V), self.axes, ('in', 'out'))
 
   @property
   def matrix(self) -> jax.Array:
@@ -101,14 +129,15 @@ class OutputMatrix(nn.Module):
 def make_readout(cfg: Any, x_BTD: jax.Array, table: Embed | OutputMatrix) -> Readout:
   """The Readout of hidden states by the embedding's table w [V, D] or a matrix w [D, V]."""
   eqn = 'BTD,VD->BTV' if isinstance(table, Embed) else 'BTD,DV->BTV'
-  return Readout(x_BTD, table.matrix, partial(project, eqn, cfg.operand_dtype, cfg.logit_scale, cfg.logit_soft_cap,
-                                              cfg.vocab_size))
+  dtypes = cfg.operand_dtype, activation_dtype(cfg, 'gradient_dtype')
+  logits = partial(project, eqn, dtypes[0], cfg.logit_scale, cfg.logit_soft_cap, cfg.vocab_size, grad_dtype=dtypes[1])
+  return Readout(off_stream(x_BTD), table.matrix, logits, *dtypes, table.axes)
 
 
 def project(eqn: str, dtype: jnp.dtype, scale: float, soft_cap: float, vocab_size: int, w: jax.Array,
-            x_BTD: jax.Array) -> jax.Array:
+            x_BTD: jax.Array, grad_dtype: Any = jnp.float32) -> jax.Array:
   """Logits, float32 [B, T, V]; those of the padding of the vocabulary are far below all others, but finite."""
-  logits_BTV = scale * mixed_einsum(eqn, dtype, x_BTD, w)
+  logits_BTV = scale * mixed_einsum(eqn, dtype, x_BTD, w, grad_dtype=grad_dtype)
   if soft_cap:
     logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
   if logits_BTV.shape[-1] == vocab_size:

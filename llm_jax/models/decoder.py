@@ -14,12 +14,21 @@ import jax.numpy as jnp
 from flax.typing import Initializer
 
 from llm_jax.base.batch import Batch, Cache, Params
-from llm_jax.base.sharding import constrain
 from llm_jax.layers.attention import Attention, AttentionMask, Layer
-from llm_jax.layers.linear import Embed
+from llm_jax.layers.embed import Embed
 from llm_jax.layers.stack import apply_layers, apply_stack, init_stack, unstack
 from llm_jax.losses.readout import Readout
-from llm_jax.models.blocks import OutputMatrix, make_heads, make_mlp, make_norm, make_readout
+from llm_jax.models.blocks import (
+  OutputMatrix,
+  activation_dtype,
+  add_to_stream,
+  make_heads,
+  make_mlp,
+  make_norm,
+  make_readout,
+  off_stream,
+  on_stream,
+)
 from llm_jax.models.decoder_config import DecoderConfig
 
 
@@ -35,12 +44,11 @@ class Block(nn.Module):
     out_init = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
     attend = self.make_attention(out_init)
-    h_BTD, cache = attend(before('attn_norm', x_BTD), positions_BT, mask, cache, layer)
-    y_BTD = x_BTD + cfg.residual_scale * dropout(after('attn_post_norm', h_BTD))
+    h_BTD, cache = attend(off_stream(before('attn_norm', x_BTD)), positions_BT, mask, cache, layer)
+    y_BTD = add_to_stream(x_BTD, cfg.residual_scale * dropout(after('attn_post_norm', on_stream(h_BTD))))
     mlp = make_mlp(cfg, out_init, name='mlp')
-    h_BTD = mlp(before('mlp_norm', x_BTD if cfg.parallel_residual else y_BTD))
-    x_BTD = y_BTD + cfg.residual_scale * dropout(after('mlp_post_norm', h_BTD))
-    return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed'), cache
+    h_BTD = mlp(off_stream(before('mlp_norm', x_BTD if cfg.parallel_residual else y_BTD)))
+    return add_to_stream(y_BTD, cfg.residual_scale * dropout(after('mlp_post_norm', on_stream(h_BTD)))), cache
 
   def norms(self, position: str) -> Callable[[str, jax.Array], jax.Array]:
     """The function (name, x) of the norms before ('pre') or after ('post') the layers; the identity without them."""
@@ -65,10 +73,10 @@ class Decoder(nn.Module):
 
   def setup(self) -> None:
     cfg = self.cfg
-    init = nn.initializers.normal(cfg.embed_std)
-    self.embed = Embed(cfg.V, cfg.embed_dim, init)
+    init, dtype = nn.initializers.normal(cfg.embed_std), activation_dtype(cfg, 'stream_dtype')
+    self.embed = Embed(cfg.V, cfg.embed_dim, init, dtype=dtype)
     if cfg.positions == 'learned':
-      self.positions = Embed(cfg.max_len or 0, cfg.embed_dim, init, axes=('positions', 'embed'))
+      self.positions = Embed(cfg.max_len or 0, cfg.embed_dim, init, ('positions', 'embed'), dtype)
     self.dropout = nn.Dropout(cfg.dropout)
     self.block = self.block_type(cfg, parent=None)
     self.layers: Any = self.get_variable('layers', 'blocks')  # unstacked blocks, while text is generated
@@ -92,7 +100,7 @@ class Decoder(nn.Module):
     x_BTD = self.cfg.embed_scale * self.embed.encode(tokens_BT)
     if self.cfg.positions == 'learned':
       x_BTD += self.positions.encode(positions_BT)
-    return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
+    return x_BTD
 
   def hidden(self, tokens_BT, positions_BT, mask: AttentionMask, train: bool = False):
     """The residual stream after all blocks [B, T, D]."""

@@ -41,8 +41,12 @@ class StackConfig(ModelConfig):
   logit_soft_cap: float = 0.0  # cap * tanh(logits / cap); 0: off
   dropout: float = 0.0  # on the embedding and on each layer's output, before it is added to the residual stream
   init_std: float = 0.02  # of matrices; those that write to the residual stream get init_std / sqrt(2 L)
-  # Of matrix operands; everything else is float32. auto: bfloat16 where the device multiplies it faster than float32.
+  # Of matrix operands; weights, norms, softmax, losses are float32. auto: bfloat16 if this device multiplies it faster.
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
+  # Of what products return. auto: dtype on GPUs and TPUs, which halves the traffic of memory, and float32 on CPUs.
+  product_dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
+  # Of gradients of matrices while devices sum them. auto: dtype on GPUs and TPUs, float32 on CPUs.
+  gradient_dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   scan_unroll: int = 1  # layers per iteration of the scan; more compile longer and may run faster
   remat: str = 'none'  # what a layer saves for its backward pass, from all to nothing: one of layers.stack.REMAT
   sections: Sections = sections(*PARTS.values(), ROPE_SCALINGS)
@@ -138,6 +142,8 @@ class DecoderConfig(StackConfig):
   parallel_residual: bool = False  # the MLP has the same input as attention
   residual_scale: float = 1.0  # factor of what layers add to the residual stream
   embed_scale: float = 1.0  # factor of token embeddings, not of the readout that is tied to them
+  # Of the residual stream. auto: dtype on GPUs and TPUs, float32 on CPUs.
+  stream_dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   tie_embeddings: bool = True  # use the embedding as the readout matrix
   windows: tuple[int, ...] = (0,)  # layer l attends to windows[l % len(windows)] tokens; 0: all
   prefix_attention: bool = False  # bidirectional attention within prompts and where the data's prefix_mask is 1

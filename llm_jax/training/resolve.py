@@ -23,6 +23,7 @@ from llm_jax.infer.text import encode_prompts
 from llm_jax.infer.validators import make_validator
 from llm_jax.losses.objective import Objective
 from llm_jax.losses.term import Constants
+from llm_jax.models.blocks import activation_dtype
 from llm_jax.models.protocol import LanguageModel, too_few_logits
 from llm_jax.training.state import eval_step
 
@@ -40,15 +41,21 @@ def resolve(config: Config, data: Data) -> Config:
   if data.encoder_tokenizer is not None:
     known['encoder_vocab_size'] = len(data.encoder_tokenizer.token_bytes)
   unset = {name: value for name, value in known.items() if getattr(config.model, name, 0) is None}
-  if hasattr(config.model, 'dtype'):
-    unset['dtype'] = config.model.operand_dtype.name
-  config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size, **unset))
-  if len(set(gather(config.model.operand_dtype.name))) > 1:
+  unset |= dtypes_of(config.model)
+  if len(set(gather(str(unset)))) > 1:
     raise ConfigError('config.model.dtype: auto means different dtypes on these machines; set bfloat16 or float32')
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size, **unset))
   check_encoder_vocabulary(config, data, needed)
   config = with_labels(config, data)
   check_generation(config, data)
   return with_num_steps(config, data)
+
+
+def dtypes_of(model: Any) -> dict[str, str]:
+  """The dtypes that the fields of a model's config mean on these devices."""
+  fields = [name for name in ('product_dtype', 'gradient_dtype', 'stream_dtype') if hasattr(model, name)]
+  return {name: activation_dtype(model, name).name for name in fields} | (
+      {'dtype': model.operand_dtype.name} if hasattr(model, 'dtype') else {})
 
 
 def with_labels(config: Config, data: Data) -> Config:

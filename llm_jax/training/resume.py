@@ -54,11 +54,14 @@ def check_resume(meta: dict, *, config: Config, fingerprint: dict, state_key: st
 
 
 def with_new_fields(saved: dict) -> dict:
-  """The values of a config with the defaults of fields that its version did not have, if it can still be built."""
+  """The values of a config with those of fields that its version did not have, if it can still be built."""
   try:
-    return to_dict(build(Config, saved))
+    built = to_dict(build(Config, saved))
   except ConfigError:
     return saved
+  later = ('product_dtype', 'gradient_dtype', 'stream_dtype')  # float32 before they were fields
+  return built | {'model': built['model'] | {name: 'float32' for name in later if name in built['model']
+                                             and name not in saved['model']}}
 
 
 def check_same_parts(saved: dict, config: Config, same_state: bool) -> None:

@@ -160,7 +160,7 @@ def test_contrastive_is_info_nce_over_real_rows():
 
 @pytest.mark.parametrize('chunk_tokens', [1000, 2])
 def test_distillation_matches_its_equation_in_any_chunks(monkeypatch, chunk_tokens):
-  monkeypatch.setattr(readouts, 'CHUNK_BYTES', 2 * 4 * B * chunk_tokens * V)
+  monkeypatch.setitem(readouts.CHUNK_BYTES, 'cpu', 2 * 4 * B * chunk_tokens * V)
   theirs = Readout(normal(B, T, 3), normal(3, V), lambda w, x: jnp.einsum('BTD,DV->BTV', x, w))
   term = Distillation(teacher='x', temperature=3.0, logits=0.5, hidden=2.0, hidden_dim=3)
   seen, count = look(num_outputs=3, teacher=theirs), 7.0

@@ -30,7 +30,7 @@ def some(soft_cap=0.0, T=T):
 
 def in_chunks(monkeypatch, num_tokens):
   """Chunks of num_tokens of each row."""
-  monkeypatch.setattr(readouts, 'CHUNK_BYTES', 4 * B * num_tokens * V)
+  monkeypatch.setitem(readouts.CHUNK_BYTES, 'cpu', 4 * B * num_tokens * V)
 
 
 def equation(readout, targets, weights, z_loss, smoothing, soft_cap):
@@ -106,7 +106,7 @@ def test_chunks_add_no_rounding_in_bfloat16(monkeypatch):
                                                                  (1, 0.1, 1)])
 def test_chunks_stay_within_the_limit_of_bytes(monkeypatch, length, most_bytes, expected):
   """A token is a byte here. 10 tokens in threes or fours need padding, in twos they do not; 11 have no good divisor."""
-  monkeypatch.setattr(readouts, 'CHUNK_BYTES', most_bytes)
+  monkeypatch.setitem(readouts.CHUNK_BYTES, 'cpu', most_bytes)
   num_chunks = readouts.num_chunks(length, length)
   assert num_chunks == expected
   assert -(-length // num_chunks) <= max(1, most_bytes)
@@ -115,7 +115,7 @@ def test_chunks_stay_within_the_limit_of_bytes(monkeypatch, length, most_bytes, 
 def test_the_full_logits_are_never_in_memory(monkeypatch):
   """Neither for the gradient nor for the score. The plain way does hold them."""
   T, D, V = 256, 4, 512
-  monkeypatch.setattr(readouts, 'CHUNK_BYTES', B * T * V * 4 // 16)
+  monkeypatch.setitem(readouts.CHUNK_BYTES, 'cpu', B * T * V * 4 // 16)
   x, w, y, m = (jax.ShapeDtypeStruct(s, d) for s, d in [((B, T, D), 'float32'), ((V, D), 'float32'), ((B, T), 'int32'),
                                                         ((B, T), 'float32')])
   fn = partial(project, 'BTD,VD->BTV', jnp.float32, 1.0, 0.0, w.shape[0])
@@ -140,7 +140,7 @@ def test_a_mesh_gives_the_same_and_keeps_vocabulary_sharded(monkeypatch):
   fn = partial(project, 'BTD,VD->BTV', jnp.float32, 1.0, 0.0, w.shape[0])
 
   def run(sizes):
-    monkeypatch.setattr(readouts, 'CHUNK_BYTES', 4 * 8 * T * V // np.prod(sizes) // 4)
+    monkeypatch.setitem(readouts.CHUNK_BYTES, 'cpu', 4 * 8 * T * V // np.prod(sizes) // 4)
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
     rows, table = batch_sharding(mesh), NamedSharding(mesh, P('tensor', 'fsdp'))
     with jax.set_mesh(mesh):

@@ -26,7 +26,8 @@ from llm_jax.base.terminal import columns
 
 # Fields besides those of losses that training fills in (training/resolve.py, memory.py) where they are None or 'auto'.
 OPEN = ('tokens_per_device', *(f'model.{name}' for name in (
-    'vocab_size', 'max_len', 'encoder_len', 'start_id', 'encoder_vocab_size', 'dtype')))
+    'vocab_size', 'max_len', 'encoder_len', 'start_id', 'encoder_vocab_size', 'dtype', 'product_dtype',
+    'gradient_dtype', 'stream_dtype')))
 
 MIN_COMMENT = 40  # columns for the comments beside the fields
 

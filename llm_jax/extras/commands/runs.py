@@ -28,7 +28,8 @@ OPTIONAL = ('differs in', 'tokens/s', 'updated')  # columns that a narrow termin
 LEAST_WIDTH = {'run': 24, 'differs in': 20}  # of columns whose cells are wrapped
 # Fields that follow from data.path and the machine: they are left out for runs of different data.
 OF_DATA = (*(f'data.{name}' for name in ('sha256', 'format', 'separator', 'dtype', 'eot_id', 'cache_dir')),
-           'tokens_per_device', 'model.vocab_size', 'model.encoder_vocab_size', 'model.start_id', 'model.dtype')
+           'tokens_per_device', 'model.vocab_size', 'model.encoder_vocab_size', 'model.start_id', 'model.dtype',
+           'model.product_dtype', 'model.gradient_dtype', 'model.stream_dtype')
 
 
 def parser() -> flags.Parser:

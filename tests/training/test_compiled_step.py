@@ -1,0 +1,135 @@
+"""The compiled step on eight devices: what it sends and holds, read in the text that the compiler writes."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.base.batch import Batch
+from llm_jax.base.sharding import MeshConfig, batch_sharding, make_mesh
+from llm_jax.config import Config
+from llm_jax.losses.objective import Objective
+from llm_jax.models.decoder import Decoder
+from llm_jax.models.decoder_config import DecoderConfig
+from llm_jax.optim.chain import make_optimizer
+from llm_jax.training.log import unpack_metrics
+from llm_jax.training.program import jit_step
+from llm_jax.training.shardings import abstract_state, boxed_params, param_info, shardings_of
+from llm_jax.training.state import init_state
+
+# Each dimension has a size of its own, so that shapes in the text tell what an array is.
+B, T, D, F, V, L = 32, 48, 80, 224, 352, 3
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)]
+
+
+def build(sizes=(1, 1, 1), **fields):
+  """(the lowered step, a function that makes its arguments)."""
+  cfg = DecoderConfig(**{'vocab_size': V, 'max_len': T, 'num_layers': L, 'embed_dim': D, 'num_heads': 8, 'head_dim': 10,
+                         'mlp_dim': F, 'mlp': 'swiglu', 'norm': 'rms_norm', 'positions': 'rope', 'dtype': 'float32',
+                         'attention': 'xla', **fields})
+  model, mesh = Decoder(cfg), make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, V, (B, T + 1), np.int32)
+  batch = Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:], loss_mask=np.ones((B, T), np.float32),
+                positions=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)), segment_ids=np.ones((B, T), np.int32))
+  example = jax.tree.map(lambda x: jnp.asarray(x[:1]), batch)
+  config = Config()
+  boxed = boxed_params(example, model=model)
+  tx = make_optimizer(config.optim, 100, param_info(boxed))
+  abstract = abstract_state(boxed, mesh, tx=tx, is_trainable=lambda path: True)
+  shardings = shardings_of(abstract)
+  step = jit_step(config, mesh, shardings, {}, 1, model=model, tx=tx, objective=Objective())
+
+  def arguments():
+    init = jax.jit(lambda key: init_state(key, example, model=model, tx=tx), out_shardings=shardings)
+    return init(jax.random.key(0)), jax.device_put(batch, batch_sharding(mesh)), {}
+
+  with jax.set_mesh(mesh):
+    held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), batch)
+    return mesh, step.lower(abstract, held, {}), arguments
+
+
+def compiled_text(sizes, **fields):
+  mesh, lowered, _ = build(sizes, **fields)
+  with jax.set_mesh(mesh):
+    return lowered.compile().as_text()
+
+
+def collectives(text, kind):
+  """The shapes (dtype, sizes) of what collectives of this kind return."""
+  lines = [line for line in text.splitlines() if re.search(rf' {kind}(-start)?\(', line)]
+  return [(dtype, tuple(map(int, sizes.split(',')))) for line in lines
+          for dtype, sizes in re.findall(r'\b(bf16|f32|s32)\[([\d,]+)\]', line.partition(f' {kind}')[0])]
+
+
+def carried(text):
+  """The lines of loops: the arrays that they carry."""
+  return '\n'.join(line for line in text.splitlines() if ' while(' in line)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('sizes', [sizes for sizes in MESHES if sizes[0] * sizes[1] > 1])
+def test_no_device_holds_the_activations_of_the_whole_batch(sizes, tied, capfd):
+  """They would be gathered at the lookup of embeddings, forward and backward, and at the sum of table gradients."""
+  text = compiled_text(sizes, tie_embeddings=tied, positions='rope' if tied else 'learned')
+  assert 'rematerialization' not in capfd.readouterr().err
+  whole = [shape for shape in re.findall(r'\bf32\[([\d,]+)\]', text)
+           if np.prod(list(map(int, shape.split(',')))) >= B * T * D and f'{L},' not in shape]
+  assert not whole
+
+
+@pytest.mark.parametrize('sizes', [sizes for sizes in MESHES if sizes[2] > 1])
+def test_layers_share_the_length_of_the_residual_stream(sizes):
+  """Between the layers a tensor device holds its part of the length; what it saves for the backward pass too."""
+  text = compiled_text(sizes, remat='full')
+  rows, length = B // (sizes[0] * sizes[1]), T // sizes[2]
+  assert f'f32[{L},{rows},{length},{D}]' in carried(text) and f'f32[{L},{rows},{T},{D}]' not in carried(text)
+  assert (rows, T, D) in [shape for _, shape in collectives(text, 'all-gather')]
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 8), (2, 2, 2)])
+def test_logits_are_never_gathered(sizes):
+  text = compiled_text(sizes, tie_embeddings=False)
+  assert f',{V // sizes[2]}]' in text
+  assert not re.search(rf'\[\d+,{T},{V}\]', text)
+
+
+def test_weights_are_gathered_once_in_each_pass():
+  """Of three layers in one scan, so one instruction for all: forward, and backward for the gradients of inputs."""
+  gathers = [shape for _, shape in collectives(compiled_text((1, 8, 1), remat='none'), 'all-gather')]
+  assert sum(np.prod(shape) == D * F for shape in gathers) == 3 * 2  # gate, up and down
+  assert not any(np.prod(shape) > max(D * F, D * V) for shape in gathers)
+
+
+def test_gradients_of_matrices_are_summed_in_gradient_dtype():
+  def products(name):
+    _, lowered, _ = build((8, 1, 1), gradient_dtype=name)
+    return set(re.findall(rf'dot_general.*-> tensor<{D}x{F}x(\w+)>', lowered.as_text()))
+  assert products('bfloat16') == {'bf16'} and products('float32') == {'f32'}
+
+
+LOW = {'dtype': 'bfloat16', 'product_dtype': 'bfloat16', 'stream_dtype': 'bfloat16', 'gradient_dtype': 'bfloat16'}
+
+
+def test_activations_are_saved_in_the_dtype_of_the_stream():
+  text = build(remat='full', **LOW)[1].as_text()  # not compiled: a CPU computes in float32
+  assert f'tensor<{L}x{B}x{T}x{D}xbf16>' in text and f'tensor<{L}x{B}x{T}x{D}xf32>' not in text
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)])
+def test_a_run_in_bfloat16_learns_like_one_in_float32(sizes):
+  def losses(**fields):
+    mesh, lowered, arguments = build(sizes, **fields)
+    with jax.set_mesh(mesh):
+      step, (state, batch, constants) = lowered.compile(), arguments()
+      found = []
+      for _ in range(4):
+        state, metrics = step(state, batch, constants)
+        found.append(unpack_metrics(metrics)['loss'])
+    return found, state
+
+  low, state = losses(**LOW)
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.trainable))
+  np.testing.assert_allclose(low, losses()[0], rtol=5e-3)
