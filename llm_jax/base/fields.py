@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 
 from llm_jax.base.builder import registries_of
 
+# Fields of models' configs that name dtypes: of matrix operands, and those that models may have besides.
+DTYPES = ('dtype', 'product_dtype', 'gradient_dtype', 'stream_dtype')
+
 
 class Field(NamedTuple):
   path: str

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,14 +15,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.batch import Batch
+from llm_jax.base.devices import platform
 from llm_jax.base.errors import ConfigError
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
 
-# Logical axis -> mesh axes. Activations have their own axes `act_...`, so that FSDP shards `embed` of weights but not
-# of activations.
-RULES: dict[str, str | tuple[str, ...] | None] = {
+# Logical axis -> mesh axes, unless config.mesh.rules changes them. Activations have their own axes `act_...`, so that
+# FSDP shards `embed` of weights but not of activations.
+Rules = dict[str, str | tuple[str, ...] | None]
+RULES: Rules = {
     'act_batch': BATCH_AXES,
     'act_length': None,
     'act_stream': 'tensor',  # the length of the residual stream between layers (sequence parallel, arXiv 2205.05198)
@@ -53,39 +58,85 @@ class MeshConfig:
   data: int = -1  # devices that split the batch and hold whole copies of the weights
   fsdp: int = 1  # devices that split the batch and the weights
   tensor: int = 1  # devices that split each matrix multiplication
+  rules: tuple[str, ...] = ()  # changes of base.sharding.RULES: 'mlp=fsdp', 'embed=data+fsdp' or 'act_stream=none'
+
+  @property
+  def sizes(self) -> tuple[int, ...]:
+    return tuple(getattr(self, name) for name in MESH_AXES)
 
   def __post_init__(self) -> None:
-    sizes = dataclasses.astuple(self)
+    sizes = self.sizes
     if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
       raise ValueError(f'data, fsdp and tensor must be positive, with at most one -1 for "the rest"; got '
                        f'{", ".join(map(str, sizes))}')
+    parse_rules(self.rules)
+
+
+def parse_rules(changes: tuple[str, ...]) -> Rules:
+  """RULES with these changes. Raises ValueError for names that do not exist."""
+  rules = dict(RULES)
+  for change in changes:
+    axis, _, value = change.partition('=')
+    names = () if value == 'none' else tuple(value.split('+'))
+    if axis not in RULES or not set(names) <= set(MESH_AXES):
+      raise ValueError(f"rules must be like 'mlp=tensor', 'embed=data+fsdp' or 'act_stream=none', with one of the axes "
+                       f'{", ".join(RULES)} and mesh axes of {", ".join(MESH_AXES)}; got {change!r}')
+    if axis == 'act_batch':
+      raise ValueError(f'rules cannot change act_batch: rows are always sharded over {" and ".join(BATCH_AXES)}')
+    rules[axis] = None if not names else names[0] if len(names) == 1 else names
+  return rules
+
+
+_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar('rules', default=RULES)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh, config: MeshConfig) -> Iterator[None]:
+  """Programs that are traced inside are sharded over the mesh by the config's rules."""
+  token = _rules.set(parse_rules(config.rules))
+  try:
+    with jax.set_mesh(mesh):
+      yield
+  finally:
+    _rules.reset(token)
+
+
+def current_rules() -> Rules:
+  """Logical axis -> mesh axes, as the config in use has them."""
+  return _rules.get()
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
   """The mesh over all devices of all processes. Raises ConfigError where the sizes do not fit the device count."""
   devices = jax.devices() if devices is None else devices
-  sizes = list(dataclasses.astuple(config))
+  sizes = list(config.sizes)
   known = math.prod(s for s in sizes if s != -1)
   if -1 in sizes:
     sizes[sizes.index(-1)] = max(1, len(devices) // known)
   if math.prod(sizes) != len(devices):
     raise ConfigError(
-        f'config.mesh: data x fsdp x tensor = {" x ".join(map(str, dataclasses.astuple(config)))} does not cover the '
+        f'config.mesh: data x fsdp x tensor = {" x ".join(map(str, config.sizes))} does not cover the '
         f'{len(devices)} device(s) here; set sizes whose product is {len(devices)} (-1 takes the rest)')
   # Auto: the compiler propagates shardings. jax.make_mesh would default to explicit ones.
   return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
 
 
 def logical_to_spec(axes: tuple[str | None, ...]) -> P:
-  """The PartitionSpec of an array with these logical axes. Raises ValueError for unknown names and collisions."""
-  spec = []
+  """The PartitionSpec of an array with these logical axes.
+
+  Raises ValueError for unknown names and collisions, and ConfigError for collisions by config.mesh.rules.
+  """
+  spec, rules = [], current_rules()
   for axis in axes:
-    if axis is not None and axis not in RULES:
-      raise ValueError(f'logical axis {axis!r} has no rule; known: {", ".join(RULES)}')
-    spec.append(None if axis is None else RULES[axis])
+    if axis is not None and axis not in rules:
+      raise ValueError(f'logical axis {axis!r} has no rule; known: {", ".join(rules)}')
+    spec.append(None if axis is None else rules[axis])
   used = [m for entry in spec if entry is not None for m in ((entry,) if isinstance(entry, str) else entry)]
   if len(used) != len(set(used)):
-    raise ValueError(f'logical axes {axes} map two dimensions to one mesh axis: {spec}')
+    problem = f'logical axes {axes} map two dimensions to one mesh axis: {spec}'
+    if rules != RULES:
+      raise ConfigError(f'config.mesh.rules: {problem}; change another rule too')
+    raise ValueError(problem)
   return P(*spec)
 
 
@@ -94,18 +145,40 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   mesh, spec = jax.sharding.get_abstract_mesh(), logical_to_spec(axes)
   if mesh.empty:
     return x
-  fitting = [entry if size % _num_shards(entry, mesh) == 0 else None for size, entry in zip(x.shape, spec, strict=True)]
+  fitting = [_fitting(entry, size, mesh) for size, entry in zip(x.shape, spec, strict=True)]
   return jax.lax.with_sharding_constraint(x, P(*fitting))
 
 
-def gathered(w: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """A weight with these logical axes, whole where it is sharded only to save memory; no effect outside a mesh."""
-  return constrain(w, *(None if RULES[axis] == 'fsdp' else axis for axis in axes))
+def fitting_axes(axis: str, size: int, mesh: Any) -> Any:
+  """The mesh axes of a logical axis, or None if a dimension of this size does not divide over them."""
+  return _fitting(current_rules()[axis], size, mesh)
+
+
+def _fitting(entry: Any, size: int, mesh: Any) -> Any:
+  return entry if size % _num_shards(entry, mesh) == 0 else None
+
+
+def gathered(w: jax.Array, axes: tuple[str, ...], backward: bool = False) -> jax.Array:
+  """A weight with these logical axes, whole where it is sharded only to save memory; no effect outside a mesh.
+
+  A gather runs while the product before it is computed. On TPUs, weights that a layer needs before its first product
+  stay sharded: the compiler passes their shards around a ring while it multiplies. They are those of keys and values,
+  and in the backward pass the last matrix of the feed-forward layer. With a tensor axis these rings send more than
+  they hide (compiled for 16 v5e chips, docs/scaling.md).
+  """
+  rules = current_rules()
+  first = 'kv_heads' in axes or (backward and axes[0] == 'mlp')
+  if first and platform() == 'tpu' and jax.sharding.get_abstract_mesh().shape.get('tensor', 1) == 1:
+    return w
+  return constrain(w, *(None if _names(rules[axis]) <= set(BATCH_AXES) else axis for axis in axes))
 
 
 def _num_shards(entry: str | tuple[str, ...] | None, mesh: Any) -> int:
-  names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-  return math.prod(mesh.shape[name] for name in names)
+  return math.prod(mesh.shape[name] for name in _names(entry))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> set[str]:
+  return set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
 
 
 def check_divisible(abstract: Any, shardings: Any) -> None:

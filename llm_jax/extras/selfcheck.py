@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from llm_jax.base.batch import as_batch
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.fields import DTYPES
 from llm_jax.base.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, num_batch_shards, put_batch
 from llm_jax.base.trees import leaf_name, split
 from llm_jax.config import CheckpointConfig, Config
@@ -85,7 +86,7 @@ class Setup:
 
 def set_up(run: Loaded) -> Setup:
   """The run's model in float32, without dropout, with the attention of the device; its loss as it is evaluated."""
-  wanted = {'dtype': 'float32', 'dropout': 0.0, 'attention': 'auto'}
+  wanted = dict.fromkeys(DTYPES, 'float32') | {'dropout': 0.0, 'attention': 'auto'}
   changed: Any = {name: value for name, value in wanted.items() if hasattr(run.config.model, name)}
   config = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, **changed))
   whole = make_objective(config.loss)
@@ -106,7 +107,7 @@ def parse_mesh(text: str) -> MeshConfig:
   if np.prod([*sizes.values()]) > len(jax.local_devices()):
     raise ConfigError(f'--mesh: {text} needs {np.prod([*sizes.values()])} devices, but there are '
                       f'{len(jax.local_devices())} here; set smaller sizes')
-  return MeshConfig(**sizes)
+  return MeshConfig(sizes['data'], sizes['fsdp'], sizes['tensor'])
 
 
 def check_run_on(run: Loaded, mesh_config: MeshConfig | None) -> Iterator[Finding]:
@@ -114,7 +115,7 @@ def check_run_on(run: Loaded, mesh_config: MeshConfig | None) -> Iterator[Findin
   devices = jax.local_devices()
   config = mesh_config or MeshConfig(data=len(devices))
   single = make_mesh(MeshConfig(1, 1, 1), devices[:1])
-  mesh = make_mesh(config, devices[:int(np.prod(dataclasses.astuple(config)))])
+  mesh = make_mesh(config, devices[:int(np.prod(config.sizes))])
   setup = set_up(run)
   with jax.default_matmul_precision('highest'):
     yield from check_steps_on(setup, single, mesh)

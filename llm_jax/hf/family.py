@@ -9,6 +9,7 @@ from typing import Any
 
 from llm_jax.base.builder import build, known_names, to_dict
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.fields import DTYPES
 from llm_jax.base.registry import Registry
 from llm_jax.hf.fields import Fields
 from llm_jax.hf.rules import Rule
@@ -37,7 +38,7 @@ class Family:
 FAMILIES = Registry('family')
 
 # Fields of ours that do not change what a trained model computes, and those whose meaning is in others; see `meaning`.
-_FREE = {'name', 'dropout', 'init_std', 'embed_init_std', 'readout_init_std', 'dtype', 'scan_unroll', 'remat',
+_FREE = {'name', 'dropout', 'init_std', 'embed_init_std', 'readout_init_std', *DTYPES, 'scan_unroll', 'remat',
          'attention', 'vocab_multiple'}
 _RESOLVED = {'use_bias', 'norm_bias', 'windows', 'rope_base', 'rope_bases', 'rope_scaling', 'rope_dim', 'positions'}
 

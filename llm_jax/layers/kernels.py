@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import NoSettings, Registry, register
-from llm_jax.base.sharding import BATCH_AXES, RULES, num_batch_shards
+from llm_jax.base.sharding import BATCH_AXES, fitting_axes, num_batch_shards
 from llm_jax.layers.blocked import blocked
 
 SPLASH_BLOCKS = (512, 256, 128)  # the largest one that divides T is used
@@ -79,7 +79,7 @@ def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int,
     return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
   # A dimension that does not divide stays whole, as in sharding.constrain.
   rows = BATCH_AXES if q_BTNH.shape[0] % num_batch_shards(mesh) == 0 else None
-  heads = RULES['act_kv_heads'] if k_BTKH.shape[2] % mesh.shape['tensor'] == 0 else None
+  heads = fitting_axes('act_kv_heads', k_BTKH.shape[2], mesh)
   by_head = P(rows, None, heads)
   return jax.shard_map(local, in_specs=(by_head, by_head, by_head, P(rows)), out_specs=by_head, check_vma=False)(
       q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)

@@ -32,8 +32,8 @@ def mixed_einsum(eqn: str, dtype: Dtype, x: jax.Array, w: jax.Array, copy: jax.A
   return _product(eqn, x.astype(dtype), w, out_dtype)
 
 
-def _whole(w: jax.Array, dtype: Dtype, axes: tuple[str, ...] | None) -> jax.Array:
-  return w.astype(dtype) if axes is None else gathered(w.astype(dtype), axes)
+def _whole(w: jax.Array, dtype: Dtype, axes: tuple[str, ...] | None, backward: bool = False) -> jax.Array:
+  return w.astype(dtype) if axes is None else gathered(w.astype(dtype), axes, backward)
 
 
 def _product(eqn: str, x: jax.Array, w: jax.Array, out_dtype: Dtype) -> jax.Array:
@@ -82,9 +82,9 @@ def _mixed_einsum_bwd(eqn: str, dtype: Any, out_dtype: Any, grad_dtype: Any, axe
                       dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
   x, w, x_like, w_like = residuals
   x_dims, w_dims, y_dims = re.split(',|->', eqn)
-  dy = dy.astype(dtype)
+  dy, whole = dy.astype(dtype), _whole(w, dtype, axes, backward=True)
   dx_dtype = min(jnp.dtype(out_dtype), x_like.dtype, key=lambda dtype: dtype.itemsize)
-  dx = _product(f'{y_dims},{w_dims}->{x_dims}', dy, _whole(w, dtype, axes), dx_dtype).astype(x_like.dtype)
+  dx = _product(f'{y_dims},{w_dims}->{x_dims}', dy, whole, dx_dtype).astype(x_like.dtype)
   if dtype == jnp.float32 and not batch_dims(eqn):
     # With B and T merged into one summed dimension XLA:CPU does not copy x; its bfloat16 kernels need the copy.
     num_rows = sum(d not in w_dims for d in x_dims)

@@ -22,7 +22,7 @@ from llm_jax.base.multihost import barrier
 from llm_jax.base.profiling import Profiler
 from llm_jax.base.progress import Progress
 from llm_jax.base.redaction import public
-from llm_jax.base.sharding import make_mesh, put_batch
+from llm_jax.base.sharding import make_mesh, put_batch, use_mesh
 from llm_jax.base.stopping import StopSignal
 from llm_jax.config import Config
 from llm_jax.data import pipeline
@@ -91,7 +91,7 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
                 goodput: Goodput) -> Generator[Event, None, str]:
   """Trains one stage. Returns why the run ended early, or ''."""
   mesh = make_mesh(stage.config.mesh)
-  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:  # everything is traced under the mesh
+  with use_mesh(mesh, stage.config.mesh), contextlib.ExitStack() as stack:  # everything is traced under the mesh
     goodput.starting()
     with Progress('preparing data and model', shown=jax.process_index() == 0):
       program = build_program(stage, workdir, mesh, custom)

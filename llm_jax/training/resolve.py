@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from llm_jax.base.batch import Batch, Params
 from llm_jax.base.builder import Sections
 from llm_jax.base.errors import ConfigError, DataError
+from llm_jax.base.fields import DTYPES
 from llm_jax.base.multihost import gather, say
 from llm_jax.config import Config, replace
 from llm_jax.data import pipeline
@@ -53,9 +54,8 @@ def resolve(config: Config, data: Data) -> Config:
 
 def dtypes_of(model: Any) -> dict[str, str]:
   """The dtypes that the fields of a model's config mean on these devices."""
-  fields = [name for name in ('product_dtype', 'gradient_dtype', 'stream_dtype') if hasattr(model, name)]
-  return {name: activation_dtype(model, name).name for name in fields} | (
-      {'dtype': model.operand_dtype.name} if hasattr(model, 'dtype') else {})
+  operands = {'dtype': model.operand_dtype.name} if hasattr(model, 'dtype') else {}
+  return operands | {name: activation_dtype(model, name).name for name in DTYPES[1:] if hasattr(model, name)}
 
 
 def with_labels(config: Config, data: Data) -> Config:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from llm_jax.base.batch import Params
 from llm_jax.base.builder import build, to_dict
 from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.fields import DTYPES
 from llm_jax.base.files import unused
 from llm_jax.base.multihost import say
 from llm_jax.base.redaction import public
@@ -59,9 +60,8 @@ def with_new_fields(saved: dict) -> dict:
     built = to_dict(build(Config, saved))
   except ConfigError:
     return saved
-  later = ('product_dtype', 'gradient_dtype', 'stream_dtype')  # float32 before they were fields
-  return built | {'model': built['model'] | {name: 'float32' for name in later if name in built['model']
-                                             and name not in saved['model']}}
+  later = {name: 'float32' for name in DTYPES[1:] if name in built['model']}  # as before they were fields
+  return built | {'model': built['model'] | later | saved['model']}
 
 
 def check_same_parts(saved: dict, config: Config, same_state: bool) -> None:

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
   """A folder with a tiny run whose data are gone."""
   folder = tmp_path_factory.mktemp('selfcheck')
   main.main([f'--config={write_config(folder)}', f'--workdir={folder / "run"}', '--config.num_steps=2',
-             '--config.eval.every=0', '--config.mesh.data=2', '--config.mesh.fsdp=4'])
+             '--config.eval.every=0', '--config.mesh.data=2', '--config.mesh.fsdp=4', '--config.model.dtype=float32'])
   for path in (folder / 'corpus').iterdir():
     path.unlink()
   return folder

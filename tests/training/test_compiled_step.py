@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from llm_jax.base.batch import Batch
-from llm_jax.base.sharding import MeshConfig, batch_sharding, make_mesh
+from llm_jax.base.builder import build as build_config
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from llm_jax.config import Config
 from llm_jax.losses.objective import Objective
 from llm_jax.models.decoder import Decoder
@@ -21,15 +23,17 @@ from llm_jax.training.state import init_state
 
 # Each dimension has a size of its own, so that shapes in the text tell what an array is.
 B, T, D, F, V, L = 32, 48, 80, 224, 352, 3
+TENSOR_AXES = ('heads', 'kv_heads', 'mlp', 'vocab', 'act_heads', 'act_kv_heads', 'act_mlp', 'act_vocab', 'act_stream')
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)]
 
 
-def build(sizes=(1, 1, 1), **fields):
+def build(sizes=(1, 1, 1), rules=(), **fields):
   """(the lowered step, a function that makes its arguments)."""
   cfg = DecoderConfig(**{'vocab_size': V, 'max_len': T, 'num_layers': L, 'embed_dim': D, 'num_heads': 8, 'head_dim': 10,
                          'mlp_dim': F, 'mlp': 'swiglu', 'norm': 'rms_norm', 'positions': 'rope', 'dtype': 'float32',
                          'attention': 'xla', **fields})
-  model, mesh = Decoder(cfg), make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
+  model, shape = Decoder(cfg), MeshConfig(*sizes, rules)
+  mesh = make_mesh(shape, jax.devices()[:int(np.prod(sizes))])
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, V, (B, T + 1), np.int32)
   batch = Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:], loss_mask=np.ones((B, T), np.float32),
@@ -38,7 +42,8 @@ def build(sizes=(1, 1, 1), **fields):
   config = Config()
   boxed = boxed_params(example, model=model)
   tx = make_optimizer(config.optim, 100, param_info(boxed))
-  abstract = abstract_state(boxed, mesh, tx=tx, is_trainable=lambda path: True)
+  with use_mesh(mesh, shape):
+    abstract = abstract_state(boxed, mesh, tx=tx, is_trainable=lambda path: True)
   shardings = shardings_of(abstract)
   step = jit_step(config, mesh, shardings, {}, 1, model=model, tx=tx, objective=Objective())
 
@@ -46,13 +51,13 @@ def build(sizes=(1, 1, 1), **fields):
     init = jax.jit(lambda key: init_state(key, example, model=model, tx=tx), out_shardings=shardings)
     return init(jax.random.key(0)), jax.device_put(batch, batch_sharding(mesh)), {}
 
-  with jax.set_mesh(mesh):
+  with use_mesh(mesh, shape):
     held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), batch)
     return mesh, step.lower(abstract, held, {}), arguments
 
 
-def compiled_text(sizes, **fields):
-  mesh, lowered, _ = build(sizes, **fields)
+def compiled_text(sizes, rules=(), **fields):
+  mesh, lowered, _ = build(sizes, rules, **fields)
   with jax.set_mesh(mesh):
     return lowered.compile().as_text()
 
@@ -133,3 +138,41 @@ def test_a_run_in_bfloat16_learns_like_one_in_float32(sizes):
   low, state = losses(**LOW)
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.trainable))
   np.testing.assert_allclose(low, losses()[0], rtol=5e-3)
+
+
+def test_rules_of_the_config_change_what_is_sharded():
+  sizes, length = (1, 4, 2), T // 2
+  assert f'f32[{L},{B // 4},{length},{D}]' in carried(compiled_text(sizes, remat='full'))
+  assert f'f32[{L},{B // 4},{T},{D}]' in carried(compiled_text(sizes, ('act_stream=none',), remat='full'))
+
+  def shards(rules):
+    mesh, _, arguments = build(sizes, rules)
+    with jax.set_mesh(mesh):
+      return arguments()[0].trainable['blocks']['mlp']['up']['w'].sharding.shard_shape((L, D, F))
+
+  assert shards(()) == (L, D // 4, F // 2)
+  assert shards(('embed=none',)) == (L, D, F // 2)
+  assert shards(('embed=fsdp+tensor', *(f'{axis}=none' for axis in TENSOR_AXES))) == (L, D // 8, F)
+
+
+def test_rules_do_not_change_losses():
+  def loss(sizes, rules=()):
+    mesh, lowered, arguments = build(sizes, rules)
+    with jax.set_mesh(mesh):
+      return unpack_metrics(lowered.compile()(*arguments())[1])['loss']
+  expected = loss((1, 1, 1))
+  for rules in (('act_stream=none',), ('vocab=none', 'act_vocab=none'), ('embed=data+fsdp', 'act_lookup=none')):
+    np.testing.assert_allclose(loss((2, 2, 2), rules), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(('rules', 'words'), [
+    (('mpl=tensor',), "got 'mpl=tensor'"), (('mlp=model',), 'mesh axes of data, fsdp, tensor'), (('mlp',), "got 'mlp'"),
+    (('act_batch=data',), 'rules cannot change act_batch')])
+def test_rules_that_cannot_be_are_refused(rules, words):
+  with pytest.raises(ConfigError, match=f'config.mesh.*{words}'):
+    build_config(Config, {'mesh': {'rules': rules}})
+
+
+def test_rules_that_collide_are_refused():
+  with pytest.raises(ConfigError, match=r'config.mesh.rules: .*map two dimensions to one mesh axis'):
+    build((1, 4, 2), ('embed=tensor',))

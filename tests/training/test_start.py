@@ -1,5 +1,6 @@
 """Branches of runs, and warm starts from another run's weights."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,9 +8,13 @@ import pytest
 from program import write_config
 
 from llm_jax import main
+from llm_jax.base.builder import build, to_dict
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.fields import DTYPES
 from llm_jax.commands import evaluate
+from llm_jax.config import Config
 from llm_jax.training.log import read_metrics
+from llm_jax.training.resume import check_same_parts, with_new_fields
 
 FLAGS = ('--config.eval.every=4', '--config.checkpoint.every=4', '--config.checkpoint.keep_last=9',
          '--config.eval.sample_tokens=0', '--config.optim.schedule=wsd',
@@ -90,3 +95,13 @@ def test_invalid_starts_are_reported(folder, tmp_path, settings, flags, words):
     train(folder, tmp_path / 'x', *start(folder, **settings), *flags,
           *(['--config.optim.ema.decay=0.999'] if any('chain' in flag for flag in flags) else []))
   assert all(word in str(e.value) for word in words), e.value
+
+
+def test_a_run_from_before_the_dtypes_of_activations_is_one_of_float32():
+  model = {name: 'float32' if name in DTYPES else value for name, value in to_dict(Config())['model'].items()}
+  config = build(Config, {**to_dict(Config()), 'model': model})
+  saved = {**to_dict(config), 'model': {name: value for name, value in model.items() if name not in DTYPES[1:]}}
+  check_same_parts(with_new_fields(saved), config, True)
+  other = dataclasses.replace(config, model=dataclasses.replace(config.model, stream_dtype='bfloat16'))
+  with pytest.raises(ConfigError, match=r'config.model.stream_dtype: checkpoint float32, now bfloat16'):
+    check_same_parts(with_new_fields(saved), other, True)

@@ -19,15 +19,14 @@ from typing import Any
 from llm_jax.base import flags
 from llm_jax.base.builder import SYNONYMS, nearest_fields, to_dict
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.fields import Field, fields_of
+from llm_jax.base.fields import DTYPES, Field, fields_of
 from llm_jax.base.nearest import nearest
 from llm_jax.base.redaction import public
 from llm_jax.base.terminal import columns
 
 # Fields besides those of losses that training fills in (training/resolve.py, memory.py) where they are None or 'auto'.
 OPEN = ('tokens_per_device', *(f'model.{name}' for name in (
-    'vocab_size', 'max_len', 'encoder_len', 'start_id', 'encoder_vocab_size', 'dtype', 'product_dtype',
-    'gradient_dtype', 'stream_dtype')))
+    'vocab_size', 'max_len', 'encoder_len', 'start_id', 'encoder_vocab_size', *DTYPES)))
 
 MIN_COMMENT = 40  # columns for the comments beside the fields
 

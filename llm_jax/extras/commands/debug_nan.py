@@ -28,15 +28,14 @@ def parser() -> flags.Parser:
 def main(argv: list[str]) -> None:
   args = parser().parse(argv)
   flags.apply(args)
-  import jax
 
-  from llm_jax.base.sharding import make_mesh
+  from llm_jax.base.sharding import make_mesh, use_mesh
   from llm_jax.infer.load import read_config
   config = read_config(args.workdir, args.trust)
   if not 1 <= args.step <= config.num_steps:
     raise ConfigError(f'--step: must be from 1 to num_steps, {config.num_steps}; got {args.step}')
   mesh = make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
+  with use_mesh(mesh, config.mesh):
     program, state, batch = replay(config, args.workdir, args.step, mesh)
     waiting(f'step {args.step}: running forward and backward pass operation by operation')
     for line in findings(program, state, batch):

@@ -19,6 +19,7 @@ from typing import Any
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.fields import DTYPES
 from llm_jax.base.progress import duration
 from llm_jax.base.terminal import columns, wrap
 
@@ -28,8 +29,8 @@ OPTIONAL = ('differs in', 'tokens/s', 'updated')  # columns that a narrow termin
 LEAST_WIDTH = {'run': 24, 'differs in': 20}  # of columns whose cells are wrapped
 # Fields that follow from data.path and the machine: they are left out for runs of different data.
 OF_DATA = (*(f'data.{name}' for name in ('sha256', 'format', 'separator', 'dtype', 'eot_id', 'cache_dir')),
-           'tokens_per_device', 'model.vocab_size', 'model.encoder_vocab_size', 'model.start_id', 'model.dtype',
-           'model.product_dtype', 'model.gradient_dtype', 'model.stream_dtype')
+           'tokens_per_device', 'model.vocab_size', 'model.encoder_vocab_size', 'model.start_id',
+           *(f'model.{name}' for name in DTYPES))
 
 
 def parser() -> flags.Parser:
