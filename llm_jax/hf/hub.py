@@ -14,7 +14,7 @@ from llm_jax.base.registry import NoSettings, register
 from llm_jax.base.storage import STORAGE
 
 # Neither pickles nor code.
-WANTED = ('*.json', '*.safetensors', '*.jinja', 'tokenizer.model')
+WANTED = ('*.json', '*.safetensors', '*.jinja', 'tokenizer.model', 'merges.txt')
 
 
 class Hub:

@@ -178,6 +178,8 @@ class DecoderConfig(StackConfig):
       field = 'head_dim' if self.rope_dim is None else 'rope_dim'
       raise ValueError(f'positions rope rotates pairs of features: {field} must be even, and at most head_dim '
                        f'{self.H}; got {rotated}')
+    if 'rope_dynamic' in self.rope_scaling and rotated < 4:
+      raise ValueError(f'rope_scaling rope_dynamic needs at least 4 rotated features of a head; got {rotated}')
 
   @property
   def layers(self) -> tuple[Layer, ...]:

@@ -129,7 +129,7 @@ def test_weights_are_the_same_on_any_mesh(tmp_path, mesh, sizes):
     ({'rope_scaling': 'linear'}, 'rope_scaling: must be a section'),
     ({'rope_scaling': {'rope_type': 'linear'}}, 'factor must be a number'),
     ({'text_config': {'model_type': 'llama'}}, 'reads more than text'),
-    ({'num_attention_heads': 5, 'head_dim': None}, 'num_heads 5 does not divide'),
+    ({'num_attention_heads': 5, 'head_dim': None}, 'multiple of num_attention_heads 5'),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else '')
 def test_a_model_that_no_family_fits_is_refused_with_its_fields(fields, message):
   with pytest.raises(ConfigError, match=message):
@@ -182,6 +182,61 @@ def test_gemma_without_sliding_layers_is_written_with_a_window(model_type):
   values['layer_types'] = ['full_attention'] * values['num_hidden_layers']
   back, differs = written(read_model(values, '')[1], model_type)
   assert not differs and back['sliding_window'] > 0
+
+
+@pytest.mark.parametrize(('model_type', 'field'), [
+    ('mistral', 'attention_bias'), ('phi3', 'attention_bias'), ('mistral', 'mlp_bias'), ('phi3', 'mlp_bias'),
+    ('qwen2', 'mlp_bias'), ('qwen3', 'mlp_bias'), ('olmo2', 'mlp_bias')])
+def test_biases_that_a_class_of_transformers_does_not_have_are_refused(model_type, field):
+  """It leaves such tensors out and computes something else."""
+  values = random_config(model_type, random.Random(4))
+  assert read_model(values | {field: False}, '')[1] == read_model(values, '')[1]
+  with pytest.raises(ConfigError, match=f'{field}=True: unknown field'):
+    read_model(values | {field: True}, '')
+  ours = {'attention_bias': {'qkv_bias': True, 'out_bias': True}, 'mlp_bias': {'mlp_bias': True}}[field]
+  _, differs = written(dataclasses.replace(read_model(values, '')[1], **ours), model_type)
+  assert differs.keys() == ours.keys()
+
+
+def test_biases_by_use_bias_are_those_of_llama():
+  cfg = read_model(random_config('llama', random.Random(1)) | {'attention_bias': False, 'mlp_bias': False}, '')[1]
+  biased = dataclasses.replace(cfg, use_bias=True, qkv_bias=None, out_bias=None, mlp_bias=None)
+  kind, values = choose_family(biased)
+  assert kind == 'llama' and values['attention_bias'] and values['mlp_bias']
+
+
+@pytest.mark.parametrize('model_type', ['llama', 'gemma2', 'gemma3_text'])
+def test_a_width_that_transformers_refuses_is_not_written(model_type):
+  """Their classes want heads to divide the width even where head_dim is set; Mistral's does not."""
+  values = random_config(model_type, random.Random(2)) | {'hidden_size': 32}
+  cfg = dataclasses.replace(read_model(values, '')[1], num_heads=3, num_kv_heads=1, head_dim=8)
+  assert written(cfg, model_type)[1]
+  with pytest.raises(ConfigError, match='multiple of num_attention_heads 3'):
+    read_model(values | {'num_attention_heads': 3, 'num_key_value_heads': 1, 'head_dim': 8}, '')
+
+
+def test_a_llama_of_another_width_is_written_as_mistral():
+  values = random_config('llama', random.Random(2)) | {'hidden_size': 32, 'attention_bias': False, 'mlp_bias': False}
+  cfg = dataclasses.replace(read_model(values, '')[1], num_heads=3, num_kv_heads=1, head_dim=8)
+  assert choose_family(cfg)[0] == 'mistral'
+
+
+@pytest.mark.parametrize(('model_type', 'fits'), [('gemma', True), ('gemma2', False), ('gemma3_text', False)])
+def test_gelu_is_the_approximation_in_gemma_1_alone(model_type, fits):
+  values = random_config(model_type, random.Random(2))
+  values |= {'hidden_act' if fits else 'hidden_activation': 'gelu'}
+  if fits:
+    assert read_model(values, '')[1].mlp == 'geglu'
+  else:
+    with pytest.raises(ConfigError, match="hidden_activation='gelu'"):
+      read_model(values, '')
+
+
+def test_dynamic_scaling_of_one_pair_is_refused():
+  values = random_config('llama', random.Random(1)) | {'rope_theta': 1e4, 'rope_scaling': {
+      'rope_type': 'dynamic', 'factor': 2.0}}
+  with pytest.raises(ConfigError, match='at least 4 rotated features'):
+    read_model(values | {'head_dim': 2}, '')
 
 
 def test_a_scaling_that_no_layer_has_is_left_out():
