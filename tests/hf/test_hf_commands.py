@@ -17,12 +17,13 @@ from llm_jax import main
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.commands import evaluate, export, generate
-from llm_jax.config import Config
+from llm_jax.config import Config, StartConfig
 from llm_jax.data.config import DataConfig
 from llm_jax.data.tokenizers.huggingface import Bpe
 from llm_jax.extras.commands import config_fields
 from llm_jax.hf import check
 from llm_jax.hf.export import parse_size, write_model
+from llm_jax.hf.origin import license_of, origin_of
 from llm_jax.infer.load import Loaded, load_run
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
@@ -88,6 +89,39 @@ def test_a_run_starts_from_it_and_is_exported_again(folder, capsys):
   written = json.loads((folder / 'out/config.json').read_text())
   assert written['architectures'] == ['LlamaForCausalLM'] and isinstance(written['bos_token_id'], int)
   assert (folder / 'run/exported/step_2/model.safetensors').is_file()
+
+
+def test_the_license_of_the_source_is_in_the_model_card(folder, tmp_path):
+  """By way of other runs too; a named license comes first."""
+  published, config = tmp_path / 'origin', Config()
+  published.mkdir()
+  (published / 'config.json').write_text('{"model_type": "llama"}')
+  first = tmp_path / 'first'
+  first.mkdir()
+  (first / 'config.json').write_text(json.dumps({'start': {'run': str(published)}}))
+  tuned = dataclasses.replace(config, start=StartConfig(run=str(first)))
+  front = ['---', 'license: "other"  # see below', 'license_name: llama3.2', "license_link: 'LICENSE.txt'", 'tags:',
+           '- x', '---', 'license: mit']
+  assert origin_of(tuned, first) == ('origin', {}, True)
+  (published / 'README.md').write_text('\n'.join(front))
+  found = {'license': 'other', 'license_name': 'llama3.2', 'license_link': 'LICENSE.txt'}
+  assert origin_of(tuned, first) == origin_of(config, published) == ('origin', found, True)
+  assert origin_of(config, first) is None
+  gone = dataclasses.replace(config, start=StartConfig(run=str(tmp_path / 'gone')))
+  assert origin_of(gone, first) == ('gone', {}, False)
+  for text, license_name in (('---\r\nlicense:\r\n- apache-2.0\r\n---\r\n', 'apache-2.0'), ('license: mit\n', None),
+                             ('---\ntitle: x\nlicense: [mit]\n---', 'mit'), ('---\nlicense:\n---\n', None)):
+    (published / 'README.md').write_text(text, newline='')
+    assert license_of(published).get('license') == license_name
+  run = load_run(folder / 'model', make_mesh(MeshConfig(), jax.devices()[:1]))
+  (published / 'README.md').write_text('\n'.join(front))
+  for name, values, expected in (
+      ('a', {}, 'license_name: "llama3.2"'), ('b', {'license_name': 'mit'}, 'license: "mit"'),
+      ('c', {'run': dataclasses.replace(run, config=dataclasses.replace(run.config, start=gone.start))},
+       'could not be read')):
+    write_model(**{'run': run, 'folder': tmp_path / name, 'source': tmp_path if name == 'c' else published} | values)
+    assert expected in (tmp_path / name / 'README.md').read_text()
+  assert 'llama3.2' not in (tmp_path / 'b/README.md').read_text()
 
 
 def test_a_folder_that_differs_from_transformers_is_not_kept(folder, monkeypatch):
