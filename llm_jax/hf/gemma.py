@@ -44,14 +44,15 @@ def _read(hf: Fields, activation: str, *, acts: dict[str, str] = SILU, vocab_siz
 
 def read_1(hf: Fields) -> dict[str, Any]:
   hf.get('hidden_activation')  # of some files; transformers reads hidden_act
-  return _read(hf, 'hidden_act', acts=SILU_1, vocab_size=256000, kv_heads=16, max_len=8192) | read_rope(hf)
+  values = _read(hf, 'hidden_act', acts=SILU_1, vocab_size=256000, kv_heads=16, max_len=8192)
+  return values | read_rope(hf, values['max_len'])
 
 
 def read_2(hf: Fields) -> dict[str, Any]:
   check_heads(hf)
   hf.get('hidden_act'), hf.get('sliding_window_size')
-  values = _read(hf, 'hidden_activation', vocab_size=256000, kv_heads=4, max_len=8192) | read_rope(hf)
-  return values | _read_scores(hf, 50.0, 30.0) | {
+  values = _read(hf, 'hidden_activation', vocab_size=256000, kv_heads=4, max_len=8192)
+  return values | read_rope(hf, values['max_len']) | _read_scores(hf, 50.0, 30.0) | {
       'windows': read_layer_types(hf, values['num_layers'], hf.get('sliding_window', 4096),
                                   [(i + 1) % 2 != 0 for i in range(values['num_layers'])])}
 

@@ -31,9 +31,10 @@ def read(hf: Fields, *, vocab_size: int = 32000, kv_heads: int | None = None, ti
          eps: float = 1e-6, theta: float = 10000.0, biases: tuple[str, ...] = BIASES) -> dict[str, Any]:
   """`biases` are the fields of biases that the family has; transformers ignores others, so they are refused."""
   attention_bias, mlp_bias = (hf.flag(name, False) if name in biases else False for name in BIASES)
-  return {**read_shape(hf, vocab_size=vocab_size, kv_heads=kv_heads, tied=tied, max_len=max_len),
-          **read_rope(hf, theta), **read_rms_norm(hf, eps), 'mlp': hf.choice('hidden_act', 'silu', SILU),
-          'qkv_bias': attention_bias, 'out_bias': attention_bias, 'mlp_bias': mlp_bias}
+  shape = read_shape(hf, vocab_size=vocab_size, kv_heads=kv_heads, tied=tied, max_len=max_len)
+  return {**shape, **read_rope(hf, shape['max_len'], theta), **read_rms_norm(hf, eps),
+          'mlp': hf.choice('hidden_act', 'silu', SILU), 'qkv_bias': attention_bias, 'out_bias': attention_bias,
+          'mlp_bias': mlp_bias}
 
 
 def write(cfg: DecoderConfig) -> dict[str, Any]:

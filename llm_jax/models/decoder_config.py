@@ -146,7 +146,7 @@ class DecoderConfig(StackConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    require(self, 'at least 1', lambda x: x >= 1, 'num_kv_heads', 'head_dim')
+    require(self, 'at least 1', lambda x: x >= 1, 'num_kv_heads', 'head_dim', 'rope_dim')
     require(self, 'positive', lambda x: x > 0, 'embed_init_std', 'readout_init_std')
     require(self, 'positive and at most 1e6', lambda x: 0 < x <= 1e6, 'query_scale', 'residual_scale', 'embed_scale')
     require(self, '0 (no cap), or up to 1e6', lambda x: 0 <= x <= 1e6, 'attention_soft_cap')

@@ -232,6 +232,20 @@ def test_gelu_is_the_approximation_in_gemma_1_alone(model_type, fits):
       read_model(values, '')
 
 
+@pytest.mark.parametrize(('model_type', 'length'), [('llama', 2048), ('gemma2', 8192), ('qwen3', 32768),
+                                                    ('mistral', 131072), ('starcoder2', 4096)])
+def test_a_scaling_without_a_length_has_that_of_its_family(model_type, length):
+  values = random_config(model_type, random.Random(1)) | {'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}}
+  del values['max_position_embeddings']
+  assert read_model(values, '')[1].layers[0].rope.scaling.original_max_len == length
+
+
+def test_a_share_of_a_head_below_one_pair_is_refused():
+  values = random_config('phi3', random.Random(1)) | {'head_dim': 2, 'partial_rotary_factor': 0.25}
+  with pytest.raises(ConfigError, match='rope_dim must be at least 1'):
+    read_model(values, '')
+
+
 def test_dynamic_scaling_of_one_pair_is_refused():
   values = random_config('llama', random.Random(1)) | {'rope_theta': 1e4, 'rope_scaling': {
       'rope_type': 'dynamic', 'factor': 2.0}}
