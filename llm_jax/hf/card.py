@@ -20,7 +20,7 @@ BARS = '\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588'
 POINTS = 60  # of the curve
 
 
-def model_card(folder: Path, run: Loaded, source: Path | None, model_type: str, num_params: int, dtype: str,
+def model_card(folder: Path, run: Loaded, source: Path | None, model_type: str, num_params: int, precision: str,
                license_name: str, title: str) -> None:
   """Writes README.md. Raises OSError."""
   front: dict[str, Any] = {'library_name': 'transformers', 'pipeline_tag': 'text-generation',
@@ -32,7 +32,7 @@ def model_card(folder: Path, run: Loaded, source: Path | None, model_type: str, 
   data = public(to_dict(run.config))['data']
   sources = {name: source['path'] for name, source in (data.get('sources') or {'data': data}).items() if source['path']}
   lines = ['---', *(f'{name}: {json.dumps(value)}' for name, value in front.items()), '---', '', f'# {title}', '',
-           f'A {model_type} model with {num_params:,} parameters in {dtype}, '
+           f'A {model_type} model with {num_params:,} parameters in {precision}, '
            + (f'trained up to step {run.meta["step"]:,} with' if run.meta['step'] else 'written by')
            + f' llm_jax {importlib.metadata.version("llm_jax")}.', '']
   lines += _rights(origin, license_name)

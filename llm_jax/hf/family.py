@@ -161,7 +161,8 @@ def choose_family(cfg: Any, wanted: str | None = None) -> tuple[str, dict[str, A
            for name, (mine, theirs) in differing[nearest].items()]
   raise ConfigError(f'no family of transformers computes this model; the nearest is {nearest}, but\n  '
                     + '\n  '.join(lines)
-                    + '\nexport it with --format=llm_jax, or register a family (docs/huggingface.md)')
+                    + '\nllm-jax export --format=llm_jax writes it for this package; or register a family '
+                    '(docs/huggingface.md)')
 
 
 def linear_class(cfg: Any, family: Family) -> str:

@@ -93,7 +93,7 @@ class HuggingFace:
       return
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
-      say(f'{folder}: {check_folder(folder, mesh)}')
+      say(f'{folder}: {check_folder(folder, mesh, where="config.start.check")}')
 
 
 def _model(folder: Path) -> tuple[Family, Any]:

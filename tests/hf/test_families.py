@@ -1,8 +1,10 @@
 """Published models in and out: logits and gradients equal those of transformers, and round trips are bit-equal."""
 
 import dataclasses
+import functools
 import json
 import random
+import weakref
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from cases import FAMILIES, random_config
 from goldens import FILE
+from safetensors.numpy import save_file
 from weights import abstract_of, write_folder
 
 from llm_jax.base.batch import Batch
@@ -20,7 +23,7 @@ from llm_jax.base.trees import by_name, path_of
 from llm_jax.config import base_from
 from llm_jax.hf.family import choose_family, meaning, read_model, written
 from llm_jax.hf.rules import tensor_names
-from llm_jax.hf.weights import Tensors, check_tensors, read_weights, tensors_of, write_weights
+from llm_jax.hf.weights import DTYPES, Tensors, check_tensors, read_weights, tensors_of, write_weights
 from llm_jax.infer.importers import importer_of
 from llm_jax.infer.load import load_run
 from llm_jax.losses.readout import cross_entropy
@@ -98,6 +101,29 @@ def test_round_trips_of_random_configs_are_bit_equal(model_type, tmp_path, mesh)
                if path in rule.paths}
       shape = rule.shape(sizes, cfg.vocab_size)
       np.testing.assert_array_equal(mine.read(name, shape), theirs.read(name, shape))
+
+
+def test_files_are_written_tensor_by_tensor_with_the_bytes_of_the_library(tmp_path):
+  rng, alive = np.random.default_rng(0), []
+  kinds = [('b', 'F32', np.float32), ('a', 'F32', np.float32), ('c', 'U8', np.uint8), ('e', 'BF16', DTYPES['bfloat16']),
+           ('d', 'F16', np.float16), ('f', 'U8', np.uint8)]
+  arrays = {name: rng.integers(0, 100, (3, i + 1)).astype(dtype) for i, (name, _, dtype) in enumerate(kinds)}
+  arrays['scale'] = np.ones((1,), np.float32)
+
+  def make(name):
+    assert not [ref for ref in alive if ref() is not None]
+    array = arrays[name].copy()
+    alive.append(weakref.ref(array))
+    return array
+
+  entries = [(name, jax.ShapeDtypeStruct(x.shape, x.dtype), functools.partial(make, name))
+             for name, x in arrays.items()]
+  assert write_weights(tmp_path, entries, 10**9) == sum(x.nbytes for x in arrays.values())
+  save_file(arrays, tmp_path / 'library.safetensors', metadata={'format': 'pt'})
+  assert (tmp_path / 'model.safetensors').read_bytes() == (tmp_path / 'library.safetensors').read_bytes()
+  (tmp_path / 'model.safetensors').unlink()
+  write_weights(tmp_path, entries, 10**9, writes=False)
+  assert not (tmp_path / 'model.safetensors').exists()
 
 
 @pytest.mark.parametrize('sizes', [{'data': 2, 'fsdp': 2, 'tensor': 2}, {'data': 1, 'fsdp': 4, 'tensor': 2}], ids=str)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,19 +16,22 @@ from test_families import batch_of
 from weights import abstract_of, write_folder
 
 from llm_jax import main
-from llm_jax.base.errors import ConfigError
+from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.commands import evaluate, export, generate
-from llm_jax.config import Config, StartConfig
+from llm_jax.config import CheckpointConfig, Config, StartConfig
 from llm_jax.data.config import DataConfig
 from llm_jax.data.tokenizers.huggingface import Bpe
 from llm_jax.extras.commands import config_fields
 from llm_jax.hf import check
+from llm_jax.hf.callback import ExportModel
 from llm_jax.hf.export import parse_size, write_model
 from llm_jax.hf.origin import license_of, origin_of
+from llm_jax.infer.importers import importer_of
 from llm_jax.infer.load import Loaded, load_run
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
+from llm_jax.training.custom import Custom, with_named_callbacks
 from llm_jax.training.log import read_metrics
 
 
@@ -137,6 +142,33 @@ def test_a_folder_that_differs_from_transformers_is_not_kept(folder, monkeypatch
     export.main([f'--workdir={folder}/model', f'--out={folder}/bad', '--format=hf'])
   assert error.value.exit_code == 70
   assert not [path for path in folder.iterdir() if path.name.startswith('bad')]
+
+
+def test_messages_of_the_callback_name_the_config_field(folder, tmp_path):
+  model = load_run(folder / 'model', make_mesh(MeshConfig(), jax.devices()[:1])).config.model
+  for where, expected in (('config.checkpoint.export_every', 'config.checkpoint.export_every: no family'),
+                          (None, 'config.log.callbacks: no family')):
+    with pytest.raises(ConfigError, match=expected):
+      ExportModel(model=dataclasses.replace(model, parallel_residual=True), where=where)
+  config = with_named_callbacks(Custom(), dataclasses.replace(Config(), checkpoint=CheckpointConfig(export_every=100)))
+  assert config.callbacks[-1]._where == 'config.checkpoint.export_every'
+
+  class Own:
+    bos_id = eos_id = 0
+    token_bytes = (b'',)
+
+    def to_json(self):
+      return '{"type": "own"}'
+
+  session = SimpleNamespace(config=Config(), program=SimpleNamespace(data=SimpleNamespace(tokenizer=Own())))
+  with pytest.raises(ConfigError, match=r'^config\.log\.callbacks: a tokenizer of type own'):
+    ExportModel()(SimpleNamespace(session=session, step=1))
+  with pytest.raises(ConfigError, match=r'config\.start\.check: compares') if not check.can_check() else nullcontext():
+    importer_of(folder / 'model').check(folder / 'model', 'always')
+  (tmp_path / 'file').write_text('')
+  run = load_run(folder / 'model', make_mesh(MeshConfig(), jax.devices()[:1]))
+  with pytest.raises(StorageError, match=r'^config\.x: '):
+    write_model(run, tmp_path / 'file/out', where='config.x')
 
 
 def test_flags_of_the_other_format_are_refused(folder):
