@@ -30,7 +30,8 @@ class DataConfig(SourceConfig, SplitConfig):
   max_bad_fraction: float = 0.01  # of all records, if bad ones are skipped
   filters: FilterConfig = FilterConfig()
 
-  tokenizer: str = 'bpe'  # one of TOKENIZERS; a tokenizer.json or SentencePiece .model; tiktoken:NAME; none
+  # One of TOKENIZERS; a tokenizer.json, a vocab.json with merges.txt, a SentencePiece .model; tiktoken:NAME; none.
+  tokenizer: str = 'bpe'
   # Of the prompts of seq2seq: one of TOKENIZERS, or a file; `tokenizer` is then that of answers. None: the same.
   encoder_tokenizer: str | None = None
   vocab_size: int = 8192  # of bpe; maximum for word. The same for both tokenizers

@@ -21,8 +21,8 @@ def read(hf: Fields) -> dict[str, Any]:
   if shape.get('head_dim', shape['embed_dim'] // shape['num_heads']) * shape['num_heads'] != shape['embed_dim']:
     hf.problems.append('head_dim: times num_attention_heads must be hidden_size')
   bias, norm = bool(hf.get('attention_bias', False)), read_rms_norm(hf, 1e-5)
-  return {**shape, **read_rope(hf, 500000.0), **norm, 'mlp': hf.choice('hidden_act', 'relu2', ACTS), 'qkv_bias': bias,
-          'out_bias': bias, 'packed': {'out_norm': True, 'out_norm_eps': norm['rms_norm']['eps']}}
+  return {**shape, **read_rope(hf, shape['max_len'], 500000.0), **norm, 'mlp': hf.choice('hidden_act', 'relu2', ACTS),
+          'qkv_bias': bias, 'out_bias': bias, 'packed': {'out_norm': True, 'out_norm_eps': norm['rms_norm']['eps']}}
 
 
 def write(cfg: DecoderConfig) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import UserError
 from llm_jax.base.files import write_file
 from llm_jax.base.redaction import public
+from llm_jax.base.storage import HUB
+from llm_jax.hf.origin import Origin, origin_of
 from llm_jax.infer.load import Loaded
 from llm_jax.training.log import read_metrics
 
@@ -18,21 +20,22 @@ BARS = '\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588'
 POINTS = 60  # of the curve
 
 
-def model_card(folder: Path, run: Loaded, source: Path | None, model_type: str, num_params: int, dtype: str,
+def model_card(folder: Path, run: Loaded, source: Path | None, model_type: str, num_params: int, precision: str,
                license_name: str, title: str) -> None:
   """Writes README.md. Raises OSError."""
   front: dict[str, Any] = {'library_name': 'transformers', 'pipeline_tag': 'text-generation',
                            'tags': ['llm_jax', model_type]}
-  if license_name:
-    front['license'] = license_name
+  origin = origin_of(run.config, source)
+  front |= {'license': license_name} if license_name else {} if origin is None else origin.license
+  if origin is not None and origin.name.startswith(HUB):
+    front['base_model'] = origin.name.removeprefix(HUB).partition('@')[0]
   data = public(to_dict(run.config))['data']
   sources = {name: source['path'] for name, source in (data.get('sources') or {'data': data}).items() if source['path']}
   lines = ['---', *(f'{name}: {json.dumps(value)}' for name, value in front.items()), '---', '', f'# {title}', '',
-           f'A {model_type} model with {num_params:,} parameters in {dtype}, '
+           f'A {model_type} model with {num_params:,} parameters in {precision}, '
            + (f'trained up to step {run.meta["step"]:,} with' if run.meta['step'] else 'written by')
            + f' llm_jax {importlib.metadata.version("llm_jax")}.', '']
-  if not license_name:
-    lines += ['No license was named for it (`llm-jax export --license=...`).', '']
+  lines += _rights(origin, license_name)
   lines += ['## Load', '', '```python', 'from transformers import AutoModelForCausalLM, AutoTokenizer', '',
             f"model = AutoModelForCausalLM.from_pretrained('{title}')"]
   if run.tokenizer is not None:
@@ -45,6 +48,20 @@ def model_card(folder: Path, run: Loaded, source: Path | None, model_type: str, 
   lines += ['## Model', '', '| Field | Value |', '|---|---|',
             *(f'| {name} | {value} |' for name, value in config.items()), '']
   write_file(folder / 'README.md', '\n'.join(lines))
+
+
+def _rights(origin: Origin | None, license_name: str) -> list[str]:
+  """Lines on the model that it was made from and on its license."""
+  if origin is None:
+    return [] if license_name else ['No license was named for it (`llm-jax export --license=...`).', '']
+  line = f'It was made from the published model `{origin.name.removeprefix(HUB)}`'
+  if license_name:
+    return [f'{line}.', '']
+  if origin.license:
+    return [f'{line}, whose license it has.', '']
+  why = 'names no license' if origin.is_found else 'could not be read'
+  return [f'{line}, whose model card {why}; see there for its terms (`llm-jax export --license=...` names a license).',
+          '']
 
 
 def _results(source: Path | None) -> list[str]:

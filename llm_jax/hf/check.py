@@ -53,12 +53,15 @@ def fits_in_memory(folder: Path) -> bool:
   return 4 * size < psutil.virtual_memory().available
 
 
-def check_folder(folder: Path, mesh: Mesh, seed: int = 0) -> Agreement:
-  """Raises MismatchError if the folder's model differs in transformers, ConfigError if it cannot be loaded there."""
+def check_folder(folder: Path, mesh: Mesh, seed: int = 0, where: str = '--check') -> Agreement:
+  """Raises MismatchError if the folder's model differs in transformers, ConfigError if it cannot be loaded there.
+
+  `where` names the flag or field for messages.
+  """
   if not can_check():
-    raise ConfigError('--check: compares with transformers, which needs torch and transformers: pip install torch '
+    raise ConfigError(f'{where}: compares with transformers, which needs torch and transformers: pip install torch '
                       'transformers; or leave it out')
-  run = with_dtype(HuggingFace.open(folder, '--out'), 'float32')
+  run = with_dtype(HuggingFace.open(folder, where), 'float32')
   loaded = HuggingFace.read(run, folder, mesh)
   theirs = _open(folder)
   _check_ids(folder, run.tokenizer)

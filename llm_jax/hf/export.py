@@ -67,11 +67,12 @@ def parse_size(text: str) -> int:
 
 def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype: str = 'float32',
                 max_shard: int = 5 * 10**9, family: str | None = None, license_name: str = '',
-                check: bool = False) -> str:
+                check: bool = False, where: str = '--out') -> str:
   """Writes the run's model and returns what it is. `folder` must be new; all processes call this together.
 
-  `source` is the run's folder, for the model card. With `check` it is compared with transformers. Raises ConfigError
-  for a model or tokenizer that transformers does not have, StorageError, and MismatchError; then there is no folder.
+  `source` is the run's folder, for the model card. With `check` it is compared with transformers. `where` names
+  the flag or field for messages. Raises ConfigError for a model or tokenizer that transformers does not have,
+  StorageError, and MismatchError; then there is no folder.
   """
   writes = jax.process_index() == 0
   model_type, values = choose_family(run.config.model, family)
@@ -81,8 +82,9 @@ def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype:
   # torch_dtype is the field's name for transformers 4, dtype for 5.
   config = values | ids | {'torch_dtype': dtype, 'dtype': dtype}
   tensors = list(tensors_of(params, rules_to_write(cfg, model_type), cfg.num_layers, cfg.vocab_size, dtype))
+  precision = ('1.58 bits, other tensors in ' if any(spec.dtype == np.uint8 for _, spec, _ in tensors) else '') + dtype
   aside = folder.with_name(f'{folder.name}.partial')
-  with writing(f'--out: {folder}'):
+  with writing(f'{where}: {folder}'):
     if writes:
       shutil.rmtree(aside, ignore_errors=True)
       aside.mkdir(parents=True)
@@ -101,7 +103,7 @@ def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype:
       total = write_weights(aside, [(name, spec, counted(make)) for name, spec, make in tensors], max_shard,
                             writes=writes)
     if writes:
-      model_card(aside, run, source, model_type, _num_params(tensors), dtype, license_name, folder.name)
+      model_card(aside, run, source, model_type, _num_params(tensors), precision, license_name, folder.name)
       found = 'not compared with transformers'
       if check and getattr(cfg, 'einsum', '') in KINDS and not can_check('accelerate'):
         found += ', whose BitNet needs the package accelerate'
@@ -111,7 +113,7 @@ def write_model(run: Loaded, folder: Path, *, source: Path | None = None, dtype:
         folder.rmdir()  # an empty one
       aside.rename(folder)
   barrier(f'export to {folder}')
-  return f'{FAMILIES[model_type].architecture}, {len(tensors)} tensors, {total:,} bytes in {dtype}; {found}'
+  return f'{FAMILIES[model_type].architecture}, {len(tensors)} tensors, {total:,} bytes in {precision}; {found}'
 
 
 def _num_params(tensors: list[Entry]) -> int:

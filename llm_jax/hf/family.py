@@ -162,7 +162,8 @@ def choose_family(cfg: Any, wanted: str | None = None) -> tuple[str, dict[str, A
            for name, (mine, theirs) in differing[nearest].items()]
   raise ConfigError(f'no family of transformers computes this model; the nearest is {nearest}, but\n  '
                     + '\n  '.join(lines)
-                    + '\nexport it with --format=llm_jax, or register a family (docs/huggingface.md)')
+                    + '\nllm-jax export --format=llm_jax writes it for this package; or register a family '
+                    '(docs/huggingface.md)')
 
 
 def linear_class(cfg: Any, family: Family) -> str:
@@ -192,6 +193,13 @@ def read_shape(hf: Fields, *, vocab_size: int, kv_heads: int | None = None, tied
       'max_len': hf.count('max_position_embeddings', max_len), 'tie_embeddings': hf.flag('tie_word_embeddings', tied)}
 
 
+def check_heads(hf: Fields) -> None:
+  """Notes a problem that some classes of transformers find when they open a config, whatever head_dim is."""
+  size, heads = hf.count('hidden_size'), hf.count('num_attention_heads')
+  if size % heads:
+    hf.problems.append(f'hidden_size={size}: must be a multiple of num_attention_heads {heads} in this family')
+
+
 def write_shape(cfg: DecoderConfig) -> dict[str, Any]:
   return {'vocab_size': cfg.vocab_size, 'hidden_size': cfg.embed_dim, 'intermediate_size': cfg.F,
           'num_hidden_layers': cfg.num_layers, 'num_attention_heads': cfg.num_heads, 'num_key_value_heads': cfg.K,
@@ -200,6 +208,10 @@ def write_shape(cfg: DecoderConfig) -> dict[str, Any]:
 
 def read_rms_norm(hf: Fields, eps: float, offset: bool = False) -> dict[str, Any]:
   return {'norm': 'rms_norm', 'rms_norm': {'eps': float(hf.number('rms_norm_eps', eps)), 'offset': offset}}
+
+
+def has_mlp_bias(cfg: DecoderConfig) -> bool:
+  return cfg.use_bias if cfg.mlp_bias is None else cfg.mlp_bias
 
 
 def rms_eps(cfg: DecoderConfig) -> float:

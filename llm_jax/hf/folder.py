@@ -23,6 +23,7 @@ from llm_jax.data.chat.template import Template
 from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.data.config import DataConfig
 from llm_jax.data.pipeline import example_batch
+from llm_jax.data.tokenizers.bpe_files import VOCAB, is_vocab
 from llm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from llm_jax.data.tokenizers.tokenizer import Tokenizer, open_tokenizer
 from llm_jax.hf.family import Family, read_model
@@ -53,8 +54,8 @@ class HuggingFace:
 
   @staticmethod
   def tokenizer(folder: Path) -> str:
-    names = ('tokenizer.json', 'tokenizer.model')
-    return next((str(folder / name) for name in names if (folder / name).is_file()), 'none')
+    paths = [folder / name for name in ('tokenizer.json', VOCAB, 'tokenizer.model')]
+    return next((str(path) for path in paths if path.is_file() and (path.name != VOCAB or is_vocab(path))), 'none')
 
   @staticmethod
   def open(folder: Path, flag: str) -> Opened:
@@ -92,7 +93,7 @@ class HuggingFace:
       return
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
-      say(f'{folder}: {check_folder(folder, mesh)}')
+      say(f'{folder}: {check_folder(folder, mesh, where="config.start.check")}')
 
 
 def _model(folder: Path) -> tuple[Family, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llm_jax.base.registry import NoSettings, register
-from llm_jax.hf.family import FAMILIES, SILU, Family, read_rms_norm, read_shape, rms_eps, write_shape
+from llm_jax.hf.family import FAMILIES, SILU, Family, check_heads, read_rms_norm, read_shape, rms_eps, write_shape
 from llm_jax.hf.fields import Fields, name_for
 from llm_jax.hf.llama import GATED
 from llm_jax.hf.llama import NORMS as NORMS_1
@@ -28,24 +28,31 @@ NORMS_2 = {'blocks/attn_norm': f'{LAYER}.input_layernorm', 'blocks/attn_post_nor
            'blocks/mlp_post_norm': f'{LAYER}.post_feedforward_layernorm', 'final_norm': 'model.norm'}
 
 
-def _read(hf: Fields, activation: str, *, vocab_size: int, kv_heads: int, max_len: int) -> dict[str, Any]:
+# Of Gemma 1, whose first files say gelu and mean its approximation.
+SILU_1 = SILU | {'gelu': 'geglu'}
+
+
+def _read(hf: Fields, activation: str, *, acts: dict[str, str] = SILU, vocab_size: int, kv_heads: int,
+          max_len: int) -> dict[str, Any]:
   hf.only('use_bidirectional_attention', None, False)
   bias = hf.flag('attention_bias', False)
   values = {'head_dim': 256} | read_shape(hf, vocab_size=vocab_size, kv_heads=kv_heads, tied=True, max_len=max_len)
   return values | read_rms_norm(hf, 1e-6, offset=True) | {
-      'mlp': hf.choice(activation, 'gelu_pytorch_tanh', SILU | {'gelu': 'geglu'}), 'qkv_bias': bias, 'out_bias': bias,
+      'mlp': hf.choice(activation, 'gelu_pytorch_tanh', acts), 'qkv_bias': bias, 'out_bias': bias,
       'embed_scale': float(values['embed_dim']) ** 0.5}
 
 
 def read_1(hf: Fields) -> dict[str, Any]:
   hf.get('hidden_activation')  # of some files; transformers reads hidden_act
-  return _read(hf, 'hidden_act', vocab_size=256000, kv_heads=16, max_len=8192) | read_rope(hf)
+  values = _read(hf, 'hidden_act', acts=SILU_1, vocab_size=256000, kv_heads=16, max_len=8192)
+  return values | read_rope(hf, values['max_len'])
 
 
 def read_2(hf: Fields) -> dict[str, Any]:
+  check_heads(hf)
   hf.get('hidden_act'), hf.get('sliding_window_size')
-  values = _read(hf, 'hidden_activation', vocab_size=256000, kv_heads=4, max_len=8192) | read_rope(hf)
-  return values | _read_scores(hf, 50.0, 30.0) | {
+  values = _read(hf, 'hidden_activation', vocab_size=256000, kv_heads=4, max_len=8192)
+  return values | read_rope(hf, values['max_len']) | _read_scores(hf, 50.0, 30.0) | {
       'windows': read_layer_types(hf, values['num_layers'], hf.get('sliding_window', 4096),
                                   [(i + 1) % 2 != 0 for i in range(values['num_layers'])])}
 
@@ -58,6 +65,7 @@ def _read_scores(hf: Fields, attention: float | None, logits: float | None) -> d
 
 def read_3(hf: Fields) -> dict[str, Any]:
   """Layers with a window have positions of their own base, without scaling."""
+  check_heads(hf)
   hf.get('hidden_act')
   values = _read(hf, 'hidden_activation', vocab_size=262208, kv_heads=4, max_len=131072) | _read_scores(hf, None, None)
   num_layers, every = values['num_layers'], hf.count('sliding_window_pattern', 6)
@@ -115,7 +123,7 @@ def rules(cfg: DecoderConfig) -> list[Rule]:
   return [*table_rules('model.embed_tokens.weight', 'lm_head.weight', cfg.tie_embeddings), *norm_rules(norms),
           *attention_rules(f'{LAYER}.self_attn', qkv_bias=cfg.head_options['qkv_bias'],
                            out_bias=cfg.head_options['out_bias'], qk_norm=cfg.qk_norm),
-          *mlp_rules(f'{LAYER}.mlp', GATED, bool(cfg.mlp_bias))]
+          *mlp_rules(f'{LAYER}.mlp', GATED, False)]
 
 
 register(FAMILIES, 'gemma', Family('GemmaForCausalLM', read_1, lambda cfg: _write(cfg, 'hidden_act'), rules),

@@ -14,7 +14,7 @@ from llm_jax.base.registry import NoSettings, register
 from llm_jax.base.storage import STORAGE
 
 # Neither pickles nor code.
-WANTED = ('*.json', '*.safetensors', '*.jinja', 'tokenizer.model')
+WANTED = ('*.json', '*.safetensors', '*.jinja', 'tokenizer.model', 'merges.txt', 'README.md')
 
 
 class Hub:
@@ -30,6 +30,16 @@ class Hub:
                                         ignore_patterns=['consolidated*', 'original/*']))
     except Exception as e:  # the library and its HTTP client raise many types
       raise StorageError(f'hf:{name}: cannot be downloaded: {_reason(e)}') from None
+
+
+def cached(name: str) -> Path | None:
+  """The local folder of org/name or org/name@revision, if it was downloaded before; asks no server."""
+  repository, _, revision = name.partition('@')
+  try:
+    found = _library().try_to_load_from_cache(repository, 'config.json', revision=revision or None)
+  except (ConfigError, ValueError):  # without the library, or for a name that it refuses
+    return None
+  return Path(found).parent if isinstance(found, str) else None
 
 
 def push(folder: Path, name: str) -> str:

@@ -5,45 +5,63 @@ from __future__ import annotations
 from typing import Any
 
 from llm_jax.base.registry import NoSettings, register
-from llm_jax.hf.family import FAMILIES, SILU, Family, read_rms_norm, read_shape, rms_eps, write_shape
+from llm_jax.hf.family import (
+  FAMILIES,
+  SILU,
+  Family,
+  check_heads,
+  has_mlp_bias,
+  read_rms_norm,
+  read_shape,
+  rms_eps,
+  write_shape,
+)
 from llm_jax.hf.fields import Fields, name_for
 from llm_jax.hf.positions import layer_types, read_layer_types, read_rope, windows_of, write_rope
 from llm_jax.hf.rules import Rule, attention_rules, mlp_rules, norm_rules, table_rules
 from llm_jax.models.decoder_config import DecoderConfig
 
+BIASES = ('attention_bias', 'mlp_bias')
 GATED = {'gate': 'gate_proj', 'up': 'up_proj', 'down': 'down_proj'}
 NORMS = {'blocks/attn_norm': 'model.layers.{l}.input_layernorm',
          'blocks/mlp_norm': 'model.layers.{l}.post_attention_layernorm', 'final_norm': 'model.norm'}
 
 
 def read(hf: Fields, *, vocab_size: int = 32000, kv_heads: int | None = None, tied: bool = False, max_len: int = 2048,
-         eps: float = 1e-6, theta: float = 10000.0) -> dict[str, Any]:
-  attention_bias = hf.flag('attention_bias', False)
-  return {**read_shape(hf, vocab_size=vocab_size, kv_heads=kv_heads, tied=tied, max_len=max_len),
-          **read_rope(hf, theta), **read_rms_norm(hf, eps), 'mlp': hf.choice('hidden_act', 'silu', SILU),
-          'qkv_bias': attention_bias, 'out_bias': attention_bias, 'mlp_bias': hf.flag('mlp_bias', False)}
+         eps: float = 1e-6, theta: float = 10000.0, biases: tuple[str, ...] = BIASES) -> dict[str, Any]:
+  """`biases` are the fields of biases that the family has; transformers ignores others, so they are refused."""
+  attention_bias, mlp_bias = (hf.flag(name, False) if name in biases else False for name in BIASES)
+  shape = read_shape(hf, vocab_size=vocab_size, kv_heads=kv_heads, tied=tied, max_len=max_len)
+  return {**shape, **read_rope(hf, shape['max_len'], theta), **read_rms_norm(hf, eps),
+          'mlp': hf.choice('hidden_act', 'silu', SILU), 'qkv_bias': attention_bias, 'out_bias': attention_bias,
+          'mlp_bias': mlp_bias}
 
 
 def write(cfg: DecoderConfig) -> dict[str, Any]:
   return write_shape(cfg) | write_rope(cfg) | {
       'rms_norm_eps': rms_eps(cfg), 'hidden_act': name_for(SILU, cfg.mlp) or 'silu',
-      'attention_bias': cfg.head_options['out_bias'], 'mlp_bias': bool(cfg.mlp_bias)}
+      'attention_bias': cfg.head_options['out_bias'], 'mlp_bias': has_mlp_bias(cfg)}
 
 
 def rules(cfg: DecoderConfig) -> list[Rule]:
   return [*table_rules('model.embed_tokens.weight', 'lm_head.weight', cfg.tie_embeddings), *norm_rules(NORMS),
           *attention_rules('model.layers.{l}.self_attn', qkv_bias=cfg.head_options['qkv_bias'],
                            out_bias=cfg.head_options['out_bias'], qk_norm=cfg.qk_norm),
-          *mlp_rules('model.layers.{l}.mlp', GATED, bool(cfg.mlp_bias))]
+          *mlp_rules('model.layers.{l}.mlp', GATED, has_mlp_bias(cfg))]
+
+
+def read_llama(hf: Fields) -> dict[str, Any]:
+  check_heads(hf)
+  return read(hf)
 
 
 def read_mistral(hf: Fields) -> dict[str, Any]:
-  values = read(hf, kv_heads=8, max_len=131072)
+  values = read(hf, kv_heads=8, max_len=131072, biases=())
   return values | {'windows': (hf.get('sliding_window', 4096) or 0,)}
 
 
 def write_mistral(cfg: DecoderConfig) -> dict[str, Any]:
-  return _without_biases(write(cfg)) | {'sliding_window': windows_of(cfg)[0] or None}
+  return without(write(cfg), *BIASES) | {'sliding_window': windows_of(cfg)[0] or None}
 
 
 def read_windows(hf: Fields, num_layers: int, window: int | None = 4096) -> tuple[int, ...]:
@@ -62,12 +80,13 @@ def write_windows(cfg: DecoderConfig) -> dict[str, Any]:
 
 
 def read_qwen2(hf: Fields) -> dict[str, Any]:
-  values = read(hf, vocab_size=151936, kv_heads=32, max_len=32768)
-  return values | {'windows': read_windows(hf, values['num_layers']), 'qkv_bias': True, 'out_bias': False}
+  values = read(hf, vocab_size=151936, kv_heads=32, max_len=32768, biases=())
+  hf.get('attention_bias')  # has no effect there
+  return values | {'windows': read_windows(hf, values['num_layers']), 'qkv_bias': True}
 
 
 def read_qwen3(hf: Fields) -> dict[str, Any]:
-  values = {'head_dim': 128} | read(hf, vocab_size=151936, kv_heads=32, max_len=32768)
+  values = {'head_dim': 128} | read(hf, vocab_size=151936, kv_heads=32, max_len=32768, biases=('attention_bias',))
   return values | {'windows': read_windows(hf, values['num_layers']), 'qk_norm': True}
 
 
@@ -108,15 +127,15 @@ def write_granite(cfg: DecoderConfig) -> dict[str, Any]:
                        'attention_multiplier': cfg.query_scale or cfg.H ** -0.5}
 
 
-def _without_biases(values: dict[str, Any]) -> dict[str, Any]:
-  return {name: value for name, value in values.items() if name not in ('attention_bias', 'mlp_bias')}
+def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+  return {name: value for name, value in values.items() if name not in names}
 
 
-register(FAMILIES, 'llama', Family('LlamaForCausalLM', read, write, rules), NoSettings)
+register(FAMILIES, 'llama', Family('LlamaForCausalLM', read_llama, write, rules), NoSettings)
 register(FAMILIES, 'mistral', Family('MistralForCausalLM', read_mistral, write_mistral, rules), NoSettings)
 register(FAMILIES, 'qwen2', Family('Qwen2ForCausalLM', read_qwen2,
-                                   lambda cfg: _without_biases(write(cfg)) | write_windows(cfg), rules), NoSettings)
-register(FAMILIES, 'qwen3', Family('Qwen3ForCausalLM', read_qwen3, lambda cfg: write(cfg) | write_windows(cfg), rules),
-         NoSettings)
+                                   lambda cfg: without(write(cfg), *BIASES) | write_windows(cfg), rules), NoSettings)
+register(FAMILIES, 'qwen3', Family('Qwen3ForCausalLM', read_qwen3,
+                                   lambda cfg: without(write(cfg), 'mlp_bias') | write_windows(cfg), rules), NoSettings)
 register(FAMILIES, 'smollm3', Family('SmolLM3ForCausalLM', read_smollm3, write_smollm3, rules), NoSettings)
 register(FAMILIES, 'granite', Family('GraniteForCausalLM', read_granite, write_granite, rules), NoSettings)

@@ -17,14 +17,12 @@ NORMS = {'blocks/attn_post_norm': f'{LAYER}.post_attention_layernorm',
 
 
 def read(hf: Fields) -> dict[str, Any]:
-  values = llama.read(hf, vocab_size=50304, eps=1e-5)
+  values = llama.read(hf, vocab_size=50304, eps=1e-5, biases=('attention_bias',))
   return values | {'norm_position': 'post', 'qk_norm': True, 'qk_norm_heads': 'all'}
 
 
 def write(cfg: DecoderConfig) -> dict[str, Any]:
-  values = llama.write(cfg)
-  del values['mlp_bias']
-  return values
+  return llama.without(llama.write(cfg), 'mlp_bias')
 
 
 def rules(cfg: DecoderConfig) -> list[Rule]:
@@ -32,7 +30,7 @@ def rules(cfg: DecoderConfig) -> list[Rule]:
                               out_bias=cfg.head_options['out_bias'])
   norms = [Rule(f'{LAYER}.self_attn.{name}_norm.weight', f'blocks/attn/{name}_norm/scale', 'X', 'X') for name in 'qk']
   return [*table_rules('model.embed_tokens.weight', 'lm_head.weight', cfg.tie_embeddings), *norm_rules(NORMS),
-          *attention, *norms, *mlp_rules(f'{LAYER}.mlp', llama.GATED, bool(cfg.mlp_bias))]
+          *attention, *norms, *mlp_rules(f'{LAYER}.mlp', llama.GATED, False)]
 
 
 register(FAMILIES, 'olmo2', Family('Olmo2ForCausalLM', read, write, rules), NoSettings)

@@ -16,19 +16,18 @@ LAYER = 'model.layers.{l}'
 
 
 def read(hf: Fields) -> dict[str, Any]:
-  values = llama.read(hf, vocab_size=32064, max_len=4096, eps=1e-5)
+  values = llama.read(hf, vocab_size=32064, max_len=4096, eps=1e-5, biases=())
   hf.get('original_max_position_embeddings')  # of long contexts, whose scaling is refused
   if values.get('rope_scaling', ('none',)) != ('none',) or hf.get('rope_scaling'):
     hf.problems.append('rope_scaling: is set; it would fit with null, as longrope cannot be computed here')
   share = (hf.get('rope_parameters') or {}).get('partial_rotary_factor', hf.get('partial_rotary_factor', 1.0))
   head_dim = values.get('head_dim', values['embed_dim'] // values['num_heads'])
   rotated = {} if share == 1 else {'rope_dim': int(head_dim * share)}
-  return values | rotated | {'windows': (hf.get('sliding_window') or 0,), 'qkv_bias': False, 'out_bias': False}
+  return values | rotated | {'windows': (hf.get('sliding_window') or 0,)}
 
 
 def write(cfg: DecoderConfig) -> dict[str, Any]:
-  values = llama.write(cfg)
-  del values['attention_bias'], values['mlp_bias']
+  values = llama.without(llama.write(cfg), *llama.BIASES)
   rope = next((layer.rope for layer in cfg.layers if layer.rope is not None), None)
   rotated = rope.dim if rope is not None and rope.dim else cfg.H
   return values | {'sliding_window': windows_of(cfg)[0] or None, 'partial_rotary_factor': rotated / cfg.H,

@@ -45,8 +45,8 @@ def read_scaling(hf: Fields, spec: dict[str, Any], max_len: int) -> tuple[str, d
                 for key, value in settings.items()}
 
 
-def read_rope(hf: Fields, theta: float = 10000.0) -> dict[str, Any]:
-  """Our fields for a model with one kind of rotary positions, in either notation of transformers."""
+def read_rope(hf: Fields, max_len: int, theta: float = 10000.0) -> dict[str, Any]:
+  """Our fields for a model of `max_len` with one kind of rotary positions, in either notation of transformers."""
   newer, older = hf.get('rope_parameters'), hf.get('rope_scaling')
   spec = older or newer or {}  # as transformers does
   if not isinstance(spec, dict):
@@ -56,7 +56,7 @@ def read_rope(hf: Fields, theta: float = 10000.0) -> dict[str, Any]:
     hf.problems.append('rope_parameters: different ones for kinds of layers')
     return {}
   base = spec.get('rope_theta', hf.number('rope_theta', theta))
-  name, settings = read_scaling(hf, spec, hf.number('max_position_embeddings', 2048))
+  name, settings = read_scaling(hf, spec, max_len)
   values: dict[str, Any] = {'positions': 'rope', 'rope_base': float(base), 'rope_scaling': (name,)}
   return values | ({name: settings} if settings else {})
 

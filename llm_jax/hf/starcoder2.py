@@ -21,7 +21,8 @@ def read(hf: Fields) -> dict[str, Any]:
     hf.get(unread)
   hf.only('norm_type', 'layer_norm')
   hf.only('mlp_type', 'default')
-  return read_shape(hf, vocab_size=49152, kv_heads=2, tied=True, max_len=4096) | read_rope(hf) | {
+  shape = read_shape(hf, vocab_size=49152, kv_heads=2, tied=True, max_len=4096)
+  return shape | read_rope(hf, shape['max_len']) | {
       'norm': 'layer_norm', 'layer_norm': {'eps': float(hf.number('norm_epsilon', 1e-5))}, 'norm_bias': True,
       'mlp': hf.choice('hidden_act', 'gelu_pytorch_tanh', PLAIN), 'use_bias': hf.flag('use_bias', True),
       'windows': (hf.get('sliding_window') or 0,)}

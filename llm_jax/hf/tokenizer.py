@@ -50,7 +50,8 @@ def to_library(tokenizer: Any) -> tokenizers.Tokenizer:
   if hasattr(tokenizer, 'words') and hasattr(tokenizer, 'pattern'):
     return _beginning_with_bos(_of_words(tokenizer), tokenizer)
   kind = json.loads(tokenizer.to_json()).get('type', type(tokenizer).__name__)
-  raise ConfigError(f'--format: a tokenizer of type {kind} has no form as tokenizer.json; export with --format=llm_jax')
+  raise ConfigError(f'a tokenizer of type {kind} has no form as tokenizer.json; llm-jax export --format=llm_jax writes '
+                    'it for this package')
 
 
 def _of_bytes() -> tokenizers.Tokenizer:

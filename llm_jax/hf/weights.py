@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import ConfigError, StorageError
@@ -27,6 +27,10 @@ from llm_jax.hf.rules import Rule, check_complete, tensor_names
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 DTYPES = {'float32': np.dtype(np.float32), 'float16': np.dtype(np.float16), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 Entry = tuple[str, jax.ShapeDtypeStruct, Callable[[], np.ndarray]]  # a tensor to write: name, shape and dtype, function
+# Names of dtypes in a file; the order in which a file has their tensors, the last one first, so that all are aligned.
+_CODES = {dtype: code for code, dtype in zip(('F32', 'F16', 'BF16'), DTYPES.values(), strict=True)} | {
+    np.dtype(np.uint8): 'U8'}
+_ORDER = ('U8', 'F16', 'BF16', 'F32')
 _READABLE = {'F64', 'F32', 'F16', 'BF16'}
 # Tensors that are computed and not learned, in files of older versions.
 _COMPUTED = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq')
@@ -157,7 +161,7 @@ def tensors_of(params: dict[str, Any], rules: Sequence[Rule], num_layers: int, v
 
   def tensor(rule: Rule, layer: int) -> np.ndarray:
     parts = [_on_host(params[path], layer) for path in rule.paths]
-    return rule.write(parts, vocab_size).astype(kind(rule), order='C')  # safetensors writes the memory of an array
+    return rule.write(parts, vocab_size).astype(kind(rule), order='C')  # a file has the memory of an array
 
   for name, rule, layer in tensor_names(rules, num_layers):
     spec = jax.ShapeDtypeStruct(rule.shape(sizes, vocab_size), kind(rule))
@@ -173,10 +177,34 @@ def _on_host(x: Any, layer: int) -> np.ndarray:
   return np.asarray(whole.addressable_data(0))
 
 
+def _write_file(f: BinaryIO | None, entries: Sequence[Entry]) -> None:
+  """Writes a file of safetensors: the length of its header, the header, and tensor after tensor.
+
+  None only takes part in gathering them.
+  """
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  end = 0
+  for key, spec, _ in entries:
+    begin, end = end, end + math.prod(spec.shape) * spec.dtype.itemsize
+    header[key] = {'dtype': _CODES[spec.dtype], 'shape': list(spec.shape), 'data_offsets': [begin, end]}
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)  # so that tensors begin at a multiple of 8
+
+  def write(array: np.ndarray, spec: jax.ShapeDtypeStruct) -> None:
+    assert (array.shape, array.dtype) == (spec.shape, spec.dtype), (array.shape, array.dtype, spec)
+    if f is not None:
+      f.write(array.reshape(-1).view(np.uint8).data)  # in row-major order; see Rule.write
+
+  if f is not None:
+    f.write(len(text).to_bytes(8, 'little') + text)
+  for _, spec, make in entries:
+    write(make(), spec)  # without a name here, so that it is gone before the next is made
+
+
 def write_weights(folder: Path, tensors: Iterable[Entry], max_bytes: int, *, writes: bool = True) -> int:
   """Writes safetensors of at most `max_bytes`, if one tensor is not larger, and their index; returns all bytes.
 
-  `writes` False only takes part in gathering the tensors. Raises OSError.
+  The host holds one tensor at a time. `writes` False only takes part in gathering them. Raises OSError.
   """
   size = total = 0
   shards: list[list[Any]] = [[]]
@@ -190,10 +218,9 @@ def write_weights(folder: Path, tensors: Iterable[Entry], max_bytes: int, *, wri
   names = [WHOLE] if len(shards) == 1 else [
       f'model-{i + 1:05}-of-{len(shards):05}.safetensors' for i in range(len(shards))]
   for name, shard in zip(names, shards, strict=True):
-    arrays = {key: array for key, _, make in shard if (array := make()) is not None and writes}
-    if writes:
-      save_file(arrays, folder / name, metadata={'format': 'pt'})
-      (folder / name).chmod(0o644)
+    shard.sort(key=lambda entry: (-_ORDER.index(_CODES[entry[1].dtype]), entry[0]))  # as the library does
+    with open(folder / name, 'wb') if writes else contextlib.nullcontext() as f:
+      _write_file(f, shard)
   if writes and len(names) > 1:
     where = {key: name for name, shard in zip(names, shards, strict=True) for key, _, _ in shard}
     write_file(folder / INDEX, json.dumps({'metadata': {'total_size': total}, 'weight_map': where}, indent=2) + '\n')

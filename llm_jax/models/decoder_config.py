@@ -152,7 +152,7 @@ class DecoderConfig(StackConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    require(self, 'at least 1', lambda x: x >= 1, 'num_kv_heads', 'head_dim')
+    require(self, 'at least 1', lambda x: x >= 1, 'num_kv_heads', 'head_dim', 'rope_dim')
     require(self, 'positive', lambda x: x > 0, 'embed_init_std', 'readout_init_std')
     require(self, 'positive and at most 1e6', lambda x: 0 < x <= 1e6, 'query_scale', 'residual_scale', 'embed_scale')
     require(self, '0 (no cap), or up to 1e6', lambda x: 0 <= x <= 1e6, 'attention_soft_cap')
@@ -184,6 +184,8 @@ class DecoderConfig(StackConfig):
       field = 'head_dim' if self.rope_dim is None else 'rope_dim'
       raise ValueError(f'positions rope rotates pairs of features: {field} must be even, and at most head_dim '
                        f'{self.H}; got {rotated}')
+    if 'rope_dynamic' in self.rope_scaling and rotated < 4:
+      raise ValueError(f'rope_scaling rope_dynamic needs at least 4 rotated features of a head; got {rotated}')
 
   @property
   def layers(self) -> tuple[Layer, ...]:

@@ -123,7 +123,8 @@ def with_named_callbacks(custom: Custom, config: Config) -> Custom:
   """`custom` with the callbacks added that config.log asks for."""
   named = [CALLBACKS[name](CALLBACKS.section(name, config.log.sections)) for name in config.log.callbacks]
   every = config.checkpoint.export_every
-  exports = [] if every is None else [CALLBACKS['export'](SimpleNamespace(every=every, model=config.model))]
+  exports = [] if every is None else [CALLBACKS['export'](SimpleNamespace(
+      every=every, model=config.model, where='config.checkpoint.export_every'))]
   return dataclasses.replace(custom, callbacks=(
       *custom.callbacks, Histograms(config.log.histograms_every), *named, *exports))
 

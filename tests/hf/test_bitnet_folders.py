@@ -175,7 +175,9 @@ def export(folder, mesh, model_type, **settings):
   params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
   data = DataConfig(path='', tokenizer='none', seq_len=8)
   config = Config(model=cfg, batch_tokens=8, tokens_per_device=8, data=data)
-  write_model(Loaded(config, None, None, model, params, {'step': 0, 'data': {}}), folder)
+  said = write_model(Loaded(config, None, None, model, params, {'step': 0, 'data': {}}), folder)
+  assert 'in 1.58 bits, other tensors in float32;' in said
+  assert 'parameters in 1.58 bits, other tensors in float32, ' in (folder / 'README.md').read_text()
   return model, params
 
 

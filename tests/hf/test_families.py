@@ -1,8 +1,10 @@
 """Published models in and out: logits and gradients equal those of transformers, and round trips are bit-equal."""
 
 import dataclasses
+import functools
 import json
 import random
+import weakref
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from cases import FAMILIES, random_config
 from goldens import FILE
+from safetensors.numpy import save_file
 from weights import abstract_of, write_folder
 
 from llm_jax.base.batch import Batch
@@ -20,7 +23,7 @@ from llm_jax.base.trees import by_name, path_of
 from llm_jax.config import base_from
 from llm_jax.hf.family import choose_family, meaning, read_model, written
 from llm_jax.hf.rules import tensor_names
-from llm_jax.hf.weights import Tensors, check_tensors, read_weights, tensors_of, write_weights
+from llm_jax.hf.weights import DTYPES, Tensors, check_tensors, read_weights, tensors_of, write_weights
 from llm_jax.infer.importers import importer_of
 from llm_jax.infer.load import load_run
 from llm_jax.losses.readout import cross_entropy
@@ -100,6 +103,29 @@ def test_round_trips_of_random_configs_are_bit_equal(model_type, tmp_path, mesh)
       np.testing.assert_array_equal(mine.read(name, shape), theirs.read(name, shape))
 
 
+def test_files_are_written_tensor_by_tensor_with_the_bytes_of_the_library(tmp_path):
+  rng, alive = np.random.default_rng(0), []
+  kinds = [('b', 'F32', np.float32), ('a', 'F32', np.float32), ('c', 'U8', np.uint8), ('e', 'BF16', DTYPES['bfloat16']),
+           ('d', 'F16', np.float16), ('f', 'U8', np.uint8)]
+  arrays = {name: rng.integers(0, 100, (3, i + 1)).astype(dtype) for i, (name, _, dtype) in enumerate(kinds)}
+  arrays['scale'] = np.ones((1,), np.float32)
+
+  def make(name):
+    assert not [ref for ref in alive if ref() is not None]
+    array = arrays[name].copy()
+    alive.append(weakref.ref(array))
+    return array
+
+  entries = [(name, jax.ShapeDtypeStruct(x.shape, x.dtype), functools.partial(make, name))
+             for name, x in arrays.items()]
+  assert write_weights(tmp_path, entries, 10**9) == sum(x.nbytes for x in arrays.values())
+  save_file(arrays, tmp_path / 'library.safetensors', metadata={'format': 'pt'})
+  assert (tmp_path / 'model.safetensors').read_bytes() == (tmp_path / 'library.safetensors').read_bytes()
+  (tmp_path / 'model.safetensors').unlink()
+  write_weights(tmp_path, entries, 10**9, writes=False)
+  assert not (tmp_path / 'model.safetensors').exists()
+
+
 @pytest.mark.parametrize('sizes', [{'data': 2, 'fsdp': 2, 'tensor': 2}, {'data': 1, 'fsdp': 4, 'tensor': 2}], ids=str)
 def test_weights_are_the_same_on_any_mesh(tmp_path, mesh, sizes):
   values = random_config('qwen3', random.Random(7)) | {'num_key_value_heads': 2}
@@ -129,7 +155,7 @@ def test_weights_are_the_same_on_any_mesh(tmp_path, mesh, sizes):
     ({'rope_scaling': 'linear'}, 'rope_scaling: must be a section'),
     ({'rope_scaling': {'rope_type': 'linear'}}, 'factor must be a number'),
     ({'text_config': {'model_type': 'llama'}}, 'reads more than text'),
-    ({'num_attention_heads': 5, 'head_dim': None}, 'num_heads 5 does not divide'),
+    ({'num_attention_heads': 5, 'head_dim': None}, 'multiple of num_attention_heads 5'),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else '')
 def test_a_model_that_no_family_fits_is_refused_with_its_fields(fields, message):
   with pytest.raises(ConfigError, match=message):
@@ -182,6 +208,75 @@ def test_gemma_without_sliding_layers_is_written_with_a_window(model_type):
   values['layer_types'] = ['full_attention'] * values['num_hidden_layers']
   back, differs = written(read_model(values, '')[1], model_type)
   assert not differs and back['sliding_window'] > 0
+
+
+@pytest.mark.parametrize(('model_type', 'field'), [
+    ('mistral', 'attention_bias'), ('phi3', 'attention_bias'), ('mistral', 'mlp_bias'), ('phi3', 'mlp_bias'),
+    ('qwen2', 'mlp_bias'), ('qwen3', 'mlp_bias'), ('olmo2', 'mlp_bias')])
+def test_biases_that_a_class_of_transformers_does_not_have_are_refused(model_type, field):
+  """It leaves such tensors out and computes something else."""
+  values = random_config(model_type, random.Random(4))
+  assert read_model(values | {field: False}, '')[1] == read_model(values, '')[1]
+  with pytest.raises(ConfigError, match=f'{field}=True: unknown field'):
+    read_model(values | {field: True}, '')
+  ours = {'attention_bias': {'qkv_bias': True, 'out_bias': True}, 'mlp_bias': {'mlp_bias': True}}[field]
+  _, differs = written(dataclasses.replace(read_model(values, '')[1], **ours), model_type)
+  assert differs.keys() == ours.keys()
+
+
+def test_biases_by_use_bias_are_those_of_llama():
+  cfg = read_model(random_config('llama', random.Random(1)) | {'attention_bias': False, 'mlp_bias': False}, '')[1]
+  biased = dataclasses.replace(cfg, use_bias=True, qkv_bias=None, out_bias=None, mlp_bias=None)
+  kind, values = choose_family(biased)
+  assert kind == 'llama' and values['attention_bias'] and values['mlp_bias']
+
+
+@pytest.mark.parametrize('model_type', ['llama', 'gemma2', 'gemma3_text'])
+def test_a_width_that_transformers_refuses_is_not_written(model_type):
+  """Their classes want heads to divide the width even where head_dim is set; Mistral's does not."""
+  values = random_config(model_type, random.Random(2)) | {'hidden_size': 32}
+  cfg = dataclasses.replace(read_model(values, '')[1], num_heads=3, num_kv_heads=1, head_dim=8)
+  assert written(cfg, model_type)[1]
+  with pytest.raises(ConfigError, match='multiple of num_attention_heads 3'):
+    read_model(values | {'num_attention_heads': 3, 'num_key_value_heads': 1, 'head_dim': 8}, '')
+
+
+def test_a_llama_of_another_width_is_written_as_mistral():
+  values = random_config('llama', random.Random(2)) | {'hidden_size': 32, 'attention_bias': False, 'mlp_bias': False}
+  cfg = dataclasses.replace(read_model(values, '')[1], num_heads=3, num_kv_heads=1, head_dim=8)
+  assert choose_family(cfg)[0] == 'mistral'
+
+
+@pytest.mark.parametrize(('model_type', 'fits'), [('gemma', True), ('gemma2', False), ('gemma3_text', False)])
+def test_gelu_is_the_approximation_in_gemma_1_alone(model_type, fits):
+  values = random_config(model_type, random.Random(2))
+  values |= {'hidden_act' if fits else 'hidden_activation': 'gelu'}
+  if fits:
+    assert read_model(values, '')[1].mlp == 'geglu'
+  else:
+    with pytest.raises(ConfigError, match="hidden_activation='gelu'"):
+      read_model(values, '')
+
+
+@pytest.mark.parametrize(('model_type', 'length'), [('llama', 2048), ('gemma2', 8192), ('qwen3', 32768),
+                                                    ('mistral', 131072), ('starcoder2', 4096)])
+def test_a_scaling_without_a_length_has_that_of_its_family(model_type, length):
+  values = random_config(model_type, random.Random(1)) | {'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}}
+  del values['max_position_embeddings']
+  assert read_model(values, '')[1].layers[0].rope.scaling.original_max_len == length
+
+
+def test_a_share_of_a_head_below_one_pair_is_refused():
+  values = random_config('phi3', random.Random(1)) | {'head_dim': 2, 'partial_rotary_factor': 0.25}
+  with pytest.raises(ConfigError, match='rope_dim must be at least 1'):
+    read_model(values, '')
+
+
+def test_dynamic_scaling_of_one_pair_is_refused():
+  values = random_config('llama', random.Random(1)) | {'rope_theta': 1e4, 'rope_scaling': {
+      'rope_type': 'dynamic', 'factor': 2.0}}
+  with pytest.raises(ConfigError, match='at least 4 rotated features'):
+    read_model(values | {'head_dim': 2}, '')
 
 
 def test_a_scaling_that_no_layer_has_is_left_out():

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,18 +16,22 @@ from test_families import batch_of
 from weights import abstract_of, write_folder
 
 from llm_jax import main
-from llm_jax.base.errors import ConfigError
+from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.commands import evaluate, export, generate
-from llm_jax.config import Config
+from llm_jax.config import CheckpointConfig, Config, StartConfig
 from llm_jax.data.config import DataConfig
 from llm_jax.data.tokenizers.huggingface import Bpe
 from llm_jax.extras.commands import config_fields
 from llm_jax.hf import check
+from llm_jax.hf.callback import ExportModel
 from llm_jax.hf.export import parse_size, write_model
+from llm_jax.hf.origin import license_of, origin_of
+from llm_jax.infer.importers import importer_of
 from llm_jax.infer.load import Loaded, load_run
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
+from llm_jax.training.custom import Custom, with_named_callbacks
 from llm_jax.training.log import read_metrics
 
 
@@ -90,6 +96,39 @@ def test_a_run_starts_from_it_and_is_exported_again(folder, capsys):
   assert (folder / 'run/exported/step_2/model.safetensors').is_file()
 
 
+def test_the_license_of_the_source_is_in_the_model_card(folder, tmp_path):
+  """By way of other runs too; a named license comes first."""
+  published, config = tmp_path / 'origin', Config()
+  published.mkdir()
+  (published / 'config.json').write_text('{"model_type": "llama"}')
+  first = tmp_path / 'first'
+  first.mkdir()
+  (first / 'config.json').write_text(json.dumps({'start': {'run': str(published)}}))
+  tuned = dataclasses.replace(config, start=StartConfig(run=str(first)))
+  front = ['---', 'license: "other"  # see below', 'license_name: llama3.2', "license_link: 'LICENSE.txt'", 'tags:',
+           '- x', '---', 'license: mit']
+  assert origin_of(tuned, first) == ('origin', {}, True)
+  (published / 'README.md').write_text('\n'.join(front))
+  found = {'license': 'other', 'license_name': 'llama3.2', 'license_link': 'LICENSE.txt'}
+  assert origin_of(tuned, first) == origin_of(config, published) == ('origin', found, True)
+  assert origin_of(config, first) is None
+  gone = dataclasses.replace(config, start=StartConfig(run=str(tmp_path / 'gone')))
+  assert origin_of(gone, first) == ('gone', {}, False)
+  for text, license_name in (('---\r\nlicense:\r\n- apache-2.0\r\n---\r\n', 'apache-2.0'), ('license: mit\n', None),
+                             ('---\ntitle: x\nlicense: [mit]\n---', 'mit'), ('---\nlicense:\n---\n', None)):
+    (published / 'README.md').write_text(text, newline='')
+    assert license_of(published).get('license') == license_name
+  run = load_run(folder / 'model', make_mesh(MeshConfig(), jax.devices()[:1]))
+  (published / 'README.md').write_text('\n'.join(front))
+  for name, values, expected in (
+      ('a', {}, 'license_name: "llama3.2"'), ('b', {'license_name': 'mit'}, 'license: "mit"'),
+      ('c', {'run': dataclasses.replace(run, config=dataclasses.replace(run.config, start=gone.start))},
+       'could not be read')):
+    write_model(**{'run': run, 'folder': tmp_path / name, 'source': tmp_path if name == 'c' else published} | values)
+    assert expected in (tmp_path / name / 'README.md').read_text()
+  assert 'llama3.2' not in (tmp_path / 'b/README.md').read_text()
+
+
 def test_a_folder_that_differs_from_transformers_is_not_kept(folder, monkeypatch):
   """A stand-in for transformers that computes something else, as the test extra lacks PyTorch."""
   class Other:
@@ -103,6 +142,33 @@ def test_a_folder_that_differs_from_transformers_is_not_kept(folder, monkeypatch
     export.main([f'--workdir={folder}/model', f'--out={folder}/bad', '--format=hf'])
   assert error.value.exit_code == 70
   assert not [path for path in folder.iterdir() if path.name.startswith('bad')]
+
+
+def test_messages_of_the_callback_name_the_config_field(folder, tmp_path):
+  model = load_run(folder / 'model', make_mesh(MeshConfig(), jax.devices()[:1])).config.model
+  for where, expected in (('config.checkpoint.export_every', 'config.checkpoint.export_every: no family'),
+                          (None, 'config.log.callbacks: no family')):
+    with pytest.raises(ConfigError, match=expected):
+      ExportModel(model=dataclasses.replace(model, parallel_residual=True), where=where)
+  config = with_named_callbacks(Custom(), dataclasses.replace(Config(), checkpoint=CheckpointConfig(export_every=100)))
+  assert config.callbacks[-1]._where == 'config.checkpoint.export_every'
+
+  class Own:
+    bos_id = eos_id = 0
+    token_bytes = (b'',)
+
+    def to_json(self):
+      return '{"type": "own"}'
+
+  session = SimpleNamespace(config=Config(), program=SimpleNamespace(data=SimpleNamespace(tokenizer=Own())))
+  with pytest.raises(ConfigError, match=r'^config\.log\.callbacks: a tokenizer of type own'):
+    ExportModel()(SimpleNamespace(session=session, step=1))
+  with pytest.raises(ConfigError, match=r'config\.start\.check: compares') if not check.can_check() else nullcontext():
+    importer_of(folder / 'model').check(folder / 'model', 'always')
+  (tmp_path / 'file').write_text('')
+  run = load_run(folder / 'model', make_mesh(MeshConfig(), jax.devices()[:1]))
+  with pytest.raises(StorageError, match=r'^config\.x: '):
+    write_model(run, tmp_path / 'file/out', where='config.x')
 
 
 def test_flags_of_the_other_format_are_refused(folder):

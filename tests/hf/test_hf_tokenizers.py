@@ -6,7 +6,7 @@ import random
 import pytest
 import transformers
 
-from llm_jax.base.errors import ConfigError
+from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.data.chat.find import find_template
 from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.data.tokenizers.huggingface import Bpe, HuggingFaceTokenizer
@@ -75,6 +75,71 @@ def test_bos_and_eos_are_those_of_tokenizer_config(tmp_path):
   assert isinstance(again, HuggingFaceTokenizer)
   assert (again.bos_id, again.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
   assert again.to_json() == tokenizer.to_json()
+
+
+def write_bpe_files(folder, config, vocab_size=300):
+  """vocab.json and merges.txt of a small BPE, with these values in tokenizer_config.json; returns the next id."""
+  model = json.loads(Bpe.fit([text * 3 for text in CORPUS], vocab_size, 1).to_json())['model']
+  (folder / 'vocab.json').write_text(json.dumps(model['vocab']))
+  merges = [pair if isinstance(pair, str) else ' '.join(pair) for pair in model['merges']]
+  (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges]) + '\n')
+  (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+  return len(model['vocab'])
+
+
+@pytest.mark.parametrize('config', [
+    {'tokenizer_class': 'GPT2Tokenizer'}, {'tokenizer_class': 'GPT2TokenizerFast', 'add_prefix_space': True},
+    {'tokenizer_class': 'GPT2Tokenizer', 'add_bos_token': True}, {'tokenizer_class': 'Qwen2Tokenizer'},
+    {'tokenizer_class': 'Qwen2Tokenizer', 'eos_token': '<|im_end|>', 'added': True},
+    {'tokenizer_class': 'GPT2Tokenizer', 'added': True,
+     'eos_token': {'__type': 'AddedToken', 'content': '<|im_end|>'}}], ids=str)
+def test_vocab_and_merges_have_the_ids_of_transformers(config, tmp_path):
+  config = dict(config)
+  added = config.pop('added', False)
+  first = write_bpe_files(tmp_path, config)
+  if added:
+    own = {str(first + i): {'content': token, 'special': i < 2, 'lstrip': False, 'rstrip': False, 'single_word': False,
+                            'normalized': False} for i, token in enumerate(('<|im_start|>', '<|im_end|>', '<tool>'))}
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config | {'added_tokens_decoder': own}))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  mine = load_tokenizer(tmp_path / 'vocab.json')
+  seed = random.randrange(10**6)
+  print('seed', seed)
+  rng, letters = random.Random(seed), sorted(set(''.join(CORPUS)) | set(" 0123'se\n\u0301"))
+  for text in (*CORPUS, *(''.join(rng.choice(letters) for _ in range(60)) for _ in range(20)), 'a <tool> b'):
+    assert theirs(text, add_special_tokens=False)['input_ids'] == mine.encode([text])[0].tolist(), repr(text)
+  assert len(mine.token_bytes) == len(theirs) and mine.eos_id == theirs.eos_token_id
+  assert mine.bos_id == (theirs.eos_token_id if theirs.bos_token_id is None else theirs.bos_token_id)
+  assert mine.begins_with_bos() == bool(config.get('add_bos_token'))
+  (tmp_path / 'out').mkdir()
+  assert write(tmp_path / 'out', mine)(CORPUS[0])['input_ids'][-5:] == theirs(CORPUS[0])['input_ids'][-5:]
+
+
+def test_what_vocab_and_merges_depend_on_is_in_their_identity(tmp_path):
+  first = write_bpe_files(tmp_path, {})
+  path = tmp_path / 'vocab.json'
+  with pytest.raises(ConfigError, match='unknown class'):
+    load_tokenizer(path)
+  (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt2'}))
+  found = [identity(str(path))]
+  assert load_tokenizer(path).encode(['12'])[0].tolist() == [*load_tokenizer(path).encode(['1', '2'])[0].tolist(),
+                                                             *load_tokenizer(path).encode(['2'])[0].tolist()]
+  (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'qwen3'}))
+  found.append(identity(str(path)))
+  (tmp_path / 'added_tokens.json').write_text(json.dumps({'<x>': first, '<y>': first + 1}))
+  found.append(identity(str(path)))
+  assert load_tokenizer(path).encode(['<y>'])[0].tolist() == [first + 1]
+  (tmp_path / 'added_tokens.json').write_text(json.dumps({'<x>': first + 5}))
+  with pytest.raises(DataError, match='<x>'):
+    load_tokenizer(path)
+  (tmp_path / 'merges.txt').write_text('#version: 0.2\nnot merges of these tokens\n')
+  found.append(identity(str(path)))
+  with pytest.raises(DataError, match='merges'):
+    load_tokenizer(path)
+  assert len(set(found)) == 4
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'tokenizer_class': 'RobertaTokenizer'}))
+  with pytest.raises(ConfigError, match='RobertaTokenizer'):
+    load_tokenizer(path)
 
 
 def test_a_tokenizer_without_such_a_form_is_refused():

@@ -15,7 +15,8 @@ import pytest
 pytest.importorskip('huggingface_hub')
 COMMIT = 'a' * 40
 FILES = {'config.json': b'{"model_type": "gpt2"}', 'model.safetensors': b'weights', 'code.py': b'raise SystemExit(9)',
-         'pytorch_model.bin': b'pickle'}
+         'pytorch_model.bin': b'pickle', 'merges.txt': b'',
+         'README.md': b'---\nlicense: other\nlicense_name: own\n---\n'}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -88,8 +89,13 @@ def test_a_model_is_downloaded_without_pickles_and_code(tmp_path):
     done = run(code, server, tmp_path)
     assert done.returncode == 0, done.stderr
     folder = done.stdout.strip().splitlines()[-1]
-    assert sorted(os.listdir(folder)) == ['config.json', 'model.safetensors']
+    assert sorted(os.listdir(folder)) == ['README.md', 'config.json', 'merges.txt', 'model.safetensors']
     assert Path(folder, 'model.safetensors').read_bytes() == b'weights'
+    code = ('from llm_jax.hf.hub import cached; from llm_jax.hf.origin import license_of; '
+            'print(license_of(cached("org/small")), cached("org/none"))')
+    num_asked = len(server.seen)
+    assert run(code, server, tmp_path).stdout.strip() == "{'license': 'other', 'license_name': 'own'} None"
+    assert len(server.seen) == num_asked
     missing = run('from llm_jax.base.process import run_as_program\n'
                   'run_as_program(lambda argv: __import__("llm_jax.hf.hub", fromlist=["Hub"]).Hub.read("org/none"))',
                   server, tmp_path)

@@ -21,6 +21,7 @@ from llm_jax.base.builder import known_names
 from llm_jax.base.errors import ConfigError, DataError
 from llm_jax.base.registry import NoSettings, Registry, register, settings_from_signature
 from llm_jax.data.tokenizers.bpe import utf8
+from llm_jax.data.tokenizers.bpe_files import digest_beside, is_vocab, read_bpe_files
 from llm_jax.data.tokenizers.huggingface import Bpe, HuggingFaceTokenizer, ends_beside
 
 
@@ -160,7 +161,10 @@ for _name, _kind in (('byte', ByteTokenizer), ('char', CharTokenizer), ('bpe', B
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-  """A tokenizer.json, or one of OPENED by a file's ending or as tiktoken:NAME. Raises ConfigError, DataError."""
+  """A tokenizer.json, or a vocab.json with merges.txt, or one of OPENED by a file's ending or as tiktoken:NAME.
+
+  Raises ConfigError, DataError.
+  """
   kind, _, rest = name.partition(':')
   path = Path(name).expanduser()
   if kind in OPENED:
@@ -169,8 +173,8 @@ def open_tokenizer(name: str) -> Tokenizer:
     return load_tokenizer(path)
   if path.suffix in ENDINGS:
     return OPENED[ENDINGS[path.suffix]].open(name)
-  raise ConfigError(f'tokenizer {name!r} is not a path to a tokenizer.json or a SentencePiece *.model, tiktoken:NAME, '
-                    f'nor a name; {known_names(name, TOKENIZERS)}')
+  raise ConfigError(f'tokenizer {name!r} is not a path to a tokenizer.json, a vocab.json with merges.txt or a '
+                    f'SentencePiece *.model, tiktoken:NAME, nor a name; {known_names(name, TOKENIZERS)}')
 
 
 def identity(name: str) -> str:
@@ -181,6 +185,8 @@ def identity(name: str) -> str:
   try:
     with open(path, 'rb') as f:
       digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    if is_vocab(path):
+      return f'{digest} {digest_beside(path)}'
     ends = ends_beside(path) if path.suffix == '.json' else None
     return digest if ends is None else f'{digest} {" ".join(ends)}'
   except OSError as e:
@@ -188,7 +194,10 @@ def identity(name: str) -> str:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-  """The tokenizer that `to_json` saved, by its "type"; without one, a Hugging Face tokenizer.json. Raises DataError."""
+  """The tokenizer that `to_json` saved, by its "type"; without one, a Hugging Face tokenizer.json.
+
+  A vocab.json with merges.txt beside it is read as the tokenizer.json that they mean. Raises ConfigError, DataError.
+  """
   try:
     spec = json.loads(path.read_text(encoding='utf-8'))
   except OSError as e:
@@ -196,6 +205,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
   except ValueError as e:
     raise DataError(f'{path}: not a tokenizer: not JSON ({e})') from None
   try:
+    if is_vocab(path):
+      text, ends = read_bpe_files(path)
+      return _from_json(json.loads(text), ends)
     return _from_json(spec, ends_beside(path))
   except (DataError, ConfigError) as e:
     raise type(e)(f'{path}: {e}') from None
