@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.base.batch import Batch
 from llm_jax.base.devices import platform
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.target import current_target
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
@@ -107,8 +108,8 @@ def current_rules() -> Rules:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-  """The mesh over all devices of all processes. Raises ConfigError where the sizes do not fit the device count."""
-  devices = jax.devices() if devices is None else devices
+  """The mesh over all devices of the current target. Raises ConfigError where the sizes do not fit the device count."""
+  devices = list(current_target().devices) if devices is None else devices
   sizes = list(config.sizes)
   known = math.prod(s for s in sizes if s != -1)
   if -1 in sizes:

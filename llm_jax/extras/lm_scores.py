@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax.base.batch import Batch
+from llm_jax.base.devices import platform
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.progress import Progress
 from llm_jax.base.sharding import constrain, local_rows, num_batch_shards, put_batch
@@ -172,7 +173,7 @@ class Scorer:
     """The length of the rows that a row of `size` inputs goes to: a power of two, or all that the model has."""
     if not getattr(self.run.model, 'cache_grows', False):  # as sampling.slots_for
       return self.max_len
-    least = LEAST.get(jax.devices()[0].platform, SHORTEST)
+    least = LEAST.get(platform(), SHORTEST)
     return min(self.max_len, max(least, 1 << max(0, size - 1).bit_length()))
 
   def _num_rows(self, length: int) -> int:

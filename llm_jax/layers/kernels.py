@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import NoSettings, Registry, register
 from llm_jax.base.sharding import BATCH_AXES, fitting_axes, num_batch_shards
+from llm_jax.base.target import current_target
 from llm_jax.layers.blocked import blocked
 
 SPLASH_BLOCKS = (512, 256, 128)  # the largest one that divides T is used
@@ -113,12 +114,9 @@ class AttentionCase:
 
 
 def local_device() -> tuple[str, tuple[int, int]]:
-  """(platform of JAX's devices, compute capability of NVIDIA GPUs)."""
-  device = jax.devices()[0]
-  if device.platform != 'gpu' or 'cuda' not in device.client.platform_version:
-    return device.platform, (0, 0)
-  major, minor = str(device.compute_capability).split('.')
-  return device.platform, (int(major), int(minor))
+  """(platform of the devices that programs are compiled for, compute capability of NVIDIA GPUs)."""
+  target = current_target()
+  return target.platform, target.capability
 
 
 def why_not(name: str, case: AttentionCase) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 
-from llm_jax.base.devices import device_memory
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.multihost import gather, say
 from llm_jax.base.process import gib
+from llm_jax.base.target import current_target
 from llm_jax.config import Config
 
 SHARE = 0.9  # of a device's memory; the rest is for evaluation, samples and fragmentation
@@ -76,12 +76,12 @@ def fit_memory(config: Config, num_shards: int, workdir: Path, compile_step: Cal
   """
   if config.tokens_per_device is not None:
     return config
-  memory = [device_memory(device) for device in jax.local_devices()]
-  known = [size for size in memory if size is not None]
-  if len(known) < len(memory):
+  target = current_target()
+  memory = target.memory
+  if memory is None:
     raise ConfigError('config.tokens_per_device: None needs the size of the device memory, which '
-                      f'{jax.devices()[0].device_kind} does not report; set a number')
-  limit, before = min(gather([int(SHARE * min(known)), tokens_before(workdir)]))  # one answer for all processes
+                      f'{target.kind} does not report; set a number')
+  limit, before = min(gather([int(SHARE * memory), tokens_before(workdir)]))  # one answer for all processes
   num_rows, _ = config.split_batch(num_shards)
   rows = most_rows(num_rows, lambda rows: needed(compile_step(num_rows // rows)), limit,
                    likely=before // config.data.seq_len)

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from llm_jax.base.devices import PEAK_FLOPS, cpu_has_fast_bf16, device_memory, has_fast_bf16, peak_flops, read_text
+from llm_jax.base.devices import PEAK_FLOPS, has_fast_bf16, only_cpus, peak_flops, platform
+from llm_jax.base.target import Target, compiling_for, cpu_has_fast_bf16, device_memory, read_text
+from llm_jax.layers.kernels import local_device
 
 
 def peak(kind, count=1):
@@ -56,7 +58,17 @@ def test_bf16_is_fast_only_with_instructions_for_it(monkeypatch):
   assert not cpu_has_fast_bf16('')
   for capability, version, fast in (('7.5', 'cuda 12', False), ('8.0', 'cuda 12', True), ('12.0', 'cuda 13', True),
                                     ('gfx90a', 'rocm 7', True)):
-    device = SimpleNamespace(platform='gpu', compute_capability=capability,
+    device = SimpleNamespace(platform='gpu', device_kind='a GPU', compute_capability=capability,
                              client=SimpleNamespace(platform_version=version))
     monkeypatch.setattr(jax, 'devices', lambda device=device: [device])
     assert has_fast_bf16() == fast
+
+
+def test_decisions_follow_the_target_that_is_compiled_for():
+  before = platform(), local_device(), only_cpus()
+  target = Target('gpu', 'NVIDIA H100 80GB HBM3', (SimpleNamespace(platform='gpu'),), (9, 0), planned_memory=80,
+                  is_here=False)
+  with compiling_for(target):
+    assert (platform(), local_device(), only_cpus()) == ('gpu', ('gpu', (9, 0)), False)
+    assert has_fast_bf16() and target.memory == 80
+  assert (platform(), local_device(), only_cpus()) == before

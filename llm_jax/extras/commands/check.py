@@ -146,10 +146,11 @@ def machine() -> Iterator[Fact]:
   import jax
   import psutil
 
-  from llm_jax.base.devices import device_memory, has_fast_bf16, peak_flops
+  from llm_jax.base.devices import has_fast_bf16, peak_flops
+  from llm_jax.base.target import current_target
   from llm_jax.layers.kernels import AUTO
   devices, host = jax.devices(), psutil.virtual_memory()
-  kind, memory, count = devices[0].platform, device_memory(jax.local_devices()[0]), jax.process_count()
+  kind, memory, count = devices[0].platform, current_target().memory, jax.process_count()
   peak, cache, dtype = peak_flops(devices), runtime.user_cache(), 'bfloat16' if has_fast_bf16() else 'float32'
   kernels = AUTO.get(kind, ('blocked',))
   in_cache, here = (shutil.disk_usage(path).free for path in (
