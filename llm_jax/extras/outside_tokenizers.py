@@ -25,7 +25,7 @@ class SentencePieceTokenizer:
       import sentencepiece
     except ImportError:
       raise ConfigError("SentencePiece models need the package sentencepiece: pip install 'llm_jax[data]'") from None
-    self._proto = proto
+    self.proto = proto
     self._model = model = sentencepiece.SentencePieceProcessor()
     model.LoadFromSerializedProto(proto)
     specials = [i for i in (model.bos_id(), model.eos_id()) if i >= 0]
@@ -58,7 +58,7 @@ class SentencePieceTokenizer:
     return [np.array(ids, np.uint32) for ids in self._model.EncodeAsIds(texts)]
 
   def to_json(self) -> str:
-    return json.dumps({'type': 'sentencepiece', 'model': base64.b64encode(self._proto).decode()})
+    return json.dumps({'type': 'sentencepiece', 'model': base64.b64encode(self.proto).decode()})
 
 
 def _piece_bytes(model: Any, i: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh
@@ -18,7 +18,7 @@ from llm_jax.base.registry import NoSettings, register
 from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.base.trees import path_of
 from llm_jax.config import Config
-from llm_jax.data.chat.find import folder_template
+from llm_jax.data.chat.find import TOKENIZER_CONFIG, folder_template
 from llm_jax.data.chat.template import Template
 from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.data.config import DataConfig
@@ -110,6 +110,8 @@ def _tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer:
   tokenizer = open_tokenizer(name)
   if isinstance(tokenizer, HuggingFaceTokenizer):
     tokenizer.leads = tokenizer.begins_with_bos()
+  elif name.endswith('.model'):
+    cast(Any, tokenizer).leads = bool(_json(folder / TOKENIZER_CONFIG).get('add_bos_token', True))
   template = folder_template(folder)
   whole: Any = tokenizer if template is None else _with_template(folder, name, tokenizer, template, vocab_size)
   whole.other_ends = _ends(folder)
@@ -119,17 +121,22 @@ def _tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer:
 def _ends(folder: Path) -> list[int]:
   """eos_token_id of generation_config.json, or else of config.json: one or several. Raises StorageError."""
   for name in ('generation_config.json', 'config.json'):
-    path = folder / name
-    try:
-      found = json.loads(path.read_text())['eos_token_id'] if path.is_file() else None
-    except (OSError, ValueError, RecursionError, TypeError) as e:
-      raise StorageError(f'{path}: damaged: {e}') from None
-    except KeyError:
-      continue
+    found = _json(folder / name).get('eos_token_id')
     ends = [i for i in (found if isinstance(found, list) else [found]) if type(i) is int]
     if ends:
       return ends
   return []
+
+
+def _json(path: Path) -> dict[str, Any]:
+  """The object in a file; empty without the file. Raises StorageError."""
+  try:
+    values = json.loads(path.read_text()) if path.is_file() else {}
+  except (OSError, ValueError, RecursionError) as e:
+    raise StorageError(f'{path}: damaged: {e}') from None
+  if not isinstance(values, dict):
+    raise StorageError(f'{path}: damaged: it must hold an object')
+  return values
 
 
 def _with_template(folder: Path, name: str, tokenizer: Tokenizer, template: Template, vocab_size: int) -> ChatTokenizer:

@@ -13,6 +13,7 @@ from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.data.tokenizers.bpe import byte_alphabet
 from llm_jax.data.tokenizers.huggingface import EOT, HuggingFaceTokenizer
 from llm_jax.data.tokenizers.tokenizer import ByteTokenizer, CharTokenizer, ExtendedTokenizer
+from llm_jax.hf.pieces import library_of
 
 EVERYTHING = '[\\s\\S]'  # one character
 
@@ -47,6 +48,9 @@ def to_library(tokenizer: Any) -> tokenizers.Tokenizer:
     return _beginning_with_bos(_of_bytes(), tokenizer)
   if isinstance(tokenizer, CharTokenizer):
     return _beginning_with_bos(_of_characters(tokenizer), tokenizer)
+  if isinstance(proto := getattr(tokenizer, 'proto', None), bytes):
+    library = library_of(proto)
+    return _beginning_with_bos(library, tokenizer) if getattr(tokenizer, 'leads', True) else library
   if hasattr(tokenizer, 'words') and hasattr(tokenizer, 'pattern'):
     return _beginning_with_bos(_of_words(tokenizer), tokenizer)
   kind = json.loads(tokenizer.to_json()).get('type', type(tokenizer).__name__)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from llm_jax.hf.export import parse_size, write_model
 from llm_jax.hf.origin import license_of, origin_of
 from llm_jax.infer.importers import importer_of
 from llm_jax.infer.load import Loaded, load_run
+from llm_jax.infer.text import prompt_ids
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
 from llm_jax.training.custom import Custom, with_named_callbacks
@@ -142,6 +144,27 @@ def test_a_folder_that_differs_from_transformers_is_not_kept(folder, monkeypatch
     export.main([f'--workdir={folder}/model', f'--out={folder}/bad', '--format=hf'])
   assert error.value.exit_code == 70
   assert not [path for path in folder.iterdir() if path.name.startswith('bad')]
+
+
+def test_a_folder_with_a_sentencepiece_model_alone_is_used_and_exported(folder, tmp_path, capsys):
+  sentencepiece = pytest.importorskip('sentencepiece')
+  shutil.copytree(folder / 'model', tmp_path / 'in')
+  (tmp_path / 'in/tokenizer.json').unlink()
+  with open(tmp_path / 'in/tokenizer.model', 'wb') as f:
+    text = '\n'.join(path.read_text() for path in sorted((folder / 'corpus').iterdir()))
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text.splitlines()), model_writer=f, vocab_size=290,
+                                             minloglevel=2)
+  for begins in (True, False):
+    (tmp_path / 'in/tokenizer_config.json').write_text(json.dumps({'tokenizer_class': 'LlamaTokenizer',
+                                                                   'add_bos_token': begins}))
+    generate.main([f'--workdir={tmp_path}/in', '--prompt=def ', '--num_tokens=4', '--temperature=0'])
+    assert 'def' in capsys.readouterr().out
+    out = tmp_path / f'out{begins}'
+    export.main([f'--workdir={tmp_path}/in', f'--out={out}', '--format=hf', '--check=never'])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    one, two = load_run(tmp_path / 'in', mesh), load_run(out, mesh)
+    assert prompt_ids(one.config, one.tokenizer, ['def f']) == prompt_ids(two.config, two.tokenizer, ['def f'])
+    assert (prompt_ids(two.config, two.tokenizer, ['def f'])[0][0] == two.tokenizer.bos_id) == begins
 
 
 def test_messages_of_the_callback_name_the_config_field(folder, tmp_path):

@@ -1,9 +1,11 @@
 """Tokenizers of this package in files of transformers: the same ids, the same texts, bos at the beginning."""
 
+import io
 import json
 import random
 
 import pytest
+import tokenizers
 import transformers
 
 from llm_jax.base.errors import ConfigError, DataError
@@ -17,8 +19,10 @@ from llm_jax.data.tokenizers.tokenizer import (
   decode,
   identity,
   load_tokenizer,
+  open_tokenizer,
 )
 from llm_jax.extras.word_tokenizer import WordTokenizer
+from llm_jax.hf.pieces import library_of
 from llm_jax.hf.tokenizer import tokenizer_files
 
 CORPUS = ['def f(x):\n  return x + 1  # caf\u00e9\n', 'The quick brown fox\n\tjumps: 3.14!', '\u4e2d\u6587 \U0001f600']
@@ -75,6 +79,47 @@ def test_bos_and_eos_are_those_of_tokenizer_config(tmp_path):
   assert isinstance(again, HuggingFaceTokenizer)
   assert (again.bos_id, again.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
   assert again.to_json() == tokenizer.to_json()
+
+
+def sentencepiece_model(**options):
+  sentencepiece = pytest.importorskip('sentencepiece')
+  model = io.BytesIO()
+  options = {'vocab_size': 400, 'minloglevel': 2, 'byte_fallback': True, 'hard_vocab_limit': False} | options
+  sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([text * 4 for text in CORPUS]), model_writer=model,
+                                           **options)
+  return model.getvalue()
+
+
+@pytest.mark.parametrize('options', [
+    {}, {'normalization_rule_name': 'identity', 'remove_extra_whitespaces': False, 'add_dummy_prefix': False},
+    {'user_defined_symbols': ['<tool>']}], ids=str)
+@pytest.mark.parametrize('kind', ['unigram', 'bpe'])
+def test_a_sentencepiece_model_becomes_a_tokenizer_json_with_its_ids(kind, options, tmp_path):
+  more = {'vocab_size': 302, 'hard_vocab_limit': True} if kind == 'bpe' else {}
+  (tmp_path / 'some.model').write_bytes(sentencepiece_model(model_type=kind, **options, **more))
+  tokenizer = open_tokenizer(str(tmp_path / 'some.model'))
+  theirs = write(tmp_path, tokenizer)
+  again = load_tokenizer(tmp_path / 'tokenizer.json')
+  for text in (*CORPUS, '  two  spaces ', 'x <tool> y', '\U0001f600\u2581', ' '):
+    mine = tokenizer.encode([text])[0].tolist()
+    assert theirs(text, add_special_tokens=False)['input_ids'] == mine == again.encode([text])[0].tolist()
+    assert theirs(text)['input_ids'] == [tokenizer.bos_id, *mine]
+    if '\u2581' not in text and not text.startswith(' '):
+      assert theirs.decode(mine) == decode(tokenizer, mine).removeprefix(' ')
+  assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+  assert len(theirs) == len(tokenizer.token_bytes)
+
+
+def test_a_sentencepiece_model_without_such_a_form_is_refused():
+  for options in ({'model_type': 'char'}, {'treat_whitespace_as_suffix': True}):
+    with pytest.raises(ConfigError, match=r'no form as tokenizer\.json'):
+      library_of(sentencepiece_model(**options))
+
+
+def test_a_difference_of_ids_is_found(monkeypatch):
+  monkeypatch.setattr('llm_jax.hf.pieces._normalizer', lambda spec: tokenizers.normalizers.Lowercase())
+  with pytest.raises(ConfigError, match='the same ids'):
+    library_of(sentencepiece_model())
 
 
 def write_bpe_files(folder, config, vocab_size=300):
