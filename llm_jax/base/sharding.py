@@ -146,13 +146,24 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   mesh, spec = jax.sharding.get_abstract_mesh(), logical_to_spec(axes)
   if mesh.empty:
     return x
-  fitting = [_fitting(entry, size, mesh) for size, entry in zip(x.shape, spec, strict=True)]
+  fitting = [_fitting(_within(entry, mesh), size, mesh) for size, entry in zip(x.shape, spec, strict=True)]
   return jax.lax.with_sharding_constraint(x, P(*fitting))
 
 
 def fitting_axes(axis: str, size: int, mesh: Any) -> Any:
   """The mesh axes of a logical axis, or None if a dimension of this size does not divide over them."""
-  return _fitting(current_rules()[axis], size, mesh)
+  return _fitting(_within(current_rules()[axis], mesh), size, mesh)
+
+
+def _within(entry: Any, mesh: Any) -> Any:
+  """The axes of an entry that the compiler handles; others, inside jax.shard_map, have been split already."""
+  names = tuple(name for name in MESH_AXES if name in _names(entry) and name not in mesh.manual_axes)
+  return None if not names else names[0] if len(names) == 1 else names
+
+
+def batch_axes(mesh: Any) -> tuple[str, ...]:
+  """The axes over which the compiler shards the rows of a batch, here."""
+  return tuple(name for name in BATCH_AXES if name not in getattr(mesh, 'manual_axes', ()))
 
 
 def _fitting(entry: Any, size: int, mesh: Any) -> Any:
@@ -205,7 +216,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def num_batch_shards(mesh: Mesh) -> int:
   """The number of shards of a batch's rows."""
-  return _num_shards(BATCH_AXES, mesh)
+  return _num_shards(batch_axes(mesh), mesh)
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import NoSettings, Registry, register
-from llm_jax.base.sharding import BATCH_AXES, fitting_axes, num_batch_shards
+from llm_jax.base.sharding import batch_axes, fitting_axes, num_batch_shards
 from llm_jax.base.target import current_target
 from llm_jax.layers.blocked import blocked
 
@@ -79,10 +79,11 @@ def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int,
   if mesh.empty:
     return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
   # A dimension that does not divide stays whole, as in sharding.constrain.
-  rows = BATCH_AXES if q_BTNH.shape[0] % num_batch_shards(mesh) == 0 else None
+  rows = batch_axes(mesh) if q_BTNH.shape[0] % num_batch_shards(mesh) == 0 else None
   heads = fitting_axes('act_kv_heads', k_BTKH.shape[2], mesh)
   by_head = P(rows, None, heads)
-  return jax.shard_map(local, in_specs=(by_head, by_head, by_head, P(rows)), out_specs=by_head, check_vma=False)(
+  return jax.shard_map(local, in_specs=(by_head, by_head, by_head, P(rows)), out_specs=by_head, check_vma=False,
+                       axis_names=frozenset(mesh.axis_names) - frozenset(mesh.manual_axes))(
       q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 

@@ -19,7 +19,7 @@ from flax.typing import Dtype
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.devices import platform
-from llm_jax.base.sharding import BATCH_AXES, constrain, gathered, num_batch_shards
+from llm_jax.base.sharding import batch_axes, constrain, gathered, num_batch_shards
 
 # Of float32 logits per device. With smaller chunks, accumulating the weight's gradient is slow; with one chunk devices
 # sum and shard it while it is computed.
@@ -174,5 +174,5 @@ def num_chunks(T, logits_bytes):
 
 
 def _on_each_shard(S, w):
-  w_S = jnp.broadcast_to(w, (S, *w.shape))
-  return jax.lax.with_sharding_constraint(w_S, P(BATCH_AXES, *(P.UNCONSTRAINED,) * w.ndim)) if S > 1 else w_S
+  w_S, rows = jnp.broadcast_to(w, (S, *w.shape)), batch_axes(jax.sharding.get_abstract_mesh())
+  return jax.lax.with_sharding_constraint(w_S, P(rows, *(P.UNCONSTRAINED,) * w.ndim)) if S > 1 else w_S

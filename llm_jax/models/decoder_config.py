@@ -79,6 +79,11 @@ class StackConfig(ModelConfig):
     return operand_dtype(self.dtype)
 
   @property
+  def is_random(self) -> bool:
+    """Whether a training step uses random numbers."""
+    return self.dropout > 0 or any(getattr(part, 'rounding', '') == 'stochastic' for part in self.sections.values())
+
+  @property
   def V(self) -> int:
     """Rows of tables, padding included."""
     assert self.vocab_size is not None, 'resolve fills it in'

@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.batch import Batch, Metrics, Params
 from llm_jax.base.sharding import constrain
 from llm_jax.base.trees import merge, split
 from llm_jax.layers.clock import clock_at
 from llm_jax.losses.objective import Objective
+from llm_jax.models.blocks import activation_dtype
+from llm_jax.models.decoder_config import StackConfig
 from llm_jax.models.protocol import LanguageModel
 from llm_jax.optim.chain import as_optimizer
 from llm_jax.optim.guard import guarded_update
@@ -69,7 +72,8 @@ def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: opt
 def gradients(state: TrainState, batch: Batch, *, model: LanguageModel, seed: int, num_microbatches: int,
               objective: Objective, constants: Params) -> tuple[Params, Metrics]:
   """(gradients of the trainable parameters, metrics) of a step."""
-  share, counts = 1 / num_microbatches, objective.counts(batch)
+  counts, num_shards = objective.counts(batch), data_shards(model, objective)
+  share = 1 / num_microbatches / num_shards
   key = jax.random.fold_in(jax.random.key(seed), state.step)
 
   def objective_of(module: Any, microbatch: Batch) -> tuple[jax.Array, Metrics]:
@@ -87,7 +91,34 @@ def gradients(state: TrainState, batch: Batch, *, model: LanguageModel, seed: in
         logged[name] = logged.get(name, 0.0) + each * value_of
     return value + sown_loss, metrics | {'extra_loss': metrics['extra_loss'] + sown_loss} | logged
 
-  return accumulate(jax.grad(loss_fn, has_aux=True), state.trainable, batch, key, num_microbatches)
+  def of_shard(trainable: Params, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
+    return accumulate(jax.grad(loss_fn, has_aux=True), trainable, batch, key, num_microbatches)
+
+  if num_shards == 1:
+    return of_shard(state.trainable, batch, key)
+  return jax.shard_map(lambda *args: sum_over_data(of_shard(*args), model), in_specs=(P(), P('data'), P()),
+                       out_specs=P(), axis_names={'data'}, check_vma=False)(state.trainable, batch, key)
+
+
+def data_shards(model: LanguageModel, objective: Objective) -> int:
+  """The number of shards of a batch, over the mesh axis `data`, whose gradients are summed once, at the end of a step.
+
+  The compiler would sum each gradient where it arises: in each microbatch, and twice that of a tied embedding. 1 for
+  objectives that compare rows, for models with random numbers, which must not depend on the mesh, and with a tensor
+  axis, with which the compiler aborts (jaxlib 0.10 and 0.11, spmd_partitioner_util.cc).
+  """
+  mesh: Any = jax.sharding.get_abstract_mesh()
+  cfg = getattr(model, 'cfg', None)
+  plain = isinstance(cfg, StackConfig) and not cfg.is_random and objective.row_wise
+  return mesh.shape['data'] if plain and not mesh.empty and mesh.shape['tensor'] == 1 else 1
+
+
+def sum_over_data(of_shard: tuple[Params, Metrics], model: LanguageModel) -> tuple[Params, Metrics]:
+  """The sums of (gradients, metrics) of all shards; gradients are sent in config.model.gradient_dtype."""
+  grads, metrics = of_shard
+  dtype = activation_dtype(model.cfg, 'gradient_dtype')
+  sums = jax.lax.psum(jax.tree.map(lambda g: g.astype(dtype), grads), 'data')
+  return jax.tree.map(lambda total, g: total.astype(g.dtype), sums, grads), jax.lax.psum(metrics, 'data')
 
 
 def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,
