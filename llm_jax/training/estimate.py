@@ -9,8 +9,9 @@ from typing import Any
 import jax
 
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.multihost import say
 from llm_jax.base.process import gib
-from llm_jax.base.target import Target
+from llm_jax.base.target import Target, current_target
 from llm_jax.config import Config
 from llm_jax.losses.readout import CHUNK_BYTES
 from llm_jax.training.state import TrainState
@@ -83,6 +84,18 @@ def activation_bytes(model: Any, tokens: int, tensor: int) -> int:
           'save_attention': stream * D + attention, 'full': stream * D // tensor, 'offload': 0}[model.remat]
   at_work = 2 * (stream * D + attention + matmuls + rest)
   return tokens * (model.num_layers * kept + at_work)
+
+
+def warn_if_too_large(config: Config, abstract: TrainState, mesh: Any, num_microbatches: int) -> None:
+  """Prints a warning where a step does probably not fit in an accelerator's memory. Raises ConfigError; see check_fits.
+
+  Nothing on CPUs, whose memory other programs share and may give back.
+  """
+  target = current_target()
+  if target.platform != 'cpu':
+    found = estimate(config, abstract, mesh, num_microbatches, target.platform)
+    if warning := check_fits(found, target):
+      say(f'WARNING: {warning}')
 
 
 def check_fits(found: Estimate, target: Target) -> str:

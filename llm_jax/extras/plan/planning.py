@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +13,12 @@ from llm_jax.base.process import gib
 from llm_jax.base.target import compiling_for
 from llm_jax.config import Config, replace
 from llm_jax.extras.plan.building import Compiled, build, compile_step
+from llm_jax.extras.plan.collectives import read_collectives
+from llm_jax.extras.plan.hlo import kernels
 from llm_jax.extras.plan.rows import parameter_rows
 from llm_jax.extras.plan.search import Candidate, candidates
 from llm_jax.extras.plan.targets import Place
+from llm_jax.extras.plan.traffic import hbm_bytes
 from llm_jax.extras.plan.work import collective_rows, work_of
 
 SHARE = 0.95  # of a device's memory that a step may need; the rest is for evaluation, samples and fragmentation
@@ -141,11 +142,6 @@ def settled(chosen: Candidate) -> Config:
 
 def read_text(text: str, place: Place, sizes: dict[str, int]) -> dict[str, Any]:
   """Collectives, kernels and memory traffic of the compiled step."""
-  read = {name: pkgutil.resolve_name(f'llm_jax.extras.plan.{name}') for name in ('collectives', 'hlo', 'traffic')
-          if importlib.util.find_spec(f'llm_jax.extras.plan.{name}')}
-  if len(read) < 3:
-    return {}
-  traffic = read['traffic'].hbm_bytes(text)
-  return {'collectives': collective_rows(read['collectives'].read_collectives(text, sizes), place, sizes),
-          'kernels': read['hlo'].kernels(text),
+  traffic = hbm_bytes(text)
+  return {'collectives': collective_rows(read_collectives(text, sizes), place, sizes), 'kernels': kernels(text),
           'traffic': {'bytes': traffic, 'seconds': traffic / place.kind.hbm if place.kind.hbm else None}}

@@ -16,6 +16,7 @@ from llm_jax.base.errors import ConfigError
 from llm_jax.extras.plan.kinds import GPU_SHARE, KINDS, Kind
 
 EXAMPLES = 'v5e:4x4, v5p:2x2x1, h100:8, h100:2x8 (2 hosts with 8 each), cpu:8'
+VIRTUAL = 'xla_force_host_platform_device_count'  # XLA's flag for several devices of one CPU
 # What describes a GPU to XLA, of NVIDIA's data sheets and of device queries.
 DESCRIPTION = '''gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -106,8 +107,8 @@ def prepare(place: Place, environ: MutableMapping[str, str]) -> list[str]:
   environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # no question to the metadata server of a cloud
   environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   if place.kind.platform == 'cpu' or missing_compiler(place):  # see stand_in_target
-    count = f'--xla_force_host_platform_device_count={place.num_devices}'
-    others = [flag for flag in environ.get('XLA_FLAGS', '').split() if 'host_platform_device_count' not in flag]
+    count = f'--{VIRTUAL}={place.num_devices}'
+    others = [flag for flag in environ.get('XLA_FLAGS', '').split() if VIRTUAL not in flag]
     environ['XLA_FLAGS'] = ' '.join([*others, count])
   return runtime.add_xla_flags(place.kind.platform, environ)
 
@@ -120,8 +121,8 @@ def open_target(place: Place) -> Any:
   if place.kind.platform == 'cpu':
     here = jax.devices('cpu')
     if len(here) < place.num_devices:
-      raise ConfigError(f'--on: JAX has already started with {len(here)} CPU devices; set XLA_FLAGS='
-                        f'--xla_force_host_platform_device_count={place.num_devices}')
+      raise ConfigError(f'--on: JAX has already started with {len(here)} CPU devices; run llm-jax plan in '
+                        'a process of its own')
     fast = target_here().fast_bf16 if jax.default_backend() == 'cpu' else False
     return Target('cpu', here[0].device_kind, tuple(here[:place.num_devices]), fast_bf16=fast)
   jax.numpy.zeros(1).block_until_ready()  # compiling fails unless an operation has run before
