@@ -13,7 +13,7 @@ FREE = {*CALLS, 'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast'
         'after-all', 'opt-barrier', 'add-dependency', 'domain', 'async-update', 'async-done', 'send', 'send-done',
         'recv', 'recv-done'}
 SLICES = ('dynamic-slice', 'slice', 'gather')
-# A slice of their result needs a slice of the operand.
+# A slice of the result of one of these needs only a slice of the operand.
 ELEMENTWISE = ('convert', 'copy', 'negate', 'reshape', 'transpose')
 
 
