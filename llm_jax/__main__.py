@@ -28,6 +28,7 @@ COMMANDS = {
     'config': ('extras.commands.config_fields', 'print all fields of a config with values, origins and comments'),
     'check': ('extras.commands.check', 'report devices and packages, and whether a config runs'),
     'selfcheck': ('extras.commands.selfcheck', 'check on this machine what must not depend on it, with a run'),
+    'plan': ('extras.commands.plan', 'plan a run for devices that are not here: memory, time, money'),
     'sweep': ('extras.commands.sweep', "train all trials of a config's sweep"),
     'validate': ('extras.commands.validate', 'check files with a validator of answers'),
     'data prepare': ('commands.data_prepare', 'tokenize the data of a config into the cache'),

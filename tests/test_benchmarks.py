@@ -41,3 +41,12 @@ def test_the_models_of_the_byte_study_have_equally_many_parameters():
   from benchmarks.byte_patch import TEXTS, equal_mlp_dims, num_params, resolved, study_config
   sizes = [num_params(resolved(study_config(model, next(iter(TEXTS)), dim))) for model, dim in equal_mlp_dims().items()]
   assert len(sizes) == 3 and max(sizes) < 1.001 * min(sizes)
+
+
+@pytest.mark.slow
+def test_planned_memory_is_that_of_the_process():
+  result = subprocess.run([sys.executable, '-m', 'benchmarks.plan_memory', '--only=base'], cwd=ROOT,
+                          capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
+  [row] = json.loads(result.stdout.splitlines()[-1])
+  assert 0.9 < row['predicted'] / row['measured'] < 1.1

@@ -28,7 +28,7 @@ VARIANT = r'(?!\w| ?(Ti|D|SUPER|Laptop|Max-Q|Mobile|lite)\b)'
 
 def only_cpus() -> bool:
   """Whether no device is an accelerator."""
-  return all(device.platform == 'cpu' for device in current_target().devices)
+  return platform() == 'cpu'
 
 
 def platform() -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -119,7 +120,24 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         f'config.mesh: data x fsdp x tensor = {" x ".join(map(str, config.sizes))} does not cover the '
         f'{len(devices)} device(s) here; set sizes whose product is {len(devices)} (-1 takes the rest)')
   # Auto: the compiler propagates shardings. jax.make_mesh would default to explicit ones.
-  return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+  auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+  num_slices = len({getattr(device, 'slice_index', 0) or 0 for device in devices})
+  if num_slices > 1:
+    return Mesh(over_slices(sizes, num_slices, devices), MESH_AXES, axis_types=auto)
+  return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=auto)
+
+
+def over_slices(sizes: list[int], num_slices: int, devices: list[jax.Device]) -> np.ndarray:
+  """The devices of several TPU slices: the axis data, or else fsdp, goes over the network between them.
+
+  Raises ConfigError if neither divides.
+  """
+  split = next((i for i in (0, 1) if sizes[i] % num_slices == 0), None)
+  if split is None:
+    raise ConfigError(f'config.mesh: data {sizes[0]} or fsdp {sizes[1]} must be a multiple of the {num_slices} slices')
+  between = [num_slices if i == split else 1 for i in range(len(sizes))]
+  within = [size // count for size, count in zip(sizes, between, strict=True)]
+  return mesh_utils.create_hybrid_device_mesh(within, between, devices)
 
 
 def logical_to_spec(axes: tuple[str | None, ...]) -> P:

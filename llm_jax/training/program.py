@@ -33,6 +33,7 @@ from llm_jax.models.registry import make_model
 from llm_jax.optim.chain import Optimizer, as_optimizer, make_optimizer
 from llm_jax.optim.groups import trainable_paths
 from llm_jax.training.custom import Custom
+from llm_jax.training.estimate import warn_if_too_large
 from llm_jax.training.flops import flops_per_token
 from llm_jax.training.log import PackedMetrics, pack_metrics
 from llm_jax.training.memory import fit_memory
@@ -119,6 +120,7 @@ def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Pr
   config = fit_memory(config, num_shards, workdir, compile_step=lambda num_microbatches: make_step(
       num_microbatches).lower(abstract, batch, arrays).compile())
   held_rows, num_microbatches = config.split_batch(num_shards)
+  warn_if_too_large(config, abstract, mesh, num_microbatches)
   check_microbatches(config, objective, num_microbatches, num_shards)
   stage = dataclasses.replace(stage, config=config, end=stage.end if config.stages else config.num_steps)
   init = jax.jit(partial(init_state, model=model, tx=tx, is_trainable=is_trainable), out_shardings=shardings)

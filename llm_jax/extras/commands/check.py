@@ -113,9 +113,30 @@ def facts(args: argparse.Namespace) -> Iterator[Fact]:
     yield 'on_cpu', note, {'applied': True}
   yield ('config', f'{args.config}: fields and values are valid{"" if args.step else "; --step checks data and model"}',
          {'name': args.config, 'valid': True, 'num_steps': config.num_steps, 'batch_tokens': config.batch_tokens})
+  yield from memory_of_step(config)
   if args.step:
     waiting('reading data, compiling and training a step')
     yield from one_step(args, config)
+
+
+def memory_of_step(config: Any) -> Iterator[Fact]:
+  """The estimated memory of a step on one of these devices, where the data need not be read for it."""
+  from llm_jax.base.devices import platform
+  from llm_jax.base.target import current_target
+  from llm_jax.extras.plan.building import build, stands_in
+  from llm_jax.training.estimate import check_fits, estimate
+  if not stands_in(config) or config.start.run:
+    return
+  target = current_target()
+  built = build(config, target, read_data=False)
+  _, number = built.config.split_batch(built.num_shards)
+  if config.tokens_per_device is None:  # which finds what fits: a row at a time needs least
+    number = built.config.rows_per_batch // built.num_shards
+  found = estimate(built.config, built.abstract, built.mesh, number, platform())
+  warning = check_fits(found, target)
+  text = f'a step takes about {gib(found.total)} of a device, by estimate: {gib(found.state)} of them are the state'
+  yield ('memory', f'WARNING: {warning}' if warning else text,
+         {'step_bytes': found.total, 'state_bytes_each': found.state, 'fits': not warning})
 
 
 def one_step(args: argparse.Namespace, config: Any) -> Iterator[Fact]:

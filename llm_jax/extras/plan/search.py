@@ -1,0 +1,107 @@
+"""Looks for the settings of microbatches, remat and mesh with which a step fits, the fastest by estimate first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from llm_jax.base.devices import peak_of_kind
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.sharding import MeshConfig, num_batch_shards
+from llm_jax.config import Config, replace
+from llm_jax.extras.plan.building import Built, build
+from llm_jax.extras.plan.targets import Place
+from llm_jax.extras.plan.work import bandwidth
+from llm_jax.training.estimate import Estimate, estimate
+
+# Work of a step with a policy of remat, relative to none: a forward pass more is a third.
+RECOMPUTED = {'none': 1.0, 'save_matmuls': 1.03, 'save_attention': 1.25, 'full': 1.33}
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """Settings that a step can be compiled with."""
+
+  built: Built  # of its mesh and remat
+  num_microbatches: int
+  rows: int  # of a device at a time
+  memory: Estimate
+  seconds: float  # of a step, by estimate
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """The fields to set on the command line, without config."""
+    config = self.built.config
+    mesh = {f'mesh.{axis}': size for axis, size in self.built.mesh.shape.items()}
+    return {**mesh, 'tokens_per_device': self.rows * config.data.seq_len, 'model.remat': config.model.remat}
+
+
+def candidates(config: Config, place: Place, target: Any, read_data: bool, whole: bool) -> list[Candidate]:
+  """All candidates, the fastest first; of the config's mesh alone unless `whole`."""
+  found = []
+  for mesh in meshes(config.mesh, place.num_devices) if whole else (config.mesh,):
+    try:
+      built = build(replace(config, mesh=mesh), target, read_data=read_data)
+    except ConfigError:
+      if not whole:
+        raise
+      continue
+    found += [each for remat in remats(built.config) for each in of_mesh(with_remat(built, remat), place)]
+  return sorted(found, key=lambda each: (each.seconds, each.num_microbatches))
+
+
+def meshes(given: MeshConfig, num_devices: int) -> list[MeshConfig]:
+  """The config's mesh, and those with tensor up to 8 and fsdp over a host, or over all devices that are left."""
+  found = [given]
+  for tensor in (1, 2, 4, 8):
+    for fsdp in {1, 8, num_devices // tensor}:
+      if num_devices % (tensor * fsdp) == 0:
+        found.append(MeshConfig(num_devices // tensor // fsdp, fsdp, tensor))
+  return list(dict.fromkeys(found))
+
+
+def remats(config: Config) -> tuple[str, ...]:
+  """Policies of remat to try: those that the model has."""
+  return tuple(RECOMPUTED) if hasattr(config.model, 'remat') else ('none',)
+
+
+def with_remat(built: Built, remat: str) -> Built:
+  """The same program with another policy; its step is built anew when it is compiled."""
+  config = built.config
+  if getattr(config.model, 'remat', remat) == remat:
+    return built
+  config = replace(config, model=dataclasses.replace(config.model, remat=remat))
+  return dataclasses.replace(built, config=config, make_step=None)
+
+
+def of_mesh(built: Built, place: Place) -> Iterator[Candidate]:
+  """A candidate for each number of rows that a device can hold at a time."""
+  shards, config = num_batch_shards(built.mesh), built.config
+  rows_of_shard = config.rows_per_batch // shards
+  for rows in (n for n in range(1, rows_of_shard + 1) if rows_of_shard % n == 0):
+    number = rows_of_shard // rows
+    yield Candidate(built, number, rows, estimate(config, built.abstract, built.mesh, number, place.kind.platform),
+                    step_seconds(built, place, number))
+
+
+def step_seconds(built: Built, place: Place, num_microbatches: int) -> float:
+  """A rough time of a step, to compare candidates: the longer one of half the peak's compute and the wire's."""
+  sizes, config, model = dict(built.mesh.shape), built.config, built.config.model
+  peak = peak_of_kind(built.target.kind) or 1e11
+  compute = (built.flops_per_token * config.batch_tokens / place.num_devices / peak / 0.5
+             * RECOMPUTED.get(getattr(model, 'remat', 'none'), 1.0))
+  leaves = [leaf.size for leaf in jax.tree.leaves(built.abstract.params)]
+  weights = 2 * sum(leaves) / sizes['tensor']  # bf16
+  wire = 0.0
+  if sizes['fsdp'] > 1:  # gathered forward and backward, reduced once
+    wire += weights * (2 * num_microbatches + 1) / (bandwidth(place, sizes, ('fsdp',)) or 1e9)
+  if sizes['data'] > 1:
+    wire += 2 * weights / sizes['fsdp'] / (bandwidth(place, sizes, ('data',)) or 1e9)
+  if sizes['tensor'] > 1:
+    tokens = config.batch_tokens / sizes['data'] / sizes['fsdp']
+    wire += (8 * getattr(model, 'num_layers', 1) * tokens * 2 * getattr(model, 'embed_dim', 1)
+             / (bandwidth(place, sizes, ('tensor',)) or 1e9))
+  return max(compute, wire) + 0.2 * min(compute, wire)
