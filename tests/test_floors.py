@@ -15,6 +15,7 @@ FLOORS = [
     {'models'},
     {'config'},
     {'config_file'},
+    {'training.accumulate'},
     {'training.state', 'training.shardings', 'training.checkpoint', 'training.orbax_io',
      'training.manifest', 'training.retention', 'training.finite',
      'training.stages', 'training.log', 'training.skips',

@@ -14,15 +14,13 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.batch import Batch, Metrics, Params
-from llm_jax.base.sharding import constrain
 from llm_jax.base.trees import merge, split
 from llm_jax.layers.clock import clock_at
 from llm_jax.losses.objective import Objective
-from llm_jax.models.blocks import activation_dtype
-from llm_jax.models.decoder_config import StackConfig
 from llm_jax.models.protocol import LanguageModel
 from llm_jax.optim.chain import as_optimizer
 from llm_jax.optim.guard import guarded_update
+from llm_jax.training.accumulate import accumulate, data_shards, sum_over_data
 
 NEXT_TOKEN = Objective()
 
@@ -98,48 +96,6 @@ def gradients(state: TrainState, batch: Batch, *, model: LanguageModel, seed: in
     return of_shard(state.trainable, batch, key)
   return jax.shard_map(lambda *args: sum_over_data(of_shard(*args), model), in_specs=(P(), P('data'), P()),
                        out_specs=P(), axis_names={'data'}, check_vma=False)(state.trainable, batch, key)
-
-
-def data_shards(model: LanguageModel, objective: Objective) -> int:
-  """The number of shards of a batch, over the mesh axis `data`, whose gradients are summed once, at the end of a step.
-
-  The compiler would sum each gradient where it arises: in each microbatch, and twice that of a tied embedding. 1 for
-  objectives that compare rows, for models with random numbers, which must not depend on the mesh, and with a tensor
-  axis, with which the compiler aborts (jaxlib 0.10 and 0.11, spmd_partitioner_util.cc).
-  """
-  mesh: Any = jax.sharding.get_abstract_mesh()
-  cfg = getattr(model, 'cfg', None)
-  plain = isinstance(cfg, StackConfig) and not cfg.is_random and objective.row_wise
-  return mesh.shape['data'] if plain and not mesh.empty and mesh.shape['tensor'] == 1 else 1
-
-
-def sum_over_data(of_shard: tuple[Params, Metrics], model: LanguageModel) -> tuple[Params, Metrics]:
-  """The sums of (gradients, metrics) of all shards; gradients are sent in config.model.gradient_dtype."""
-  grads, metrics = of_shard
-  dtype = activation_dtype(model.cfg, 'gradient_dtype')
-  sums = jax.lax.psum(jax.tree.map(lambda g: g.astype(dtype), grads), 'data')
-  return jax.tree.map(lambda total, g: total.astype(g.dtype), sums, grads), jax.lax.psum(metrics, 'data')
-
-
-def accumulate(grad_fn: Any, params: Params, batch: Batch, key: jax.Array,
-               num_microbatches: int) -> tuple[Params, Metrics]:
-  """Sums grad_fn(params, microbatch, key) over microbatches, with one of them in memory at a time."""
-  if num_microbatches == 1:
-    return grad_fn(params, batch, key)
-
-  def split(x: jax.Array) -> jax.Array:
-    # Microbatch i takes rows i, i + m, ..., so that no row moves to another device.
-    x = jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1)
-    return constrain(x, None, 'act_batch', *(None,) * (x.ndim - 2))
-
-  def body(total: Any, xs: Any) -> tuple[Any, Any]:
-    return jax.tree.map(jnp.add, total, grad_fn(params, *xs)), None
-
-  keys = jax.random.split(key, num_microbatches)
-  xs = (jax.tree.map(split, batch), keys)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
-                       jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], xs)))
-  return jax.lax.scan(body, zeros, xs)[0]
 
 
 def eval_step(params: Params, batch: Batch, *, model: LanguageModel, token_bytes: np.ndarray,

