@@ -4,7 +4,8 @@
   python -m benchmarks.plan_memory --only=base
 
 Each config runs in a process of its own: it builds and compiles the step as plan does, fills state and batch, resets
-the kernel's record of peak memory, and runs three steps. Arrays of all virtual devices count. The last line is JSON.
+the kernel's record of peak memory, and runs three steps, with the allocator as glibc has it. Arrays of all virtual
+devices count. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def measure(name: str) -> dict:
   built = build(config, open_target(place), read_data=False)
   _, number = built.config.split_batch(built.num_shards)
   compiled = built.lower(number).compile()
-  predicted = memory_of(compiled, 'cpu')['peak'] * devices
+  predicted = memory_of(compiled, built, number)['peak'] * devices
   found = estimate(built.config, built.abstract, built.mesh, number, 'cpu')
 
   def fill(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:

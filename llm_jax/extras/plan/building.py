@@ -22,11 +22,14 @@ from llm_jax.losses.config import make_objective
 from llm_jax.losses.metrics import make_metrics
 from llm_jax.models.registry import make_model
 from llm_jax.training.custom import Custom
+from llm_jax.training.estimate import estimate
 from llm_jax.training.flops import flops_per_token
 from llm_jax.training.memory import needed
 from llm_jax.training.program import build_optimizer, example_features, jit_step
 from llm_jax.training.resolve import check_microbatches, resolve, with_logits, without_masks
 from llm_jax.training.shardings import abstract_state, boxed_params, param_info, shardings_of
+
+PROCESS = 20_000_000  # bytes of threads and compiled code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,14 +116,22 @@ def compile_step(built: Built, num_microbatches: int) -> Compiled:
   with compiling_for(built.target), jax.set_mesh(built.mesh):
     compiled = lowered.compile()
   ended = time.perf_counter()
-  return Compiled(memory_of(compiled, built.target.platform), compiled.as_text(), traced - began, ended - traced)
+  return Compiled(memory_of(compiled, built, num_microbatches), compiled.as_text(), traced - began, ended - traced)
 
 
-def memory_of(compiled: Any, platform: str) -> dict[str, int]:
-  """Bytes of a device by use. On CPUs the compiler's peak holds the arguments alone, so that the sum stands for it."""
-  stats = compiled.memory_analysis()
+def memory_of(compiled: Any, built: Built, num_microbatches: int) -> dict[str, int]:
+  """Bytes of a device by use.
+
+  On CPUs the compiler's peak is that of arguments alone, so that the sum of all takes its place. It leaves out what the
+  process and its products take besides: by benchmarks/plan_memory.py about PROCESS and half a chunk of logits.
+  """
+  stats, platform = compiled.memory_analysis(), built.target.platform
+  scratch = 0
+  if platform == 'cpu':
+    found = estimate(built.config, built.abstract, built.mesh, num_microbatches, platform)
+    scratch = PROCESS // built.mesh.size + found.logits // 4
   reported = int(getattr(stats, 'peak_memory_in_bytes', 0) or 0)
-  peak = needed(compiled) if platform == 'cpu' else reported or needed(compiled)
+  peak = needed(compiled) + scratch if platform == 'cpu' else reported or needed(compiled)
   return {'arguments': stats.argument_size_in_bytes, 'outputs': stats.output_size_in_bytes,
           'aliased': stats.alias_size_in_bytes, 'temporaries': stats.temp_size_in_bytes,
-          'code': stats.generated_code_size_in_bytes, 'peak': peak}
+          'code': stats.generated_code_size_in_bytes, 'scratch': scratch, 'peak': peak}

@@ -51,7 +51,7 @@ def memory(plan: dict[str, Any]) -> Iterator[str]:
   yield f'  {"together":34} {gib(found["estimate"]["total"]):>12}'
   if compiled := found.get('compiled'):
     yield 'by the compiler:'
-    for name in ('arguments', 'temporaries', 'code', 'peak'):
+    for name in ('arguments', 'temporaries', 'code', 'scratch', 'peak'):
       yield f'  {name:34} {gib(compiled[name]):>12}'
   if found['failure']:
     yield f'the compiler: {found["failure"]}'
