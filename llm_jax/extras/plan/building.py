@@ -7,12 +7,11 @@ import time
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.sharding import make_mesh, num_batch_shards
+from llm_jax.base.sharding import make_mesh, num_batch_shards, use_mesh
 from llm_jax.base.target import Target, compiling_for
 from llm_jax.config import Config
 from llm_jax.data import pipeline
@@ -54,7 +53,7 @@ class Built:
   def lower(self, num_microbatches: int) -> Any:
     """The step, lowered. Raises ConfigError."""
     check_microbatches(self.config, self.objective, num_microbatches, self.num_shards)
-    with compiling_for(self.target), jax.set_mesh(self.mesh):
+    with compiling_for(self.target), use_mesh(self.mesh, self.config.mesh):
       return self.make_step(num_microbatches).lower(self.abstract, self.batch, {})
 
 
@@ -84,11 +83,11 @@ def build(config: Config, target: Target, *, read_data: bool) -> Built:
     example = pipeline.example_batch(config.data)
     batch = pipeline.abstract_batch(features, config.rows_per_batch)
     config = with_logits(config, data, model, example)
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh, config.mesh):
       boxed = boxed_params(example, model=model)
     info = param_info(boxed)
     tx, is_trainable = build_optimizer(config, info, Custom())
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh, config.mesh):
       abstract = abstract_state(boxed, mesh, tx=tx, is_trainable=is_trainable)
       flops = flops_per_token(config, model, abstract.params, batch)
   step = partial(jit_step, config, mesh, shardings_of(abstract), {}, model=model, tx=tx, objective=objective)
@@ -113,7 +112,7 @@ def compile_step(built: Built, num_microbatches: int) -> Compiled:
   began = time.perf_counter()
   lowered = built.lower(num_microbatches)
   traced = time.perf_counter()
-  with compiling_for(built.target), jax.set_mesh(built.mesh):
+  with compiling_for(built.target), use_mesh(built.mesh, built.config.mesh):
     compiled = lowered.compile()
   ended = time.perf_counter()
   return Compiled(memory_of(compiled, built, num_microbatches), compiled.as_text(), traced - began, ended - traced)
