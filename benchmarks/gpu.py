@@ -27,6 +27,7 @@ from unittest import mock
 
 from benchmarks.common import MEAN_DOCUMENT, PRESETS, Preset, emit, times
 from benchmarks.gpu_attention import attention
+from llm_jax.base.fields import DTYPES
 
 LIMITS = {'peaks': 60, 'steps': 200, 'attention': 120, 'profile': 90, 'changes': 200, 'large': 120, 'decode': 100,
           'run': 180}  # seconds
@@ -119,39 +120,23 @@ def select_update() -> Iterator[None]:
     yield
 
 
-@contextlib.contextmanager
-def bf16_products(preset: Preset, stream: bool) -> Iterator[None]:
-  """Products, except logits, return bfloat16; with `stream` the residual stream is bfloat16 too."""
-  import jax.numpy as jnp
-
-  from llm_jax.models.decoder import Decoder
-  einsum, embedded = jnp.einsum, Decoder.embedded
-
-  def lower(eqn: str, *args: Any, preferred_element_type: Any = None) -> Any:
-    y = einsum(eqn, *args, preferred_element_type=preferred_element_type)
-    return y if preset.vocab_size in y.shape else y.astype(args[0].dtype)
-
-  def cast(self: Any, *args: Any) -> Any:
-    return embedded(self, *args).astype(jnp.bfloat16)
-
-  with mock.patch('llm_jax.layers.product.jnp.einsum', lower):
-    with mock.patch.object(Decoder, 'embedded', cast) if stream else contextlib.nullcontext():
-      yield
-
-
 def changes(toy: bool) -> None:
   """The step with documents, with one thing changed at a time."""
   preset, batch = (PRESETS['char_tiny'], 4) if toy else (PRESETS['gpt2'], 32)
-  chunk = functools.partial(mock.patch, 'llm_jax.losses.readout.CHUNK_BYTES')
+  wide = dict.fromkeys(DTYPES[1:3], 'float32')
+
+  def chunk(num_bytes: int) -> Any:
+    return mock.patch.dict('llm_jax.losses.readout.CHUNK_BYTES', dict.fromkeys(('cpu', 'gpu', 'tpu'), num_bytes))
+
   no = contextlib.nullcontext
   base = {'scan_unroll': preset.num_layers}
   variants: list[tuple[str, Any, int, dict]] = [
       ('as it is', no, batch, base),
-      ('products in bf16', lambda: bf16_products(preset, False), batch, base),
-      ('products and stream in bf16', lambda: bf16_products(preset, True), batch, base),
+      ('products in float32', no, batch, base | wide),
+      ('products and stream in float32', no, batch, base | dict.fromkeys(DTYPES[1:], 'float32')),
       ('scan, not unrolled', no, batch, {'scan_unroll': 1}),
       ('chunks of 128 MiB', lambda: chunk(2**27), batch, base),
-      ('chunks of 2 GiB', lambda: chunk(2**31), batch, base),
+      ('chunks of 512 MiB', lambda: chunk(2**29), batch, base),
       ('one chunk', lambda: chunk(2**40), batch, base),
       ('select, not cond', select_update, batch, base),
       ('attention blocked', no, batch, base | {'attention': 'blocked'}),
@@ -167,7 +152,7 @@ def large(toy: bool) -> None:
   no = contextlib.nullcontext
   time_variants(preset, [
       ('1B, 8 rows', no, 8, {'scan_unroll': 1}),
-      ('1B, 16 rows, bf16', lambda: bf16_products(preset, True), 16, {'scan_unroll': 1}),
+      ('1B, 16 rows', no, 16, {'scan_unroll': 1}),
       ('1B, 32 rows, save_matmuls', no, 32, {'scan_unroll': 1, 'remat': 'save_matmuls'})], 0, toy)
 
 
@@ -207,9 +192,9 @@ def profile(toy: bool) -> None:
 
   from benchmarks.step import build
   preset, batch = (PRESETS['char_tiny'], 4) if toy else (PRESETS['gpt2'], 32)
-  for name, context in (('as it is', contextlib.nullcontext), ('bf16', lambda: bf16_products(preset, True))):
-    with context():
-      step = build(preset, batch, 20 if toy else MEAN_DOCUMENT, dtype='bfloat16', scan_unroll=preset.num_layers)
+  wide = dict.fromkeys(DTYPES[1:], 'float32')
+  for name, fields in (('as it is', {}), ('activations in float32', wide)):
+    step = build(preset, batch, 20 if toy else MEAN_DOCUMENT, dtype='bfloat16', scan_unroll=preset.num_layers, **fields)
     for _ in range(3):
       step.call()
     with tempfile.TemporaryDirectory() as folder:

@@ -32,19 +32,23 @@ def main():
   import jax.numpy as jnp
   import optax
 
-  from llm_jax.base.devices import has_fast_bf16
+  from llm_jax.base.devices import has_fast_bf16, platform
   from llm_jax.losses import readout as losses
   from llm_jax.models.blocks import project
 
-  losses.CHUNK_BYTES = args.chunk_mib * 2**20 or losses.CHUNK_BYTES
-  head = partial(project, 'BTD,VD->BTV', jnp.bfloat16 if has_fast_bf16() else jnp.float32, 0.0)
+  if args.chunk_mib:
+    losses.CHUNK_BYTES[platform()] = args.chunk_mib * 2**20
+  dtype = jnp.bfloat16 if has_fast_bf16() else jnp.float32
+
+  def head(w):
+    return partial(project, 'BTD,VD->BTV', dtype, 1.0, 0.0, w.shape[0])
 
   def plain(x, w, targets, weights):
-    nll = optax.softmax_cross_entropy_with_integer_labels(head(w, x), targets)
+    nll = optax.softmax_cross_entropy_with_integer_labels(head(w)(w, x), targets)
     return jnp.sum(nll * weights)
 
   def chunked(x, w, targets, weights):
-    return losses.cross_entropy(losses.Readout(x, w, head), targets, weights)[0]
+    return losses.cross_entropy(losses.Readout(x, w, head(w), dtype), targets, weights)[0]
 
   def compiled(loss, B, T, D, V):
     shapes = [((B, T, D), jnp.float32), ((V, D), jnp.float32), ((B, T), jnp.int32), ((B, T), jnp.float32)]
@@ -73,7 +77,8 @@ def main():
       rows[-1] |= {'plain_ms': round(1e3 * plain_s, 1), 'chunked_ms': round(1e3 * chunked_s, 1),
                    'time_ratio': round(chunked_s / plain_s, 3)}
       print(f'{name:12}{plain_s:10.3f} s plain, {chunked_s:.3f} s chunked: {chunked_s / plain_s:.3f} times')
-  print(json.dumps({'device': jax.devices()[0].device_kind, 'chunk_mib': losses.CHUNK_BYTES / 2**20, 'rows': rows}))
+  print(json.dumps({'device': jax.devices()[0].device_kind, 'chunk_mib': losses.CHUNK_BYTES[platform()] / 2**20,
+                    'rows': rows}))
 
 
 if __name__ == '__main__':
