@@ -36,6 +36,11 @@ CONFIGS = {
     'wide': (1, {'model.embed_dim': 1024, 'model.num_layers': 2}),
     'data': (4, {'batch_tokens': 8192, 'tokens_per_device': 2048}),
     'fsdp': (4, {'batch_tokens': 8192, 'tokens_per_device': 2048, 'mesh.data': 1, 'mesh.fsdp': 4}),
+    # Not among those that the constants in extras/plan/building.py were fitted to.
+    'vocabulary': (1, {'model.vocab_size': 32768, 'batch_tokens': 2048, 'tokens_per_device': 2048}),
+    'narrow': (1, {'model.embed_dim': 256, 'model.num_layers': 8, 'model.remat': 'save_matmuls'}),
+    'long': (1, {'data.seq_len': 1024, 'model.remat': 'full'}),
+    'tensor': (4, {'mesh.data': 2, 'mesh.tensor': 2, 'tokens_per_device': 2048}),
 }
 
 
