@@ -219,7 +219,7 @@ def write_weights(folder: Path, tensors: Iterable[Entry], max_bytes: int, *, wri
       f'model-{i + 1:05}-of-{len(shards):05}.safetensors' for i in range(len(shards))]
   for name, shard in zip(names, shards, strict=True):
     shard.sort(key=lambda entry: (-_ORDER.index(_CODES[entry[1].dtype]), entry[0]))  # as the library does
-    with open(folder / name, 'wb') if writes else contextlib.nullcontext() as f:
+    with open(folder / name, 'xb') if writes else contextlib.nullcontext() as f:
       _write_file(f, shard)
   if writes and len(names) > 1:
     where = {key: name for name, shard in zip(names, shards, strict=True) for key, _, _ in shard}

@@ -99,3 +99,8 @@ def test_the_command_reports_and_writes_json(tmp_path, capsys):
 def test_what_does_not_fit_gets_advice(capsys):
   plan.main([f'--config={CONFIGS}/gpt_small.py', '--on=cpu:8', '--full_size', '--estimate', *FLAGS])
   assert 'by estimate' in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_compiling(tmp_path):
+  with pytest.raises(ConfigError, match=r'--json: .*missing is not a folder'):
+    plan.main(['--config=gpt_small', '--on=v5e:2x2', f'--json={tmp_path / "missing" / "plan.json"}'])

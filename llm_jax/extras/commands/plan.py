@@ -20,6 +20,7 @@ from typing import Any
 
 from llm_jax.base import flags, plugins, runtime
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.files import write_file, writing
 from llm_jax.base.process import run_as_program
 from llm_jax.extras.plan.targets import EXAMPLES, missing_compiler, open_target, parse_place, prepare, stand_in_target
 
@@ -48,6 +49,8 @@ def main(argv: list[str]) -> None:
   place = parse_place(args.on, args.slices)
   if not 0 < args.mfu <= 1:
     raise ConfigError(f'--mfu: must be above 0 and at most 1; got {args.mfu:g}')
+  if args.json is not None and not args.json.parent.is_dir():  # before minutes of compiling
+    raise ConfigError(f'--json: {args.json.parent} is not a folder; make it, or set another path')
   missing = missing_compiler(place)
   if 'jax' not in sys.modules:
     runtime.prepare(tuning=False)
@@ -60,7 +63,8 @@ def main(argv: list[str]) -> None:
   for line in report.lines(plan):
     print(line)
   if args.json is not None:
-    args.json.write_text(json.dumps(plan, indent=2))
+    with writing(str(args.json)):
+      write_file(args.json, json.dumps(plan, indent=2) + '\n')
     print(f'wrote {args.json}', file=sys.stderr)
 
 
