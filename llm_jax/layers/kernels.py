@@ -51,7 +51,11 @@ def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, 
   Its packed layout would need no mask, but a limit on segments per row, and JAX 0.10 passes it wrong offsets for
   grouped heads.
   """
-  return xla(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, prefix_BT, 'cudnn')
+  def local(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None,
+            prefix_BT: jax.Array | None) -> jax.Array:
+    return xla(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, prefix_BT, 'cudnn')
+
+  return on_each_device(local, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, prefix_BT)
 
 
 def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, segment_ids_BT: jax.Array | None,
@@ -75,16 +79,22 @@ def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int,
     y_BNTH = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH)), segments)
     return y_BNTH.swapaxes(1, 2)
 
+  return on_each_device(local, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def on_each_device(kernel: Callable[..., jax.Array], q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array,
+                   *of_rows: jax.Array | None) -> jax.Array:
+  """kernel(q, k, v, *of_rows) of each device's rows and heads. The compiler cannot split a kernel."""
   mesh: Any = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    return kernel(q_BTNH, k_BTKH, v_BTKH, *of_rows)
   # A dimension that does not divide stays whole, as in sharding.constrain.
   rows = batch_axes(mesh) if q_BTNH.shape[0] % num_batch_shards(mesh) == 0 else None
   heads = fitting_axes('act_kv_heads', k_BTKH.shape[2], mesh)
   by_head = P(rows, None, heads)
-  return jax.shard_map(local, in_specs=(by_head, by_head, by_head, P(rows)), out_specs=by_head, check_vma=False,
-                       axis_names=frozenset(mesh.axis_names) - frozenset(mesh.manual_axes))(
-      q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+  return jax.shard_map(kernel, in_specs=(*(by_head,) * 3, *(P(rows),) * len(of_rows)), out_specs=by_head,
+                       check_vma=False, axis_names=frozenset(mesh.axis_names) - frozenset(mesh.manual_axes))(
+      q_BTNH, k_BTKH, v_BTKH, *of_rows)
 
 
 Implementation = Callable[..., jax.Array]

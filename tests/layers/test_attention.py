@@ -189,6 +189,17 @@ def test_cudnn_needs_no_mask_for_causality_and_window(monkeypatch):
   assert '46x46' in lowered('cudnn', 'cuda', 2, 46, 4, 2, 64, segments=True)  # the search finds one that is there
 
 
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2)])
+def test_each_device_runs_cudnn_on_its_own_rows_and_heads(sizes, monkeypatch):
+  """The compiler cannot split the kernel, and fails where the mesh axis data has been split before."""
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91400)
+  with jax.set_mesh(make_mesh(MeshConfig(*sizes))):
+    text = lowered('cudnn', 'cuda', 8, 46, 4, 2, 64)
+  rows, heads = 8 // (sizes[0] * sizes[1]), 4 // sizes[2]
+  assert '__cudnn$fmhaSoftmaxBackward' in text and 'CustomSPMDPartitioning' not in text
+  assert f'tensor<{rows}x46x{heads}x64xbf16>' in text
+
+
 def test_splash_compiles_to_its_kernel():
   text = lowered('splash', 'tpu', 2, 384, 4, 2, 64, window=200, segments=True)
   assert text.count('tpu_custom_call') >= 3  # forward, dq, dkv
