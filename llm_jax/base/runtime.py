@@ -10,7 +10,7 @@ import gc
 import importlib.util
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from glob import glob
 from pathlib import Path
 
@@ -26,9 +26,12 @@ XLA_FLAGS: dict[str, dict[str, tuple[str, str]]] = {
     'tpu': {
         'xla_enable_async_all_gather': ('true', 'an all-gather need not end before the next operation begins'),
         'xla_tpu_enable_async_collective_fusion': ('true', 'collectives run inside the matmuls next to them'),
-        'xla_tpu_enable_async_collective_fusion_fuse_all_gather': ('true', 'also the gathers of sharded parameters'),
         'xla_tpu_enable_async_collective_fusion_multiple_steps': ('true', 'and over several matmuls'),
         'xla_tpu_overlap_compute_collective_tc': ('true', 'the core computes while its links are busy'),
+    },
+    # By chip: the compiler refuses it for v5p and v6e.
+    'v5e': {
+        'xla_tpu_enable_async_collective_fusion_fuse_all_gather': ('true', 'also the gathers of sharded parameters'),
     },
     'cpu': {},  # wider vectors, fast math and other dot emitters were measured to be no faster
 }
@@ -49,7 +52,7 @@ def prepare(tuning: bool = True) -> str:
   gc.set_threshold(NEW_OBJECTS)
   platform = find_platform()
   kept = tuning and platform == 'cpu' and keep_freed_memory()
-  flags = add_xla_flags(platform, os.environ) if tuning else []
+  flags = add_xla_flags(platform, os.environ, find_chip() if platform == 'tpu' else '') if tuning else []
   return '; '.join(['malloc keeps freed memory' if kept else 'malloc unchanged', keep_compiled(os.environ),
                     f'XLA flags: {" ".join(flags) or "none"}'])
 
@@ -89,14 +92,25 @@ def keep_freed_memory() -> bool:
   return all([mallopt(option, value) for option, value in options.items()])
 
 
-def add_xla_flags(platform: str, environ: MutableMapping[str, str]) -> list[str]:
-  """Appends the platform's flags to its environment variable, unless set there; returns what was appended."""
+def find_chip(environ: Mapping[str, str] = os.environ, pci: str = '/sys/bus/pci/devices') -> str:
+  """'v5e' if this host's TPUs are TPU v5e, else ''; from what Cloud TPU sets or the PCI bus, before JAX starts."""
+  if environ.get('TPU_ACCELERATOR_TYPE', '').startswith('v5litepod'):
+    return 'v5e'
+  ids = ('0x1ae0', '0x0063')  # of Google, and of the chip
+  found = (tuple(Path(folder, name).read_text().strip() for name in ('vendor', 'device')) for folder in glob(f'{pci}/*')
+           if Path(folder, 'vendor').exists() and Path(folder, 'device').exists())
+  return 'v5e' if ids in found else ''
+
+
+def add_xla_flags(platform: str, environ: MutableMapping[str, str], chip: str = '') -> list[str]:
+  """Appends the flags of platform and chip to their environment variable, unless set there; returns those."""
   variable = VARIABLE.get(platform, 'XLA_FLAGS')
   present = environ.get(variable, '').split()
   if present and not present[0].startswith('-'):
     return []  # the variable names a file of flags
   names = {flag.lstrip('-').partition('=')[0] for flag in present}
-  added = [f'--{name}={value}' for name, (value, _) in XLA_FLAGS.get(platform, {}).items() if name not in names]
+  flags = XLA_FLAGS.get(platform, {}) | XLA_FLAGS.get(chip, {})
+  added = [f'--{name}={value}' for name, (value, _) in flags.items() if name not in names]
   if added:
     environ[variable] = ' '.join(present + added)
   return added

@@ -76,9 +76,22 @@ def test_the_users_xla_flags_are_kept():
     assert runtime.add_xla_flags('gpu', environ) == []  # a child process finds them there
   environ = {}
   assert runtime.add_xla_flags('tpu', environ) == environ['LIBTPU_INIT_ARGS'].split()
+  of_v5e = {}
+  assert len(runtime.add_xla_flags('tpu', of_v5e, 'v5e')) == len(runtime.add_xla_flags('tpu', {})) + 1
   for environ, platform in (({}, 'cpu'), ({}, 'metal'), ({'XLA_FLAGS': 'flags.txt'}, 'gpu')):
     before = dict(environ)
     assert runtime.add_xla_flags(platform, environ) == [] and environ == before
+
+
+def test_the_chip_is_known_from_cloud_tpu_or_the_bus(tmp_path):
+  assert runtime.find_chip({'TPU_ACCELERATOR_TYPE': 'v5litepod-16'}) == 'v5e'
+  for name, (vendor, device) in {'a': ('0x8086', '0x0063'), 'b': ('0x1ae0', '0x0062')}.items():
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'vendor').write_text(vendor + '\n')
+    (tmp_path / name / 'device').write_text(device + '\n')
+  assert runtime.find_chip({'TPU_ACCELERATOR_TYPE': 'v5p-8'}, str(tmp_path)) == ''
+  (tmp_path / 'b' / 'device').write_text('0x0063\n')
+  assert runtime.find_chip({}, str(tmp_path)) == 'v5e'
 
 
 def test_this_xla_knows_all_gpu_flags():

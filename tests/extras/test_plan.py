@@ -32,7 +32,7 @@ def test_places(text, shape, number):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('v9:2', 'legal are v4, v5e'), ('v5e', 'has no shape, such as 2x2'), ('v5e:8', 'has 2 sides'),
+    ('v9:2', 'legal are v5e, v5p'), ('v5e', 'has no shape, such as 2x2'), ('v5e:8', 'has 2 sides'),
     ('v5e:0x2', 'has no shape'), ('h100:12', 'not whole hosts of 8'), ('cpu:2x2', 'legal are cpu:N')])
 def test_places_that_do_not_exist(text, message):
   with pytest.raises(ConfigError, match=message):

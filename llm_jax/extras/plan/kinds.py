@@ -26,14 +26,12 @@ class Kind:
 
 
 # Memory: what the compilers report as usable ("of 15.75G hbm"). HBM, links, network of TPUs: cloud.google.com/tpu/docs
-# (v4, v5e, v5p, v6e, tpu7x), where a ring over one axis uses both directions of its links: twice the 4.5e10 (v4, v5e)
+# (v5e, v5p, v6e), where a ring over one axis uses both directions of its links: twice the 4.5e10 (v5e)
 # or 9e10 (v5p, v6e) bytes a second one way of jax-ml.github.io/scaling-book/tpus. Network: v5e 6.4 Tbit/s for 256
 # chips, v5p 50 Gbit/s and v6e 100 Gbit/s a chip. GPUs: NVIDIA's data sheets (NVLink one way, a 400 Gbit/s adapter for
 # each GPU). Prices are list prices of 2025, of cloud.google.com/tpu/pricing (us-central, on demand) and of GPU clouds
 # (lambda.ai, runpod.io); they change, so --price sets another.
 KINDS = {kind.name: kind for kind in (
-    Kind('v4', 'tpu', 'TPU v4', int(30.75 * GIB), 1.23e12, 9e10, 3.1e9, 3.22, 3, 4,
-         shapes=('2x2x1', '2x2x2', '2x2x4', '4x4x4')),
     Kind('v5e', 'tpu', 'TPU v5 lite', int(15.75 * GIB), 8.19e11, 9e10, 3.1e9, 1.20, 2, 4,
          shapes=('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')),
     Kind('v5p', 'tpu', 'TPU v5', int(95.74 * GIB), 2.765e12, 1.8e11, 6.25e9, 4.20, 3, 4,

@@ -110,7 +110,7 @@ def prepare(place: Place, environ: MutableMapping[str, str]) -> list[str]:
     count = f'--{VIRTUAL}={place.num_devices}'
     others = [flag for flag in environ.get('XLA_FLAGS', '').split() if VIRTUAL not in flag]
     environ['XLA_FLAGS'] = ' '.join([*others, count])
-  return runtime.add_xla_flags(place.kind.platform, environ)
+  return runtime.add_xla_flags(place.kind.platform, environ, place.kind.name)
 
 
 def open_target(place: Place) -> Any:
