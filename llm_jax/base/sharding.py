@@ -23,9 +23,9 @@ from llm_jax.base.target import current_target
 MESH_AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
 
+Rules = dict[str, str | tuple[str, ...] | None]
 # Logical axis -> mesh axes, unless config.mesh.rules changes them. Activations have their own axes `act_...`, so that
 # FSDP shards `embed` of weights but not of activations.
-Rules = dict[str, str | tuple[str, ...] | None]
 RULES: Rules = {
     'act_batch': BATCH_AXES,
     'act_length': None,

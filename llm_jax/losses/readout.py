@@ -26,6 +26,11 @@ from llm_jax.base.sharding import batch_axes, constrain, gathered, num_batch_sha
 CHUNK_BYTES = {'cpu': 2**29, 'tpu': 2**30, 'gpu': 2**31}
 
 
+def chunk_bytes(platform: str) -> int:
+  """CHUNK_BYTES of a platform; those of CPUs for other kinds of devices."""
+  return CHUNK_BYTES.get(platform, CHUNK_BYTES['cpu'])
+
+
 @flax.struct.dataclass
 class Readout:
   """Logits in factored form: project(w, x_BTD) -> float32 [B, T, V], independently for each token."""
@@ -169,7 +174,7 @@ def _over_chunks(f, init, head, w, x_BTD, *arrays_BT):
 
 def num_chunks(T, logits_bytes):
   """The number of chunks: the fewest that CHUNK_BYTES allow, or up to twice as many if that divides T."""
-  least = min(T, math.ceil(logits_bytes / CHUNK_BYTES[platform()]))
+  least = min(T, math.ceil(logits_bytes / chunk_bytes(platform())))
   return next((n for n in range(least, 2 * least) if T % n == 0), least)
 
 

@@ -13,7 +13,7 @@ from llm_jax.base.multihost import say
 from llm_jax.base.process import gib
 from llm_jax.base.target import Target, current_target
 from llm_jax.config import Config
-from llm_jax.losses.readout import CHUNK_BYTES
+from llm_jax.losses.readout import chunk_bytes
 from llm_jax.training.state import TrainState
 
 WIDTH = {'float32': 4, 'bfloat16': 2}  # bytes
@@ -58,7 +58,7 @@ def estimate(config: Config, abstract: TrainState, mesh: Any, num_microbatches: 
     layer = (whole - table_bytes(abstract, sizes['tensor'])) // max(1, getattr(model, 'num_layers', 1))
     copies = (parameters + 2 * layer * (sizes['fsdp'] > 1)) * operand // 4
   vocab = getattr(model, 'V', model.vocab_size or 0)
-  logits = 2 * min(4 * tokens * vocab // sizes['tensor'], CHUNK_BYTES[platform])
+  logits = 2 * min(4 * tokens * vocab // sizes['tensor'], chunk_bytes(platform))
   return Estimate(parameters, shard_bytes(abstract.opt_state), trainable * (1 + (num_microbatches > 1)), copies,
                   activation_bytes(model, tokens, sizes['tensor']), logits)
 
