@@ -45,7 +45,7 @@ class StackConfig(ModelConfig):
   dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   # Of what products return. auto: dtype on GPUs and TPUs, which halves the traffic of memory, and float32 on CPUs.
   product_dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
-  # Of gradients of matrices while devices sum them. auto: dtype on GPUs and TPUs, float32 on CPUs.
+  # Of gradients while devices sum them; they are accumulated in float32. auto: dtype on GPUs and TPUs, float32 on CPUs.
   gradient_dtype: Literal['auto', 'bfloat16', 'float32'] = 'auto'
   scan_unroll: int = 1  # layers per iteration of the scan; more compile longer and may run faster
   remat: str = 'none'  # what a layer saves for its backward pass, from all to nothing: one of layers.stack.REMAT

@@ -20,7 +20,8 @@ def data_shards(model: LanguageModel, objective: Objective) -> int:
 
   The compiler would sum each gradient where it arises: in each microbatch, and twice that of a tied embedding. 1 for
   objectives that compare rows, for models with random numbers, which must not depend on the mesh, and with a tensor
-  axis, with which the compiler aborts (jaxlib 0.10 and 0.11, spmd_partitioner_util.cc).
+  axis, with which the compiler aborts (jaxlib 0.10 and 0.11, spmd_partitioner_util.cc). Losses that modules sow are
+  averaged over shards, as they are over microbatches.
   """
   mesh: Any = jax.sharding.get_abstract_mesh()
   cfg = getattr(model, 'cfg', None)
