@@ -202,9 +202,12 @@ class Config:
       near = max(1, self.batch_tokens // seq_len) * seq_len
       problems.append(f'batch_tokens {self.batch_tokens} is not a whole number of rows of data.seq_len {seq_len}; '
                       f'nearest possible: {near}, {near + seq_len}')
-    if self.tokens_per_device is not None and self.tokens_per_device < seq_len:
-      problems.append(f'tokens_per_device {self.tokens_per_device} is less than one row of data.seq_len {seq_len}; set '
-                      f'{seq_len} or more, or None to use what fits in memory')
+    if seq_len % (2 * self.mesh.context) and self.mesh.context > 1:
+      problems.append(f'data.seq_len {seq_len} must be a multiple of 2 x mesh.context, {2 * self.mesh.context}')
+    if self.tokens_per_device is not None and self.tokens_per_device < self.row_part:
+      problems.append(f'tokens_per_device {self.tokens_per_device} is less than one row of data.seq_len {seq_len}'
+                      f'{f" / mesh.context {self.mesh.context}" if self.mesh.context > 1 else ""}; set '
+                      f'{self.row_part} or more, or None to use what fits in memory')
     for longest, length in (('max_len', 'seq_len'), ('encoder_len', 'encoder_len')):
       most, needed = getattr(self.model, longest, None), getattr(self.data, length)
       if most is not None and most < needed:
@@ -263,6 +266,11 @@ class Config:
   def rows_per_batch(self) -> int:
     return self.batch_tokens // self.data.seq_len
 
+  @property
+  def row_part(self) -> int:
+    """The tokens of one row that a device has."""
+    return self.data.seq_len // self.mesh.context
+
   def split_batch(self, num_shards: int) -> tuple[int, int]:
     """(rows on a device at a time, number of microbatches) for a batch split over `num_shards` devices.
 
@@ -276,8 +284,8 @@ class Config:
       raise ConfigError(f'config.batch_tokens: {self.batch_tokens} tokens are {rows} rows, which {num_shards} devices '
                         f'cannot share; nearest possible: {", ".join(str(n) for n in (near, near + step) if n)}')
     rows //= num_shards
-    most = (self.tokens_per_device or self.batch_tokens) // self.data.seq_len
-    held = max(n for n in range(1, min(most, rows) + 1) if rows % n == 0)
+    most = rows if self.tokens_per_device is None else min(rows, self.tokens_per_device // self.row_part)
+    held = max(n for n in range(1, most + 1) if rows % n == 0)
     return held, rows // held
 
 

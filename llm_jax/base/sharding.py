@@ -1,4 +1,4 @@
-"""The mesh, logical axes, and the one table that maps axes to the mesh. One device is a 1x1x1 mesh."""
+"""The mesh, logical axes, and the one table that maps axes to the mesh. One device is a mesh too."""
 
 from __future__ import annotations
 
@@ -20,17 +20,23 @@ from llm_jax.base.devices import platform
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.target import current_target
 
-MESH_AXES = ('data', 'fsdp', 'tensor')
+MESH_AXES = ('data', 'fsdp', 'context', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
+SHARD_AXES = (*BATCH_AXES, 'context')  # those that shard weights only to save memory: each has its own tokens
+CONTEXT_ATTENTION = ('all_gather', 'ring')
 
 Rules = dict[str, str | tuple[str, ...] | None]
 # Logical axis -> mesh axes, unless config.mesh.rules changes them. Activations have their own axes `act_...`, so that
 # FSDP shards `embed` of weights but not of activations.
 RULES: Rules = {
     'act_batch': BATCH_AXES,
-    'act_length': None,
-    'act_stream': 'tensor',  # the length of the residual stream between layers (sequence parallel, arXiv 2205.05198)
+    'act_shards': SHARD_AXES,  # shards of a batch's rows and of their length, in one dimension
+    'act_length': 'context',
+    # The length of the residual stream between layers (sequence parallel, arXiv 2205.05198).
+    'act_stream': ('context', 'tensor'),
     'act_lookup': 'data',  # the rows of a batch while they are looked up in a table; see layers/embed.py
+    'act_lookup_length': 'tensor',  # and their length
+    'act_lookup_embed': 'fsdp',  # and what has been looked up, when parts of rows have been exchanged
     'act_embed': None,
     'act_heads': 'tensor',
     'act_kv_heads': 'tensor',
@@ -42,7 +48,7 @@ RULES: Rules = {
     'norm': None,
     'vocab': 'tensor',
     'positions': None,
-    'embed': 'fsdp',
+    'embed': ('fsdp', 'context'),
     'heads': 'tensor',
     'kv_heads': 'tensor',
     'mlp': 'tensor',
@@ -60,6 +66,8 @@ class MeshConfig:
   data: int = -1  # devices that split the batch and hold whole copies of the weights
   fsdp: int = 1  # devices that split the batch and the weights
   tensor: int = 1  # devices that split each matrix multiplication
+  context: int = 1  # devices that split the length of rows, and the weights
+  context_attention: str = 'all_gather'  # how queries meet all keys: all_gather, or ring, which holds a share at a time
   rules: tuple[str, ...] = ()  # changes of base.sharding.RULES: 'mlp=fsdp', 'embed=data+fsdp' or 'act_stream=none'
 
   @property
@@ -69,8 +77,13 @@ class MeshConfig:
   def __post_init__(self) -> None:
     sizes = self.sizes
     if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
-      raise ValueError(f'data, fsdp and tensor must be positive, with at most one -1 for "the rest"; got '
+      raise ValueError(f'{", ".join(MESH_AXES)} must be positive, with at most one -1 for "the rest"; got '
                        f'{", ".join(map(str, sizes))}')
+    if self.context < 1:  # rows are split over it before the devices are known
+      raise ValueError(f'context must be a number of devices; got {self.context}')
+    if self.context_attention not in CONTEXT_ATTENTION:
+      raise ValueError(f'context_attention must be one of {", ".join(CONTEXT_ATTENTION)}; got '
+                       f'{self.context_attention!r}')
     parse_rules(self.rules)
 
 
@@ -83,29 +96,34 @@ def parse_rules(changes: tuple[str, ...]) -> Rules:
     if axis not in RULES or not set(names) <= set(MESH_AXES):
       raise ValueError(f"rules must be like 'mlp=tensor', 'embed=data+fsdp' or 'act_stream=none', with one of the axes "
                        f'{", ".join(RULES)} and mesh axes of {", ".join(MESH_AXES)}; got {change!r}')
-    if axis == 'act_batch':
-      raise ValueError(f'rules cannot change act_batch: rows are always sharded over {" and ".join(BATCH_AXES)}')
+    if axis in ('act_batch', 'act_shards'):
+      raise ValueError(f'rules cannot change {axis}: rows are always sharded over {" and ".join(BATCH_AXES)}')
     rules[axis] = None if not names else names[0] if len(names) == 1 else names
   return rules
 
 
-_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar('rules', default=RULES)
+_in_use = contextvars.ContextVar[tuple[Rules, MeshConfig]]('in_use', default=(RULES, MeshConfig()))
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, config: MeshConfig) -> Iterator[None]:
   """Programs that are traced inside are sharded over the mesh by the config's rules."""
-  token = _rules.set(parse_rules(config.rules))
+  token = _in_use.set((parse_rules(config.rules), config))
   try:
     with jax.set_mesh(mesh):
       yield
   finally:
-    _rules.reset(token)
+    _in_use.reset(token)
 
 
 def current_rules() -> Rules:
   """Logical axis -> mesh axes, as the config in use has them."""
-  return _rules.get()
+  return _in_use.get()[0]
+
+
+def current_mesh_config() -> MeshConfig:
+  """config.mesh of the config in use."""
+  return _in_use.get()[1]
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -117,7 +135,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes[sizes.index(-1)] = max(1, len(devices) // known)
   if math.prod(sizes) != len(devices):
     raise ConfigError(
-        f'config.mesh: data x fsdp x tensor = {" x ".join(map(str, config.sizes))} does not cover the '
+        f'config.mesh: {" x ".join(MESH_AXES)} = {" x ".join(map(str, config.sizes))} does not cover the '
         f'{len(devices)} device(s) here; set sizes whose product is {len(devices)} (-1 takes the rest)')
   # Auto: the compiler propagates shardings. jax.make_mesh would default to explicit ones.
   auto = (jax.sharding.AxisType.Auto,) * len(sizes)
@@ -200,7 +218,7 @@ def gathered(w: jax.Array, axes: tuple[str, ...], backward: bool = False) -> jax
   first = 'kv_heads' in axes or (backward and axes[0] == 'mlp')
   if first and platform() == 'tpu' and jax.sharding.get_abstract_mesh().shape.get('tensor', 1) == 1:
     return w
-  return constrain(w, *(None if _names(rules[axis]) <= set(BATCH_AXES) else axis for axis in axes))
+  return constrain(w, *(None if _names(rules[axis]) <= set(SHARD_AXES) else axis for axis in axes))
 
 
 def _num_shards(entry: str | tuple[str, ...] | None, mesh: Any) -> int:
@@ -232,9 +250,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def num_batch_shards(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Any) -> int:
   """The number of shards of a batch's rows."""
   return _num_shards(batch_axes(mesh), mesh)
+
+
+def num_length_shards(length: int) -> int:
+  """The number of shards of rows of this length over the mesh axis `context`; 1 if no multiple of twice that."""
+  mesh: Any = jax.sharding.get_abstract_mesh()
+  num_shards = 1 if mesh.empty else mesh.shape.get('context', 1)
+  return num_shards if length % (2 * num_shards) == 0 else 1
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:

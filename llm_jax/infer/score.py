@@ -87,7 +87,7 @@ def num_eval_rows(config: Config, objective: Objective, num_shards: int) -> int:
   """The number of rows in an evaluation batch."""
   if not objective.row_wise:  # the loss depends on the number of rows, so it must be that of training
     return config.rows_per_batch
-  return num_shards * ((config.tokens_per_device or config.data.seq_len) // config.data.seq_len)
+  return num_shards * ((config.tokens_per_device or config.row_part) // config.row_part)
 
 
 def add_up(eval_fn: Callable[[Params, Batch], Metrics], params: Params, batches: Iterable[Batch]) -> dict[str, Any]:

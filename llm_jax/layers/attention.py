@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.base.sharding import constrain
 from llm_jax.layers.cache import KVCache, cached_attention, write_slots
-from llm_jax.layers.kernels import ATTENTION, AttentionCase, choose_attention, local_device
+from llm_jax.layers.context import context_attention
+from llm_jax.layers.kernels import ATTENTION, attention_case, choose_attention
 from llm_jax.layers.linear import Einsum, weight
 from llm_jax.layers.rope import Rope, apply_rope
 
@@ -43,10 +44,13 @@ def causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *,
   does not support the inputs.
   """
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-  case = AttentionCase(*local_device(), str(q_BTNH.dtype), H, T, segment_ids_BT is not None, prefix_BT is not None,
-                       tuple(scores))
-  attend = ATTENTION[choose_attention(implementation, case)]
-  return attend(q_BTNH, k_BTKH, v_BTKH, window if window < T else 0, segment_ids_BT, prefix_BT, **scores)
+  case = attention_case(str(q_BTNH.dtype), H, T, segments=segment_ids_BT is not None, prefix=prefix_BT is not None,
+                        scores=tuple(scores))
+  name = choose_attention(implementation, case)
+  if case.context > 1:
+    return context_attention(name, q_BTNH, k_BTKH, v_BTKH, window if window < T else 0, segment_ids_BT, prefix_BT,
+                             **scores)
+  return ATTENTION[name](q_BTNH, k_BTKH, v_BTKH, window if window < T else 0, segment_ids_BT, prefix_BT, **scores)
 
 
 class MultiHead(nn.Module):

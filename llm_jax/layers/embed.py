@@ -33,9 +33,10 @@ class Embed(nn.Module):
     """The rows of tokens [B, T, D].
 
     A device looks up its columns of the table for the tokens of all devices that share the table with it, and then
-    exchanges columns for rows of the batch: neither the table nor the batch is gathered, forward or backward.
+    exchanges columns for parts of rows, and for rows: neither the table nor the batch is gathered, forward or backward.
     """
     tokens_BT = constrain(tokens_BT, 'act_lookup', None)
     x_BTD = jnp.take(self.w, tokens_BT, axis=0, mode='clip').astype(self.dtype)
-    x_BTD = constrain(x_BTD, 'act_lookup', 'act_stream', self.axes[1])
+    x_BTD = constrain(x_BTD, 'act_lookup', 'act_lookup_length', self.axes[1])
+    x_BTD = constrain(x_BTD, 'act_lookup', 'act_stream', 'act_lookup_embed')
     return constrain(x_BTD, 'act_batch', 'act_stream', 'act_embed')

@@ -12,15 +12,23 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import NoSettings, Registry, register
-from llm_jax.base.sharding import batch_axes, fitting_axes, num_batch_shards
+from llm_jax.base.sharding import (
+  batch_axes,
+  current_mesh_config,
+  fitting_axes,
+  num_batch_shards,
+  num_length_shards,
+)
 from llm_jax.base.target import current_target
 from llm_jax.layers.blocked import blocked
 
 SPLASH_BLOCKS = (512, 256, 128)  # the largest one that divides T is used
+MASK_BYTES = 2**30  # of the largest mask that cudnn is given
 
 
 def xla(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, segment_ids_BT: jax.Array | None,
@@ -61,25 +69,42 @@ def cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, 
 def splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, segment_ids_BT: jax.Array | None,
            prefix_BT: jax.Array | None, interpret: bool = False, soft_cap: float | None = None) -> jax.Array:
   """The Pallas kernel for TPUs, run per device on its rows and heads; `interpret` runs it on any device, slowly."""
-  # Imported here, as only TPUs need it and importing Pallas takes a second.
-  from jax.experimental.pallas.ops.tpu import splash_attention as lib
   assert prefix_BT is None, 'why_not() excludes prefixes'
-  T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-  mask = lib.LocalMask((T, T), (window - 1, 0), 0) if window else lib.CausalMask((T, T))
-  size = next(size for size in SPLASH_BLOCKS if T % size == 0)
-  sizes = lib.BlockSizes(block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size,
-                         block_kv_dq=size)
+  T = q_BTNH.shape[1]
 
   def local(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-    kernel = lib.make_splash_mha(lib.MultiHeadMask([mask] * q_BTNH.shape[2]), block_sizes=sizes, head_shards=1,
-                                 q_seq_shards=1, interpret=interpret, attn_logits_soft_cap=soft_cap,
-                                 residual_checkpoint_name='attention')
-    segments = None if segment_ids_BT is None else lib.SegmentIds(segment_ids_BT, segment_ids_BT)
-    q_BTNH = (q_BTNH * H ** -0.5).astype(q_BTNH.dtype)  # the kernel does not scale
-    y_BNTH = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH)), segments)
-    return y_BNTH.swapaxes(1, 2)
+    kernel = splash_kernel(T, q_BTNH.shape[2], window, soft_cap, interpret)
+    return splash_attend(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, segment_ids_BT)
 
   return on_each_device(local, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def splash_kernel(length: int, num_heads: int, window: int, soft_cap: float | None = None, interpret: bool = False,
+                  orders: list[np.ndarray] | None = None) -> Any:
+  """The kernel of a device for queries at all positions, or of several for those at each one's `orders`."""
+  # Imported here, as only TPUs need it and importing Pallas takes a second.
+  from jax.experimental.pallas.ops.tpu import splash_attention as lib
+  shape = (length, length)
+  mask = lib.LocalMask(shape, (window - 1, 0), 0) if window else lib.CausalMask(shape)
+  if orders is not None:
+    mask.q_sequence = np.concatenate(orders)
+  num_shards = len(orders or (0,))
+  size = next(size for size in SPLASH_BLOCKS if length // num_shards % size == 0)
+  sizes = lib.BlockSizes(block_q=size, block_kv=size, block_q_dkv=size, block_kv_dkv=size, block_q_dq=size,
+                         block_kv_dq=size)
+  return lib.make_splash_mha(lib.MultiHeadMask([mask] * num_heads), block_sizes=sizes, head_shards=1,
+                             q_seq_shards=num_shards, interpret=interpret, attn_logits_soft_cap=soft_cap,
+                             residual_checkpoint_name='attention')
+
+
+def splash_attend(kernel: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
+                  segment_ids_BT: jax.Array | None, segment_ids_BS: jax.Array | None) -> jax.Array:
+  """Calls a splash_kernel for each row."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+  segments = SegmentIds(segment_ids_BT, segment_ids_BS) if segment_ids_BT is not None else None  # type: ignore[arg-type]
+  q_BTNH = (q_BTNH * q_BTNH.shape[3] ** -0.5).astype(q_BTNH.dtype)  # the kernel does not scale
+  y_BNTH = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH)), segments)
+  return y_BNTH.swapaxes(1, 2)
 
 
 def on_each_device(kernel: Callable[..., jax.Array], q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array,
@@ -108,6 +133,8 @@ EXPLANATIONS = {'cudnn': ('the fused kernel of cuDNN',), 'splash': ('the Pallas 
 OPTIONS = {'soft_cap': 'attention_soft_cap', 'sinks_N': 'attention_sinks'}  # by field of the config
 # `auto` takes the first one that supports the case. On a CPU blocked was 1.3 to 2.2 times as fast as xla (T 64 to 512).
 AUTO: dict[str, tuple[str, ...]] = {'gpu': ('cudnn', 'blocked'), 'tpu': ('splash', 'blocked'), 'cpu': ('blocked',)}
+LAST = 'xla'  # supports every case
+RING = 'mesh.context_attention=ring needs blocked'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +149,8 @@ class AttentionCase:
   segments: bool = False
   prefix: bool = False
   scores: tuple[str, ...] = ()  # of soft_cap and sinks_N, those that are used
+  context: int = 1  # devices that split the length
+  ring: bool = False  # whether keys are passed around them
 
 
 def local_device() -> tuple[str, tuple[int, int]]:
@@ -130,24 +159,37 @@ def local_device() -> tuple[str, tuple[int, int]]:
   return target.platform, target.capability
 
 
+def attention_case(dtype: str, head_dim: int, length: int, *, segments: bool, prefix: bool,
+                   scores: tuple[str, ...]) -> AttentionCase:
+  """The case of these inputs on the devices and the mesh that programs are compiled for."""
+  context = num_length_shards(length)
+  ring = context > 1 and current_mesh_config().context_attention == 'ring'
+  return AttentionCase(*local_device(), dtype, head_dim, length, segments, prefix, scores, context, ring)
+
+
 def why_not(name: str, case: AttentionCase) -> str:
   """Why this implementation does not support the case; '' if it does."""
-  widest = 256 if case.capability >= (9, 0) else 128
+  widest, part = 256 if case.capability >= (9, 0) else 128, case.length // case.context
   reasons = {
       'cudnn': {
+          RING: case.ring,
           'it needs an NVIDIA GPU of compute capability 8.0 or more': case.capability < (8, 0),
           f'it computes in bfloat16 or float16, not {case.dtype}': case.dtype not in ('bfloat16', 'float16'),
           f'head_dim must be a multiple of 8, at most {widest}; got {case.head_dim}':
               case.head_dim % 8 > 0 or case.head_dim > widest,
           f'with segments or a prefix the length must be even; got {case.length}':
               case.length % 2 > 0 and (case.segments or case.prefix),
+          f'with mesh.context it needs a mask of length^2 / context bytes for each row, at most {MASK_BYTES >> 20} MiB':
+              case.context > 1 and case.length**2 // case.context > MASK_BYTES,
       },
       'splash': {
+          RING: case.ring,
           'it needs a TPU': case.platform != 'tpu',
-          f'the length must be a multiple of {SPLASH_BLOCKS[-1]}; got {case.length}':
-              case.length % SPLASH_BLOCKS[-1] > 0,
+          f'the length{" / mesh.context" * (case.context > 1)} must be a multiple of {SPLASH_BLOCKS[-1]}; got {part}':
+              part % SPLASH_BLOCKS[-1] > 0,
           'it does not support a prefix': case.prefix,
       },
+      'blocked': {'with mesh.context it does not support a prefix': case.prefix and case.context > 1},
   }
   known = inspect.signature(ATTENTION[name]).parameters
   missing = [option for option in case.scores if option not in known and 'scores' not in known]
@@ -158,7 +200,7 @@ def why_not(name: str, case: AttentionCase) -> str:
 def choose_attention(name: str, case: AttentionCase) -> str:
   """The implementation for `name`, one of ATTENTION or 'auto'. Raises ConfigError if it does not support the case."""
   if name == 'auto':
-    return next(n for n in AUTO.get(case.platform, ('blocked',)) if not why_not(n, case))
+    return next(n for n in (*AUTO.get(case.platform, ('blocked',)), LAST) if not why_not(n, case))
   if reason := why_not(name, case):
     supported = [n for n in ATTENTION if not why_not(n, case)]
     raise ConfigError(f'config.model.attention: {name!r} cannot be used here: {reason}; '
@@ -169,7 +211,7 @@ def choose_attention(name: str, case: AttentionCase) -> str:
 def describe_attention(implementation: str, dtype: str, head_dim: int, length: int, *, segments: bool,
                        prefix: bool, scores: tuple[str, ...] = ()) -> str:
   """The chosen implementation for rows of this length, with an explanation, and the reasons against faster ones."""
-  case = AttentionCase(*local_device(), dtype, head_dim, length, segments, prefix, scores)
+  case = attention_case(dtype, head_dim, length, segments=segments, prefix=prefix, scores=scores)
   chosen = choose_attention(implementation, case)
   against = [f'not {name}: {why_not(name, case)}' for name in AUTO.get(case.platform, ()) if why_not(name, case)]
   notes = [*EXPLANATIONS.get(chosen, ()), *(against if implementation == 'auto' else ())]

@@ -1,7 +1,7 @@
 """Losses over tokens as plain functions, in float32, with the logits of one chunk of tokens in memory at a time.
 
-Dims: B batch, T length, M chunks, C length of a chunk, S shards of the batch, R rows of each (B = S R),
-D embed, V vocab.
+Dims: B batch, T length, M chunks, C length of a chunk, S shards of the batch (of its rows, and of their length),
+R rows of each, D embed, V vocab.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flax.typing import Dtype
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.devices import platform
-from llm_jax.base.sharding import batch_axes, constrain, gathered, num_batch_shards
+from llm_jax.base.sharding import batch_axes, constrain, gathered, num_batch_shards, num_length_shards
 
 # Of float32 logits per device. With smaller chunks, accumulating the weight's gradient is slow; with one chunk devices
 # sum and shard it while it is computed.
@@ -124,7 +124,7 @@ def _project(project, w_S, x_SRCD):
   if len(x_SRCD) == 1:  # with a batch dimension of size one, XLA:CPU makes a transposed copy of w
     logits_RCV = project(jax.tree.map(lambda w: w[0], w_S), x_SRCD[0])
     return constrain(logits_RCV, 'act_batch', 'act_length', 'act_vocab')[None]
-  return constrain(jax.vmap(project)(w_S, x_SRCD), 'act_batch', None, 'act_length', 'act_vocab')
+  return constrain(jax.vmap(project)(w_S, x_SRCD), 'act_shards', None, None, 'act_vocab')
 
 
 def _nats(logits, targets, z_loss, label_smoothing):
@@ -149,20 +149,31 @@ def _over_chunks(f, init, head, w, x_BTD, *arrays_BT):
   B, T = x_BTD.shape[:2]
   mesh: Any = jax.sharding.get_abstract_mesh()
   logits_bytes = 4 * jax.eval_shape(head.project, w, x_BTD).size / max(1, mesh.size)
-  M = num_chunks(T, logits_bytes)
-  C = math.ceil(T / M)
-  S = 1 if M == 1 or mesh.empty or B % num_batch_shards(mesh) else num_batch_shards(mesh)
+  parts = num_length_shards(T)  # a chunk is a part of each part of a row, so that no token moves
+  t = T // parts
+  M = num_chunks(t, logits_bytes)
+  C = math.ceil(t / M)
+  if M == 1 or mesh.empty or B % num_batch_shards(mesh):
+    S, parts, t, C = 1, 1, T, math.ceil(T / M)
+  else:
+    S = num_batch_shards(mesh)
 
   def cut(x_BT):  # padded with zeros, also in the weights
-    x_BT = jnp.pad(x_BT, [(0, 0), (0, M * C - T)] + [(0, 0)] * (x_BT.ndim - 2))
-    return jnp.moveaxis(x_BT.reshape(S, B // S, M, C, *x_BT.shape[2:]), 2, 0)
+    x_BPt = x_BT.reshape(B, parts, t, *x_BT.shape[2:])
+    x_BPt = jnp.pad(x_BPt, [(0, 0), (0, 0), (0, M * C - t)] + [(0, 0)] * (x_BT.ndim - 2))
+    x_SRPMC = x_BPt.reshape(S, B // S, parts, M, C, *x_BT.shape[2:])
+    x_MSPRC = jnp.moveaxis(x_SRPMC, (3, 2), (0, 2))
+    return x_MSPRC.reshape(M, S * parts, B // S, C, *x_BT.shape[2:])
 
   def join(x_MSRC):
-    x_SRMC = jnp.moveaxis(x_MSRC, 0, 2)
-    return x_SRMC.reshape(B, M * C, *x_SRMC.shape[4:])[:, :T]
+    x_MSPRC = x_MSRC.reshape(M, S, parts, *x_MSRC.shape[2:])
+    x_SRPMC = jnp.moveaxis(x_MSPRC, (0, 2), (3, 2))
+    return x_SRPMC.reshape(B, parts, M * C, *x_SRPMC.shape[5:])[:, :, :t].reshape(B, T, *x_SRPMC.shape[5:])
 
+  axes = batch_axes(mesh) + (('context',) if parts > 1 else ())
+  on_each_shard = functools.partial(_on_each_shard, S * parts, axes)
   low = jax.tree.map(lambda w: w.astype(head.dtype), w)
-  low_S = jax.tree.map(functools.partial(_on_each_shard, S), low if head.axes is None else gathered(low, head.axes))
+  low_S = jax.tree.map(on_each_shard, low if head.axes is None else gathered(low, head.axes))
 
   def wide():  # in the dtype of w, so that gradients are accumulated in it
     return jax.tree.map(lambda low_S, w: low_S.astype(w.dtype), low_S, w)
@@ -178,6 +189,6 @@ def num_chunks(T, logits_bytes):
   return next((n for n in range(least, 2 * least) if T % n == 0), least)
 
 
-def _on_each_shard(S, w):
-  w_S, rows = jnp.broadcast_to(w, (S, *w.shape)), batch_axes(jax.sharding.get_abstract_mesh())
-  return jax.lax.with_sharding_constraint(w_S, P(rows, *(P.UNCONSTRAINED,) * w.ndim)) if S > 1 else w_S
+def _on_each_shard(S, axes, w):
+  w_S = jnp.broadcast_to(w, (S, *w.shape))
+  return jax.lax.with_sharding_constraint(w_S, P(axes, *(P.UNCONSTRAINED,) * w.ndim)) if S > 1 else w_S

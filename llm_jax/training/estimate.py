@@ -11,6 +11,7 @@ import jax
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.multihost import say
 from llm_jax.base.process import gib
+from llm_jax.base.sharding import SHARD_AXES
 from llm_jax.base.target import Target, current_target
 from llm_jax.config import Config
 from llm_jax.losses.readout import chunk_bytes
@@ -49,14 +50,14 @@ def estimate(config: Config, abstract: TrainState, mesh: Any, num_microbatches: 
   sizes = dict(mesh.shape)
   parameters = shard_bytes(abstract.params)
   trainable = shard_bytes(abstract.trainable)
-  tokens = config.batch_tokens // (sizes['data'] * sizes['fsdp'] * num_microbatches)
+  tokens = config.batch_tokens // (math.prod(sizes[name] for name in SHARD_AXES) * num_microbatches)
   model = config.model
   operand = WIDTH.get(getattr(model, 'dtype', ''), 4)
   copies = 0
-  if operand < 4 or sizes['fsdp'] > 1:
+  if operand < 4 or sizes['fsdp'] * sizes['context'] > 1:
     whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(abstract.params)) // sizes['tensor']
     layer = (whole - table_bytes(abstract, sizes['tensor'])) // max(1, getattr(model, 'num_layers', 1))
-    copies = (parameters + 2 * layer * (sizes['fsdp'] > 1)) * operand // 4
+    copies = (parameters + 2 * layer * (sizes['fsdp'] * sizes['context'] > 1)) * operand // 4
   vocab = getattr(model, 'V', model.vocab_size or 0)
   logits = 2 * min(4 * tokens * vocab // sizes['tensor'], chunk_bytes(platform))
   return Estimate(parameters, shard_bytes(abstract.opt_state), trainable * (1 + (num_microbatches > 1)), copies,

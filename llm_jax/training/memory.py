@@ -84,5 +84,5 @@ def fit_memory(config: Config, num_shards: int, workdir: Path, compile_step: Cal
   limit, before = min(gather([int(SHARE * memory), tokens_before(workdir)]))  # one answer for all processes
   num_rows, _ = config.split_batch(num_shards)
   rows = most_rows(num_rows, lambda rows: needed(compile_step(num_rows // rows)), limit,
-                   likely=before // config.data.seq_len)
-  return dataclasses.replace(config, tokens_per_device=rows * config.data.seq_len)
+                   likely=before // config.row_part)
+  return dataclasses.replace(config, tokens_per_device=rows * config.row_part)

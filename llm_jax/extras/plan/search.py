@@ -36,7 +36,7 @@ class Candidate:
     """The fields to set on the command line, without config."""
     config = self.built.config
     mesh = {f'mesh.{axis}': size for axis, size in self.built.mesh.shape.items()}
-    return {**mesh, 'tokens_per_device': self.rows * config.data.seq_len, 'model.remat': config.model.remat}
+    return {**mesh, 'tokens_per_device': self.rows * config.row_part, 'model.remat': config.model.remat}
 
 
 def candidates(config: Config, place: Place, target: Any, read_data: bool, whole: bool) -> list[Candidate]:
