@@ -5,19 +5,27 @@ from functools import partial
 import jax
 import numpy as np
 
-from llm_jax.base.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, put_batch
+from llm_jax.base.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, put_batch, use_mesh
 from llm_jax.training.shardings import abstract_state, boxed_params, shardings_of
 from llm_jax.training.state import init_state, train_step
 
 
-def train_on(sizes, model, tx, features, *, num_steps, state=None, is_trainable=lambda path: True, **parts):
+def mesh_config(sizes, **fields):
+  """The MeshConfig of sizes by name, or of (data, fsdp, tensor)."""
+  return MeshConfig(**({'data': 1, **sizes} if isinstance(sizes, dict) else dict(zip(
+      ('data', 'fsdp', 'tensor'), sizes, strict=True))), **fields)
+
+
+def train_on(sizes, model, tx, features, *, num_steps, state=None, is_trainable=lambda path: True, mesh_fields=None,
+             **parts):
   """(metrics of each step, final state, its shardings) after training on features(0), features(1), ...
 
-  Training starts from `state`, if given. `parts` are passed to train_step.
+  Training starts from `state`, if given. `sizes` are those of mesh_config, `parts` are passed to train_step.
   """
-  mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
+  config = mesh_config(sizes, **(mesh_fields or {}))
+  mesh = make_mesh(config, jax.devices()[:int(np.prod(config.sizes))])
   num_rows = len(features(0)['tokens'])
-  with jax.set_mesh(mesh):
+  with use_mesh(mesh, config):
     rows = local_rows(mesh, num_rows)
     example = put_batch(features(0), rows, num_rows, mesh)
     shardings = shardings_of(abstract_state(boxed_params(example, model=model), mesh, tx=tx, is_trainable=is_trainable))

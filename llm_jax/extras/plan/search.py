@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,7 +43,7 @@ class Candidate:
 def candidates(config: Config, place: Place, target: Any, read_data: bool, whole: bool) -> list[Candidate]:
   """All candidates, the fastest first; of the config's mesh alone unless `whole`."""
   found = []
-  for mesh in meshes(config.mesh, place.num_devices) if whole else (config.mesh,):
+  for mesh in meshes(config, place.num_devices) if whole else (config.mesh,):
     try:
       built = build(replace(config, mesh=mesh), target, read_data=read_data)
     except ConfigError:
@@ -53,13 +54,19 @@ def candidates(config: Config, place: Place, target: Any, read_data: bool, whole
   return sorted(found, key=lambda each: (each.seconds, each.num_microbatches))
 
 
-def meshes(given: MeshConfig, num_devices: int) -> list[MeshConfig]:
-  """The config's mesh, and those with tensor up to 8 and fsdp over a host, or over all devices that are left."""
+def meshes(config: Config, num_devices: int) -> list[MeshConfig]:
+  """The config's mesh, and those with tensor up to 8 and fsdp over a host, or over all devices that are left.
+
+  Rows are split over up to 16 devices, if 4,096 tokens or more are left on each.
+  """
+  given = config.mesh
   found = [given]
-  for tensor in (1, 2, 4, 8):
-    for fsdp in {1, 8, num_devices // tensor}:
-      if num_devices % (tensor * fsdp) == 0:
-        found.append(MeshConfig(num_devices // tensor // fsdp, fsdp, tensor))
+  contexts = {1, given.context, *(n for n in (2, 4, 8, 16) if config.data.seq_len >= 4096 * n)}
+  for tensor, context in itertools.product((1, 2, 4, 8), sorted(contexts)):
+    for fsdp in {1, 8, num_devices // tensor // context}:
+      if fsdp and num_devices % (tensor * context * fsdp) == 0:
+        found.append(dataclasses.replace(given, data=num_devices // tensor // context // fsdp, fsdp=fsdp,
+                                         tensor=tensor, context=context))
   return list(dict.fromkeys(found))
 
 
@@ -96,12 +103,16 @@ def step_seconds(built: Built, place: Place, num_microbatches: int) -> float:
   leaves = [leaf.size for leaf in jax.tree.leaves(built.abstract.params)]
   weights = 2 * sum(leaves) / sizes['tensor']  # bf16
   wire = 0.0
-  if sizes['fsdp'] > 1:  # gathered forward and backward, reduced once
-    wire += weights * (2 * num_microbatches + 1) / (bandwidth(place, sizes, ('fsdp',)) or 1e9)
+  tokens = config.batch_tokens / sizes['data'] / sizes['fsdp']
+  layers = getattr(model, 'num_layers', 1)
+  if sizes['fsdp'] * sizes['context'] > 1:  # gathered forward and backward, reduced once
+    wire += weights * (2 * num_microbatches + 1) / (bandwidth(place, sizes, ('fsdp', 'context')) or 1e9)
+  if sizes['context'] > 1:  # keys and values, gathered forward and backward, and their gradients reduced
+    width = 2 * getattr(model, 'K', 1) * getattr(model, 'H', 1)
+    wire += 3 * layers * tokens * 2 * width / sizes['tensor'] / (bandwidth(place, sizes, ('context',)) or 1e9)
   if sizes['data'] > 1:
-    wire += 2 * weights / sizes['fsdp'] / (bandwidth(place, sizes, ('data',)) or 1e9)
+    wire += 2 * weights / sizes['fsdp'] / sizes['context'] / (bandwidth(place, sizes, ('data',)) or 1e9)
   if sizes['tensor'] > 1:
-    tokens = config.batch_tokens / sizes['data'] / sizes['fsdp']
-    wire += (8 * getattr(model, 'num_layers', 1) * tokens * 2 * getattr(model, 'embed_dim', 1)
+    wire += (8 * layers * tokens / sizes['context'] * 2 * getattr(model, 'embed_dim', 1)
              / (bandwidth(place, sizes, ('tensor',)) or 1e9))
   return max(compute, wire) + 0.2 * min(compute, wire)
