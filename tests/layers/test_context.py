@@ -142,7 +142,7 @@ def test_auto_chooses_a_kernel_for_each_platform(case, chosen):
 
 def test_auto_avoids_what_a_sharded_length_does_not_support():
   assert choose_attention('auto', replace(CPU, prefix=True)) == 'xla'
-  assert choose_attention('auto', replace(GPU, length=2**18)) == 'blocked'  # a mask of 16 GiB for each row
+  assert choose_attention('auto', replace(GPU, length=2**18)) == 'blocked'  # a mask of 24 GiB for each row
   assert choose_attention('auto', replace(TPU, length=256)) == 'blocked'  # 64 tokens on a device
   for case in (GPU, TPU):
     assert choose_attention('auto', replace(case, ring=True)) == 'blocked'
