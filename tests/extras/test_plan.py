@@ -47,7 +47,7 @@ def test_only_tpus_have_slices():
 
 def test_collectives_across_hosts_use_the_network():
   place = parse_place('h100:16')
-  sizes = {'data': 2, 'fsdp': 8, 'tensor': 1}
+  sizes = {'data': 2, 'fsdp': 8, 'context': 1, 'tensor': 1}
   assert bandwidth(place, sizes, ('fsdp',)) == place.kind.link
   assert bandwidth(place, sizes, ('data',)) == place.kind.network
   assert bandwidth(parse_place('v5e:2x4', 2), sizes, ('fsdp',)) == 9e10
@@ -90,7 +90,7 @@ def test_the_command_reports_and_writes_json(tmp_path, capsys):
              '--data_tokens=1e9', '--config.mesh.fsdp=2', *FLAGS])
   text, values = capsys.readouterr().out, json.loads((tmp_path / 'plan.json').read_text())
   assert 'blocks/attn/q/w' in text and 'by the compiler:' in text and 'epochs over' in text
-  assert values['mesh'] == {'data': 4, 'fsdp': 2, 'tensor': 1} and values['rows'] == 2
+  assert values['mesh'] == {'data': 4, 'fsdp': 2, 'context': 1, 'tensor': 1} and values['rows'] == 2
   assert values['memory']['compiled']['peak'] > values['memory']['compiled']['arguments']
   [table] = [row for row in values['parameters'] if row['name'] == 'embed/w']
   assert table['shape'] == [256, 64] and table['shard'] == [256, 32] and table['bytes'] == 256 * 32 * 4

@@ -23,7 +23,8 @@ from llm_jax.training.state import init_state
 
 # Each dimension has a size of its own, so that shapes in the text tell what an array is.
 B, T, D, F, V, L = 32, 48, 80, 224, 352, 3
-TENSOR_AXES = ('heads', 'kv_heads', 'mlp', 'vocab', 'act_heads', 'act_kv_heads', 'act_mlp', 'act_vocab', 'act_stream')
+TENSOR_AXES = ('heads', 'kv_heads', 'mlp', 'vocab', 'act_heads', 'act_kv_heads', 'act_mlp', 'act_vocab', 'act_stream',
+               'act_lookup_length')
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)]
 
 
@@ -193,7 +194,8 @@ def test_rules_do_not_change_losses():
 
 
 @pytest.mark.parametrize(('rules', 'words'), [
-    (('mpl=tensor',), "got 'mpl=tensor'"), (('mlp=model',), 'mesh axes of data, fsdp, tensor'), (('mlp',), "got 'mlp'"),
+    (('mpl=tensor',), "got 'mpl=tensor'"), (('mlp=model',), 'mesh axes of data, fsdp, context, tensor'),
+    (('mlp',), "got 'mlp'"),
     (('act_batch=data',), 'rules cannot change act_batch')])
 def test_rules_that_cannot_be_are_refused(rules, words):
   with pytest.raises(ConfigError, match=f'config.mesh.*{words}'):
