@@ -1,4 +1,4 @@
-"""The mesh, logical axes, and the one table that maps axes to the mesh. One device is a 1x1x1 mesh."""
+"""The mesh, logical axes, and the one table that maps axes to the mesh. One device is a mesh of ones."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from llm_jax.base.devices import platform
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.target import current_target
 
-MESH_AXES = ('data', 'fsdp', 'tensor')
-BATCH_AXES = ('data', 'fsdp')
+MESH_AXES = ('stage', 'data', 'fsdp', 'tensor')  # the last one has the nearest devices
+BATCH_AXES = ('data', 'stage', 'fsdp')
 
 Rules = dict[str, str | tuple[str, ...] | None]
 # Logical axis -> mesh axes, unless config.mesh.rules changes them. Activations have their own axes `act_...`, so that
@@ -30,14 +30,14 @@ RULES: Rules = {
     'act_batch': BATCH_AXES,
     'act_length': None,
     'act_stream': 'tensor',  # the length of the residual stream between layers (sequence parallel, arXiv 2205.05198)
-    'act_lookup': 'data',  # the rows of a batch while they are looked up in a table; see layers/embed.py
+    'act_lookup': ('data', 'stage'),  # the rows of a batch while they are looked up in a table; see layers/embed.py
     'act_embed': None,
     'act_heads': 'tensor',
     'act_kv_heads': 'tensor',
     'act_mlp': 'tensor',
     'act_vocab': 'tensor',
     'head_dim': None,
-    'layers': None,
+    'layers': 'stage',
     'experts': None,  # replicated: there is no mesh axis for experts
     'norm': None,
     'vocab': 'tensor',
@@ -60,6 +60,7 @@ class MeshConfig:
   data: int = -1  # devices that split the batch and hold whole copies of the weights
   fsdp: int = 1  # devices that split the batch and the weights
   tensor: int = 1  # devices that split each matrix multiplication
+  stage: int = 1  # groups of devices with different layers, through which microbatches pass; see layers/pipeline.py
   rules: tuple[str, ...] = ()  # changes of base.sharding.RULES: 'mlp=fsdp', 'embed=data+fsdp' or 'act_stream=none'
 
   @property
@@ -69,7 +70,7 @@ class MeshConfig:
   def __post_init__(self) -> None:
     sizes = self.sizes
     if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
-      raise ValueError(f'data, fsdp and tensor must be positive, with at most one -1 for "the rest"; got '
+      raise ValueError(f'{", ".join(MESH_AXES)} must be positive, with at most one -1 for "the rest"; got '
                        f'{", ".join(map(str, sizes))}')
     parse_rules(self.rules)
 
@@ -117,7 +118,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes[sizes.index(-1)] = max(1, len(devices) // known)
   if math.prod(sizes) != len(devices):
     raise ConfigError(
-        f'config.mesh: data x fsdp x tensor = {" x ".join(map(str, config.sizes))} does not cover the '
+        f'config.mesh: {" x ".join(MESH_AXES)} = {" x ".join(map(str, config.sizes))} does not cover the '
         f'{len(devices)} device(s) here; set sizes whose product is {len(devices)} (-1 takes the rest)')
   # Auto: the compiler propagates shardings. jax.make_mesh would default to explicit ones.
   auto = (jax.sharding.AxisType.Auto,) * len(sizes)
@@ -128,13 +129,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def over_slices(sizes: list[int], num_slices: int, devices: list[jax.Device]) -> np.ndarray:
-  """The devices of several TPU slices: the axis data, or else fsdp, goes over the network between them.
+  """The devices of several TPU slices: one of the axes stage, data and fsdp goes over the network between them.
 
   Raises ConfigError if neither divides.
   """
-  split = next((i for i in (0, 1) if sizes[i] % num_slices == 0), None)
+  split = next((i for i in (0, 1, 2) if sizes[i] % num_slices == 0), None)
   if split is None:
-    raise ConfigError(f'config.mesh: data {sizes[0]} or fsdp {sizes[1]} must be a multiple of the {num_slices} slices')
+    raise ConfigError(f'config.mesh: stage {sizes[0]}, data {sizes[1]} or fsdp {sizes[2]} must be a multiple of the '
+                      f'{num_slices} slices')
   between = [num_slices if i == split else 1 for i in range(len(sizes))]
   within = [size // count for size, count in zip(sizes, between, strict=True)]
   return mesh_utils.create_hybrid_device_mesh(within, between, devices)
@@ -175,7 +177,8 @@ def fitting_axes(axis: str, size: int, mesh: Any) -> Any:
 
 def _within(entry: Any, mesh: Any) -> Any:
   """The axes of an entry that the compiler handles; others, inside jax.shard_map, have been split already."""
-  names = tuple(name for name in MESH_AXES if name in _names(entry) and name not in mesh.manual_axes)
+  in_order = (entry,) if isinstance(entry, str) else entry or ()
+  names = tuple(name for name in in_order if name not in mesh.manual_axes)
   return None if not names else names[0] if len(names) == 1 else names
 
 
@@ -228,7 +231,7 @@ def check_divisible(abstract: Any, shardings: Any) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows are sharded over data and fsdp; other dimensions are whole."""
+  """Rows are sharded over data, stage and fsdp; other dimensions are whole."""
   return NamedSharding(mesh, P(BATCH_AXES))
 
 

@@ -32,7 +32,7 @@ def build(sizes=(1, 1, 1), rules=(), num_microbatches=1, **fields):
   cfg = DecoderConfig(**{'vocab_size': V, 'max_len': T, 'num_layers': L, 'embed_dim': D, 'num_heads': 8, 'head_dim': 10,
                          'mlp_dim': F, 'mlp': 'swiglu', 'norm': 'rms_norm', 'positions': 'rope', 'dtype': 'float32',
                          'attention': 'xla', **fields})
-  model, shape = Decoder(cfg), MeshConfig(*sizes, rules)
+  model, shape = Decoder(cfg), MeshConfig(*sizes, rules=rules)
   mesh = make_mesh(shape, jax.devices()[:int(np.prod(sizes))])
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, V, (B, T + 1), np.int32)

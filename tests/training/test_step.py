@@ -127,7 +127,7 @@ def test_the_loss_decreases(alone):
 
 def test_parameters_and_optimizer_state_are_sharded():
   _, state, _ = train(1, mesh=(2, 2, 2))
-  specs = {'q': P(None, 'fsdp', 'tensor', None), 'o': P(None, 'tensor', None, 'fsdp')}
+  specs = {'q': P('stage', 'fsdp', 'tensor', None), 'o': P('stage', 'tensor', None, 'fsdp')}
   adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: isinstance(s, optax.ScaleByAdamState))
               if isinstance(s, optax.ScaleByAdamState))
   for params in (state.params, adam.mu, adam.nu):

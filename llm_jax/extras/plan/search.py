@@ -94,10 +94,15 @@ def step_seconds(built: Built, place: Place, num_microbatches: int) -> float:
   compute = (built.flops_per_token * config.batch_tokens / place.num_devices / peak / 0.5
              * RECOMPUTED.get(getattr(model, 'remat', 'none'), 1.0))
   leaves = [leaf.size for leaf in jax.tree.leaves(built.abstract.params)]
-  weights = 2 * sum(leaves) / sizes['tensor']  # bf16
-  wire = 0.0
+  weights = 2 * sum(leaves) / sizes['tensor'] / sizes['stage']  # bf16
+  stages, wire, passes = sizes['stage'], 0.0, num_microbatches
+  if stages > 1:  # each tick, forward and backward, sends a microbatch on and moves one in and one out
+    passes = stages * num_microbatches + stages - 1
+    compute *= passes / stages / num_microbatches
+    sent = 6 * passes / stages / num_microbatches * config.batch_tokens / sizes['data'] / sizes['fsdp']
+    wire += sent * 2 * getattr(model, 'embed_dim', 1) / (bandwidth(place, sizes, ('stage',)) or 1e9)
   if sizes['fsdp'] > 1:  # gathered forward and backward, reduced once
-    wire += weights * (2 * num_microbatches + 1) / (bandwidth(place, sizes, ('fsdp',)) or 1e9)
+    wire += weights * (2 * passes + 1) / (bandwidth(place, sizes, ('fsdp',)) or 1e9)
   if sizes['data'] > 1:
     wire += 2 * weights / sizes['fsdp'] / (bandwidth(place, sizes, ('data',)) or 1e9)
   if sizes['tensor'] > 1:
