@@ -193,7 +193,7 @@ def test_rules_do_not_change_losses():
 
 
 @pytest.mark.parametrize(('rules', 'words'), [
-    (('mpl=tensor',), "got 'mpl=tensor'"), (('mlp=model',), 'mesh axes of data, fsdp, tensor'), (('mlp',), "got 'mlp'"),
+    (('mpl=tensor',), "got 'mpl=tensor'"), (('mlp=model',), 'mesh axes of stage, data, fsdp, tensor'), (('mlp',), "got 'mlp'"),
     (('act_batch=data',), 'rules cannot change act_batch')])
 def test_rules_that_cannot_be_are_refused(rules, words):
   with pytest.raises(ConfigError, match=f'config.mesh.*{words}'):
