@@ -18,7 +18,6 @@ from typing import Any
 import jax
 
 from llm_jax.base.builder import build as strict_build
-from llm_jax.base.sharding import MESH_AXES
 from llm_jax.config import Config
 from llm_jax.extras.plan.building import Built, build, compile_step
 from llm_jax.extras.plan.collectives import read_collectives
@@ -68,8 +67,8 @@ def measure(shape: str, layout: str, place: Any, target: Any) -> dict[str, Any]:
   sizes, num_microbatches, fields = LAYOUTS[shape][layout]
   held = ROWS // (sizes[0] * sizes[1]) // num_microbatches * LENGTH
   config = strict_build(Config, {
-      'model': SHAPES[shape] | fields, 'mesh': dict(zip(MESH_AXES, sizes, strict=True)), 'data': {'seq_len': LENGTH},
-      'batch_tokens': ROWS * LENGTH, 'tokens_per_device': held})
+      'model': SHAPES[shape] | fields, 'mesh': dict(zip(('data', 'fsdp', 'tensor'), sizes, strict=True)),
+      'data': {'seq_len': LENGTH}, 'batch_tokens': ROWS * LENGTH, 'tokens_per_device': held})
   built = build(config, target, read_data=False)
   compiled = compile_step(built, num_microbatches)
   found = read_collectives(compiled.text, dict(built.mesh.shape))

@@ -11,9 +11,8 @@ from llm_jax.training.state import init_state, train_step
 
 
 def mesh_config(sizes, **fields):
-  """The MeshConfig of sizes by name, or of (data, fsdp, tensor)."""
-  return MeshConfig(**({'data': 1, **sizes} if isinstance(sizes, dict) else dict(zip(
-      ('data', 'fsdp', 'tensor'), sizes, strict=True))), **fields)
+  """The MeshConfig of sizes by name, or of (data, fsdp, tensor, stage)."""
+  return MeshConfig(**{'data': 1, **sizes}, **fields) if isinstance(sizes, dict) else MeshConfig(*sizes, **fields)
 
 
 def train_on(sizes, model, tx, features, *, num_steps, state=None, is_trainable=lambda path: True, mesh_fields=None,

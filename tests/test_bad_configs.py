@@ -51,6 +51,7 @@ BAD = [
     'mesh.data=-2',
     'mesh.fsdp=-1',
     'mesh.tensor=0',
+    'mesh.stage=0',
     'eval.every=-1',
     'eval.max_tokens=0',
     'eval.sample_tokens=-1',

@@ -20,9 +20,9 @@ from llm_jax.base.devices import platform
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.target import current_target
 
-MESH_AXES = ('data', 'fsdp', 'context', 'tensor')
-BATCH_AXES = ('data', 'fsdp')
-SHARD_AXES = (*BATCH_AXES, 'context')  # those that shard weights only to save memory: each has its own tokens
+MESH_AXES = ('stage', 'data', 'fsdp', 'context', 'tensor')  # the last one has the nearest devices
+BATCH_AXES = ('data', 'stage', 'fsdp')
+SHARD_AXES = (*BATCH_AXES, 'context')  # each device along them has its own tokens
 CONTEXT_ATTENTION = ('all_gather', 'ring')
 
 Rules = dict[str, str | tuple[str, ...] | None]
@@ -34,7 +34,7 @@ RULES: Rules = {
     'act_length': 'context',
     # The length of the residual stream between layers (sequence parallel, arXiv 2205.05198).
     'act_stream': ('context', 'tensor'),
-    'act_lookup': 'data',  # the rows of a batch while they are looked up in a table; see layers/embed.py
+    'act_lookup': ('data', 'stage'),  # the rows of a batch while they are looked up in a table; see layers/embed.py
     'act_lookup_length': 'tensor',  # and their length
     'act_lookup_embed': 'fsdp',  # and what has been looked up, when parts of rows have been exchanged
     'act_embed': None,
@@ -43,7 +43,7 @@ RULES: Rules = {
     'act_mlp': 'tensor',
     'act_vocab': 'tensor',
     'head_dim': None,
-    'layers': None,
+    'layers': 'stage',
     'experts': None,  # replicated: there is no mesh axis for experts
     'norm': None,
     'vocab': 'tensor',
@@ -66,6 +66,7 @@ class MeshConfig:
   data: int = -1  # devices that split the batch and hold whole copies of the weights
   fsdp: int = 1  # devices that split the batch and the weights
   tensor: int = 1  # devices that split each matrix multiplication
+  stage: int = 1  # groups of devices with different layers, through which microbatches pass; see layers/pipeline.py
   context: int = 1  # devices that split the length of rows, and the weights
   context_attention: str = 'all_gather'  # how queries meet all keys: all_gather, or ring, which holds a share at a time
   rules: tuple[str, ...] = ()  # changes of base.sharding.RULES: 'mlp=fsdp', 'embed=data+fsdp' or 'act_stream=none'
@@ -146,13 +147,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def over_slices(sizes: list[int], num_slices: int, devices: list[jax.Device]) -> np.ndarray:
-  """The devices of several TPU slices: the axis data, or else fsdp, goes over the network between them.
+  """The devices of several TPU slices: one of the axes stage, data and fsdp goes over the network between them.
 
   Raises ConfigError if neither divides.
   """
-  split = next((i for i in (0, 1) if sizes[i] % num_slices == 0), None)
+  split = next((i for i in (0, 1, 2) if sizes[i] % num_slices == 0), None)
   if split is None:
-    raise ConfigError(f'config.mesh: data {sizes[0]} or fsdp {sizes[1]} must be a multiple of the {num_slices} slices')
+    raise ConfigError(f'config.mesh: stage {sizes[0]}, data {sizes[1]} or fsdp {sizes[2]} must be a multiple of the '
+                      f'{num_slices} slices')
   between = [num_slices if i == split else 1 for i in range(len(sizes))]
   within = [size // count for size, count in zip(sizes, between, strict=True)]
   return mesh_utils.create_hybrid_device_mesh(within, between, devices)
@@ -193,7 +195,8 @@ def fitting_axes(axis: str, size: int, mesh: Any) -> Any:
 
 def _within(entry: Any, mesh: Any) -> Any:
   """The axes of an entry that the compiler handles; others, inside jax.shard_map, have been split already."""
-  names = tuple(name for name in MESH_AXES if name in _names(entry) and name not in mesh.manual_axes)
+  in_order = (entry,) if isinstance(entry, str) else entry or ()
+  names = tuple(name for name in in_order if name not in mesh.manual_axes)
   return None if not names else names[0] if len(names) == 1 else names
 
 
@@ -246,7 +249,7 @@ def check_divisible(abstract: Any, shardings: Any) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows are sharded over data and fsdp; other dimensions are whole."""
+  """Rows are sharded over data, stage and fsdp; other dimensions are whole."""
   return NamedSharding(mesh, P(BATCH_AXES))
 
 

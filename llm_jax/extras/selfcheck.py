@@ -22,7 +22,15 @@ from jax.sharding import Mesh
 from llm_jax.base.batch import as_batch
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.fields import DTYPES
-from llm_jax.base.sharding import MeshConfig, batch_sharding, local_rows, make_mesh, num_batch_shards, put_batch
+from llm_jax.base.sharding import (
+  MESH_AXES,
+  MeshConfig,
+  batch_sharding,
+  local_rows,
+  make_mesh,
+  num_batch_shards,
+  put_batch,
+)
 from llm_jax.base.trees import leaf_name, split
 from llm_jax.config import CheckpointConfig, Config
 from llm_jax.data.open import open_data, open_examples
@@ -98,16 +106,17 @@ def set_up(run: Loaded) -> Setup:
 
 def parse_mesh(text: str) -> MeshConfig:
   """'data=2,fsdp=2' as a MeshConfig; axes that are not named have one device. Raises ConfigError."""
-  sizes = {'data': 1, 'fsdp': 1, 'tensor': 1}
+  sizes: dict[str, Any] = dict.fromkeys(MESH_AXES, 1)
   for part in filter(None, text.split(',')):
     name, _, value = part.partition('=')
     if name not in sizes or not value.isdigit() or not int(value):
-      raise ConfigError(f'--mesh: {part!r} must be data=N, fsdp=N or tensor=N, with N at least 1, separated by commas')
+      raise ConfigError(f'--mesh: {part!r} must be AXIS=N, with an axis of {", ".join(MESH_AXES)} and N at least 1, '
+                        'separated by commas')
     sizes[name] = int(value)
   if np.prod([*sizes.values()]) > len(jax.local_devices()):
     raise ConfigError(f'--mesh: {text} needs {np.prod([*sizes.values()])} devices, but there are '
                       f'{len(jax.local_devices())} here; set smaller sizes')
-  return MeshConfig(sizes['data'], sizes['fsdp'], sizes['tensor'])
+  return MeshConfig(**sizes)
 
 
 def check_run_on(run: Loaded, mesh_config: MeshConfig | None) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import Offloadable, Recompute, Saveable, checkpoint_name
 
 from llm_jax.base.batch import Params
 from llm_jax.layers.attention import AttentionMask, Layer
+from llm_jax.layers.pipeline import in_stages
 
 UNMASKED = AttentionMask()
 
@@ -79,39 +80,46 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
   """Runs the blocks. Block l gets layers[l % len(layers)]; len(layers) must divide L.
 
   `dtype` is that of matrix operands. Returns x [B, T, D] and the values that the blocks sowed into `losses` and
-  `metrics`, leaves [L, ...].
+  `metrics`, leaves [L, ...]. Arrays of `context` have the rows of x. Over the mesh axis `stage` the blocks form a
+  pipeline.
   """
-  num_layers = jax.tree.leaves(params)[0].shape[0]
   period = len(layers)
-  keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
 
-  def run(kind: Layer, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+  def run(kind: Layer, x: jax.Array, layer: Any, rest: Any) -> tuple[jax.Array, Any]:
     layer_params, layer_copies, key = layer
     (x, _), sown = block.apply(
-        {'params': layer_params, 'copies': layer_copies}, checkpoint_name(x, 'block'), positions_BT, context,
-        None, kind, train, rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
+        {'params': layer_params, 'copies': layer_copies}, checkpoint_name(x, 'block'), *rest, None, kind, train,
+        rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
     return x, sown
 
   # Otherwise XLA could recompute all blocks of one loop body at once, before the first one is needed.
   prevent_cse = unroll > 1 or period > 1
   blocks = [REMAT[remat](partial(run, kind), prevent_cse=prevent_cse) for kind in layers]
 
-  def body(x: jax.Array, group: Any) -> tuple[jax.Array, list[Any]]:
-    outputs = []
-    for run_block, layer in zip(blocks, group, strict=True):
-      x, output = run_block(x, layer)
-      outputs.append(output)
-    return x, outputs
+  def run_blocks(stacked: Any, x: jax.Array, rest: Any, number: jax.Array | None) -> tuple[jax.Array, Any]:
+    params, copies, keys = stacked
+    num_layers = jax.tree.leaves(params)[0].shape[0]
+    if number is not None and keys is not None:
+      keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+    def body(x: jax.Array, group: Any) -> tuple[jax.Array, list[Any]]:
+      outputs = []
+      for run_block, layer in zip(blocks, group, strict=True):
+        x, output = run_block(x, layer, rest)
+        outputs.append(output)
+      return x, outputs
+
+    # Layers are grouped by kind before the scan: slices made inside the loop would be saved for the backward pass, a
+    # copy of every weight.
+    groups = [jax.tree.map(lambda a: a[i::period], (params, copies, keys)) for i in range(period)]  # noqa: B023
+    x, outputs = jax.lax.scan(body, x, groups, unroll=min(unroll, num_layers // period))
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(num_layers, *leaves[0].shape[1:]),
+                           *outputs)
 
   # Casts all layers' matrices at once: XLA also moves this out of a loop over microbatches, so it runs once per step.
   copies = {} if dtype == jnp.float32 else jax.tree.map(lambda w: jax.lax.stop_gradient(w).astype(dtype), params)
-  # Layers are grouped by kind before the scan: slices made inside the loop would be saved for the backward pass, a
-  # copy of every weight.
-  groups = [jax.tree.map(lambda a: a[i::period], (params, copies, keys)) for i in range(period)]  # noqa: B023
-  x_BTD, outputs = jax.lax.scan(body, x_BTD, groups, unroll=min(unroll, num_layers // period))
-  sown = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(num_layers, *leaves[0].shape[1:]),
-                      *outputs)
-  return x_BTD, sown
+  keys = None if dropout_key is None else jax.random.split(dropout_key, jax.tree.leaves(params)[0].shape[0])
+  return in_stages(run_blocks, (params, copies, keys), x_BTD, (positions_BT, context), period)
 
 
 def unstack(params: Params, dtype: Dtype) -> tuple[Params, ...]:

@@ -11,7 +11,7 @@ import jax
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.multihost import say
 from llm_jax.base.process import gib
-from llm_jax.base.sharding import SHARD_AXES
+from llm_jax.base.sharding import num_batch_shards
 from llm_jax.base.target import Target, current_target
 from llm_jax.config import Config
 from llm_jax.losses.readout import chunk_bytes
@@ -50,7 +50,10 @@ def estimate(config: Config, abstract: TrainState, mesh: Any, num_microbatches: 
   sizes = dict(mesh.shape)
   parameters = shard_bytes(abstract.params)
   trainable = shard_bytes(abstract.trainable)
-  tokens = config.batch_tokens // (math.prod(sizes[name] for name in SHARD_AXES) * num_microbatches)
+  stages, num_shards = sizes['stage'], num_batch_shards(mesh) * sizes['context']
+  tokens = config.batch_tokens // (num_shards * num_microbatches)
+  # A pipeline keeps all microbatches until the last one has passed, and reads out all rows of a device at once.
+  passes, held = (1, 1) if stages == 1 else (stages * num_microbatches + stages - 1, num_microbatches)
   model = config.model
   operand = WIDTH.get(getattr(model, 'dtype', ''), 4)
   copies = 0
@@ -59,9 +62,9 @@ def estimate(config: Config, abstract: TrainState, mesh: Any, num_microbatches: 
     layer = (whole - table_bytes(abstract, sizes['tensor'])) // max(1, getattr(model, 'num_layers', 1))
     copies = (parameters + 2 * layer * (sizes['fsdp'] * sizes['context'] > 1)) * operand // 4
   vocab = getattr(model, 'V', model.vocab_size or 0)
-  logits = 2 * min(4 * tokens * vocab // sizes['tensor'], chunk_bytes(platform))
-  return Estimate(parameters, shard_bytes(abstract.opt_state), trainable * (1 + (num_microbatches > 1)), copies,
-                  activation_bytes(model, tokens, sizes['tensor']), logits)
+  logits = 2 * min(4 * held * tokens * vocab // sizes['tensor'], chunk_bytes(platform))
+  return Estimate(parameters, shard_bytes(abstract.opt_state), trainable * (1 + (num_microbatches > 1 or stages > 1)),
+                  copies, activation_bytes(model, tokens, sizes['tensor'], passes / stages), logits)
 
 
 def table_bytes(abstract: TrainState, tensor: int) -> int:
@@ -69,8 +72,11 @@ def table_bytes(abstract: TrainState, tensor: int) -> int:
   return 4 * max(leaf.size for leaf in jax.tree.leaves(abstract.params)) // tensor
 
 
-def activation_bytes(model: Any, tokens: int, tensor: int) -> int:
-  """Bytes that layers keep of `tokens` tokens for the backward pass, by the policy of remat; 0 for unknown models."""
+def activation_bytes(model: Any, tokens: int, tensor: int, times: float = 1) -> int:
+  """Bytes that layers keep of `times` x `tokens` tokens for the backward pass, by the policy of remat.
+
+  0 for unknown models. The layer at work has `tokens` tokens.
+  """
   if not all(hasattr(model, name) for name in ('num_layers', 'embed_dim', 'F', 'H', 'K', 'num_heads', 'remat')):
     return 0
   operand, product, stream = (WIDTH.get(getattr(model, name, ''), 4) for name in (
@@ -84,7 +90,7 @@ def activation_bytes(model: Any, tokens: int, tensor: int) -> int:
   kept = {'none': stream * D + attention + matmuls + rest, 'save_matmuls': stream * D + attention + matmuls,
           'save_attention': stream * D + attention, 'full': stream * D // tensor, 'offload': 0}[model.remat]
   at_work = 2 * (stream * D + attention + matmuls + rest)
-  return tokens * (model.num_layers * kept + at_work)
+  return int(tokens * (times * model.num_layers * kept + at_work))
 
 
 def warn_if_too_large(config: Config, abstract: TrainState, mesh: Any, num_microbatches: int) -> None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.batch import Batch, Params
+from llm_jax.base.errors import ConfigError
 from llm_jax.base.sharding import check_divisible, logical_to_spec
 from llm_jax.base.trees import split
 from llm_jax.layers.boxes import info_of
@@ -30,7 +31,7 @@ def abstract_params(boxed: Params, mesh: Mesh) -> Params:
   """The parameters as ShapeDtypeStructs with shardings by logical axes.
 
   A parameter without logical axes is sharded over fsdp along its largest divisible dimension. Raises ConfigError if a
-  dimension with a logical axis does not divide over its mesh axes.
+  dimension with a logical axis does not divide over its mesh axes, or if the mesh has stages and the model no layers.
   """
   abstract = nn.unbox(boxed)
 
@@ -40,6 +41,9 @@ def abstract_params(boxed: Params, mesh: Mesh) -> Params:
 
   shardings = jax.tree.map(sharding, abstract, nn.get_partition_spec(boxed))
   check_divisible(abstract, shardings)
+  if mesh.shape['stage'] > 1 and not any(s.spec and s.spec[0] == 'stage' for s in jax.tree.leaves(shardings)):
+    raise ConfigError("config.mesh.stage: the model's parameters have no layers that stages can share (axis `layers`); "
+                      'set 1')
   return placed(abstract, shardings)
 
 

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.base.batch import Batch, Metrics, Params
 from llm_jax.base.trees import merge, split
 from llm_jax.layers.clock import clock_at
+from llm_jax.layers.pipeline import microbatches
 from llm_jax.losses.objective import Objective
 from llm_jax.models.protocol import LanguageModel
 from llm_jax.optim.chain import as_optimizer
@@ -57,8 +58,9 @@ def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: opt
   `extra_loss` the rest of the objective. Values sown into `metrics` are averaged and logged. If the objective or a
   gradient is not finite, only the step changes and the metric `skipped` is 1 (see optim/guard.py).
   """
-  grads, metrics = gradients(state, batch, model=model, seed=seed, num_microbatches=num_microbatches,
-                             objective=objective, constants=constants)
+  with microbatches(num_microbatches) as num_in_turn:
+    grads, metrics = gradients(state, batch, model=model, seed=seed, num_microbatches=num_in_turn,
+                               objective=objective, constants=constants)
   optimizer = as_optimizer(tx)
   trainable, opt_state, applied = guarded_update(optimizer, grads, state.opt_state, state.trainable,
                                                  loss=metrics['loss'], extra_loss=metrics['extra_loss'])

@@ -90,7 +90,8 @@ def test_the_command_reports_and_writes_json(tmp_path, capsys):
              '--data_tokens=1e9', '--config.mesh.fsdp=2', *FLAGS])
   text, values = capsys.readouterr().out, json.loads((tmp_path / 'plan.json').read_text())
   assert 'blocks/attn/q/w' in text and 'by the compiler:' in text and 'epochs over' in text
-  assert values['mesh'] == {'data': 4, 'fsdp': 2, 'context': 1, 'tensor': 1} and values['rows'] == 2
+  mesh = {'stage': 1, 'data': 4, 'fsdp': 2, 'context': 1, 'tensor': 1}
+  assert values['mesh'] == mesh and values['rows'] == 2
   assert values['memory']['compiled']['peak'] > values['memory']['compiled']['arguments']
   [table] = [row for row in values['parameters'] if row['name'] == 'embed/w']
   assert table['shape'] == [256, 64] and table['shard'] == [256, 32] and table['bytes'] == 256 * 32 * 4

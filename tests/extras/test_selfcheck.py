@@ -111,7 +111,7 @@ def test_numbers_that_are_not_finite_do_not_pass():
 
 
 @pytest.mark.parametrize(('text', 'words'), [
-    ('data=0', "'data=0' must be data=N"), ('rows=2', "'rows=2' must be"), ('data=16', 'needs 16 devices'),
+    ('data=0', "'data=0' must be AXIS=N"), ('rows=2', "'rows=2' must be"), ('data=16', 'needs 16 devices'),
     ('data', "'data' must be")])
 def test_a_mesh_that_cannot_be_is_refused(text, words):
   with pytest.raises(ConfigError, match=words):

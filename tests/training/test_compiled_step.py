@@ -194,7 +194,7 @@ def test_rules_do_not_change_losses():
 
 
 @pytest.mark.parametrize(('rules', 'words'), [
-    (('mpl=tensor',), "got 'mpl=tensor'"), (('mlp=model',), 'mesh axes of data, fsdp, context, tensor'),
+    (('mpl=tensor',), "got 'mpl=tensor'"), (('mlp=model',), 'mesh axes of stage, data, fsdp, context, tensor'),
     (('mlp',), "got 'mlp'"),
     (('act_batch=data',), 'rules cannot change act_batch')])
 def test_rules_that_cannot_be_are_refused(rules, words):

@@ -17,7 +17,8 @@ B, T, V = 16, 32, 64
 SIZES = [dict(zip(MESH_AXES, sizes, strict=True)) for sizes in itertools.product((1, 2, 4, 8), repeat=len(MESH_AXES))
          if np.prod(sizes) == 8]
 CASES = [(sizes, by) for sizes in SIZES for by in (('all_gather', 'ring') if sizes['context'] > 1 else ('all_gather',))]
-QUICK = [({'data': 2, 'fsdp': 2, 'context': 2}, 'ring'), ({'fsdp': 2, 'context': 2, 'tensor': 2}, 'all_gather')]
+QUICK = [({'data': 2, 'fsdp': 2, 'context': 2}, 'ring'), ({'fsdp': 2, 'context': 2, 'tensor': 2}, 'all_gather'),
+         ({'stage': 2, 'fsdp': 2, 'context': 2}, 'ring')]
 
 
 def name_of(case):
@@ -48,9 +49,9 @@ def train(sizes, by='all_gather', **fields):
 
 def check(case, **fields):
   sizes, by = case
-  kv = {'num_kv_heads': 8 if sizes.get('tensor', 1) > 4 else 4}
-  losses, params = train(sizes, by, **kv, **fields)
-  expected, expected_params = train({'data': 1}, **kv, **fields)
+  fields |= {'num_kv_heads': max(4, sizes.get('tensor', 1)), 'num_layers': max(2, sizes.get('stage', 1))}
+  losses, params = train(sizes, by, **fields)
+  expected, expected_params = train({'data': 1}, **fields)
   np.testing.assert_allclose(losses, expected, atol=1e-5)
   for x, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
     np.testing.assert_allclose(x, wanted, atol=2e-3)  # Adam's first steps enlarge rounding of small gradients

@@ -130,7 +130,7 @@ SHARDS = ('fsdp', 'context')
 
 def test_parameters_and_optimizer_state_are_sharded():
   _, state, _ = train(1, mesh=(2, 2, 2))
-  specs = {'q': P(None, SHARDS, 'tensor', None), 'o': P(None, 'tensor', None, SHARDS)}
+  specs = {'q': P('stage', SHARDS, 'tensor', None), 'o': P('stage', 'tensor', None, SHARDS)}
   adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: isinstance(s, optax.ScaleByAdamState))
               if isinstance(s, optax.ScaleByAdamState))
   for params in (state.params, adam.mu, adam.nu):

@@ -101,12 +101,17 @@ def step_seconds(built: Built, place: Place, num_microbatches: int) -> float:
   compute = (built.flops_per_token * config.batch_tokens / place.num_devices / peak / 0.5
              * RECOMPUTED.get(getattr(model, 'remat', 'none'), 1.0))
   leaves = [leaf.size for leaf in jax.tree.leaves(built.abstract.params)]
-  weights = 2 * sum(leaves) / sizes['tensor']  # bf16
-  wire = 0.0
-  tokens = config.batch_tokens / sizes['data'] / sizes['fsdp']
+  weights = 2 * sum(leaves) / sizes['tensor'] / sizes['stage']  # bf16
+  tokens = config.batch_tokens / sizes['data'] / sizes['fsdp'] / sizes['stage']
   layers = getattr(model, 'num_layers', 1)
+  stages, wire, passes = sizes['stage'], 0.0, num_microbatches
+  if stages > 1:  # each tick, forward and backward, sends a microbatch on and moves one in and one out
+    passes = stages * num_microbatches + stages - 1
+    compute *= passes / stages / num_microbatches
+    sent = 6 * passes / num_microbatches * tokens / sizes['context']
+    wire += sent * 2 * getattr(model, 'embed_dim', 1) / (bandwidth(place, sizes, ('stage',)) or 1e9)
   if sizes['fsdp'] * sizes['context'] > 1:  # gathered forward and backward, reduced once
-    wire += weights * (2 * num_microbatches + 1) / (bandwidth(place, sizes, ('fsdp', 'context')) or 1e9)
+    wire += weights * (2 * passes + 1) / (bandwidth(place, sizes, ('fsdp', 'context')) or 1e9)
   if sizes['context'] > 1:  # keys and values, gathered forward and backward, and their gradients reduced
     width = 2 * getattr(model, 'K', 1) * getattr(model, 'H', 1)
     wire += 3 * layers * tokens * 2 * width / sizes['tensor'] / (bandwidth(place, sizes, ('context',)) or 1e9)

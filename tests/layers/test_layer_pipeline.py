@@ -1,0 +1,189 @@
+"""Layers split over the mesh axis `stage` give what one device gives, and send activations alone."""
+
+import contextlib
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshes import train_on
+
+from llm_jax.base.batch import Batch
+from llm_jax.base.errors import ConfigError
+from llm_jax.base.sharding import MeshConfig, batch_sharding, make_mesh
+from llm_jax.extras.plan.collectives import read_collectives
+from llm_jax.layers.attention import AttentionMask, Layer
+from llm_jax.layers.pipeline import microbatches
+from llm_jax.layers.stack import apply_stack
+from llm_jax.models.decoder_config import DecoderConfig
+from llm_jax.models.registry import make_model
+from llm_jax.optim.chain import OptimConfig, make_optimizer
+from llm_jax.training.shardings import abstract_params, boxed_params
+from llm_jax.training.state import eval_step
+
+CFG = DecoderConfig(vocab_size=64, max_len=16, num_layers=4, embed_dim=32, num_heads=4, num_kv_heads=2, dtype='float32',
+                    positions='rope', norm='rms_norm', mlp='swiglu')
+TX = make_optimizer(OptimConfig(learning_rate=1e-2), 20)
+
+
+def features(n, num_rows=16):
+  """Batch n: two documents in each row, with positions of their own, a prefix and padding."""
+  rng = np.random.default_rng(n)
+  tokens = rng.integers(0, 64, (num_rows, 17), np.int32)
+  segments = 1 + (np.arange(16)[None] >= rng.integers(4, 10, (num_rows, 1))).astype(np.int32)
+  positions = np.where(segments == 1, np.arange(16), np.arange(16) - np.argmax(segments == 2, axis=1)[:, None])
+  mask = np.arange(16)[None] < rng.integers(12, 17, (num_rows, 1))
+  return {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'loss_mask': mask.astype(np.float32),
+          'segment_ids': (segments * mask).astype(np.int32), 'positions': positions.astype(np.int32),
+          'prefix_mask': (positions < 3).astype(np.int32)}
+
+
+def train(sizes, num_microbatches=1, steps=range(4), state=None, **fields):
+  """(metrics of the steps, final state) on a mesh of (data, fsdp, tensor, stage)."""
+  history, state, _ = train_on(sizes, make_model(dataclasses.replace(CFG, **fields)), TX,
+                               lambda n: features(steps[0] + n), num_steps=len(steps),
+                               num_microbatches=num_microbatches, state=state)
+  return history, jax.device_get(state)
+
+
+def assert_equal_runs(got, expected, **options):
+  for a, b in zip(got[0], expected[0], strict=True):
+    for name in ('loss', 'grad_norm'):
+      assert a[name] == pytest.approx(b[name], abs=1e-5), name
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-4, **options), got[1].params, expected[1].params)
+
+
+# Fields of the model, (data, fsdp, tensor, stage), microbatches.
+CASES = [({'windows': (0, 3), 'prefix_attention': True}, (2, 1, 2, 2), 1)]
+SLOW = [
+    ({}, (1, 1, 1, 2), 1), ({}, (1, 1, 1, 2), 8), ({}, (1, 1, 1, 4), 4), ({}, (4, 1, 1, 2), 2), ({}, (2, 1, 1, 4), 1),
+    ({}, (1, 4, 1, 2), 2), ({}, (1, 2, 1, 4), 2), ({}, (1, 1, 4, 2), 2), ({}, (1, 1, 2, 4), 1), ({}, (2, 2, 1, 2), 2),
+    ({}, (1, 2, 2, 2), 2), ({'remat': 'full'}, (2, 2, 1, 2), 1),
+    ({'remat': 'save_matmuls', 'windows': (0, 3)}, (1, 2, 2, 2), 1),
+    ({'scan_unroll': 2, 'remat': 'save_attention'}, (2, 1, 1, 4), 2),
+    ({'tie_embeddings': False, 'positions': 'learned', 'use_bias': True, 'norm': 'layer_norm'}, (2, 1, 2, 2), 2),
+]
+
+
+@pytest.mark.parametrize('fields, sizes, num_microbatches',
+                         CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW], ids=str)
+def test_a_mesh_with_stages_equals_one_device(fields, sizes, num_microbatches):
+  assert_equal_runs(train(sizes, num_microbatches, **fields), train((1, 1, 1), **fields))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_stages():
+  """Parameters and optimizer state have the layers of the model in order, wherever they are."""
+  first, state = train((1, 2, 1, 4), steps=range(2))
+  last, state = train((2, 1, 1, 2), 2, steps=range(2, 4), state=state)
+  assert_equal_runs((first + last, state), train((1, 1, 1)))
+
+
+@pytest.mark.slow
+def test_evaluation_on_a_mesh_with_stages_equals_one_device():
+  model, batch, found = make_model(CFG), Batch(**features(0)), []
+  for sizes in ((1, 1, 1), (2, 1, 1, 4)):
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])
+    with jax.set_mesh(mesh):
+      shardings = jax.tree.map(lambda x: x.sharding, abstract_params(boxed_params(batch, model=model), mesh))
+      params = jax.jit(lambda: nn.unbox(model.init(jax.random.key(0), batch)['params']), out_shardings=shardings)()
+      found.append(jax.jit(partial(eval_step, model=model, token_bytes=np.ones(64, np.int32)))(
+          params, jax.device_put(batch, batch_sharding(mesh))))
+  for name, value in found[0].items():
+    np.testing.assert_allclose(found[1][name], value, rtol=1e-6)
+
+
+class Sower(nn.Module):
+  """A block that sows means, and reads a context of numbers [B] and vectors [B, T, D]."""
+
+  @nn.compact
+  def __call__(self, x, positions, context, cache, layer, train):
+    w = self.param('w', nn.initializers.ones, (1, 1, 8))
+    self.sow('losses', 'mean', jnp.mean(x))
+    self.sow('metrics', 'rows', jnp.mean(context[0] * positions[:, 0]))
+    return x * w + jnp.mean(context[1], axis=1, keepdims=True), cache
+
+
+@contextlib.contextmanager
+def on_mesh(sizes, number):
+  with jax.set_mesh(make_mesh(MeshConfig(*sizes), jax.devices()[:int(np.prod(sizes))])), microbatches(number):
+    yield
+
+
+def test_context_and_sown_values_pass_through_stages():
+  """Arrays of the context stay with their rows and have gradients; values sown are means over microbatches."""
+  rng, found = np.random.default_rng(0), []
+  x, read = (jnp.asarray(rng.normal(size=(16, 4, 8)), jnp.float32) for _ in range(2))
+  positions, params = jnp.tile(jnp.arange(16)[:, None], (1, 4)), {'w': jnp.asarray(rng.normal(1, 0.1, (4, 1, 1, 8)))}
+
+  def loss(params, x, read):
+    y, sown = apply_stack(Sower(), params, x, positions, (jnp.arange(16.0), read), layers=(Layer(),))
+    return jnp.sum(y**2) + jnp.sum(sown['losses']['mean'][0]), (y, sown)
+
+  for sizes in ((1, 1, 1), (2, 1, 1, 4)):
+    with on_mesh(sizes, 2):
+      found.append(jax.device_get(jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(params, x, read)))
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *found)
+
+
+class Dropper(nn.Module):
+  @nn.compact
+  def __call__(self, x, positions, context, cache, layer, train):
+    return x + nn.Dropout(0.5, deterministic=not train)(self.param('w', nn.initializers.ones, (1, 1, 8)) + 0 * x), cache
+
+
+def test_each_layer_and_microbatch_drops_other_values():
+  with on_mesh((1, 1, 1, 2), 4):
+    y, _ = jax.jit(lambda key: apply_stack(
+        Dropper(), {'w': jnp.ones((4, 1, 1, 8))}, jnp.zeros((16, 8, 8)), jnp.zeros((16, 8), jnp.int32), AttentionMask(),
+        layers=(Layer(),), dropout_key=key, train=True))(jax.random.key(0))
+  assert set(np.unique(y)) == {0, 2, 4, 6, 8}
+  assert len(set(map(bytes, np.asarray(y)))) == 16
+
+
+@pytest.mark.parametrize('fields, sizes, message', [
+    ({'num_layers': 3}, (1, 1, 1, 2), '3 layers do not divide over 2 stages'),
+    ({'num_layers': 6, 'windows': (0, 3)}, (1, 1, 1, 2), '6 layers of 2 kinds in turn do not divide over 2 stages')])
+def test_layers_that_stages_cannot_share(fields, sizes, message):
+  with pytest.raises(ConfigError, match=message):
+    train(sizes, steps=range(1), **fields)
+
+
+class Layerless(nn.Module):
+  cfg = CFG
+
+  @nn.compact
+  def __call__(self, tokens):
+    return nn.Dense(64)(nn.one_hot(tokens, 64))
+
+
+def test_a_model_without_layers_has_no_stages():
+  mesh = make_mesh(MeshConfig(stage=2), jax.devices())
+  boxed = jax.eval_shape(Layerless().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['params']
+  with pytest.raises(ConfigError, match='no layers that stages can share'):
+    abstract_params(boxed, mesh)
+
+
+def test_stages_send_activations_alone():
+  """Each tick sends a microbatch on, one in and one out; forward, and in reverse. Weights stay in their stage."""
+  model, batch, num_microbatches, stages = make_model(CFG), Batch(**features(0)), 2, 2
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, stage=stages))
+  with jax.set_mesh(mesh):
+    abstract = abstract_params(boxed_params(batch, model=model), mesh)
+
+    def loss(params, batch):
+      with microbatches(num_microbatches):
+        return jnp.sum(model.apply({'params': params}, batch)[..., 0] ** 2)
+
+    held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), batch)
+    text = jax.jit(jax.grad(loss)).lower(abstract, held).compile().as_text()
+  found = [each for each in read_collectives(text, dict(mesh.shape)) if 'stage' in each.axes]
+  microbatch = 4 * CFG.embed_dim * 16 * 16 // mesh.size // num_microbatches  # bytes
+  assert sum(each.wire_bytes * each.executions for each in found
+             if each.kind == 'collective-permute' and each.dtype == 'f32') == pytest.approx(
+      6 * (stages * num_microbatches + stages - 1) * microbatch)
+  layer = CFG.embed_dim * CFG.F
+  assert not [each for each in found if each.kind in ('all-gather', 'all-to-all') and np.prod(each.shape) >= layer]
