@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from program import ROOT
 
+from llm_jax import main
 from llm_jax.base import errors
 
 LAUNCH = ROOT / 'launch'
@@ -41,10 +43,69 @@ def test_shell_scripts_pass_shellcheck(name):
   assert done.returncode == 0, done.stdout
 
 
+CODES = {kind.exit_code for kind in (errors.ConfigError, errors.DataError, errors.StorageError, errors.DivergedError,
+                                     errors.LostError, errors.Interrupted)}
+FINAL = CODES - {errors.LostError.exit_code, errors.Interrupted.exit_code}
+
+
 def test_the_service_knows_the_exit_codes():
   service = (LAUNCH / 'llm_jax.service').read_text()
   again, final = (set(map(int, re.search(rf'^{name}=(.*)', service, re.M)[1].split()))
                   for name in ('RestartForceExitStatus', 'RestartPreventExitStatus'))
-  kinds = [errors.ConfigError, errors.DataError, errors.StorageError, errors.DivergedError, errors.LostError,
-           errors.Interrupted]
-  assert again | final == {kind.exit_code for kind in kinds} and not again & final
+  assert again | final == CODES and not again & final
+
+
+JOBSETS = ['jobset_tpu.yaml', 'jobset_gpu.yaml']
+
+
+def replicated_job(name):
+  [job] = yaml.safe_load((LAUNCH / name).read_text())['spec']['replicatedJobs']
+  return job
+
+
+@pytest.mark.parametrize('name', JOBSETS)
+def test_jobs_of_a_jobset_fit_the_schema_of_kubernetes(name, tmp_path):
+  path = tmp_path / 'job.yaml'
+  path.write_text(yaml.safe_dump({'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': 'job'},
+                                  **replicated_job(name)['template']}))
+  check = [tool('kubernetes-validate'), '--strict', path]
+  done = subprocess.run(check, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout + done.stderr
+  path.write_text(path.read_text().replace('backoffLimit', 'backofLimit'))
+  assert subprocess.run(check, capture_output=True).returncode != 0, 'the check finds a wrong name'
+
+
+@pytest.mark.parametrize('name', JOBSETS)
+def test_a_jobset_ends_at_the_final_codes_and_restarts_at_others(name):
+  spec, job = yaml.safe_load((LAUNCH / name).read_text())['spec'], replicated_job(name)['template']['spec']
+  [rule] = job['podFailurePolicy']['rules']
+  assert rule == {'action': 'FailJob', 'onExitCodes': {
+      'containerName': 'main', 'operator': 'In', 'values': sorted(FINAL)}}
+  assert [(r['action'], r['onJobFailureReasons']) for r in spec['failurePolicy']['rules']] == [
+      ('FailJobSet', ['PodFailurePolicy'])]
+  assert spec['failurePolicy']['maxRestarts'] > 0 == job['backoffLimit'] and spec['network']['enableDNSHostnames']
+  assert job['template']['spec']['restartPolicy'] == 'Never', 'which a podFailurePolicy needs'
+
+
+@pytest.mark.parametrize('name', JOBSETS)
+def test_processes_of_a_jobset_are_counted_and_started_with_flags_that_exist(name):
+  job = replicated_job(name)
+  spec = job['template']['spec']
+  [container] = spec['template']['spec']['containers']
+  assert spec['parallelism'] == spec['completions'] and container['name'] == 'main'
+  variables = {variable['name']: variable.get('value') for variable in container['env']}
+  assert variables.get('JAX_NUM_PROCESSES', str(job['replicas'] * spec['parallelism'])) == str(
+      job['replicas'] * spec['parallelism'])
+  command, *flags = container['args']
+  args = main.parser().parse(flags)
+  assert command == 'train' and args.distributed
+  mounts = {mount['name']: mount['mountPath'] for mount in container['volumeMounts']}
+  assert mounts.keys() == {volume['name'] for volume in spec['template']['spec']['volumes']}
+  assert args.workdir.startswith(mounts['shared']) and variables['LLM_JAX_CACHE'].startswith(mounts['shared'])
+  assert mounts['shm'] == '/dev/shm'
+
+
+def test_jobsets_for_tpus_and_gpus_differ_in_the_devices_alone():
+  tpu, gpu = ((LAUNCH / name).read_text().splitlines() for name in JOBSETS)
+  shared = set(map(str.strip, tpu)) & set(map(str.strip, gpu))
+  assert len(shared) > 0.75 * len(set(tpu)), 'what is changed in one file is to be changed in the other'
