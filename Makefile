@@ -62,5 +62,5 @@ lock:
 	  --no-header --no-annotate -o requirements.lock
 	uv pip compile pyproject.toml --extra test --extra cloud --extra cuda13 --universal --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate -o requirements-cuda.lock
-	uv pip compile pyproject.toml --extra cloud --extra data --extra tpu --universal --python-version 3.11 \
-	  --generate-hashes --no-header --no-annotate -o requirements-tpu.lock
+	uv pip compile pyproject.toml --extra build --extra cloud --extra data --extra tpu --universal \
+	  --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements-tpu.lock

@@ -123,7 +123,7 @@ command -v tmux > /dev/null || sudo apt-get install -qy tmux
 cd llm_jax
 [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.12 .venv
 ~/.local/bin/uv pip install --quiet --python .venv/bin/python --require-hashes -r requirements-tpu.lock
-~/.local/bin/uv pip install --quiet --python .venv/bin/python --no-deps --editable ."
+~/.local/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable ."
 }
 
 # The run is a script on the host, so that its arguments are quoted once, by printf %q.

@@ -109,3 +109,38 @@ def test_jobsets_for_tpus_and_gpus_differ_in_the_devices_alone():
   tpu, gpu = ((LAUNCH / name).read_text().splitlines() for name in JOBSETS)
   shared = set(map(str.strip, tpu)) & set(map(str.strip, gpu))
   assert len(shared) > 0.75 * len(set(tpu)), 'what is changed in one file is to be changed in the other'
+
+
+DOCKERFILE = (LAUNCH / 'Dockerfile').read_text()
+
+
+def test_the_dockerfile_passes_hadolint():
+  done = subprocess.run([tool('hadolint'), LAUNCH / 'Dockerfile'], capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout
+
+
+def test_images_have_three_targets_of_one_user_and_what_they_copy_exists():
+  targets = {stage: base for base, stage in re.findall(r'^FROM (\S+) AS (\S+)$', DOCKERFILE, re.M) if base == 'user'}
+  assert targets.keys() == {'cpu', 'cuda', 'tpu'} and 'USER 1000' in DOCKERFILE.partition(' AS user')[2]
+  assert not re.search('^USER', DOCKERFILE.partition(' AS user')[0], re.M)
+  ignored = [line[1:] for line in (ROOT / '.dockerignore').read_text().splitlines() if line.startswith('!')]
+  for line in re.findall(r'^COPY (?!--)(.*) \S+$', DOCKERFILE, re.M):
+    for name in line.split():
+      assert (ROOT / name).exists() and any(Path(name).match(pattern) for pattern in ignored), name
+  locks = re.findall(r'--require-hashes -r (\S+)', DOCKERFILE)
+  assert locks == ['requirements.lock', 'requirements-cuda.lock', 'requirements-tpu.lock']
+  assert all(re.search('^hatchling==', (ROOT / lock).read_text(), re.M) for lock in locks), 'without build isolation'
+
+
+def test_the_package_is_made_from_what_the_images_copy(tmp_path):
+  """The last RUN of each stage, with the files that it has there."""
+  build = tmp_path / 'build'
+  build.mkdir()
+  for name in ('pyproject.toml', 'README.md', 'LICENSE'):
+    shutil.copy(ROOT / name, build)
+  for name in ('configs', 'llm_jax'):
+    shutil.copytree(ROOT / name, build / name, ignore=shutil.ignore_patterns('__pycache__'))
+  subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps',
+                  '--no-build-isolation', f'--target={tmp_path / "installed"}', '.'], cwd=build, check=True)
+  assert (tmp_path / 'installed/llm_jax/configs/gpt_small.py').is_file()
+  assert (tmp_path / 'installed/bin/llm-jax').is_file()
