@@ -48,7 +48,8 @@ with open(state / 'srun', 'a') as f:
 tasks = []
 for rank in range(int(os.environ['SLURM_NTASKS'])):
   env = os.environ | {'SLURM_PROCID': str(rank), 'SLURM_LOCALID': str(rank), 'SLURM_STEP_NODELIST': '127.0.0.1',
-                      'SLURM_STEP_NUM_NODES': '1'}
+                      'SLURM_STEP_NUM_NODES': '1', 'SLURM_STEP_ID': '0',
+                      'SLURM_STEP_NUM_TASKS': os.environ['SLURM_NTASKS']}
   out = open(options['output'].replace('%t', str(rank)), 'a' if options['open-mode'] == 'append' else 'w')
   tasks.append(subprocess.Popen(sys.argv[command:], env=env, stdout=out, stderr=out))
 codes = [task.wait() for task in tasks]
@@ -80,5 +81,5 @@ def install(folder: Path) -> dict[str, str]:
 
 def sbatch(script: Path, *flags: str, cwd: Path, env: dict[str, str], options: tuple[str, ...] = ()) -> int:
   """Submits the script and waits for its job; returns the exit code."""
-  kept = {name: value for name, value in os.environ.items() if not name.startswith(('SLURM_', 'NCCL_', 'FI_'))}
+  kept = {name: value for name, value in os.environ.items() if not name.startswith(('SLURM_', 'NCCL_', 'FI_', 'JAX_'))}
   return subprocess.run(['sbatch', *options, str(script), *flags], cwd=cwd, env=kept | env, timeout=240).returncode
