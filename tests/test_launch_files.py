@@ -119,7 +119,7 @@ def test_jobsets_for_tpus_and_gpus_differ_in_devices_and_processes_alone():
               for name in JOBSETS)
   differ = {path.partition('/slice/template/spec/')[2] or path for path, _ in tpu ^ gpu}
   kinds = ('parallelism', 'completions', '/metadata/annotations/', *(f'template/spec/{name}' for name in (
-      'nodeSelector', 'tolerations')), *(f'template/spec/containers/main/{name}' for name in ('image', 'env', 'ports', 'resources')))
+      'nodeSelector', 'tolerations', *(f'containers/main/{name}' for name in ('image', 'env', 'ports', 'resources')))))
   assert not [path for path in differ if not path.startswith(kinds)]
 
 
