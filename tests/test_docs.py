@@ -18,7 +18,8 @@ from llm_jax.config import Config, base
 from llm_jax.data.config import DataConfig
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text()
-         for path in (ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md')))}
+         for path in (ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'launch' / 'README.md',
+                      *sorted((ROOT / 'docs').glob('*.md')))}
 BLOCK = re.compile(r'^```.*?^```', re.M | re.S)
 
 

@@ -1,6 +1,7 @@
 """Runs of several real processes with real signals; they must train the same as one process."""
 
 import fcntl
+import json
 import os
 import random
 import re
@@ -313,6 +314,40 @@ def test_a_checkpoint_unreadable_by_one_is_skipped_by_all(folder):
   assert f'damaged: step 20: params/ocdbt.process_1/d/{largest.name}: has 1000 bytes' in output
   assert 'resuming from step 10\n' in output
   assert (checkpoints / '20').is_dir() and list(checkpoints.glob('20.corrupt-*'))
+
+
+SLOW_DATA = """
+import os, time
+from llm_jax.data.pipeline import Batches
+read = Batches.__next__
+
+def read_slowly(self):
+  time.sleep(0.1)
+  return read(self)
+
+if os.environ['JAX_PROCESS_ID'] == '1':
+  Batches.__next__ = read_slowly
+"""
+
+
+@pytest.mark.slow
+def test_a_process_with_slow_data_is_named_and_measured(folder):
+  """Each process has a log, and process 0 names the other one in a line and in the metrics."""
+  (folder / 'slow_data.py').write_text(SLOW_DATA)
+  output = finish(launch(folder, '--workdir=slow', '--plugin=slow_data.py', '--config.num_steps=100',
+                         '--config.eval.every=0', '--config.checkpoint.every=1000'))
+  assert output.count(' is slow: ') == 1
+  found = re.search(r'WARNING: process 1 on \S+ is slow: its steps take (\S+) s, of which it waits (\S+) s for data; '
+                    r'those of the others (\S+) s', output)
+  takes, waits, others = map(float, found.groups())
+  assert takes > waits >= 0.1 and takes > 1.2 * others
+  metrics = read_metrics(folder / 'slow' / 'metrics.jsonl')[-1]
+  assert metrics['host/slowest'] == 1 and metrics['host/spread'] > 1.2
+  assert metrics['host/data_seconds'] >= 0.1 and 0 < metrics['host/memory'] < 1
+  logs = [[json.loads(line) for line in (folder / f'slow/logs/process_{i}.jsonl').read_text().splitlines()]
+          for i in range(2)]
+  assert logs[1][-1]['data_seconds'] >= 0.1 > logs[0][-1]['data_seconds']
+  assert all(line['process_bytes'] > 1e8 for log in logs for line in log)
 
 
 @pytest.mark.slow

@@ -55,7 +55,8 @@ def test_an_installed_wheel_finds_its_presets_in_an_empty_folder(wheel, tmp_path
 
 @pytest.mark.parametrize(('lock', 'extras'), [
     ('requirements.lock', ['test', 'data', 'quant', 'wgsl']),
-    ('requirements-cuda.lock', ['test', 'data', 'quant', 'wgsl', 'cuda13'])])
+    ('requirements-cuda.lock', ['test', 'data', 'quant', 'wgsl', 'cloud', 'cuda13']),
+    ('requirements-tpu.lock', ['build', 'data', 'cloud', 'tpu'])])
 def test_locks_pin_every_requirement_by_hash_and_name_no_address(lock, extras):
   text = (ROOT / lock).read_text()
   assert '://' not in text
@@ -66,3 +67,4 @@ def test_locks_pin_every_requirement_by_hash_and_name_no_address(lock, extras):
   assert all('--hash=sha256:' in block for block in re.split(r'^(?=\S)', text, flags=re.M) if '==' in block)
   if 'cuda13' in extras:
     assert {'jax-cuda13-plugin', 'jax-cuda13-pjrt'} <= pinned
+  assert ('libtpu' in pinned) == ('tpu' in extras)

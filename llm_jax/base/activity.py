@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 STEPS = 50  # the newest steps, over which medians are taken
 
@@ -20,8 +21,9 @@ class Activity:
   def __init__(self) -> None:
     self.phase, self.step = 'start', 0
     self.last = time.monotonic()
-    self._steps, self._own, self._data = (deque[float](maxlen=STEPS) for _ in range(3))
+    self._steps, self._own, self._waits, self._data = (deque[float](maxlen=STEPS) for _ in range(4))
     self._waited = 0.0
+    self.reports: dict[int, dict[str, Any]] = {}  # on process 0, the newest report of each process
 
   def sign(self) -> None:
     """Notes that something has got on."""
@@ -54,10 +56,14 @@ class Activity:
     self._data.append(data_seconds)
     self.sign()
 
-  def step_took(self, seconds: float) -> None:
-    """Notes the duration of a step, in which this process has waited for the devices as `waiting` says."""
-    self._steps.append(seconds)
+  def step_took(self, seconds: float, away: float = 0.0) -> None:
+    """Notes the duration of a step, in which this process has waited for the devices as `waiting` says.
+
+    `away`: the part of it in callbacks and the caller's code, which have a limit of their own.
+    """
+    self._steps.append(seconds - away)
     self._own.append(max(0.0, seconds - self._waited))
+    self._waits.append(self._waited)
     self._waited = 0.0
 
   @property
@@ -69,6 +75,11 @@ class Activity:
   def own_seconds(self) -> float:
     """The median of the time that this process takes for a step besides waiting for the devices."""
     return _median(self._own)
+
+  @property
+  def wait_seconds(self) -> float:
+    """The median of the time that this process waits for the devices in a step."""
+    return _median(self._waits)
 
   @property
   def data_seconds(self) -> float:

@@ -9,14 +9,18 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from llm_jax.base.errors import ConfigError, Interrupted, UserError
+from llm_jax.base.cluster import Cluster, alone_in_a_job, find_cluster
+from llm_jax.base.errors import ConfigError, Interrupted, LostError, UserError
 from llm_jax.base.redaction import print_traceback, public_command, redact
-from llm_jax.base.stopping import after_joining
+from llm_jax.base.stopping import after_joining, expect_others
+
+JOIN_SECONDS = 300  # in which all processes of a run must have come
 
 
 @contextlib.contextmanager
@@ -43,19 +47,48 @@ def with_binary_units(message: str) -> str:
   return re.sub(r'(\d{6,}) ?(?:bytes|B)\b', lambda found: gib(int(found[1])), message)
 
 
-def start_processes() -> None:
-  """Connects to the other processes; values that launch/local.py does not set are detected by JAX."""
+def start_processes(mode: str = 'on') -> None:
+  """Connects to the other processes, and says which: 'on': of the cluster that started this one; 'auto': if it has
+  started several; 'off': never. Raises ConfigError, LostError."""
   import jax
-  num_processes, process_id = (os.environ.get(name) for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'))
+  if mode == 'off' or jax.distributed.is_initialized():
+    return
+  cluster = find_cluster()
+  if mode == 'auto' and (cluster is None or cluster.num_processes == 1):
+    if warning := alone_in_a_job():
+      print(warning, file=sys.stderr, flush=True)
+    return
+  expect_others()
+  print(f'distributed: {cluster or "by what JAX finds"}', flush=True)
   # JAX aborts at once where the coordinator dies. The handler delays that by 6 seconds (the number of SIGABRT), in
   # which the watchdog says what has happened and ends this process; no handler in Python would run.
   libc = ctypes.CDLL(None)
   libc.signal(ctypes.c_int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
-  # The watchdog ends a run earlier; these are for the time before it starts.
-  jax.distributed.initialize(num_processes=int(num_processes) if num_processes else None,
-                             process_id=int(process_id) if process_id else None,
-                             heartbeat_timeout_seconds=60, shutdown_timeout_seconds=60)
+  seconds = int(os.environ.get('LLM_JAX_JOIN_SECONDS') or JOIN_SECONDS)
+  # The watchdog ends a run earlier than these timeouts; they are for the time before it starts.
+  limits: dict[str, Any] = {'heartbeat_timeout_seconds': 60, 'shutdown_timeout_seconds': 60,
+                            'initialization_timeout': seconds + 60}
+  timer = threading.Timer(seconds, _end_waiting, [cluster, seconds])  # before JAX aborts
+  timer.daemon = True
+  timer.start()
+  try:
+    if cluster is None or cluster.by_jax:
+      jax.distributed.initialize(**limits)
+    else:
+      jax.distributed.initialize(cluster.coordinator, cluster.num_processes, cluster.process, cluster.devices,
+                                 cluster_detection_method='deactivate', **limits)
+  except ValueError as e:
+    raise ConfigError(f'--distributed: no cluster is found ({e}); use srun, a JobSet, mpirun, a TPU slice or '
+                      'launch/local.py, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID') from None
+  finally:
+    timer.cancel()
   after_joining()
+
+
+def _end_waiting(cluster: Cluster | None, seconds: int) -> None:
+  print(f'error: not all processes have come within {seconds} s (LLM_JAX_JOIN_SECONDS): {cluster}', file=sys.stderr,
+        flush=True)
+  os._exit(LostError.exit_code)
 
 
 def waiting(what: str) -> None:

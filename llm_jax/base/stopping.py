@@ -20,6 +20,7 @@ EXIT_SECONDS = 15.0  # the most that an end at once may take: a terminal that no
 
 _QUESTIONS = itertools.count(1)  # calls of reached() in this process, over all runs and stages
 _WATCHED: list[int] = []  # the signals that a thread handles
+_OTHERS: list[bool] = []  # whether this process is about to join others
 _EARLY: list[int] = []  # signals of this process before it has joined the others
 _ENDS: list[Callable[[], str] | None] = []  # how to end at once, the innermost last; None: a StopSignal is active
 
@@ -75,7 +76,8 @@ def _watching() -> Iterator[None]:
       if number[0] not in handled or (_ENDS and _ENDS[-1] is None and not _is_distributed()):
         continue
       if not _is_distributed():
-        if '--distributed' in sys.argv and not _EARLY:  # the others would wait for this process; see `after_joining`
+        others = '--distributed' in sys.argv or _OTHERS  # they would wait for this process; see `after_joining`
+        if others and not _EARLY:
           _EARLY.append(number[0])
           _announce(number[0], 'stopping once all processes have joined')
           if _is_distributed():  # meanwhile
@@ -108,6 +110,11 @@ def _watching() -> Iterator[None]:
     os.close(writer)
     thread.join()
     os.close(reader)
+
+
+def expect_others() -> None:
+  """From now on a signal stops this process after it has joined the others, which wait for it."""
+  _OTHERS.append(True)
 
 
 def after_joining() -> None:

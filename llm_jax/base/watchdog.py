@@ -9,11 +9,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
-import json
 import os
 import re
-import socket
-import statistics
 import sys
 import threading
 import time
@@ -27,7 +24,7 @@ import psutil
 
 from llm_jax.base.activity import ACTIVITY, STEPS
 from llm_jax.base.errors import Interrupted, LostError, StorageError, UserError
-from llm_jax.base.files import open_append
+from llm_jax.base.hosts import durations, slowdown, step_times
 from llm_jax.base.lock import LOCK
 from llm_jax.base.progress import LINE
 from llm_jax.base.reports import (
@@ -49,7 +46,7 @@ LIMITS = {'start': 3600.0, 'compile': 3600.0, 'data': 300.0, 'evaluation': 1800.
 # A step may take the larger of these seconds and this many median steps; with two beats, all have ended within 60 s.
 STEP_SECONDS, STEP_MEDIANS = 55.0, 10.0
 SLOW = 1.2  # a process whose steps would take so many times those of the others is named
-BEAT, LOG_SECONDS = 2.0, 30.0
+BEAT = 2.0
 SILENT = 16.0  # a process without a new report for so long is stopped or dead
 GRACE = 8.0  # for a process to end after another one
 NOTICE = 'RECEIVED_PREEMPTION_NOTICE'  # JAX stores the time of a SIGTERM to any process under this key
@@ -69,7 +66,6 @@ class Watchdog:
     self._stop, self._lock = threading.Event(), threading.Lock()
     self._number, self._left = 0, ''
     self._gone = 0  # beats in a row without the folder
-    self._logged = 0, 0.0  # the step and time of the newest line of the log
     self._seen: dict[int, tuple[dict[str, Any], float]] = {}  # the newest report of each process and when it was new
     self._left_at: dict[int, float] = {}
     self._thread = threading.Thread(target=self._run, daemon=True, name='watchdog')
@@ -80,6 +76,7 @@ class Watchdog:
 
   def __enter__(self) -> Watchdog:
     ACTIVITY.enter('start')
+    ACTIVITY.reports = {}
     self._began = self._woke = time.monotonic()
     with contextlib.suppress(OSError):
       self._beat()
@@ -134,7 +131,7 @@ class Watchdog:
         self._began = now
         self._seen.clear()
       self._woke = now
-      for act in (self._check_owner, self._beat, self._check, self._log):
+      for act in (self._check_owner, self._beat, self._check):
         with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError):  # an unreadable report is seen as none
           act()
 
@@ -143,21 +140,8 @@ class Watchdog:
     self._number += 1
     report = {'token': self._token, 'number': self._number, 'left': self._left[:300], 'phase': ACTIVITY.phase,
               'step': ACTIVITY.step, 'idle': round(time.monotonic() - ACTIVITY.last, 3), 'limit': self._limit(),
-              'step_seconds': ACTIVITY.step_seconds, 'own_seconds': ACTIVITY.own_seconds,
-              'data_seconds': ACTIVITY.data_seconds, 'at': self._place(), **this_process()}
+              **durations(), 'at': self._place(), **this_process()}
     write_report(self._folder, self._index, report)
-
-  def _log(self) -> None:
-    """With several processes, adds a line on the newest steps to this process's log, every LOG_SECONDS."""
-    if self._count == 1 or ACTIVITY.step == self._logged[0] or time.monotonic() < self._logged[1] + LOG_SECONDS:
-      return
-    self._logged = ACTIVITY.step, time.monotonic()
-    folder = self._folder.with_name('logs')
-    folder.mkdir(exist_ok=True)
-    with open_append(folder / f'process_{self._index}.jsonl') as f:
-      f.write(json.dumps({'time': round(time.time(), 1), 'step': ACTIVITY.step, 'step_seconds': ACTIVITY.step_seconds,
-                          'own_seconds': ACTIVITY.own_seconds, 'data_seconds': ACTIVITY.data_seconds,
-                          'host': socket.gethostname()}) + '\n')
 
   def _limit(self) -> float:
     if ACTIVITY.phase in LIMITS:
@@ -226,6 +210,7 @@ class Watchdog:
       self._first_step = own['step']
     limits = [r['limit'] for r in reports.values() if r['phase'] != 'callback'] or [own['limit']]
     idle = min(r['idle'] for r in reports.values())
+    ACTIVITY.reports = reports  # for the metrics
     self._name_slow(reports)
     if idle > max(limits):
       last = min(r['step'] for r in reports.values())
@@ -239,15 +224,14 @@ class Watchdog:
 
   def _name_slow(self, reports: dict[int, dict[str, Any]]) -> None:
     """Names a process once if, over the newest steps, it takes longer than the others besides waiting for them."""
-    shared = min(r['step_seconds'] - r['own_seconds'] for r in reports.values())
-    for i, report in reports.items():
-      usual = [shared + r['own_seconds'] for j, r in reports.items() if j != i]
-      if not usual or i in self._slow or self._first_step < 0 or report['step'] < self._first_step + STEPS:
+    times = step_times(reports)
+    for i, report in reports.items() if len(reports) > 1 else ():
+      times_as_long, others = slowdown(i, times)
+      if i in self._slow or self._first_step < 0 or report['step'] < self._first_step + STEPS:
         continue
-      takes, others = shared + report['own_seconds'], statistics.median(usual)
-      if takes > SLOW * others > 0:
+      if times_as_long > SLOW:
         self._slow.add(i)
-        print(f'WARNING: process {i} on {report["host"]} is slow: its steps take {takes:.3g} s, of which it waits '
+        print(f'WARNING: process {i} on {report["host"]} is slow: its steps take {times[i]:.3g} s, of which it waits '
               f'{report["data_seconds"]:.3g} s for data; those of the others {others:.3g} s', flush=True)
 
   def end_all(self, reason: str) -> None:

@@ -215,7 +215,7 @@ class Session:
     logged = {f'train/{name}': value for name, value in values.items()}
     text_loss = values.get('next_token/loss', values['loss'] if config.loss.terms == ('next_token',) else None)
     logged |= text_metrics('train', text_loss, self.program.data, config.data.task) | self.batches.metrics()
-    self._log(logged | self.status.system() | self.goodput.shares() | epoch)
+    self._log(logged | self.status.system(step) | self.goodput.shares() | epoch)
     self.console.metrics(step, self.logged, self.throughput.seconds_left(step))
     self.report(at_once=False)
 

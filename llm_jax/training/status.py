@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import psutil
 
+from llm_jax.base.activity import ACTIVITY
 from llm_jax.base.errors import Interrupted, StorageError
 from llm_jax.base.files import set_aside, write_file
+from llm_jax.base.hosts import HostLog, host_metrics
 from llm_jax.base.multihost import gather, say
 from llm_jax.base.redaction import redact
 from llm_jax.training.launches import Launch, fruitless_launches
@@ -54,6 +56,7 @@ class Status:
     self._written = self._asked = float('-inf')
     self._began = time.monotonic()
     self._system: dict[str, float] = {}
+    self._host_log = HostLog(workdir, jax.process_index(), jax.process_count())
 
   def update(self, *, at_once: bool = True, **values: Any) -> None:
     """Stores the values and writes the file: at once, or only if it is older than SECONDS."""
@@ -93,10 +96,11 @@ class Status:
     """Whether this launch has trained a step."""
     return 'begin' in self._launch.values
 
-  def system(self) -> dict[str, float]:
-    """The values of `system`, at most SECONDS old."""
+  def system(self, step: int) -> dict[str, float]:
+    """The values of `system` and of all hosts, at most SECONDS old; adds a line to this process's log."""
+    self._host_log.write(step)
     if time.perf_counter() > self._asked + SECONDS:
-      self._asked, self._system = time.perf_counter(), system()
+      self._asked, self._system = time.perf_counter(), system() | host_metrics(ACTIVITY.reports)
     return self._system
 
   def __enter__(self) -> Status:

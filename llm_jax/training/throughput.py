@@ -99,7 +99,7 @@ class Throughput:
       self._waited = 0.0
       return
     seconds, away = now - self._start, self._away
-    ACTIVITY.step_took(seconds - away)
+    ACTIVITY.step_took(seconds, away)
     self._start, self._away, self._compiled = now, 0.0, _compiled[0]
     if away > 0.1 * seconds:  # the step may have ended while the caller had control, so its time is unknown
       return

@@ -1,7 +1,9 @@
 """The watchdog, with real processes that sleep, are stopped, killed, or fail; they need no devices."""
 
+import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 from llm_jax.base import stopping, watchdog
 from llm_jax.base.activity import ACTIVITY
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.hosts import HostLog, host_metrics
 from llm_jax.base.reports import read_report
 workdir, index, count, behavior = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 watchdog.BEAT, watchdog.SILENT, watchdog.GRACE, watchdog.STEP_SECONDS = 0.1, 4.0, 0.5, 2.5
@@ -28,6 +31,7 @@ def get_stuck():
 
 def train_together(own):
   ACTIVITY.enter('step')
+  log = HostLog(workdir, index, count)
   for step in range(1, 200):
     begin = time.monotonic()
     time.sleep(own)
@@ -35,6 +39,9 @@ def train_together(own):
     with ACTIVITY.waiting():
       time.sleep(max(0, begin + 0.02 - time.monotonic()))
     ACTIVITY.step_took(time.monotonic() - begin)
+    log._next = 0.0 if step == 199 else log._next  # no test waits for 5 s
+    log.write(step)
+  print('metrics', host_metrics(ACTIVITY.reports), flush=True)
 
 with watchdog.Watchdog(workdir, index, count, 'token', factor=0.0 if behavior == 'off' else 1.0):
   if behavior in ('slow', 'quick'):
@@ -145,9 +152,12 @@ def test_a_slow_process_is_named_once(tmp_path):
   first, _, _ = processes = start(tmp_path, 'quick', 'slow', 'quick')
   printed = first.communicate(timeout=60)[0]
   assert printed.count('is slow') == printed.count('WARNING: process 1 on ') == 1
+  metrics = ast.literal_eval(re.search(r'^metrics (.*)', printed, re.M)[1])
+  assert metrics['host/slowest'] == 1 and metrics['host/spread'] > 1.5 and 0 < metrics['host/memory'] < 1
   for process in processes:
     assert process.wait(timeout=60) == 0
   logs = [[json.loads(line) for line in (tmp_path / 'logs' / f'process_{index}.jsonl').read_text().splitlines()]
           for index in range(3)]
   assert all(line['step'] > 0 and 0 < line['step_seconds'] < 1 and line['host'] for log in logs for line in log)
+  assert all(line['process_bytes'] > 1e6 and 0 < line['host_memory'] < 1 for log in logs for line in log)
   assert logs[1][-1]['own_seconds'] > 2 * logs[0][-1]['own_seconds'], 'the slow one is seen in its log'
