@@ -20,8 +20,7 @@ def parser() -> flags.Parser:
                       'contains a run, that is resumed (default: runs/<name of the config>)')
   parser.add_argument('--start_over', action='store_true', help='move what the run has trained to before-TIME in '
                       'its folder, and begin at step 0')
-  parser.add_argument('--distributed', action='store_true', help='run as one of several processes; the coordinator is '
-                      'found in the environment (SLURM, TPU pod, Open MPI, or launch/local.py)')
+  parser.add_argument('--distributed', action='store_true', help=flags.DISTRIBUTED)
   parser.add_argument('--stop_after', metavar='TIME', help='stop as SIGTERM does after 3h50m, 90m or 45s, and exit '
                       'with 75')
   flags.add(parser)

@@ -58,9 +58,22 @@ def start_processes() -> None:
   after_joining()
 
 
+def join_processes() -> None:
+  """Connects a command to its other processes; from here on only process 0 prints on stdout, and waits visibly."""
+  import jax
+  start_processes()
+  if jax.process_index():
+    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+    SILENT.append(True)
+
+
+SILENT: list[bool] = []  # not empty: `waiting` prints nothing
+
+
 def waiting(what: str) -> None:
   """Prints what a command is about to wait for; on stderr, as stdout is for its result."""
-  print(f'{what} ...', file=sys.stderr, flush=True)
+  if not SILENT:
+    print(f'{what} ...', file=sys.stderr, flush=True)
 
 
 def run_as_program(main: Callable[[list[str]], None]) -> None:
