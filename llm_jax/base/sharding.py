@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.batch import Batch
 from llm_jax.base.devices import platform
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.networks import over_networks
 from llm_jax.base.target import current_target
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
@@ -61,6 +61,8 @@ class MeshConfig:
   fsdp: int = 1  # devices that split the batch and the weights
   tensor: int = 1  # devices that split each matrix multiplication
   rules: tuple[str, ...] = ()  # changes of base.sharding.RULES: 'mlp=fsdp', 'embed=data+fsdp' or 'act_stream=none'
+  dcn_data: int = 1  # the factor of `data` that goes over the network between slices or hosts; see base/networks.py
+  dcn_fsdp: int = 1  # the factor of `fsdp` that does; where both are 1, `data` goes over slices if it can, else `fsdp`
 
   @property
   def sizes(self) -> tuple[int, ...]:
@@ -71,6 +73,8 @@ class MeshConfig:
     if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
       raise ValueError(f'data, fsdp and tensor must be positive, with at most one -1 for "the rest"; got '
                        f'{", ".join(map(str, sizes))}')
+    if min(self.dcn_data, self.dcn_fsdp) < 1:
+      raise ValueError(f'dcn_data and dcn_fsdp must be at least 1; got {self.dcn_data} and {self.dcn_fsdp}')
     parse_rules(self.rules)
 
 
@@ -121,23 +125,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         f'{len(devices)} device(s) here; set sizes whose product is {len(devices)} (-1 takes the rest)')
   # Auto: the compiler propagates shardings. jax.make_mesh would default to explicit ones.
   auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-  num_slices = len({getattr(device, 'slice_index', 0) or 0 for device in devices})
-  if num_slices > 1:
-    return Mesh(over_slices(sizes, num_slices, devices), MESH_AXES, axis_types=auto)
+  named = dict(zip(MESH_AXES, sizes, strict=True))
+  ordered = over_networks(named, {'data': config.dcn_data, 'fsdp': config.dcn_fsdp}, devices)
+  if ordered is not None:
+    return Mesh(ordered, MESH_AXES, axis_types=auto)
   return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=auto)
-
-
-def over_slices(sizes: list[int], num_slices: int, devices: list[jax.Device]) -> np.ndarray:
-  """The devices of several TPU slices: the axis data, or else fsdp, goes over the network between them.
-
-  Raises ConfigError if neither divides.
-  """
-  split = next((i for i in (0, 1) if sizes[i] % num_slices == 0), None)
-  if split is None:
-    raise ConfigError(f'config.mesh: data {sizes[0]} or fsdp {sizes[1]} must be a multiple of the {num_slices} slices')
-  between = [num_slices if i == split else 1 for i in range(len(sizes))]
-  within = [size // count for size, count in zip(sizes, between, strict=True)]
-  return mesh_utils.create_hybrid_device_mesh(within, between, devices)
 
 
 def logical_to_spec(axes: tuple[str | None, ...]) -> P:

@@ -97,11 +97,11 @@ def step_seconds(built: Built, place: Place, num_microbatches: int) -> float:
   weights = 2 * sum(leaves) / sizes['tensor']  # bf16
   wire = 0.0
   if sizes['fsdp'] > 1:  # gathered forward and backward, reduced once
-    wire += weights * (2 * num_microbatches + 1) / (bandwidth(place, sizes, ('fsdp',)) or 1e9)
+    wire += weights * (2 * num_microbatches + 1) / (bandwidth(place, built.mesh, ('fsdp',)) or 1e9)
   if sizes['data'] > 1:
-    wire += 2 * weights / sizes['fsdp'] / (bandwidth(place, sizes, ('data',)) or 1e9)
+    wire += 2 * weights / sizes['fsdp'] / (bandwidth(place, built.mesh, ('data',)) or 1e9)
   if sizes['tensor'] > 1:
     tokens = config.batch_tokens / sizes['data'] / sizes['fsdp']
     wire += (8 * getattr(model, 'num_layers', 1) * tokens * 2 * getattr(model, 'embed_dim', 1)
-             / (bandwidth(place, sizes, ('tensor',)) or 1e9))
+             / (bandwidth(place, built.mesh, ('tensor',)) or 1e9))
   return max(compute, wire) + 0.2 * min(compute, wire)
