@@ -2,9 +2,11 @@
 
   python launch/local.py --num_processes=2 --devices=2 -- --config=configs/gpt_small.py --config.num_steps=100
 
-Arguments after `--` go to llm_jax.main. The output of process 0 is shown; that of another process only if it failed
-differently. Ctrl-C, SIGTERM and SIGHUP are forwarded. The exit code is that of the process that failed for a reason of
-its own: 76, and the death by a signal, are often consequences.
+  python launch/local.py --num_processes=4 -- evaluate runs/gpt_small --mesh=fsdp=4
+
+Arguments after `--` are a command of llm-jax with its flags; without a command, flags of train. The output of process 0
+is shown; that of another process only if it failed differently. Ctrl-C, SIGTERM and SIGHUP are forwarded. The exit code
+is that of the process that failed for a reason of its own: 76, and the death by a signal, are often consequences.
 """
 
 import argparse
@@ -21,9 +23,12 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--num_processes', type=int, default=2)
   parser.add_argument('--devices', type=int, default=1, help='virtual CPU devices of each process')
-  parser.add_argument('rest', nargs=argparse.REMAINDER, help='-- and the flags of llm_jax.main')
+  parser.add_argument('rest', nargs=argparse.REMAINDER, help='-- and a command of llm-jax, or the flags of train')
   args = parser.parse_args()
   flags = args.rest[1:] if args.rest[:1] == ['--'] else args.rest
+  command = ['llm_jax.main', '--distributed', *flags]
+  if flags and not flags[0].startswith('-'):
+    command = ['llm_jax', *flags, '--distributed']
 
   # Signals are queued for the loop below, so that each reaches all processes, including those not yet started.
   signals: list[int] = []
@@ -41,8 +46,8 @@ def main() -> int:
         'JAX_PROCESS_ID': str(i), 'JAX_COORDINATOR_ADDRESS': address, 'JAX_COORDINATOR_BIND_ADDRESS': address}
     output = None if i == 0 else tempfile.TemporaryFile('w+')  # noqa: SIM115
     # Its own session, so that the terminal's Ctrl-C reaches a process once, through this launcher.
-    processes.append(subprocess.Popen([sys.executable, '-m', 'llm_jax.main', '--distributed', *flags], env=env,
-                                      stdout=output, stderr=output and subprocess.STDOUT, start_new_session=True))
+    processes.append(subprocess.Popen([sys.executable, '-m', *command], env=env, stdout=output,
+                                      stderr=output and subprocess.STDOUT, start_new_session=True))
     outputs.append(output)
   print(f'processes {" ".join(str(process.pid) for process in processes)}, coordinator {address}', flush=True)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import optax
 
 from llm_jax import config as config_lib
@@ -23,11 +22,10 @@ from llm_jax import config_file
 from llm_jax.base import plugins
 from llm_jax.base.devices import only_cpus
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.base.storage import open_workdir, read_workdir
 from llm_jax.config import Config
 from llm_jax.data import given
-from llm_jax.infer.load import load_run
+from llm_jax.infer.mesh import loaded_on_mesh
 from llm_jax.infer.trained import Trained, export_results
 from llm_jax.losses.function import LossFunction
 from llm_jax.training import loop
@@ -118,15 +116,14 @@ def train(config: Config, workdir: str | Path = 'runs/run', *, model: nn.Module 
 
 
 def load(workdir: str | Path, checkpoint: str | int = 'latest', *, model: nn.Module | None = None,
-         loss: LossFunction | None = None, plugin: Iterable[str] = (), trust: bool = False) -> Trained:
+         loss: LossFunction | None = None, plugin: Iterable[str] = (), trust: bool = False, mesh: str = '') -> Trained:
   """Loads the run in `workdir` at 'latest', 'best' or a step.
 
   `model` and `loss` are those passed to `train`, `plugin` the plug-ins (files or modules) of the run; with `trust` the
-  copies in the folder are executed. Raises UserErrors (see base/errors.py).
+  copies in the folder are executed. `mesh` is like 'fsdp=4,tensor=2'; without it one is chosen on which the weights
+  fit. Raises UserErrors (see base/errors.py).
   """
   plugins.load_all(plugin)
   folder = read_workdir(workdir, str(checkpoint))
-  mesh = make_mesh(MeshConfig())
-  with jax.set_mesh(mesh):
-    run = load_run(folder, mesh, str(checkpoint), trust=trust, module=model)
-  return Trained(run, folder, Custom(loss=loss).loss_terms)
+  with loaded_on_mesh(folder, str(checkpoint), mesh, trust=trust, module=model) as run:
+    return Trained(run, folder, Custom(loss=loss).loss_terms)

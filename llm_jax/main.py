@@ -20,9 +20,7 @@ def parser() -> flags.Parser:
                       'contains a run, that is resumed (default: runs/<name of the config>)')
   parser.add_argument('--start_over', action='store_true', help='move what the run has trained to before-TIME in '
                       'its folder, and begin at step 0')
-  parser.add_argument('--distributed', nargs='?', const='on', default='auto', choices=('auto', 'on', 'off'),
-                      help='join the processes that SLURM, a JobSet, Open MPI, Cloud TPU or launch/local.py has '
-                      'started; auto: if there are several (default: auto)')
+  flags.add_distributed(parser)
   parser.add_argument('--stop_after', metavar='TIME', help='stop as SIGTERM does after 3h50m, 90m or 45s, and exit '
                       'with 75')
   flags.add(parser)

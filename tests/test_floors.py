@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / 'llm_jax'
 FLOORS = [
     {'base'},
     {'layers', 'losses', 'optim', 'data', 'infer.validators', 'infer.options', 'infer.export',
-     'infer.importers', 'infer.harness'},
+     'infer.importers', 'infer.harness', 'infer.tensor_file'},
     {'models'},
     {'config'},
     {'config_file'},
@@ -21,7 +21,7 @@ FLOORS = [
      'training.stages', 'training.log', 'training.skips',
      'training.console', 'training.throughput', 'training.status', 'training.launches', 'training.best',
      'training.ending', 'training.lost', 'infer.sampling', 'infer.answers', 'infer.text'},
-    {'infer.score', 'infer.load'},
+    {'infer.score', 'infer.load', 'infer.mesh'},
     {'training.custom', 'training.histograms', 'training.flops', 'training.memory', 'training.resolve',
      'training.estimate'},
     {'infer.trained', 'training.program'},

@@ -16,7 +16,7 @@ from llm_jax.base.builder import SYNONYMS, nearest_fields
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.files import check_checkpoint, check_run, latest_step, list_runs
 from llm_jax.base.nearest import nearest
-from llm_jax.base.process import waiting
+from llm_jax.base.process import join_processes, waiting
 from llm_jax.base.storage import read_workdir
 from llm_jax.base.terminal import wrap, wrap_paragraphs
 
@@ -222,6 +222,21 @@ def add(parser: argparse.ArgumentParser, *, trust: bool = True) -> None:
   plugins.add_flags(parser, trust=trust)
 
 
+def add_distributed(parser: Parser) -> None:
+  parser.add_argument('--distributed', nargs='?', const='on', default='auto', choices=('auto', 'on', 'off'),
+                      help='join the processes that SLURM, a JobSet, Open MPI, Cloud TPU or launch/local.py has '
+                      'started; auto: if there are several (default: auto)')
+
+
+def add_mesh(parser: Parser, *, distributed: bool = True) -> None:
+  """Adds --mesh and, for commands that run on several hosts, --distributed; see infer/mesh.py."""
+  parser.add_argument('--mesh', default='', metavar='SIZES', help='the devices along each axis of config.mesh, such as '
+                      "fsdp=4,tensor=2 (default: the run's if that fits here, else data=-1 or, for large weights, "
+                      'fsdp=-1)')
+  if distributed:
+    add_distributed(parser)
+
+
 def add_run(parser: Parser) -> None:
   """Adds --workdir, also without its name, which must be a run, and --checkpoint."""
   add_workdir(parser, 'folder of a trained run or of an exported model', run_folder)
@@ -255,6 +270,8 @@ def apply(args: argparse.Namespace) -> str:
   """
   was_set = runtime.prepare(args.tuning == 'on')
   if hasattr(args, 'checkpoint'):
+    if hasattr(args, 'distributed'):
+      join_processes(args.distributed)
     args.workdir = read_workdir(args.workdir, args.checkpoint)
     check_checkpoint(args.workdir, args.checkpoint)
     waiting(f'loading {args.workdir}' + (f' at step {latest_step(args.workdir)}' if args.checkpoint == 'latest' and

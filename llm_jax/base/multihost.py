@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+T = TypeVar('T')
 
 
 def gather(value: Any) -> list:
@@ -24,6 +30,44 @@ def barrier(name: str) -> None:
     return
   from orbax.checkpoint import multihost
   multihost.get_barrier_sync_fn()(key=name, timeout_ms=24 * 60 * 60 * 1000)
+
+
+def is_first() -> bool:
+  """Whether this is process 0, which writes files."""
+  return jax.process_index() == 0
+
+
+_TURNS = itertools.count()  # as each barrier needs a name of its own
+
+
+def in_turn(make: Callable[[], T]) -> T:
+  """make() on process 0, and then on the others, for which process 0 may have prepared files."""
+  made = []
+  try:
+    if jax.process_index() == 0:
+      made.append(make())
+  finally:  # also after an error, so that the others meet the same error instead of waiting
+    barrier(f'in_turn_{next(_TURNS)}')
+  return made[0] if made else make()
+
+
+def from_first(value: Any) -> Any:
+  """The JSON value of process 0, on all processes."""
+  return value if jax.process_count() == 1 else gather(value if jax.process_index() == 0 else None)[0]
+
+
+def on_host(x: Any) -> np.ndarray:
+  """A whole array on each process; all processes call it together. A stack of matrices is gathered one by one."""
+  if getattr(x, 'is_fully_addressable', True):
+    return np.asarray(x)
+  if not x.is_fully_replicated and x.ndim > 2:
+    whole = np.empty(x.shape, x.dtype)
+    for i in range(len(x)):
+      whole[i] = on_host(x[i])
+    return whole
+  with jax.disable_jit(False):
+    replicated = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
+  return np.asarray(replicated.addressable_data(0))
 
 
 def say(text: str) -> None:

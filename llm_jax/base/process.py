@@ -59,7 +59,7 @@ def start_processes(mode: str = 'on') -> None:
       print(warning, file=sys.stderr, flush=True)
     return
   expect_others()
-  print(f'distributed: {cluster or "by what JAX finds"}', flush=True)
+  print(f'distributed: {cluster or "by what JAX finds"}', file=sys.stderr, flush=True)  # stdout is for results
   # JAX aborts at once where the coordinator dies. The handler delays that by 6 seconds (the number of SIGABRT), in
   # which the watchdog says what has happened and ends this process; no handler in Python would run.
   libc = ctypes.CDLL(None)
@@ -91,9 +91,22 @@ def _end_waiting(cluster: Cluster | None, seconds: int) -> None:
   os._exit(LostError.exit_code)
 
 
+def join_processes(mode: str) -> None:
+  """Connects a command to its other processes; from here on only process 0 prints on stdout, and waits visibly."""
+  import jax
+  start_processes(mode)
+  if jax.distributed.is_initialized() and jax.process_index():
+    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+    SILENT.append(True)
+
+
+SILENT: list[bool] = []  # not empty: `waiting` prints nothing
+
+
 def waiting(what: str) -> None:
   """Prints what a command is about to wait for; on stderr, as stdout is for its result."""
-  print(f'{what} ...', file=sys.stderr, flush=True)
+  if not SILENT:
+    print(f'{what} ...', file=sys.stderr, flush=True)
 
 
 def run_as_program(main: Callable[[list[str]], None]) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.batch import Batch
 from llm_jax.base.devices import platform
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.networks import over_networks
 from llm_jax.base.target import current_target
 
 MESH_AXES = ('stage', 'data', 'fsdp', 'context', 'tensor')  # the last one has the nearest devices
@@ -70,6 +70,8 @@ class MeshConfig:
   context: int = 1  # devices that split the length of rows, and the weights
   context_attention: str = 'all_gather'  # how queries meet all keys: all_gather, or ring, which holds a share at a time
   rules: tuple[str, ...] = ()  # changes of base.sharding.RULES: 'mlp=fsdp', 'embed=data+fsdp' or 'act_stream=none'
+  dcn_data: int = 1  # the factor of `data` that goes over the network between slices or hosts; see base/networks.py
+  dcn_fsdp: int = 1  # the factor of `fsdp` that does; where both are 1, `data` goes over slices if it can, else `fsdp`
 
   @property
   def sizes(self) -> tuple[int, ...]:
@@ -85,6 +87,8 @@ class MeshConfig:
     if self.context_attention not in CONTEXT_ATTENTION:
       raise ValueError(f'context_attention must be one of {", ".join(CONTEXT_ATTENTION)}; got '
                        f'{self.context_attention!r}')
+    if min(self.dcn_data, self.dcn_fsdp) < 1:
+      raise ValueError(f'dcn_data and dcn_fsdp must be at least 1; got {self.dcn_data} and {self.dcn_fsdp}')
     parse_rules(self.rules)
 
 
@@ -140,24 +144,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         f'{len(devices)} device(s) here; set sizes whose product is {len(devices)} (-1 takes the rest)')
   # Auto: the compiler propagates shardings. jax.make_mesh would default to explicit ones.
   auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-  num_slices = len({getattr(device, 'slice_index', 0) or 0 for device in devices})
-  if num_slices > 1:
-    return Mesh(over_slices(sizes, num_slices, devices), MESH_AXES, axis_types=auto)
+  named = dict(zip(MESH_AXES, sizes, strict=True))
+  ordered = over_networks(named, {'data': config.dcn_data, 'fsdp': config.dcn_fsdp}, devices)
+  if ordered is not None:
+    return Mesh(ordered, MESH_AXES, axis_types=auto)
   return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=auto)
-
-
-def over_slices(sizes: list[int], num_slices: int, devices: list[jax.Device]) -> np.ndarray:
-  """The devices of several TPU slices: one of the axes stage, data and fsdp goes over the network between them.
-
-  Raises ConfigError if neither divides.
-  """
-  split = next((i for i in (0, 1, 2) if sizes[i] % num_slices == 0), None)
-  if split is None:
-    raise ConfigError(f'config.mesh: stage {sizes[0]}, data {sizes[1]} or fsdp {sizes[2]} must be a multiple of the '
-                      f'{num_slices} slices')
-  between = [num_slices if i == split else 1 for i in range(len(sizes))]
-  within = [size // count for size, count in zip(sizes, between, strict=True)]
-  return mesh_utils.create_hybrid_device_mesh(within, between, devices)
 
 
 def logical_to_spec(axes: tuple[str | None, ...]) -> P:

@@ -7,6 +7,7 @@ are those of the package lm_eval (pip install 'llm_jax[lm-eval]').
   llm-jax evaluate runs/gpt_small
   llm-jax evaluate runs/gpt_small --data=other.txt --checkpoint=best
   llm-jax evaluate runs/gpt_small --tasks=arc_easy,hellaswag --limit=200
+  llm-jax evaluate runs/gpt_small --mesh=fsdp=8
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from llm_jax.infer.harness import HARNESSES, TaskOptions
 def parser() -> flags.Parser:
   parser = flags.Parser('evaluate', __doc__)
   flags.add_run(parser)
+  flags.add_mesh(parser)
   parser.add_argument('--data', help="a file, folder, glob or .bin to evaluate on (default: a part of the run's data)")
   parser.add_argument('--split', choices=('val', 'test'), default='val', help="the part of the run's data")
   parser.add_argument('--answers', type=int, help='number of prompts to answer (default: all)')
@@ -48,9 +50,10 @@ def main(argv: list[str]) -> None:
   check_flags(args)
   flags.apply(args)
   from llm_jax import api
+  from llm_jax.base.multihost import is_first
   if args.tasks and args.harness not in HARNESSES:
     raise ConfigError(f'--harness: {args.harness!r} is not known here; {known_names(args.harness, HARNESSES)}')
-  trained = api.load(args.workdir, args.checkpoint, trust=args.trust)
+  trained = api.load(args.workdir, args.checkpoint, trust=args.trust, mesh=args.mesh)
   if args.tasks:
     evaluate_on_tasks(trained, args)
     return
@@ -63,6 +66,8 @@ def main(argv: list[str]) -> None:
   out = args.out or args.workdir / 'evaluation.json'
   for name, confusion in tables.items():
     report |= trained.config.loss.sections[name].report(confusion)
+  if not is_first():
+    return
   files = {out: json.dumps(report, indent=2) + '\n'}
   if answers:
     files[out.with_name('answers.jsonl')] = ''.join(json.dumps(a._asdict(), ensure_ascii=False) + '\n' for a in answers)
@@ -87,6 +92,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def evaluate_on_tasks(trained: Any, args: argparse.Namespace) -> None:
   """Prints the results of a harness as a table and writes them as JSON. Raises UserErrors."""
+  from llm_jax.base.multihost import is_first
   waiting('reading tasks, compiling and evaluating')
   tasks = tuple(dict.fromkeys(name.strip() for name in args.tasks.split(',') if name.strip()))
   report = HARNESSES[args.harness](trained, TaskOptions(tasks, args.include_path, args.num_fewshot, args.limit))
@@ -94,8 +100,9 @@ def evaluate_on_tasks(trained: Any, args: argparse.Namespace) -> None:
   out = args.out or args.workdir / 'evaluation_tasks.json'
   values = {'workdir': str(args.workdir), 'step': trained.run.meta['step'], 'results': report.results,
             'limit': args.limit, **report.details}
-  with writing(f'--out: {out}'):
-    write_file(out, json.dumps(values, indent=2) + '\n')
+  if is_first():
+    with writing(f'--out: {out}'):
+      write_file(out, json.dumps(values, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -17,19 +17,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llm_jax.base import flags
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import run_as_program, waiting
 
-if TYPE_CHECKING:
-  import numpy as np
-
 
 def parser() -> flags.Parser:
   parser = flags.Parser('export', __doc__)
   flags.add_run(parser)
+  flags.add_mesh(parser)
   parser.add_argument('--out', type=Path, metavar='FOLDER', required=True, help='folder to create')
   parser.add_argument('--weight_bits', choices=('1.58', '1', '32'),
                       help='for llm_jax; 32: unchanged (default: as in training with bitnet, else 1.58)')
@@ -58,38 +56,38 @@ def main(argv: list[str]) -> None:
     raise ConfigError(f'{", ".join(wrong)}: has no effect with --format={args.format}; leave it out, or set '
                       f'--format={"hf" if args.format == "llm_jax" else "llm_jax"}')
   flags.apply(args)
-  import jax
-
-  from llm_jax.base.sharding import MeshConfig, make_mesh
+  from llm_jax.base.multihost import barrier, is_first
   from llm_jax.base.trees import by_name
   from llm_jax.data.pipeline import example_batch
   from llm_jax.infer.export import EXPORTERS, FILE, FOLDER_FORMATS, write_config, write_params
-  from llm_jax.infer.load import load_run
+  from llm_jax.infer.mesh import loaded_on_mesh
   from llm_jax.training.shardings import boxed_params, param_info
 
-  mesh = make_mesh(MeshConfig())
-  with jax.set_mesh(mesh):
-    run = load_run(args.workdir, mesh, args.checkpoint, trust=args.trust)
+  with loaded_on_mesh(args.workdir, args.checkpoint, args.mesh, trust=args.trust) as run:
     if args.format == 'hf':
       if 'hf' not in FOLDER_FORMATS:
         raise ConfigError('--format: this copy of llm_jax has no folders of transformers; set it to llm_jax')
       print('\n'.join(FOLDER_FORMATS['hf'].write(run, args)))
+      barrier('end')  # the others would wait for process 0 for a minute only
       return
     info = param_info(boxed_params(example_batch(run.config.data), model=run.model))
     if args.weight_bits != '32' and 'packed' not in EXPORTERS:
       raise ConfigError('--weight_bits: this copy of llm_jax cannot pack weights; set it to 32')
     exporter = EXPORTERS['plain' if args.weight_bits == '32' else 'packed']
     model, arrays = exporter.export(run.config, run.params, info, args.weight_bits)
-  waiting(f'writing {args.out}')
-  config = dataclasses.replace(run.config, model=model)
-  write_config(args.out, config, run.tokenizer, run.encoder_tokenizer, '--out')
-  write_params(args.out / FILE, arrays, run.meta)
-  for line in size_table(by_name(run.params), arrays):
+    waiting(f'writing {args.out}')
+    config = dataclasses.replace(run.config, model=model)
+    if is_first():
+      write_config(args.out, config, run.tokenizer, run.encoder_tokenizer, '--out')
+    write_params(args.out / FILE, arrays, run.meta)
+  for line in size_table(by_name(run.params), arrays) if is_first() else ():
     print(line)
-  print(f'{args.out / FILE}: {(args.out / FILE).stat().st_size:,} bytes')
+  if is_first():
+    print(f'{args.out / FILE}: {(args.out / FILE).stat().st_size:,} bytes')
+  barrier('end')
 
 
-def size_table(params: Any, arrays: dict[str, np.ndarray]) -> list[str]:
+def size_table(params: Any, arrays: dict[str, Any]) -> list[str]:
   """A table of bytes of the parameters, packed matrices apart: as float32, as bfloat16 and as written."""
   packed, total = params.keys() - arrays.keys(), sum(leaf.size for leaf in params.values())
   count, size = sum(params[name].size for name in packed), sum(arrays[name].nbytes for name in arrays.keys() - params)

@@ -30,6 +30,7 @@ OPTIONS = ('num_samples', 'num_tokens', 'temperature', 'top_k', 'top_p', 'num_be
 def parser() -> flags.Parser:
   parser = flags.Parser('generate', __doc__)
   flags.add_run(parser)
+  flags.add_mesh(parser)
   parser.add_argument('--prompt', default='', help='the text to continue, or for a run of task chat the '
                       'message to answer (default: start a new document)')
   parser.add_argument('--system', default='', help='the system message, for a run of task chat')
@@ -50,19 +51,14 @@ def main(argv: list[str]) -> None:
   options = {name: getattr(args, name) for name in OPTIONS}
   check_options(options)
   flags.apply(args)
-  import jax
-
-  from llm_jax.base.sharding import MeshConfig, make_mesh
   from llm_jax.infer.text import goes_on
   from llm_jax.infer.trained import load_writer
-  mesh = make_mesh(MeshConfig())
   prompt = prompt_of(args.prompt, args.system)
-  with jax.set_mesh(mesh):
-    trained = load_writer(args.workdir, mesh, args.checkpoint, trust=args.trust, prompt=prompt,
-                          num_tokens=args.num_tokens)
-    columns = begun(lambda: trained.tokens(prompt, **options))
-    print_samples(args.prompt if goes_on(trained.run.model, trained.run.tokenizer) else '', columns,
-                  trained.run.tokenizer, 1 if args.num_beams else args.num_samples)
+  trained = load_writer(args.workdir, args.checkpoint, args.mesh, trust=args.trust, prompt=prompt,
+                        num_tokens=args.num_tokens)
+  columns = begun(lambda: trained.tokens(prompt, **options))
+  print_samples(args.prompt if goes_on(trained.run.model, trained.run.tokenizer) else '', columns,
+                trained.run.tokenizer, 1 if args.num_beams else args.num_samples)
 
 
 def prompt_of(prompt: str, system: str) -> Any:
@@ -72,7 +68,8 @@ def prompt_of(prompt: str, system: str) -> Any:
 
 def begun(start: Callable[[], Iterable[np.ndarray]]) -> Iterator[np.ndarray]:
   """The columns that start() gives, with the first one computed; a terminal shows the time that this takes."""
-  with Progress('compiling'):
+  from llm_jax.base.multihost import is_first
+  with Progress('compiling', shown=is_first()):
     columns = iter(start())
     first = list(itertools.islice(columns, 1))
   return itertools.chain(first, columns)

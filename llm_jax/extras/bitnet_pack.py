@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from llm_jax.base.batch import Params
 from llm_jax.base.builder import Sections
@@ -32,7 +31,7 @@ def packed_model(cfg: Any, weight_bits: str) -> Any:
   return dataclasses.replace(cfg, einsum='packed', sections=Sections(kept | {'packed': bitnet}))
 
 
-def pack_params(params: Params, info: Params, weight_bits: str) -> dict[str, np.ndarray]:
+def pack_params(params: Params, info: Params, weight_bits: str) -> dict[str, jax.Array]:
   """Packs trained parameters: {'blocks/attn/q/packed': ..., 'embed/w': ...}."""
   paths = jax.tree_util.tree_leaves_with_path(matrix_dims(info), is_leaf=lambda x: isinstance(x, Dims))
   dims = {path_of(path): d for path, d in paths}
@@ -44,11 +43,11 @@ def pack_params(params: Params, info: Params, weight_bits: str) -> dict[str, np.
   arrays = {}
   for name, leaf in by_name(params).items():
     if name not in dims:
-      arrays[name] = np.asarray(leaf)
+      arrays[name] = leaf
       continue
     stack = stack_shape(leaf, dims[name])
     for part, x in zip(('packed', 'scale'), jax.jit(jax.vmap(packed))(as_matrices(leaf, dims[name])), strict=True):
-      arrays[f'{name.removesuffix("w")}{part}'] = np.asarray(x.reshape(*stack, *x.shape[1:]))
+      arrays[f'{name.removesuffix("w")}{part}'] = x.reshape(*stack, *x.shape[1:])
   return arrays
 
 

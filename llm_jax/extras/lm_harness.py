@@ -15,7 +15,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from llm_jax.base.activity import ACTIVITY
@@ -23,7 +22,6 @@ from llm_jax.base.callbacks import CALLBACKS
 from llm_jax.base.errors import ConfigError, DataError, UserError
 from llm_jax.base.nearest import nearest
 from llm_jax.base.registry import NoSettings, register
-from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.extras.lm_scores import Scorer
 from llm_jax.infer.harness import HARNESSES, TaskOptions, TaskReport
 from llm_jax.infer.load import Loaded
@@ -117,10 +115,9 @@ def table_of(rows: Rows, shots: dict[str, Any], counts: dict[str, Any]) -> str:
 
 def evaluate_tasks(trained: Any, options: TaskOptions) -> TaskReport:
   """Evaluates a run on tasks of lm_eval. Raises UserErrors."""
-  mesh = make_mesh(MeshConfig())
   manager = find_tasks(options, '--tasks')
-  with jax.set_mesh(mesh):
-    found = run_tasks(Scorer(trained.run, mesh, trained.workdir), options, manager, '--tasks')
+  with trained.on_mesh():
+    found = run_tasks(Scorer(trained.run, trained.mesh, trained.workdir), options, manager, '--tasks')
   rows, shots, counts = rows_of(found), found.get('n-shot', {}), found.get('n-samples', {})
   results: dict[str, dict[str, float]] = {}
   for name, metric, value, error in rows:

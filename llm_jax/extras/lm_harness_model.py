@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from llm_jax.base.sharding import MeshConfig, make_mesh
+from llm_jax.base.sharding import use_mesh
 from llm_jax.extras.lm_scores import Decoding, Scorer
-from llm_jax.infer.load import load_run
+from llm_jax.infer.mesh import loaded_on_mesh
 
 DEFAULT_TOKENS = 256  # generated for a task that sets no number, as by lm_eval's other models
 LENGTHS = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')  # names for it, the first wins
@@ -21,12 +20,12 @@ LENGTHS = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_token
 class RunModel(LM):
   """Answers the requests of lm_eval's tasks with a Scorer, or with one of the run in `workdir`."""
 
-  def __init__(self, workdir: str = '', checkpoint: str = 'latest', *, scorer: Scorer | None = None, **ignored: Any):
+  def __init__(self, workdir: str = '', checkpoint: str = 'latest', mesh: str = '', *,
+               scorer: Scorer | None = None, **ignored: Any):
     super().__init__()
     if scorer is None:
-      mesh = make_mesh(MeshConfig())
-      with jax.set_mesh(mesh):
-        scorer = Scorer(load_run(Path(workdir), mesh, checkpoint), mesh, Path(workdir))
+      with loaded_on_mesh(Path(workdir), checkpoint, mesh) as run:
+        scorer = Scorer(run, run.mesh, Path(workdir))
     self.scorer, self._seed = scorer, 0
 
   @property
@@ -34,13 +33,13 @@ class RunModel(LM):
     return 'llm_jax'
 
   def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-    with jax.set_mesh(self.scorer.mesh):
+    with use_mesh(self.scorer.mesh, self.scorer.run.config.mesh):
       found = self.scorer.score([self.scorer.pair(*request.args) for request in requests])
     return self._note('loglikelihood', requests, [tuple(score) for score in found])
 
   def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
     windows = [self.scorer.windows(request.args[0]) for request in requests]
-    with jax.set_mesh(self.scorer.mesh):
+    with use_mesh(self.scorer.mesh, self.scorer.run.config.mesh):
       scores = iter(self.scorer.score([pair for pairs in windows for pair in pairs]))
     return self._note('loglikelihood_rolling', requests, [sum(next(scores).log_p for _ in pairs) for pairs in windows])
 
@@ -51,7 +50,7 @@ class RunModel(LM):
     texts = [''] * len(requests)
     for decoding, places in groups.items():
       prompts = [[self.scorer.bos_id, *self.scorer.encode(requests[i].args[0])] for i in places]
-      with jax.set_mesh(self.scorer.mesh):
+      with use_mesh(self.scorer.mesh, self.scorer.run.config.mesh):
         found = self.scorer.generate(prompts, decoding, seed=self._seed)
       self._seed += len(places) if decoding.temperature else 0  # so that repeated requests differ
       for i, text in zip(places, found, strict=True):

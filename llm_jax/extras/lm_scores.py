@@ -87,7 +87,7 @@ def score_rows(params: Any, batch: Batch, *, model: Any) -> tuple[jax.Array, jax
 
 
 class Scorer:
-  """Scores and continues texts with a run. Call it under jax.set_mesh(mesh)."""
+  """Scores and continues texts with a run. Call it under use_mesh(mesh, run.config.mesh)."""
 
   def __init__(self, run: Loaded, mesh: Mesh, workdir: Path = Path('RUN')):
     """Raises ConfigError for a run that does not continue texts."""

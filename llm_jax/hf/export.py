@@ -15,7 +15,7 @@ from flax.core import meta
 
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.files import write_file, writing
-from llm_jax.base.multihost import barrier
+from llm_jax.base.multihost import barrier, is_first
 from llm_jax.base.progress import Progress
 from llm_jax.base.registry import NoSettings, register
 from llm_jax.base.sharding import MeshConfig, make_mesh
@@ -28,9 +28,10 @@ from llm_jax.hf.family import FAMILIES, choose_family, rules_to_write, with_bias
 from llm_jax.hf.hub import push
 from llm_jax.hf.ternary import KINDS
 from llm_jax.hf.tokenizer import tokenizer_files
-from llm_jax.hf.weights import Entry, tensors_of, write_weights
+from llm_jax.hf.weights import tensors_of, write_weights
 from llm_jax.infer.export import FOLDER_FORMATS
 from llm_jax.infer.load import Loaded
+from llm_jax.infer.tensor_file import Entry
 from llm_jax.models.registry import make_model
 from llm_jax.training.shardings import boxed_params
 
@@ -52,7 +53,7 @@ class HuggingFaceFormat:
     lines = [f'{args.out}: ' + write_model(
         run, args.out, source=args.workdir, dtype=args.dtype or 'float32', max_shard=max_shard, family=args.family,
         license_name=args.license or '', check=args.check != 'never' and can_check())]
-    if args.push:
+    if args.push and is_first():
       lines.append(push(args.out, args.push))
     return lines
 

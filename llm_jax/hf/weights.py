@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +21,13 @@ from safetensors import SafetensorError, safe_open
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import write_file
+from llm_jax.base.multihost import on_host
 from llm_jax.base.trees import by_name
 from llm_jax.hf.rules import Rule, check_complete, tensor_names
+from llm_jax.infer.tensor_file import Entry, write_tensors
 
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 DTYPES = {'float32': np.dtype(np.float32), 'float16': np.dtype(np.float16), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
-Entry = tuple[str, jax.ShapeDtypeStruct, Callable[[], np.ndarray]]  # a tensor to write: name, shape and dtype, function
-# Names of dtypes in a file; the order in which a file has their tensors, the last one first, so that all are aligned.
-_CODES = {dtype: code for code, dtype in zip(('F32', 'F16', 'BF16'), DTYPES.values(), strict=True)} | {
-    np.dtype(np.uint8): 'U8'}
-_ORDER = ('U8', 'F16', 'BF16', 'F32')
 _READABLE = {'F64', 'F32', 'F16', 'BF16'}
 # Tensors that are computed and not learned, in files of older versions.
 _COMPUTED = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq')
@@ -160,45 +157,12 @@ def tensors_of(params: dict[str, Any], rules: Sequence[Rule], num_layers: int, v
     return np.dtype(np.uint8) if rule.is_bytes else DTYPES[dtype]
 
   def tensor(rule: Rule, layer: int) -> np.ndarray:
-    parts = [_on_host(params[path], layer) for path in rule.paths]
+    parts = [on_host(params[path] if layer < 0 else params[path][layer]) for path in rule.paths]
     return rule.write(parts, vocab_size).astype(kind(rule), order='C')  # a file has the memory of an array
 
   for name, rule, layer in tensor_names(rules, num_layers):
     spec = jax.ShapeDtypeStruct(rule.shape(sizes, vocab_size), kind(rule))
     yield name, spec, functools.partial(tensor, rule, layer)
-
-
-def _on_host(x: Any, layer: int) -> np.ndarray:
-  """The whole array, or one layer of it, on each process."""
-  part = x if layer < 0 else x[layer]
-  if getattr(part, 'is_fully_addressable', True):
-    return np.asarray(part)
-  whole = jax.jit(lambda x: x, out_shardings=NamedSharding(part.sharding.mesh, P()))(part)
-  return np.asarray(whole.addressable_data(0))
-
-
-def _write_file(f: BinaryIO | None, entries: Sequence[Entry]) -> None:
-  """Writes a file of safetensors: the length of its header, the header, and tensor after tensor.
-
-  None only takes part in gathering them.
-  """
-  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-  end = 0
-  for key, spec, _ in entries:
-    begin, end = end, end + math.prod(spec.shape) * spec.dtype.itemsize
-    header[key] = {'dtype': _CODES[spec.dtype], 'shape': list(spec.shape), 'data_offsets': [begin, end]}
-  text = json.dumps(header, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)  # so that tensors begin at a multiple of 8
-
-  def write(array: np.ndarray, spec: jax.ShapeDtypeStruct) -> None:
-    assert (array.shape, array.dtype) == (spec.shape, spec.dtype), (array.shape, array.dtype, spec)
-    if f is not None:
-      f.write(array.reshape(-1).view(np.uint8).data)  # in row-major order; see Rule.write
-
-  if f is not None:
-    f.write(len(text).to_bytes(8, 'little') + text)
-  for _, spec, make in entries:
-    write(make(), spec)  # without a name here, so that it is gone before the next is made
 
 
 def write_weights(folder: Path, tensors: Iterable[Entry], max_bytes: int, *, writes: bool = True) -> int:
@@ -218,9 +182,8 @@ def write_weights(folder: Path, tensors: Iterable[Entry], max_bytes: int, *, wri
   names = [WHOLE] if len(shards) == 1 else [
       f'model-{i + 1:05}-of-{len(shards):05}.safetensors' for i in range(len(shards))]
   for name, shard in zip(names, shards, strict=True):
-    shard.sort(key=lambda entry: (-_ORDER.index(_CODES[entry[1].dtype]), entry[0]))  # as the library does
     with open(folder / name, 'xb') if writes else contextlib.nullcontext() as f:
-      _write_file(f, shard)
+      write_tensors(f, shard, {'format': 'pt'})
   if writes and len(names) > 1:
     where = {key: name for name, shard in zip(names, shards, strict=True) for key, _, _ in shard}
     write_file(folder / INDEX, json.dumps({'metadata': {'total_size': total}, 'weight_map': where}, indent=2) + '\n')

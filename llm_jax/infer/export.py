@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from llm_jax.base.batch import Params
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import StorageError
 from llm_jax.base.files import write_file, writing
+from llm_jax.base.multihost import on_host
 from llm_jax.base.redaction import public
 from llm_jax.base.registry import NoSettings, Registry, register
 from llm_jax.base.trees import by_name, path_of
+from llm_jax.infer.tensor_file import CODES, write_tensors
 
 FILE = 'model.safetensors'
 
 
 class Exported(NamedTuple):
   model: Any  # the config section of a model with these arrays
-  arrays: dict[str, np.ndarray]  # by path: 'blocks/attn/q/w'
+  arrays: dict[str, Any]  # by path: 'blocks/attn/q/w'; they may be sharded
 
 
 class Plain:
@@ -33,7 +34,7 @@ class Plain:
 
   @staticmethod
   def export(config: Any, params: Params, info: Params, weight_bits: str | None) -> Exported:
-    return Exported(config.model, {name: np.asarray(x) for name, x in by_name(params).items()})
+    return Exported(config.model, by_name(params))
 
   @staticmethod
   def restore(config: Any, params: Params, like: Params, info: Params) -> dict[str, Any]:
@@ -66,15 +67,14 @@ def write_config(folder: Path, config: Any, tokenizer: Any, encoder_tokenizer: A
   return tuple(files)
 
 
-def write_params(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
-  """Writes arrays and `meta` as safetensors. Raises StorageError."""
-  umask = os.umask(0)
-  os.umask(umask)
-  try:
-    save_file(arrays, path, metadata={'meta': json.dumps(meta)})
-    path.chmod(0o666 & ~umask)  # as other files; save_file leaves it to its owner alone
-  except (OSError, SafetensorError) as e:
-    raise StorageError(f'--out: {path} cannot be written: {e}') from None
+def write_params(path: Path, arrays: dict[str, Any], meta: dict) -> None:
+  """Writes arrays, which process 0 gathers one by one, and `meta` as safetensors; all processes call it together.
+
+  Raises StorageError.
+  """
+  entries = [(name, jax.ShapeDtypeStruct(x.shape, x.dtype), partial(on_host, x)) for name, x in arrays.items()]
+  with writing('--out'), open(path, 'wb') if jax.process_index() == 0 else contextlib.nullcontext() as f:
+    write_tensors(f, entries, {'meta': json.dumps(meta)})
 
 
 def read_params(path: Path, abstract: Params) -> tuple[Params, dict]:
@@ -82,11 +82,12 @@ def read_params(path: Path, abstract: Params) -> tuple[Params, dict]:
   try:
     with safe_open(path, 'numpy') as f:
       def read(place: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        x = f.get_tensor(path_of(place))
-        if (x.shape, x.dtype) != (leaf.shape, leaf.dtype):
-          raise StorageError(f'{path}: {path_of(place)} is {x.dtype} {x.shape}, but the config needs {leaf.dtype} '
+        tensor = f.get_slice(path_of(place))
+        shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+        if (shape, dtype) != (leaf.shape, CODES[leaf.dtype]):
+          raise StorageError(f'{path}: {path_of(place)} is {dtype} {shape}, but the config needs {CODES[leaf.dtype]} '
                              f'{leaf.shape}')
-        return jax.device_put(x, leaf.sharding)
+        return jax.make_array_from_callback(shape, leaf.sharding, lambda index: tensor[index])  # reads the shard alone
 
       return jax.tree_util.tree_map_with_path(read, abstract), json.loads((f.metadata() or {})['meta'])
   except (OSError, SafetensorError, KeyError, ValueError) as e:

@@ -59,6 +59,11 @@ class Loaded(Opened):
   params: Params  # averaged, if the optimizer averages weights
   meta: dict  # of the checkpoint: step, data fingerprint, ...
 
+  @property
+  def mesh(self) -> Mesh:
+    """That the parameters are on."""
+    return jax.tree.leaves(self.params)[0].sharding.mesh
+
 
 def tokenizers_of(source: Data | Loaded) -> list[str | None]:
   """The tokenizer and the prompt tokenizer, as JSON."""
@@ -103,8 +108,7 @@ def read_run(run: Opened, workdir: Path, mesh: Mesh, checkpoint: str = 'latest',
                         f'{checkpoint!r}')
     return importer.read(run, workdir, mesh)
   config, tokenizers = run.config, (run.tokenizer, run.encoder_tokenizer)
-  objective = make_objective(config.loss)
-  model = make_model(config.model, objective.heads, objective.num_weights, module)
+  model = model_of(run, module)
   if (workdir / FILE).is_file():  # an exported model
     if checkpoint != 'latest':
       raise ConfigError(f'--checkpoint: {workdir} is an exported model with one set of weights; leave it out, '
@@ -117,6 +121,12 @@ def read_run(run: Opened, workdir: Path, mesh: Mesh, checkpoint: str = 'latest',
   with Checkpoints(workdir / 'checkpoints', config.checkpoint, read_only=True) as checkpoints:
     params, meta = read_weights(checkpoints, checkpoints.named(checkpoint, '--checkpoint'), config, model, mesh)
   return Loaded(config_at(config, meta['step']), *tokenizers, model, params, meta)
+
+
+def model_of(run: Opened, module: Any = None) -> LanguageModel:
+  """The model of a run; `module` is that which was passed from Python, if any."""
+  objective = make_objective(run.config.loss)
+  return make_model(run.config.model, objective.heads, objective.num_weights, module)
 
 
 def read_config(workdir: Path, trust: bool, flag: str = '--workdir') -> Config:

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +17,15 @@ from jax.sharding import Mesh
 
 from llm_jax.base.errors import ConfigError, UserError
 from llm_jax.base.files import write_file, writing
-from llm_jax.base.sharding import MeshConfig, make_mesh
+from llm_jax.base.multihost import in_turn
+from llm_jax.base.sharding import use_mesh
 from llm_jax.data.chat.template import Messages
 from llm_jax.data.open import Data, tokenize
 from llm_jax.data.tokenizers.tokenizer import before_eos, decode
 from llm_jax.infer import sampling
 from llm_jax.infer.answers import Answer, answer_metrics, answer_stores, summarize_answers
 from llm_jax.infer.load import Loaded, open_run, own_data, read_run
+from llm_jax.infer.mesh import on_mesh
 from llm_jax.infer.options import check_options
 from llm_jax.infer.score import make_evaluator
 from llm_jax.infer.text import check_writes, fit_prompt
@@ -43,21 +46,27 @@ class Evaluation(NamedTuple):
 
 
 class Trained:
-  """A run loaded from its folder."""
+  """A run loaded from its folder. It computes on `mesh`, that of its parameters, whatever mesh is in use."""
 
-  def __init__(self, run: Loaded, workdir: Path, loss_terms: dict[str, Any] | None = None):
+  def __init__(self, run: Loaded, workdir: Path, loss_terms: dict[str, Any] | None = None, mesh: Mesh | None = None):
     self.run, self.workdir, self.config, self._loss_terms = run, workdir, run.config, loss_terms
+    self.mesh = run.mesh if mesh is None else mesh
 
   @functools.cached_property
   def _variables(self) -> Any:
-    return sampling.decode_variables(self.run.model, self.run.params)
+    with self.on_mesh():
+      return sampling.decode_variables(self.run.model, self.run.params)
+
+  def on_mesh(self) -> AbstractContextManager[None]:
+    """Programs that are traced inside are sharded as the parameters are."""
+    return use_mesh(self.mesh, self.config.mesh)
 
   def for_generation(self) -> Trained:
     """The same run, which can only generate: it does not hold the weights in the form that evaluation needs.
 
     Generation needs each layer in arrays of its own, so a Trained that does both holds the layers twice.
     """
-    generator = Trained(dataclasses.replace(self.run, params=None), self.workdir, self._loss_terms)
+    generator = Trained(dataclasses.replace(self.run, params=None), self.workdir, self._loss_terms, self.mesh)
     generator._variables = self._variables
     return generator
 
@@ -90,12 +99,11 @@ class Trained:
     # every=0: no evaluation chooses a checkpoint here, so the names of results are not checked against each other.
     config = dataclasses.replace(self.config, eval=dataclasses.replace(
         own, every=0, patience=0, capabilities=(), goal='', answers=0, validator=validator, num_beams=num_beams))
-    mesh = make_mesh(MeshConfig())
-    with jax.set_mesh(mesh):
-      opened = self._open(split, data)
+    with self.on_mesh():
+      opened = in_turn(lambda: self._open(split, data))
       stores = opened.splits[split if data is None else 'val']
       objective = make_objective(config.loss, given=self._loss_terms, metrics=make_metrics(own.metrics, own.sections))
-      results, tables = make_evaluator(config, opened, run.model, objective, mesh)(run.params, stores, None)
+      results, tables = make_evaluator(config, opened, run.model, objective, self.mesh)(run.params, stores, None)
       if not answers_due:
         return Evaluation(results, tables, [])
       answers = answer_stores(config, opened, run.model, run.params, stores, num_answers)
@@ -150,10 +158,12 @@ class Trained:
     options = {'max_len': config.model.max_len, 'num_tokens': num_tokens, 'num_ids': num_ids,
                'variables': self._variables}
     if num_beams:
-      return sampling.beam_search(run.model, run.params, [ids], eos_id=run.tokenizer.eos_id, num_beams=num_beams,
-                                  **options).T
-    return sampling.generate(run.model, run.params, [ids] * num_samples, seed=seed, temperature=temperature,
-                             top_k=min(top_k, num_ids), top_p=top_p, **options)
+      with self.on_mesh():
+        return sampling.beam_search(run.model, run.params, [ids], eos_id=run.tokenizer.eos_id, num_beams=num_beams,
+                                    **options).T
+    return each_within(self.on_mesh, sampling.generate(
+        run.model, run.params, [ids] * num_samples, seed=seed, temperature=temperature, top_k=min(top_k, num_ids),
+        top_p=top_p, **options))
 
   def status(self) -> dict[str, Any]:
     return read_status(self.workdir)
@@ -163,15 +173,26 @@ class Trained:
     export_results(self.workdir, Path(path))
 
 
-def load_writer(workdir: Path, mesh: Mesh, checkpoint: str, *, trust: bool, prompt: str | Messages = '',
+def each_within(context: Callable[[], AbstractContextManager], columns: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+  """The columns, each computed within context(), which does not hold while the caller has one."""
+  while True:
+    with context():
+      column = next(columns, None)
+    if column is None:
+      return
+    yield column
+
+
+def load_writer(workdir: Path, checkpoint: str, mesh: str = '', *, trust: bool, prompt: str | Messages = '',
                 num_tokens: int = 1) -> Trained:
   """A run for generation, beginning with `prompt`; what is wrong is reported before the weights are read.
 
-  Raises UserErrors.
+  `mesh` is that of the flag --mesh. Raises UserErrors.
   """
   run = open_run(workdir, trust=trust)
   fit_prompt(run.config, check_writes(run.config, run.prompt_tokenizer, workdir), prompt, num_tokens)
-  return Trained(read_run(run, workdir, mesh, checkpoint), workdir).for_generation()
+  with on_mesh(run, mesh) as devices:
+    return Trained(read_run(run, workdir, devices, checkpoint), workdir).for_generation()
 
 
 def export_results(workdir: Path, path: Path) -> None:

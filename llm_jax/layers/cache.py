@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm_jax.base.sharding import constrain
 from llm_jax.layers.kernels import attend_to_slots, look_back
 
 KVCache = dict[str, jax.Array]  # k, v: [B, K, S, H]; slot s holds the token at position s
@@ -26,5 +27,6 @@ def cached_attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *,
 
 def write_slots(cache_BKSH: jax.Array, x_BTKH: jax.Array, begin_B: jax.Array) -> jax.Array:
   """The cache with slots begin, begin + 1, ... of each row replaced."""
-  return jax.vmap(lambda cache_KSH, x_TKH, begin: jax.lax.dynamic_update_slice(
+  written_BKSH = jax.vmap(lambda cache_KSH, x_TKH, begin: jax.lax.dynamic_update_slice(
       cache_KSH, jnp.swapaxes(x_TKH, 0, 1), (0, begin, 0)))(cache_BKSH, x_BTKH.astype(cache_BKSH.dtype), begin_B)
+  return constrain(written_BKSH, 'act_batch', 'act_kv_heads', None, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from llm_jax.base.sharding import num_batch_shards
 from llm_jax.base.target import Target, current_target
 from llm_jax.config import Config
 from llm_jax.losses.readout import chunk_bytes
+from llm_jax.training.shardings import shard_bytes
 from llm_jax.training.state import TrainState
 
 WIDTH = {'float32': 4, 'bfloat16': 2}  # bytes
@@ -38,11 +38,6 @@ class Estimate:
   @property
   def total(self) -> int:
     return sum(dataclasses.astuple(self))
-
-
-def shard_bytes(tree: Any) -> int:
-  """Bytes of one device's shards of ShapeDtypeStructs with shardings."""
-  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def estimate(config: Config, abstract: TrainState, mesh: Any, num_microbatches: int, platform: str) -> Estimate:

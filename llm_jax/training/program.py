@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from llm_jax.base.batch import Batch, Params
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.multihost import barrier
+from llm_jax.base.multihost import in_turn
 from llm_jax.base.sharding import batch_sharding, local_rows, num_batch_shards
 from llm_jax.base.trees import merge
 from llm_jax.config import Config
@@ -159,13 +159,7 @@ def build_optimizer(config: Config, info: Params, custom: Custom) -> tuple[Optim
 
 def open_together(config: DataConfig) -> Data:
   """Opens the data on all processes after process 0 has prepared them. Raises UserErrors."""
-  data = None
-  try:
-    if jax.process_index() == 0:
-      data = open_data(config)
-  finally:  # also after an error, so that the others meet the same error instead of waiting
-    barrier('data')
-  return data or open_data(config)
+  return in_turn(lambda: open_data(config))
 
 
 def jit_step(config: Config, mesh: Mesh, shardings: TrainState, constants: Params, num_microbatches: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,3 +91,8 @@ def placed(abstract: Any, shardings: Any) -> Any:
 def shardings_of(abstract: Any) -> Any:
   """The NamedShardings of a tree of ShapeDtypeStructs."""
   return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def shard_bytes(tree: Any) -> int:
+  """Bytes of one device's shards of ShapeDtypeStructs with shardings."""
+  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 from program import environment, write_config
 
 from llm_jax import api, main
-from llm_jax.base.sharding import MeshConfig, make_mesh
 
 MAX_WAITING = 4
 LONG = {'prompt': [''] * 128, 'max_tokens': 500}  # takes much longer than any other request of the tests
@@ -37,7 +36,7 @@ def in_thread(workdir: Path):
   from llm_jax.extras.serving.app import make_app
   from llm_jax.extras.serving.worker import Worker
   listener, worker = socket.create_server(('127.0.0.1', 0)), Worker(4)
-  served = make_app(api.load(workdir), make_mesh(MeshConfig()), workdir.name, worker, frozenset({'127.0.0.1'}))
+  served = make_app(api.load(workdir), workdir.name, worker, frozenset({'127.0.0.1'}))
   server = uvicorn.Server(uvicorn.Config(served, log_level='warning', lifespan='off'))
   thread = threading.Thread(target=server.run, kwargs={'sockets': [listener]})
   thread.start()

@@ -82,6 +82,7 @@ def test_a_prompt_longer_than_the_context_is_continued_from_its_end(folder, caps
   trained = llm_jax.load(folder / 'runs' / 'seed0')
   prompt, tokenizer = 'def main(self):\n  return 1\n' * 9, trained.run.tokenizer
   [ids] = tokenizer.encode([prompt])
+  capsys.readouterr()
   for num_tokens, kept in ((4, 28), (12, 20), (1, 31), (99, 16)):
     text = trained.generate(prompt, num_tokens=num_tokens, temperature=0)
     assert capsys.readouterr().err == (

@@ -8,10 +8,12 @@ import pytest
 
 from llm_jax import config_file
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.extras.commands import plan
 from llm_jax.extras.plan.building import build, compile_step
+from llm_jax.extras.plan.collectives import read_collectives
 from llm_jax.extras.plan.targets import open_target, parse_place, stand_in_target
-from llm_jax.extras.plan.work import bandwidth
+from llm_jax.extras.plan.work import bandwidth, collective_rows
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 TINY = {'model.num_layers': 2, 'model.embed_dim': 64, 'model.num_heads': 2, 'model.vocab_size': 256,
@@ -46,11 +48,36 @@ def test_only_tpus_have_slices():
 
 
 def test_collectives_across_hosts_use_the_network():
-  place = parse_place('h100:16')
-  sizes = {'data': 2, 'fsdp': 8, 'context': 1, 'tensor': 1}
-  assert bandwidth(place, sizes, ('fsdp',)) == place.kind.link
-  assert bandwidth(place, sizes, ('data',)) == place.kind.network
-  assert bandwidth(parse_place('v5e:2x4', 2), sizes, ('fsdp',)) == 9e10
+  text = """HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+ENTRY %main (x: f32[1024]) -> f32[1024] {
+  %x = f32[1024]{0} parameter(0)
+  %inside = f32[1024]{0} all-reduce(%x), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %across = f32[1024]{0} all-reduce(%inside), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+}
+"""
+  place = parse_place('h100:2x4')
+  rows = collective_rows(read_collectives(text, {'data': 2, 'fsdp': 4, 'tensor': 1}, [0] * 4 + [1] * 4), place)
+  [across], [inside] = ([row for row in rows if row['axes'] == [axis]] for axis in ('data', 'fsdp'))
+  assert inside['network_bytes'] == 0 and inside['seconds'] == inside['wire_bytes'] / place.kind.link
+  assert across['network_bytes'] == across['wire_bytes'] == 4096
+  assert across['seconds'] == across['wire_bytes'] / place.kind.network
+  assert not any(row['network_bytes'] for row in collective_rows(read_collectives(text, {'data': 2, 'fsdp': 4}), place))
+
+  whole = text.replace('[4,2]<=[2,4]T(1,0)', '[1,8]<=[8]')
+  [both] = [row for row in collective_rows(read_collectives(whole, {'data': 2, 'fsdp': 4}, [0] * 4 + [1] * 4), place)
+            if len(row['axes']) == 2]
+  assert both['wire_bytes'] == 2 * 7 / 8 * 4096 and both['network_bytes'] == both['wire_bytes'] / 4
+
+  mesh = make_mesh(MeshConfig(2, 4))  # of CPUs, which stand in for GPUs
+  assert bandwidth(place, mesh, ('fsdp',)) == place.kind.link
+  assert bandwidth(place, mesh, ('data',)) == bandwidth(place, mesh, ('data', 'fsdp')) == place.kind.network
 
 
 def test_a_stand_in_decides_as_its_kind():
@@ -61,7 +88,6 @@ def test_a_stand_in_decides_as_its_kind():
 
 
 def test_the_step_is_that_of_a_run(tmp_path):
-  from llm_jax.base.sharding import make_mesh
   from llm_jax.training.custom import Custom
   from llm_jax.training.program import build_program
   from llm_jax.training.stages import make_stages

@@ -372,7 +372,8 @@ def test_all_values_of_an_option_share_a_program(trained):
     list(trained.tokens('def ', num_tokens=1, **options))
     return sampling._prefill._cache_size() - before
 
-  compiled(), compiled(temperature=0), compiled(top_p=0.5), compiled(top_k=3)
+  for _ in range(2):  # JAX may note the second call of a program apart, without compiling it again
+    compiled(), compiled(temperature=0), compiled(top_p=0.5), compiled(top_k=3)
   assert compiled(temperature=0.3) == compiled(temperature=0, top_p=0.5, top_k=3) == compiled(top_p=0.7) == 0
   assert compiled(top_k=10 ** 6) == 1 and compiled(top_k=10 ** 30) == 0
 

@@ -36,6 +36,7 @@ HELP = {'temperature': '0: always take the most likely token', 'top_k': 'sample 
 def parser() -> flags.Parser:
   parser = flags.Parser('chat', __doc__)
   flags.add_run(parser)
+  flags.add_mesh(parser, distributed=False)
   for name, value in OPTIONS.items():
     parser.add_argument(f'--{name}', type=type(value), default=value, help=HELP[name])
   flags.add(parser)
@@ -47,31 +48,26 @@ def main(argv: list[str]) -> None:
   options = {name: getattr(args, name) for name in OPTIONS}
   check_options(options)
   flags.apply(args)
-  import jax
-
-  from llm_jax.base.sharding import MeshConfig, make_mesh
   from llm_jax.data.chat.tokenizer import ChatTokenizer
   from llm_jax.infer.trained import load_writer
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (line editing and history)
-  mesh = make_mesh(MeshConfig())
-  with jax.set_mesh(mesh):
-    trained = load_writer(args.workdir, mesh, args.checkpoint, trust=args.trust)
-    print(f'{args.workdir}, step {trained.run.meta["step"]}; /help, /quit', file=sys.stderr, flush=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a KeyboardInterrupt, which from now on ends a text only
-    talk: Talk = Conversation() if isinstance(trained.run.tokenizer, ChatTokenizer) else Continuation()
-    while (line := read_line()) is not None and line.strip() != '/quit':
-      name, _, added = line.partition(' ')
-      if line.startswith('/') and name not in talk.commands:
-        command(line, options, talk.commands)
-        continue
-      if name == '/more' and not trained.run.model.prompt_in_row:
-        print('/more: this model writes a new text for each prompt')
-        continue
-      prompt = talk.prompt(name, added) if name in talk.commands else talk.prompt('', line)
-      if prompt is not None:
-        shown = prompt if isinstance(prompt, str) and trained.run.model.prompt_in_row else ''
-        talk.wrote(prompt, answer(trained, prompt, options, shown))
+  trained = load_writer(args.workdir, args.checkpoint, args.mesh, trust=args.trust)
+  print(f'{args.workdir}, step {trained.run.meta["step"]}; /help, /quit', file=sys.stderr, flush=True)
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # a KeyboardInterrupt, which from now on ends a text only
+  talk: Talk = Conversation() if isinstance(trained.run.tokenizer, ChatTokenizer) else Continuation()
+  while (line := read_line()) is not None and line.strip() != '/quit':
+    name, _, added = line.partition(' ')
+    if line.startswith('/') and name not in talk.commands:
+      command(line, options, talk.commands)
+      continue
+    if name == '/more' and not trained.run.model.prompt_in_row:
+      print('/more: this model writes a new text for each prompt')
+      continue
+    prompt = talk.prompt(name, added) if name in talk.commands else talk.prompt('', line)
+    if prompt is not None:
+      shown = prompt if isinstance(prompt, str) and trained.run.model.prompt_in_row else ''
+      talk.wrote(prompt, answer(trained, prompt, options, shown))
 
 
 class Talk(Protocol):

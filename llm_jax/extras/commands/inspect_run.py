@@ -25,6 +25,7 @@ UNSTABLE = 1.0  # and unstable if a step moves it by more than this
 def parser() -> flags.Parser:
   parser = flags.Parser('inspect', __doc__)
   flags.add_run(parser)
+  flags.add_mesh(parser)
   parser.add_argument('--tokens', type=int, default=16_384, help='number of validation tokens for the losses by '
                       'thinking steps')
   parser.add_argument('--out', type=Path, help='figure to write; a .json file beside it has its numbers (default: '
@@ -44,19 +45,17 @@ def main(argv: list[str]) -> None:
   import numpy as np
 
   from llm_jax.base.batch import Batch
-  from llm_jax.base.sharding import MeshConfig, make_mesh
+  from llm_jax.base.multihost import in_turn, is_first
   from llm_jax.data import pipeline
   from llm_jax.data.open import open_data
-  from llm_jax.infer.load import load_run
+  from llm_jax.infer.mesh import loaded_on_mesh
   from llm_jax.infer.score import make_evaluator
   from llm_jax.losses.config import make_objective
   from llm_jax.models.registry import make_model
 
-  mesh = make_mesh(MeshConfig())
-  with jax.set_mesh(mesh):
-    run = load_run(args.workdir, mesh, args.checkpoint, trust=args.trust)
+  with loaded_on_mesh(args.workdir, args.checkpoint, args.mesh, trust=args.trust) as run:
     waiting('reading data and computing activations')
-    data, objective = open_data(run.config.data), make_objective(run.config.loss)
+    data, objective = in_turn(lambda: open_data(run.config.data)), make_objective(run.config.loss)
     store = next(iter(data.val.values()))
     examples = pipeline.open_examples(run.config.data, data, store, train=False)
     features = next(pipeline.eval_batches(examples, 2, np.arange(2), None))
@@ -70,8 +69,11 @@ def main(argv: list[str]) -> None:
     if 'think' in sown:
       def losses(num_steps: int) -> float:
         model = remade(thinking_steps=num_steps, halting=run.config.model.halting and num_steps > 0)
-        return make_evaluator(run.config, data, model, objective, mesh)(run.params, data.val, args.tokens)[0]['loss']
+        evaluate = make_evaluator(run.config, data, model, objective, run.mesh)
+        return evaluate(run.params, data.val, args.tokens)[0]['loss']
       report['thinking'] = thinking(sown['think']['steps'][0], losses, run.config.model.thinking_steps)
+  if not is_first():
+    return
   print('\n'.join(lines(report)))
   out = args.out or args.workdir / 'inspect.png'
   with writing(f'--out: {out}'):
@@ -84,11 +86,13 @@ def weights(params: Any) -> dict[str, dict]:
   """By path: shape, number of parameters, and rms and largest value of each layer (or of an unstacked parameter)."""
   import jax
   import numpy as np
+
+  from llm_jax.base.multihost import on_host
   found = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = '/'.join(str(key.key) for key in path)
     stacked = name.startswith(('blocks/', 'encoder/', 'local/blocks/'))
-    x = np.asarray(leaf, np.float32).reshape(leaf.shape[0] if stacked else 1, -1)
+    x = on_host(leaf).astype(np.float32).reshape(leaf.shape[0] if stacked else 1, -1)
     found[name] = {'shape': list(leaf.shape), 'parameters': int(leaf.size),
                    'rms': np.sqrt((x**2).mean(1)).tolist(), 'largest': np.abs(x).max(1).tolist()}
   return found
@@ -99,6 +103,8 @@ def activations(model: Any, params: Any, batch: Any) -> tuple[dict[str, dict], d
   import flax.linen as nn
   import jax
   import numpy as np
+
+  from llm_jax.base.multihost import on_host
   found: dict[str, dict] = {}
   stack: list[str] = []
 
@@ -113,7 +119,7 @@ def activations(model: Any, params: Any, batch: Any) -> tuple[dict[str, dict], d
     path = context.module.path
     traced = isinstance(first, jax.core.Tracer)  # Flax also evaluates the shapes of parameters, abstractly
     if context.method_name == '__call__' and path and 'Dropout' not in path[-1] and not traced:
-      x = np.asarray(first, np.float32)
+      x = on_host(first).astype(np.float32)
       entry = found.setdefault('/'.join((*stack[-1:], *path)), {'rms': [], 'largest': []})
       entry['rms'].append(float(np.sqrt((x**2).mean())))
       entry['largest'].append(float(np.abs(x).max()))
@@ -122,7 +128,7 @@ def activations(model: Any, params: Any, batch: Any) -> tuple[dict[str, dict], d
   # Without jit, the scan over layers is a Python loop, so that each layer's values can be intercepted.
   with jax.disable_jit(), nn.intercept_methods(watch):
     _, sown = model.apply({'params': params}, batch, method='readout', mutable=['intermediates', 'losses', 'metrics'])
-  return found, jax.tree.map(np.asarray, sown.get('intermediates', {}))
+  return found, jax.tree.map(on_host, sown.get('intermediates', {}))
 
 
 def thinking(steps: dict, losses: Any, num_steps: int) -> dict:

@@ -27,6 +27,7 @@ ROWS = 32  # texts per batch
 def parser() -> flags.Parser:
   parser = flags.Parser('predict', __doc__)
   flags.add_run(parser)
+  flags.add_mesh(parser)
   parser.add_argument('--text', action='append', help='may be repeated (default: the lines of stdin)')
   parser.add_argument('--top', type=int, default=5, help='number of classes to print')
   flags.add(parser)
@@ -41,34 +42,40 @@ def main(argv: list[str]) -> None:
   flags.apply(args)
   import jax
 
-  from llm_jax.base.batch import as_batch
-  from llm_jax.base.sharding import MeshConfig, make_mesh
-  from llm_jax.infer.load import load_run
+  from llm_jax.base.multihost import from_first, is_first
+  from llm_jax.base.sharding import constrain, local_rows, num_batch_shards, put_batch
+  from llm_jax.infer.mesh import loaded_on_mesh
   from llm_jax.losses.config import make_objective
 
-  mesh = make_mesh(MeshConfig())
-  with jax.set_mesh(mesh):
-    run = load_run(args.workdir, mesh, args.checkpoint, trust=args.trust)
+  with loaded_on_mesh(args.workdir, args.checkpoint, args.mesh, trust=args.trust) as run:
     objective = make_objective(run.config.loss).eval_objective()
     if not objective.has_predictions:
       raise ConfigError(f'--workdir: {args.workdir} was trained with {", ".join(run.config.loss.terms)}, which has no '
                         'predictions for texts; to generate text, use llm-jax generate')
     if run.tokenizer is None:
       raise ConfigError(f'--workdir: {args.workdir} was trained on ids without a tokenizer, so it cannot read text')
-    predict = jax.jit(lambda params, batch: run.model.apply(
-        {'params': params}, batch, method=lambda module, batch: objective.predict(module, batch)))
+
+    @jax.jit
+    def predict(params: Any, batch: Any) -> Any:
+      found = run.model.apply({'params': params}, batch,
+                              method=lambda module, batch: objective.predict(module, batch))
+      return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), found)  # all processes get all rows
+
     waiting('compiling')
     texts = iter(args.text if args.text is not None else (line.rstrip('\n') for line in sys.stdin))
-    while part := list(islice(texts, ROWS)):
-      features = rows(run.config.data, run.tokenizer, part)
-      predictions = jax.device_get(predict(run.params, as_batch(features)))
+    num_rows = num_batch_shards(run.mesh) * -(-ROWS // num_batch_shards(run.mesh))
+    own = local_rows(run.mesh, num_rows)
+    while part := from_first(list(islice(texts, ROWS)) if is_first() else None):  # the others may have the same stdin
+      features = rows(run.config.data, run.tokenizer, part, num_rows)
+      batch = put_batch({name: x[own] for name, x in features.items()}, own, num_rows, run.mesh)
+      predictions = jax.device_get(predict(run.params, batch))
       for i, text in enumerate(part):
         of_text = {name: run.config.loss.sections[name].describe(x[i], args.top) for name, x in predictions.items()}
         print(json.dumps({'text': text, **of_text}, ensure_ascii=False), flush=True)
 
 
-def rows(config: Any, tokenizer: Any, texts: list[str]) -> dict[str, np.ndarray]:
-  """Features of up to ROWS documents, made and truncated as by the run's task."""
+def rows(config: Any, tokenizer: Any, texts: list[str], num_rows: int) -> dict[str, np.ndarray]:
+  """Features of up to `num_rows` documents, made and truncated as by the run's task."""
   import numpy as np
 
   from llm_jax.data.pipeline import stack
@@ -85,7 +92,7 @@ def rows(config: Any, tokenizer: Any, texts: list[str]) -> dict[str, np.ndarray]
       row = np.concatenate([row[:1], row[1 - config.seq_len:]])
     found.append(read_whole(cut(row, config.seq_len, layout), layout))
   blank = {name: np.zeros_like(x) for name, x in found[0].items()}
-  return stack(found + [blank] * (ROWS - len(found)))
+  return stack(found + [blank] * (num_rows - len(found)))
 
 
 if __name__ == '__main__':

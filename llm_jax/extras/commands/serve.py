@@ -25,6 +25,7 @@ from llm_jax.base.process import waiting
 def parser() -> flags.Parser:
   parser = flags.Parser('serve', __doc__)
   flags.add_run(parser)
+  flags.add_mesh(parser, distributed=False)
   parser.add_argument('--port', type=int, default=8000, help='where to listen; 0: a free port')
   parser.add_argument('--host', default='127.0.0.1', help='address to listen on; other addresses than the default '
                       'let everybody who reaches them use the model')
@@ -66,9 +67,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(args: argparse.Namespace, listener: socket.socket, uvicorn: Any) -> None:
   """Loads the run and serves it until SIGINT or SIGTERM."""
-  import jax
-
-  from llm_jax.base.sharding import MeshConfig, make_mesh
   from llm_jax.data.chat.tokenizer import ChatTokenizer
   from llm_jax.extras.serving.app import make_app
   from llm_jax.extras.serving.hosts import LOOPBACK, allowed_hosts
@@ -80,16 +78,14 @@ def serve(args: argparse.Namespace, listener: socket.socket, uvicorn: Any) -> No
       worker.close()  # otherwise it would wait for the requests in progress
       await super().shutdown(sockets)
 
-  mesh = make_mesh(MeshConfig())
-  with jax.set_mesh(mesh):
-    trained = load_writer(args.workdir, mesh, args.checkpoint, trust=args.trust)
-    prompt, name = example_prompt(trained), args.workdir.resolve().name
-    waiting('compiling (later again for the first text of each other length, rounded up to a power of two, for each '
-            'new n and top_k, for temperature 0 and for top_p below 1)')
-    for _ in trained.tokens(prompt, num_tokens=min(64, trained.config.model.max_len)):
-      pass
+  trained = load_writer(args.workdir, args.checkpoint, args.mesh, trust=args.trust)
+  prompt, name = example_prompt(trained), args.workdir.resolve().name
+  waiting('compiling (later again for the first text of each other length, rounded up to a power of two, for each '
+          'new n and top_k, for temperature 0 and for top_p below 1)')
+  for _ in trained.tokens(prompt, num_tokens=min(64, trained.config.model.max_len)):
+    pass
   worker = Worker(args.max_waiting)
-  app = make_app(trained, mesh, name, worker, allowed_hosts(args.host, args.allow_host))
+  app = make_app(trained, name, worker, allowed_hosts(args.host, args.allow_host))
   server = Server(uvicorn.Config(app, log_level='warning', lifespan='off', timeout_graceful_shutdown=3))
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, server.handle_exit)  # uvicorn sets it too, and raises the signals again when it has ended

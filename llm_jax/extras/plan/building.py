@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.sharding import make_mesh, num_batch_shards, use_mesh
 from llm_jax.base.target import Target, compiling_for
-from llm_jax.config import Config
+from llm_jax.config import Config, replace
 from llm_jax.data import pipeline
 from llm_jax.data.open import Data, open_data
 from llm_jax.data.stores.store import TokenStore
@@ -69,6 +69,8 @@ class Compiled:
 
 def build(config: Config, target: Target, *, read_data: bool) -> Built:
   """The program for the target. `read_data`: prepares the data as a run does. Raises UserErrors."""
+  if target.devices[0].platform == 'cpu':  # which have one network, whatever they stand in for
+    config = replace(config, mesh=dataclasses.replace(config.mesh, dcn_data=1, dcn_fsdp=1))
   mesh = make_mesh(config.mesh, list(target.devices))
   config.split_batch(num_batch_shards(mesh))
   data = open_data(config.data) if read_data or not stands_in(config) else stand_in(config)

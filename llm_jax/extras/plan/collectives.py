@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, cast
 
 import numpy as np
@@ -23,7 +23,8 @@ COMPUTE = {'fusion', 'dot', 'convolution', 'custom-call', 'while', 'conditional'
 class Collective:
   """A collective operation of a program.
 
-  `axes` are the mesh axes over which the devices of a group differ, in mesh order. `dtype` and `shape` are those of the
+  `axes` are the mesh axes over which the devices of a group differ, in mesh order; `outside` is the share
+  of `wire_bytes` that leaves a slice or host, see `share_outside`. `dtype` and `shape` are those of the
   largest operand (of the result for an all-gather). `wire_bytes` is what one device sends in one execution on a ring:
   (n - 1) / n of the whole array for an all-gather, a reduce-scatter or an all-to-all, twice that for an all-reduce, all
   of it for a permute. `executions` is per call of the program. `overlapped` says that the schedule has other compute
@@ -37,17 +38,18 @@ class Collective:
   executions: int
   overlapped: bool
   op: str
+  outside: float = 0.0
 
 
-def read_collectives(text: str, axes: dict[str, int]) -> list[Collective]:
+def read_collectives(text: str, axes: dict[str, int], parts: Sequence[int] = ()) -> list[Collective]:
   """The collectives of a compiled program, by total bytes on the wire, the largest first.
 
-  `axes` has the sizes of the mesh's axes in order; devices are numbered in the order of the mesh. Collectives in groups
-  of one device send nothing and are left out.
+  `axes` has the sizes of the mesh's axes in order; devices are numbered in the order of the mesh, and `parts` has the
+  number of each device's slice or host. Collectives in groups of one device send nothing and are left out.
   """
   module = parse(text)
   found = [collective for computation, one, executions in executed(module)
-           if (collective := read(module, computation, one, executions, axes))]
+           if (collective := read(module, computation, one, executions, axes, parts))]
   return sorted(found, key=lambda one: -one.wire_bytes * one.executions)
 
 
@@ -75,7 +77,7 @@ def executed(module: Module) -> Iterator[tuple[Computation, Instruction, int]]:
 
 
 def read(module: Module, computation: Computation, one: Instruction, executions: int,
-         axes: dict[str, int]) -> Collective | None:
+         axes: dict[str, int], parts: Sequence[int] = ()) -> Collective | None:
   """An instruction as a Collective, or None if no device sends anything."""
   kind, size = cast(Kind, base(one.op)), 1
   if kind == 'collective-permute':
@@ -96,7 +98,23 @@ def read(module: Module, computation: Computation, one: Instruction, executions:
   largest = max(arrays, key=lambda array: array.nbytes, default=Array('token', ()))
   share = 1 if kind == 'collective-permute' else (size - 1) / size * (2 if kind == 'all-reduce' else 1)
   return Collective(kind, spanned(groups, axes), largest.dtype, largest.shape, whole * share, executions,
-                    overlapped(module, computation, one), op_name(module, computation, one))
+                    overlapped(module, computation, one), op_name(module, computation, one),
+                    share_outside(kind, groups, parts) if len(parts) else 0.0)
+
+
+def share_outside(kind: Kind, groups: Sequence[Sequence[int]], parts: Sequence[int]) -> float:
+  """The share of what a device sends that goes over the network between slices or hosts.
+
+  With l devices of a group in each part, rings for each of them leave the part once: 1/l, which is also what sums
+  inside, across and inside again send. In an all-to-all each device sends to all others alike.
+  """
+  counts = [np.unique([parts[device] for device in group], return_counts=True)[1] for group in groups]
+  if all(len(count) == 1 for count in counts):
+    return 0.0
+  if kind == 'collective-permute':
+    return sum(len(count) > 1 for count in counts) / len(counts)
+  inside, size = int(max(count.min() for count in counts)), max(map(len, groups))
+  return (size - inside) / (size - 1) if kind == 'all-to-all' else 1 / inside
 
 
 def base(op: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.process import gib
@@ -19,7 +20,7 @@ from llm_jax.extras.plan.rows import parameter_rows
 from llm_jax.extras.plan.search import Candidate, candidates
 from llm_jax.extras.plan.targets import Place
 from llm_jax.extras.plan.traffic import hbm_bytes
-from llm_jax.extras.plan.work import collective_rows, work_of
+from llm_jax.extras.plan.work import collective_rows, network_parts_on, work_of
 
 SHARE = 0.95  # of a device's memory that a step may need; the rest is for evaluation, samples and fragmentation
 TRIES = 6  # candidates that are compiled at most
@@ -125,7 +126,7 @@ def describe(chosen: Candidate, compiled: Compiled | None, place: Place, options
   if compiled is not None:
     plan['memory']['compiled'] = compiled.memory
     plan['seconds'] = {'lower': compiled.lower_seconds, 'compile': compiled.compile_seconds}
-    plan |= read_text(compiled.text, place, sizes)
+    plan |= read_text(compiled.text, place, built.mesh)
   return plan
 
 
@@ -140,8 +141,9 @@ def settled(chosen: Candidate) -> Config:
   return replace(chosen.built.config, tokens_per_device=chosen.settings['tokens_per_device'])
 
 
-def read_text(text: str, place: Place, sizes: dict[str, int]) -> dict[str, Any]:
+def read_text(text: str, place: Place, mesh: Mesh) -> dict[str, Any]:
   """Collectives, kernels and memory traffic of the compiled step."""
   traffic = hbm_bytes(text)
-  return {'collectives': collective_rows(read_collectives(text, sizes), place, sizes), 'kernels': kernels(text),
+  found = read_collectives(text, dict(mesh.shape), network_parts_on(place, mesh))
+  return {'collectives': collective_rows(found, place), 'kernels': kernels(text),
           'traffic': {'bytes': traffic, 'seconds': traffic / place.kind.hbm if place.kind.hbm else None}}

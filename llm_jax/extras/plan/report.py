@@ -89,8 +89,11 @@ def collectives(plan: dict[str, Any]) -> Iterator[str]:
   total, open_ = (sum(row['wire_bytes'] for row in rows if keep(row)) for keep in (
       lambda row: True, lambda row: not row['overlapped']))
   yield f'collectives of a step: a device sends {size(total)}, of which {size(open_)} while it does not compute'
-  yield from table([('collective', 'mesh axes', 'dtype', 'executions', 'sent', 'seconds', 'overlaps')] + [
+  if network := sum(row['network_bytes'] for row in rows):
+    yield f'  of it {size(network)} over the network between slices or hosts'
+  yield from table([('collective', 'mesh axes', 'dtype', 'executions', 'sent', 'by network', 'seconds', 'overlaps')] + [
       (row['kind'], ', '.join(row['axes']) or '-', row['dtype'], str(row['executions']), size(row['wire_bytes']),
+       size(row['network_bytes']) if row['network_bytes'] else '-',
        '-' if row['seconds'] is None else f'{row["seconds"]:.4f}', 'yes' if row['overlapped'] else 'no')
       for row in rows])
 

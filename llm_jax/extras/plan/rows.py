@@ -9,7 +9,7 @@ import jax
 
 from llm_jax.base.trees import path_of
 from llm_jax.extras.plan.building import Built
-from llm_jax.training.estimate import shard_bytes
+from llm_jax.training.shardings import shard_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,15 +109,15 @@ def step_seconds(built: Built, place: Place, num_microbatches: int) -> float:
     passes = stages * num_microbatches + stages - 1
     compute *= passes / stages / num_microbatches
     sent = 6 * passes / num_microbatches * tokens / sizes['context']
-    wire += sent * 2 * getattr(model, 'embed_dim', 1) / (bandwidth(place, sizes, ('stage',)) or 1e9)
+    wire += sent * 2 * getattr(model, 'embed_dim', 1) / (bandwidth(place, built.mesh, ('stage',)) or 1e9)
   if sizes['fsdp'] * sizes['context'] > 1:  # gathered forward and backward, reduced once
-    wire += weights * (2 * passes + 1) / (bandwidth(place, sizes, ('fsdp', 'context')) or 1e9)
+    wire += weights * (2 * passes + 1) / (bandwidth(place, built.mesh, ('fsdp', 'context')) or 1e9)
   if sizes['context'] > 1:  # keys and values, gathered forward and backward, and their gradients reduced
     width = 2 * getattr(model, 'K', 1) * getattr(model, 'H', 1)
-    wire += 3 * layers * tokens * 2 * width / sizes['tensor'] / (bandwidth(place, sizes, ('context',)) or 1e9)
+    wire += 3 * layers * tokens * 2 * width / sizes['tensor'] / (bandwidth(place, built.mesh, ('context',)) or 1e9)
   if sizes['data'] > 1:
-    wire += 2 * weights / sizes['fsdp'] / sizes['context'] / (bandwidth(place, sizes, ('data',)) or 1e9)
+    wire += 2 * weights / sizes['fsdp'] / sizes['context'] / (bandwidth(place, built.mesh, ('data',)) or 1e9)
   if sizes['tensor'] > 1:
     wire += (8 * layers * tokens / sizes['context'] * 2 * getattr(model, 'embed_dim', 1)
-             / (bandwidth(place, sizes, ('tensor',)) or 1e9))
+             / (bandwidth(place, built.mesh, ('tensor',)) or 1e9))
   return max(compute, wire) + 0.2 * min(compute, wire)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+from jax.sharding import Mesh
+
 from llm_jax.base.devices import peak_of_kind
+from llm_jax.base.networks import network_parts
 from llm_jax.extras.plan.building import Built
 from llm_jax.extras.plan.targets import Place
 from llm_jax.training.stages import make_stages
@@ -43,30 +47,42 @@ def work_of(built: Built, place: Place, mfu: float, price: float | None, data_to
               device_hours * price if device_hours is not None else None)
 
 
-def bandwidth(place: Place, sizes: Mapping[str, int], axes: Iterable[str]) -> float:
+def network_parts_on(place: Place, mesh: Mesh) -> list[int]:
+  """The slice or host of each device of the mesh, in its order; for devices that stand in for others, by number."""
+  devices = mesh.devices.flatten().tolist()
+  if devices[0].platform == place.kind.platform:
+    return network_parts(devices)
+  within = place.shape[1] if place.kind.platform == 'gpu' else place.num_devices // place.slices
+  return [device.id // within for device in devices]
+
+
+def bandwidth(place: Place, mesh: Mesh, axes: Iterable[str]) -> float:
   """Bytes a second that a device sends in a collective over these mesh axes; 0: unknown.
 
-  The slowest part counts: the network, if the axes leave a slice or a host. The last axis has the nearest devices.
+  The slowest part counts: the network, if the axes leave a slice or a host.
   """
-  kind, names = place.kind, list(sizes)
-  inner = {name: 1 for name in names}
-  for outer, name in zip(names[:-1][::-1], names[1:][::-1], strict=True):
-    inner[outer] = inner[name] * sizes[name]
-  reach = max((inner[name] * sizes[name] for name in axes if sizes.get(name, 1) > 1), default=1)
-  within = place.shape[1] if kind.platform == 'gpu' else place.num_devices // place.slices
-  return kind.link if reach <= within else kind.network
+  parts = np.array(network_parts_on(place, mesh)).reshape(mesh.devices.shape)
+  places = [i for i, name in enumerate(mesh.axis_names) if name in axes]
+  crosses = any((parts != parts.take([0], axis=i)).any() for i in places)
+  return place.kind.network if crosses else place.kind.link
 
 
-def collective_rows(collectives: Iterable[Any], place: Place, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
-  """Collectives grouped by kind, axes, dtype and overlap: executions, bytes on the wire and seconds of a step."""
+def collective_rows(collectives: Iterable[Any], place: Place) -> list[dict[str, Any]]:
+  """Collectives grouped by kind, axes, dtype, network and overlap: executions, bytes on the wire, seconds of a step.
+
+  Links and the network between slices or hosts are in use at once, so the slower part of what is sent counts.
+  """
   found: dict[tuple, dict[str, Any]] = {}
   for each in collectives:
-    key = each.kind, each.axes, each.dtype, each.overlapped
+    key = each.kind, each.axes, each.dtype, each.outside, each.overlapped
     row = found.setdefault(key, {'kind': each.kind, 'axes': list(each.axes), 'dtype': each.dtype,
-                                 'overlapped': each.overlapped, 'executions': 0, 'wire_bytes': 0.0})
+                                 'outside': each.outside, 'overlapped': each.overlapped, 'executions': 0,
+                                 'wire_bytes': 0.0})
     row['executions'] += each.executions
     row['wire_bytes'] += each.wire_bytes * each.executions
   for row in found.values():
-    speed = bandwidth(place, sizes, row['axes'])
-    row['seconds'] = row['wire_bytes'] / speed if speed else None
+    row['network_bytes'] = row['wire_bytes'] * row.pop('outside')
+    inside = row['wire_bytes'] - row['network_bytes']
+    speeds = ((inside, place.kind.link), (row['network_bytes'], place.kind.network))
+    row['seconds'] = max(sent / speed for sent, speed in speeds) if place.kind.link else None
   return sorted(found.values(), key=lambda row: -row['wire_bytes'])

@@ -7,11 +7,10 @@ import itertools
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -33,8 +32,8 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe
               "img-src data:; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
 
 
-def make_app(trained: Any, mesh: Any, name: str, worker: Worker, hosts: frozenset[str]) -> Starlette:
-  server = Server(trained, mesh, name, worker)
+def make_app(trained: Any, name: str, worker: Worker, hosts: frozenset[str]) -> Starlette:
+  server = Server(trained, name, worker)
   return Starlette(
       routes=[Route('/', server.page), Route('/health', server.health), Route('/v1/models', server.models),
               Route('/v1/models/{name:path}', server.models),
@@ -47,8 +46,8 @@ def make_app(trained: Any, mesh: Any, name: str, worker: Worker, hosts: frozense
 class Server:
   """The endpoints."""
 
-  def __init__(self, trained: Any, mesh: Any, name: str, worker: Worker):
-    self.trained, self.mesh, self.name, self.worker, self.started = trained, mesh, name, worker, int(time.time())
+  def __init__(self, trained: Any, name: str, worker: Worker):
+    self.trained, self.name, self.worker, self.started = trained, name, worker, int(time.time())
 
   async def page(self, http: HttpRequest) -> Response:
     return Response(PAGE.read_bytes(), media_type='text/html', headers={
@@ -80,15 +79,11 @@ class Server:
   async def _answer(self, http: HttpRequest, fields: dict[str, Any], form: Completion) -> Response:
     request = parse(await read_body(http, self.worker), fields, self.name, self.trained.config.model.max_len)
     num_prompt_tokens = await asyncio.to_thread(count_prompts, self.trained, request)
-    job = self.worker.submit(lambda: self._pieces(request))
+    job = self.worker.submit(lambda: generate(self.trained, request))
     header = {'id': f'{form.prefix}-{secrets.token_hex(12)}', 'created': int(time.time()), 'model': self.name}
     if request.stream:
       return EventStream(job, events(job, request, form, header, num_prompt_tokens))
     return as_json(await until_disconnect(http, job, whole(job, request, form, header, num_prompt_tokens)))
-
-  def _pieces(self, request: Request) -> Iterator[Piece]:
-    with jax.set_mesh(self.mesh):  # it holds for a thread
-      yield from generate(self.trained, request)
 
 
 class Completion:
