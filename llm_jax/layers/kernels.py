@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import NoSettings, Registry, register
-from llm_jax.base.sharding import batch_axes, fitting_axes, num_batch_shards
+from llm_jax.base.sharding import auto_axes, batch_axes, fitting_axes, num_batch_shards
 from llm_jax.base.target import current_target
 from llm_jax.layers.blocked import blocked
 
@@ -93,7 +93,7 @@ def on_each_device(kernel: Callable[..., jax.Array], q_BTNH: jax.Array, k_BTKH: 
   heads = fitting_axes('act_kv_heads', k_BTKH.shape[2], mesh)
   by_head = P(rows, None, heads)
   return jax.shard_map(kernel, in_specs=(*(by_head,) * 3, *(P(rows),) * len(of_rows)), out_specs=by_head,
-                       check_vma=False, axis_names=frozenset(mesh.axis_names) - frozenset(mesh.manual_axes))(
+                       check_vma=False, axis_names=auto_axes(mesh))(
       q_BTNH, k_BTKH, v_BTKH, *of_rows)
 
 
