@@ -184,6 +184,18 @@ def fitting_axes(axis: str, size: int, mesh: Any) -> Any:
   return _fitting(_within(current_rules()[axis], mesh), size, mesh)
 
 
+def shared_inside(axis: str, size: int) -> Any:
+  """The mesh axes over which devices share a dimension of a logical axis inside jax.shard_map; None: none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  entry = fitting_axes(axis, size, mesh) if not mesh.empty and mesh.manual_axes else None
+  return entry if _num_shards(entry, mesh) > 1 else None
+
+
+def auto_axes(mesh: Any) -> frozenset[str]:
+  """The axes of a mesh that the compiler handles."""
+  return frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
+
+
 def _within(entry: Any, mesh: Any) -> Any:
   """The axes of an entry that the compiler handles; others, inside jax.shard_map, have been split already."""
   in_order = (entry,) if isinstance(entry, str) else entry or ()

@@ -40,7 +40,7 @@ def make_evaluator(config: Config, data: Data, model: LanguageModel, objective: 
   token_bytes[:len(lengths)] = lengths
   eval_objective = objective.eval_objective()
   eval_fn = jax.jit(partial(eval_step, model=model, token_bytes=token_bytes, objective=eval_objective))
-  num_rows = num_eval_rows(config, objective, num_batch_shards(mesh))
+  num_rows = num_eval_rows(config, objective, mesh)
   rows = local_rows(mesh, num_rows)
 
   def evaluator(params: Params, stores: dict[str, TokenStore], max_tokens: int | None,
@@ -83,11 +83,12 @@ def with_counts(results: dict[str, float]) -> dict[str, float]:
           for name, x in results.items()}
 
 
-def num_eval_rows(config: Config, objective: Objective, num_shards: int) -> int:
+def num_eval_rows(config: Config, objective: Objective, mesh: Mesh) -> int:
   """The number of rows in an evaluation batch."""
   if not objective.row_wise:  # the loss depends on the number of rows, so it must be that of training
     return config.rows_per_batch
-  return num_shards * ((config.tokens_per_device or config.row_part) // config.row_part)
+  part = config.data.seq_len // mesh.shape['context']  # of a row, on one device
+  return num_batch_shards(mesh) * max(1, (config.tokens_per_device or part) // part)
 
 
 def add_up(eval_fn: Callable[[Params, Batch], Metrics], params: Params, batches: Iterable[Batch]) -> dict[str, Any]:

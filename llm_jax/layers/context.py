@@ -20,7 +20,14 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from llm_jax.base.sharding import batch_axes, current_mesh_config, fitting_axes, num_batch_shards, num_length_shards
+from llm_jax.base.sharding import (
+  auto_axes,
+  batch_axes,
+  current_mesh_config,
+  fitting_axes,
+  num_batch_shards,
+  num_length_shards,
+)
 from llm_jax.layers.kernels import attend_to_slots, splash_attend, splash_kernel
 from llm_jax.layers.tiles import (
   Keys,
@@ -69,7 +76,7 @@ def context_attention(name: str, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: j
   attend = ways.get(name, partial(with_mask, name, window, soft_cap))
   return jax.shard_map(attend, in_specs=(*(by_head,) * 3, Rows(by_row, by_row), P(heads), kernel_spec),
                        out_specs=by_head, check_vma=False,
-                       axis_names=frozenset(mesh.axis_names) - frozenset(mesh.manual_axes))(
+                       axis_names=auto_axes(mesh))(
       q_BTNH, k_BTKH, v_BTKH, Rows(segment_ids_BT, prefix_BT), sinks_N, kernel)
 
 

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.registry import NoSettings, Registry, register
 from llm_jax.base.sharding import (
+  auto_axes,
   batch_axes,
   current_mesh_config,
   fitting_axes,
@@ -118,7 +119,7 @@ def on_each_device(kernel: Callable[..., jax.Array], q_BTNH: jax.Array, k_BTKH: 
   heads = fitting_axes('act_kv_heads', k_BTKH.shape[2], mesh)
   by_head = P(rows, None, heads)
   return jax.shard_map(kernel, in_specs=(*(by_head,) * 3, *(P(rows),) * len(of_rows)), out_specs=by_head,
-                       check_vma=False, axis_names=frozenset(mesh.axis_names) - frozenset(mesh.manual_axes))(
+                       check_vma=False, axis_names=auto_axes(mesh))(
       q_BTNH, k_BTKH, v_BTKH, *of_rows)
 
 

@@ -19,7 +19,14 @@ from flax.typing import Dtype
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.devices import platform
-from llm_jax.base.sharding import batch_axes, constrain, gathered, num_batch_shards, num_length_shards
+from llm_jax.base.sharding import (
+  batch_axes,
+  constrain,
+  gathered,
+  num_batch_shards,
+  num_length_shards,
+  shared_inside,
+)
 
 # Of float32 logits per device. With smaller chunks, accumulating the weight's gradient is slow; with one chunk devices
 # sum and shard it while it is computed.
@@ -133,11 +140,23 @@ def _nats(logits, targets, z_loss, label_smoothing):
   e = jnp.exp(logits - top)
   z = jnp.sum(e, axis=-1, keepdims=True)
   log_z = (jnp.log(z) + top)[..., 0]
-  nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1, mode='clip')[..., 0]
+  nll = log_z - _of_targets(logits, targets)
   objective = nll + z_loss * log_z**2
   if label_smoothing:  # needs another pass over the logits
     objective += label_smoothing * (log_z - jnp.mean(logits, axis=-1) - nll)
   return objective, nll, log_z, e / z
+
+
+def _of_targets(logits, targets):
+  """The logit of each target.
+
+  Inside jax.shard_map, where the compiler aborts if it has to split a gather (jaxlib 0.10 and 0.11), it is a sum over
+  the logits if devices share the vocabulary, in which all others count as 0.
+  """
+  if shared_inside('act_vocab', logits.shape[-1]) is None:
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1, mode='clip')[..., 0]
+  places = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+  return jnp.sum(jnp.where(places == targets[..., None], logits, 0), axis=-1)
 
 
 def _over_chunks(f, init, head, w, x_BTD, *arrays_BT):

@@ -12,6 +12,7 @@ from llm_jax.base.builder import build as build_config
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from llm_jax.config import Config
+from llm_jax.extras.plan.collectives import read_collectives
 from llm_jax.losses.objective import Objective
 from llm_jax.models.decoder import Decoder
 from llm_jax.models.decoder_config import DecoderConfig
@@ -106,6 +107,18 @@ def test_devices_with_whole_copies_sum_each_gradient_once_in_a_step(num_microbat
   assert len(collectives(text[text.index('ENTRY'):], 'all-reduce')) == len(sums)
 
 
+@pytest.mark.parametrize('num_microbatches', [1, 4])
+@pytest.mark.parametrize(('sizes', 'tied'), [((4, 1, 2), True), ((2, 2, 2), True), ((2, 2, 2), False)])
+def test_a_tensor_axis_changes_nothing_of_that(sizes, tied, num_microbatches):
+  positions = 'learned' if tied else 'rope'
+  text = compiled_text(sizes, num_microbatches=num_microbatches, tie_embeddings=tied, positions=positions)
+  found = read_collectives(text, dict(zip(('data', 'fsdp', 'tensor'), sizes, strict=True)))
+  sent = sum(each.executions * each.wire_bytes for each in found if 'data' in each.axes)
+  gradients = (2 - tied) * V * D + (positions == 'learned') * T * D + L * (4 * D * D + 3 * D * F)
+  once = 2 * (1 - 1 / sizes[0]) * 4 * gradients / sizes[1] / sizes[2]  # 4 bytes each, in a ring
+  assert once <= sent < 1.05 * once  # and norms, whole on each device, and metrics
+
+
 def test_gradients_do_not_depend_on_how_a_batch_is_split():
   def update(sizes, num_microbatches, **fields):
     mesh, lowered, arguments = build(sizes, num_microbatches=num_microbatches, **fields)
@@ -113,8 +126,9 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split():
       state, metrics = lowered.compile()(*arguments())
       return jax.device_get(state.trainable), unpack_metrics(metrics)
 
-  for fields in ({}, {'einsum': 'bitnet'}):
-    (expected, told), (found, metrics) = update((1, 1, 1), 1, **fields), update((4, 2, 1), 4, **fields)
+  for sizes, fields in (((4, 2, 1), {}), ((4, 2, 1), {'einsum': 'bitnet'}), ((2, 2, 2), {'tie_embeddings': True}),
+                        ((2, 2, 2), {'einsum': 'bitnet', 'positions': 'learned'})):
+    (expected, told), (found, metrics) = update((1, 1, 1), 1, **fields), update(sizes, 4, **fields)
     off = np.concatenate(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).ravel(), found, expected)))
     assert np.mean(off > 1e-6) < 1e-2  # Adam's first update has the sign of a gradient, also of one near 0
     assert metrics.keys() == told.keys()
@@ -151,7 +165,7 @@ def test_activations_are_saved_in_the_dtype_of_the_stream():
   assert f'tensor<{L}x{B}x{T}x{D}xbf16>' in text and f'tensor<{L}x{B}x{T}x{D}xf32>' not in text
 
 
-@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (4, 2, 1), (2, 2, 2)])
 def test_a_run_in_bfloat16_learns_like_one_in_float32(sizes):
   def losses(**fields):
     mesh, lowered, arguments = build(sizes, **fields)
