@@ -32,7 +32,8 @@ def on_mesh(run: Opened, text: str = '', module: Any = None) -> Iterator[Mesh]:
   config, why = (parse_mesh(text), '--mesh') if text else choose_mesh(run, module)
   mesh = make_mesh(config)
   if mesh.size > 1 and jax.process_index() == 0:
-    print(f'mesh: {" x ".join(f"{name} {size}" for name, size in mesh.shape.items())} ({why})', file=sys.stderr)
+    axes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1)
+    print(f'mesh: {axes} ({why})', file=sys.stderr)
   with use_mesh(mesh, run.config.mesh):
     yield mesh
 

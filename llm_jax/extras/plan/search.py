@@ -36,7 +36,8 @@ class Candidate:
   def settings(self) -> dict[str, Any]:
     """The fields to set on the command line, without config."""
     config = self.built.config
-    mesh = {f'mesh.{axis}': size for axis, size in self.built.mesh.shape.items()}
+    mesh = {f'mesh.{axis}': size for axis, size in self.built.mesh.shape.items()
+            if size != getattr(MeshConfig, axis)}
     return {**mesh, 'tokens_per_device': self.rows * config.row_part, 'model.remat': config.model.remat}
 
 
