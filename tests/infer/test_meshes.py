@@ -171,7 +171,7 @@ def test_two_processes_evaluate_generate_and_export(folder, one, tmp_path, capsy
   capsys.readouterr()
   generate.main([f'--workdir={folder}/run', *options[:3]])
   alone = capsys.readouterr().out
-  assert re.sub(r'^(processes|mesh:|\d|\[Gloo\]).*\n', '', printed, flags=re.MULTILINE) == alone
+  assert re.sub(r'^(processes|distributed:|mesh:|\d|\[Gloo\]).*\n', '', printed, flags=re.MULTILINE) == alone
 
   launch(folder, 'export', 'run', f'--out={tmp_path}/exported', '--weight_bits=32', '--mesh=fsdp=4')
   arrays, params = load_file(tmp_path / 'exported' / 'model.safetensors'), whole_params(folder)
