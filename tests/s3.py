@@ -14,7 +14,7 @@ import pytest
 @contextlib.contextmanager
 def s3_server(monkeypatch):
   """Yields the file system of a server with the bucket s3://bucket; skips the test without s3fs and moto."""
-  pytest.importorskip('s3fs')
+  pytest.importorskip('s3fs').S3FileSystem.clear_instance_cache()  # those of the server before
   pytest.importorskip('moto.server')
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))

@@ -2,6 +2,7 @@
 
 import http.server
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from program import ROOT, environment, finish, write_config
 from slurm import install, sbatch
 
-from llm_jax.base import cluster
+from llm_jax.base import cluster, process
 from llm_jax.base.cluster import find_cluster
 from llm_jax.base.errors import ConfigError
 
@@ -169,6 +170,22 @@ def test_one_that_waits_in_vain_says_for_whom(folder):
                   code=76)
   assert 'error: not all processes have come within 3 s (LLM_JAX_JOIN_SECONDS): 16 processes by SLURM' in output
   assert 'Traceback' not in output
+
+
+def test_a_command_in_a_shell_of_a_pod_does_not_come_between_the_processes_of_its_run(monkeypatch, capsys):
+  joined = []
+  monkeypatch.setattr('jax.distributed.initialize', lambda *values, **_: joined.append(values))
+  monkeypatch.setattr(process.signal, 'SIGABRT', signal.SIGUSR2)  # whose handler may be replaced here
+  monkeypatch.setattr(process, 'expect_others', lambda: None)
+  for name, value in JOBSET.items():
+    monkeypatch.setenv(name, value)
+  process.start_processes('auto', ambient=False)
+  assert not joined and 'distributed: alone, although there are 4 processes by JobSet gpt' in capsys.readouterr().err
+  process.start_processes('off')
+  assert not joined
+  process.start_processes('on', ambient=False)
+  process.start_processes('auto')
+  assert joined == [('gpt-nodes-0-0.gpt:8476', 4, 2, None)] * 2
 
 
 @pytest.mark.slow

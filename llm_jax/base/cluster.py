@@ -31,6 +31,7 @@ class Cluster(NamedTuple):
   # The local devices that this process takes; None: all that it sees.
   devices: tuple[int, ...] | None = None
   by_jax: bool = False  # whether JAX finds the values itself
+  ambient: bool = False  # whether each program on this host sees it, also one in a shell beside a run
 
   def __str__(self) -> str:
     return f'{self.num_processes} processes by {self.name}, coordinator {self.coordinator}, this is {self.process}'
@@ -92,7 +93,7 @@ def _jobset(environ: Mapping[str, str]) -> Cluster | None:
   process = int(environ.get('JOB_INDEX', 0)) * pods + int(environ['JOB_COMPLETION_INDEX'])
   port = environ.get('JAX_COORDINATOR_PORT', JOBSET_PORT)
   return Cluster(f'JobSet {name}', count, process, environ.get('JAX_COORDINATOR_ADDRESS') or
-                 f'{name}-{environ["REPLICATED_JOB_NAME"]}-0-0.{name}:{port}', _devices(environ))
+                 f'{name}-{environ["REPLICATED_JOB_NAME"]}-0-0.{name}:{port}', _devices(environ), ambient=True)
 
 
 def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
@@ -127,7 +128,7 @@ def _tpu(environ: Mapping[str, str]) -> Cluster | None:
     return None
   slices, coordinator = int(value('MEGASCALE_NUM_SLICES') or 1), value('MEGASCALE_COORDINATOR_ADDRESS') or hosts[0]
   return Cluster(name, slices * len(hosts), int(value('MEGASCALE_SLICE_ID') or 0) * len(hosts) + int(worker),
-                 f'{coordinator.split(":")[0]}:{_port(environ, None)}', by_jax=True)
+                 f'{coordinator.split(":")[0]}:{_port(environ, None)}', by_jax=True, ambient=True)
 
 
 def _tpu_value(environ: Mapping[str, str], metadata: str) -> Callable[[str], str | None]:

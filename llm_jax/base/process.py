@@ -47,16 +47,23 @@ def with_binary_units(message: str) -> str:
   return re.sub(r'(\d{6,}) ?(?:bytes|B)\b', lambda found: gib(int(found[1])), message)
 
 
-def start_processes(mode: str = 'on') -> None:
+def start_processes(mode: str = 'on', ambient: bool = True) -> None:
   """Connects to the other processes, and says which: 'on': of the cluster that started this one; 'auto': if it has
-  started several; 'off': never. Raises ConfigError, LostError."""
+  started several; 'off': never. Raises ConfigError.
+
+  `ambient`: whether 'auto' counts what any program on this host sees: a command in a shell of a pod would come between
+  the processes of the run there.
+  """
   import jax
   if mode == 'off' or jax.distributed.is_initialized():
     return
   cluster = find_cluster()
   if mode == 'auto' and (cluster is None or cluster.num_processes == 1):
-    if warning := alone_in_a_job():
+    if ambient and (warning := alone_in_a_job()):
       print(warning, file=sys.stderr, flush=True)
+    return
+  if mode == 'auto' and cluster is not None and cluster.ambient and not ambient:
+    print(f'distributed: alone, although there are {cluster}; --distributed joins them', file=sys.stderr, flush=True)
     return
   expect_others()
   print(f'distributed: {cluster or "by what JAX finds"}', file=sys.stderr, flush=True)  # stdout is for results
@@ -94,7 +101,7 @@ def _end_waiting(cluster: Cluster | None, seconds: int) -> None:
 def join_processes(mode: str) -> None:
   """Connects a command to its other processes; from here on only process 0 prints on stdout, and waits visibly."""
   import jax
-  start_processes(mode)
+  start_processes(mode, ambient=False)
   if jax.distributed.is_initialized() and jax.process_index():
     sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
     SILENT.append(True)

@@ -14,6 +14,8 @@ from collections.abc import Mapping, MutableMapping
 from glob import glob
 from pathlib import Path
 
+from llm_jax.base.errors import ConfigError
+
 # XLA flags by platform: the value, and why it differs from XLA's default. An unknown flag ends the process: jaxlib
 # 0.10.2 to 0.12 know the GPU flags; the TPU flags are those that MaxText sets.
 XLA_FLAGS: dict[str, dict[str, tuple[str, str]]] = {
@@ -37,6 +39,7 @@ XLA_FLAGS: dict[str, dict[str, tuple[str, str]]] = {
 }
 VARIABLE = {'gpu': 'XLA_FLAGS', 'tpu': 'LIBTPU_INIT_ARGS', 'cpu': 'XLA_FLAGS'}
 
+BUCKETS = {'gs': 'gcsfs', 's3': 's3fs', 'az': 'adlfs'}  # packages by which JAX reads and writes URLs
 CACHE_BYTES = 2 << 30  # limit of compiled programs on disk; the least recently used are removed first
 NEW_OBJECTS = 50_000  # between two collections of garbage; importing and tracing create many objects that stay
 MIN_COMPILE_SECONDS = 0.05  # programs that compile faster are not cached
@@ -117,9 +120,12 @@ def add_xla_flags(platform: str, environ: MutableMapping[str, str], chip: str = 
 
 
 def user_cache() -> Path:
-  """$LLM_JAX_CACHE, else llm_jax in the user's cache folder."""
-  default = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'llm_jax'
-  return Path(os.environ.get('LLM_JAX_CACHE') or default).expanduser()
+  """$LLM_JAX_CACHE, else llm_jax in the user's cache folder. Raises ConfigError for a URL."""
+  folder = os.environ.get('LLM_JAX_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'llm_jax'
+  if '://' in str(folder):
+    raise ConfigError(f'LLM_JAX_CACHE={folder}: must be a folder, on a file system that all hosts of a run share; '
+                      'compiled programs alone can be in a bucket: JAX_COMPILATION_CACHE_DIR')
+  return Path(folder).expanduser()
 
 
 def keep_compiled(environ: MutableMapping[str, str]) -> str:
@@ -130,6 +136,10 @@ def keep_compiled(environ: MutableMapping[str, str]) -> str:
   theirs = environ.get('JAX_COMPILATION_CACHE_DIR')
   if theirs == '' or environ.get('JAX_ENABLE_COMPILATION_CACHE', '1').lower() in ('0', 'false', 'no', 'off', 'n', 'f'):
     return 'compiled programs not kept'
+  package = BUCKETS.get(theirs.partition('://')[0]) if theirs and '://' in theirs else None
+  if package and not importlib.util.find_spec(package):
+    del environ['JAX_COMPILATION_CACHE_DIR']  # JAX would warn of each program
+    return f"compiled programs not kept in {theirs}, which needs {package}: pip install 'llm_jax[cloud]'"
   if theirs:
     return f'compiled programs kept in {theirs}'
   folder = user_cache() / 'compiled'

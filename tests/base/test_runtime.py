@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from s3 import s3_server
 
 from llm_jax.base import runtime
+from llm_jax.base.errors import ConfigError
 
 FAULTS = '''
 import ctypes, resource, sys
@@ -164,3 +166,22 @@ def test_commands_prepare_before_importing_jax():
   code = 'import sys, llm_jax.main, llm_jax.commands.evaluate, llm_jax.commands.generate; print("jax" in sys.modules)'
   assert python(code)[0] == ['False']
   assert 'import jax' not in Path(runtime.__file__).read_text()
+
+
+def test_compiled_programs_in_a_bucket_are_found_again(tmp_path, monkeypatch):
+  with s3_server(monkeypatch):
+    bucket = {'JAX_COMPILATION_CACHE_DIR': 's3://bucket/compiled'}
+    said, hits = compiled(tmp_path, **bucket)
+    assert 'compiled programs kept in s3://bucket/compiled' in said and hits == 0
+    assert compiled(tmp_path, **bucket)[1] > 0 and not list(tmp_path.iterdir())
+
+
+def test_a_bucket_without_its_package_and_a_cache_in_a_bucket_are_named(monkeypatch):
+  monkeypatch.setattr(runtime, 'BUCKETS', {'gs': 'no_such_package'})
+  environ = {'JAX_COMPILATION_CACHE_DIR': 'gs://bucket/compiled'}
+  said = runtime.keep_compiled(environ)
+  assert said == "compiled programs not kept in gs://bucket/compiled, which needs no_such_package: pip install " \
+                 "'llm_jax[cloud]'" and not environ
+  monkeypatch.setenv('LLM_JAX_CACHE', 'gs://bucket/cache')
+  with pytest.raises(ConfigError, match='LLM_JAX_CACHE=gs://bucket/cache: must be a folder'):
+    runtime.user_cache()
