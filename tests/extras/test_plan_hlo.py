@@ -159,6 +159,12 @@ ENTRY %main (a: f32[16,1024], i: s32[]) -> f32[16,1024] {
 """
   row = 4 * 1024
   assert hbm_bytes(text) == 4 * row + 2 * 4  # each reads a row and the index, and writes a row
+  whole = 'ROOT %b = f32[16,1024]{1,0} fusion(%a, %row, %i), kind=kLoop, calls=%fused'
+  assert whole in text
+  beside = text.replace(whole, """%started = ((f32[16,1024]{1,0}, f32[1,1024]{1,0}, s32[]), f32[16,1024]{1,0}, u32[])\
+ fusion-start(%a, %row, %i), kind=kLoop, calls=%fused
+  ROOT %b = f32[16,1024]{1,0} fusion-done(%started)""")
+  assert hbm_bytes(beside) == hbm_bytes(text)  # as a GPU runs it beside other work
 
 
 @pytest.mark.parametrize(('text', 'groups'), [

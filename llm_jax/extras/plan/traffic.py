@@ -10,8 +10,8 @@ from llm_jax.extras.plan.hlo import HELPERS, Array, Computation, Instruction, Mo
 
 CALLS = ('while', 'conditional', 'call', 'async-start')  # whose computations run as programs of their own
 FREE = {*CALLS, 'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'partition-id', 'replica-id',
-        'after-all', 'opt-barrier', 'add-dependency', 'domain', 'async-update', 'async-done', 'send', 'send-done',
-        'recv', 'recv-done'}
+        'after-all', 'opt-barrier', 'add-dependency', 'domain', 'async-update', 'async-done', 'fusion-done', 'send',
+        'send-done', 'recv', 'recv-done'}
 SLICES = ('dynamic-slice', 'slice', 'gather')
 # A slice of the result of one of these needs only a slice of the operand.
 ELEMENTWISE = ('convert', 'copy', 'negate', 'reshape', 'transpose')
@@ -44,7 +44,7 @@ def moved(module: Module, computation: Computation, one: Instruction) -> int:
   """Bytes that one execution of an instruction reads and writes."""
   if one.op in FREE or (one.op == 'custom-call' and one.attribute('custom_call_target') in HELPERS):
     return 0
-  if one.op == 'fusion':
+  if one.op in ('fusion', 'fusion-start'):
     return fusion_bytes(module, computation, one)
   operands = computation.operands(one)
   if base(one.op) in SLICES:
@@ -83,8 +83,13 @@ def replaced(module: Module, computation: Computation, one: Instruction) -> int:
 
 
 def fusion_bytes(module: Module, computation: Computation, one: Instruction) -> int:
-  """Bytes of a fusion: what it uses of its operands, and what it writes of its results."""
-  inner = module.computations[one.called[0]]
+  """Bytes of a fusion: what it uses of its operands, and what it writes of its results.
+
+  One that a GPU runs beside others has its operands and a context in the result of its start.
+  """
+  inner, arrays = module.computations[one.called[0]], one.arrays
+  if one.op == 'fusion-start':
+    arrays = arrays[sum(len(operand.arrays) for operand in computation.operands(one)):-1]
   read = 0
   for place, operand in enumerate(computation.operands(one)):
     if hbm(module, operand.arrays) and place in inner.parameters:
@@ -92,21 +97,21 @@ def fusion_bytes(module: Module, computation: Computation, one: Instruction) -> 
       part = min(whole, elements_read(module, inner, inner.parameters[place]))
       read += hbm(module, operand.arrays) * part // max(whole, 1)
   parts = inner.root.operands if inner.root.op == 'tuple' else (inner.root.name,)
-  if inner.root.op == 'custom-call' or len(parts) != len(one.arrays):
-    return read + hbm(module, async_results(inner, one))
+  if inner.root.op == 'custom-call' or len(parts) != len(arrays):
+    return read + hbm(module, async_results(inner, arrays))
   return read + sum(array.nbytes * elements_written(module, inner, name) // max(math.prod(array.shape), 1)
-                    for name, array in zip(parts, one.arrays, strict=True) if in_hbm(module, array))
+                    for name, array in zip(parts, arrays, strict=True) if in_hbm(module, array))
 
 
-def async_results(inner: Computation, one: Instruction) -> tuple[Array, ...]:
-  """The results of a fusion that starts or finishes a collective on a TPU; the start is held to write all of them."""
+def async_results(inner: Computation, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+  """The arrays that a fusion around a collective of a TPU writes: of its start all results, of its end none."""
   target = inner.root.attribute('custom_call_target')
   if target == 'AsyncCollectiveDone':
     return ()
   if target != 'AsyncCollectiveStart':
-    return one.arrays
+    return arrays
   shapes = {array.shape for collective in inner.operands(inner.root) for array in collective.arrays}
-  return tuple(array for array in one.arrays if array.shape in shapes)
+  return tuple(array for array in arrays if array.shape in shapes)
 
 
 def elements_read(module: Module, computation: Computation, source: Instruction, exact: bool = True) -> int:
