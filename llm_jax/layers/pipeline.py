@@ -46,6 +46,15 @@ def num_ticks(stages: int, repeats: int, number: int) -> int:
   return stages * number * repeats + stages - 1
 
 
+def describe_pipeline(stages: int, repeats: int, number: int) -> str:
+  """What passes through the stages, and for how long they are idle; '' for one stage."""
+  if stages == 1:
+    return ''
+  idle = (stages - 1) / num_ticks(stages, repeats, number)
+  return (f'pipeline: {stages * number} microbatches through {stages} stages'
+          + (f', {repeats} times' if repeats > 1 else '') + f', which are idle for {idle:.1%} of their time')
+
+
 @contextlib.contextmanager
 def microbatches(number: int) -> Iterator[int]:
   """A step that is traced inside has its batch in `number` microbatches on each device.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshes import train_on
+from meshes import mesh_config, train_on
 
 from llm_jax.base.batch import Batch
 from llm_jax.base.builder import build
@@ -17,7 +17,7 @@ from llm_jax.base.errors import ConfigError
 from llm_jax.base.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from llm_jax.extras.plan.collectives import read_collectives
 from llm_jax.layers.attention import AttentionMask, Layer
-from llm_jax.layers.pipeline import microbatches, num_ticks
+from llm_jax.layers.pipeline import describe_pipeline, microbatches, num_ticks
 from llm_jax.layers.stack import apply_stack
 from llm_jax.models.decoder_config import DecoderConfig
 from llm_jax.models.registry import make_model
@@ -44,9 +44,10 @@ def features(n, num_rows=16):
 
 def train(sizes, num_microbatches=1, steps=range(4), state=None, **fields):
   """(metrics of the steps, final state) on a mesh of (data, fsdp, tensor, stage, repeats)."""
-  history, state, _ = train_on(sizes, make_model(dataclasses.replace(CFG, **fields)), TX,
+  history, state, _ = train_on(sizes[:4], make_model(dataclasses.replace(CFG, **fields)), TX,
                                lambda n: features(steps[0] + n), num_steps=len(steps),
-                               num_microbatches=num_microbatches, state=state)
+                               num_microbatches=num_microbatches, state=state,
+                               mesh_fields={'repeats': sizes[4]} if sizes[4:] else None)
   return history, jax.device_get(state)
 
 
@@ -112,8 +113,8 @@ class Sower(nn.Module):
 
 
 @contextlib.contextmanager
-def on_mesh(sizes, number):
-  shape = MeshConfig(*sizes)
+def on_mesh(sizes, number, **fields):
+  shape = mesh_config(sizes, **fields)
   with use_mesh(make_mesh(shape, jax.devices()[:int(np.prod(shape.sizes))]), shape), microbatches(number):
     yield
 
@@ -128,8 +129,8 @@ def test_context_and_sown_values_pass_through_stages():
     y, sown = apply_stack(Sower(), params, x, positions, (jnp.arange(16.0), read), layers=(Layer(),))
     return jnp.sum(y**2) + jnp.sum(sown['losses']['mean'][0]), (y, sown)
 
-  for sizes in ((1, 1, 1), (2, 1, 1, 4), (2, 1, 1, 2, 2)):
-    with on_mesh(sizes, 2):
+  for sizes, repeats in (((1, 1, 1), 1), ((2, 1, 1, 4), 1), ((2, 1, 1, 2), 2)):
+    with on_mesh(sizes, 2, repeats=repeats):
       found.append(jax.device_get(jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(params, x, read)))
   for other in found[1:]:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), other, found[0])
@@ -143,7 +144,7 @@ class Dropper(nn.Module):
 
 @pytest.mark.parametrize('repeats', [1, 2])
 def test_each_layer_and_microbatch_drops_other_values(repeats):
-  with on_mesh((1, 1, 1, 2, repeats), 4):
+  with on_mesh((1, 1, 1, 2), 4, repeats=repeats):
     y, _ = jax.jit(lambda key: apply_stack(
         Dropper(), {'w': jnp.ones((4, 1, 1, 8))}, jnp.zeros((16, 8, 8)), jnp.zeros((16, 8), jnp.int32), AttentionMask(),
         layers=(Layer(),), dropout_key=key, train=True))(jax.random.key(0))
@@ -210,3 +211,10 @@ def test_with_repeats_stages_exchange_weights_once():
   _, _, others = sent_by(repeats=2)
   large = [each for each in others if np.prod(each.shape) >= LAYER / 2]
   assert large and {(each.kind, each.executions) for each in large} == {('all-to-all', 1)}
+
+
+@pytest.mark.parametrize('stages, repeats, number, text', [
+    (1, 1, 4, ''), (4, 1, 1, 'pipeline: 4 microbatches through 4 stages, which are idle for 42.9% of their time'),
+    (4, 2, 4, 'pipeline: 16 microbatches through 4 stages, 2 times, which are idle for 8.6% of their time')])
+def test_the_share_of_time_that_stages_are_idle_is_said(stages, repeats, number, text):
+  assert describe_pipeline(stages, repeats, number) == text

@@ -72,8 +72,10 @@ def meshes(config: Config, num_devices: int) -> list[MeshConfig]:
 
 
 def remats(config: Config) -> tuple[str, ...]:
-  """Policies of remat to try: those that the model has."""
-  return tuple(RECOMPUTED) if hasattr(config.model, 'remat') else ('none',)
+  """Policies of remat to try: those that the model has and config.mesh.repeats allows."""
+  if not hasattr(config.model, 'remat'):
+    return ('none',)
+  return tuple(name for name in RECOMPUTED if name != 'none' or config.mesh.repeats == 1)
 
 
 def with_remat(built: Built, remat: str) -> Built:
