@@ -220,6 +220,9 @@ class Config:
       problems.append(f'checkpoint.export_every must be a multiple of log.every, {self.log.every}; got {exports}')
     if self.start.whole and self.stages:
       problems.append('start.whole cannot be used with stages: a branch reads the same data as its trunk')
+    if self.mesh.repeats > 1 and getattr(self.model, 'remat', 'full') == 'none':
+      problems.append("mesh.repeats above 1 needs a model.remat other than 'none', which would keep the weights of "
+                      'each tick of the pipeline')
     problems += self.data.task_settings.problems(self)
     for part in (self.model, self.loss, self.optim):
       for settings in getattr(part, 'sections', {}).values():

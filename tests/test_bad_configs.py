@@ -52,6 +52,7 @@ BAD = [
     'mesh.fsdp=-1',
     'mesh.tensor=0',
     'mesh.stage=0',
+    'mesh.repeats=2',
     'eval.every=-1',
     'eval.max_tokens=0',
     'eval.sample_tokens=-1',

@@ -67,6 +67,7 @@ class MeshConfig:
   fsdp: int = 1  # devices that split the batch and the weights
   tensor: int = 1  # devices that split each matrix multiplication
   stage: int = 1  # groups of devices with different layers, through which microbatches pass; see layers/pipeline.py
+  repeats: int = 1  # groups of layers of a stage; with more, stages idle for less and exchange weights once a step
   context: int = 1  # devices that split the length of rows, and the weights
   context_attention: str = 'all_gather'  # how queries meet all keys: all_gather, or ring, which holds a share at a time
   rules: tuple[str, ...] = ()  # changes of base.sharding.RULES: 'mlp=fsdp', 'embed=data+fsdp' or 'act_stream=none'
@@ -89,6 +90,10 @@ class MeshConfig:
                        f'{self.context_attention!r}')
     if min(self.dcn_data, self.dcn_fsdp) < 1:
       raise ValueError(f'dcn_data and dcn_fsdp must be at least 1; got {self.dcn_data} and {self.dcn_fsdp}')
+    few, many = sorted((self.repeats, self.stage))
+    if self.repeats < 1 or (self.repeats > 1 and (self.stage < 2 or many % few)):  # otherwise all weights are gathered
+      raise ValueError('repeats must be 1, or a divisor or multiple of stage, which must be at least 2; got '
+                       f'{self.repeats} and {self.stage}')
     parse_rules(self.rules)
 
 

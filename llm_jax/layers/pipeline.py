@@ -1,12 +1,15 @@
 """Layers split over the mesh axis `stage`, through which the rows of a batch pass as microbatches (arXiv 1811.06965).
 
-Each stage holds consecutive layers. At each tick it runs them on one microbatch and sends the result to the next stage.
-The backward pass is the derivative of the loop over ticks, which passes through the stages in reverse.
+At each tick a stage runs a group of consecutive layers on one microbatch and sends the result to the next stage. With
+config.mesh.repeats R, each stage has R groups, every S-th of the model (arXiv 2104.04473), and S microbatches at a time
+go around R times, which leaves stages idle for less. The backward pass is the derivative of the loop over ticks, which
+passes through the stages in reverse.
 
 Outside the layers, `stage` is one more axis over which rows are split. A microbatch starts on the device that holds its
 rows and moves to the first stage while those before it enter; its result moves back in the same way.
 
-Dims: S stages, L layers of a stage, M microbatches of a device's own rows (S * M pass through), B rows of a microbatch.
+Dims: S stages, R repeats, L layers of a group, M microbatches of a device's own rows (S * M pass through), B rows of a
+microbatch.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.errors import ConfigError
-from llm_jax.base.sharding import batch_axes, num_batch_shards
+from llm_jax.base.sharding import batch_axes, current_mesh_config, num_batch_shards
 
-# (layers, x, other arrays of the same rows, number of the microbatch or None) -> (x, sown)
-Run = Callable[[Any, jax.Array, Any, jax.Array | None], tuple[jax.Array, Any]]
+# (layers, x, other arrays of the same rows, number of the microbatch or None, select) -> (x, sown).
+# select(layer) has the arrays of a layer at this tick. It is called inside what is recomputed, or else the weights of
+# each tick would be kept.
+Run = Callable[[Any, jax.Array, Any, jax.Array | None, Callable[[Any], Any]], tuple[jax.Array, Any]]
 
 _num_microbatches: contextvars.ContextVar[int] = contextvars.ContextVar('num_microbatches', default=1)
 
@@ -34,6 +39,20 @@ _num_microbatches: contextvars.ContextVar[int] = contextvars.ContextVar('num_mic
 def num_stages(mesh: Any) -> int:
   """The size of the mesh axis `stage`; 1 without a mesh."""
   return 1 if mesh.empty else mesh.shape['stage']
+
+
+def num_ticks(stages: int, repeats: int, number: int) -> int:
+  """The ticks of a pass with `number` microbatches of each device's rows; the last stages - 1 fill and empty stages."""
+  return stages * number * repeats + stages - 1
+
+
+def describe_pipeline(stages: int, repeats: int, number: int) -> str:
+  """What passes through the stages, and for how long they are idle; '' for one stage."""
+  if stages == 1:
+    return ''
+  idle = (stages - 1) / num_ticks(stages, repeats, number)
+  return (f'pipeline: {stages * number} microbatches through {stages} stages'
+          + (f', {repeats} times' if repeats > 1 else '') + f', which are idle for {idle:.1%} of their time')
 
 
 @contextlib.contextmanager
@@ -51,26 +70,35 @@ def microbatches(number: int) -> Iterator[int]:
 
 
 def in_stages(run: Run, layers: Any, x: jax.Array, rest: Any, period: int = 1) -> tuple[jax.Array, Any]:
-  """run(layers, x, rest, None), where the mesh has stages by a pipeline.
+  """run(layers, x, rest, None, identity), where the mesh has stages by a pipeline.
 
   Leaves of `layers` and of what is sown are [layers, ...], those of x and `rest` [rows, ...]. Values sown are averaged
   over microbatches. Rows that do not divide over the devices are not split. Raises ConfigError if stages would not have
   equal layers, which alternate with this period.
   """
   mesh: Any = jax.sharding.get_abstract_mesh()
-  S, num_rows = num_stages(mesh), x.shape[0]
+  S, R, num_rows = num_stages(mesh), current_mesh_config().repeats, x.shape[0]
   if S == 1 or num_rows % num_batch_shards(mesh):
-    return run(layers, x, rest, None)
+    return run(layers, x, rest, None, lambda layer: layer)
   num_layers = jax.tree.leaves(layers)[0].shape[0]
-  if num_layers % (S * period):
+  if num_layers % (S * R * period):
     kinds = f' of {period} kinds in turn' if period > 1 else ''
-    raise ConfigError(f'config.mesh.stage: {num_layers} layers{kinds} do not divide over {S} stages; set a '
-                      f'config.model.num_layers that is a multiple of {S * period}')
+    groups = f'{S} stages' + (f' x {R} repeats' if R > 1 else '')
+    raise ConfigError(f'config.mesh.stage: {num_layers} layers{kinds} do not divide over {groups}; set a '
+                      f'config.model.num_layers that is a multiple of {S * R * period}')
   M = math.gcd(_num_microbatches.get(), num_rows // num_batch_shards(mesh))
-  pipeline = jax.shard_map(partial(_of_stage, run, S), in_specs=P('stage'), out_specs=P('stage'),
-                           axis_names={'stage'}, check_vma=False)
-  out_SMB, sown = pipeline(layers, *jax.tree.map(partial(_cut, mesh, M), (x, rest)))
-  return _join(mesh, out_SMB), sown
+  pipeline = jax.shard_map(partial(_of_stage, run, S), in_specs=(P(None, 'stage'), P('stage'), P('stage')),
+                           out_specs=(P('stage'), P(None, 'stage')), axis_names={'stage'}, check_vma=False)
+  out_SMB, sown = pipeline(jax.tree.map(partial(_grouped, R), layers),
+                           *jax.tree.map(partial(_cut, mesh, M), (x, rest)))
+  return _join(mesh, out_SMB), jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sown)
+
+
+def _grouped(R: int, a: jax.Array) -> jax.Array:
+  """Layers in R groups; constrained, so that neither weights nor gradients are gathered to change their places."""
+  if R > 1:
+    a = jax.lax.with_sharding_constraint(a, P('stage', *(P.UNCONSTRAINED,) * (a.ndim - 1)))
+  return a.reshape(R, -1, *a.shape[1:])
 
 
 def _cut(mesh: Any, M: int, x: jax.Array) -> jax.Array:
@@ -96,28 +124,50 @@ def _placed(mesh: Any, x: jax.Array) -> jax.Array:
 
 
 def _of_stage(run: Run, S: int, layers: Any, x_1MB: jax.Array, rest_1MB: Any) -> tuple[jax.Array, Any]:
-  """What one stage does: (the results of its own rows [1, M, B, ...], what its layers sow [L, ...])."""
-  stage, M = jax.lax.axis_index('stage'), x_1MB.shape[1]
+  """What one stage does: (the results of its own rows [1, M, B, ...], what its layers sow [R, L, ...])."""
+  stage, M, R = jax.lax.axis_index('stage'), x_1MB.shape[1], jax.tree.leaves(layers)[0].shape[0]
   inputs = jax.tree.map(lambda a: a[0], (x_1MB, rest_1MB))
+  layers = jax.tree.map(lambda a: a[0] if R == 1 else jnp.moveaxis(a, 0, 1), layers)
   send = partial(jax.lax.ppermute, axis_name='stage')
   onward, back = [(i, (i + 1) % S) for i in range(S)], [(i, (i - 1) % S) for i in range(S)]
 
   def tick(carry: Any, t: jax.Array) -> tuple[Any, Any]:
     inputs, outputs, at_work = carry
-    entering = jax.tree.map(lambda a: _at(a, t % M), inputs)
-    inputs = jax.tree.map(lambda a, own: _put(a, send(own, perm=back), t % M), inputs, entering)
-    x, rest = jax.tree.map(partial(jnp.where, stage == 0), entering, at_work)
-    y, sown = run(layers, x, rest, t - stage)
+    repeat, number = _place(t - stage, S, R)
+
+    def enter(inputs: Any) -> tuple[Any, Any]:
+      place = _place(t, S, R)[1] % M
+      own = jax.tree.map(lambda a: _at(a, place), inputs)
+      return jax.tree.map(lambda a, own: _put(a, send(own, perm=back), place), inputs, own), own
+
     # A place of `outputs` is complete after S results; those that the first ticks write in it leave it before.
-    done = (t - (S - 1)) % M
-    outputs = _put(outputs, jnp.where(stage == S - 1, y, send(_at(outputs, done), perm=back)), done)
+    def leave(outputs: jax.Array) -> jax.Array:
+      place = _place(t - (S - 1), S, R)[1] % M
+      return _put(outputs, jnp.where(stage == S - 1, y, send(_at(outputs, place), perm=back)), place)
+
+    inputs, entering = _only(R, _place(t, S, R)[0] == 0, enter, lambda inputs: (inputs, at_work), inputs)
+    x, rest = jax.tree.map(partial(jnp.where, (stage == 0) & (repeat == 0)), entering, at_work)
+    y, sown = run(layers, x, rest, number, partial(jax.tree.map, lambda a: a if R == 1 else _at(a, repeat)))
+    outputs = _only(R, _place(t - (S - 1), S, R)[0] == R - 1, leave, lambda outputs: outputs, outputs)
     return (inputs, outputs, jax.tree.map(partial(send, perm=onward), (y, rest))), sown
 
   # Until its first microbatch arrives, a stage runs on rows of its own, whose results and gradients are not used.
   start = inputs, jnp.zeros_like(inputs[0]), jax.tree.map(lambda a: a[0], inputs)
-  (_, outputs, _), sown = jax.lax.scan(tick, start, jnp.arange(S * M + S - 1))
-  own = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, stage, S * M).mean(axis=0), sown)
-  return outputs[None], own
+  (_, outputs, _), sown = jax.lax.scan(tick, start, jnp.arange(num_ticks(S, R, M)))
+  numbers = jnp.arange(S * M)
+  ticks_RM = stage + jnp.arange(R)[:, None] * S + (numbers // S * S * R + numbers % S)[None]
+  return outputs[None], jax.tree.map(lambda a: a[ticks_RM].mean(axis=1), sown)
+
+
+def _place(t: jax.Array, S: int, R: int) -> tuple[jax.Array, jax.Array]:
+  """(repeat, microbatch) at work t ticks after the first one came."""
+  turn = t % (S * R)
+  return turn // S, t // (S * R) * S + turn % S
+
+
+def _only(R: int, condition: jax.Array, f: Callable[[Any], Any], otherwise: Callable[[Any], Any], x: Any) -> Any:
+  """f(x) under the condition, the same for all stages, which always holds if there is one repeat."""
+  return f(x) if R == 1 else jax.lax.cond(condition, f, otherwise, x)
 
 
 def _at(x: jax.Array, i: jax.Array) -> jax.Array:

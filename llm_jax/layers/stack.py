@@ -85,36 +85,34 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
   """
   period = len(layers)
 
-  def run(kind: Layer, x: jax.Array, layer: Any, rest: Any) -> tuple[jax.Array, Any]:
-    layer_params, layer_copies, key = layer
+  def run(kind: Layer, rest: Any, number: jax.Array | None, select: Callable[[Any], Any], x: jax.Array,
+          layer: Any) -> tuple[jax.Array, Any]:
+    layer_params, layer_copies, key = select(layer)
+    if key is not None and number is not None:
+      key = jax.random.fold_in(key, number)
     (x, _), sown = block.apply(
         {'params': layer_params, 'copies': layer_copies}, checkpoint_name(x, 'block'), *rest, None, kind, train,
         rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
     return x, sown
 
-  # Otherwise XLA could recompute all blocks of one loop body at once, before the first one is needed.
-  prevent_cse = unroll > 1 or period > 1
-  blocks = [REMAT[remat](partial(run, kind), prevent_cse=prevent_cse) for kind in layers]
-
-  def run_blocks(stacked: Any, x: jax.Array, rest: Any, number: jax.Array | None) -> tuple[jax.Array, Any]:
-    params, copies, keys = stacked
-    num_layers = jax.tree.leaves(params)[0].shape[0]
-    if number is not None and keys is not None:
-      keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+  def run_blocks(stacked: Any, x: jax.Array, *args: Any) -> tuple[jax.Array, Any]:
+    # Otherwise XLA could recompute all blocks of one loop body at once, before the first one is needed.
+    prevent_cse = unroll > 1 or period > 1
+    blocks = [REMAT[remat](partial(run, kind, *args), prevent_cse=prevent_cse) for kind in layers]
 
     def body(x: jax.Array, group: Any) -> tuple[jax.Array, list[Any]]:
       outputs = []
       for run_block, layer in zip(blocks, group, strict=True):
-        x, output = run_block(x, layer, rest)
+        x, output = run_block(x, layer)
         outputs.append(output)
       return x, outputs
 
     # Layers are grouped by kind before the scan: slices made inside the loop would be saved for the backward pass, a
     # copy of every weight.
-    groups = [jax.tree.map(lambda a: a[i::period], (params, copies, keys)) for i in range(period)]  # noqa: B023
-    x, outputs = jax.lax.scan(body, x, groups, unroll=min(unroll, num_layers // period))
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(num_layers, *leaves[0].shape[1:]),
-                           *outputs)
+    groups = [jax.tree.map(lambda a: a[i::period], stacked) for i in range(period)]  # noqa: B023
+    num_groups = jax.tree.leaves(groups[0])[0].shape[0]
+    x, outputs = jax.lax.scan(body, x, groups, unroll=min(unroll, num_groups))
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *outputs)
 
   # Casts all layers' matrices at once: XLA also moves this out of a loop over microbatches, so it runs once per step.
   copies = {} if dtype == jnp.float32 else jax.tree.map(lambda w: jax.lax.stop_gradient(w).astype(dtype), params)

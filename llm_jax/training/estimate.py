@@ -13,6 +13,7 @@ from llm_jax.base.process import gib
 from llm_jax.base.sharding import num_batch_shards
 from llm_jax.base.target import Target, current_target
 from llm_jax.config import Config
+from llm_jax.layers.pipeline import num_ticks
 from llm_jax.losses.readout import chunk_bytes
 from llm_jax.training.shardings import shard_bytes
 from llm_jax.training.state import TrainState
@@ -45,10 +46,10 @@ def estimate(config: Config, abstract: TrainState, mesh: Any, num_microbatches: 
   sizes = dict(mesh.shape)
   parameters = shard_bytes(abstract.params)
   trainable = shard_bytes(abstract.trainable)
-  stages, num_shards = sizes['stage'], num_batch_shards(mesh) * sizes['context']
-  tokens = config.batch_tokens // (num_shards * num_microbatches)
-  # A pipeline keeps all microbatches until the last one has passed, and reads out all rows of a device at once.
-  passes, held = (1, 1) if stages == 1 else (stages * num_microbatches + stages - 1, num_microbatches)
+  tokens = config.batch_tokens // (num_batch_shards(mesh) * sizes['context'] * num_microbatches)
+  times, held, stages, repeats = 1.0, 1, sizes['stage'], config.mesh.repeats
+  if stages > 1:  # all microbatches are kept until the last one has passed, and a device's rows are read out at once
+    times, held = num_ticks(stages, repeats, num_microbatches) / stages / repeats, num_microbatches
   model = config.model
   operand = WIDTH.get(getattr(model, 'dtype', ''), 4)
   copies = 0
@@ -58,8 +59,8 @@ def estimate(config: Config, abstract: TrainState, mesh: Any, num_microbatches: 
     copies = (parameters + 2 * layer * (sizes['fsdp'] * sizes['context'] > 1)) * operand // 4
   vocab = getattr(model, 'V', model.vocab_size or 0)
   logits = 2 * min(4 * held * tokens * vocab // sizes['tensor'], chunk_bytes(platform))
-  return Estimate(parameters, shard_bytes(abstract.opt_state), trainable * (1 + (num_microbatches > 1 or stages > 1)),
-                  copies, activation_bytes(model, tokens, sizes['tensor'], passes / stages), logits)
+  return Estimate(parameters, shard_bytes(abstract.opt_state), trainable * (1 + (num_microbatches > 1 and stages == 1)),
+                  copies, activation_bytes(model, tokens, sizes['tensor'], times), logits)
 
 
 def table_bytes(abstract: TrainState, tensor: int) -> int:

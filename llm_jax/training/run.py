@@ -23,6 +23,7 @@ from llm_jax.base.watchdog import Watchdog
 from llm_jax.config import Config, differences, replace
 from llm_jax.data.sources.documents import shown
 from llm_jax.infer.export import write_config
+from llm_jax.layers.pipeline import describe_pipeline, num_stages
 from llm_jax.training.console import Console
 from llm_jax.training.lost import check_not_lost
 from llm_jax.training.manifest import write_run_manifest
@@ -128,7 +129,8 @@ def print_summary(program: Program, state: TrainState, workdir: Path, console: C
     console.line(f'schedule: {line}')
   console.line(f'batch: {config.batch_tokens} tokens = {num_microbatches} microbatch(es) x {held_rows} row(s) '
                f'x {seq_len} tokens on each of {config.rows_per_batch // num_microbatches // held_rows} device(s)')
-  for line in further:
+  stages = describe_pipeline(num_stages(jax.sharding.get_abstract_mesh()), config.mesh.repeats, num_microbatches)
+  for line in (*filter(None, [stages]), *further):
     console.line(line)
 
 

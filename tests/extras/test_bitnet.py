@@ -196,9 +196,10 @@ def test_changed_codes_are_counted_by_layer():
 
 
 @pytest.mark.slow
-def test_losses_do_not_depend_on_mesh_or_microbatches():
+@pytest.mark.parametrize('sizes', [(2, 2, 2), (2, 1, 2, 2)], ids=str)
+def test_losses_do_not_depend_on_mesh_or_microbatches(sizes):
   alone, _ = trained(CFG, 5)
-  sharded, _, _ = train_on((2, 2, 2), make_model(CFG), make_optimizer(OPTIM, 20), features, num_steps=5,
+  sharded, _, _ = train_on(sizes, make_model(CFG), make_optimizer(OPTIM, 20), features, num_steps=5,
                            num_microbatches=2)
   np.testing.assert_allclose([m['loss'] for m in sharded], [m['loss'] for m in alone], atol=2e-3)
 

@@ -171,7 +171,7 @@ def first_state(cfg):
 
 def train(sizes, num_microbatches, decoder):
   """Losses and parameters of five steps on a mesh of virtual devices."""
-  cfg = dataclasses.replace(TINY, vocab_size=16, num_layers=1, patch_size=2, overlap=True, thinking_steps=1,
+  cfg = dataclasses.replace(TINY, vocab_size=16, num_layers=2, patch_size=2, overlap=True, thinking_steps=1,
                             halting=True, decoder=decoder)
 
   def features(n):
@@ -188,9 +188,10 @@ def train(sizes, num_microbatches, decoder):
 def test_losses_do_not_depend_on_mesh_or_microbatches(decoder):
   losses, params = train((1, 1, 1), 1, decoder)
   assert losses[-1] < losses[0]
-  others, other_params = train((2, 2, 2), 2, decoder)
-  np.testing.assert_allclose(others, losses, atol=1e-5, rtol=0)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), other_params, params)
+  for sizes in ((2, 2, 2), (2, 1, 2, 2)):
+    others, other_params = train(sizes, 2, decoder)
+    np.testing.assert_allclose(others, losses, atol=1e-5, rtol=0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), other_params, params)
 
 
 @pytest.mark.parametrize('decoder', ['gru', 'transformer'])

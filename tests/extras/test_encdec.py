@@ -109,7 +109,7 @@ def first_state(cfg):
 
 def train(sizes, num_microbatches, num_steps=5):
   """Losses and parameters of a run that learns to copy its input, on a mesh of virtual devices."""
-  cfg = dataclasses.replace(SHAPES['t5'], vocab_size=16, max_len=8)
+  cfg = dataclasses.replace(SHAPES['t5'], vocab_size=16, max_len=8, num_encoder_layers=2)
 
   def features(n):
     read = np.random.default_rng(n).integers(2, 16, (8, 8)).astype(np.int32)
@@ -126,9 +126,10 @@ def train(sizes, num_microbatches, num_steps=5):
 def test_losses_do_not_depend_on_mesh_or_microbatches():
   losses, params = train((1, 1, 1), 1)
   assert losses[-1] < losses[0]
-  others, other_params = train((2, 2, 2), 2)
-  np.testing.assert_allclose(others, losses, atol=1e-5, rtol=0)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), other_params, params)
+  for sizes in ((2, 2, 2), (2, 1, 2, 2)):  # with stages too, for encoder and decoder
+    others, other_params = train(sizes, 2)
+    np.testing.assert_allclose(others, losses, atol=1e-5, rtol=0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), other_params, params)
 
 
 def sequence_log_p(model, params, prompt, answer, num_ids):

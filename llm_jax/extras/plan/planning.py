@@ -21,6 +21,7 @@ from llm_jax.extras.plan.search import Candidate, candidates
 from llm_jax.extras.plan.targets import Place
 from llm_jax.extras.plan.traffic import hbm_bytes
 from llm_jax.extras.plan.work import collective_rows, network_parts_on, work_of
+from llm_jax.layers.pipeline import describe_pipeline
 
 SHARE = 0.95  # of a device's memory that a step may need; the rest is for evaluation, samples and fragmentation
 TRIES = 6  # candidates that are compiled at most
@@ -117,6 +118,7 @@ def describe(chosen: Candidate, compiled: Compiled | None, place: Place, options
       'on': str(place), 'devices': place.num_devices, 'kind': built.target.kind, 'mesh': sizes,
       'settings': chosen.settings, 'microbatches': chosen.num_microbatches, 'rows': chosen.rows,
       'model': described(built.target, place, config),
+      'pipeline': describe_pipeline(sizes['stage'], config.mesh.repeats, chosen.num_microbatches),
       'dtypes': {name: getattr(config.model, name) for name in ('dtype', 'product_dtype', 'stream_dtype',
                                                                 'gradient_dtype') if hasattr(config.model, name)},
       'parameters': [dataclasses.asdict(row) for row in parameter_rows(built)],

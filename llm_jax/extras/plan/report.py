@@ -19,6 +19,7 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
   yield 'dtypes: ' + ', '.join(f'{name} {value}' for name, value in plan['dtypes'].items())
   yield (f'batch: {plan["work"]["tokens_per_step"]} tokens = {plan["microbatches"]} microbatch(es) x {plan["rows"]} '
          f'row(s) on each device; remat {plan["settings"]["model.remat"]}')
+  yield from filter(None, [plan['pipeline']])
   yield ''
   yield from parameters(plan)
   yield ''

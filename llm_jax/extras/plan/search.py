@@ -16,6 +16,7 @@ from llm_jax.config import Config, replace
 from llm_jax.extras.plan.building import Built, build
 from llm_jax.extras.plan.targets import Place
 from llm_jax.extras.plan.work import bandwidth
+from llm_jax.layers.pipeline import num_ticks
 from llm_jax.training.estimate import Estimate, estimate
 
 # Work of a step with a policy of remat, relative to none: a forward pass more is a third.
@@ -72,8 +73,10 @@ def meshes(config: Config, num_devices: int) -> list[MeshConfig]:
 
 
 def remats(config: Config) -> tuple[str, ...]:
-  """Policies of remat to try: those that the model has."""
-  return tuple(RECOMPUTED) if hasattr(config.model, 'remat') else ('none',)
+  """Policies of remat to try: those that the model has and config.mesh.repeats allows."""
+  if not hasattr(config.model, 'remat'):
+    return ('none',)
+  return tuple(name for name in RECOMPUTED if name != 'none' or config.mesh.repeats == 1)
 
 
 def with_remat(built: Built, remat: str) -> Built:
@@ -102,15 +105,16 @@ def step_seconds(built: Built, place: Place, num_microbatches: int) -> float:
   compute = (built.flops_per_token * config.batch_tokens / place.num_devices / peak / 0.5
              * RECOMPUTED.get(getattr(model, 'remat', 'none'), 1.0))
   leaves = [leaf.size for leaf in jax.tree.leaves(built.abstract.params)]
-  weights = 2 * sum(leaves) / sizes['tensor'] / sizes['stage']  # bf16
-  tokens = config.batch_tokens / sizes['data'] / sizes['fsdp'] / sizes['stage']
-  layers = getattr(model, 'num_layers', 1)
-  stages, wire, passes = sizes['stage'], 0.0, num_microbatches
-  if stages > 1:  # each tick, forward and backward, sends a microbatch on and moves one in and one out
-    passes = stages * num_microbatches + stages - 1
+  stages, repeats, layers = sizes['stage'], config.mesh.repeats, getattr(model, 'num_layers', 1)
+  weights = 2 * sum(leaves) / sizes['tensor'] / stages  # bf16
+  tokens = config.batch_tokens / sizes['data'] / sizes['fsdp'] / stages
+  wire, passes = 0.0, float(num_microbatches)
+  if stages > 1:  # each tick, forward and backward, sends a microbatch on; each microbatch moves in and out too
+    passes = num_ticks(stages, repeats, num_microbatches) / repeats
     compute *= passes / stages / num_microbatches
-    sent = 6 * passes / num_microbatches * tokens / sizes['context']
-    wire += sent * 2 * getattr(model, 'embed_dim', 1) / (bandwidth(place, built.mesh, ('stage',)) or 1e9)
+    sent = (4 + 2 * repeats) * stages * tokens / sizes['context'] * 2 * getattr(model, 'embed_dim', 1)
+    exchanged = 3 * weights / sizes['fsdp'] / sizes['context'] * (repeats > 1)
+    wire += (sent + exchanged) / (bandwidth(place, built.mesh, ('stage',)) or 1e9)
   if sizes['fsdp'] * sizes['context'] > 1:  # gathered forward and backward, reduced once
     wire += weights * (2 * passes + 1) / (bandwidth(place, built.mesh, ('fsdp', 'context')) or 1e9)
   if sizes['context'] > 1:  # keys and values, gathered forward and backward, and their gradients reduced
