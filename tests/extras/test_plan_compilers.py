@@ -44,7 +44,8 @@ def test_a_shape_that_no_slice_has_is_refused(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec('jax_cuda13_plugin') is None, reason='needs the extra plan-gpu')
 def test_a_step_with_fused_attention_is_compiled_for_gpus(tmp_path):
   plan = plan_of(tmp_path, 'h100:8', '--config.mesh.data=2')
-  assert plan['kind'].startswith('NVIDIA H100') and plan['mesh'] == {'stage': 1, 'data': 2, 'fsdp': 4, 'tensor': 1}
+  shared = {axis: size for axis, size in plan['mesh'].items() if size > 1}
+  assert plan['kind'].startswith('NVIDIA H100') and shared == {'data': 2, 'fsdp': 4}
   assert sum(count for name, count in plan['kernels'].items() if 'fmha' in name) > 0
   assert {row['kind'] for row in plan['collectives']} >= {'all-gather', 'reduce-scatter'}
   summed = [row for row in plan['collectives'] if row['axes'] == ['data'] and row['wire_bytes'] > 1e5]

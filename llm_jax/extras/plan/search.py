@@ -38,7 +38,7 @@ class Candidate:
     """The fields to set on the command line, without config."""
     config = self.built.config
     mesh = {f'mesh.{axis}': size for axis, size in self.built.mesh.shape.items()
-            if size != getattr(MeshConfig, axis)}
+            if axis in ('data', 'fsdp', 'tensor') or size != getattr(MeshConfig, axis)}
     return {**mesh, 'tokens_per_device': self.rows * config.row_part, 'model.remat': config.model.remat}
 
 
