@@ -150,7 +150,7 @@ def test_an_error_is_printed_once_and_ends_all_processes(folder, flag, code, wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh', ['data=4', 'fsdp=4', 'tensor=2'])
+@pytest.mark.parametrize('mesh', ['data=4', 'fsdp=4', 'tensor=2', 'dcn_data=2'])
 def test_two_processes_train_like_one_on_any_mesh(folder, mesh):
   # Without dropout, whose masks depend on the number of microbatches, and so on the number of devices.
   flags = ['--config.num_steps=10', '--config.model.dropout=0', '--config.model.vocab_size=260']

@@ -24,6 +24,7 @@ MESH_AXES = ('stage', 'data', 'fsdp', 'context', 'tensor')  # the last one has t
 BATCH_AXES = ('data', 'stage', 'fsdp')
 SHARD_AXES = (*BATCH_AXES, 'context')  # each device along them has its own tokens
 CONTEXT_ATTENTION = ('all_gather', 'ring')
+OFFLOADS = ('none', 'optimizer', 'all')
 
 Rules = dict[str, str | tuple[str, ...] | None]
 # Logical axis -> mesh axes, unless config.mesh.rules changes them. Activations have their own axes `act_...`, so that
@@ -71,6 +72,7 @@ class MeshConfig:
   context: int = 1  # devices that split the length of rows, and the weights
   context_attention: str = 'all_gather'  # how queries meet all keys: all_gather, or ring, which holds a share at a time
   rules: tuple[str, ...] = ()  # changes of base.sharding.RULES: 'mlp=fsdp', 'embed=data+fsdp' or 'act_stream=none'
+  offload: str = 'none'  # kept in the host's memory between steps: none, optimizer (its state) or all (weights too)
   dcn_data: int = 1  # the factor of `data` that goes over the network between slices or hosts; see base/networks.py
   dcn_fsdp: int = 1  # the factor of `fsdp` that does; where both are 1, `data` goes over slices if it can, else `fsdp`
 
@@ -94,6 +96,8 @@ class MeshConfig:
     if self.repeats < 1 or (self.repeats > 1 and (self.stage < 2 or many % few)):  # otherwise all weights are gathered
       raise ValueError('repeats must be 1, or a divisor or multiple of stage, which must be at least 2; got '
                        f'{self.repeats} and {self.stage}')
+    if self.offload not in OFFLOADS:
+      raise ValueError(f'offload must be one of {", ".join(OFFLOADS)}; got {self.offload!r}')
     parse_rules(self.rules)
 
 

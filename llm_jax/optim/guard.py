@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax.base.batch import Metrics, Params
+from llm_jax.base.host_memory import fetched, is_held, put_back
 
 # Float32 ends at 3.4e38. A larger sum of squares of the gradients, or a larger value to be written, is an error; below
 # it, second moments cannot overflow, even if a filter amplifies the gradients.
@@ -30,5 +31,11 @@ def guarded_update(optimizer: Any, grads: Params, opt_state: optax.OptState, par
     updates, opt_state = optimizer.update(grads, opt_state, params, value=loss, grad=grads)
     return optax.apply_updates(params, updates), opt_state
 
-  params, opt_state = jax.lax.cond(accepted, update, lambda *unchanged: unchanged, params, opt_state)
+  held = params, opt_state
+  if any(map(is_held, jax.tree.leaves(held))):  # array by array, so that few of them are on the devices at a time
+    near = fetched(held)
+    new = jax.tree.map(lambda x, old: jnp.where(accepted, x, old), update(*near), near)
+    params, opt_state = put_back(new, held)
+  else:
+    params, opt_state = jax.lax.cond(accepted, update, lambda *unchanged: unchanged, *held)
   return params, opt_state, {'grad_norm': jnp.sqrt(squares), 'skipped': 1 - accepted.astype(jnp.int32)}

@@ -59,8 +59,13 @@ def estimate(config: Config, abstract: TrainState, mesh: Any, num_microbatches: 
     copies = (parameters + 2 * layer * (sizes['fsdp'] * sizes['context'] > 1)) * operand // 4
   vocab = getattr(model, 'V', model.vocab_size or 0)
   logits = 2 * min(4 * held * tokens * vocab // sizes['tensor'], chunk_bytes(platform))
-  return Estimate(parameters, shard_bytes(abstract.opt_state), trainable * (1 + (num_microbatches > 1 and stages == 1)),
-                  copies, activation_bytes(model, tokens, sizes['tensor'], times), logits)
+  optimizer = shard_bytes(abstract.opt_state)
+  if config.mesh.offload != 'none':  # fetched array by array, after the backward pass
+    optimizer = 0
+  if config.mesh.offload == 'all' and operand < 4:  # passes need the copies alone
+    parameters = 0
+  return Estimate(parameters, optimizer, trainable * (1 + (num_microbatches > 1 and stages == 1)), copies,
+                  activation_bytes(model, tokens, sizes['tensor'], times), logits)
 
 
 def table_bytes(abstract: TrainState, tensor: int) -> int:

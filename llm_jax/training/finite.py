@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llm_jax.base.host_memory import fetched
 from llm_jax.base.trees import leaf_name
 from llm_jax.optim.guard import LARGEST
 
@@ -47,4 +48,5 @@ def _program(mesh: Any) -> Any:
 
 def _are_bad(leaves: tuple[jax.Array, ...]) -> jax.Array:
   # The largest magnitude, which NaN passes through: on a CPU three times as fast as jnp.isfinite of every value.
-  return jnp.stack([~(jnp.max(jnp.abs(x), initial=0) < LARGEST) if x.ndim else jnp.isnan(x) for x in leaves])
+  return jnp.stack([~(jnp.max(jnp.abs(x), initial=0) < LARGEST) if x.ndim else jnp.isnan(x)
+                    for x in map(fetched, leaves)])

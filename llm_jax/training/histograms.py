@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from llm_jax.base.batch import Batch, Params
+from llm_jax.base.host_memory import fetched
 from llm_jax.base.loggers import Histogram
 from llm_jax.base.params import ParamInfo
 from llm_jax.base.sharding import batch_sharding
@@ -63,6 +64,7 @@ def compile_statistics(program: Any, info: dict[str, ParamInfo]) -> Any:
                  num_microbatches=program.num_microbatches, objective=program.objective)
 
   def compute(state: TrainState, batch: Batch, constants: Params) -> Statistics:
+    state = fetched(state)
     zeros = jax.tree.map(jnp.zeros_like, state.trainable)
     noted, _ = step(dataclasses.replace(state, opt_state=(state.opt_state, zeros, zeros)), batch, constants=constants)
     trees = {'weights': state.trainable, 'gradients': noted.opt_state[1], 'updates': noted.opt_state[2]}

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from llm_jax.base.batch import Batch, Params
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.host_memory import fetched, on_devices
 from llm_jax.base.multihost import in_turn
 from llm_jax.base.sharding import batch_sharding, local_rows, num_batch_shards
 from llm_jax.base.trees import merge
@@ -46,7 +47,7 @@ from llm_jax.training.resolve import (
   with_logits,
   without_masks,
 )
-from llm_jax.training.shardings import abstract_state, boxed_params, param_info, shardings_of
+from llm_jax.training.shardings import abstract_state, boxed_params, offloaded, param_info, shardings_of
 from llm_jax.training.stages import Stage, fingerprint_of
 from llm_jax.training.state import TrainState, init_state, train_step
 
@@ -87,7 +88,7 @@ class Program:
 
   def weights(self, state: TrainState) -> Params:
     """The parameters to evaluate, sample from and export."""
-    return merge(self.evaluated(state.opt_state, state.trainable), state.frozen)
+    return on_devices(merge(self.evaluated(state.opt_state, state.trainable), state.frozen))
 
 
 def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Program:
@@ -110,7 +111,7 @@ def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Pr
   boxed = boxed_params(example, model=model)
   info = param_info(boxed)
   tx, is_trainable = build_optimizer(config, info, custom)
-  abstract = abstract_state(boxed, mesh, tx=tx, is_trainable=is_trainable)
+  abstract = offloaded(abstract_state(boxed, mesh, tx=tx, is_trainable=is_trainable), config.mesh.offload)
   shardings = shardings_of(abstract)
   check_results(config, data, model, objective, abstract.params, batch)
   arrays = {name: constant.arrays for name, constant in constants.items()}
@@ -124,7 +125,7 @@ def build_program(stage: Stage, workdir: Path, mesh: Mesh, custom: Custom) -> Pr
   check_microbatches(config, objective, num_microbatches, num_shards)
   stage = dataclasses.replace(stage, config=config, end=stage.end if config.stages else config.num_steps)
   init = jax.jit(partial(init_state, model=model, tx=tx, is_trainable=is_trainable), out_shardings=shardings)
-  average = jax.jit(tx.evaluated, out_shardings=shardings.trainable)
+  average = jax.jit(lambda *args: tx.evaluated(*fetched(args)), out_shardings=shardings.trainable)
   return Program(
       stage, data, model, objective, tx, is_trainable, arrays, info, abstract, shardings,
       local_rows(mesh, config.rows_per_batch), held_rows, num_microbatches,
@@ -166,6 +167,7 @@ def jit_step(config: Config, mesh: Mesh, shardings: TrainState, constants: Param
              **parts: Any) -> Any:
   """The jitted step (state, batch, constants) -> (state, PackedMetrics); the state is donated."""
   def step(state: TrainState, batch: Batch, constants: Params) -> tuple[TrainState, PackedMetrics]:
+    state = offloaded(state, config.mesh.offload)
     state, metrics = train_step(state, batch, seed=config.seed, num_microbatches=num_microbatches,
                                 constants=constants, **parts)
     return state, pack_metrics(metrics)

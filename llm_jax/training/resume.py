@@ -15,6 +15,7 @@ from llm_jax.base.builder import build, to_dict
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.fields import DTYPES
 from llm_jax.base.files import unused
+from llm_jax.base.host_memory import fetched
 from llm_jax.base.multihost import say
 from llm_jax.base.redaction import public
 from llm_jax.base.storage import read_workdir
@@ -178,5 +179,5 @@ def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
   params: Params = jax.tree_util.tree_map_with_path(pick, merge(fresh.trainable, fresh.frozen))
   trainable, frozen = split(params, program.is_trainable)
   # Initialized again, as an optimizer may keep a copy of the weights.
-  opt_state = jax.jit(program.tx.init, out_shardings=program.shardings.opt_state)(trainable)
+  opt_state = jax.jit(lambda x: program.tx.init(fetched(x)), out_shardings=program.shardings.opt_state)(trainable)
   return TrainState(fresh.step, trainable, frozen, opt_state)

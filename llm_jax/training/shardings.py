@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.batch import Batch, Params
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.host_memory import into_host
 from llm_jax.base.sharding import check_divisible, logical_to_spec
 from llm_jax.base.trees import split
 from llm_jax.layers.boxes import info_of
@@ -81,6 +82,13 @@ def abstract_state(boxed: Params, mesh: Mesh, *, tx: optax.GradientTransformatio
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
   return TrainState(step, trainable, frozen, placed(  # type: ignore[arg-type]
       opt_state, jax.tree_util.tree_map_with_path(sharding_of, opt_state)))
+
+
+def offloaded(state: TrainState, what: str) -> TrainState:
+  """The state, abstract or traced, with what config.mesh.offload names in the host's memory; scalars stay."""
+  opt_state = state.opt_state if what == 'none' else into_host(state.opt_state)
+  trainable, frozen = (into_host(tree) if what == 'all' else tree for tree in (state.trainable, state.frozen))
+  return TrainState(state.step, trainable, frozen, opt_state)
 
 
 def placed(abstract: Any, shardings: Any) -> Any:

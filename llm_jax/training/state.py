@@ -14,6 +14,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.batch import Batch, Metrics, Params
+from llm_jax.base.host_memory import fetched
 from llm_jax.base.trees import merge, split
 from llm_jax.layers.clock import clock_at
 from llm_jax.layers.pipeline import microbatches
@@ -58,8 +59,9 @@ def train_step(state: TrainState, batch: Batch, *, model: LanguageModel, tx: opt
   `extra_loss` the rest of the objective. Values sown into `metrics` are averaged and logged. If the objective or a
   gradient is not finite, only the step changes and the metric `skipped` is 1 (see optim/guard.py).
   """
+  near = TrainState(state.step, fetched(state.trainable), fetched(state.frozen), state.opt_state)
   with microbatches(num_microbatches) as num_in_turn:
-    grads, metrics = gradients(state, batch, model=model, seed=seed, num_microbatches=num_in_turn,
+    grads, metrics = gradients(near, batch, model=model, seed=seed, num_microbatches=num_in_turn,
                                objective=objective, constants=constants)
   optimizer = as_optimizer(tx)
   trainable, opt_state, applied = guarded_update(optimizer, grads, state.opt_state, state.trainable,

@@ -26,7 +26,7 @@ from llm_jax.training.flops import flops_per_token
 from llm_jax.training.memory import needed
 from llm_jax.training.program import build_optimizer, example_features, jit_step
 from llm_jax.training.resolve import check_microbatches, resolve, with_logits, without_masks
-from llm_jax.training.shardings import abstract_state, boxed_params, param_info, shardings_of
+from llm_jax.training.shardings import abstract_state, boxed_params, offloaded, param_info, shardings_of
 
 PROCESS = 20_000_000  # bytes of threads and compiled code
 
@@ -90,7 +90,7 @@ def build(config: Config, target: Target, *, read_data: bool) -> Built:
     info = param_info(boxed)
     tx, is_trainable = build_optimizer(config, info, Custom())
     with use_mesh(mesh, config.mesh):
-      abstract = abstract_state(boxed, mesh, tx=tx, is_trainable=is_trainable)
+      abstract = offloaded(abstract_state(boxed, mesh, tx=tx, is_trainable=is_trainable), config.mesh.offload)
       flops = flops_per_token(config, model, abstract.params, batch)
   step = partial(jit_step, config, mesh, shardings_of(abstract), {}, model=model, tx=tx, objective=objective)
   known = sum(len(store.tokens) for store in data.train.values()) if read_data or not stands_in(config) else 0
@@ -131,7 +131,8 @@ def memory_of(compiled: Any, built: Built, num_microbatches: int) -> dict[str, i
   if platform == 'cpu':
     found = estimate(built.config, built.abstract, built.mesh, num_microbatches, platform)
     scratch = PROCESS // built.mesh.size + found.logits // 4
-  reported = int(getattr(stats, 'peak_memory_in_bytes', 0) or 0)
+  on_host = getattr(stats, 'host_argument_size_in_bytes', 0)  # which the compilers of GPUs and TPUs count too
+  reported = max(0, int(getattr(stats, 'peak_memory_in_bytes', 0) or 0) - on_host)
   peak = needed(compiled) + scratch if platform == 'cpu' else reported or needed(compiled)
   return {'arguments': stats.argument_size_in_bytes, 'outputs': stats.output_size_in_bytes,
           'aliased': stats.alias_size_in_bytes, 'temporaries': stats.temp_size_in_bytes,
