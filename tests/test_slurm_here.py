@@ -95,7 +95,8 @@ def test_a_job_is_queued_again_after_a_lost_task_and_a_signal_but_not_after_scan
 
   printed = call('sbatch', '--ntasks-per-node=2', '--gpus-per-node=2', '--cpus-per-task=1',
                  str(ROOT / 'launch' / 'slurm.sbatch'), '--config=tiny.py', '--workdir=run',
-                 '--config.num_steps=100000', '--config.eval.every=0', '--config.log.every=20', '--config.checkpoint.every=20')
+                 '--config.num_steps=100000', '--config.eval.every=0', '--config.log.every=20',
+                 '--config.checkpoint.every=20')
   job = re.search(r'Submitted batch job (\d+)', printed)[1]
   logs = [tmp_path / 'logs' / f'llm_jax-{job}-{rank}.log' for rank in range(2)]
 
