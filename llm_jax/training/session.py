@@ -180,7 +180,7 @@ class Session:
 
   def events(self, callbacks: tuple[Callable[[Event], Any], ...]) -> Iterator[Event]:
     """Passes the event of the logged step, if there is one, to the callbacks and yields it."""
-    start = time.perf_counter()
+    start, counted = time.perf_counter(), self.goodput.counted
     self._write()
     logged, self.logged = self.logged, {}
     if 'train/loss' in logged:
@@ -191,7 +191,7 @@ class Session:
       with ACTIVITY.during('caller'):
         yield event
     self.throughput.away(time.perf_counter() - start)
-    self.goodput.add('caller', time.perf_counter() - start)
+    self.goodput.add_rest('caller', start, counted)  # the caller may have saved or evaluated
 
   def read(self) -> Loaded:
     """The model with a copy of its current weights."""

@@ -158,12 +158,21 @@ class Goodput:
 
   @contextlib.contextmanager
   def of(self, kind: str) -> Iterator[None]:
-    begin = time.perf_counter()
+    begin, counted = time.perf_counter(), self.counted
     try:
       with ACTIVITY.during(kind):
         yield
     finally:
-      self.add(kind, time.perf_counter() - begin)
+      self.add_rest(kind, begin, counted)
+
+  @property
+  def counted(self) -> float:
+    """The seconds of all overheads so far."""
+    return sum(self._seconds.values())
+
+  def add_rest(self, kind: str, begin: float, counted: float) -> None:
+    """Adds the time since `begin`, without what was counted as something else since then, when it was `counted`."""
+    self.add(kind, max(0.0, time.perf_counter() - begin - (self.counted - counted)))
 
   def shares(self) -> dict[str, float]:
     total = time.perf_counter() - self._begin
