@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.sharding import batch_axes, current_mesh_config, num_batch_shards
 
-# (layers, x, other arrays of the same rows, number of the microbatch or None, select) -> (x, sown).
+# (layers by kind, x, other arrays of the same rows, number of the microbatch or None, select) -> (x, sown).
 # select(layer) has the arrays of a layer at this tick. It is called inside what is recomputed, or else the weights of
 # each tick would be kept.
 Run = Callable[[Any, jax.Array, Any, jax.Array | None, Callable[[Any], Any]], tuple[jax.Array, Any]]
@@ -38,7 +38,7 @@ _num_microbatches: contextvars.ContextVar[int] = contextvars.ContextVar('num_mic
 
 def num_stages(mesh: Any) -> int:
   """The size of the mesh axis `stage`; 1 without a mesh."""
-  return 1 if mesh.empty else mesh.shape['stage']
+  return 1 if mesh.empty else mesh.shape.get('stage', 1)
 
 
 def num_ticks(stages: int, repeats: int, number: int) -> int:
@@ -69,22 +69,22 @@ def microbatches(number: int) -> Iterator[int]:
     _num_microbatches.reset(token)
 
 
-def in_stages(run: Run, layers: Any, x: jax.Array, rest: Any, period: int = 1) -> tuple[jax.Array, Any]:
+def in_stages(run: Run, layers: list[Any], x: jax.Array, rest: Any) -> tuple[jax.Array, Any]:
   """run(layers, x, rest, None, identity), where the mesh has stages by a pipeline.
 
-  Leaves of `layers` and of what is sown are [layers, ...], those of x and `rest` [rows, ...]. Values sown are averaged
-  over microbatches. Rows that do not divide over the devices are not split. Raises ConfigError if stages would not have
-  equal layers, which alternate with this period.
+  `layers` has a tree for each kind, whose layers alternate. Its leaves and those of what is sown are [layers, ...],
+  those of x and `rest` [rows, ...]. Values sown are averaged over microbatches. Rows that do not divide over the
+  devices are not split. Raises ConfigError if stages would not have equal layers.
   """
   mesh: Any = jax.sharding.get_abstract_mesh()
   S, R, num_rows = num_stages(mesh), current_mesh_config().repeats, x.shape[0]
   if S == 1 or num_rows % num_batch_shards(mesh):
     return run(layers, x, rest, None, lambda layer: layer)
-  num_layers = jax.tree.leaves(layers)[0].shape[0]
-  if num_layers % (S * R * period):
+  period, of_kind = len(layers), jax.tree.leaves(layers)[0].shape[0]
+  if of_kind % (S * R):
     kinds = f' of {period} kinds in turn' if period > 1 else ''
     groups = f'{S} stages' + (f' x {R} repeats' if R > 1 else '')
-    raise ConfigError(f'config.mesh.stage: {num_layers} layers{kinds} do not divide over {groups}; set a '
+    raise ConfigError(f'config.mesh.stage: {period * of_kind} layers{kinds} do not divide over {groups}; set a '
                       f'config.model.num_layers that is a multiple of {S * R * period}')
   M = math.gcd(_num_microbatches.get(), num_rows // num_batch_shards(mesh))
   pipeline = jax.shard_map(partial(_of_stage, run, S), in_specs=(P(None, 'stage'), P('stage'), P('stage')),

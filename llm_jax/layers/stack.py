@@ -95,7 +95,7 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
         rngs=None if key is None else {'dropout': key}, mutable=['losses', 'metrics'])
     return x, sown
 
-  def run_blocks(stacked: Any, x: jax.Array, *args: Any) -> tuple[jax.Array, Any]:
+  def run_blocks(groups: Any, x: jax.Array, *args: Any) -> tuple[jax.Array, Any]:
     # Otherwise XLA could recompute all blocks of one loop body at once, before the first one is needed.
     prevent_cse = unroll > 1 or period > 1
     blocks = [REMAT[remat](partial(run, kind, *args), prevent_cse=prevent_cse) for kind in layers]
@@ -107,17 +107,16 @@ def apply_stack(block: nn.Module, params: Params, x_BTD: jax.Array, positions_BT
         outputs.append(output)
       return x, outputs
 
-    # Layers are grouped by kind before the scan: slices made inside the loop would be saved for the backward pass, a
-    # copy of every weight.
-    groups = [jax.tree.map(lambda a: a[i::period], stacked) for i in range(period)]  # noqa: B023
-    num_groups = jax.tree.leaves(groups[0])[0].shape[0]
-    x, outputs = jax.lax.scan(body, x, groups, unroll=min(unroll, num_groups))
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *outputs)
+    return jax.lax.scan(body, x, groups, unroll=min(unroll, jax.tree.leaves(groups)[0].shape[0]))
 
   # Casts all layers' matrices at once: XLA also moves this out of a loop over microbatches, so it runs once per step.
   copies = {} if dtype == jnp.float32 else jax.tree.map(lambda w: jax.lax.stop_gradient(w).astype(dtype), params)
   keys = None if dropout_key is None else jax.random.split(dropout_key, jax.tree.leaves(params)[0].shape[0])
-  return in_stages(run_blocks, (params, copies, keys), x_BTD, (positions_BT, context), period)
+  # Layers are grouped by kind before the scan: slices made inside the loop would be saved for the backward pass, a
+  # copy of every weight.
+  groups = [jax.tree.map(lambda a: a[i::period], (params, copies, keys)) for i in range(period)]  # noqa: B023
+  x_BTD, sown = in_stages(run_blocks, groups, x_BTD, (positions_BT, context))
+  return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *sown)
 
 
 def unstack(params: Params, dtype: Dtype) -> tuple[Params, ...]:
