@@ -196,7 +196,7 @@ def test_changed_codes_are_counted_by_layer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sizes', [(2, 2, 2), (2, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize('sizes', [(2, 2, 2), (2, 1, 2, 2), {'fsdp': 2, 'context': 4}], ids=str)
 def test_losses_do_not_depend_on_mesh_or_microbatches(sizes):
   alone, _ = trained(CFG, 5)
   sharded, _, _ = train_on(sizes, make_model(CFG), make_optimizer(OPTIM, 20), features, num_steps=5,

@@ -188,7 +188,7 @@ def train(sizes, num_microbatches, decoder):
 def test_losses_do_not_depend_on_mesh_or_microbatches(decoder):
   losses, params = train((1, 1, 1), 1, decoder)
   assert losses[-1] < losses[0]
-  for sizes in ((2, 2, 2), (2, 1, 2, 2)):
+  for sizes in ((2, 2, 2), (2, 1, 2, 2), {'fsdp': 2, 'context': 4}):
     others, other_params = train(sizes, 2, decoder)
     np.testing.assert_allclose(others, losses, atol=1e-5, rtol=0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), other_params, params)
