@@ -216,6 +216,44 @@ def test_traffic_of_a_tpu_leaves_out_what_is_on_the_chip():
   assert hbm_bytes(TPU) == 4 * (shard + 2 * matrix + matrix + 1.5 * matrix + 3 * scalar) + 5 * (2 * scalar + 1)
 
 
+SLICES = """
+HloModule step, is_scheduled=true, num_partitions=4
+
+ENTRY %main (a: bf16[64,32], b: f32[16]) -> f32[16] {
+  %a = bf16[64,32]{1,0} parameter(0)
+  %b = f32[16]{0} parameter(1)
+  %token = token[] after-all()
+  %sum = f32[16]{0} all-reduce(%b), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %send = (bf16[64,32]{1,0}, u32[], token[]) send(%a, %token), is_host_transfer=true, frontend_attributes={\
+_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="g_0",\
+_xla_megascale_target=TARGET,_xla_megascale_transfer_type="KIND"}
+  %recv = (bf16[64,32]{1,0}, u32[], token[]) recv(%token), frontend_attributes={_xla_host_transfer_rendezvous="g_0"}
+  %received = (bf16[64,32]{1,0}, token[]) recv-done(%recv)
+  ROOT %product = f32[16]{0} fusion(%sum), kind=kLoop, calls=%fused
+}
+"""
+
+
+@pytest.mark.parametrize(('kind', 'target', 'axes', 'arrays'), [
+  ('ALL_REDUCE', '"{1,2,3,4}x{0:3}"', ('data', 'fsdp'), 2 * 3 / 4),
+  ('ALL_REDUCE', '"{1:4}x{0:3}"', ('data', 'fsdp'), 2 * 3 / 4),
+  ('ALL_GATHER', '{{100000,200000},{100001,200001},{300000,400000}}', ('fsdp',), 1),
+  ('REDUCE_SCATTER', '{{100000,300000},{100001,300001}}', ('data',), 1 / 2),
+  ('ONE_TO_ONE', '{{100000,300000}}', ('data',), 1)])
+def test_transfers_between_slices(kind, target, axes, arrays):
+  """Four slices of 2 x 2, of which a pair splits each axis; the program numbers the devices of one slice."""
+  parts = [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+  text = SLICES.replace('TARGET', target).replace('KIND', kind)
+  between, within = read_collectives(text, {'data': 4, 'fsdp': 4}, parts)
+  known = kind.lower().replace('_', '-')
+  assert between.kind == ('collective-permute' if kind == 'ONE_TO_ONE' else known)
+  assert (between.axes, between.outside, between.wire_bytes) == (axes, 1.0, arrays * 2 * 64 * 32)
+  assert not between.overlapped
+  assert (within.axes, within.outside, within.wire_bytes) == (('fsdp',), 0.0, 4 * 16)
+  later = text.replace('  %recv =', '  %other = f32[16]{0} fusion(%b), kind=kLoop, calls=%fused\n  %recv =')
+  assert read_collectives(later, {'data': 4, 'fsdp': 4}, parts)[0].overlapped
+
+
 def test_instructions_are_read_whole():
   module = hlo.parse(TPU)
   assert module.tpu and module.entry == 'main' and not hlo.parse(GPU).tpu

@@ -47,10 +47,19 @@ def read_collectives(text: str, axes: dict[str, int], parts: Sequence[int] = ())
   `axes` has the sizes of the mesh's axes in order; devices are numbered in the order of the mesh, and `parts` has the
   number of each device's slice or host. Collectives in groups of one device send nothing and are left out.
   """
-  module = parse(text)
+  module, members = parse(text), numbered(text, axes, parts)
   found = [collective for computation, one, executions in executed(module)
-           if (collective := read(module, computation, one, executions, axes, parts))]
+           if (collective := read(module, computation, one, executions, axes, parts, members))]
+  found += between_slices(module, axes, parts)
   return sorted(found, key=lambda one: -one.wire_bytes * one.executions)
+
+
+def numbered(text: str, axes: dict[str, int], parts: Sequence[int]) -> np.ndarray:
+  """The places in the mesh of the devices that a program numbers: all, or those of one of several TPU slices."""
+  places, found = np.arange(math.prod(axes.values())), re.search(r'\bnum_partitions=(\d+)', text[:text.find('\n')])
+  if found is None or not len(parts) or int(found[1]) == len(places):
+    return places
+  return places[np.array(parts) == parts[0]]
 
 
 def executed(module: Module) -> Iterator[tuple[Computation, Instruction, int]]:
@@ -77,7 +86,7 @@ def executed(module: Module) -> Iterator[tuple[Computation, Instruction, int]]:
 
 
 def read(module: Module, computation: Computation, one: Instruction, executions: int,
-         axes: dict[str, int], parts: Sequence[int] = ()) -> Collective | None:
+         axes: dict[str, int], parts: Sequence[int], members: np.ndarray) -> Collective | None:
   """An instruction as a Collective, or None if no device sends anything."""
   kind, size = cast(Kind, base(one.op)), 1
   if kind == 'collective-permute':
@@ -85,8 +94,9 @@ def read(module: Module, computation: Computation, one: Instruction, executions:
     groups = [[int(n) for n in pair.split(',')] for pair in re.findall(r'[\d,]+(?=\})', pairs[1] if pairs else '')]
     groups = [pair for pair in groups if pair[0] != pair[1]]
   else:
-    groups = replica_groups(one.attributes, math.prod(axes.values())).tolist()
+    groups = replica_groups(one.attributes, len(members)).tolist()
     size = max(map(len, groups), default=1)
+  groups = [members[group].tolist() for group in groups]
   if not groups or (size == 1 and kind != 'collective-permute'):
     return None
   arrays = [array for operand in computation.operands(one) for array in operand.arrays]
@@ -96,10 +106,59 @@ def read(module: Module, computation: Computation, one: Instruction, executions:
   if kind == 'all-reduce' and scatters(module, computation, one, size):
     kind = 'reduce-scatter'
   largest = max(arrays, key=lambda array: array.nbytes, default=Array('token', ()))
-  share = 1 if kind == 'collective-permute' else (size - 1) / size * (2 if kind == 'all-reduce' else 1)
-  return Collective(kind, spanned(groups, axes), largest.dtype, largest.shape, whole * share, executions,
-                    overlapped(module, computation, one), op_name(module, computation, one),
+  return Collective(kind, spanned(groups, axes), largest.dtype, largest.shape, whole * share_sent(kind, size),
+                    executions, overlapped(module, computation, one), op_name(module, computation, one),
                     share_outside(kind, groups, parts) if len(parts) else 0.0)
+
+
+def share_sent(kind: Kind, size: int) -> float:
+  """The bytes that a device sends, as a share of the whole array, in a group of this size."""
+  return 1 if kind == 'collective-permute' else (size - 1) / size * (2 if kind == 'all-reduce' else 1)
+
+
+def between_slices(module: Module, axes: dict[str, int], parts: Sequence[int]) -> Iterator[Collective]:
+  """What TPU slices send each other: the operands of sends to the runtime that connects them.
+
+  Their attributes name the kind of collective and the devices, by number as slice * 100000 + device or as sets of
+  slices and of devices, `{1,2}x{0:3}`. Slices are numbered from 1.
+  """
+  for computation, times in module.executed():
+    for one in computation:
+      if one.op != 'send' or one.attribute('_xla_host_transfer_handler_name') != 'xla_megascale_runtime':
+        continue
+      named = (one.attribute('_xla_megascale_transfer_type') or '').lower().replace('_', '-')
+      kind = cast(Kind, named if named in KINDS else 'collective-permute')
+      array, slices = computation.operands(one)[0].arrays[0], slices_of(one.attributes)
+      group = [place for number in slices for place in np.flatnonzero(np.array(parts) == number - 1)[:1].tolist()]
+      whole = array.nbytes * (len(slices) if kind == 'all-gather' else 1)
+      yield Collective(kind, spanned([group], axes) if len(parts) else (), array.dtype, array.shape,
+                       whole * share_sent(kind, len(slices)), times, received_later(computation, one),
+                       op_name(module, computation, one), 1.0)
+
+
+def slices_of(attributes: str) -> list[int]:
+  """The slices of the first group of devices that a transfer between slices names."""
+  text = attributes.partition('_xla_megascale_target=')[2]
+  if text.startswith('{{'):
+    return sorted({int(device) // 100_000 for device in numbers(text[:text.index('}')])})
+  found = re.match(r'"?\{([\d,:]+)\}', text)
+  ranges = [numbers(part) for part in found[1].split(',')] if found else []
+  return [number for part in ranges for number in range(part[0], part[-1] + 1)]
+
+
+def received_later(computation: Computation, send: Instruction) -> bool:
+  """Whether other compute is scheduled before what the other slices send has been received."""
+  key, started = send.attribute('_xla_host_transfer_rendezvous'), False
+  for other in computation:
+    if other.name == send.name:
+      started = True
+    elif started and other.op == 'recv-done':
+      received = computation.operands(other)
+      if received and received[0].attribute('_xla_host_transfer_rendezvous') == key:
+        return False
+    elif started and computes(other):
+      return True
+  return True
 
 
 def share_outside(kind: Kind, groups: Sequence[Sequence[int]], parts: Sequence[int]) -> float:
