@@ -23,7 +23,8 @@ from llm_jax.infer import sampling
 from llm_jax.infer.load import load_run, open_run
 from llm_jax.infer.trained import Trained
 
-MESHES = ['data=8', 'fsdp=8', 'data=1,fsdp=8', 'tensor=4', 'fsdp=4,tensor=2', 'fsdp=2,tensor=2', 'tensor=-1']
+MESHES = ['data=8', 'fsdp=8', 'data=1,fsdp=8', 'tensor=4', 'fsdp=4,tensor=2', 'fsdp=2,tensor=2', 'tensor=-1',
+          'context=2', 'context=2,tensor=2', 'stage=2', 'stage=2,fsdp=2']
 
 
 @pytest.fixture(scope='module')
