@@ -217,7 +217,7 @@ def test_a_stuck_process_ends_all_with_stacks_and_the_run_resumes(folder):
   flags = ['--workdir=stuck', '--plugin=stuck.py', '--config.log.callbacks=stuck', '--config.checkpoint.every=5',
            '--config.watchdog=0.2']
   output = finish(launch(folder, *flags), code=76)
-  assert 'no progress for 1' in output and 'limit 12 s' in output and 'process 1 is behind' in output
+  assert 'no progress for 1' in output and 'limit 11 s' in output and 'process 1 is behind' in output
   assert f'at {folder}/stuck.py:' in output and 'in get_stuck' in output
   assert 'get_stuck' in (folder / 'stuck' / 'processes' / '1.stacks').read_text()
   assert 'unpack_metrics' in (folder / 'stuck' / 'processes' / '0.stacks').read_text()

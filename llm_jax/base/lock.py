@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 
 from llm_jax.base.errors import StorageError
 from llm_jax.base.files import open_append, unused, writing
-from llm_jax.base.multihost import gather
+from llm_jax.base.multihost import barrier, gather
 from llm_jax.base.reports import (
   FOLDER,
   prepare_reports,
@@ -31,6 +32,7 @@ from llm_jax.base.reports import (
 
 LOCK = '.lock'  # in the run's folder
 STALE_SECONDS = 60.0  # after which a report of another host is stale; by the clock of the file system
+POLL = 1.0  # seconds between two looks at such a report
 
 
 @contextlib.contextmanager
@@ -53,6 +55,7 @@ def lock_run(workdir: Path) -> Iterator[tuple[bool, str]]:
             take(workdir, token, jax.process_count())
       except StorageError as e:
         problem = str(e)
+    barrier('lock')  # process 0 may wait for longer than a collective may take
     new, (problem, *_), (token, *_) = zip(*gather([created, problem, token]), strict=True)
     if problem:  # all processes fail, or none
       raise StorageError(problem)
@@ -64,31 +67,60 @@ def lock_run(workdir: Path) -> Iterator[tuple[bool, str]]:
 
 
 def acquire(workdir: Path) -> tuple[TextIO, str]:
-  """(the open lock file, why another run holds the folder or ''). Raises OSError."""
-  free = f'set --workdir={unused(workdir)}, or stop that run'
+  """(the open lock file, why another run holds the folder or ''). Raises OSError.
+
+  If the holder is on another host, or in another container, this waits until it renews its report, or the report is
+  stale: a job that is queued again after the loss of a host starts within seconds.
+  """
+  lock, held = _open_lock(workdir)
+  report = read_report(workdir / FOLDER, 0)
+  if not held and (not report or report['left']):
+    return lock, ''
+  name = f'process {report["pid"]} on {report["host"]}' if report else ''
+  alive = still_exists(report) if report else True
+  if alive is None:
+    alive = _renews(workdir, lock, report, name)
+    if held:  # a file system may notice late that the host of a lock is gone
+      lock.close()
+      lock, held = _open_lock(workdir)
+  if held or alive:
+    return lock, (f'--workdir: another run is training in {workdir}{name and ", "}{name}; set '
+                  f'--workdir={unused(workdir)}, or stop that run')
+  print(f'{workdir}: the launch of {name} has died at step {report["step"]}; this one takes over', flush=True)
+  return lock, ''
+
+
+def _open_lock(workdir: Path) -> tuple[TextIO, bool]:
+  """(the open lock file, whether another process holds it). Raises OSError."""
   while True:
     lock = open_append(workdir / LOCK)
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      return lock, f'--workdir: another run is training in {workdir}; {free}'
+      return lock, True
     except OSError:
       pass  # a file system without locks: the report decides
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(lock.fileno()), os.stat(workdir / LOCK)):
-        break
+        return lock, False
     lock.close()  # removed or replaced meanwhile
-  report = read_report(workdir / FOLDER, 0)
-  if not report or report['left']:
-    return lock, ''
+
+
+def _renews(workdir: Path, lock: TextIO, report: dict[str, Any], name: str) -> bool:
+  """Whether a process of another host renews its report before that is STALE_SECONDS old. Raises OSError."""
+  path = workdir / FOLDER / '0.json'
   os.utime(lock.fileno())
-  age = os.fstat(lock.fileno()).st_mtime - os.stat(workdir / FOLDER / '0.json').st_mtime
-  name, alive = f'process {report["pid"]} on {report["host"]}', still_exists(report)
-  if alive or (alive is None and age < STALE_SECONDS):
-    wait = '' if alive else f' (if that host is gone: start again in {STALE_SECONDS - age:.0f} s)'
-    return lock, f'--workdir: another run is training in {workdir}, {name}; {free}{wait}'
-  print(f'{workdir}: the launch of {name} has died at step {report["step"]}; this one takes over', flush=True)
-  return lock, ''
+  left = STALE_SECONDS - (os.fstat(lock.fileno()).st_mtime - path.stat().st_mtime)
+  if left <= 0:
+    return False
+  print(f'{workdir}: {name} has trained here; waiting up to {left:.0f} s to see whether it is alive', flush=True)
+  deadline = time.monotonic() + left
+  while time.monotonic() < deadline:
+    time.sleep(min(POLL, left))
+    newest = read_report(workdir / FOLDER, 0)
+    if (newest and newest != report) or not path.exists():
+      return bool(newest) and not newest['left']
+  return False
 
 
 def take(workdir: Path, token: str, count: int) -> None:
