@@ -103,7 +103,7 @@ def join_processes(mode: str) -> None:
   import jax
   start_processes(mode, ambient=False)
   if jax.distributed.is_initialized() and jax.process_index():
-    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+    sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), 'w')
     SILENT.append(True)
 
 

@@ -160,6 +160,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=auto)
 
 
+def describe_mesh(mesh: Any) -> str:
+  """The axes of a mesh with several devices: 'data 2 x fsdp 4'."""
+  return ' x '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1) or 'of one device'
+
+
 def logical_to_spec(axes: tuple[str | None, ...]) -> P:
   """The PartitionSpec of an array with these logical axes.
 

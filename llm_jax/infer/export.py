@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,8 +74,12 @@ def write_params(path: Path, arrays: dict[str, Any], meta: dict) -> None:
   Raises StorageError.
   """
   entries = [(name, jax.ShapeDtypeStruct(x.shape, x.dtype), partial(on_host, x)) for name, x in arrays.items()]
-  with writing('--out'), open(path, 'wb') if jax.process_index() == 0 else contextlib.nullcontext() as f:
-    write_tensors(f, entries, {'meta': json.dumps(meta)})
+  first, unfinished = jax.process_index() == 0, path.with_name(f'.{path.name}.{os.getpid()}')
+  with writing('--out'):
+    with open(unfinished, 'xb') if first else contextlib.nullcontext() as f:
+      write_tensors(f, entries, {'meta': json.dumps(meta)})
+    if first:
+      unfinished.replace(path)
 
 
 def read_params(path: Path, abstract: Params) -> tuple[Params, dict]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.multihost import gather
-from llm_jax.base.sharding import MESH_AXES, MeshConfig, make_mesh, use_mesh
+from llm_jax.base.sharding import MESH_AXES, MeshConfig, describe_mesh, make_mesh, use_mesh
 from llm_jax.base.target import current_target
 from llm_jax.data.pipeline import example_batch
 from llm_jax.infer.load import Loaded, Opened, model_of, open_run, read_run
@@ -32,8 +32,7 @@ def on_mesh(run: Opened, text: str = '', module: Any = None) -> Iterator[Mesh]:
   config, why = (parse_mesh(text), '--mesh') if text else choose_mesh(run, module)
   mesh = make_mesh(config)
   if mesh.size > 1 and jax.process_index() == 0:
-    axes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items() if size > 1)
-    print(f'mesh: {axes} ({why})', file=sys.stderr)
+    print(f'mesh: {describe_mesh(mesh)} ({why})', file=sys.stderr)
   with use_mesh(mesh, run.config.mesh):
     yield mesh
 

@@ -18,6 +18,7 @@ from llm_jax.base.errors import Interrupted, LostError, StorageError
 from llm_jax.base.files import latest_step, writing
 from llm_jax.base.lock import lock_run
 from llm_jax.base.redaction import public
+from llm_jax.base.sharding import describe_mesh
 from llm_jax.base.stopping import stopping_at_once
 from llm_jax.base.watchdog import Watchdog
 from llm_jax.config import Config, differences, replace
@@ -112,7 +113,7 @@ def print_summary(program: Program, state: TrainState, workdir: Path, console: C
   amount = 'a stream' if config.data.streaming else f'{amount_of(num_train)} tokens'
   epochs = config.num_steps * config.batch_tokens / max(1, num_train)
   console.line(f'devices: {len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es), '
-               f'mesh {dict(jax.sharding.get_abstract_mesh().shape)}')
+               f'mesh {describe_mesh(jax.sharding.get_abstract_mesh())}')
   frozen = f', {amount_of(num_frozen)} of them frozen' if num_frozen else ''
   first, *more = config.model.describe(seq_len, config.data.mask_documents)
   for line in (f'{first}, {amount_of(num_params)} parameters{frozen}', *more):

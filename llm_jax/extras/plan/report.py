@@ -13,7 +13,7 @@ PARTS = {'parameters': 'parameters', 'optimizer': 'optimizer state', 'gradients'
 
 def lines(plan: dict[str, Any]) -> Iterator[str]:
   """The whole report."""
-  mesh = ' '.join(f'{axis}={size}' for axis, size in plan['mesh'].items())
+  mesh = ' '.join(f'{axis}={size}' for axis, size in plan['mesh'].items() if size > 1 or axis == 'data')
   yield f'on {plan["on"]}: {plan["devices"]} x {plan["kind"]}, mesh {mesh}'
   yield from plan['model']
   yield 'dtypes: ' + ', '.join(f'{name} {value}' for name, value in plan['dtypes'].items())
