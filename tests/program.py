@@ -87,7 +87,8 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 
 
 def without_waiting(output: str) -> str:
-  return re.sub(r'^mesh: .*\n|^(loading|reading|compiling|starting) .*\.\.\.\n|^compiling \.\.\.\n', '', output, flags=re.MULTILINE)
+  lines = r'^mesh: .*\n|^(loading|reading|compiling|starting) .*\.\.\.\n|^compiling \.\.\.\n'
+  return re.sub(lines, '', output, flags=re.MULTILINE)
 
 
 def signal_at(process: subprocess.Popen, workdir: Path, step: int, number: signal.Signals, saved: int = 0) -> None:
