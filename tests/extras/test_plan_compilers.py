@@ -51,3 +51,14 @@ def test_a_step_with_fused_attention_is_compiled_for_gpus(tmp_path):
   summed = [row for row in plan['collectives'] if row['axes'] == ['data'] and row['wire_bytes'] > 1e5]
   assert all(row['kind'] == 'all-reduce' and row['dtype'] == 'bf16' for row in summed) and len(summed) > 0
   assert 0 < plan['memory']['compiled']['peak'] < 59 * 2**30
+
+
+@pytest.mark.skipif(importlib.util.find_spec('jax_cuda13_plugin') is None, reason='needs the extra plan-gpu')
+def test_hosts_of_gpus_send_sums_of_shards_to_each_other_and_state_is_in_their_memory(tmp_path):
+  plan = plan_of(tmp_path, 'h100:2x4', '--config.mesh.data=2', '--config.mesh.fsdp=4', '--config.mesh.dcn_data=2',
+                 '--config.mesh.offload=all')
+  for row in plan['collectives']:
+    assert (row['network_bytes'] > 0) == ('data' in row['axes']), row
+  between = sum(row['network_bytes'] for row in plan['collectives'])
+  assert 0.9 < between / (2 * plan['num_parameters'] / 4) < 1.3, 'a quarter of the gradients, in bfloat16'
+  assert plan['memory']['compiled']['arguments'] < 100_000, 'the batch alone'
