@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from llm_jax.base.batch import Params
 from llm_jax.base.builder import to_dict
 from llm_jax.base.errors import StorageError
-from llm_jax.base.files import write_file, writing
+from llm_jax.base.files import check_no_link, write_file, writing
 from llm_jax.base.multihost import on_host
 from llm_jax.base.redaction import public
 from llm_jax.base.registry import NoSettings, Registry, register
@@ -73,7 +73,7 @@ def write_params(path: Path, arrays: dict[str, Any], meta: dict) -> None:
   Raises StorageError.
   """
   entries = [(name, jax.ShapeDtypeStruct(x.shape, x.dtype), partial(on_host, x)) for name, x in arrays.items()]
-  with writing('--out'), open(path, 'wb') if jax.process_index() == 0 else contextlib.nullcontext() as f:
+  with writing('--out'), open(check_no_link(path), 'wb') if jax.process_index() == 0 else contextlib.nullcontext() as f:
     write_tensors(f, entries, {'meta': json.dumps(meta)})
 
 
