@@ -15,11 +15,10 @@ import json
 import os
 from typing import Any
 
-import jax
-
+from benchmarks.ideal import ideal
 from llm_jax.base.builder import build as strict_build
 from llm_jax.config import Config
-from llm_jax.extras.plan.building import Built, build, compile_step
+from llm_jax.extras.plan.building import build, compile_step
 from llm_jax.extras.plan.collectives import read_collectives
 from llm_jax.extras.plan.targets import missing_compiler, open_target, parse_place, prepare
 from llm_jax.extras.plan.traffic import hbm_bytes
@@ -43,25 +42,6 @@ MAXTEXT = {'fsdp 16': (2.83, 2661, 218), 'fsdp 16, save_matmuls': (6.00, 2732, 1
 ROWS, LENGTH = 64, 2048
 
 
-def ideal(built: Built, sizes: tuple[int, int, int], num_microbatches: int) -> float:
-  """Bytes that a chip must send in a step, in bfloat16 and rings, as "How to Scale Your Model" (Austin, 2025) counts.
-
-  Weights of layers are gathered forward and backward and their gradients scattered, in each microbatch; those of the
-  readout are gathered once. Rows of the embedding table are exchanged. With a tensor axis each layer gathers and
-  scatters its activations twice forward and twice backward, and all but the last one again to recompute the layer.
-  """
-  data, fsdp, tensor = sizes
-  model = built.config.model
-  params = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in built.abstract.params.items()}
-  whole = sum(params.values())
-  stream = 2 * ROWS / (data * fsdp) * LENGTH * model.embed_dim  # bytes of the residual stream of a chip's rows
-  part = lambda n: (n - 1) / n  # noqa: E731 (of an array that a chip sends when n chips gather it)
-  weights = 2 * part(fsdp) * (3 * params['blocks'] + 2 * params['head']) / tensor * num_microbatches
-  lookups = 2 * part(fsdp) * stream / tensor
-  layers = part(tensor) * stream * (11 * model.num_layers + 4)
-  return weights + lookups + layers + 2 * part(data) * 2 * whole / (fsdp * tensor)
-
-
 def measure(shape: str, layout: str, place: Any, target: Any) -> dict[str, Any]:
   """The figures of one layout."""
   sizes, num_microbatches, fields = LAYOUTS[shape][layout]
@@ -75,8 +55,8 @@ def measure(shape: str, layout: str, place: Any, target: Any) -> dict[str, Any]:
   sent = sum(each.wire_bytes * each.executions for each in found)
   alone = sum(each.wire_bytes * each.executions for each in found if not each.overlapped)
   return {'memory_gb': compiled.memory['peak'] / 1e9, 'traffic_gb': hbm_bytes(compiled.text) / 1e9,
-          'wire_mb': sent / 1e6, 'alone_mb': alone / 1e6, 'ideal_mb': ideal(built, sizes, num_microbatches) / 1e6,
-          'compile_s': compiled.compile_seconds}
+          'wire_mb': sent / 1e6, 'alone_mb': alone / 1e6, 'compile_s': compiled.compile_seconds,
+          'ideal_mb': sum(ideal(built, num_microbatches).values()) / 1e6}
 
 
 def main() -> None:

@@ -69,7 +69,9 @@ def context_attention(name: str, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: j
   if name == 'splash':
     num_heads = q_BTNH.shape[2] // math.prod(mesh.shape[axis] for axis in _tuple(heads))
     kernel = splash_kernel(q_BTNH.shape[1], num_heads, window, soft_cap, orders=zigzag_orders(q_BTNH.shape[1]))
-    kernel_spec = kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, P(None, AXIS)))
+    # Of a mesh with this axis alone: sizes of shards are not known where other axes are manual.
+    of_axis = jax.sharding.AbstractMesh((mesh.shape[AXIS],), (AXIS,))
+    kernel_spec = kernel.manual_sharding_spec(jax.sharding.NamedSharding(of_axis, P(None, AXIS)))
   by = 'all_gather' if window else current_mesh_config().context_attention
   ways: dict[str, Callable[..., jax.Array]] = {
       'splash': with_splash, 'blocked': partial(with_tiles, Scoring(window, soft_cap or 0.0), by)}

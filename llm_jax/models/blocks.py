@@ -99,9 +99,26 @@ def on_stream(x_BTD: jax.Array) -> jax.Array:
   return constrain(x_BTD, 'act_batch', 'act_stream', 'act_embed')
 
 
+def onto_stream(h_BTD: jax.Array) -> jax.Array:
+  """A layer's output h, a sum over devices, on the stream.
+
+  Its gradient comes off the stream once, for both products that need it: with axes for context and tensor the compiler
+  would gather it again, over whole rows, for the gradient of the matrix.
+  """
+  return on_stream(_with_whole_gradient(h_BTD))
+
+
 def off_stream(x_BTD: jax.Array) -> jax.Array:
   """Gathers the length of the residual stream, for the products and attention of a layer."""
   return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
+
+
+@jax.custom_vjp
+def _with_whole_gradient(h_BTD: jax.Array) -> jax.Array:
+  return h_BTD
+
+
+_with_whole_gradient.defvjp(lambda h_BTD: (h_BTD, None), lambda _, dh_BTD: (off_stream(dh_BTD),))
 
 
 def add_to_stream(x_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:

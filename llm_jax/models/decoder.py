@@ -27,7 +27,7 @@ from llm_jax.models.blocks import (
   make_norm,
   make_readout,
   off_stream,
-  on_stream,
+  onto_stream,
 )
 from llm_jax.models.decoder_config import DecoderConfig
 
@@ -45,10 +45,10 @@ class Block(nn.Module):
     dropout = nn.Dropout(cfg.dropout, deterministic=not train)
     attend = self.make_attention(out_init)
     h_BTD, cache = attend(off_stream(before('attn_norm', x_BTD)), positions_BT, mask, cache, layer)
-    y_BTD = add_to_stream(x_BTD, cfg.residual_scale * dropout(after('attn_post_norm', on_stream(h_BTD))))
+    y_BTD = add_to_stream(x_BTD, cfg.residual_scale * dropout(after('attn_post_norm', onto_stream(h_BTD))))
     mlp = make_mlp(cfg, out_init, name='mlp')
     h_BTD = mlp(off_stream(before('mlp_norm', x_BTD if cfg.parallel_residual else y_BTD)))
-    return add_to_stream(y_BTD, cfg.residual_scale * dropout(after('mlp_post_norm', on_stream(h_BTD)))), cache
+    return add_to_stream(y_BTD, cfg.residual_scale * dropout(after('mlp_post_norm', onto_stream(h_BTD)))), cache
 
   def norms(self, position: str) -> Callable[[str, jax.Array], jax.Array]:
     """The function (name, x) of the norms before ('pre') or after ('post') the layers; the identity without them."""

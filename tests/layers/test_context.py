@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.sharding import MeshConfig, make_mesh, use_mesh
@@ -79,6 +80,23 @@ def test_splash_equals_attention_on_one_device(window, monkeypatch):
   args = inputs(T=512, B=1, N=2, K=1, H=128)
   check(on_mesh({'context': 2}, 'all_gather', *args, 'splash', window=window),
         with_gradients(*args, 'xla', window=window), tolerance=1e-4)
+
+
+def test_splash_inside_a_region_that_splits_another_axis_by_hand(monkeypatch):
+  """As training does with replicas, and a pipeline with stages."""
+  monkeypatch.setattr(context, 'splash_kernel', partial(kernels.splash_kernel, interpret=True))
+  monkeypatch.setattr(kernels, 'why_not', lambda name, case: '')
+  arrays, segments, _ = inputs(T=512, N=2, K=1, H=128)
+  config = MeshConfig(data=2, context=2)
+
+  def attend(q, k, v, segments):
+    return causal_attention(q, k, v, segment_ids_BT=segments, implementation='splash')
+
+  with use_mesh(make_mesh(config, jax.devices()[:4]), config):
+    found = jax.jit(jax.shard_map(attend, in_specs=(P('data'),) * 4, out_specs=P('data'), axis_names={'data'},
+                                  check_vma=False))(*arrays[:3], segments)
+  expected = causal_attention(*arrays[:3], segment_ids_BT=segments, implementation='xla')
+  check([found], [expected], tolerance=1e-4)
 
 
 @pytest.mark.parametrize('num_devices', range(1, 9))
