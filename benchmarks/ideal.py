@@ -46,7 +46,7 @@ def ideal(built: Built, num_microbatches: int) -> dict[str, float]:
     moved = 3 * (C - 1) * keys  # gathered forward and backward, and their gradients scattered
   else:
     moved = (2 + again) * keys / 2  # half of keys and values, as of queries
-    moved += (2 + again) * (C - 1) * keys  # hops of keys and values, forward, again and backward
+    moved += ((2 + again) * (C - 1) - again) * keys  # hops of them forward, again and backward, which share the first
     moved += C * 2 * keys  # hops of their gradients, in float32
   found['attention'] = (exchanged + moved) * depth * passes if C > 1 else 0.0
   return found
