@@ -197,7 +197,7 @@ def _over_chunks(f, init, head, w, x_BTD, *arrays_BT):
   axes = batch_axes(mesh) + (('context',) if parts > 1 else ())
   on_each_shard = functools.partial(_on_each_shard, S * parts, axes)
   low = jax.tree.map(lambda w: w.astype(head.dtype), w)
-  low_S = jax.tree.map(on_each_shard, low if head.axes is None else gathered(low, head.axes))
+  low_S = jax.tree.map(on_each_shard, low if head.axes is None else gathered(constrain(low, *head.axes), head.axes))
 
   def wide():  # in the dtype of w, so that gradients are accumulated in it
     return jax.tree.map(lambda low_S, w: low_S.astype(w.dtype), low_S, w)
