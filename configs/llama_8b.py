@@ -1,6 +1,6 @@
 """The shape of Llama 3 8B (8.0B parameters), for 64 H100s or a pod of TPU v5e.
 
-Meant for h100:64 (8 hosts) or v5p:4x4x4 as it is; on v5e:16x16 set tokens_per_device=8192.
+Meant for h100:64 (8 hosts); on v5p:4x4x4 set mesh.data=4, on v5e:16x16 tokens_per_device=8192.
 
   llm-jax plan --config=llama_8b --on=h100:64
   llm-jax train --config=llama_8b --distributed --config.data.path='corpus/*.jsonl'

@@ -105,7 +105,7 @@ def _cross_entropy_fwd(head, z_loss, label_smoothing, w, x_BTD, targets_BT, weig
 
   dw_S, (objective_BT, nll_BT, dx_BTD) = _over_chunks(
       chunk, functools.partial(jax.tree.map, jnp.zeros_like), head, w, x_BTD, targets_BT, weights_BT)
-  dw = jax.tree.map(lambda dw_S: jnp.sum(dw_S.astype(head.grad_dtype), axis=0), dw_S)
+  dw = jax.tree.map(lambda dw_S: _sum_of_shards(dw_S.astype(head.grad_dtype)), dw_S)
   if head.axes is not None:
     dw = constrain(dw, *head.axes)
   dw = jax.tree.map(lambda dw, w: dw.astype(w.dtype), dw, w)
@@ -145,6 +145,11 @@ def _nats(logits, targets, z_loss, label_smoothing):
   if label_smoothing:  # needs another pass over the logits
     objective += label_smoothing * (log_z - jnp.mean(logits, axis=-1) - nll)
   return objective, nll, log_z, e / z
+
+
+def _sum_of_shards(dw_S):
+  """The sum over the first dimension, in the dtype of dw_S; jnp.sum would send float32 between devices."""
+  return jax.lax.reduce(dw_S, jnp.zeros((), dw_S.dtype), jax.lax.add, (0,))
 
 
 def _of_targets(logits, targets):
@@ -192,7 +197,7 @@ def _over_chunks(f, init, head, w, x_BTD, *arrays_BT):
   axes = batch_axes(mesh) + (('context',) if parts > 1 else ())
   on_each_shard = functools.partial(_on_each_shard, S * parts, axes)
   low = jax.tree.map(lambda w: w.astype(head.dtype), w)
-  low_S = jax.tree.map(on_each_shard, low if head.axes is None else gathered(low, head.axes))
+  low_S = jax.tree.map(on_each_shard, low if head.axes is None else gathered(constrain(low, *head.axes), head.axes))
 
   def wide():  # in the dtype of w, so that gradients are accumulated in it
     return jax.tree.map(lambda low_S, w: low_S.astype(w.dtype), low_S, w)

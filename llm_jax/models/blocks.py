@@ -110,7 +110,8 @@ def onto_stream(h_BTD: jax.Array) -> jax.Array:
 
 def off_stream(x_BTD: jax.Array) -> jax.Array:
   """Gathers the length of the residual stream, for the products and attention of a layer."""
-  return constrain(x_BTD, 'act_batch', 'act_length', 'act_embed')
+  # Sharded first, so that a norm's result is gathered in its dtype and not before it is converted.
+  return constrain(on_stream(x_BTD), 'act_batch', 'act_length', 'act_embed')
 
 
 @jax.custom_vjp
