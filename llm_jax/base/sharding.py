@@ -226,6 +226,24 @@ def _fitting(entry: Any, size: int, mesh: Any) -> Any:
   return entry if size % _num_shards(entry, mesh) == 0 else None
 
 
+_in_shards: contextvars.ContextVar[bool] = contextvars.ContextVar('in_shards', default=False)
+
+
+@contextlib.contextmanager
+def weights_in_shards() -> Iterator[None]:
+  """What is traced inside gathers no weights: of few tokens, products and their sums are smaller than weights."""
+  token = _in_shards.set(True)
+  try:
+    yield
+  finally:
+    _in_shards.reset(token)
+
+
+def beside_weights(x: jax.Array, *axes: str | None) -> jax.Array:
+  """x, sharded like the weights that it is multiplied with if those stay in shards: devices add parts of the sum."""
+  return constrain(x, *axes) if _in_shards.get() else x
+
+
 def gathered(w: jax.Array, axes: tuple[str, ...], backward: bool = False) -> jax.Array:
   """A weight with these logical axes, whole where it is sharded only to save memory; no effect outside a mesh.
 
@@ -234,6 +252,8 @@ def gathered(w: jax.Array, axes: tuple[str, ...], backward: bool = False) -> jax
   and in the backward pass the last matrix of the feed-forward layer. With a tensor axis these rings send more than
   they hide (compiled for 16 v5e chips, docs/scaling.md).
   """
+  if _in_shards.get():
+    return w
   rules = current_rules()
   first = 'kv_heads' in axes or (backward and axes[0] == 'mlp')
   if first and platform() == 'tpu' and jax.sharding.get_abstract_mesh().shape.get('tensor', 1) == 1:

@@ -30,7 +30,10 @@ def on_mesh(run: Opened, text: str = '', module: Any = None) -> Iterator[Mesh]:
   Raises ConfigError if it does not fit the devices.
   """
   config, why = (parse_mesh(text), '--mesh') if text else choose_mesh(run, module)
-  mesh = make_mesh(config)
+  try:
+    mesh = make_mesh(config)
+  except ConfigError as e:
+    raise ConfigError(str(e).replace('config.mesh:', '--mesh:')) from None
   if mesh.size > 1 and jax.process_index() == 0:
     print(f'mesh: {describe_mesh(mesh)} ({why})', file=sys.stderr)
   with use_mesh(mesh, run.config.mesh):

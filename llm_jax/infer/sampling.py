@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.base.batch import Params
-from llm_jax.base.sharding import constrain
+from llm_jax.base.sharding import constrain, weights_in_shards
 from llm_jax.models.protocol import LanguageModel
 
 
@@ -85,7 +85,8 @@ def _prefill(variables, tokens_BT, lengths_B, key, *, model, num_slots, **option
 
 @partial(jax.jit, static_argnames=('model', 'top_k', 'num_ids'), donate_argnames='cache')
 def _decode(variables, tokens_B, cache, key, *, model, **options):
-  logits_BV, cache = model.apply(variables, tokens_B, cache, method='decode')
+  with weights_in_shards():
+    logits_BV, cache = model.apply(variables, tokens_B, cache, method='decode')
   return sample(logits_BV, key, **options), cache
 
 
@@ -190,7 +191,8 @@ def _beam_search(variables, tokens_BT, lengths_B, *, model, num_slots, num_token
 
   def body(carry):
     t, scores_BW, ended_BW, hyps_BWT, cache = carry
-    logits_RV, cache = model.apply(variables, hyps_BWT[..., t - 1].reshape(-1), cache, method='decode')
+    with weights_in_shards():
+      logits_RV, cache = model.apply(variables, hyps_BWT[..., t - 1].reshape(-1), cache, method='decode')
     scores_BW, ended_BW, hyps_BWT, parents_BW = extend(logits_RV.reshape(B, W, -1), scores_BW, ended_BW, hyps_BWT, t)
     parents_R = (parents_BW + W * jnp.arange(B)[:, None]).reshape(-1)
     return t + 1, scores_BW, ended_BW, hyps_BWT, jax.tree.map(lambda x: x[parents_R], cache)

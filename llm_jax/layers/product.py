@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from llm_jax.base.sharding import constrain, gathered
+from llm_jax.base.sharding import beside_weights, constrain, gathered
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 5, 6, 7))
@@ -29,7 +29,12 @@ def mixed_einsum(eqn: str, dtype: Dtype, x: jax.Array, w: jax.Array, copy: jax.A
   gradient is sharded like w.
   """
   w = _whole(w if copy is None else copy, dtype, axes)
-  return _product(eqn, x.astype(dtype), w, out_dtype)
+  if axes is None:
+    return _product(eqn, x.astype(dtype), w, out_dtype)
+  x_dims, w_dims, y_dims = re.split(',|->', eqn)
+  names = dict(zip(w_dims, axes, strict=True))
+  x = beside_weights(x.astype(dtype), *map(names.get, x_dims))
+  return beside_weights(_product(eqn, x, w, out_dtype), *map(names.get, y_dims))
 
 
 def _whole(w: jax.Array, dtype: Dtype, axes: tuple[str, ...] | None, backward: bool = False) -> jax.Array:

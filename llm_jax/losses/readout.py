@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax.base.devices import platform
 from llm_jax.base.sharding import (
   batch_axes,
+  beside_weights,
   constrain,
   gathered,
   num_batch_shards,
@@ -50,7 +51,8 @@ class Readout:
   axes: tuple[str, ...] | None = flax.struct.field(pytree_node=False, default=None)  # logical, of w if it is one array
 
   def logits(self) -> jax.Array:
-    return constrain(self.project(self.w, self.x_BTD), 'act_batch', 'act_length', 'act_vocab')
+    x_BTD = self.x_BTD if self.axes is None else beside_weights(self.x_BTD, None, None, 'embed')
+    return constrain(self.project(self.w, x_BTD), 'act_batch', 'act_length', 'act_vocab')
 
   @property
   def num_logits(self) -> int:

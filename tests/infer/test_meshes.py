@@ -18,6 +18,7 @@ from llm_jax.base.sharding import MeshConfig, make_mesh
 from llm_jax.base.trees import by_name
 from llm_jax.commands import evaluate, export, generate
 from llm_jax.extras.commands import inspect_run
+from llm_jax.extras.plan.collectives import read_collectives
 from llm_jax.infer import mesh as meshes
 from llm_jax.infer import sampling
 from llm_jax.infer.load import load_run, open_run
@@ -92,6 +93,19 @@ def test_the_cache_is_in_shards(folder):
     k = each['layers'][1]['k']
     assert shard(k) == k.size // 8, k.sharding
   assert tokens.is_fully_replicated
+
+
+@pytest.mark.parametrize('sizes', ['data=1,fsdp=8', 'data=1,fsdp=4,tensor=2'])
+def test_no_weights_are_gathered_for_a_token(folder, sizes):
+  trained = api.load(folder / 'run', mesh=sizes)
+  prompts, options = np.full((1, 4), 5, np.int32), {'temperature': None, 'top_k': 0, 'top_p': None, 'num_ids': None}
+  model, variables, key = trained.run.model, trained._variables, jax.random.key(0)
+  with trained.on_mesh():
+    _, cache = sampling._prefill(variables, prompts, np.full(1, 4, np.int32), key, model=model, num_slots=8, **options)
+    compiled = sampling._decode.lower(variables, np.full(1, 1, np.int32), cache, key, model=model, **options).compile()
+  found = read_collectives(compiled.as_text(), dict(trained.mesh.shape))
+  sent = sum(each.wire_bytes * each.executions for each in found)
+  assert sent < 0.1 * sum(x.nbytes for x in jax.tree.leaves(trained.run.params)), found
 
 
 def test_the_mesh_is_chosen_so_that_the_weights_fit(folder, monkeypatch):
