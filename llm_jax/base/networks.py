@@ -48,7 +48,7 @@ def over_networks(sizes: dict[str, int], between: dict[str, int], devices: Seque
     between = {split: num_slices}
   for name, factor in between.items():
     if sizes[name] % factor:
-      raise ConfigError(f'config.mesh.dcn_{name}: {factor} must divide config.mesh.{name}, which is {sizes[name]}')
+      raise ConfigError(f'config.mesh: dcn_{name} {factor} must divide {name}, which is {sizes[name]}')
   count, kind = math.prod(between.values()), 'slices' if is_tpu or num_slices > 1 else 'processes'
   if num_parts % count or (is_tpu and num_slices > 1 and num_parts != count):
     raise ConfigError(f'config.mesh: {" x ".join(f"dcn_{name}" for name in between)} = {count}, but there are '

@@ -73,7 +73,7 @@ def test_without_factors_slices_go_on_the_first_axis_that_can():
 
 
 @pytest.mark.parametrize(('devices', 'sizes', 'between', 'message'), [
-    (hosts(2), {'data': 3, 'fsdp': 1}, {'data': 2}, 'dcn_data: 2 must divide config.mesh.data, which is 3'),
+    (hosts(2), {'data': 3, 'fsdp': 1}, {'data': 2}, 'dcn_data 2 must divide data, which is 3'),
     (hosts(2), {'data': 16, 'fsdp': 1}, {'data': 4}, r'dcn_fsdp = 4, but there are 2 processes'),
     (hosts(1), {'data': 8, 'fsdp': 1}, {'data': 2}, 'but there are 1 processes'),
     (slices(1, platform='tpu'), {'data': 8, 'fsdp': 1}, {'data': 2}, 'but there are 1 slices here'),

@@ -125,7 +125,7 @@ def open_session(**options):
   console = SimpleNamespace(step=lambda *_: None, metrics=lambda *_: None, saving=lambda *_: None,
                             results=lambda *_: None, line=lambda text: happened.append(text),
                             progress=lambda name: contextlib.nullcontext())
-  status = SimpleNamespace(values={}, system=dict, update=lambda **values: None)
+  status = SimpleNamespace(values={}, system=lambda step: {}, update=lambda **values: None)
   state = TrainState(jnp.int32(0), {'w': jnp.zeros(2)}, {}, optax.EmptyState())
   batches = Batches(iter([{'tokens': np.zeros((1, 8))}] * 100))
   stop = SimpleNamespace(requested=False, reached=lambda: stop.requested)
