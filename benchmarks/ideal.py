@@ -23,7 +23,7 @@ def ideal(built: Built, num_microbatches: int) -> dict[str, float]:
   passes, depth = num_ticks(S, R, M), model.num_layers / (S * R)
   tokens = config.batch_tokens / (S * D * P * M)  # of a microbatch on a device that has all their columns and heads
   stream, queries, keys = (2 * tokens * size for size in (
-      model.embed_dim, model.num_heads * model.head_dim / T, 2 * model.num_kv_heads * model.head_dim / T))
+      model.embed_dim, model.num_heads * model.H / T, 2 * model.K * model.H / T))
   part = lambda n: (n - 1) / n  # noqa: E731 (of an array that a chip sends when n chips gather it)
   found = {
       # Gathered forward and backward, and their gradients scattered.
