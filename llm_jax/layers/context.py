@@ -20,6 +20,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from llm_jax.base.devices import platform
 from llm_jax.base.sharding import (
   auto_axes,
   batch_axes,
@@ -132,17 +133,21 @@ def with_tiles(scoring: Scoring, by: str, q_BtNH, k_BtKH, v_BtKH, rows: Rows, si
   K = k_BtKH.shape[2]
   size = next(size for size in range(min(TILE, t // 2), 0, -1) if t // 2 % size == 0)
   scaled_BtNH = (q_BtNH.astype(jnp.float32) * H**-0.5).astype(q_BtNH.dtype)
-  q_M2BKGCH = paired(exchanged(scaled_BtNH), size).reshape(-1, 2, B, size, K, N // K, H).transpose(0, 1, 2, 4, 5, 3, 6)
-  segments = rows.segment_ids
+  kv_Bt2KH = jnp.concatenate([k_BtKH, v_BtKH], axis=2)
   if by == 'ring':
-    k_BtKH, v_BtKH, shared = exchanged(k_BtKH), exchanged(v_BtKH), None if segments is None else exchanged(segments)
+    moved = exchanged(jnp.concatenate([scaled_BtNH, kv_Bt2KH], axis=2))
+    moved_BtNH, kv_Bt2KH = moved[:, :, :N], moved[:, :, N:]
   else:
-    shared = segments
-  segments_M2BC = None if segments is None else paired(exchanged(segments), size)
-  segments_JBS = None if shared is None else in_blocks(shared, size)
-  k_JBKSH, v_JBKSH = (in_blocks(x, size).swapaxes(2, 3) for x in (k_BtKH, v_BtKH))
+    moved_BtNH = exchanged(scaled_BtNH)
+  q_M2BKGCH = paired(moved_BtNH, size).reshape(-1, 2, B, size, K, N // K, H).transpose(0, 1, 2, 4, 5, 3, 6)
+  segments_M2BC, segments_JBS = None, None
+  if rows.segment_ids is not None:
+    segments_Bt = exchanged(after(moved_BtNH, rows.segment_ids))
+    segments_M2BC = paired(segments_Bt, size)
+    segments_JBS = in_blocks(segments_Bt if by == 'ring' else rows.segment_ids, size)
+  kv_J2BKSH = in_blocks(kv_Bt2KH, size).reshape(-1, B, size, 2, K, H).transpose(0, 3, 1, 4, 2, 5)
   sinks_KG = None if sinks_N is None else sinks_N.reshape(K, N // K)
-  y_M2BKGCH = _attend(scoring, by, q_M2BKGCH, k_JBKSH, v_JBKSH, segments_M2BC, segments_JBS, sinks_KG)
+  y_M2BKGCH = _attend(scoring, by, q_M2BKGCH, kv_J2BKSH, segments_M2BC, segments_JBS, sinks_KG)
   y_M2BCNH = y_M2BKGCH.transpose(0, 1, 2, 5, 3, 4, 6).reshape(-1, 2, B, size, N, H)
   return exchanged_back(unpaired(y_M2BCNH).astype(q_BtNH.dtype))
 
@@ -163,6 +168,18 @@ def exchanged_back(x_Bt: jax.Array) -> jax.Array:
   ahead = _is_first_lower()
   second = jax.lax.ppermute(jnp.where(ahead, high, low), AXIS, _mirror())
   return jnp.concatenate([jnp.where(ahead, low, high), second], axis=1)
+
+
+def after(before: jax.Array, x: Any) -> Any:
+  """x, but on CPUs not until `before` has been computed.
+
+  There a collective blocks a thread until all devices have come to it. Devices that come to two of them in different
+  orders can wait for each other forever (jaxlib 0.10 and 0.11).
+  """
+  if platform() != 'cpu':
+    return x
+  zero = 0 * jax.lax.stop_gradient(before).reshape(-1)[0].astype(jnp.float32)  # not folded, as it could be nan
+  return x + zero.astype(x.dtype)
 
 
 def _mirror() -> list[tuple[int, int]]:
@@ -249,28 +266,28 @@ def visit_share(rank: jax.Array, other: jax.Array, num_pairs: int) -> Route:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scoring, by, q, k, v, segments_q, segments_k, sinks_KG):
-  return _forward(scoring, by, q, k, v, segments_q, segments_k, sinks_KG)[0]
+def _attend(scoring, by, q, kv, segments_q, segments_k, sinks_KG):
+  return _forward(scoring, by, q, kv, segments_q, segments_k, sinks_KG)[0]
 
 
-def _forward(scoring, by, q, k, v, segments_q, segments_k, sinks_KG):
+def _forward(scoring, by, q, kv, segments_q, segments_k, sinks_KG):
   run = _ring if by == 'ring' else _gather
   queries = _queries(q, segments_q)
-  y, log_z = finish(run(scoring, queries, (k, v, segments_k), no_sums(queries, sinks_KG)))
+  y, log_z = finish(run(scoring, queries, (kv, segments_k), no_sums(queries, sinks_KG)))
   y, log_z = checkpoint_name((y.astype(q.dtype), log_z), 'attention')
-  return y, (q, k, v, segments_q, segments_k, sinks_KG, y, log_z)
+  return y, (q, kv, segments_q, segments_k, sinks_KG, y, log_z)
 
 
 def _backward(scoring, by, residuals, dy):
-  q, k, v, segments_q, segments_k, sinks_KG, y, log_z = residuals
+  q, kv, segments_q, segments_k, sinks_KG, y, log_z = residuals
   own = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1)
   run = _ring_gradients if by == 'ring' else _gather_gradients
-  dq, dk, dv = run(scoring, _queries(q, segments_q), (k, v, segments_k), Results(log_z, dy.astype(q.dtype), own))
+  dq, dkv = run(scoring, _queries(q, segments_q), (kv, segments_k), Results(log_z, dy.astype(q.dtype), own))
   dsinks_KG = None
   if sinks_KG is not None:
     weights = jnp.exp(sinks_KG[None, None, None, :, :, None] - log_z)
     dsinks_KG = -jnp.sum(weights * own, axis=(0, 1, 2, 5)).astype(sinks_KG.dtype)
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dsinks_KG
+  return dq.astype(q.dtype), dkv.astype(kv.dtype), None, None, dsinks_KG
 
 
 _attend.defvjp(_forward, _backward)
@@ -282,8 +299,11 @@ def _queries(q_M2BKGCH: jax.Array, segments_M2BC: jax.Array | None) -> Queries:
 
 
 def _gather_keys(shared: tuple) -> Keys:
-  k, v, segments = jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, axis=0, tiled=True), shared)
-  return Keys(k, v, k.shape[3] * jnp.arange(k.shape[0]), segments)
+  kv, segments = shared
+  kv = jax.lax.all_gather(kv, AXIS, axis=0, tiled=True)
+  if segments is not None:
+    segments = jax.lax.all_gather(after(kv, segments), AXIS, axis=0, tiled=True)
+  return Keys(kv[:, 0], kv[:, 1], kv.shape[4] * jnp.arange(len(kv)), segments)
 
 
 def _gather_route(scoring: Scoring, queries: Queries, keys: Keys) -> Route:
@@ -301,21 +321,28 @@ def _gather(scoring: Scoring, queries: Queries, shared: tuple, sums: Sums) -> Su
 def _gather_gradients(scoring: Scoring, queries: Queries, shared: tuple, results: Results) -> tuple:
   keys = _gather_keys(shared)
   dq, *dkv = tile_gradients(queries, keys, results, _gather_route(scoring, queries, keys), scoring)
-  return dq, *(jax.lax.psum_scatter(d.astype(shared[0].dtype), AXIS, scatter_dimension=0, tiled=True) for d in dkv)
+  dkv_J2BKSH = jnp.stack(dkv, axis=1).astype(shared[0].dtype)
+  return dq, jax.lax.psum_scatter(dkv_J2BKSH, AXIS, scatter_dimension=0, tiled=True)
 
 
-def _pass_on(tree: Any) -> Any:
+def _pass_on(x: jax.Array) -> jax.Array:
   """From each device to the next of the ring."""
   n = jax.lax.axis_size(AXIS)
-  return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, [(i, (i + 1) % n) for i in range(n)]), tree)
+  return jax.lax.ppermute(x, AXIS, [(i, (i + 1) % n) for i in range(n)])
+
+
+def _pass_keys(shared: tuple) -> tuple:
+  kv, segments = shared
+  following = _pass_on(kv)
+  return following, None if segments is None else _pass_on(after(following, segments))
 
 
 def _keys_of(device: jax.Array, shared: tuple, num_pairs: int) -> Keys:
   """The keys of a device in zig-zag order: its lower chunk, then its higher one."""
-  k, v, segments = shared
-  size = k.shape[3]
+  kv, segments = shared
+  size = kv.shape[4]
   starts_M2 = starts_of(chunk_rank(device), num_pairs, size)
-  return Keys(k, v, jnp.concatenate([starts_M2[:, 0], starts_M2[::-1, 1]]), segments)
+  return Keys(kv[:, 0], kv[:, 1], jnp.concatenate([starts_M2[:, 0], starts_M2[::-1, 1]]), segments)
 
 
 def _ring_route(i: Any, num_pairs: int) -> tuple[jax.Array, Route]:
@@ -340,10 +367,10 @@ def _ring(scoring: Scoring, queries: Queries, shared: tuple, sums: Sums) -> Sums
 
   def step(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
     sums, at_hand = carry
-    following = _pass_on(at_hand)
+    following = _pass_keys(at_hand)
     return (attend(sums, at_hand, *_ring_route(i, M)), following), None
 
-  following = _pass_on(shared)
+  following = _pass_keys(shared)
   first = attend(sums, shared, *_own_route(M))
   (sums, last), _ = jax.lax.scan(step, (first, following), jnp.arange(1, n - 1))
   return attend(sums, last, *_ring_route(n - 1, M))
@@ -354,21 +381,21 @@ def _ring_gradients(scoring: Scoring, queries: Queries, shared: tuple, results: 
   M, n = queries.starts_M2.shape[0], jax.lax.axis_size(AXIS)
 
   def attend(at_hand: tuple, other: jax.Array, route: Route) -> tuple:
-    return tile_gradients(queries, _keys_of(other, at_hand, M), results, route, scoring)
-
-  def add(dq: jax.Array, dkv: tuple, more: tuple) -> tuple:
-    return dq + more[0], jax.tree.map(jnp.add, dkv, more[1:])
+    dq, *dkv = tile_gradients(queries, _keys_of(other, at_hand, M), results, route, scoring)
+    return dq, jnp.stack(dkv, axis=1)
 
   def step(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
     dq, dkv, at_hand = carry
-    following, arriving = _pass_on(at_hand), _pass_on(dkv)
-    return (*add(dq, arriving, attend(at_hand, *_ring_route(i, M))), following), None
+    following = _pass_keys(at_hand)
+    arriving = _pass_on(after(following[0], dkv))
+    more, here = attend(at_hand, *_ring_route(i, M))
+    return (dq + more, arriving + here, following), None
 
-  following = _pass_on(shared)
+  following = _pass_keys(shared)
   first = attend(shared, *_own_route(M))
-  (dq, dkv, last), _ = jax.lax.scan(step, (first[0], first[1:], following), jnp.arange(1, n - 1))
-  dq, dkv = add(dq, _pass_on(dkv), attend(last, *_ring_route(n - 1, M)))
-  return dq, *_pass_on(dkv)
+  (dq, dkv, last), _ = jax.lax.scan(step, (*first, following), jnp.arange(1, n - 1))
+  more, here = attend(last, *_ring_route(n - 1, M))
+  return dq + more, _pass_on(_pass_on(dkv) + here)
 
 
 def _tuple(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
