@@ -33,7 +33,7 @@ LAYOUTS: dict[str, dict[str, tuple[tuple[int, int, int], int, dict[str, Any]]]] 
     '500m': {'fsdp 16': ((1, 16, 1), 1, {}), 'fsdp 16, save_matmuls': ((1, 16, 1), 1, {'remat': 'save_matmuls'}),
              'fsdp 8 x tensor 2': ((1, 8, 2), 1, {}), 'fsdp 16, 4 microbatches': ((1, 16, 1), 4, {})},
     '1b': {'data 16': ((16, 1, 1), 1, {}), 'fsdp 16': ((1, 16, 1), 1, {}), 'data 2 x fsdp 8': ((2, 8, 1), 1, {}),
-           'tensor 16': ((1, 1, 16), 1, {}), 'fsdp 8 x tensor 2': ((1, 8, 2), 1, {})}}
+           'data 2 x tensor 8': ((2, 1, 8), 1, {}), 'fsdp 8 x tensor 2': ((1, 8, 2), 1, {})}}
 # MaxText 0.2.5 with jax 0.11.1 and libtpu 0.0.46, compiled for v5e:4x4 with the shape 500m, 64 rows of 2048 tokens, its
 # splash attention and, for the second layout, its remat policy minimal_with_context: memory in GB; MB that a chip
 # sends in a step; MB of these while nothing is computed.
