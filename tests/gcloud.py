@@ -37,7 +37,11 @@ def new_hosts():
 def remove_hosts():
   for host in hosts:
     subprocess.run(['tmux', 'kill-server'], env=os.environ | {'TMUX_TMPDIR': str(host)}, stderr=subprocess.DEVNULL)
-    shutil.rmtree(host)
+    for _ in range(50):  # a process that is about to end may still write a file
+      shutil.rmtree(host, ignore_errors=True)
+      if not host.exists():
+        break
+      time.sleep(0.1)
   slice_.unlink()
 
 def on(host, command):
