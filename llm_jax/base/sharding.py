@@ -202,7 +202,7 @@ def shared_inside(axis: str, size: int) -> Any:
   """The mesh axes over which devices share a dimension of a logical axis inside jax.shard_map; None: none."""
   mesh = jax.sharding.get_abstract_mesh()
   entry = fitting_axes(axis, size, mesh) if not mesh.empty and mesh.manual_axes else None
-  return entry if _num_shards(entry, mesh) > 1 else None
+  return entry if num_shards(entry, mesh) > 1 else None
 
 
 def auto_axes(mesh: Any) -> frozenset[str]:
@@ -223,7 +223,7 @@ def batch_axes(mesh: Any) -> tuple[str, ...]:
 
 
 def _fitting(entry: Any, size: int, mesh: Any) -> Any:
-  return entry if size % _num_shards(entry, mesh) == 0 else None
+  return entry if size % num_shards(entry, mesh) == 0 else None
 
 
 _in_shards: contextvars.ContextVar[bool] = contextvars.ContextVar('in_shards', default=False)
@@ -261,7 +261,8 @@ def gathered(w: jax.Array, axes: tuple[str, ...], backward: bool = False) -> jax
   return constrain(w, *(None if _names(rules[axis]) <= set(SHARD_AXES) else axis for axis in axes))
 
 
-def _num_shards(entry: str | tuple[str, ...] | None, mesh: Any) -> int:
+def num_shards(entry: str | tuple[str, ...] | None, mesh: Any) -> int:
+  """The number of devices along the mesh axes of an entry of a PartitionSpec."""
   return math.prod(mesh.shape[name] for name in _names(entry))
 
 
@@ -292,14 +293,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def num_batch_shards(mesh: Any) -> int:
   """The number of shards of a batch's rows."""
-  return _num_shards(batch_axes(mesh), mesh)
+  return num_shards(batch_axes(mesh), mesh)
 
 
 def num_length_shards(length: int) -> int:
   """The number of shards of rows of this length over the mesh axis `context`; 1 if no multiple of twice that."""
   mesh: Any = jax.sharding.get_abstract_mesh()
-  num_shards = 1 if mesh.empty else mesh.shape.get('context', 1)
-  return num_shards if length % (2 * num_shards) == 0 else 1
+  parts = 1 if mesh.empty else mesh.shape.get('context', 1)
+  return parts if length % (2 * parts) == 0 else 1
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:

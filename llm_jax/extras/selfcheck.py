@@ -7,6 +7,7 @@ is written but one checkpoint in a temporary folder.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import types
 from collections.abc import Iterator
@@ -23,7 +24,6 @@ from llm_jax.base.batch import as_batch
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.fields import DTYPES
 from llm_jax.base.sharding import (
-  MESH_AXES,
   MeshConfig,
   batch_sharding,
   local_rows,
@@ -38,6 +38,7 @@ from llm_jax.data.pipeline import example_batch, stack
 from llm_jax.data.rows.examples import make_examples
 from llm_jax.data.rows.tasks import Features
 from llm_jax.infer.load import Loaded
+from llm_jax.infer.mesh import parse_mesh_sizes
 from llm_jax.layers.kernels import ATTENTION, AttentionCase, local_device, why_not
 from llm_jax.losses.config import make_objective
 from llm_jax.models.registry import make_model
@@ -106,17 +107,11 @@ def set_up(run: Loaded) -> Setup:
 
 def parse_mesh(text: str) -> MeshConfig:
   """'data=2,fsdp=2' as a MeshConfig; axes that are not named have one device. Raises ConfigError."""
-  sizes: dict[str, Any] = dict.fromkeys(MESH_AXES, 1)
-  for part in filter(None, text.split(',')):
-    name, _, value = part.partition('=')
-    if name not in sizes or not value.isdigit() or not int(value):
-      raise ConfigError(f'--mesh: {part!r} must be AXIS=N, with an axis of {", ".join(MESH_AXES)} and N at least 1, '
-                        'separated by commas')
-    sizes[name] = int(value)
-  if np.prod([*sizes.values()]) > len(jax.local_devices()):
-    raise ConfigError(f'--mesh: {text} needs {np.prod([*sizes.values()])} devices, but there are '
-                      f'{len(jax.local_devices())} here; set smaller sizes')
-  return MeshConfig(**sizes)
+  config = parse_mesh_sizes(text, data=1)
+  if (needed := math.prod(config.sizes)) > len(jax.local_devices()) or needed < 1:
+    raise ConfigError(f'--mesh: {text} needs {needed} devices, but there are {len(jax.local_devices())} here; set '
+                      'smaller sizes, without -1')
+  return config
 
 
 def check_run_on(run: Loaded, mesh_config: MeshConfig | None) -> Iterator[Finding]:

@@ -51,14 +51,17 @@ def loaded_on_mesh(workdir: Path, checkpoint: str, text: str = '', *, trust: boo
 
 def parse_mesh(text: str) -> MeshConfig:
   """'fsdp=4,tensor=2' as a MeshConfig; `data` takes the devices that are left. Raises ConfigError."""
-  sizes = {'data': -1}
+  return parse_mesh_sizes(text, data=1 if '=-1' in text else -1)
+
+
+def parse_mesh_sizes(text: str, data: int) -> MeshConfig:
+  """'fsdp=4,tensor=2' as a MeshConfig, with this size of `data` if it is not named. Raises ConfigError."""
+  sizes = {'data': data}
   for part in text.split(','):
     name, _, size = (word.strip() for word in part.partition('='))
     if name not in MESH_AXES or not size.removeprefix('-').isdecimal():
       raise ConfigError(f'--mesh: must be like fsdp=4,tensor=2, with axes of {", ".join(MESH_AXES)}; got {text!r}')
     sizes[name] = int(size)
-  if 'data=' not in text and -1 in [size for name, size in sizes.items() if name != 'data']:
-    sizes['data'] = 1
   try:
     return MeshConfig(**cast(Any, sizes))
   except ValueError as e:

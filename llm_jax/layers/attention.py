@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.base.sharding import constrain
 from llm_jax.layers.cache import KVCache, cached_attention, write_slots
-from llm_jax.layers.context import context_attention
+from llm_jax.layers.context import SPLIT, context_attention
 from llm_jax.layers.kernels import ATTENTION, attention_case, choose_attention
 from llm_jax.layers.linear import Einsum, weight
 from llm_jax.layers.rope import Rope, apply_rope
@@ -47,7 +47,7 @@ def causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *,
   case = attention_case(str(q_BTNH.dtype), H, T, segments=segment_ids_BT is not None, prefix=prefix_BT is not None,
                         scores=tuple(scores))
   name = choose_attention(implementation, case)
-  if case.context > 1:
+  if case.context > 1 and name in SPLIT:
     return context_attention(name, q_BTNH, k_BTKH, v_BTKH, window if window < T else 0, segment_ids_BT, prefix_BT,
                              **scores)
   return ATTENTION[name](q_BTNH, k_BTKH, v_BTKH, window if window < T else 0, segment_ids_BT, prefix_BT, **scores)

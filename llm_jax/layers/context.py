@@ -9,7 +9,6 @@ Dims: as in layers/tiles.py, and T the length of a row, t of a device's part.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from llm_jax.base.sharding import (
   fitting_axes,
   num_batch_shards,
   num_length_shards,
+  num_shards,
 )
 from llm_jax.layers.kernels import attend_to_slots, splash_attend, splash_kernel
 from llm_jax.layers.tiles import (
@@ -54,6 +54,8 @@ from llm_jax.layers.zigzag import (
 )
 
 TILE = 512  # the most queries, and keys, of a tile
+# Of kernels.ATTENTION; for others, of plug-ins, each device computes whole rows, of gathered queries and keys.
+SPLIT = ('splash', 'cudnn', 'xla', 'blocked')
 
 
 class Rows(NamedTuple):
@@ -66,7 +68,7 @@ class Rows(NamedTuple):
 def context_attention(name: str, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int,
                       segment_ids_BT: jax.Array | None, prefix_BT: jax.Array | None, *,
                       sinks_N: jax.Array | None = None, soft_cap: float | None = None) -> jax.Array:
-  """Attention y [B, T, N, H] by the implementation `name` of kernels.ATTENTION, masked as in `causal_attention`.
+  """Attention y [B, T, N, H] by the implementation `name`, one of SPLIT, masked as in `causal_attention`.
 
   The arrays are sharded over `context` along T. Layers with a window gather keys instead of passing them around a ring,
   of which they need little.
@@ -77,7 +79,7 @@ def context_attention(name: str, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: j
   by_head, by_row = P(rows, AXIS, heads), P(rows, AXIS)
   kernel, kernel_spec = None, None
   if name == 'splash':
-    num_heads = q_BTNH.shape[2] // math.prod(mesh.shape[axis] for axis in _tuple(heads))
+    num_heads = q_BTNH.shape[2] // num_shards(heads, mesh)
     kernel = splash_kernel(q_BTNH.shape[1], num_heads, window, soft_cap, orders=zigzag_orders(q_BTNH.shape[1]))
     # Of a mesh with this axis alone: sizes of shards are not known where other axes are manual.
     of_axis = jax.sharding.AbstractMesh((mesh.shape[AXIS],), (AXIS,))
@@ -112,7 +114,10 @@ def with_mask(name, window, soft_cap, q_BtNH, k_BtKH, v_BtKH, rows: Rows, sinks_
 
   A lower chunk is in the first half of its row, so it needs only the first half of the keys.
   """
-  k_BTKH, v_BTKH = gathered_rows((k_BtKH, v_BtKH))
+  moved_BtNH = exchanged(q_BtNH)
+  kv_BT2KH = gathered_rows(after(moved_BtNH, jnp.concatenate([k_BtKH, v_BtKH], axis=2)))
+  k_BTKH, v_BTKH = jnp.split(kv_BT2KH, 2, axis=2)
+  rows = jax.tree.map(lambda x_Bt: after(kv_BT2KH, x_Bt.astype(jnp.int32)), rows)
   of_keys = gathered_rows(rows)
   chunk, T = q_BtNH.shape[1] // 2, k_BTKH.shape[1]
   rank = chunk_rank(jax.lax.axis_index(AXIS))
@@ -121,7 +126,7 @@ def with_mask(name, window, soft_cap, q_BtNH, k_BtKH, v_BtKH, rows: Rows, sinks_
     distance_CS = (start + jnp.arange(chunk))[:, None] - jnp.arange(num_keys)[None]
     seen_BCS = ((distance_CS >= 0) & ((distance_CS < window) if window else True))[None]
     if rows.prefix is not None:
-      seen_BCS = seen_BCS | of_keys.prefix[:, None, :num_keys]
+      seen_BCS = seen_BCS | (of_keys.prefix[:, None, :num_keys] > 0)
     if segments_BC is not None:
       seen_BCS = seen_BCS & (segments_BC[:, :, None] == of_keys.segment_ids[:, None, :num_keys])
     k_BSKH, v_BSKH = k_BTKH[:, :num_keys], v_BTKH[:, :num_keys]
@@ -130,8 +135,10 @@ def with_mask(name, window, soft_cap, q_BtNH, k_BtKH, v_BtKH, rows: Rows, sinks_
                              sinks_N=sinks_N)
     return jax.nn.dot_product_attention(q_BCNH, k_BSKH, v_BSKH, mask=seen_BCS[:, None], implementation=name)
 
-  q_low, q_high = jnp.split(exchanged(q_BtNH), 2, axis=1)
-  segments = (None, None) if rows.segment_ids is None else jnp.split(exchanged(rows.segment_ids), 2, axis=1)
+  q_low, q_high = jnp.split(moved_BtNH, 2, axis=1)
+  segments: list[Any] = [None, None]
+  if rows.segment_ids is not None:
+    segments = jnp.split(exchanged(after(of_keys.segment_ids, rows.segment_ids)), 2, axis=1)
   low = attend(q_low, segments[0], rank * chunk, T if rows.prefix is not None else T // 2)
   return exchanged_back(jnp.concatenate([low, attend(q_high, segments[1], T - (rank + 1) * chunk, T)], axis=1))
 
@@ -238,9 +245,9 @@ def _queries(q_M2BKGCH: jax.Array, segments_M2BC: jax.Array | None) -> Queries:
   return Queries(q_M2BKGCH, starts_of(chunk_rank(jax.lax.axis_index(AXIS)), M, C), segments_M2BC)
 
 
-def _gather_keys(shared: tuple) -> Keys:
+def _gather_keys(shared: tuple, before: jax.Array) -> Keys:
   kv, segments = shared
-  kv = jax.lax.all_gather(kv, AXIS, axis=0, tiled=True)
+  kv = jax.lax.all_gather(after(before, kv), AXIS, axis=0, tiled=True)
   if segments is not None:
     segments = jax.lax.all_gather(after(kv, segments), AXIS, axis=0, tiled=True)
   return Keys(kv[:, 0], kv[:, 1], kv.shape[4] * jnp.arange(len(kv)), segments)
@@ -254,12 +261,12 @@ def _gather_route(scoring: Scoring, queries: Queries, keys: Keys) -> Route:
 
 
 def _gather(scoring: Scoring, queries: Queries, shared: tuple, sums: Sums) -> Sums:
-  keys = _gather_keys(shared)
+  keys = _gather_keys(shared, queries.q_M2BKGCH)
   return add_tiles(sums, queries, keys, _gather_route(scoring, queries, keys), scoring)
 
 
 def _gather_gradients(scoring: Scoring, queries: Queries, shared: tuple, results: Results) -> tuple:
-  keys = _gather_keys(shared)
+  keys = _gather_keys(shared, results.dy)
   dq, *dkv = tile_gradients(queries, keys, results, _gather_route(scoring, queries, keys), scoring)
   dkv_J2BKSH = jnp.stack(dkv, axis=1).astype(shared[0].dtype)
   return dq, jax.lax.psum_scatter(dkv_J2BKSH, AXIS, scatter_dimension=0, tiled=True)
@@ -331,13 +338,9 @@ def _ring_gradients(scoring: Scoring, queries: Queries, shared: tuple, results: 
     more, here = attend(at_hand, *_ring_route(i, M))
     return (dq + more, arriving + here, following), None
 
-  following = _pass_keys(shared)
+  following = _pass_keys((after(results.dy, shared[0]), shared[1]))
   first = attend(shared, *_own_route(M))
   (dq, dkv, last), _ = jax.lax.scan(step, (*first, following), jnp.arange(1, n - 1))
   more, here = attend(last, *_ring_route(n - 1, M))
   return dq + more, _pass_on(_pass_on(dkv) + here)
-
-
-def _tuple(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
-  return () if names is None else (names,) if isinstance(names, str) else names
 

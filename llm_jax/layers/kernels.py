@@ -134,8 +134,7 @@ EXPLANATIONS = {'cudnn': ('the fused kernel of cuDNN',), 'splash': ('the Pallas 
 OPTIONS = {'soft_cap': 'attention_soft_cap', 'sinks_N': 'attention_sinks'}  # by field of the config
 # `auto` takes the first one that supports the case. On a CPU blocked was 1.3 to 2.2 times as fast as xla (T 64 to 512).
 AUTO: dict[str, tuple[str, ...]] = {'gpu': ('cudnn', 'blocked'), 'tpu': ('splash', 'blocked'), 'cpu': ('blocked',)}
-LAST = 'xla'  # supports every case
-RING = 'mesh.context_attention=ring needs blocked'
+LAST = 'xla'  # supports every case but a ring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +172,6 @@ def why_not(name: str, case: AttentionCase) -> str:
   widest, part = 256 if case.capability >= (9, 0) else 128, case.length // case.context
   reasons = {
       'cudnn': {
-          RING: case.ring,
           'it needs an NVIDIA GPU of compute capability 8.0 or more': case.capability < (8, 0),
           f'it computes in bfloat16 or float16, not {case.dtype}': case.dtype not in ('bfloat16', 'float16'),
           f'head_dim must be a multiple of 8, at most {widest}; got {case.head_dim}':
@@ -184,7 +182,6 @@ def why_not(name: str, case: AttentionCase) -> str:
               case.context > 1 and 3 * case.length**2 // (2 * case.context) > MASK_BYTES,
       },
       'splash': {
-          RING: case.ring,
           'it needs a TPU': case.platform != 'tpu',
           f'the length{" / mesh.context" * (case.context > 1)} must be a multiple of {SPLASH_BLOCKS[-1]}; got {part}':
               part % SPLASH_BLOCKS[-1] > 0,
@@ -192,16 +189,21 @@ def why_not(name: str, case: AttentionCase) -> str:
       },
       'blocked': {'with mesh.context it does not support a prefix': case.prefix and case.context > 1},
   }
+  ring = ('mesh.context_attention=ring needs blocked',) if case.ring and name != 'blocked' else ()
   known = inspect.signature(ATTENTION[name]).parameters
   missing = [option for option in case.scores if option not in known and 'scores' not in known]
-  return '; '.join([*(reason for reason, holds in reasons.get(name, {}).items() if holds),
+  return '; '.join([*ring, *(reason for reason, holds in reasons.get(name, {}).items() if holds),
                     *(f'it does not support {OPTIONS[option]}' for option in missing)])
 
 
 def choose_attention(name: str, case: AttentionCase) -> str:
   """The implementation for `name`, one of ATTENTION or 'auto'. Raises ConfigError if it does not support the case."""
   if name == 'auto':
-    return next(n for n in (*AUTO.get(case.platform, ('blocked',)), LAST) if not why_not(n, case))
+    reasons = {n: why_not(n, case) for n in (*AUTO.get(case.platform, ('blocked',)), LAST)}
+    if (chosen := next((n for n in reasons if not reasons[n]), None)) is not None:
+      return chosen
+    raise ConfigError('config.model.attention: none can be used here: ' + '; '.join(
+        f'{n}: {reason}' for n, reason in reasons.items()))
   if reason := why_not(name, case):
     supported = [n for n in ATTENTION if not why_not(n, case)]
     raise ConfigError(f'config.model.attention: {name!r} cannot be used here: {reason}; '

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-HIDDEN = -1e30  # the score of masked keys
+from llm_jax.layers.blocked import HIDDEN
 
 
 class Queries(NamedTuple):

@@ -111,8 +111,8 @@ def test_numbers_that_are_not_finite_do_not_pass():
 
 
 @pytest.mark.parametrize(('text', 'words'), [
-    ('data=0', "'data=0' must be AXIS=N"), ('rows=2', "'rows=2' must be"), ('data=16', 'needs 16 devices'),
-    ('data', "'data' must be")])
+    ('data=0', 'must be positive'), ('rows=2', "must be like fsdp=4,tensor=2, .*; got 'rows=2'"),
+    ('data=16', 'needs 16 devices'), ('data=-1', 'without -1'), ('data', "; got 'data'")])
 def test_a_mesh_that_cannot_be_is_refused(text, words):
   with pytest.raises(ConfigError, match=words):
     selfcheck.parse_mesh(text)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.registry import NoSettings, register
 from llm_jax.base.sharding import MeshConfig, make_mesh, use_mesh
 from llm_jax.layers import context, kernels, tiles
 from llm_jax.layers.attention import causal_attention
@@ -164,8 +165,22 @@ def test_auto_avoids_what_a_sharded_length_does_not_support():
   assert choose_attention('auto', replace(TPU, length=256)) == 'blocked'  # 64 tokens on a device
   for case in (GPU, TPU):
     assert choose_attention('auto', replace(case, ring=True)) == 'blocked'
-  with pytest.raises(ConfigError, match=r'mesh\.context_attention=ring needs blocked; set one of auto, xla, blocked'):
+  with pytest.raises(ConfigError, match=r'mesh\.context_attention=ring needs blocked; .*set one of auto, blocked'):
     choose_attention('splash', replace(TPU, ring=True))
+
+
+def test_a_ring_supports_no_prefix():
+  with pytest.raises(ConfigError, match=r'none can be used here: blocked: with mesh\.context it does not'):
+    choose_attention('auto', replace(CPU, ring=True, prefix=True))
+  with pytest.raises(ConfigError, match=r'mesh\.context_attention=ring needs blocked; set one'):
+    choose_attention('xla', replace(CPU, ring=True))
+
+
+def test_attention_of_a_plugin_attends_to_whole_rows(monkeypatch):
+  monkeypatch.setattr(kernels.ATTENTION, '_entries', dict(kernels.ATTENTION._entries))  # for this test alone
+  register(kernels.ATTENTION, 'own', partial(kernels.xla), NoSettings)
+  args = inputs()
+  check(on_mesh({'fsdp': 2, 'context': 4}, 'all_gather', *args, 'own'), with_gradients(*args, 'xla'))
 
 
 def test_sums_of_no_keys_leave_no_trace():
