@@ -3,7 +3,7 @@
 # tmux, and with --retry does all of that again when the slice is preempted; the run then goes on from its checkpoint.
 #
 #   launch/tpu_pod.sh run NAME --zone=ZONE --type=v5litepod-16 --version=v2-alpha-tpuv5-lite --spot --retry \
-#       -- --config=gpt_small --workdir=/mnt/shared/runs/gpt_small
+#       -- --config=gpt_small --workdir=gs://bucket/runs/gpt_small
 #
 # Commands:
 #   run      create, install, start, and wait for the end of the run; exits with its code

@@ -17,9 +17,9 @@ from typing import Any, TextIO
 
 import jax
 
-from llm_jax.base.errors import StorageError
+from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import open_append, unused, writing
-from llm_jax.base.multihost import barrier, gather
+from llm_jax.base.multihost import all_see, barrier, gather
 from llm_jax.base.reports import (
   FOLDER,
   prepare_reports,
@@ -29,6 +29,7 @@ from llm_jax.base.reports import (
   this_process,
   write_report,
 )
+from llm_jax.base.storage import own_parts
 
 LOCK = '.lock'  # in the run's folder
 STALE_SECONDS = 60.0  # after which a report of another host is stale; by the clock of the file system
@@ -39,11 +40,16 @@ POLL = 1.0  # seconds between two looks at such a report
 def lock_run(workdir: Path) -> Iterator[tuple[bool, str]]:
   """Creates the folder and holds its lock, so that only one launch uses it; yields whether it is new, and a token.
 
-  Raises StorageError on all processes.
+  Raises StorageError on all processes, and ConfigError if they do not share the folder.
   """
   with writing(f'--workdir: {workdir}'):
     created = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
+  if own_parts(workdir) is None and not all_see(workdir):
+    with contextlib.suppress(OSError):
+      workdir.rmdir()  # if it was just created
+    raise ConfigError(f'--workdir: {workdir} is another folder on each host; set it to a folder that all hosts share, '
+                      'or to a bucket (gs://... or s3://...)')
   with contextlib.ExitStack() as stack:
     problem, token = '', uuid.uuid4().hex
     if jax.process_index() == 0:

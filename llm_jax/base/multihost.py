@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -12,6 +14,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from llm_jax.base.errors import StorageError
+from llm_jax.base.storage import own_parts
 
 T = TypeVar('T')
 
@@ -54,6 +59,31 @@ def in_turn(make: Callable[[], T]) -> T:
 def from_first(value: Any) -> Any:
   """The JSON value of process 0, on all processes."""
   return value if jax.process_count() == 1 else gather(value if jax.process_index() == 0 else None)[0]
+
+
+def all_see(folder: Path) -> bool:
+  """Whether all processes see the same folder, which process 0 creates. All call this together. Raises StorageError."""
+  if jax.process_count() == 1:
+    return True
+  name, problem = f'.seen-{uuid.uuid4().hex}', ''
+  if jax.process_index() == 0:
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      (folder / name).touch()
+    except OSError as e:
+      problem = f'{folder} cannot be written: {e.strerror or e}'
+  name, problem = from_first([name, problem])
+  if problem:
+    raise StorageError(problem)
+  found = all(gather((folder / name).exists()))
+  if jax.process_index() == 0:
+    (folder / name).unlink(missing_ok=True)
+  return found
+
+
+def writes_files(folder: Path) -> bool:
+  """Whether this process writes the files of a run's folder: process 0, or each one in a folder of its own."""
+  return jax.process_index() == 0 or own_parts(folder) is not None
 
 
 def on_host(x: Any) -> np.ndarray:

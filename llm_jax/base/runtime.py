@@ -123,7 +123,7 @@ def user_cache() -> Path:
   """$LLM_JAX_CACHE, else llm_jax in the user's cache folder. Raises ConfigError for a URL."""
   folder = os.environ.get('LLM_JAX_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'llm_jax'
   if '://' in str(folder):
-    raise ConfigError(f'LLM_JAX_CACHE={folder}: must be a folder, on a file system that all hosts of a run share; '
+    raise ConfigError(f'LLM_JAX_CACHE={folder}: must be a folder; '
                       'compiled programs alone can be in a bucket: JAX_COMPILATION_CACHE_DIR')
   return Path(folder).expanduser()
 

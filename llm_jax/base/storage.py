@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from llm_jax.base.registry import Registry
 
-# 'remote': a class with __init__(url, retention), `folder`, a context manager that copies the local folder to the URL
-# while a run trains in it; and read(url, checkpoint) -> a local folder with the run. 'hub': read(name) for hf:name.
+# 'remote': a class with open(url, retention) -> what has a local `folder` and is a context manager that copies it to
+# the URL while a run trains in it; and read(url, checkpoint) -> a local folder with the run. 'hub': read(name) for
+# hf:name.
 STORAGE = Registry('storage')
 
 
 _urls: dict[Path, str] = {}  # by local folder
+_parts: dict[Path, Any] = {}  # by local folder, while a run trains in it
 
 
 HUB = 'hf:'  # before the name of a published model: hf:org/name
@@ -33,7 +36,7 @@ def open_workdir(workdir: str | Path, retention: Any) -> tuple[Path, AbstractCon
   """(the local folder to train in, a context manager to train within). Raises ConfigError, StorageError."""
   if not is_remote(workdir):
     return Path(workdir), contextlib.nullcontext()
-  remote = STORAGE['remote'](str(workdir), retention)
+  remote = STORAGE['remote'].open(str(workdir), retention)
   return remote.folder, remote
 
 
@@ -50,3 +53,27 @@ def read_workdir(workdir: str | Path, checkpoint: str = 'latest') -> Path:
   folder = STORAGE['remote'].read(url, checkpoint)
   _urls[folder] = url
   return folder
+
+
+@contextlib.contextmanager
+def keeping_parts(folder: Path, url: str, parts: Any) -> Iterator[None]:
+  """Within it, `folder` is known to have this process's part of the run at a URL, and no other process's.
+
+  `parts` has fetch(step, trees), which copies here what this process needs of a checkpoint, and push(step, problem),
+  which copies there what it has saved.
+  """
+  _parts[folder], _urls[folder] = parts, url
+  try:
+    yield
+  finally:
+    del _parts[folder]
+
+
+def own_parts(folder: Path) -> Any:
+  """The `parts` of `keeping_parts`; None for a folder that all processes see."""
+  return _parts.get(folder)
+
+
+def place_of(folder: Path) -> str:
+  """Where the checkpoints of a run's folder are, for messages: the folder, or the URL if it has only parts of them."""
+  return _urls[folder] if folder in _parts else str(folder)

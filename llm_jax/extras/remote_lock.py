@@ -32,12 +32,8 @@ class RemoteLock:
   def acquire(self) -> None:
     """Takes the lock; waits up to STALE seconds if the holder may be gone."""
     try:
-      with self._bucket.errors():
-        try:
-          self._bucket.fs.pipe_file(self._bucket.path(NAME), self._content(), mode='create')
-          return
-        except FileExistsError:
-          pass
+      if self._bucket.create(NAME, self._content()):
+        return
     except StorageError as e:
       if 'PreconditionFailed' not in str(e) and 'conditionNotMet' not in str(e):
         raise

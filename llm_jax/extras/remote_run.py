@@ -15,16 +15,15 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import filelock
 import jax
 
-from llm_jax.base.errors import ConfigError, DataError, StorageError
-from llm_jax.base.files import MANIFEST, saved_steps, write_file
-from llm_jax.base.multihost import gather
+from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.files import saved_steps, write_file
+from llm_jax.base.multihost import all_see, gather
 from llm_jax.base.progress import Progress
 from llm_jax.base.registry import NoSettings, register
 from llm_jax.base.runtime import user_cache
@@ -32,92 +31,20 @@ from llm_jax.base.storage import STORAGE
 from llm_jax.config import CheckpointConfig
 from llm_jax.data.given import FILE
 from llm_jax.data.sources.documents import shown
-from llm_jax.extras.fetch import remote_files
+from llm_jax.extras.bucket import LOCAL_ONLY, OWNER, Bucket, manifest_of, small_files, step_of, steps_in
 from llm_jax.extras.remote_lock import RemoteLock
 from llm_jax.training.manifest import damage
 from llm_jax.training.retention import kept, read_scores
 
-OWNER = 'launch.json'  # the launch that wrote a folder last, here and there
 EVERY = 10.0  # seconds between two copies
 LARGE, EVERY_LARGE = 1 << 20, 60.0  # a small file of so many bytes is copied less often
-NUM_THREADS = 16
 LAST_TRIES, WAIT = 6, 2.0  # to copy at the end of a run; seconds before the second try, doubled for each further one
-# Parts of the names of what is not copied.
-LOCAL_ONLY = ('.lock', '.partial', '.unfinished', '.corrupt', '.rewound', '.unreadable')
-
-
-class Bucket:
-  """The files of one run there. Raises DataError, ConfigError."""
-
-  def __init__(self, url: str):
-    self.url = url.rstrip('/')
-    with remote_files(self.url) as (fs, root):
-      self.fs, self._root = fs, root.rstrip('/')
-    self._threads = ThreadPoolExecutor(NUM_THREADS, 'storage')
-
-  def path(self, name: str) -> str:
-    return f'{self._root}/{name}'
-
-  def names(self) -> list[str]:
-    with self.errors():
-      self.fs.invalidate_cache()
-      found = self.fs.find(self._root) if self.fs.exists(self._root) else []
-    return sorted(path.removeprefix(f'{self._root}/') for path in found)
-
-  def read(self, name: str) -> bytes | None:
-    """The content of a file; None if there is none."""
-    with self.errors():
-      try:
-        return self.fs.cat_file(self.path(name))
-      except FileNotFoundError:
-        return None
-
-  def write(self, name: str, content: bytes) -> None:
-    with self.errors():
-      self.fs.pipe_file(self.path(name), content)
-
-  def put(self, folder: Path, names: Iterable[str]) -> None:
-    """Copies files of a local folder. Raises FileNotFoundError if one is not there any more."""
-    def put(name: str) -> None:
-      local = folder / name
-      if not local.exists():
-        raise FileNotFoundError(name)
-      with self.errors():
-        self.fs.put_file(str(local), self.path(name))
-    list(self._threads.map(put, names))
-
-  def get(self, folder: Path, names: Iterable[str]) -> None:
-    """Copies files to a local folder."""
-    def get(name: str) -> None:
-      local = folder / name
-      local.parent.mkdir(parents=True, exist_ok=True)
-      with self.errors():
-        self.fs.get_file(self.path(name), str(local))
-    list(self._threads.map(get, names))
-
-  def delete(self, names: Iterable[str]) -> None:
-    for name in names:
-      with self.errors(), contextlib.suppress(FileNotFoundError):
-        self.fs.rm_file(self.path(name))
-
-  def errors(self) -> contextlib.AbstractContextManager:
-    """Turns errors of the file system into a DataError."""
-    return _errors(self.url)
-
-
-@contextlib.contextmanager
-def _errors(url: str) -> Any:
-  try:
-    with remote_files(url):
-      yield
-  except DataError as e:
-    raise StorageError(str(e)) from None
 
 
 class RemoteRun:
-  """A run whose folder is a URL. A context manager: within it, what changes in `folder` is copied there.
+  """A run whose folder is a URL. A context manager: within it, what changes in `folder` is copied there by process 0.
 
-  Process 0 copies; the processes of other hosts must see the same local folder. Raises StorageError, ConfigError.
+  All processes see the same local folder; extras/remote_parts.py is for hosts that share none. Raises StorageError.
   """
 
   def __init__(self, url: str, retention: CheckpointConfig):
@@ -127,22 +54,20 @@ class RemoteRun:
     self._copied: dict[str, tuple[int, int, float]] = {}  # (time of change, size, when it was copied) by name
     self._steps: dict[int, bytes | None] = {}  # complete there, with their manifests
     self._problem, self._stopping = '', threading.Event()
+    self._lock: RemoteLock | None = None  # which process 0 holds
     self._thread: threading.Thread | None = None
+    self._kept = f'{self.folder} has all of it, and the same command on this host copies it'
+
+  @staticmethod
+  def open(url: str, retention: CheckpointConfig) -> RemoteRun:
+    """The run at a URL, by what its processes share. All processes call this together. Raises StorageError."""
+    if all_see(user_cache()):
+      return RemoteRun(url, retention)
+    from llm_jax.extras.remote_parts import RemoteParts
+    return RemoteParts(url, retention)
 
   def __enter__(self) -> RemoteRun:
-    problem = ''
-    if jax.process_index() == 0:
-      try:
-        self._begin()
-      except (StorageError, ConfigError, OSError) as e:
-        problem = str(e)
-    launches = gather([problem, self._launch])
-    if problem := launches[0][0]:
-      raise StorageError(problem)
-    if not all(gather(_launch_of(self.folder) == launches[0][1])):
-      self.__exit__()
-      raise ConfigError(f'--workdir: {shown(self.url)} is copied from {self.folder}, which other hosts do not see; set '
-                        'LLM_JAX_CACHE to a folder that all hosts share')
+    self._together(self._begin if jax.process_index() == 0 else lambda: None)
     return self
 
   def __exit__(self, *exc: object) -> None:
@@ -150,55 +75,100 @@ class RemoteRun:
       return
     self._stopping.set()
     self._thread.join()
-    with Progress(f'copying the run to {shown(self.url)}'):
+    with Progress(f'copying the run to {shown(self.url)}', shown=jax.process_index() == 0):
       for attempt in range(LAST_TRIES):
         try:
           self._copy(last=True)
           break
         except StorageError as e:
           if attempt == LAST_TRIES - 1:
-            raise StorageError(f'{shown(self.url)}: the end of the run could not be copied there ({e}); {self.folder} '
-                               'has all of it, and the same command on this host copies it') from None
+            raise StorageError(f'{shown(self.url)}: the end of the run could not be copied there ({e}); '
+                               f'{self._kept}') from None
           time.sleep(WAIT * 2 ** attempt)
-    self._lock.release()
+    self._release()
+
+  def _together(self, act: Callable[[], None]) -> None:
+    """Calls act() on all processes. Raises StorageError on all of them if it fails on one."""
+    problem = ''
+    try:
+      act()
+    except (StorageError, ConfigError, OSError) as e:
+      problem = str(e)
+    if problem := next(filter(None, gather(problem)), ''):
+      self._release()
+      raise StorageError(problem)
+
+  def _release(self) -> None:
+    if self._lock is not None:
+      self._lock.release()
+      self._lock = None
 
   def _begin(self) -> None:
     self._bucket = Bucket(self.url)
-    self._lock = RemoteLock(self._bucket, self._launch)
-    self._lock.acquire()
-    try:
-      self._pull()
-      owner = json.dumps({'launch': self._launch}).encode()
-      self._bucket.write(OWNER, owner)
-      write_file(self.folder / OWNER, owner)
-    except BaseException:
-      self._lock.release()
-      raise
-    print(f'workdir: {shown(self.url)}, copied from {self.folder} every {EVERY:.0f} s', flush=True)
+    self._acquire()
+    self._delete_incomplete()
+    self._pull()
+    self._own()
+    self._start(f'copied from {self.folder} every {EVERY:.0f} s')
+
+  def _acquire(self) -> None:
+    lock = RemoteLock(self._bucket, self._launch)
+    lock.acquire()
+    self._lock = lock
+
+  def _own(self) -> None:
+    """Notes there and here that this launch is the last one to write."""
+    owner = json.dumps({'launch': self._launch}).encode()
+    self._bucket.write(OWNER, owner)
+    write_file(self.folder / OWNER, owner)
+
+  def _start(self, how: str) -> None:
+    if jax.process_index() == 0:
+      print(f'workdir: {shown(self.url)}, {how}', flush=True)
     self._thread = threading.Thread(target=self._work, name='copy of the run', daemon=True)
     self._thread.start()
 
-  def _pull(self) -> None:
-    """Makes the local folder equal the run there, unless the launch before was of this host, which is ahead."""
-    names = self._bucket.names()
-    self._steps = {step: self._bucket.read(_manifest(step)) for step in steps_in(names)}
+  def _is_ahead(self) -> bool:
+    """Whether the launch before was of this host, whose folder may have more than what is there."""
     content = self._bucket.read(OWNER)
-    if content is not None and content == _content_of(self.folder / OWNER):
+    return content is not None and content == _content_of(self.folder / OWNER)
+
+  def _read_steps(self, names: list[str]) -> None:
+    self._steps = {step: self._bucket.read(manifest_of(step)) for step in steps_in(names)}
+
+  def _delete_incomplete(self) -> None:
+    """Deletes the files of steps that a launch before has not finished to copy."""
+    names = self._bucket.names()
+    complete = steps_in(names)
+    self._bucket.delete([name for name in names if step_of(name) not in (None, *complete)])
+
+  def _pull(self) -> None:
+    """Makes the local folder equal the run there, unless this host is ahead."""
+    names = self._bucket.names()
+    self._read_steps(names)
+    if self._is_ahead():
       return
-    data = _content_of(self.folder / FILE)  # just passed from Python: if other data are there, resuming reports it
-    keep = {step for step, content in self._steps.items() if content == _content_of(self.folder / _manifest(step))}
+    with self._cleared({step for step, content in self._steps.items()
+                        if content == _content_of(self.folder / manifest_of(step))}):
+      pull(self._bucket, self.folder, names)
+
+  @contextlib.contextmanager
+  def _cleared(self, keep: set[int]) -> Iterator[None]:
+    """The local folder without what is there, but for some checkpoints and data that were just passed from Python."""
+    data = _content_of(self.folder / FILE)  # if other data are there, resuming reports it
     for path in [*self.folder.glob('checkpoints/*'), *self.folder.glob('*')]:
       if path.name not in map(str, keep) and path.name != 'checkpoints':
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     self.folder.mkdir(parents=True, exist_ok=True)
-    pull(self._bucket, self.folder, names)
+    yield
     if data is not None:
       write_file(self.folder / FILE, data)
 
   def _work(self) -> None:
     while not self._stopping.wait(EVERY):
       try:
-        self._lock.beat()
+        if self._lock is not None:
+          self._lock.beat()
         self._copy()
         if self._problem:
           print(f'{shown(self.url)}: can be written again; all was copied', flush=True)
@@ -211,23 +181,31 @@ class RemoteRun:
 
   def _copy(self, last: bool = False) -> None:
     """Copies what has changed, and deletes the steps there that need not be kept. Raises StorageError."""
-    manifests = {step: _content_of(self.folder / _manifest(step)) for step in saved_steps(self.folder / 'checkpoints')}
+    local = saved_steps(self.folder / 'checkpoints')
+    manifests = {step: _content_of(self.folder / manifest_of(step)) for step in local}
     # Gone back, or damaged there: first, so that no host takes a step there for one of this run.
     for step in [step for step, content in self._steps.items() if manifests and (
         step > max(manifests) or manifests.get(step, content) != content)]:
       self._delete(step)
+    new = sorted(manifests.keys() - self._steps.keys(), reverse=True)
+    self._copy_small_files(last or bool(new))  # first, so that the metrics up to a step are there
+    for step in new:
+      folder = self.folder / 'checkpoints' / str(step)
+      files = [path.relative_to(self.folder).as_posix() for path in folder.rglob('*') if path.is_file()]
+      with contextlib.suppress(FileNotFoundError):  # deleted meanwhile, as a newer one is there
+        self._bucket.put(self.folder, [name for name in files if name != manifest_of(step)])
+        self._bucket.put(self.folder, [manifest_of(step)])
+        self._steps[step] = manifests[step]
+    self._delete_old(set(manifests))
+
+  def _copy_small_files(self, last: bool) -> None:
     for name, state in self._changed(last):
       with contextlib.suppress(FileNotFoundError):
         self._bucket.put(self.folder, [name])
         self._copied[name] = state
-    local = set(manifests)
-    for step in sorted(local - self._steps.keys(), reverse=True):
-      folder = self.folder / 'checkpoints' / str(step)
-      files = [path.relative_to(self.folder).as_posix() for path in folder.rglob('*') if path.is_file()]
-      with contextlib.suppress(FileNotFoundError):  # deleted meanwhile, as a newer one is there
-        self._bucket.put(self.folder, [name for name in files if name != _manifest(step)])
-        self._bucket.put(self.folder, [_manifest(step)])
-        self._steps[step] = manifests[step]
+
+  def _delete_old(self, local: set[int]) -> None:
+    """Deletes the steps there that need not be kept."""
     everywhere = self._steps.keys() | local
     keep = local | kept(everywhere, read_scores(self.folder / 'checkpoints', everywhere), self._retention)
     for step in self._steps.keys() - keep:
@@ -235,11 +213,11 @@ class RemoteRun:
 
   def _delete(self, step: int) -> None:
     """Deletes a step there, its manifest first."""
-    names = [name for name in self._bucket.names() if name.startswith(f'checkpoints/{step}/')]
-    self._bucket.delete(sorted(names, key=lambda name: name != _manifest(step)))
+    names = [name for name in self._bucket.names() if step_of(name) == step]
+    self._bucket.delete(sorted(names, key=lambda name: name != manifest_of(step)))
     self._bucket.delete([f'checkpoints/{step}.score.json'])
     self._copied.pop(f'checkpoints/{step}.score.json', None)
-    del self._steps[step]
+    self._steps.pop(step, None)
 
   def _changed(self, last: bool) -> list[tuple[str, tuple[int, int, float]]]:
     """The small files to copy now, with their state."""
@@ -249,6 +227,8 @@ class RemoteRun:
       reports = name.startswith('processes/') and path.suffix != '.stacks'  # of the watchdog
       if step_of(name) is not None or name == OWNER or reports or any(part in name for part in LOCAL_ONLY):
         continue
+      if not self._writes(name):
+        continue
       with contextlib.suppress(OSError):
         if path.is_file() and not path.is_symlink():
           stat, before = path.stat(), self._copied.get(name, (0, -1, float('-inf')))
@@ -257,6 +237,10 @@ class RemoteRun:
             found.append((name, (stat.st_mtime_ns, stat.st_size, now)))
     return found
 
+  def _writes(self, name: str) -> bool:
+    """Whether this process copies a small file."""
+    return True
+
   @staticmethod
   def read(url: str, checkpoint: str = 'latest') -> Path:
     """A local folder with the run and one checkpoint. Raises StorageError, ConfigError."""
@@ -264,18 +248,19 @@ class RemoteRun:
     names = bucket.names()
     if 'config.json' not in names:
       raise ConfigError(f'--workdir: {shown(url)} does not contain a run (no config.json)')
-    for path in [*folder.glob('checkpoints/*.score.json'), *(p for p in folder.glob('*') if p.is_file())]:
-      path.unlink()
-    for step in saved_steps(folder / 'checkpoints'):
-      if f'checkpoints/{step}/{MANIFEST}' not in names:
-        shutil.rmtree(folder / 'checkpoints' / str(step))
-    folder.mkdir(parents=True, exist_ok=True)
-    pull(bucket, folder, names, checkpoint)
+    if checkpoint not in ('latest', 'best', *map(str, steps := steps_in(names))):
+      raise ConfigError(f'--checkpoint: must be latest, best, or a step of {steps}; got {checkpoint!r}')
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.with_name(f'.{folder.name}.lock')):  # several processes of a host may read
+      for path in [*folder.glob('checkpoints/*.score.json'), *(p for p in folder.glob('*') if p.is_file())]:
+        if path.relative_to(folder).as_posix() not in names:
+          path.unlink()
+      for step in saved_steps(folder / 'checkpoints'):
+        if manifest_of(step) not in names:
+          shutil.rmtree(folder / 'checkpoints' / str(step))
+      folder.mkdir(parents=True, exist_ok=True)
+      pull(bucket, folder, names, checkpoint)
     return folder
-
-
-def _manifest(step: int) -> str:
-  return f'checkpoints/{step}/{MANIFEST}'
 
 
 def pull(bucket: Bucket, folder: Path, names: list[str], checkpoint: str = 'latest') -> None:
@@ -284,8 +269,7 @@ def pull(bucket: Bucket, folder: Path, names: list[str], checkpoint: str = 'late
   Raises StorageError.
   """
   with Progress(f'copying the run from {shown(bucket.url)}'):
-    bucket.get(folder, [name for name in names if step_of(name) is None and '/' not in name.removeprefix('checkpoints/')
-                        and name != OWNER and not any(part in name for part in LOCAL_ONLY)])
+    bucket.get(folder, small_files(names))
     steps = steps_in(names)
     scores = read_scores(folder / 'checkpoints', steps)
     if checkpoint == 'best' and scores:
@@ -307,31 +291,12 @@ def pull(bucket: Bucket, folder: Path, names: list[str], checkpoint: str = 'late
                          'URL')
 
 
-def step_of(name: str) -> int | None:
-  """The step of a file of a checkpoint, by its name in the run's folder."""
-  first, _, rest = name.partition('/')
-  step, inside, _ = rest.partition('/')
-  return int(step) if first == 'checkpoints' and inside and step.isdigit() else None
-
-
-def steps_in(names: Iterable[str]) -> list[int]:
-  """The steps that are complete."""
-  return sorted(int(name.split('/')[1]) for name in names
-                if step_of(name) is not None and name.count('/') == 2 and name.endswith(f'/{MANIFEST}'))
-
-
 def _local_name(url: str) -> str:
   return f'{url.rsplit("/", 1)[1]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}'
 
 
 def _content_of(path: Path) -> bytes | None:
   return path.read_bytes() if path.is_file() else None
-
-
-def _launch_of(folder: Path) -> str:
-  with contextlib.suppress(OSError, ValueError, KeyError):
-    return json.loads((folder / OWNER).read_text())['launch']
-  return ''
 
 
 register(STORAGE, 'remote', RemoteRun, NoSettings)

@@ -20,8 +20,9 @@ import jax
 from llm_jax.base.batch import Params
 from llm_jax.base.errors import ConfigError, DivergedError, StorageError
 from llm_jax.base.files import MANIFEST, saved_steps, set_aside, unverified_steps, write_file, writing
-from llm_jax.base.multihost import barrier, gather
+from llm_jax.base.multihost import barrier, gather, writes_files
 from llm_jax.base.progress import Progress
+from llm_jax.base.storage import own_parts
 from llm_jax.config import CheckpointConfig
 from llm_jax.training.finite import non_finite
 from llm_jax.training.manifest import commit, damage, reason
@@ -36,11 +37,13 @@ class Checkpoints:
   def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
     self._directory, self._config, self._read_only = directory, config, read_only
     self._is_primary = jax.process_index() == 0
+    self._parts = None if read_only else own_parts(self.workdir)
+    self._writes = self._is_primary if read_only else writes_files(self.workdir)
     if not read_only:
       with writing(str(directory)):
         directory.mkdir(parents=True, exist_ok=True)
         self._remove_unfinished()
-        if self._is_primary:
+        if self._writes:
           write_file(directory / 'probe.unfinished', bytes(1 << 16))  # before anything is compiled
           (directory / 'probe.unfinished').unlink()
     self._saved = set(self._agreed(self.steps))  # the same on all processes
@@ -51,7 +54,7 @@ class Checkpoints:
   @functools.cached_property
   def _writer(self) -> Any:
     from llm_jax.training.orbax_io import make_writer
-    return make_writer()
+    return make_writer(in_parts=self._parts is not None)
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -127,7 +130,7 @@ class Checkpoints:
 
     The best checkpoint has the lowest `score` among those with the newest `since`.
     """
-    if step in self._saved and self._is_primary:
+    if step in self._saved and self._writes:
       write_results(self._directory, step, score, since, results)
     return step in self._saved
 
@@ -137,9 +140,10 @@ class Checkpoints:
     return found and found['results']
 
   def damage(self, step: int) -> list[str]:
-    """What is wrong with the files of a step, by file; each process reads a part of them."""
-    parts = gather(damage(self._directory / str(step), jax.process_index(), jax.process_count()))
-    return list(dict.fromkeys(problem for part in parts for problem in part))
+    """What is wrong with the files of a step, by file; each process reads a part, or those that it alone has."""
+    part, parts = (0, 1) if self._parts is not None else (jax.process_index(), jax.process_count())
+    found = gather(damage(self._directory / str(step), part, parts))
+    return list(dict.fromkeys(problem for each in found for problem in each))
 
   def restore(self, params: Params, opt_state: Any | None = None, *, step: int | None = None,
               check: Callable[[dict], None] = lambda meta: None) -> tuple[Params, Any, dict]:
@@ -155,7 +159,7 @@ class Checkpoints:
     failures = []
     for candidate in reversed(steps) if step is None else [step]:
       with Progress(f'reading checkpoint {candidate}', shown=self._is_primary):
-        problem = '; '.join(self.damage(candidate)[:3])
+        problem = self._fetch(candidate, trees) or '; '.join(self.damage(candidate)[:3])
         found, failure = (dict[str, Any](), dict[str, Any]()), ''
         if not problem:
           found, failure = self._read(candidate, trees, check)
@@ -168,6 +172,17 @@ class Checkpoints:
         print(f'WARNING: {self._directory}: damaged: {failures[-1]}', file=sys.stderr, flush=True)
     raise StorageError(f'{self._directory}: no checkpoint is intact; copy one back, or set --start_over to begin at '
                        'step 0:\n  ' + '\n  '.join(failures))
+
+  def _fetch(self, step: int, trees: dict[str, Any]) -> str:
+    """Copies here what this process needs of a step, if it has a folder of its own; returns what failed."""
+    if self._parts is None:
+      return ''
+    problem = ''
+    try:
+      self._parts.fetch(step, trees)
+    except (StorageError, OSError) as e:
+      problem = reason(e)
+    return next(filter(None, gather(problem)), '')
 
   def _read(self, step: int, trees: dict[str, Any], check: Callable) -> tuple[tuple[dict, dict], str]:
     """((arrays by item, meta), what failed). Raises ConfigError for arrays or a `meta` that do not fit."""
@@ -186,7 +201,7 @@ class Checkpoints:
 
   def set_aside_after(self, step: int) -> None:
     """Renames the folders of later steps, which are damaged or have no manifest, to STEP.corrupt-TIME."""
-    if self._is_primary:
+    if self._writes:
       for each in sorted({*self.steps(), *unverified_steps(self._directory)}):
         if each > step:
           folder = self._directory / str(each)
@@ -194,7 +209,8 @@ class Checkpoints:
           with writing(str(self._directory)):
             aside = set_aside(folder, 'corrupt')
             score_file(self._directory, each).unlink(missing_ok=True)
-          print(f'WARNING: {folder}{why} is now {aside.name}', file=sys.stderr, flush=True)
+          if self._is_primary:
+            print(f'WARNING: {folder}{why} is now {aside.name}', file=sys.stderr, flush=True)
     self._saved = {each for each in self._saved if each <= step}
     barrier('set_aside')
 
@@ -215,17 +231,20 @@ class Checkpoints:
     """In the background: waits for Orbax, commits the step, reads it again, frees old steps. Returns what failed."""
     try:
       self._writer.wait_until_finished()  # also after an error, which it clears
-      if not problem and self._is_primary:
+      if not problem and self._writes:
         final = self._directory / str(step)
         commit(self._unfinished(step), final, {'step': step} | {
             name: meta[name] for name in ('position', 'versions') if name in meta})
         if found := damage(final):
           set_aside(final, 'corrupt')
           problem = f'the disk returns other bytes than were written: {"; ".join(found[:3])}'
-        else:
-          self._free()
     except Exception as e:  # of many types: TensorStore's, a timeout of other processes, a full disk
       problem = problem or reason(e)
+    if self._parts is not None:
+      problem = self._parts.push(step, problem)
+    if not problem:
+      with contextlib.suppress(OSError):
+        self._free()
     if problem:
       self._close_writer()  # as it keeps errors
       self._remove_unfinished()
@@ -242,8 +261,10 @@ class Checkpoints:
     self._failed = self._failed + 1 if self._problem else 0
     if self._problem:
       self._saved.discard(step)
-      if self._is_primary:
+      if self._writes:
         score_file(self._directory, step).unlink(missing_ok=True)
+      if self._parts is not None:
+        shutil.rmtree(self._directory / str(step), ignore_errors=True)  # this process's part
     if self._failed >= MAX_FAILED:
       raise StorageError(f'{self._directory}: {self._failed} saves in a row failed, the last one of step {step}: '
                          f'{self._problem}; make room there, then repeat the command, which goes on from step '
@@ -251,7 +272,7 @@ class Checkpoints:
 
   def _free(self, coming: int | None = None) -> None:
     """Deletes the steps that need not be kept, also once step `coming` is saved; the newest one is kept always."""
-    if not self._is_primary:
+    if not self._writes:
       return
     steps = self.steps()
     keep = kept(steps if coming is None else [*steps, coming], read_scores(self._directory, steps), self._config)
@@ -271,6 +292,6 @@ class Checkpoints:
     return self._directory / f'{step}.unfinished'
 
   def _remove_unfinished(self) -> None:
-    if self._is_primary:
+    if self._writes:
       for path in self._directory.glob('*.unfinished*'):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from llm_jax.base.progress import Progress
 from llm_jax.base.redaction import public
 from llm_jax.base.sharding import make_mesh, put_batch, use_mesh
 from llm_jax.base.stopping import StopSignal
+from llm_jax.base.storage import place_of
 from llm_jax.config import Config
 from llm_jax.data import pipeline
 from llm_jax.training import run
@@ -136,7 +137,7 @@ def train_stage(stage: Stage, workdir: Path, custom: Custom, status: Status,
       if unevaluated or ((stopping or session.stop.requested) and not over):
         session.save()  # if the request came after the save above
         session.wait()
-        saved = 'not saved, as its update was skipped' if session.skips.late else f'saved in {workdir}'
+        saved = 'not saved, as its update was skipped' if session.skips.late else f'saved in {place_of(workdir)}'
         raise Interrupted(f'stopped at step {step} of {config.num_steps}, {saved}; '
                           f'repeat the command to {"evaluate that step" if over else "resume"}')
       profiler.begin_after(step)

@@ -15,7 +15,7 @@ import jax
 from llm_jax.base.activity import ACTIVITY
 from llm_jax.base.errors import DivergedError, Interrupted, StorageError
 from llm_jax.base.files import saved_steps, set_aside, write_file, writing
-from llm_jax.base.multihost import barrier, gather, say
+from llm_jax.base.multihost import barrier, gather, say, writes_files
 from llm_jax.base.seal import seal, unseal
 from llm_jax.config import Config
 from llm_jax.training.event import Rewind
@@ -74,7 +74,7 @@ def go_back(workdir: Path, rewind: Rewind) -> None:
     raise DivergedError(f'step {rewind.at}: {rewind}; the run cannot go back to step {target}, over step {changes[0]} '
                         'of config.data.weights_from')
   say(f'step {rewind.at}: {rewind}; going back to step {target}, without the batches that were used since')
-  if jax.process_index() == 0:
+  if writes_files(workdir):
     with writing(str(workdir)):
       for path in folder.glob('*.score.json'):
         if (number := path.name.partition('.')[0]).isdigit() and int(number) > target:

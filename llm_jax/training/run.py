@@ -20,6 +20,7 @@ from llm_jax.base.lock import lock_run
 from llm_jax.base.redaction import public
 from llm_jax.base.sharding import describe_mesh
 from llm_jax.base.stopping import stopping_at_once
+from llm_jax.base.storage import place_of
 from llm_jax.base.watchdog import Watchdog
 from llm_jax.config import Config, differences, replace
 from llm_jax.data.sources.documents import shown
@@ -53,7 +54,8 @@ def open_training(workdir: Path, config: Config) -> Iterator[Status]:
       if created and step < 0 and not status.has_trained and index == 0:  # which knows has_trained
         shutil.rmtree(workdir, ignore_errors=True)
       return 'interrupted before the first step; ' + (
-          'nothing was trained' if step < 0 else f'{workdir} stays at step {step}, and the same command resumes it')
+          'nothing was trained' if step < 0 else
+          f'{place_of(workdir)} stays at step {step}, and the same command resumes it')
 
     stack.callback(ended)
     watchdog = stack.enter_context(Watchdog(

@@ -31,6 +31,7 @@ from llm_jax import __version__
 from llm_jax.base import flags, runtime
 from llm_jax.base.errors import ConfigError, UserError
 from llm_jax.base.process import gib, out_of_memory_as_config_error, run_as_program, waiting
+from llm_jax.base.storage import is_remote
 from llm_jax.base.terminal import columns, wrap
 
 CORE = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml-collections', 'numpy', 'tensorboard',
@@ -59,7 +60,7 @@ def parser() -> flags.Parser:
   parser = flags.Parser('check', __doc__, fields='llm_jax.config:Config')
   flags.add_config(parser)
   parser.add_argument('--step', action='store_true', help="train the config's first logged step")
-  parser.add_argument('--workdir', type=Path, metavar='FOLDER', help='verify the checkpoints of this run instead')
+  parser.add_argument('--workdir', metavar='FOLDER', help='verify the checkpoints of this run instead')
   parser.add_argument('--adopt', action='store_true', help='with --workdir: read checkpoints without a manifest.json, '
                       'as of an earlier version, and write it')
   parser.add_argument('--format', choices=('text', 'json'), default='text', help='of the output')
@@ -76,9 +77,12 @@ def main(argv: list[str]) -> None:
   if args.workdir is not None:
     if args.config is not None:
       raise ConfigError('--workdir: verifies a run, and --config checks a config; give one of them')
+    if is_remote(args.workdir):
+      raise ConfigError(f'--workdir: must be a folder here, got {args.workdir}; copy the run here to verify all of it. '
+                        'A checkpoint in storage is verified whenever it is read')
     flags.apply(args)
     from llm_jax.extras.commands.check_workdir import verify
-    verify(args.workdir, args.adopt, args.format == 'json')
+    verify(Path(args.workdir), args.adopt, args.format == 'json')
     return
   report: dict[str, dict[str, Any]] = {}
   try:
