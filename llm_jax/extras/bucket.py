@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +25,10 @@ class Bucket:
 
   def __init__(self, url: str):
     self.url = url.rstrip('/')
+    logging.getLogger('gcsfs').setLevel(logging.ERROR)  # it warns at each call if it may not read the bucket's type
     with remote_files(self.url) as (fs, root):
       self.fs, self._root = fs, root.rstrip('/')
+    self._has_root = False
     self._threads = ThreadPoolExecutor(NUM_THREADS, 'storage')
 
   def path(self, name: str) -> str:
@@ -85,12 +88,18 @@ class Bucket:
         self.fs.rm_file(self.path(name))
 
   def _with_folder(self, name: str, write: Callable[[str], Any]) -> None:
-    """Calls write(path); storage that has folders (file://, sftp://) may lack that of the file."""
+    """Calls write(path); storage that has folders (file://, sftp://) may lack that of the file.
+
+    A run's own folder is made once: if it is gone later, its disk may be, and nothing is written in its place.
+    """
     try:
       write(self.path(name))
     except FileNotFoundError:
+      if self._has_root and not self.fs.exists(self._root):
+        raise
       self.fs.makedirs(self.path(name).rpartition('/')[0], exist_ok=True)
       write(self.path(name))
+    self._has_root = True
 
   def errors(self) -> contextlib.AbstractContextManager:
     """Turns errors of the file system into a DataError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,12 +33,14 @@ def on_mesh(run: Opened, text: str = '', module: Any = None) -> Iterator[Mesh]:
   config, why = (parse_mesh(text), '--mesh') if text else choose_mesh(run, module)
   try:
     mesh = make_mesh(config)
+    if mesh.size > 1 and jax.process_index() == 0:
+      print(f'mesh: {describe_mesh(mesh)} ({why})', file=sys.stderr)
+    with use_mesh(mesh, run.config.mesh):
+      yield mesh
   except ConfigError as e:
-    raise ConfigError(str(e).replace('config.mesh:', '--mesh:')) from None
-  if mesh.size > 1 and jax.process_index() == 0:
-    print(f'mesh: {describe_mesh(mesh)} ({why})', file=sys.stderr)
-  with use_mesh(mesh, run.config.mesh):
-    yield mesh
+    if not text:
+      raise
+    raise ConfigError(re.sub(r'config\.mesh(\.\w+)?:', f'--mesh={text}:', str(e))) from None
 
 
 @contextlib.contextmanager

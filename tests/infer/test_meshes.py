@@ -129,7 +129,7 @@ def test_the_mesh_is_chosen_so_that_the_weights_fit(folder, monkeypatch):
 @pytest.mark.parametrize(('text', 'message'), [
     ('fsdp=3', 'does not cover the 8 device'), ('4,2', 'must be like fsdp=4,tensor=2'), ('heads=2', 'must be like'),
     ('fsdp=-1,tensor=-1', 'at most one -1'), ('fsdp=0', '--mesh: .*must be positive'),
-    ('tensor=8,data=1,fsdp=1', None), ('tensor=16', 'does not cover')])
+    ('tensor=8,data=1,fsdp=1', None), ('tensor=16', 'does not cover'), ('stage=8', '^--mesh=stage=8: .*divide')])
 def test_a_mesh_that_does_not_fit_is_reported(folder, text, message):
   if message is None:
     api.load(folder / 'run', mesh=text)
