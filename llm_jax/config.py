@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import ml_collections
@@ -324,7 +323,7 @@ def base_from(folder: str) -> ml_collections.ConfigDict:
 
   `folder` is as transformers writes it, or hf:org/name. Raises ConfigError, StorageError.
   """
-  path = read_workdir(Path(folder).expanduser())
+  path = read_workdir(folder)
   importer = importer_of(path)
   if importer is None:
     raise ConfigError(f'{folder}: is no folder of a published model, with model_type in its config.json; to '

@@ -21,7 +21,7 @@ from llm_jax.base.files import check_run, list_runs
 from llm_jax.base.nearest import nearest
 from llm_jax.base.redaction import check_given, public
 from llm_jax.base.registry import has_registered
-from llm_jax.base.storage import read_workdir
+from llm_jax.base.storage import read_start
 from llm_jax.config import Config, differences
 from llm_jax.infer.importers import importer_of
 from llm_jax.infer.validators import UNTRUSTED, VALIDATORS
@@ -78,7 +78,7 @@ class ConfigFile:
 
 def take_over(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
   """Takes over the model and the tokenizer of a published model that the command line names as start.run."""
-  folder = read_workdir(Path(str(overrides['start.run'])).expanduser())
+  folder = read_start(str(overrides['start.run']))
   importer = importer_of(folder)
   if importer is not None:
     values['model'] = importer.model_values(folder)

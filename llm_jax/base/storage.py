@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.registry import Registry
 
 # 'remote': a class with open(url, retention) -> what has a local `folder` and is a context manager that copies it to
@@ -17,7 +18,8 @@ STORAGE = Registry('storage')
 
 
 _urls: dict[Path, str] = {}  # by local folder
-_parts: dict[Path, Any] = {}  # by local folder, while a run trains in it
+_fetchers: dict[Path, Any] = {}  # by local folder: fetch(step, trees) copies there what is needed of a checkpoint
+_parts: dict[Path, Any] = {}  # by local folder, while a run trains in it: a fetcher that has push(step, problem) too
 
 
 HUB = 'hf:'  # before the name of a published model: hf:org/name
@@ -48,21 +50,41 @@ def read_workdir(workdir: str | Path, checkpoint: str = 'latest') -> Path:
   if is_published(workdir):
     return STORAGE['hub'].read(str(workdir).removeprefix(HUB))
   url = _urls.get(Path(workdir), str(workdir))
-  if not is_remote(url):
-    return Path(workdir)
-  folder = STORAGE['remote'].read(url, checkpoint)
-  _urls[folder] = url
-  return folder
+  return STORAGE['remote'].read(url, checkpoint) if is_remote(url) else Path(workdir).expanduser()
+
+
+def read_start(run: str, checkpoint: str = 'latest') -> Path:
+  """read_workdir of config.start.run. Raises ConfigError."""
+  try:
+    return read_workdir(run, checkpoint)
+  except (StorageError, ConfigError) as e:
+    raise as_start_error(e) from None
+
+
+def as_start_error(error: Exception) -> ConfigError:
+  """An error about a run as one about config.start."""
+  return ConfigError(str(error).replace('--workdir', 'config.start.run')
+                     .replace('--checkpoint', 'config.start.checkpoint'))
+
+
+def fetch_from(folder: Path, url: str, fetcher: Any) -> None:
+  """Notes that a local folder gets the files of the checkpoints at a URL by `fetcher` when they are read."""
+  _urls[folder], _fetchers[folder] = url, fetcher
+
+
+def fetcher_of(folder: Path) -> Any:
+  """The `fetcher` of `fetch_from`; None for a folder that has its files."""
+  return _fetchers.get(folder)
 
 
 @contextlib.contextmanager
 def keeping_parts(folder: Path, url: str, parts: Any) -> Iterator[None]:
   """Within it, `folder` is known to have this process's part of the run at a URL, and no other process's.
 
-  `parts` has fetch(step, trees), which copies here what this process needs of a checkpoint, and push(step, problem),
-  which copies there what it has saved.
+  `parts` is a fetcher; its push(step, problem) copies there what this process has saved of a checkpoint.
   """
-  _parts[folder], _urls[folder] = parts, url
+  fetch_from(folder, url, parts)
+  _parts[folder] = parts
   try:
     yield
   finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -125,7 +124,7 @@ def load_teacher(settings: Distillation, config: Config, data: Data, mesh: Mesh)
   """The teacher's run. Raises UserErrors if it cannot be read or does not fit the data."""
   path = 'config.loss.distillation.teacher'
   try:
-    teacher = load_run(read_workdir(Path(settings.teacher).expanduser()), mesh, settings.checkpoint,
+    teacher = load_run(read_workdir(settings.teacher, str(settings.checkpoint)), mesh, settings.checkpoint,
                        flag='config.loss.distillation.teacher')
   except StorageError as e:
     raise ConfigError(str(e).replace('--workdir', path)) from None

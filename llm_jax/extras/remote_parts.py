@@ -10,28 +10,26 @@ import contextlib
 import itertools
 import json
 import threading
-from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from llm_jax.base.activity import ACTIVITY
 from llm_jax.base.errors import StorageError
-from llm_jax.base.files import MANIFEST, saved_steps, write_file
+from llm_jax.base.files import saved_steps
 from llm_jax.base.multihost import barrier
 from llm_jax.base.reports import FOLDER, prepare_reports
-from llm_jax.base.seal import file_hash, seal, unseal
+from llm_jax.base.seal import seal
 from llm_jax.base.storage import keeping_parts
 from llm_jax.config import CheckpointConfig
 from llm_jax.data.sources.documents import shown
 from llm_jax.extras.bucket import Bucket, manifest_of, small_files
 from llm_jax.extras.coordinator_reports import CoordinatorReports
 from llm_jax.extras.remote_run import RemoteRun
-from llm_jax.training.manifest import VERSION, reason, step_manifest
+from llm_jax.extras.remote_steps import RemoteSteps, groups
+from llm_jax.training.manifest import reason, step_manifest
 
 _TURNS = itertools.count()  # as each barrier needs a name of its own
-AT_ONCE = 64  # files of a checkpoint that are copied between two signs of progress
 
 
 class RemoteParts(RemoteRun):
@@ -61,6 +59,7 @@ class RemoteParts(RemoteRun):
   def _prepare(self) -> None:
     """Opens the storage; process 0 takes the lock, and copies what a launch before has left on its host."""
     self._bucket = Bucket(self.url)
+    self._here = RemoteSteps(self._bucket, self.folder)
     if self._index == 0:
       self._acquire()
       self._delete_incomplete()
@@ -84,40 +83,11 @@ class RemoteParts(RemoteRun):
     self._read_steps(names)
     with self._cleared(set(self._steps)):
       self._bucket.get(self.folder, small_files(names))
-      for step in self._steps:
-        self._note(step, {'step': step}, {})
-
-  def _note(self, step: int, values: dict[str, Any], files: dict[str, Any]) -> None:
-    """Writes the local manifest of a step, with the files that are here."""
-    folder = self.folder / 'checkpoints' / str(step)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / MANIFEST, seal({'version': VERSION, **values, 'files': files}))
+      self._here.note(self._steps)
 
   def fetch(self, step: int, trees: dict[str, Any]) -> None:
-    """Copies here the files of a step that have the shards of this process in `trees`.
-
-    Raises StorageError, OSError, and ConfigError for other arrays than those of `trees`.
-    """
-    from llm_jax.training.orbax_io import is_shard, shards_here
-    folder = self.folder / 'checkpoints' / str(step)
-    try:
-      manifest = unseal(self._bucket.read(manifest_of(step)) or b'')
-    except ValueError as e:
-      raise StorageError(f'{MANIFEST}: {reason(e)}') from None
-    wanted = manifest.pop('files')
-    common = {name for name in wanted if not is_shard(name, wanted)}
-    self._get(folder, wanted, common)
-    shards = shards_here(folder, trees) & wanted.keys() if common != wanted.keys() else set[str]()
-    self._get(folder, wanted, shards)
-    self._note(step, {name: manifest[name] for name in manifest if name != 'version'},
-               {name: wanted[name] for name in common | shards})
-
-  def _get(self, folder: Path, wanted: dict[str, Any], names: Collection[str]) -> None:
-    """Copies files of a step here that are not here yet."""
-    missing = [name for name in sorted(names) if not _is_here(folder / name, wanted[name])]
-    for some in _groups(missing):
-      self._bucket.get(self.folder, [f'checkpoints/{folder.name}/{name}' for name in some])
-      ACTIVITY.sign()
+    """RemoteSteps.fetch."""
+    self._here.fetch(step, trees)
 
   def push(self, step: int, problem: str) -> str:
     """Copies there what this process has saved of a step; process 0 adds the manifest. Returns what failed.
@@ -153,7 +123,7 @@ class RemoteParts(RemoteRun):
     folder = self.folder / 'checkpoints' / str(step)
     files = step_manifest(folder)['files']
     own = {name: files[name] for name in files if self._index == 0 or is_shard(name, files)}
-    for some in _groups(sorted(own)):
+    for some in groups(sorted(own)):
       self._bucket.put(self.folder, [f'checkpoints/{step}/{name}' for name in some])
       if ACTIVITY.phase != 'step':
         ACTIVITY.sign()
@@ -191,12 +161,3 @@ class RemoteParts(RemoteRun):
 def _part(step: int, process: int) -> str:
   return f'checkpoints/{step}/part_{process}.json'
 
-
-def _is_here(path: Path, wanted: dict[str, Any]) -> bool:
-  with contextlib.suppress(OSError):
-    return path.stat().st_size == wanted['bytes'] and file_hash(path) == wanted
-  return False
-
-
-def _groups(names: list[str]) -> list[list[str]]:
-  return [names[i:i + AT_ONCE] for i in range(0, len(names), AT_ONCE)]

@@ -27,12 +27,13 @@ from llm_jax.base.multihost import all_see, gather
 from llm_jax.base.progress import Progress
 from llm_jax.base.registry import NoSettings, register
 from llm_jax.base.runtime import user_cache
-from llm_jax.base.storage import STORAGE
+from llm_jax.base.storage import STORAGE, fetch_from
 from llm_jax.config import CheckpointConfig
 from llm_jax.data.given import FILE
 from llm_jax.data.sources.documents import shown
 from llm_jax.extras.bucket import LOCAL_ONLY, OWNER, Bucket, manifest_of, small_files, step_of, steps_in
 from llm_jax.extras.remote_lock import RemoteLock
+from llm_jax.extras.remote_steps import RemoteSteps
 from llm_jax.training.manifest import damage
 from llm_jax.training.retention import kept, read_scores
 
@@ -243,40 +244,39 @@ class RemoteRun:
 
   @staticmethod
   def read(url: str, checkpoint: str = 'latest') -> Path:
-    """A local folder with the run and one checkpoint. Raises StorageError, ConfigError."""
+    """A local folder with the run, which gets what is needed of a checkpoint when that is read.
+
+    Raises StorageError, ConfigError.
+    """
     bucket, folder = Bucket(url), user_cache() / 'read' / _local_name(url.rstrip('/'))
     names = bucket.names()
     if 'config.json' not in names:
       raise ConfigError(f'--workdir: {shown(url)} does not contain a run (no config.json)')
-    if checkpoint not in ('latest', 'best', *map(str, steps := steps_in(names))):
+    steps = steps_in(names)
+    if checkpoint not in ('latest', 'best', *map(str, steps)):
       raise ConfigError(f'--checkpoint: must be latest, best, or a step of {steps}; got {checkpoint!r}')
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.with_name(f'.{folder.name}.lock')):  # several processes of a host may read
       for path in [*folder.glob('checkpoints/*.score.json'), *(p for p in folder.glob('*') if p.is_file())]:
         if path.relative_to(folder).as_posix() not in names:
           path.unlink()
-      for step in saved_steps(folder / 'checkpoints'):
-        if manifest_of(step) not in names:
-          shutil.rmtree(folder / 'checkpoints' / str(step))
+      for step in set(saved_steps(folder / 'checkpoints')) - set(steps):
+        shutil.rmtree(folder / 'checkpoints' / str(step))
       folder.mkdir(parents=True, exist_ok=True)
-      pull(bucket, folder, names, checkpoint)
+      with Progress(f'copying the run from {shown(url)}'):
+        bucket.get(folder, small_files(names))
+      here = RemoteSteps(bucket, folder)
+      here.note(steps)
+    fetch_from(folder, url, here)
     return folder
 
 
-def pull(bucket: Bucket, folder: Path, names: list[str], checkpoint: str = 'latest') -> None:
-  """Copies a run's small files and one checkpoint to a local folder: the newest one that is intact, or the named one.
-
-  Raises StorageError.
-  """
+def pull(bucket: Bucket, folder: Path, names: list[str]) -> None:
+  """Copies a run's small files and its newest intact checkpoint to a local folder. Raises StorageError."""
   with Progress(f'copying the run from {shown(bucket.url)}'):
     bucket.get(folder, small_files(names))
     steps = steps_in(names)
-    scores = read_scores(folder / 'checkpoints', steps)
-    if checkpoint == 'best' and scores:
-      steps = [min(scores, key=lambda step: scores[step])]
-    elif checkpoint.isdigit() and int(checkpoint) in steps:
-      steps = [int(checkpoint)]
-    for step in sorted(steps, reverse=True):
+    for step in reversed(steps):
       local = folder / 'checkpoints' / str(step)
       if not local.exists() or damage(local):
         shutil.rmtree(local, ignore_errors=True)

@@ -22,7 +22,7 @@ from llm_jax.base.errors import ConfigError, DivergedError, StorageError
 from llm_jax.base.files import MANIFEST, saved_steps, set_aside, unverified_steps, write_file, writing
 from llm_jax.base.multihost import barrier, gather, writes_files
 from llm_jax.base.progress import Progress
-from llm_jax.base.storage import own_parts
+from llm_jax.base.storage import fetcher_of, own_parts
 from llm_jax.config import CheckpointConfig
 from llm_jax.training.finite import non_finite
 from llm_jax.training.manifest import commit, damage, reason
@@ -37,6 +37,7 @@ class Checkpoints:
   def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
     self._directory, self._config, self._read_only = directory, config, read_only
     self._is_primary = jax.process_index() == 0
+    self._fetcher = fetcher_of(self.workdir)
     self._parts = None if read_only else own_parts(self.workdir)
     self._writes = self._is_primary if read_only else writes_files(self.workdir)
     if not read_only:
@@ -140,8 +141,8 @@ class Checkpoints:
     return found and found['results']
 
   def damage(self, step: int) -> list[str]:
-    """What is wrong with the files of a step, by file; each process reads a part, or those that it alone has."""
-    part, parts = (0, 1) if self._parts is not None else (jax.process_index(), jax.process_count())
+    """What is wrong with the files of a step, by file; each process reads a part, or those that it has fetched."""
+    part, parts = (0, 1) if self._fetcher is not None else (jax.process_index(), jax.process_count())
     found = gather(damage(self._directory / str(step), part, parts))
     return list(dict.fromkeys(problem for each in found for problem in each))
 
@@ -174,12 +175,12 @@ class Checkpoints:
                        'step 0:\n  ' + '\n  '.join(failures))
 
   def _fetch(self, step: int, trees: dict[str, Any]) -> str:
-    """Copies here what this process needs of a step, if it has a folder of its own; returns what failed."""
-    if self._parts is None:
+    """Copies here what this process needs of a step in storage; returns what failed."""
+    if self._fetcher is None:
       return ''
     problem = ''
     try:
-      self._parts.fetch(step, trees)
+      self._fetcher.fetch(step, trees)
     except (StorageError, OSError) as e:
       problem = reason(e)
     return next(filter(None, gather(problem)), '')

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax.base.errors import ConfigError
+from llm_jax.base.storage import read_start
 from llm_jax.config import Config
 from llm_jax.data.chat.tokenizer import ChatTokenizer
 from llm_jax.data.open import Data
@@ -23,7 +23,7 @@ def check_tokenizers(config: Config, data: Data, run: Loaded) -> None:
   names = ('tokenizer', 'encoder_tokenizer')
   for name, mine, begin, theirs in zip(names, tokenizers_of(data), begins, tokenizers_of(run), strict=True):
     if theirs != mine and (begin is None or theirs != begin.to_json()) and not extends(data.tokenizer, run.tokenizer):
-      path = Path(config.start.run).expanduser() / f'{name}.json'
+      path = read_start(config.start.run) / f'{name}.json'
       raise ConfigError(f'config.start.run: {config.start.run} has another {name}; set '
                         f'--config.data.{name}={path if path.is_file() else "none"}')
 

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from llm_jax.base.errors import ConfigError
 from llm_jax.base.trees import leaf_name
 
+ITEMS = 'params', 'opt_state'  # of arrays
 ARRAY = '.zarray'  # beside the parts of an array that is stored in files of its own
 
 # checkpoint.py reports what fails; Orbax would add tracebacks, and warnings about things that are intended here.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from llm_jax.base.files import unused
 from llm_jax.base.host_memory import fetched
 from llm_jax.base.multihost import say
 from llm_jax.base.redaction import public
-from llm_jax.base.storage import read_workdir
+from llm_jax.base.storage import as_start_error, read_start
 from llm_jax.base.trees import by_name, merge, path_of, split
 from llm_jax.config import Config, differences
 from llm_jax.data.open import check_fingerprint
@@ -125,7 +124,7 @@ def first_state(program: Program, checkpoints: Checkpoints, mesh: Mesh) -> tuple
     report_resume(config, meta)
     return state, meta
   if config.start.whole:
-    folder = Path(config.start.run).expanduser() / 'checkpoints'
+    folder = read_start(config.start.run, config.start.checkpoint) / 'checkpoints'
     if not folder.is_dir():
       raise ConfigError(f'config.start.run: {config.start.run} has no checkpoints; set the workdir of a trained run')
     advice = f'Restore the old values, as a branch goes on with the data, model and optimizer of {config.start.run}.'
@@ -149,14 +148,13 @@ def with_weights_of(program: Program, mesh: Mesh) -> TrainState:
   """A fresh state with all weights that the other run has. Raises ConfigError for weights of other shapes."""
   config, fresh = program.config, program.init()
   try:
-    folder = read_workdir(Path(config.start.run).expanduser())
+    folder = read_start(config.start.run, config.start.checkpoint)
     if (importer := importer_of(folder)) is not None:
       importer.check(folder, config.start.check)
     run = load_run(folder, mesh, config.start.checkpoint,
                    flag='config.start.run')
   except (StorageError, ConfigError) as e:
-    raise ConfigError(str(e).replace('--workdir', 'config.start.run')
-                      .replace('--checkpoint', 'config.start.checkpoint')) from None
+    raise as_start_error(e) from None
   check_tokenizers(config, program.data, run)
   mine, info = by_name(fresh.params), program.info
   exporter = EXPORTERS['packed' if getattr(run.config.model, 'einsum', '') == 'packed' else 'plain']

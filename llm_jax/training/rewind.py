@@ -17,6 +17,7 @@ from llm_jax.base.errors import DivergedError, Interrupted, StorageError
 from llm_jax.base.files import saved_steps, set_aside, write_file, writing
 from llm_jax.base.multihost import barrier, gather, say, writes_files
 from llm_jax.base.seal import seal, unseal
+from llm_jax.base.storage import read_start
 from llm_jax.config import Config
 from llm_jax.training.event import Rewind
 from llm_jax.training.stages import Gaps, Stage, make_stages
@@ -54,7 +55,7 @@ def stages_of(workdir: Path, config: Config) -> list[Stage]:
   """The stages of a run with what they leave out. A branch without a checkpoint gets the journal of the run that it
   branches from. Raises StorageError, ConfigError."""
   if jax.process_index() == 0 and config.start.whole and not saved_steps(workdir / 'checkpoints'):
-    journal = read_journal(Path(config.start.run).expanduser())
+    journal = read_journal(read_start(config.start.run))
     if journal['rewinds']:
       with writing(str(workdir)):
         write_file(workdir / FILE, seal(journal), durable=True)

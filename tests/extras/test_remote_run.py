@@ -88,6 +88,26 @@ def test_another_host_resumes_the_same_bits(folder, monkeypatch, tmp_path, capsy
   assert 'resuming from step 6' in captured.out
 
 
+def test_a_reader_copies_what_it_needs(folder, monkeypatch, tmp_path, capsys):
+  url = 'memory://bucket/runs/read'
+  train(folder, url, 6)
+  monkeypatch.setenv('LLM_JAX_CACHE', str(tmp_path / 'reader'))
+  assert llm_jax.load(url).run.meta['step'] == 6
+  read = next((remote_run.user_cache() / 'read').glob('read-*'))
+  here = [path.relative_to(read / 'checkpoints').parts for path in (read / 'checkpoints').rglob('*') if path.is_file()]
+  assert {parts[1] for parts in here if parts[0] == '6'} >= {'params', 'meta', 'manifest.json'}
+  assert not [parts for parts in here if 'opt_state' in parts or ('3' in parts and 'params' in parts)]
+  assert llm_jax.load(url, 3).run.meta['step'] == 3
+  with pytest.raises(ConfigError, match=r'--checkpoint: must be latest, best, or a step of \[3, 6\]'):
+    llm_jax.load(url, 4)
+
+  train(folder, tmp_path / 'branch', 7, f'--config.start.run={url}', '--config.start.whole=true')
+  assert 'resuming from step 6' in capsys.readouterr().out
+  train(folder, tmp_path / 'warm', 1, f'--config.start.run={url}')
+  with pytest.raises(ConfigError, match='config.start.run: memory://bucket/runs/none does not contain a run'):
+    train(folder, tmp_path / 'none', 1, '--config.start.run=memory://bucket/runs/none')
+
+
 def test_training_goes_on_while_the_storage_fails(folder, monkeypatch, capsys):
   fs, url = fsspec.filesystem('memory'), 'memory://bucket/runs/failing'
   broken = threading.Event()
