@@ -29,6 +29,10 @@ class StorageError(UserError):
   exit_code = os.EX_IOERR  # 74
 
 
+class UnreachableError(StorageError):
+  """Storage that does not answer now; what is there may be intact."""
+
+
 class Interrupted(UserError):
   """A run that was asked to stop and has saved a checkpoint: the same command resumes it."""
 

@@ -17,11 +17,13 @@ from llm_jax.base.registry import Registry
 STORAGE = Registry('storage')
 
 
-_urls: dict[Path, str] = {}  # by local folder
-_fetchers: dict[Path, Any] = {}  # by local folder: fetch(step, trees) copies there what is needed of a checkpoint
+_places: dict[Path, str] = {}  # the URL of a run by its local folder
+_urls: dict[Path, str] = {}  # the same, of folders from which nothing is read before it is copied anew
+_fetchers: dict[Path, Any] = {}  # by local folder: what copies there what is needed of a checkpoint
 _parts: dict[Path, Any] = {}  # by local folder, while a run trains in it: a fetcher that has push(step, problem) too
 
 
+ELSEWHERE = '(see its message)'  # ends what failed because of another process
 HUB = 'hf:'  # before the name of a published model: hf:org/name
 
 
@@ -39,6 +41,7 @@ def open_workdir(workdir: str | Path, retention: Any) -> tuple[Path, AbstractCon
   if not is_remote(workdir):
     return Path(workdir), contextlib.nullcontext()
   remote = STORAGE['remote'].open(str(workdir), retention)
+  _places[remote.folder] = str(workdir)
   return remote.folder, remote
 
 
@@ -68,8 +71,12 @@ def as_start_error(error: Exception) -> ConfigError:
 
 
 def fetch_from(folder: Path, url: str, fetcher: Any) -> None:
-  """Notes that a local folder gets the files of the checkpoints at a URL by `fetcher` when they are read."""
-  _urls[folder], _fetchers[folder] = url, fetcher
+  """Notes that a local folder gets the files of the checkpoints at a URL when they are read.
+
+  `fetcher` has fetch(step, items), which copies metadata, and then fetch_shards(step, trees); both raise DamagedError
+  and UnreachableError.
+  """
+  _urls[folder], _places[folder], _fetchers[folder] = url, url, fetcher
 
 
 def fetcher_of(folder: Path) -> Any:
@@ -97,5 +104,5 @@ def own_parts(folder: Path) -> Any:
 
 
 def place_of(folder: Path) -> str:
-  """Where the checkpoints of a run's folder are, for messages: the folder, or the URL if it has only parts of them."""
-  return _urls[folder] if folder in _parts else str(folder)
+  """Where a run is, for messages: its folder, or the URL of which that is a copy."""
+  return _places.get(folder, str(folder))

@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llm_jax.base.errors import DataError, StorageError
 from llm_jax.base.files import MANIFEST
 from llm_jax.extras.fetch import BY_HAND, remote_files
 
+T = TypeVar('T')
+
 NUM_THREADS = 16
+TRIES, WAIT = 6, 2.0  # of what must succeed; seconds before the second try, doubled for each further one
+FOLDERS = {'file', 'local', 'sftp', 'ssh', 'ftp', 'smb', 'hdfs', 'webhdfs', 'webdav'}  # that a file may lack
 OWNER = 'launch.json'  # the launch that wrote a folder last, here and there
+SAVING = 'saving.json'  # in a step that processes without a common folder are saving
 # Parts of the names of what is not copied.
 LOCAL_ONLY = ('.lock', '.partial', '.unfinished', '.corrupt', '.rewound', '.unreadable')
 
@@ -34,10 +40,12 @@ class Bucket:
   def path(self, name: str) -> str:
     return f'{self._root}/{name}'
 
-  def names(self) -> list[str]:
+  def names(self, folder: str = '') -> list[str]:
+    """The files, or those in a folder."""
+    place = f'{self._root}/{folder}'.rstrip('/')
     with self.errors():
       self.fs.invalidate_cache()
-      found = self.fs.find(self._root) if self.fs.exists(self._root) else []
+      found = self.fs.find(place) if self.fs.exists(place) else []
     return sorted(path.removeprefix(f'{self._root}/') for path in found)
 
   def read(self, name: str) -> bytes | None:
@@ -49,12 +57,12 @@ class Bucket:
         return None
 
   def write(self, name: str, content: bytes) -> None:
-    with self.errors():
+    with self.errors('written'):
       self._with_folder(name, lambda path: self.fs.pipe_file(path, content))
 
   def create(self, name: str, content: bytes) -> bool:
     """Writes a file if there is none; returns whether it did."""
-    with self.errors():
+    with self.errors('written'):
       try:
         self._with_folder(name, lambda path: self.fs.pipe_file(path, content, mode='create'))
       except FileExistsError:
@@ -67,25 +75,34 @@ class Bucket:
       local = folder / name
       if not local.exists():
         raise FileNotFoundError(name)
-      with self.errors():
+      with self.errors('written'):
         self._with_folder(name, lambda path: self.fs.put_file(str(local), path))
     list(self._threads.map(put, names))
 
-  def get(self, folder: Path, names: Iterable[str]) -> None:
-    """Copies files to a local folder; each is replaced at once, as others may read it."""
-    def get(name: str) -> None:
+  def get(self, folder: Path, names: Iterable[str]) -> list[str]:
+    """Copies files to a local folder, each replaced at once, as others may read it; returns those that are missing."""
+    def get(name: str) -> bool:
       local = folder / name
       aside = local.with_name(f'{local.name}.partial-{os.getpid()}')
       local.parent.mkdir(parents=True, exist_ok=True)
-      with self.errors():
-        self.fs.get_file(self.path(name), str(aside))
-      os.replace(aside, local)
-    list(self._threads.map(get, names))
+      try:
+        with self.errors():
+          try:
+            self.fs.get_file(self.path(name), str(aside))
+          except FileNotFoundError:
+            return False
+        os.replace(aside, local)
+      finally:
+        aside.unlink(missing_ok=True)
+      return True
+    names = list(names)
+    return [name for name, found in zip(names, self._threads.map(get, names), strict=True) if not found]
 
   def delete(self, names: Iterable[str]) -> None:
-    for name in names:
-      with self.errors(), contextlib.suppress(FileNotFoundError):
+    def delete(name: str) -> None:
+      with self.errors('deleted'), contextlib.suppress(FileNotFoundError):
         self.fs.rm_file(self.path(name))
+    list(self._threads.map(delete, names))
 
   def _with_folder(self, name: str, write: Callable[[str], Any]) -> None:
     """Calls write(path); storage that has folders (file://, sftp://) may lack that of the file.
@@ -95,24 +112,30 @@ class Bucket:
     try:
       write(self.path(name))
     except FileNotFoundError:
-      if self._has_root and not self.fs.exists(self._root):
+      has_folders = FOLDERS.intersection([self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol)
+      if not has_folders or (self._has_root and not self.fs.exists(self._root)):
         raise
       self.fs.makedirs(self.path(name).rpartition('/')[0], exist_ok=True)
       write(self.path(name))
     self._has_root = True
 
-  def errors(self) -> contextlib.AbstractContextManager:
-    """Turns errors of the file system into a DataError."""
-    return _errors(self.url)
+  @contextlib.contextmanager
+  def errors(self, what: str = 'read') -> Iterator[None]:
+    """Turns errors of the file system into a StorageError that the storage cannot be read, written or deleted."""
+    try:
+      with remote_files(self.url):
+        yield
+    except DataError as e:
+      raise StorageError(str(e).removesuffix(f'; {BY_HAND}').replace('cannot be read', f'cannot be {what}')) from None
 
 
-@contextlib.contextmanager
-def _errors(url: str) -> Any:
-  try:
-    with remote_files(url):
-      yield
-  except DataError as e:
-    raise StorageError(str(e).removesuffix(f'; {BY_HAND}')) from None
+def persistently(act: Callable[[], T]) -> T:
+  """act(), tried again while storage fails, up to TRIES times."""
+  for attempt in range(TRIES - 1):
+    with contextlib.suppress(StorageError):
+      return act()
+    time.sleep(WAIT * 2 ** attempt)
+  return act()
 
 
 def step_of(name: str) -> int | None:

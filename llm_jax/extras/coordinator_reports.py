@@ -38,6 +38,8 @@ class CoordinatorReports:
   def __exit__(self, *exc: object) -> None:
     self._stopping.set()
     self._thread.join()
+    with contextlib.suppress(OSError, jax.errors.JaxRuntimeError):
+      self._send(f'{self._index}.json')  # the last one, or that it was removed
 
   def _run(self) -> None:
     while not self._stopping.wait(SECONDS):
@@ -49,7 +51,10 @@ class CoordinatorReports:
           self._receive(name)
 
   def _send(self, name: str) -> None:
-    if content := (self._folder / name).read_text():
+    """Sends a report, also an empty one after it was removed, by which the others know that this process has left."""
+    path = self._folder / name
+    content = path.read_text() if path.exists() else ''
+    if content or name != ORDER:
       self._client.key_value_set(f'{self._prefix}/{name}', content, allow_overwrite=True)
 
   def _receive(self, name: str) -> None:

@@ -52,9 +52,14 @@ class RemoteLock:
     if self._read().get('launch') != self._launch:
       raise StorageError(f'--workdir: another run has just started in {shown(self._bucket.url)}')
 
+  @property
+  def is_lost(self) -> bool:
+    """Whether another run has taken the lock. Reads it."""
+    return self._lost or self._read().get('launch') != self._launch
+
   def beat(self) -> None:
     """Rewrites the lock. If another run has taken it, this one saves and stops, and its files are not copied."""
-    if self._lost or self._read().get('launch') != self._launch:
+    if self.is_lost:
       if not self._lost:
         self._lost = True
         signal.raise_signal(signal.SIGTERM)

@@ -10,20 +10,22 @@ import contextlib
 import itertools
 import json
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 
 from llm_jax.base.activity import ACTIVITY
-from llm_jax.base.errors import StorageError
+from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import saved_steps
-from llm_jax.base.multihost import barrier
+from llm_jax.base.multihost import barrier, from_first
 from llm_jax.base.reports import FOLDER, prepare_reports
 from llm_jax.base.seal import seal
-from llm_jax.base.storage import keeping_parts
+from llm_jax.base.storage import ELSEWHERE, keeping_parts
 from llm_jax.config import CheckpointConfig
 from llm_jax.data.sources.documents import shown
-from llm_jax.extras.bucket import Bucket, manifest_of, small_files
+from llm_jax.extras.bucket import SAVING, Bucket, manifest_of, persistently, small_files
 from llm_jax.extras.coordinator_reports import CoordinatorReports
 from llm_jax.extras.remote_run import RemoteRun
 from llm_jax.extras.remote_steps import RemoteSteps, groups
@@ -42,9 +44,11 @@ class RemoteParts(RemoteRun):
     self.folder = self.folder.with_name(f'{self.folder.name}.process_{self._index}')
     self._mutex = threading.Lock()  # of _steps and _copied
     self._open = contextlib.ExitStack()
-    self._kept = f'the newest lines of its logs are in {self.folder}'
+    self._kept = 'the newest lines of its metrics and logs are missing there'
+    self._meanwhile = 'training continues, and the newest lines of its metrics and logs are copied later'
 
   def __enter__(self) -> RemoteRun:
+    self._name = from_first(self._launch)
     self._together(self._prepare)
     self._together(self._pull)
     self._together(self._begin)
@@ -62,7 +66,7 @@ class RemoteParts(RemoteRun):
     self._here = RemoteSteps(self._bucket, self.folder)
     if self._index == 0:
       self._acquire()
-      self._delete_incomplete()
+      self._delete_unfinished()
       own, self.folder = self.folder, self._whole
       if self._is_ahead():
         self._read_steps(self._bucket.names())
@@ -85,9 +89,13 @@ class RemoteParts(RemoteRun):
       self._bucket.get(self.folder, small_files(names))
       self._here.note(self._steps)
 
-  def fetch(self, step: int, trees: dict[str, Any]) -> None:
+  def fetch(self, step: int, items: tuple[str, ...]) -> None:
     """RemoteSteps.fetch."""
-    self._here.fetch(step, trees)
+    self._here.fetch(step, items)
+
+  def fetch_shards(self, step: int, trees: dict[str, Any]) -> None:
+    """RemoteSteps.fetch_shards."""
+    self._here.fetch_shards(step, trees)
 
   def push(self, step: int, problem: str) -> str:
     """Copies there what this process has saved of a step; process 0 adds the manifest. Returns what failed.
@@ -95,31 +103,40 @@ class RemoteParts(RemoteRun):
     All processes call it, also those with a `problem` of their own.
     """
     turn = next(_TURNS)
-    if self._index == 0 and step in self._steps:
-      problem = problem or self._try(self._forget, step)
-    barrier(f'parts_begin_{turn}')  # a step that was rewound is not overwritten, but deleted before
-    problem = problem or self._try(self._put_part, step)
-    barrier(f'parts_{turn}')
+    save = f'{self._name}_{turn}'
     if self._index == 0:
-      problem = problem or self._try(self._put_manifest, step)
+      problem = problem or self._try(self._begin_save, step, save)
+    barrier(f'save_{turn}')
+    problem = problem or self._try(self._put_part, step, save)
+    barrier(f'saved_{turn}')
+    if self._index == 0:
+      problem = problem or self._try(self._put_manifest, step, save)
       if problem:
-        self._try(self._forget, step)
+        with contextlib.suppress(Exception), self._mutex:
+          self._delete(step)
     return problem
 
-  def _try(self, act: Any, step: int) -> str:
+  def _try(self, act: Callable[[int, str], None], step: int, save: str) -> str:
     try:
-      act(step)
+      persistently(partial(act, step, save))
     except Exception as e:  # of many types, by storage
       return reason(e)
     return ''
 
-  def _forget(self, step: int) -> None:
+  def _begin_save(self, step: int, save: str) -> None:
+    """Deletes what is there of a step, which was rewound or not finished, and names the save for all processes."""
+    if self._lock is None or self._lock.is_lost:
+      raise ConfigError('another run has taken the lock, as this one did not renew it in time')
     with self._mutex:
-      self._delete(step)
+      if self._bucket.names(f'checkpoints/{step}'):
+        self._delete(step)
+    self._bucket.write(f'checkpoints/{step}/{SAVING}', save.encode())
 
-  def _put_part(self, step: int) -> None:
+  def _put_part(self, step: int, save: str) -> None:
     """Copies this process's shards; process 0 also what all have in common. Their list comes last."""
     from llm_jax.training.orbax_io import is_shard
+    if self._bucket.read(f'checkpoints/{step}/{SAVING}') != save.encode():
+      raise ConfigError(f'{shown(self.url)}: process 0 did not begin to save step {step} {ELSEWHERE}')
     folder = self.folder / 'checkpoints' / str(step)
     files = step_manifest(folder)['files']
     own = {name: files[name] for name in files if self._index == 0 or is_shard(name, files)}
@@ -127,31 +144,30 @@ class RemoteParts(RemoteRun):
       self._bucket.put(self.folder, [f'checkpoints/{step}/{name}' for name in some])
       if ACTIVITY.phase != 'step':
         ACTIVITY.sign()
-    self._bucket.write(_part(step, self._index), json.dumps(own).encode())
+    self._bucket.write(_part(step, self._index), json.dumps({'save': save, 'files': own}).encode())
 
-  def _put_manifest(self, step: int) -> None:
+  def _put_manifest(self, step: int, save: str) -> None:
     """Adds the manifest of all parts, with which the step counts."""
-    parts = [self._bucket.read(_part(step, i)) for i in range(self._count)]
-    if missing := [i for i, part in enumerate(parts) if part is None]:
-      raise StorageError(f'{shown(self.url)}: process {missing[0]} did not copy its part of step {step}')
+    names = [_part(step, i) for i in range(self._count)]
+    parts = [json.loads(self._bucket.read(name) or b'{}') for name in names]
+    if missing := [i for i, part in enumerate(parts) if part.get('save') != save]:
+      raise ConfigError(f'{shown(self.url)}: process {missing[0]} did not copy its part of step {step} {ELSEWHERE}')
     values = step_manifest(self.folder / 'checkpoints' / str(step))
-    files = {name: file for part in parts for name, file in json.loads(part or b'').items()}
-    content = seal({**values, 'files': files})
+    content = seal({**values, 'files': {name: file for part in parts for name, file in part['files'].items()}})
     with self._mutex:
       self._copy_small_files(last=True)  # the metrics up to this step
       self._bucket.write(manifest_of(step), content)
       self._steps[step] = content
-    self._bucket.delete([_part(step, i) for i in range(self._count)])
+    with contextlib.suppress(StorageError):
+      self._bucket.delete([*names, f'checkpoints/{step}/{SAVING}'])
 
   def _copy(self, last: bool = False) -> None:
-    """Copies small files; process 0 deletes the steps there that need not be kept. Raises StorageError."""
+    """Process 0 deletes the steps there that need not be kept; all copy small files. Raises StorageError."""
     with self._mutex:
+      if self._index == 0 and (local := set(saved_steps(self.folder / 'checkpoints'))):
+        for step in self._steps.keys() - local:  # gone back, or as many as are kept: each one there is known here
+          self._delete(step)
       self._copy_small_files(last)
-      if self._index == 0:
-        local = set(saved_steps(self.folder / 'checkpoints'))
-        for step in [step for step in self._steps if local and step > max(local)]:
-          self._delete(step)  # gone back
-        self._delete_old(local)
 
   def _writes(self, name: str) -> bool:
     own_log = name == f'logs/process_{self._index}.jsonl'

@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import filelock
@@ -31,7 +32,17 @@ from llm_jax.base.storage import STORAGE, fetch_from
 from llm_jax.config import CheckpointConfig
 from llm_jax.data.given import FILE
 from llm_jax.data.sources.documents import shown
-from llm_jax.extras.bucket import LOCAL_ONLY, OWNER, Bucket, manifest_of, small_files, step_of, steps_in
+from llm_jax.extras.bucket import (
+  LOCAL_ONLY,
+  OWNER,
+  SAVING,
+  Bucket,
+  manifest_of,
+  persistently,
+  small_files,
+  step_of,
+  steps_in,
+)
 from llm_jax.extras.remote_lock import RemoteLock
 from llm_jax.extras.remote_steps import RemoteSteps
 from llm_jax.training.manifest import damage
@@ -39,7 +50,6 @@ from llm_jax.training.retention import kept, read_scores
 
 EVERY = 10.0  # seconds between two copies
 LARGE, EVERY_LARGE = 1 << 20, 60.0  # a small file of so many bytes is copied less often
-LAST_TRIES, WAIT = 6, 2.0  # to copy at the end of a run; seconds before the second try, doubled for each further one
 
 
 class RemoteRun:
@@ -56,7 +66,8 @@ class RemoteRun:
     self._steps: dict[int, bytes | None] = {}  # complete there, with their manifests
     self._problem, self._stopping = '', threading.Event()
     self._lock: RemoteLock | None = None  # which process 0 holds
-    self._thread: threading.Thread | None = None
+    self._threads: list[threading.Thread] = []
+    self._meanwhile = f'training continues in {self.folder}, and what is missing there is copied later'
     self._kept = f'{self.folder} has all of it, and the same command on this host copies it'
 
   @staticmethod
@@ -72,20 +83,21 @@ class RemoteRun:
     return self
 
   def __exit__(self, *exc: object) -> None:
-    if self._thread is None:
+    if not self._threads:
       return
     self._stopping.set()
-    self._thread.join()
+    for thread in self._threads:
+      thread.join()
+    self._threads = []
+    with contextlib.suppress(StorageError):
+      if self._lock is not None and self._lock.is_lost:
+        return  # what is there is another run's
     with Progress(f'copying the run to {shown(self.url)}', shown=jax.process_index() == 0):
-      for attempt in range(LAST_TRIES):
-        try:
-          self._copy(last=True)
-          break
-        except StorageError as e:
-          if attempt == LAST_TRIES - 1:
-            raise StorageError(f'{shown(self.url)}: the end of the run could not be copied there ({e}); '
-                               f'{self._kept}') from None
-          time.sleep(WAIT * 2 ** attempt)
+      try:
+        persistently(partial(self._copy, last=True))
+      except StorageError as e:
+        raise StorageError(f'{shown(self.url)}: the end of the run could not be copied there ({e}); '
+                           f'{self._kept}') from None
     self._release()
 
   def _together(self, act: Callable[[], None]) -> None:
@@ -93,8 +105,11 @@ class RemoteRun:
     problem = ''
     try:
       act()
-    except (StorageError, ConfigError, OSError) as e:
+    except Exception as e:  # of many types, by storage
       problem = str(e)
+    except BaseException:
+      self._release()
+      raise
     if problem := next(filter(None, gather(problem)), ''):
       self._release()
       raise StorageError(problem)
@@ -107,7 +122,7 @@ class RemoteRun:
   def _begin(self) -> None:
     self._bucket = Bucket(self.url)
     self._acquire()
-    self._delete_incomplete()
+    self._delete_unfinished()
     self._pull()
     self._own()
     self._start(f'copied from {self.folder} every {EVERY:.0f} s')
@@ -126,8 +141,11 @@ class RemoteRun:
   def _start(self, how: str) -> None:
     if jax.process_index() == 0:
       print(f'workdir: {shown(self.url)}, {how}', flush=True)
-    self._thread = threading.Thread(target=self._work, name='copy of the run', daemon=True)
-    self._thread.start()
+    self._stopping.clear()
+    self._threads = [threading.Thread(target=act, name='copy of the run', daemon=True)
+                     for act in (self._work, self._beat)]
+    for thread in self._threads:
+      thread.start()
 
   def _is_ahead(self) -> bool:
     """Whether the launch before was of this host, whose folder may have more than what is there."""
@@ -137,11 +155,11 @@ class RemoteRun:
   def _read_steps(self, names: list[str]) -> None:
     self._steps = {step: self._bucket.read(manifest_of(step)) for step in steps_in(names)}
 
-  def _delete_incomplete(self) -> None:
-    """Deletes the files of steps that a launch before has not finished to copy."""
+  def _delete_unfinished(self) -> None:
+    """Deletes the files of steps that a launch without a common folder has begun to save, and not finished."""
     names = self._bucket.names()
-    complete = steps_in(names)
-    self._bucket.delete([name for name in names if step_of(name) not in (None, *complete)])
+    begun = {step_of(name) for name in names if name.endswith(f'/{SAVING}')} - set(steps_in(names))
+    self._bucket.delete([name for name in names if step_of(name) in begun])
 
   def _pull(self) -> None:
     """Makes the local folder equal the run there, unless this host is ahead."""
@@ -160,24 +178,30 @@ class RemoteRun:
     for path in [*self.folder.glob('checkpoints/*'), *self.folder.glob('*')]:
       if path.name not in map(str, keep) and path.name != 'checkpoints':
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    self.folder.mkdir(parents=True, exist_ok=True)
+    (self.folder / 'checkpoints').mkdir(parents=True, exist_ok=True)  # storage has no empty folders
     yield
     if data is not None:
       write_file(self.folder / FILE, data)
 
+  def _beat(self) -> None:
+    """Renews the lock, however long copies take."""
+    while self._lock is not None and not self._stopping.wait(EVERY):
+      with contextlib.suppress(StorageError):  # _work says what fails
+        self._lock.beat()
+
   def _work(self) -> None:
     while not self._stopping.wait(EVERY):
       try:
-        if self._lock is not None:
-          self._lock.beat()
+        if self._lock is not None and self._lock.is_lost:
+          raise StorageError('another run has taken the lock, as this one did not renew it in time')
         self._copy()
         if self._problem:
           print(f'{shown(self.url)}: can be written again; all was copied', flush=True)
         self._problem = ''
       except (StorageError, OSError) as e:
         if not self._problem:
-          print(f'WARNING: {shown(self.url)}: cannot be written ({e}); training continues in {self.folder}, and what '
-                'is missing there is copied later', file=sys.stderr, flush=True)
+          print(f'WARNING: {shown(self.url)}: cannot be written ({e}); {self._meanwhile}', file=sys.stderr,
+                flush=True)
         self._problem = str(e)
 
   def _copy(self, last: bool = False) -> None:
@@ -214,9 +238,8 @@ class RemoteRun:
 
   def _delete(self, step: int) -> None:
     """Deletes a step there, its manifest first."""
-    names = [name for name in self._bucket.names() if step_of(name) == step]
-    self._bucket.delete(sorted(names, key=lambda name: name != manifest_of(step)))
-    self._bucket.delete([f'checkpoints/{step}.score.json'])
+    self._bucket.delete([manifest_of(step)])
+    self._bucket.delete([*self._bucket.names(f'checkpoints/{step}'), f'checkpoints/{step}.score.json'])
     self._copied.pop(f'checkpoints/{step}.score.json', None)
     self._steps.pop(step, None)
 

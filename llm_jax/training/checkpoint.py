@@ -17,15 +17,16 @@ from typing import Any
 
 import jax
 
+from llm_jax.base.activity import ACTIVITY
 from llm_jax.base.batch import Params
-from llm_jax.base.errors import ConfigError, DivergedError, StorageError
+from llm_jax.base.errors import ConfigError, DivergedError, StorageError, UnreachableError
 from llm_jax.base.files import MANIFEST, saved_steps, set_aside, unverified_steps, write_file, writing
 from llm_jax.base.multihost import barrier, gather, writes_files
 from llm_jax.base.progress import Progress
-from llm_jax.base.storage import fetcher_of, own_parts
+from llm_jax.base.storage import ELSEWHERE, fetcher_of, own_parts, place_of
 from llm_jax.config import CheckpointConfig
 from llm_jax.training.finite import non_finite
-from llm_jax.training.manifest import commit, damage, reason
+from llm_jax.training.manifest import DamagedError, commit, damage, reason
 from llm_jax.training.retention import kept, read_results, read_scores, score_file, write_results
 
 MAX_FAILED = 3  # saves in a row that may fail before the run ends
@@ -61,7 +62,8 @@ class Checkpoints:
     return self
 
   def __exit__(self, *exc: object) -> None:
-    self._thread.shutdown()
+    with ACTIVITY.during('save'):  # after an error too, such as a rewind
+      self._thread.shutdown()
     self._close_writer()
 
   @property
@@ -72,6 +74,11 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """The steps that have a manifest."""
     return saved_steps(self._directory)
+
+  @property
+  def _place(self) -> str:
+    """Where the checkpoints are read and saved, for messages."""
+    return str(self._directory) if self._fetcher is None else place_of(self.workdir)
 
   @property
   def newest(self) -> int | None:
@@ -141,9 +148,8 @@ class Checkpoints:
     return found and found['results']
 
   def damage(self, step: int) -> list[str]:
-    """What is wrong with the files of a step, by file; each process reads a part, or those that it has fetched."""
-    part, parts = (0, 1) if self._fetcher is not None else (jax.process_index(), jax.process_count())
-    found = gather(damage(self._directory / str(step), part, parts))
+    """What is wrong with the files of a step, by file; each process reads a part of them."""
+    found = gather(damage(self._directory / str(step), jax.process_index(), jax.process_count()))
     return list(dict.fromkeys(problem for each in found for problem in each))
 
   def restore(self, params: Params, opt_state: Any | None = None, *, step: int | None = None,
@@ -160,45 +166,63 @@ class Checkpoints:
     failures = []
     for candidate in reversed(steps) if step is None else [step]:
       with Progress(f'reading checkpoint {candidate}', shown=self._is_primary):
-        problem = self._fetch(candidate, trees) or '; '.join(self.damage(candidate)[:3])
-        found, failure = (dict[str, Any](), dict[str, Any]()), ''
-        if not problem:
-          found, failure = self._read(candidate, trees, check)
-          problem = next(filter(None, gather(failure)), '')  # all processes use the same step
+        arrays, meta, problem = self._read(candidate, trees, check)
       if not problem:
-        arrays, meta = found
         return arrays['params'], arrays.get('opt_state'), meta
       failures.append(f'step {candidate}: {problem}')
       if self._is_primary:
-        print(f'WARNING: {self._directory}: damaged: {failures[-1]}', file=sys.stderr, flush=True)
-    raise StorageError(f'{self._directory}: no checkpoint is intact; copy one back, or set --start_over to begin at '
-                       'step 0:\n  ' + '\n  '.join(failures))
+        print(f'WARNING: {self._place}: damaged: {failures[-1]}', file=sys.stderr, flush=True)
+    other = '--start_over to begin at step 0' if self._fetcher is None else '--workdir to another URL'
+    raise StorageError(f'{self._place}: no checkpoint is intact; copy one back, or set {other}:\n  '
+                       + '\n  '.join(failures))
 
-  def _fetch(self, step: int, trees: dict[str, Any]) -> str:
-    """Copies here what this process needs of a step in storage; returns what failed."""
-    if self._fetcher is None:
-      return ''
-    problem = ''
-    try:
-      self._fetcher.fetch(step, trees)
-    except (StorageError, OSError) as e:
-      problem = reason(e)
-    return next(filter(None, gather(problem)), '')
+  def _read(self, step: int, trees: dict[str, Any], check: Callable) -> tuple[dict, dict, str]:
+    """(arrays by item, meta, what is damaged). All processes read the same step.
 
-  def _read(self, step: int, trees: dict[str, Any], check: Callable) -> tuple[tuple[dict, dict], str]:
-    """((arrays by item, meta), what failed). Raises ConfigError for arrays or a `meta` that do not fit."""
+    Raises ConfigError for arrays or a `meta` that do not fit.
+    """
     from llm_jax.training.orbax_io import read_arrays, read_meta
-    folder = self._directory / str(step)
+    folder, meta, arrays = self._directory / str(step), dict[str, Any](), dict[str, Any]()
+
+    def checked_meta() -> dict:
+      check(meta := read_meta(folder))
+      return meta
+
+    def shards() -> dict:
+      if self._fetcher is not None:
+        self._fetcher.fetch_shards(step, trees)
+      return read_arrays(folder, trees)
+
+    if self._fetcher is None:
+      problem = '; '.join(self.damage(step)[:3])
+    else:
+      _, problem = self._on_all(step, lambda: self._fetcher.fetch(step, tuple(trees)))
+    if not problem:
+      meta, problem = self._on_all(step, checked_meta)
+    if not problem:
+      arrays, problem = self._on_all(step, shards)
+    if not problem and (names := [name for item in arrays for name in non_finite({item: arrays[item]})]):
+      problem = f'{", ".join(names[:5])}: not finite'
+    return arrays, meta, problem
+
+  def _on_all(self, step: int, act: Callable[[], Any]) -> tuple[Any, str]:
+    """(act(), what is damaged on any process). Raises StorageError on all processes if one cannot reach storage."""
+    result, damaged, unreachable = None, '', ''
     try:
-      meta = read_meta(folder)
-      check(meta)
-      arrays = read_arrays(folder, trees)
+      result = act()
     except (ConfigError, MemoryError, jax.errors.JaxRuntimeError):  # not caused by the checkpoint
       raise
+    except UnreachableError as e:
+      unreachable = reason(e)
+    except DamagedError as e:
+      damaged = str(e)
     except Exception as e:  # Orbax raises many types for a folder that it cannot read
-      return ({}, {}), f'{type(e).__name__}: {reason(e)}'
-    names = [name for item in arrays for name in non_finite({item: arrays[item]})]  # which may be on other devices
-    return (arrays, meta), f'{", ".join(names[:5])}: not finite' if names else ''
+      damaged = f'{type(e).__name__}: {reason(e)}'
+    found = gather([damaged, unreachable])
+    if unreachable := next((each for _, each in found if each), ''):
+      raise StorageError(f'{self._place}: checkpoint {step} could not be copied here: {unreachable}; repeat the '
+                         'command')
+    return result, next((each for each, _ in found if each), '')
 
   def set_aside_after(self, step: int) -> None:
     """Renames the folders of later steps, which are damaged or have no manifest, to STEP.corrupt-TIME."""
@@ -243,13 +267,13 @@ class Checkpoints:
       problem = problem or reason(e)
     if self._parts is not None:
       problem = self._parts.push(step, problem)
-    if not problem:
+    elif not problem:
       with contextlib.suppress(OSError):
         self._free()
     if problem:
       self._close_writer()  # as it keeps errors
       self._remove_unfinished()
-      print(f'WARNING: {self._directory}: checkpoint {step} could not be saved ({problem}); training continues, and '
+      print(f'WARNING: {self._place}: checkpoint {step} could not be saved ({problem}); training continues, and '
             'the next save is tried as usual', file=sys.stderr, flush=True)
     return problem
 
@@ -258,7 +282,8 @@ class Checkpoints:
     if self._pending is None:
       return
     (step, future), self._pending = self._pending, None
-    self._problem = next(filter(None, gather(future.result())), '')
+    problems = sorted(filter(None, gather(future.result())), key=lambda problem: problem.endswith(ELSEWHERE))
+    self._problem = problems[0] if problems else ''
     self._failed = self._failed + 1 if self._problem else 0
     if self._problem:
       self._saved.discard(step)
@@ -266,9 +291,12 @@ class Checkpoints:
         score_file(self._directory, step).unlink(missing_ok=True)
       if self._parts is not None:
         shutil.rmtree(self._directory / str(step), ignore_errors=True)  # this process's part
+    elif self._parts is not None:
+      self._free()  # not before, so that all processes have the same steps
     if self._failed >= MAX_FAILED:
-      raise StorageError(f'{self._directory}: {self._failed} saves in a row failed, the last one of step {step}: '
-                         f'{self._problem}; make room there, then repeat the command, which goes on from step '
+      cure = 'make room there' if self._parts is None else 'mend that'
+      raise StorageError(f'{self._place}: {self._failed} saves in a row failed, the last one of step {step}: '
+                         f'{self._problem}; {cure}, then repeat the command, which goes on from step '
                          f'{max(self._saved, default=0)}')
 
   def _free(self, coming: int | None = None) -> None:

@@ -18,7 +18,7 @@ from llm_jax.base.devices import peak_flops
 from llm_jax.base.errors import Interrupted
 from llm_jax.base.files import check_no_link, latest_step
 from llm_jax.base.loggers import LoggedRun
-from llm_jax.base.multihost import barrier
+from llm_jax.base.multihost import barrier, from_first
 from llm_jax.base.profiling import Profiler
 from llm_jax.base.progress import Progress
 from llm_jax.base.redaction import public
@@ -83,7 +83,7 @@ def train_stages(stages: list[Stage], workdir: Path, custom: Custom, status: Sta
                  goodput: Goodput) -> Generator[Event, None, None]:
   """Trains the stages that are not done."""
   for stage in stages:
-    done = stage is not stages[-1] and latest_step(workdir) >= stage.end
+    done = stage is not stages[-1] and from_first(latest_step(workdir)) >= stage.end
     if not done and (yield from train_stage(stage, workdir, custom, status, goodput)):
       break
 

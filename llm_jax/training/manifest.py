@@ -20,6 +20,10 @@ VERSION = 1
 CONFIG = 'config.json'
 
 
+class DamagedError(Exception):
+  """What is wrong with a checkpoint."""
+
+
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
   """Writes the manifest of all files in the folder, after these are on disk. Raises OSError."""
   paths = [path for path in sorted(folder.rglob('*')) if path.is_file() and path != folder / MANIFEST]

@@ -107,7 +107,7 @@ def is_shard(name: str, names: Collection[str]) -> bool:
 
 
 def shards_here(folder: Path, trees: dict[str, Any]) -> set[str]:
-  """The names of the files with what this process's devices have of the trees; {} for arrays in a common file.
+  """The names that files have with what this process's devices have of the trees, where each shard has its own.
 
   Reads the metadata in the folder. Raises ConfigError as `read_arrays`.
   """

@@ -17,7 +17,7 @@ from llm_jax.base.files import unused
 from llm_jax.base.host_memory import fetched
 from llm_jax.base.multihost import say
 from llm_jax.base.redaction import public
-from llm_jax.base.storage import as_start_error, read_start
+from llm_jax.base.storage import as_start_error, is_remote, place_of, read_start
 from llm_jax.base.trees import by_name, merge, path_of, split
 from llm_jax.config import Config, differences
 from llm_jax.data.open import check_fingerprint
@@ -115,9 +115,10 @@ def first_state(program: Program, checkpoints: Checkpoints, mesh: Mesh) -> tuple
   """
   config = program.config
   check = partial(check_resume, config=config, fingerprint=program.fingerprint, state_key=program.state_key)
-  if checkpoints.steps():
-    advice = (f'To start a new run, set --workdir={unused(checkpoints.workdir)}; to resume the one in '
-              f'{checkpoints.workdir}, restore the old values.')
+  if checkpoints.newest is not None:
+    place = place_of(checkpoints.workdir)
+    other = f'{place}_2' if is_remote(place) else unused(checkpoints.workdir)
+    advice = f'To start a new run, set --workdir={other}; to resume the one in {place}, restore the old values.'
     state, meta = restore(program, checkpoints, partial(
         check, begin=program.stage.begin, end_row=program.stage.end_row, advice=advice))
     checkpoints.set_aside_after(meta['step'])

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from llm_jax.base.activity import ACTIVITY
-from llm_jax.base.errors import DivergedError, Interrupted, StorageError
+from llm_jax.base.errors import ConfigError, DivergedError, Interrupted, StorageError
 from llm_jax.base.files import saved_steps, set_aside, write_file, writing
 from llm_jax.base.multihost import barrier, gather, say, writes_files
 from llm_jax.base.seal import seal, unseal
@@ -54,9 +54,17 @@ def gaps_of(workdir: Path) -> Gaps:
 def stages_of(workdir: Path, config: Config) -> list[Stage]:
   """The stages of a run with what they leave out. A branch without a checkpoint gets the journal of the run that it
   branches from. Raises StorageError, ConfigError."""
-  if jax.process_index() == 0 and config.start.whole and not saved_steps(workdir / 'checkpoints'):
-    journal = read_journal(read_start(config.start.run))
-    if journal['rewinds']:
+  if config.start.whole:
+    problem, journal = '', dict[str, Any](rewinds=[])
+    if jax.process_index() == 0 and not saved_steps(workdir / 'checkpoints'):
+      try:
+        journal = read_journal(read_start(config.start.run))
+      except (StorageError, ConfigError) as e:
+        problem = str(e)
+    problem, journal = gather([problem, journal])[0]
+    if problem:
+      raise ConfigError(problem)
+    if journal['rewinds'] and writes_files(workdir):
       with writing(str(workdir)):
         write_file(workdir / FILE, seal(journal), durable=True)
   return make_stages(config, gaps_of(workdir))

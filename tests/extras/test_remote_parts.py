@@ -102,6 +102,8 @@ def test_hosts_without_a_common_folder_train_one_run(folder, monkeypatch):
   first, second = start_hosts(folder, 2, f'--workdir=file://{bucket}', shift=1)  # one host is new
   assert 'resuming from step 6' in finish(first)
   finish(second)
+  for process in start_hosts(folder, 2, f'--workdir=file://{bucket}', '--config.data.seq_len=16'):
+    assert f'--workdir=file://{bucket}_2' in finish(process, code=78)
   check_losses(folder, bucket, 9)
   monkeypatch.setenv('LLM_JAX_CACHE', str(folder / 'reader' / 'cache'))
   evaluate.main([f'file://{bucket}'])
@@ -133,6 +135,20 @@ def test_other_numbers_of_hosts_go_on_after_one_was_killed(folder):
   check_losses(folder, bucket, last + 3)
   leftovers = [path for path in bucket.rglob('*') if 'part_' in path.name or '.lock' in path.name]
   assert not leftovers, leftovers
+
+
+@pytest.mark.slow
+def test_a_run_whose_lock_was_taken_writes_nothing_more(folder):
+  bucket = folder / 'bucket' / 'run'
+  processes = start_hosts(folder, 2, f'--workdir=file://{bucket}', '--config.num_steps=100000',
+                          '--config.checkpoint.every=20000')
+  for line in processes[0].stdout:
+    if line.startswith('step 5/'):
+      break
+  (bucket / '.lock.json').write_text(json.dumps({'launch': 'another', 'host': 'other', 'process': 1}))
+  for process in processes:
+    assert 'another run has taken the lock' in finish(process, code=74)
+  assert not (bucket / 'checkpoints').exists() and not (bucket / 'metrics.jsonl').exists()
 
 
 def test_a_folder_that_hosts_do_not_share_is_refused(folder):

@@ -16,7 +16,7 @@ from llm_jax import main
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import saved_steps
 from llm_jax.commands import evaluate
-from llm_jax.extras import remote_lock, remote_run
+from llm_jax.extras import bucket, remote_lock, remote_run
 from llm_jax.training.log import read_metrics
 
 
@@ -32,7 +32,7 @@ def host(monkeypatch, tmp_path):
   """Each test is a host of its own, and copies often."""
   monkeypatch.setenv('LLM_JAX_CACHE', str(tmp_path / 'host'))
   monkeypatch.setattr(remote_run, 'EVERY', 0.2)
-  monkeypatch.setattr(remote_run, 'WAIT', 0.05)
+  monkeypatch.setattr(bucket, 'WAIT', 0.05)
   monkeypatch.setattr(remote_lock, 'STALE', 1.0)
   monkeypatch.setattr(remote_lock, 'POLL', 0.1)
   monkeypatch.setattr(remote_lock, 'SETTLE', 0.1)
@@ -101,11 +101,36 @@ def test_a_reader_copies_what_it_needs(folder, monkeypatch, tmp_path, capsys):
   with pytest.raises(ConfigError, match=r'--checkpoint: must be latest, best, or a step of \[3, 6\]'):
     llm_jax.load(url, 4)
 
+  fs = fsspec.filesystem('memory')
+  shutil.rmtree(read)
+  with monkeypatch.context() as patch:
+    patch.setattr(type(fs), 'get_file', lambda *args, **kwargs: (_ for _ in ()).throw(OSError('connection reset')))
+    with pytest.raises(StorageError, match='connection reset'):
+      llm_jax.load(url)
+  for damage in ('', None):  # of metadata, which is read first
+    content = fs.cat_file(name := '/bucket/runs/read/checkpoints/6/params/_METADATA')
+    fs.rm_file(name) if damage is None else fs.pipe_file(name, b'')
+    assert llm_jax.load(url).run.meta['step'] == 3
+    assert '_METADATA: ' + ('is missing' if damage is None else 'its content has changed') in capsys.readouterr().err
+    fs.pipe_file(name, content)
+  capsys.readouterr()
+
   train(folder, tmp_path / 'branch', 7, f'--config.start.run={url}', '--config.start.whole=true')
   assert 'resuming from step 6' in capsys.readouterr().out
   train(folder, tmp_path / 'warm', 1, f'--config.start.run={url}')
-  with pytest.raises(ConfigError, match='config.start.run: memory://bucket/runs/none does not contain a run'):
+  with pytest.raises(ConfigError, match=r'config\.start\.run: memory://bucket/runs/none does not contain a run'):
     train(folder, tmp_path / 'none', 1, '--config.start.run=memory://bucket/runs/none')
+
+
+def test_files_of_a_step_without_a_manifest_are_left(folder, monkeypatch, tmp_path):
+  url, fs = 'memory://bucket/runs/unverified', fsspec.filesystem('memory')
+  train(folder, url, 3)
+  fs.rm_file('/bucket/runs/unverified/checkpoints/3/manifest.json')
+  before = fs.find('/bucket/runs/unverified/checkpoints')
+  monkeypatch.setenv('LLM_JAX_CACHE', str(tmp_path / 'other'))
+  with pytest.raises(StorageError, match='there is no checkpoint, but the files beside it'):
+    train(folder, url, 6)
+  assert fs.find('/bucket/runs/unverified/checkpoints') == before
 
 
 def test_training_goes_on_while_the_storage_fails(folder, monkeypatch, capsys):
@@ -211,6 +236,9 @@ def test_a_run_on_an_s3_server_is_killed_and_resumed(folder, tmp_path, monkeypat
       remote_run.Bucket(url).fs.pipe_file('s3://bucket/runs/one/.lock.json', b'', mode='create')
     first.release()
     second.acquire()
+    with pytest.raises(StorageError, match='bucket does not exist'):
+      train(folder, 's3://my-typo/runs/one', 3)
+    assert fs.ls('') == ['bucket'], 'a bucket is not made'
 
 
 @pytest.mark.slow
