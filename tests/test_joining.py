@@ -134,6 +134,7 @@ def start(folder, *flags, **variables):
                           env=environment(folder) | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+@pytest.mark.slow
 def test_two_tasks_of_slurm_join_under_the_batch_script(folder, tmp_path):
   """The real script, under a stand-in for SLURM, with real processes."""
   variables = environment(folder) | install(tmp_path) | {
@@ -146,7 +147,7 @@ def test_two_tasks_of_slurm_join_under_the_batch_script(folder, tmp_path):
   assert '2 x cpu, 2 process(es)' in (folder / 'logs/llm_jax-4242-0.log').read_text()
 
 
-@pytest.mark.parametrize('kind', ['jobset', *(pytest.param(k, marks=pytest.mark.slow) for k in ('slurm', 'mpi'))])
+@pytest.mark.parametrize('kind', [pytest.param(kind, marks=pytest.mark.slow) for kind in ('jobset', 'slurm', 'mpi')])
 def test_two_processes_join_without_a_flag(folder, kind):
   """Never two copies that train on their own."""
   port = free_port()

@@ -88,13 +88,14 @@ def test_a_process_that_is_stuck_ends_with_76_and_its_stacks(tmp_path):
   assert 'get_stuck' in (tmp_path / FOLDER / '0.stacks').read_text()
 
 
+@pytest.mark.slow
 def test_a_watchdog_that_is_off_ends_nothing(tmp_path):
   [process] = start(tmp_path, 'off')
   ends(process, 0)
   assert not (tmp_path / FOLDER).exists(), 'no reports remain of a run that has ended'
 
 
-@pytest.mark.parametrize('index', [0, 1])
+@pytest.mark.parametrize('index', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_where_one_is_stuck_all_end_and_it_is_named(index, tmp_path):
   processes = start(tmp_path, *('sleeps' if i == index else 'waits' for i in range(2)))
   for process in processes:
@@ -104,8 +105,9 @@ def test_where_one_is_stuck_all_end_and_it_is_named(index, tmp_path):
   assert (tmp_path / FOLDER / f'{1 - index}.stacks').read_text().startswith('no progress')
 
 
-@pytest.mark.parametrize(('index', 'number'), [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP),
-                                               (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(('index', 'number'), [
+    (0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP),
+    pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_where_one_is_killed_or_stopped_the_others_end_and_name_it(index, number, tmp_path):
   processes = start(tmp_path, 'waits', 'waits')
   for process in processes:

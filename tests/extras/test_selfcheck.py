@@ -51,6 +51,7 @@ def results(printed):
           if re.search(r' (OK|DIFFERENCE|left out) ', line)}
 
 
+@pytest.mark.slow
 def test_a_run_passes_on_two_devices_without_its_data_and_is_left_as_it_was(folder):
   before = contents(folder / 'run')
   plugin = folder / 'broken.py'

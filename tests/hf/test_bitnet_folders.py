@@ -111,8 +111,10 @@ def equations(values, plain, tokens):
   return norm(x, 'model.norm') @ plain.get('lm_head.weight', plain['model.embed_tokens.weight']).T
 
 
-@pytest.mark.parametrize('model_type', CONFIGS)
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(('kind', 'model_type'), [
+    ('bitlinear', 'llama'), ('autobitlinear', 'bitnet'), ('online', 'llama'), *(
+        pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ('bitlinear', 'bitnet'), ('autobitlinear', 'llama'), ('online', 'bitnet')))])
 def test_logits_equal_the_equations(kind, model_type, tmp_path, mesh):
   """The largest difference is bounded only for most tokens, as an input between two codes may get either."""
   values = CONFIGS[model_type]
@@ -181,8 +183,9 @@ def export(folder, mesh, model_type, **settings):
   return model, params
 
 
-@pytest.mark.parametrize('model_type', CONFIGS)
-@pytest.mark.parametrize('bits', ['1.58', '1'])
+@pytest.mark.parametrize(('bits', 'model_type'), [
+    ('1.58', 'llama'), ('1', 'bitnet'), pytest.param('1.58', 'bitnet', marks=pytest.mark.slow),
+    pytest.param('1', 'llama', marks=pytest.mark.slow)])
 def test_a_run_is_exported_packed_and_computes_the_same(model_type, bits, tmp_path, mesh):
   with jax.set_mesh(mesh):
     trained, params = export(tmp_path / 'out', mesh, model_type, weight_bits=bits)

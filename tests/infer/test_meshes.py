@@ -24,8 +24,9 @@ from llm_jax.infer import sampling
 from llm_jax.infer.load import load_run, open_run
 from llm_jax.infer.trained import Trained
 
-MESHES = ['data=8', 'fsdp=8', 'data=1,fsdp=8', 'tensor=4', 'fsdp=4,tensor=2', 'fsdp=2,tensor=2', 'tensor=-1',
-          'context=2', 'context=2,tensor=2', 'stage=2', 'stage=2,fsdp=2']
+MESHES = ['data=1,fsdp=8', 'fsdp=2,tensor=2', 'context=2,tensor=2', 'stage=2,fsdp=2', *(
+    pytest.param(sizes, marks=pytest.mark.slow) for sizes in (
+        'data=8', 'fsdp=8', 'tensor=4', 'fsdp=4,tensor=2', 'tensor=-1', 'context=2', 'stage=2'))]
 
 
 @pytest.fixture(scope='module')
@@ -159,6 +160,7 @@ def whole_params(folder):
   return by_name(api.load(folder / 'run', mesh='data=8').run.params)
 
 
+@pytest.mark.slow
 def test_inspect_on_shards_is_the_same(folder, tmp_path):
   for sizes in ('data=8', 'fsdp=4,tensor=2'):
     inspect_run.main([f'--workdir={folder}/run', f'--out={tmp_path}/{sizes}.png', f'--mesh={sizes}'])
@@ -177,11 +179,14 @@ def launch(folder, *words):
   return finish(process)
 
 
-def test_two_processes_evaluate_generate_and_export(folder, one, tmp_path, capsys):
+@pytest.mark.slow
+def test_two_processes_evaluate(folder, one, tmp_path):
   printed = launch(folder, 'evaluate', 'run', '--mesh=fsdp=4', f'--out={tmp_path}/evaluation.json')
   assert printed.count('"loss"') == 1, printed[:1500]
   assert json.loads((tmp_path / 'evaluation.json').read_text())['loss'] == pytest.approx(one[0], rel=1e-5)
 
+
+def test_two_processes_generate(folder, capsys):
   options = ['--prompt=def ', '--num_tokens=12', '--temperature=0', '--mesh=fsdp=2,tensor=2']
   printed = launch(folder, 'generate', 'run', *options)
   capsys.readouterr()
@@ -189,6 +194,9 @@ def test_two_processes_evaluate_generate_and_export(folder, one, tmp_path, capsy
   alone = capsys.readouterr().out
   assert re.sub(r'^(processes|distributed:|mesh:|\d|\[Gloo\]).*\n', '', printed, flags=re.MULTILINE) == alone
 
+
+@pytest.mark.slow
+def test_two_processes_export(folder, tmp_path):
   launch(folder, 'export', 'run', f'--out={tmp_path}/exported', '--weight_bits=32', '--mesh=fsdp=4')
   arrays, params = load_file(tmp_path / 'exported' / 'model.safetensors'), whole_params(folder)
   assert arrays.keys() == params.keys()

@@ -59,8 +59,8 @@ def assert_equal_runs(got, expected):
 
 
 # Fields of the model, (data, fsdp, tensor, stage, repeats), microbatches.
-CASES = [({'windows': (0, 3), 'prefix_attention': True}, (2, 1, 2, 2), 1)]
-SLOW = [
+CASES = [
+    ({'windows': (0, 3), 'prefix_attention': True}, (2, 1, 2, 2), 1),
     ({}, (1, 1, 1, 2), 1), ({}, (1, 1, 1, 2), 8), ({}, (1, 1, 1, 4), 4), ({}, (4, 1, 1, 2), 2), ({}, (2, 1, 1, 4), 1),
     ({}, (1, 4, 1, 2), 2), ({}, (1, 2, 1, 4), 2), ({'num_kv_heads': 4}, (1, 1, 4, 2), 2), ({}, (1, 1, 2, 4), 1),
     ({}, (2, 2, 1, 2), 2), ({}, (1, 2, 2, 2), 2), ({'remat': 'full'}, (2, 2, 1, 2), 1),
@@ -73,8 +73,8 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize('fields, sizes, num_microbatches',
-                         CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize('fields, sizes, num_microbatches', CASES, ids=str)
 def test_a_mesh_with_stages_equals_one_device(fields, sizes, num_microbatches):
   assert_equal_runs(train(sizes, num_microbatches, **fields), train((1, 1, 1), **fields))
 

@@ -119,21 +119,24 @@ def test_a_tensor_axis_changes_nothing_of_that(sizes, tied, num_microbatches):
   assert once <= sent < 1.05 * once  # and norms, whole on each device, and metrics
 
 
-def test_gradients_do_not_depend_on_how_a_batch_is_split():
+@pytest.mark.parametrize(('sizes', 'fields'), [
+    ((2, 2, 2), {'tie_embeddings': True}), *(
+        pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ((4, 2, 1), {}), ((4, 2, 1), {'einsum': 'bitnet'}),
+            ((2, 2, 2), {'einsum': 'bitnet', 'positions': 'learned'})))], ids=str)
+def test_gradients_do_not_depend_on_how_a_batch_is_split(sizes, fields):
   def update(sizes, num_microbatches, **fields):
     mesh, lowered, arguments = build(sizes, num_microbatches=num_microbatches, **fields)
     with jax.set_mesh(mesh):
       state, metrics = lowered.compile()(*arguments())
       return jax.device_get(state.trainable), unpack_metrics(metrics)
 
-  for sizes, fields in (((4, 2, 1), {}), ((4, 2, 1), {'einsum': 'bitnet'}), ((2, 2, 2), {'tie_embeddings': True}),
-                        ((2, 2, 2), {'einsum': 'bitnet', 'positions': 'learned'})):
-    (expected, told), (found, metrics) = update((1, 1, 1), 1, **fields), update(sizes, 4, **fields)
-    off = np.concatenate(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).ravel(), found, expected)))
-    assert np.mean(off > 1e-6) < 1e-2  # Adam's first update has the sign of a gradient, also of one near 0
-    assert metrics.keys() == told.keys()
-    for name, value in told.items():
-      np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+  (expected, told), (found, metrics) = update((1, 1, 1), 1, **fields), update(sizes, 4, **fields)
+  off = np.concatenate(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).ravel(), found, expected)))
+  assert np.mean(off > 1e-6) < 1e-2  # Adam's first update has the sign of a gradient, also of one near 0
+  assert metrics.keys() == told.keys()
+  for name, value in told.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize('sizes', [(1, 1, 8), (2, 2, 2)])
@@ -165,7 +168,8 @@ def test_activations_are_saved_in_the_dtype_of_the_stream():
   assert f'tensor<{L}x{B}x{T}x{D}xbf16>' in text and f'tensor<{L}x{B}x{T}x{D}xf32>' not in text
 
 
-@pytest.mark.parametrize('sizes', [(1, 1, 1), (4, 2, 1), (2, 2, 2)])
+@pytest.mark.parametrize('sizes', [(4, 2, 1), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in (
+    (1, 1, 1), (2, 2, 2)))])
 def test_a_run_in_bfloat16_learns_like_one_in_float32(sizes):
   def losses(**fields):
     mesh, lowered, arguments = build(sizes, **fields)
@@ -182,6 +186,7 @@ def test_a_run_in_bfloat16_learns_like_one_in_float32(sizes):
   np.testing.assert_allclose(low, losses()[0], rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_rules_of_the_config_change_what_is_sharded():
   sizes, length = (1, 4, 2), T // 2
   assert f'f32[{L},{B // 4},{length},{D}]' in carried(compiled_text(sizes, remat='full'))
@@ -197,6 +202,7 @@ def test_rules_of_the_config_change_what_is_sharded():
   assert shards(('embed=fsdp+tensor', *(f'{axis}=none' for axis in TENSOR_AXES))) == (L, D // 8, F)
 
 
+@pytest.mark.slow
 def test_rules_do_not_change_losses():
   def loss(sizes, rules=()):
     mesh, lowered, arguments = build(sizes, rules)

@@ -51,14 +51,16 @@ def folder(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize(('mode', 'kinds'), [('optimizer', ({'device'}, {'pinned_host'})),
-                                             ('all', ({'pinned_host'}, {'pinned_host'}))])
+@pytest.mark.parametrize(('mode', 'kinds'), [
+    ('all', ({'pinned_host'}, {'pinned_host'})),
+    pytest.param('optimizer', ({'device'}, {'pinned_host'}), marks=pytest.mark.slow)])
 def test_a_run_with_state_in_host_memory_trains_the_same(folder, mode, kinds):
   assert train(folder, mode, **{'mesh.offload': mode}) == kinds
   for found, expected in zip(losses(folder, mode), losses(folder, 'none'), strict=True):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_mode(folder):
   for stop, mode in ((4, 'none'), (8, 'all'), (None, 'optimizer')):
     train(folder, 'resumed', stop, **{'mesh.offload': mode})
@@ -66,6 +68,7 @@ def test_a_run_resumes_with_another_mode(folder):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_fresh_run_starts_from_weights_of_another(folder):
   for mode in ('none', 'all'):
     train(folder, f'from_{mode}', **{'mesh.offload': mode, 'start.run': str(folder / 'none'), 'num_steps': 3,
