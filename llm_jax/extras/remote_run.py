@@ -66,7 +66,9 @@ class RemoteRun:
     self._steps: dict[int, bytes | None] = {}  # complete there, with their manifests
     self._problem, self._stopping = '', threading.Event()
     self._lock: RemoteLock | None = None  # which process 0 holds
-    self._threads: list[threading.Thread] = []
+    self._released = threading.Event()
+    self._beats: threading.Thread | None = None
+    self._copies: threading.Thread | None = None
     self._meanwhile = f'training continues in {self.folder}, and what is missing there is copied later'
     self._kept = f'{self.folder} has all of it, and the same command on this host copies it'
 
@@ -83,22 +85,26 @@ class RemoteRun:
     return self
 
   def __exit__(self, *exc: object) -> None:
-    if not self._threads:
+    if self._copies is None:
       return
     self._stopping.set()
-    for thread in self._threads:
-      thread.join()
-    self._threads = []
+    self._copies.join()
+    self._copies = None
+    try:
+      if not self._is_lost():  # else what is there is another run's
+        with Progress(f'copying the run to {shown(self.url)}', shown=jax.process_index() == 0):
+          persistently(partial(self._copy, last=True))
+    except StorageError as e:
+      raise StorageError(f'{shown(self.url)}: the end of the run could not be copied there ({e}); '
+                         f'{self._kept}') from None
+    finally:
+      self._release()
+
+  def _is_lost(self) -> bool:
+    """Whether another run has taken the lock, as far as storage says."""
     with contextlib.suppress(StorageError):
-      if self._lock is not None and self._lock.is_lost:
-        return  # what is there is another run's
-    with Progress(f'copying the run to {shown(self.url)}', shown=jax.process_index() == 0):
-      try:
-        persistently(partial(self._copy, last=True))
-      except StorageError as e:
-        raise StorageError(f'{shown(self.url)}: the end of the run could not be copied there ({e}); '
-                           f'{self._kept}') from None
-    self._release()
+      return self._lock is not None and self._lock.is_lost
+    return False
 
   def _together(self, act: Callable[[], None]) -> None:
     """Calls act() on all processes. Raises StorageError on all of them if it fails on one."""
@@ -115,9 +121,14 @@ class RemoteRun:
       raise StorageError(problem)
 
   def _release(self) -> None:
-    if self._lock is not None:
-      self._lock.release()
-      self._lock = None
+    self._released.set()
+    if self._beats is not None:
+      self._beats.join()
+      self._beats = None
+    if self._lock is not None and not self._is_lost():
+      with contextlib.suppress(StorageError):  # then it becomes stale
+        self._lock.release()
+    self._lock = None
 
   def _begin(self) -> None:
     self._bucket = Bucket(self.url)
@@ -131,6 +142,9 @@ class RemoteRun:
     lock = RemoteLock(self._bucket, self._launch)
     lock.acquire()
     self._lock = lock
+    self._released.clear()
+    self._beats = threading.Thread(target=self._beat, args=(lock,), name='lock of the run', daemon=True)
+    self._beats.start()
 
   def _own(self) -> None:
     """Notes there and here that this launch is the last one to write."""
@@ -142,10 +156,8 @@ class RemoteRun:
     if jax.process_index() == 0:
       print(f'workdir: {shown(self.url)}, {how}', flush=True)
     self._stopping.clear()
-    self._threads = [threading.Thread(target=act, name='copy of the run', daemon=True)
-                     for act in (self._work, self._beat)]
-    for thread in self._threads:
-      thread.start()
+    self._copies = threading.Thread(target=self._work, name='copy of the run', daemon=True)
+    self._copies.start()
 
   def _is_ahead(self) -> bool:
     """Whether the launch before was of this host, whose folder may have more than what is there."""
@@ -183,16 +195,16 @@ class RemoteRun:
     if data is not None:
       write_file(self.folder / FILE, data)
 
-  def _beat(self) -> None:
+  def _beat(self, lock: RemoteLock) -> None:
     """Renews the lock, however long copies take."""
-    while self._lock is not None and not self._stopping.wait(EVERY):
+    while not self._released.wait(EVERY):
       with contextlib.suppress(StorageError):  # _work says what fails
-        self._lock.beat()
+        lock.beat()
 
   def _work(self) -> None:
     while not self._stopping.wait(EVERY):
       try:
-        if self._lock is not None and self._lock.is_lost:
+        if self._is_lost():
           raise StorageError('another run has taken the lock, as this one did not renew it in time')
         self._copy()
         if self._problem:
