@@ -26,6 +26,7 @@ from llm_jax.base.fields import DTYPES
 from llm_jax.base.sharding import (
   MeshConfig,
   batch_sharding,
+  describe_mesh,
   local_rows,
   make_mesh,
   num_batch_shards,
@@ -147,13 +148,13 @@ def check_steps_on(setup: Setup, single: Mesh, mesh: Mesh) -> Iterator[Finding]:
     return
   num_rows = num_batch_shards(mesh) * max(MICROBATCHES)
   features = make_rows(setup, num_rows)
-  one, sizes = Steps(setup, single, features), ' x '.join(map(str, mesh.devices.shape))
+  one = Steps(setup, single, features)
   expected = one.losses(1)
   many = one if mesh.size == 1 else Steps(setup, mesh, features)
   if mesh.size == 1:
     yield Finding(names[0], None, setup.limit, 'there is one device, or --mesh names one')
   else:
-    yield guarded(f'{names[0]} {sizes}', setup.limit, lambda: relative(expected, many.losses(1)))
+    yield guarded(f'{names[0]} {describe_mesh(mesh)}', setup.limit, lambda: relative(expected, many.losses(1)))
   counts = MICROBATCHES[1:]
   if not setup.objective.row_wise:
     yield Finding(names[1], None, setup.limit, 'the loss needs the whole batch')
