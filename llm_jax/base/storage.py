@@ -17,13 +17,11 @@ from llm_jax.base.registry import Registry
 STORAGE = Registry('storage')
 
 
-_places: dict[Path, str] = {}  # the URL of a run by its local folder
-_urls: dict[Path, str] = {}  # the same, of folders from which nothing is read before it is copied anew
+_urls: dict[Path, str] = {}  # by local folder
 _fetchers: dict[Path, Any] = {}  # by local folder: what copies there what is needed of a checkpoint
-_parts: dict[Path, Any] = {}  # by local folder, while a run trains in it: a fetcher that has push(step, problem) too
+_parts: dict[Path, Any] = {}  # by local folder, while a run trains in it: what copies from there what a process saved
 
 
-ELSEWHERE = '(see its message)'  # ends what failed because of another process
 HUB = 'hf:'  # before the name of a published model: hf:org/name
 
 
@@ -41,7 +39,7 @@ def open_workdir(workdir: str | Path, retention: Any) -> tuple[Path, AbstractCon
   if not is_remote(workdir):
     return Path(workdir), contextlib.nullcontext()
   remote = STORAGE['remote'].open(str(workdir), retention)
-  _places[remote.folder] = str(workdir)
+  _urls[remote.folder] = str(workdir)
   return remote.folder, remote
 
 
@@ -52,7 +50,7 @@ def read_workdir(workdir: str | Path, checkpoint: str = 'latest') -> Path:
   """
   if is_published(workdir):
     return STORAGE['hub'].read(str(workdir).removeprefix(HUB))
-  url = _urls.get(Path(workdir), str(workdir))
+  url = _urls[Path(workdir)] if Path(workdir) in _fetchers else str(workdir)
   return STORAGE['remote'].read(url, checkpoint) if is_remote(url) else Path(workdir).expanduser()
 
 
@@ -76,7 +74,7 @@ def fetch_from(folder: Path, url: str, fetcher: Any) -> None:
   `fetcher` has fetch(step, items), which copies metadata, and then fetch_shards(step, trees); both raise DamagedError
   and UnreachableError.
   """
-  _urls[folder], _places[folder], _fetchers[folder] = url, url, fetcher
+  _urls[folder], _fetchers[folder] = url, fetcher
 
 
 def fetcher_of(folder: Path) -> Any:
@@ -85,12 +83,11 @@ def fetcher_of(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def keeping_parts(folder: Path, url: str, parts: Any) -> Iterator[None]:
-  """Within it, `folder` is known to have this process's part of the run at a URL, and no other process's.
+def keeping_parts(folder: Path, parts: Any) -> Iterator[None]:
+  """Within it, `folder` has what this process saves of a run, and no other process sees it.
 
-  `parts` is a fetcher; its push(step, problem) copies there what this process has saved of a checkpoint.
+  parts.push(step, problem) copies that to storage; all processes call it.
   """
-  fetch_from(folder, url, parts)
   _parts[folder] = parts
   try:
     yield
@@ -105,4 +102,4 @@ def own_parts(folder: Path) -> Any:
 
 def place_of(folder: Path) -> str:
   """Where a run is, for messages: its folder, or the URL of which that is a copy."""
-  return _places.get(folder, str(folder))
+  return _urls.get(folder, str(folder))

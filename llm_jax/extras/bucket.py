@@ -27,7 +27,7 @@ LOCAL_ONLY = ('.lock', '.partial', '.unfinished', '.corrupt', '.rewound', '.unre
 
 
 class Bucket:
-  """The files of one run there. Raises DataError, ConfigError."""
+  """The files of one run there. Raises StorageError, ConfigError."""
 
   def __init__(self, url: str):
     self.url = url.rstrip('/')
@@ -80,7 +80,15 @@ class Bucket:
     list(self._threads.map(put, names))
 
   def get(self, folder: Path, names: Iterable[str]) -> list[str]:
-    """Copies files to a local folder, each replaced at once, as others may read it; returns those that are missing."""
+    """Copies files to a local folder, each replaced at once, as others may read it; returns those that are missing.
+
+    Raises StorageError for a name that leads out of the folder.
+    """
+    names = list(names)
+    for name in names:
+      if name.startswith('/') or '..' in name.split('/'):
+        raise StorageError(f'{self.url}: the name {name!r} leads out of the run; nothing is copied')
+
     def get(name: str) -> bool:
       local = folder / name
       aside = local.with_name(f'{local.name}.partial-{os.getpid()}')
@@ -95,7 +103,6 @@ class Bucket:
       finally:
         aside.unlink(missing_ok=True)
       return True
-    names = list(names)
     return [name for name, found in zip(names, self._threads.map(get, names), strict=True) if not found]
 
   def delete(self, names: Iterable[str]) -> None:
@@ -127,6 +134,10 @@ class Bucket:
         yield
     except DataError as e:
       raise StorageError(str(e).removesuffix(f'; {BY_HAND}').replace('cannot be read', f'cannot be {what}')) from None
+
+
+class NotSavedError(Exception):
+  """Why a step is not saved, although storage answers: trying again does not help."""
 
 
 def persistently(act: Callable[[], T]) -> T:

@@ -21,6 +21,7 @@ NAME = '.lock.json'
 STALE = 60.0  # seconds without a change after which a lock's holder is gone
 SETTLE = 1.0  # seconds in which two processes that take over the same lock see each other
 POLL = 2.0
+TAKEN = 'another run has taken the lock, as this one did not renew it in time'
 
 
 class RemoteLock:
@@ -58,12 +59,12 @@ class RemoteLock:
     return self._lost or self._read().get('launch') != self._launch
 
   def beat(self) -> None:
-    """Rewrites the lock. If another run has taken it, this one saves and stops, and its files are not copied."""
+    """Rewrites the lock. If another run has taken it, this one is stopped, and writes nothing more there."""
     if self.is_lost:
       if not self._lost:
         self._lost = True
         signal.raise_signal(signal.SIGTERM)
-      raise StorageError('another run has taken the lock, as this one did not renew it in time')
+      raise StorageError(TAKEN)
     self._beats += 1
     self._bucket.write(NAME, self._content())
 

@@ -12,21 +12,20 @@ import json
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 
 from llm_jax.base.activity import ACTIVITY
-from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.errors import StorageError
 from llm_jax.base.files import saved_steps
 from llm_jax.base.multihost import barrier, from_first
 from llm_jax.base.reports import FOLDER, prepare_reports
 from llm_jax.base.seal import seal
-from llm_jax.base.storage import ELSEWHERE, keeping_parts
+from llm_jax.base.storage import fetch_from, keeping_parts
 from llm_jax.config import CheckpointConfig
-from llm_jax.data.sources.documents import shown
-from llm_jax.extras.bucket import SAVING, Bucket, manifest_of, persistently, small_files
+from llm_jax.extras.bucket import SAVING, Bucket, NotSavedError, manifest_of, persistently, small_files
 from llm_jax.extras.coordinator_reports import CoordinatorReports
+from llm_jax.extras.remote_lock import TAKEN
 from llm_jax.extras.remote_run import RemoteRun
 from llm_jax.extras.remote_steps import RemoteSteps, groups
 from llm_jax.training.manifest import reason, step_manifest
@@ -52,7 +51,8 @@ class RemoteParts(RemoteRun):
     self._together(self._prepare)
     self._together(self._pull)
     self._together(self._begin)
-    self._open.enter_context(keeping_parts(self.folder, self.url, self))
+    fetch_from(self.folder, self.url, self._here)
+    self._open.enter_context(keeping_parts(self.folder, self))
     self._open.enter_context(CoordinatorReports(self.folder / FOLDER, self._index, self._count))
     return self
 
@@ -89,56 +89,51 @@ class RemoteParts(RemoteRun):
       self._bucket.get(self.folder, small_files(names))
       self._here.note(self._steps)
 
-  def fetch(self, step: int, items: tuple[str, ...]) -> None:
-    """RemoteSteps.fetch."""
-    self._here.fetch(step, items)
-
-  def fetch_shards(self, step: int, trees: dict[str, Any]) -> None:
-    """RemoteSteps.fetch_shards."""
-    self._here.fetch_shards(step, trees)
-
   def push(self, step: int, problem: str) -> str:
     """Copies there what this process has saved of a step; process 0 adds the manifest. Returns what failed.
 
     All processes call it, also those with a `problem` of their own.
     """
     turn = next(_TURNS)
-    save = f'{self._name}_{turn}'
+    save, begun = f'{self._name}_{turn}', False
     if self._index == 0:
       problem = problem or self._try(self._begin_save, step, save)
+      begun = not problem
     barrier(f'save_{turn}')
     problem = problem or self._try(self._put_part, step, save)
     barrier(f'saved_{turn}')
-    if self._index == 0:
+    if begun:
       problem = problem or self._try(self._put_manifest, step, save)
-      if problem:
-        with contextlib.suppress(Exception), self._mutex:
+      if problem and not self._is_lost():
+        with contextlib.suppress(StorageError), self._mutex:
           self._delete(step)
     return problem
 
   def _try(self, act: Callable[[int, str], None], step: int, save: str) -> str:
     try:
       persistently(partial(act, step, save))
-    except Exception as e:  # of many types, by storage
+    except Exception as e:  # any, as the other processes wait
       return reason(e)
     return ''
 
   def _begin_save(self, step: int, save: str) -> None:
     """Deletes what is there of a step, which was rewound or not finished, and names the save for all processes."""
     if self._lock is None or self._lock.is_lost:
-      raise ConfigError('another run has taken the lock, as this one did not renew it in time')
+      raise NotSavedError(TAKEN)
     with self._mutex:
       if self._bucket.names(f'checkpoints/{step}'):
         self._delete(step)
     self._bucket.write(f'checkpoints/{step}/{SAVING}', save.encode())
 
   def _put_part(self, step: int, save: str) -> None:
-    """Copies this process's shards; process 0 also what all have in common. Their list comes last."""
+    """Copies this process's shards; process 0 also what all have in common. Their list comes last.
+
+    Does nothing if process 0 has not begun the save, which it reports.
+    """
     from llm_jax.training.orbax_io import is_shard
     if self._bucket.read(f'checkpoints/{step}/{SAVING}') != save.encode():
-      raise ConfigError(f'{shown(self.url)}: process 0 did not begin to save step {step} {ELSEWHERE}')
-    folder = self.folder / 'checkpoints' / str(step)
-    files = step_manifest(folder)['files']
+      return
+    files = step_manifest(self.folder / 'checkpoints' / str(step))['files']
     own = {name: files[name] for name in files if self._index == 0 or is_shard(name, files)}
     for some in groups(sorted(own)):
       self._bucket.put(self.folder, [f'checkpoints/{step}/{name}' for name in some])
@@ -151,7 +146,7 @@ class RemoteParts(RemoteRun):
     names = [_part(step, i) for i in range(self._count)]
     parts = [json.loads(self._bucket.read(name) or b'{}') for name in names]
     if missing := [i for i, part in enumerate(parts) if part.get('save') != save]:
-      raise ConfigError(f'{shown(self.url)}: process {missing[0]} did not copy its part of step {step} {ELSEWHERE}')
+      raise NotSavedError(f'process {missing[0]} did not copy its part of step {step}')
     values = step_manifest(self.folder / 'checkpoints' / str(step))
     content = seal({**values, 'files': {name: file for part in parts for name, file in part['files'].items()}})
     with self._mutex:
@@ -176,4 +171,3 @@ class RemoteParts(RemoteRun):
 
 def _part(step: int, process: int) -> str:
   return f'checkpoints/{step}/part_{process}.json'
-

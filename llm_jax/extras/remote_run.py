@@ -22,7 +22,7 @@ from pathlib import Path
 import filelock
 import jax
 
-from llm_jax.base.errors import ConfigError, StorageError
+from llm_jax.base.errors import ConfigError, StorageError, UserError
 from llm_jax.base.files import saved_steps, write_file
 from llm_jax.base.multihost import all_see, gather
 from llm_jax.base.progress import Progress
@@ -43,7 +43,7 @@ from llm_jax.extras.bucket import (
   step_of,
   steps_in,
 )
-from llm_jax.extras.remote_lock import RemoteLock
+from llm_jax.extras.remote_lock import TAKEN, RemoteLock
 from llm_jax.extras.remote_steps import RemoteSteps
 from llm_jax.training.manifest import damage
 from llm_jax.training.retention import kept, read_scores
@@ -91,9 +91,10 @@ class RemoteRun:
     self._copies.join()
     self._copies = None
     try:
-      if not self._is_lost():  # else what is there is another run's
-        with Progress(f'copying the run to {shown(self.url)}', shown=jax.process_index() == 0):
-          persistently(partial(self._copy, last=True))
+      if self._is_lost():
+        raise StorageError(TAKEN)
+      with Progress(f'copying the run to {shown(self.url)}', shown=jax.process_index() == 0):
+        persistently(partial(self._copy, last=True))
     except StorageError as e:
       raise StorageError(f'{shown(self.url)}: the end of the run could not be copied there ({e}); '
                          f'{self._kept}') from None
@@ -111,8 +112,8 @@ class RemoteRun:
     problem = ''
     try:
       act()
-    except Exception as e:  # of many types, by storage
-      problem = str(e)
+    except Exception as e:  # any, as the other processes wait
+      problem = str(e) if isinstance(e, UserError | OSError) else f'{type(e).__name__}: {e}'
     except BaseException:
       self._release()
       raise
@@ -205,7 +206,7 @@ class RemoteRun:
     while not self._stopping.wait(EVERY):
       try:
         if self._is_lost():
-          raise StorageError('another run has taken the lock, as this one did not renew it in time')
+          raise StorageError(TAKEN)
         self._copy()
         if self._problem:
           print(f'{shown(self.url)}: can be written again; all was copied', flush=True)

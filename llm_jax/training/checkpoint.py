@@ -23,7 +23,7 @@ from llm_jax.base.errors import ConfigError, DivergedError, StorageError, Unreac
 from llm_jax.base.files import MANIFEST, saved_steps, set_aside, unverified_steps, write_file, writing
 from llm_jax.base.multihost import barrier, gather, writes_files
 from llm_jax.base.progress import Progress
-from llm_jax.base.storage import ELSEWHERE, fetcher_of, own_parts, place_of
+from llm_jax.base.storage import fetcher_of, own_parts, place_of
 from llm_jax.config import CheckpointConfig
 from llm_jax.training.finite import non_finite
 from llm_jax.training.manifest import DamagedError, commit, damage, reason
@@ -282,8 +282,8 @@ class Checkpoints:
     if self._pending is None:
       return
     (step, future), self._pending = self._pending, None
-    problems = sorted(filter(None, gather(future.result())), key=lambda problem: problem.endswith(ELSEWHERE))
-    self._problem = problems[0] if problems else ''
+    first, *others = gather(future.result())
+    self._problem = next(filter(None, [*others, first]), '')  # process 0 may just miss what others did not copy
     self._failed = self._failed + 1 if self._problem else 0
     if self._problem:
       self._saved.discard(step)

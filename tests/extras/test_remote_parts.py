@@ -142,10 +142,16 @@ def test_a_run_whose_lock_was_taken_writes_nothing_more(folder):
   for line in processes[0].stdout:
     if line.startswith('step 5/'):
       break
+  theirs = [bucket / 'checkpoints' / str(step) / 'manifest.json' for step in range(5, 2000)]
+  for path in theirs:
+    path.parent.mkdir(parents=True)
+    path.write_text('of the other run')
   (bucket / '.lock.json').write_text(json.dumps({'launch': 'another', 'host': 'other', 'process': 1}))
   for process in processes:
     assert 'another run has taken the lock' in finish(process, code=74)
-  assert not (bucket / 'checkpoints').exists() and not (bucket / 'metrics.jsonl').exists()
+  assert all(path.read_text() == 'of the other run' for path in theirs)
+  assert {path.name for path in (bucket / 'checkpoints').rglob('*') if path.is_file()} == {'manifest.json'}
+  assert not (bucket / 'metrics.jsonl').exists()
 
 
 def test_a_folder_that_hosts_do_not_share_is_refused(folder):

@@ -15,6 +15,7 @@ import llm_jax
 from llm_jax import main
 from llm_jax.base.errors import ConfigError, StorageError
 from llm_jax.base.files import saved_steps
+from llm_jax.base.seal import seal, unseal
 from llm_jax.commands import evaluate
 from llm_jax.extras import bucket, remote_lock, remote_run
 from llm_jax.training.log import read_metrics
@@ -120,6 +121,20 @@ def test_a_reader_copies_what_it_needs(folder, monkeypatch, tmp_path, capsys):
   train(folder, tmp_path / 'warm', 1, f'--config.start.run={url}')
   with pytest.raises(ConfigError, match=r'config\.start\.run: memory://bucket/runs/none does not contain a run'):
     train(folder, tmp_path / 'none', 1, '--config.start.run=memory://bucket/runs/none')
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(folder, monkeypatch, tmp_path):
+  url, fs = 'memory://bucket/runs/traversal', fsspec.filesystem('memory')
+  train(folder, url, 3)
+  manifest = '/bucket/runs/traversal/checkpoints/3/manifest.json'
+  values = unseal(fs.cat_file(manifest))
+  values['files']['../../../outside'] = {'bytes': 4, 'hash': 'any'}
+  fs.pipe_file(manifest, seal(values))
+  fs.pipe_file('/bucket/runs/traversal/checkpoints/3/../../../outside', b'evil')
+  monkeypatch.setenv('LLM_JAX_CACHE', str(tmp_path / 'reader'))
+  with pytest.raises(StorageError, match='leads out of the run'):
+    llm_jax.load(url)
+  assert not [*tmp_path.rglob('outside*')]
 
 
 def test_files_of_a_step_without_a_manifest_are_left(folder, monkeypatch, tmp_path):
