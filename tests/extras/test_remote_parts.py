@@ -1,7 +1,6 @@
 """Runs in storage of hosts that share no folder: the parts that processes copy are one checkpoint, for any number."""
 
 import json
-import random
 import re
 import signal
 import socket
@@ -13,42 +12,20 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from program import environment, finish
+from program import environment, finish, write_config
 
 from llm_jax.training.log import read_metrics
 from llm_jax.training.orbax_io import is_shard, make_writer, read_arrays, shards_here, write
 
-CONFIG = '''
-from llm_jax.config import base
-
-def get_config():
-  config = base()
-  config.num_steps = 9
-  config.batch_tokens = 512
-  config.tokens_per_device = 64
-  config.model.num_layers = 1
-  config.model.embed_dim = 32
-  config.model.num_heads = 2
-  config.model.vocab_size = 264
-  config.model.dtype = 'float32'
-  config.mesh.data = 1
-  config.mesh.fsdp = -1
-  config.data.path = {text!r}
-  config.data.tokenizer = 'byte'
-  config.data.seq_len = 32
-  config.optim.schedule = 'constant'
-  config.optim.learning_rate = 1e-3
-  config.checkpoint.every = 3
-  config.eval.every = 0
-  config.log.every = 1
-  return config
-'''
+# In shards over the processes; 16 rows, and no dropout, whose masks depend on the number of microbatches.
+FLAGS = ('--config.mesh.data=1', '--config.mesh.fsdp=-1', '--config.batch_tokens=512', '--config.tokens_per_device=64',
+         '--config.model.dropout=0', '--config.model.dtype=float32', '--config.checkpoint.every=3',
+         '--config.eval.every=0')
 
 
 @pytest.fixture
 def folder(tmp_path):
-  (tmp_path / 'text.txt').write_text(''.join(random.Random(0).choices('the cat sat ', k=20_000)))
-  (tmp_path / 'tiny.py').write_text(CONFIG.format(text=str(tmp_path / 'text.txt')))
+  write_config(tmp_path)
   return tmp_path
 
 
@@ -64,7 +41,7 @@ def start_hosts(folder, count, *flags, shift=0):
     own = {'LLM_JAX_CACHE': str(host / 'cache')}
     joined = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': str(count), 'JAX_PROCESS_ID': str(i)}
     processes.append(subprocess.Popen(
-        [sys.executable, '-m', 'llm_jax.main', f'--config={folder}/tiny.py', *flags], cwd=host,
+        [sys.executable, '-m', 'llm_jax.main', f'--config={folder}/tiny.py', *FLAGS, *flags], cwd=host,
         env=environment(folder) | own | (joined if count > 1 else {}), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True))
   return processes
@@ -98,7 +75,8 @@ def test_hosts_without_a_common_folder_train_one_run(folder):
   assert all(parts) and not parts[0] & parts[1] and parts[0] | parts[1] == shards, 'each shard is of one process'
   assert (bucket / 'logs' / 'process_1.jsonl').exists()
 
-  first, second = start_hosts(folder, 2, f'--workdir=file://{bucket}', shift=1)  # one host is new
+  # One host is new.
+  first, second = start_hosts(folder, 2, f'--workdir=file://{bucket}', '--config.num_steps=9', shift=1)
   assert 'resuming from step 6' in finish(first)
   finish(second)
   check_losses(folder, bucket, 9)
